@@ -1,0 +1,40 @@
+"""Errors that a user can cause, and how a tool reports them: one line, exit code 2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+EXIT_USER_ERROR = 2
+
+
+class SlimError(Exception):
+    """Something the user can mend.
+
+    The message is one line: what is wrong, where (file, key, value), and what to do about it.
+    Tools print it as ``error: <message>`` and exit with code 2.
+    """
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
+        message = f"{where}: {what}" if where else what
+        super().__init__(" ".join(f"{message}; {fix}".split()) if fix else " ".join(message.split()))
+
+
+class RecipeError(SlimError):
+    """A recipe or a target that cannot be met."""
+
+
+class ShapeError(SlimError):
+    """A model shape that cannot be built; lists every violation at once."""
+
+    def __init__(self, violations: Sequence[str], *, where: str = "", fix: str = "") -> None:
+        self.violations = tuple(violations)
+        super().__init__("; ".join(violations), where=where, fix=fix)
+
+
+class CheckpointError(SlimError):
+    """A checkpoint that is incomplete, inconsistent or of the wrong kind."""
+
+
+class DataError(SlimError):
+    """Calibration, training or evaluation data of the wrong kind."""
