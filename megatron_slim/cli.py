@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -26,6 +28,7 @@ def tool_parser(description: str) -> argparse.ArgumentParser:
 
 def run_tool(main: Callable[[], dict[str, Any]], *, as_json: bool) -> None:
     """Run a tool; print its results as JSON when asked to; a `SlimError` is one line on stderr and exit code 2."""
+    _quiet_libraries()
     try:
         results = main()
     except SlimError as error:
@@ -33,6 +36,15 @@ def run_tool(main: Callable[[], dict[str, Any]], *, as_json: bool) -> None:
         raise SystemExit(EXIT_USER_ERROR) from None
     if as_json:
         print(json.dumps(results, allow_nan=False), flush=True)
+
+
+def _quiet_libraries() -> None:
+    # Megatron and torch announce at import what this machine lacks, which a tool's user can do nothing about;
+    # tools/doctor.py says it where it matters. `python -W` brings the warnings back.
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)(\.|$)")
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def say(message: str) -> None:

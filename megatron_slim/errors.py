@@ -38,3 +38,13 @@ class CheckpointError(SlimError):
 
 class DataError(SlimError):
     """Calibration, training or evaluation data of the wrong kind."""
+
+
+def summarise(found: Sequence[str], limit: int = 4) -> str:
+    """The first few of many, and how many more there are.
+
+    >>> summarise(["a", "b", "c"], limit=2)
+    'a, b and 1 more'
+    """
+    shown = ", ".join(found[:limit])
+    return f"{shown} and {len(found) - limit} more" if len(found) > limit else shown

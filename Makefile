@@ -1,0 +1,60 @@
+# `make demo`, `make test` and `make lint` build the virtual environment themselves when it is missing.
+#   make demo PYTHON=/path/to/python3.12   build it with this interpreter
+#   make demo VENV=                        use the current environment (a container) as it is
+
+VENV ?= .venv
+PYTHON ?=
+SHELL := /bin/bash
+export PYTHONPATH := $(CURDIR)
+
+# A name alone proves nothing: a pyenv shim exists for every version that pyenv knows, installed or not.
+find_python = $(foreach name,$(or $(PYTHON),python3.12 python3),\
+	$(shell $(name) -c 'import sys, venv, ensurepip; print(sys.executable if sys.version_info[:2] == (3, 12) else "")' 2>/dev/null))
+
+ifeq ($(strip $(VENV)),)
+BIN :=
+PY := $(or $(PYTHON),python3)
+READY :=
+else
+BIN := $(VENV)/bin/
+PY := $(VENV)/bin/python
+READY := $(VENV)/.complete
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+endif
+
+SCRIPTS = .ci/run $(shell find benchmarks docs examples tests tools -name '*.sh')
+
+.PHONY: help venv demo test test-all lint clean
+
+help:
+	@echo "make venv | demo | test | test-all | lint | clean"
+
+venv: $(READY)
+
+# The stamp comes last: an environment without it was interrupted and is built anew.
+$(VENV)/.complete: setup.py
+	@python="$(firstword $(find_python))"; \
+	if [ -z "$$python" ]; then \
+		echo "error: no Python 3.12 with venv found$(if $(PYTHON), at PYTHON=$(PYTHON)); install it or give PYTHON=/path/to/python3.12" >&2; exit 2; \
+	fi; \
+	clear=--clear; if [ -e "$@" ]; then clear=; fi; \
+	set -x; "$$python" -m venv $$clear "$(VENV)" && "$(VENV)/bin/python" -m pip install --disable-pip-version-check -e ".[dev]" && touch "$@"
+
+demo: $(READY)
+	PYTHON="$(PY)" bash examples/slimqwen/demo.sh
+
+test: lint
+	$(PY) -m pytest -m "not slow"
+
+test-all: lint
+	$(PY) -m pytest
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(BIN)shellcheck $(SCRIPTS)
+
+clean:
+	rm -rf build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis ./*.egg-info
+	find . -path "./$(or $(VENV),.venv)" -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

@@ -1,0 +1,74 @@
+"""Norms and the norm-then-project module for machines without Transformer Engine, under its parameter names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.torch_norm import LayerNormBuilder
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float, *, zero_centered: bool) -> Tensor:
+    """RMSNorm over the last dimension, computed in fp32, in the input's dtype; ``zero_centered`` applies 1 + weight."""
+    wide = hidden.float()
+    scale = weight.float() + 1.0 if zero_centered else weight.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * scale).to(hidden.dtype)
+
+
+def norm_weight(config: TransformerConfig, size: int) -> nn.Parameter:
+    """A norm's weight that starts as the identity."""
+    create = torch.zeros if config.layernorm_zero_centered_gamma else torch.ones
+    weight = nn.Parameter(create(size, dtype=config.params_dtype, device=torch.cuda.current_device()))
+    # Every tensor-parallel rank sees its part of the sequence: Megatron sums the gradients of parameters so marked.
+    weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return weight
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm that follows ``layernorm_zero_centered_gamma`` and sequence parallelism, as `WrappedTorchNorm` does not."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        self.weight = norm_weight(config, hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise the last dimension of ``hidden``."""
+        return rms_norm(hidden, self.weight, self.eps, zero_centered=self.zero_centered)
+
+
+class LayerNormColumnParallelLinear(ColumnParallelLinear):
+    """RMSNorm and a column-parallel linear layer in one module, with Transformer Engine's parameter names."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.eps = config.layernorm_epsilon
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        self.layer_norm_weight = norm_weight(config, input_size)
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Normalise ``input_`` (sequence, batch, hidden) and project it."""
+        hidden = rms_norm(input_, self.layer_norm_weight, self.eps, zero_centered=self.zero_centered)
+        output: tuple[Tensor, Tensor | None] = super().forward(hidden, *args, **kwargs)
+        return output
+
+
+class LocalBackend(LocalSpecProvider):
+    """Megatron-Core's local backend with the norms that Qwen3-Next needs."""
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        """Yes: `column_parallel_layer_norm_linear`."""
+        return True
+
+    def column_parallel_layer_norm_linear(self) -> type:
+        """The module that normalises and projects."""
+        return LayerNormColumnParallelLinear
+
+    def layer_norm(self, rms_norm: bool = True, for_qk: bool = False, has_residual: bool = False) -> LayerNormBuilder:
+        """The one norm of this architecture."""
+        return RMSNorm

@@ -1,0 +1,274 @@
+"""Hugging Face checkpoints: a strict, lazy reader and a streaming writer.
+
+The reader looks at every header before any tensor is read, and compares them with the index and the architecture
+table in both directions. It never unpickles, never leaves the directory and runs no code from it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megatron_slim.architecture.qwen3_next import hf_tensors, mtp_layers_in, weights
+from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
+from megatron_slim.checkpoint.safetensors_files import (
+    TensorEntry,
+    TensorSpec,
+    plan_shards,
+    pread_into,
+    read_header,
+    start_shard,
+    write_tensor,
+)
+from megatron_slim.errors import CheckpointError, summarise
+from megatron_slim.files import read_json, to_json
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+CARRIED_FILES = (
+    "tokenizer*",
+    "vocab.json",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template*",
+)
+MAX_SHARD_BYTES = 5_000_000_000  # that of the published checkpoints
+
+
+class HFCheckpoint:
+    """A Hugging Face Qwen3-Next checkpoint that has been checked whole; tensors are read when asked for.
+
+    Attributes:
+        path: the directory.
+        config_path: the same; where config.json and the tokenizer are.
+        config: its config.json.
+        shape: sizes of the model, MTP blocks counted from the tensor names.
+        names: every tensor name, in the order of the architecture table.
+        dtypes: type of every tensor.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], shape: ModelShape, entries: dict[str, TensorEntry]) -> None:
+        self.path, self.config, self.shape = path, config, shape
+        self.config_path = path
+        self.names = tuple(hf_tensors(shape))
+        self._entries = entries
+        self.dtypes = {name: entries[name].dtype for name in self.names}
+
+    @classmethod
+    def open(cls, path: Path | str) -> HFCheckpoint:
+        """Open a directory and check all of it but the values.
+
+        Raises:
+            CheckpointError: names every kind of fault: missing or extra tensors, shapes, types, shards.
+            ShapeError: config.json describes no model that can be built.
+        """
+        path = Path(path)
+        config = read_config(path)
+        entries = _read_headers(path)
+        shape = shape_from_hf_config(config, mtp_num_layers=mtp_layers_in(set(entries)), where=str(path / CONFIG))
+        _check_against_table(entries, shape, path)
+        return cls(path, config, shape, entries)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor; the result is the caller's own memory."""
+        entry = self._entries[name]
+        buffer = bytearray(entry.nbytes)
+        pread_into(entry.file, entry.offset, memoryview(buffer))
+        return torch.frombuffer(buffer, dtype=entry.dtype).view(entry.shape)
+
+    def read_rows(
+        self,
+        name: str,
+        dim0_index: npt.NDArray[np.int64] | Tensor | None = None,
+        dim1_index: npt.NDArray[np.int64] | Tensor | None = None,
+    ) -> Tensor:
+        """Read the given indices of dim 0 and of dim 1; only the bytes of the wanted rows leave the disk.
+
+        Args:
+            name: tensor name.
+            dim0_index: rows in the order wanted; None for all.
+            dim1_index: columns in the order wanted; None for all.
+        """
+        if dim0_index is None:
+            rows = self.read(name)
+        else:
+            rows = self._gather(self._entries[name], np.asarray(dim0_index, dtype=np.int64))
+        if dim1_index is None:
+            return rows
+        return rows.index_select(1, torch.as_tensor(np.asarray(dim1_index, dtype=np.int64)))
+
+    def _gather(self, entry: TensorEntry, index: npt.NDArray[np.int64]) -> Tensor:
+        assert index.size == 0 or (index.min() >= 0 and index.max() < entry.shape[0]), "row index out of range"
+        step = entry.row_bytes
+        buffer = bytearray(index.size * step)
+        view = memoryview(buffer)
+        starts = np.flatnonzero(np.diff(index, prepend=-2) != 1)
+        for start, stop in zip(starts, [*starts[1:], index.size], strict=True):
+            pread_into(entry.file, entry.offset + int(index[start]) * step, view[start * step : stop * step])
+        return torch.frombuffer(buffer, dtype=entry.dtype).view(index.size, *entry.shape[1:])
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a checkpoint directory.
+
+    Raises:
+        CheckpointError: there is no such directory, or no config.json in it.
+    """
+    if not path.is_dir():
+        what = "is a file, not a checkpoint directory" if path.exists() else "no such directory"
+        raise CheckpointError(what, where=str(path), fix="give the directory that holds config.json")
+    if not (path / CONFIG).is_file():
+        raise CheckpointError(f"no {CONFIG} in this directory", where=str(path), fix="give a Hugging Face checkpoint")
+    config = read_json(path / CONFIG)
+    if not isinstance(config, dict):
+        raise CheckpointError("is not a JSON object", where=str(path / CONFIG))
+    return config
+
+
+def _read_headers(path: Path) -> dict[str, TensorEntry]:
+    """Every tensor of every shard; the index and the shards must agree in both directions."""
+    weight_map = _read_weight_map(path)
+    files = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
+    absent = [file for file in files if not (path / file).is_file()]
+    if absent:
+        raise CheckpointError(f"missing shards: {summarise(absent)}", where=str(path), fix="download them again")
+    entries: dict[str, TensorEntry] = {}
+    found: list[str] = []
+    for file in files:
+        for name, entry in read_header(path / file).items():
+            if weight_map is not None and weight_map.get(name) != file:
+                found.append(f"{name} is in {file} but not there in the index")
+            entries[name] = entry
+    for name, file in (weight_map or {}).items():
+        if name not in entries:
+            found.append(f"{name} is in the index but not in {file}")
+    if found:
+        raise CheckpointError(summarise(found), where=str(path / INDEX), fix="the index and the shards must agree")
+    return entries
+
+
+def _read_weight_map(path: Path) -> dict[str, str] | None:
+    """The index, None for a checkpoint in a single file."""
+    if not (path / INDEX).is_file():
+        if (path / SINGLE).is_file():
+            return None
+        if list(path.glob("pytorch_model*.bin")):
+            raise CheckpointError(
+                "only pickled weights (pytorch_model*.bin), which are never loaded",
+                where=str(path),
+                fix="save the model as safetensors",
+            )
+        raise CheckpointError(f"neither {INDEX} nor {SINGLE} in this directory", where=str(path))
+    index = read_json(path / INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError("has no weight_map", where=str(path / INDEX))
+    unsafe = [
+        f"{name} -> {file!r}"
+        for name, file in weight_map.items()
+        if not isinstance(file, str) or file != os.path.basename(file) or not file.endswith(".safetensors")
+    ]
+    if unsafe:
+        raise CheckpointError(
+            f"weight_map entries that are no safetensors file of this directory: {summarise(unsafe)}",
+            where=str(path / INDEX),
+        )
+    return weight_map
+
+
+def _check_against_table(entries: Mapping[str, TensorEntry], shape: ModelShape, path: Path) -> None:
+    table = hf_tensors(shape)
+    faults = {
+        "missing tensors": [name for name in table if name not in entries],
+        "extra tensors": [name for name in entries if name not in table],
+        "wrong shapes": [
+            f"{name} {list(entries[name].shape)}, config.json says {list(tensor.shape(shape))}"
+            for name, tensor in table.items()
+            if name in entries and entries[name].shape != tensor.shape(shape)
+        ],
+        "mixed types in one parameter": [
+            weight.key
+            for weight in weights(shape)
+            if len({entries[t.name].dtype for t, _ in weight.hf_tensors(shape) if t.name in entries}) > 1
+        ],
+    }
+    found = [f"{len(names)} {kind}: {summarise(names)}" for kind, names in faults.items() if names]
+    if found:
+        raise CheckpointError(
+            "; ".join(found), where=str(path), fix="the checkpoint and its config.json do not belong together"
+        )
+
+
+def write_hf_checkpoint(
+    directory: Path,
+    config: Mapping[str, Any],
+    specs: Sequence[TensorSpec],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    copy_files_from: Path | None = None,
+) -> None:
+    """Write a checkpoint tensor by tensor into an existing directory (usually one from `files.new_directory`).
+
+    Args:
+        directory: where to write; exists, is empty.
+        config: the content of config.json.
+        specs: every tensor of the checkpoint, in the order in which shards are filled.
+        tensors: the same tensors, lazily, in any order; one is held at a time.
+        max_shard_bytes: a shard's size, larger only where one tensor is.
+        copy_files_from: directory whose tokenizer and generation files are carried over.
+    """
+    shards = plan_shards(specs, max_shard_bytes)
+    many = len(shards) > 1
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if many else SINGLE for i in range(len(shards))]
+    waiting: dict[str, TensorEntry] = {}
+    for file, shard in zip(files, shards, strict=True):
+        waiting.update(start_shard(directory / file, shard))
+    weight_map = {name: entry.file.name for name, entry in waiting.items()}
+    for name, tensor in tensors:
+        entry = waiting.pop(name)
+        assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype), (name, tensor.shape, tensor.dtype)
+        write_tensor(entry, tensor)
+    assert not waiting, f"tensors never produced: {summarise(list(waiting))}"
+    if many:
+        index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs)}, "weight_map": weight_map}
+        (directory / INDEX).write_text(to_json(index), encoding="utf-8")
+    (directory / CONFIG).write_text(to_json(config), encoding="utf-8")
+    if copy_files_from is not None:
+        carry_files(copy_files_from, directory)
+
+
+def carried_files(source: Path) -> Iterator[Path]:
+    """Tokenizer and generation files of a checkpoint directory."""
+    for pattern in CARRIED_FILES:
+        yield from sorted(file for file in source.glob(pattern) if file.is_file())
+
+
+def carry_files(source: Path, target: Path) -> None:
+    """Copy tokenizer and generation files from one checkpoint directory to another."""
+    for file in carried_files(source):
+        shutil.copyfile(file, target / file.name)
+
+
+def specs_of(shape: ModelShape, dtypes: Mapping[str, torch.dtype] | torch.dtype) -> list[TensorSpec]:
+    """Specs of every tensor of a model, in the order of the table; ``dtypes`` by name, or one for all."""
+    return [
+        TensorSpec(name, tensor.shape(shape), dtypes if isinstance(dtypes, torch.dtype) else dtypes[name])
+        for name, tensor in hf_tensors(shape).items()
+    ]

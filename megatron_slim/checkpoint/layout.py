@@ -1,0 +1,143 @@
+"""Megatron's row layouts and Hugging Face's, one as a permutation of the other, bit for bit.
+
+Both layouts of a parameter are dimension trees of the architecture table; rows with the same label are the same rows.
+Nothing here knows a tensor by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megatron_slim.architecture.axes import labelled_positions, size
+from megatron_slim.architecture.qwen3_next import Weight
+from megatron_slim.architecture.shape import ModelShape
+
+Rows: TypeAlias = "slice | Tensor"
+
+
+@dataclass(frozen=True)
+class _RowMap:
+    """``megatron[target] = source[rows]`` for one label of one source tensor."""
+
+    source: int
+    rows: Rows
+    target: Rows
+
+
+def _as_rows(positions: npt.NDArray[np.int64]) -> Rows:
+    """A slice where the positions are consecutive: a plain copy instead of a gather."""
+    first = int(positions[0])
+    if positions.size == positions[-1] - first + 1 and bool(np.all(np.diff(positions) == 1)):
+        return slice(first, first + positions.size)
+    return torch.from_numpy(positions)
+
+
+def _row_maps(weight: Weight, model: ModelShape) -> tuple[_RowMap, ...]:
+    target_at = labelled_positions(weight.dims[0], model.sizes)
+    maps = []
+    for index, source in enumerate(weight.sources):
+        assert source.dims[1:] == weight.dims[1:], f"{source.name}: layouts differ in the first dimension only"
+        for name, rows in labelled_positions(source.dims[0], model.sizes).items():
+            maps.append(_RowMap(index, _as_rows(rows), _as_rows(target_at.pop(name))))
+    assert not target_at, f"{weight.key}: no source holds {sorted(target_at)}"
+    return tuple(maps)
+
+
+def _is_copy(weight: Weight) -> bool:
+    return not weight.stacked and len(weight.sources) == 1 and weight.sources[0].dims == weight.dims
+
+
+def _fill(maps: tuple[_RowMap, ...], tensors: list[Tensor], out: Tensor) -> None:
+    for row_map in maps:
+        out[row_map.target] = tensors[row_map.source][row_map.rows]
+
+
+def _experts(weight: Weight, model: ModelShape, expert: int | None) -> Iterable[int | None]:
+    if not weight.stacked:
+        return (None,)
+    return range(model.num_moe_experts) if expert is None else (expert,)
+
+
+def to_megatron(
+    weight: Weight, model: ModelShape, read: Callable[[str], Tensor], *, expert: int | None = None
+) -> Tensor:
+    """Assemble a whole Megatron parameter (tensor parallel size 1, experts stacked on dim 0).
+
+    Args:
+        weight: a row of the architecture table.
+        model: sizes of the model.
+        read: gives a Hugging Face tensor by name; called once per tensor, in order.
+        expert: of a stacked parameter, this expert alone, without the leading dimension.
+
+    Returns:
+        A tensor of ``weight.shape(model)``; the tensor that ``read`` gave where the layouts are the same.
+    """
+    if _is_copy(weight):
+        return read(weight.sources[0].name)
+    assert expert is None or weight.stacked
+    maps = _row_maps(weight, model)
+    shape = weight.shape(model) if expert is None else weight.shape(model)[1:]
+    out: Tensor | None = None
+    for index in _experts(weight, model, expert):
+        tensors = [read(source.name.format(expert=index)) for source in weight.sources]
+        if out is None:
+            out = torch.empty(shape, dtype=tensors[0].dtype)
+        assert all(tensor.dtype == out.dtype for tensor in tensors), f"{weight.key}: mixed dtypes"
+        _fill(maps, tensors, out[index] if weight.stacked and expert is None else out)
+    assert out is not None
+    return out
+
+
+def from_megatron(weight: Weight, model: ModelShape, tensor: Tensor, *, expert: int | None = None) -> dict[str, Tensor]:
+    """Take a whole Megatron parameter apart into its Hugging Face tensors, each contiguous.
+
+    The inverse of `to_megatron`, byte for byte; ``expert`` as there.
+    """
+    shape = weight.shape(model) if expert is None else weight.shape(model)[1:]
+    assert tuple(tensor.shape) == shape, (weight.key, tuple(tensor.shape), shape)
+    if _is_copy(weight):
+        return {weight.sources[0].name: tensor.contiguous()}
+    maps = _row_maps(weight, model)
+    found: dict[str, Tensor] = {}
+    for index in _experts(weight, model, expert):
+        part = tensor[index] if weight.stacked and expert is None else tensor
+        outs = [torch.empty(source.shape(model), dtype=tensor.dtype) for source in weight.sources]
+        for row_map in maps:
+            outs[row_map.source][row_map.rows] = part[row_map.target]
+        found.update({s.name.format(expert=index): out for s, out in zip(weight.sources, outs, strict=True)})
+    return found
+
+
+def label_rows(weight: Weight, model: ModelShape) -> list[tuple[str, slice]]:
+    """Labels of a parameter's dim 0 (of one expert's, where stacked) that are runs of rows, else one run for all."""
+    found = []
+    for name, positions in labelled_positions(weight.dims[0], model.sizes).items():
+        rows = _as_rows(positions)
+        if not isinstance(rows, slice):
+            return [("", slice(0, size(weight.dims[0], model.sizes)))]
+        found.append((name, rows))
+    return found
+
+
+def split_keys(weight: Weight, model: ModelShape) -> list[tuple[str, slice]]:
+    """Names under which a torch_dist checkpoint holds a parameter, and the rows (dim 0) of each.
+
+    One name for a parameter stored whole, one per label for a ``split`` one.
+    """
+    if not weight.split:
+        return [(weight.key, slice(None))]
+    return [(f"{weight.key}.{name}", rows) for name, rows in label_rows(weight, model)]
+
+
+def stored_shapes(weight: Weight, model: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor under which a torch_dist checkpoint holds a parameter."""
+    shape = weight.shape(model)
+    for key, rows in split_keys(weight, model):
+        yield key, (len(range(*rows.indices(shape[0]))), *shape[1:])

@@ -1,0 +1,176 @@
+"""The safetensors format: headers read with suspicion, tensors by position, files written tensor by tensor.
+
+Layout of a file: 8 bytes with the length of the header (little endian), the header (JSON: type, shape and byte range
+of every tensor), the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_slim.errors import CheckpointError, summarise
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 100_000_000  # the limit of the format
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies: file, first byte, type and shape."""
+
+    file: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one index of dim 0."""
+        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """Where every tensor of a file lies.
+
+    Raises:
+        CheckpointError: not a safetensors file, truncated, or with types that are not supported.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise CheckpointError("truncated or not a safetensors file", where=str(file), fix="download it again")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            header = None
+    if not isinstance(header, dict):
+        raise CheckpointError("its header is not JSON: not a safetensors file", where=str(file))
+    header.pop("__metadata__", None)
+    entries, unsupported = {}, []
+    for name, info in header.items():
+        entry, stop = _parse_entry(file, 8 + length, name, info)
+        if entry is None:
+            unsupported.append(f"{name} ({info.get('dtype')})")
+            continue
+        if stop > size:
+            raise CheckpointError(
+                f"truncated: {name} ends at byte {stop}, the file at {size}", where=str(file), fix="download it again"
+            )
+        entries[name] = entry
+    if unsupported:
+        kinds = ", ".join(DTYPES)
+        raise CheckpointError(f"unsupported types: {summarise(unsupported)}", where=str(file), fix=f"use {kinds}")
+    return entries
+
+
+def _parse_entry(file: Path, base: int, name: str, info: Any) -> tuple[TensorEntry | None, int]:
+    """One tensor of a header and the file offset of its end; None for a type that is not supported."""
+    try:
+        begin, end = info["data_offsets"]
+        shape = tuple(info["shape"])
+        whole = all(type(n) is int and n >= 0 for n in (begin, end, *shape))
+        dtype = DTYPES.get(info["dtype"])
+    except (KeyError, TypeError, ValueError):
+        whole, dtype = False, None
+    if not whole:
+        raise CheckpointError(f"malformed header entry of {name}", where=str(file))
+    if dtype is None:
+        return None, base + end
+    entry = TensorEntry(file, base + begin, dtype, shape)
+    if end - begin != entry.nbytes:
+        raise CheckpointError(f"{name}: {end - begin} bytes for shape {list(shape)}", where=str(file))
+    return entry, base + end
+
+
+def pread_into(file: Path, offset: int, view: memoryview) -> None:
+    """Fill ``view`` from a file: read, not mapped, so that memory use is what is asked for and no more."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        done = 0
+        while done < len(view):
+            count = os.preadv(descriptor, [view[done : done + (1 << 30)]], offset + done)
+            if count == 0:
+                raise CheckpointError("the file ends inside a tensor", where=str(file), fix="download it again")
+            done += count
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What the writer must know of a tensor before it sees it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
+    """Fill shards in order; a shard is larger than the limit only where one tensor is."""
+    shards: list[list[TensorSpec]] = [[]]
+    room = max_shard_bytes
+    for spec in specs:
+        if shards[-1] and spec.nbytes > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(spec)
+        room -= spec.nbytes
+    # Wider types first: every tensor then starts at a multiple of its item size, which readers that map files need.
+    return [sorted(shard, key=lambda spec: -spec.dtype.itemsize) for shard in shards]
+
+
+def start_shard(file: Path, shard: Sequence[TensorSpec]) -> dict[str, TensorEntry]:
+    """Write a shard's header and extend the file to its full size."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for spec in shard:
+        offsets = [end, end + spec.nbytes]
+        header[spec.name] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": offsets,
+        }
+        end = offsets[1]
+    payload = json.dumps(header, separators=(",", ":")).encode()
+    payload += b" " * (-len(payload) % 8)
+    base = 8 + len(payload)
+    with file.open("wb") as stream:
+        stream.write(len(payload).to_bytes(8, "little") + payload)
+        stream.truncate(base + end)
+    return {
+        spec.name: TensorEntry(file, base + header[spec.name]["data_offsets"][0], spec.dtype, spec.shape)
+        for spec in shard
+    }
+
+
+def write_tensor(entry: TensorEntry, tensor: Tensor) -> None:
+    """Write a tensor's bytes where `start_shard` has placed it."""
+    data = memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    descriptor = os.open(entry.file, os.O_WRONLY)
+    try:
+        done = 0
+        while done < len(data):
+            done += os.pwrite(descriptor, data[done : done + (1 << 30)], entry.offset + done)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,165 @@
+"""Token data: Megatron's .bin/.idx and plain .npy matrices, read as [samples, sequence]."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_slim.errors import DataError
+
+Tokens = npt.NDArray[np.int64]
+
+
+def read_samples(
+    path: Path, *, seq_length: int | None, num_samples: int | None, vocab_size: int | None = None, seed: int = 0
+) -> Tokens:
+    """Read token ids for calibration or evaluation.
+
+    A Megatron data set is one stream, its documents one after the other, cut into non-overlapping windows of
+    ``seq_length`` tokens; what is left over at the end is not used. A ``.npy`` matrix is used as it is.
+
+    Args:
+        path: prefix of a Megatron .bin/.idx pair (either file name is accepted too), or a ``.npy`` file.
+        seq_length: tokens per sample; for a matrix None or its width.
+        num_samples: number of samples; fewer than there are draws at random without replacement, kept in the order of
+            the data. None takes all.
+        vocab_size: ids must be smaller than this; None leaves them unchecked.
+        seed: of the random draw.
+
+    Returns:
+        Token ids, int64 [samples, sequence].
+
+    Raises:
+        DataError: nothing there, not integer token ids, too few samples, or ids outside the vocabulary.
+    """
+    for name, value in (("seq_length", seq_length), ("num_samples", num_samples)):
+        if value is not None and value < 1:
+            raise DataError(f"{name} {value} is not a positive number")
+    path = Path(path)
+    if path.suffix == ".npy":
+        matrix = _open_matrix(path, seq_length)
+    else:
+        matrix = _open_windows(data_prefix(path), seq_length)
+    chosen = _draw(len(matrix), num_samples, seed, path)
+    samples = np.array(matrix[chosen])
+    _check_ids(samples, chosen, vocab_size, path)
+    return samples.astype(np.int64)
+
+
+def data_prefix(path: Path) -> Path:
+    """The prefix of a Megatron data set, given the prefix or one of its two files.
+
+    Raises:
+        DataError: one or both of the files are missing.
+    """
+    name = str(path)
+    prefix = name[: -len(".bin")] if name.endswith((".bin", ".idx")) else name
+    missing = [prefix + suffix for suffix in (".bin", ".idx") if not Path(prefix + suffix).is_file()]
+    if not missing:
+        return Path(prefix)
+    if Path(name).is_dir():
+        raise DataError("a directory, not a data set", where=name, fix="name the prefix of a .bin/.idx pair in it")
+    if len(missing) == 1:
+        raise DataError("its other half is missing", where=missing[0], fix="run tools/preprocess_data.py again")
+    if Path(name).exists():
+        raise DataError(
+            "neither a Megatron .bin/.idx prefix nor a .npy matrix of token ids",
+            where=name,
+            fix="tokenize text with tools/preprocess_data.py",
+        )
+    raise DataError("no such data", where=name, fix="give the prefix of a .bin/.idx pair, or a .npy matrix")
+
+
+def _open_matrix(path: Path, seq_length: int | None) -> npt.NDArray[Any]:
+    try:
+        matrix = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError("no such file", where=str(path)) from None
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        raise DataError(f"not readable as a .npy matrix ({error})", where=str(path)) from None
+    if not isinstance(matrix, np.ndarray) or matrix.ndim != 2 or matrix.dtype.kind not in "iu" or matrix.size == 0:
+        found = f"{matrix.dtype} {list(matrix.shape)}" if isinstance(matrix, np.ndarray) else "an archive"
+        raise DataError(f"is {found}, not an integer matrix [samples, sequence]", where=str(path))
+    if seq_length not in (None, matrix.shape[1]):
+        raise DataError(
+            f"its samples have {matrix.shape[1]} tokens, seq_length is {seq_length}",
+            where=str(path),
+            fix="leave the sequence length out: a matrix is used as it is",
+        )
+    return matrix
+
+
+def _open_windows(prefix: Path, seq_length: int | None) -> npt.NDArray[Any]:
+    if seq_length is None:
+        raise DataError("a Megatron data set needs a sequence length", where=str(prefix), fix="give --seq-length")
+    stream = read_stream(prefix)
+    windows = len(stream) // seq_length
+    if windows == 0:
+        raise DataError(f"holds {len(stream)} tokens, fewer than one sample of {seq_length}", where=f"{prefix}.bin")
+    return stream[: windows * seq_length].reshape(windows, seq_length)
+
+
+def read_stream(prefix: Path) -> npt.NDArray[Any]:
+    """All documents of a Megatron data set one after the other, memory-mapped.
+
+    Raises:
+        DataError: the index is not one, holds no integer ids, or the .bin is not as long as the index says.
+    """
+    from megatron_slim import device
+
+    device.install()
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    try:
+        index = IndexedDataset(str(prefix), mmap=False).index
+    except (AssertionError, struct.error, ValueError, IndexError, OverflowError, OSError) as error:
+        raise DataError(f"not a Megatron index ({error})", where=f"{prefix}.idx") from None
+    dtype = np.dtype(index.dtype)
+    if dtype.kind not in "iu":
+        raise DataError(f"holds {dtype} values, not token ids", where=f"{prefix}.idx")
+    lengths = index.sequence_lengths.astype(np.int64)
+    starts = np.concatenate(([0], np.cumsum(lengths)))
+    if not np.array_equal(index.sequence_pointers, starts[:-1] * dtype.itemsize):
+        raise DataError("its documents do not follow one another", where=f"{prefix}.idx")
+    expected, found = int(starts[-1]) * dtype.itemsize, Path(f"{prefix}.bin").stat().st_size
+    if expected != found:
+        state = "truncated" if found < expected else "longer than its index"
+        raise DataError(
+            f"{state}: {found} bytes, the index says {expected}",
+            where=f"{prefix}.bin",
+            fix="run tools/preprocess_data.py again",
+        )
+    if expected == 0:
+        raise DataError("holds no tokens", where=f"{prefix}.bin")
+    return np.memmap(f"{prefix}.bin", dtype=dtype, mode="r")
+
+
+def _draw(available: int, num_samples: int | None, seed: int, path: Path) -> npt.NDArray[np.int64]:
+    if num_samples is None or num_samples == available:
+        return np.arange(available)
+    if num_samples > available:
+        raise DataError(
+            f"{num_samples} samples asked for, {available} there",
+            where=str(path),
+            fix="ask for fewer samples or shorter sequences",
+        )
+    return np.sort(np.random.default_rng(seed).choice(available, num_samples, replace=False))
+
+
+def _check_ids(samples: npt.NDArray[Any], rows: npt.NDArray[np.int64], vocab_size: int | None, path: Path) -> None:
+    lowest, highest = int(samples.min()), int(samples.max())
+    if lowest < 0:
+        row = rows[int(np.argmax(samples.min(axis=1) < 0))]
+        raise DataError(f"negative token id {lowest} (first in sample {row})", where=str(path))
+    if vocab_size is not None and highest >= vocab_size:
+        row = rows[int(np.argmax(samples.max(axis=1) >= vocab_size))]
+        raise DataError(
+            f"tokenizer ids beyond the vocabulary: id {highest} (first in sample {row}), "
+            f"the model's vocab_size is {vocab_size}",
+            where=str(path),
+            fix="tokenize with the model's own tokenizer",
+        )

@@ -1,0 +1,341 @@
+"""The CPU seam: all that lets Megatron-Core run without a GPU, and the only place that patches a library.
+
+On a machine with CUDA `install` changes nothing but the dataset helpers (see `_use_built_dataset_helpers`). Without
+CUDA the word "cuda" comes to mean the CPU for the whole process: tensor factories, ``.cuda()`` and ``.to()``, the CUDA
+generator, streams and events. The real Megatron-Core modules then run, over gloo; only kernels differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+_FACTORIES = (
+    "arange as_tensor asarray empty empty_like empty_strided eye full full_like linspace logspace ones ones_like rand "
+    "rand_like randint randint_like randn randn_like randperm scalar_tensor tensor tril_indices triu_indices zeros "
+    "zeros_like"
+).split()
+_METHODS = "new_empty new_empty_strided new_full new_ones new_tensor new_zeros to".split()
+_installed = False
+
+
+def install() -> None:
+    """Make this process able to run Megatron-Core; call it before anything of ``megatron`` is imported.
+
+    Idempotent. Where CUDA is available only the dataset helpers are touched.
+    """
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    if not torch.cuda.is_available():
+        loaded = sorted(name for name in sys.modules if name.split(".")[0] == "megatron")
+        assert not loaded, f"device.install() must run before megatron is imported, found {loaded[0]}"
+        _disable_compilation()
+        _redirect_tensors()
+        _redirect_generator()
+        _replace_device_queries()
+        _replace_streams()
+        _patch_core()
+        _patch_training()
+    _use_built_dataset_helpers()
+
+
+def backend() -> str:
+    """The `torch.distributed` backend of this machine: nccl or gloo."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def init_single_process(seed: int = 1234) -> None:
+    """Start a process group of one, Megatron's parallel state on it, and its random generators.
+
+    For tools that run in one process; does nothing where a parallel state exists already.
+    """
+    install()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if not torch.distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(0)
+        torch.distributed.init_process_group(backend(), store=torch.distributed.HashStore(), rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(seed)
+
+
+def _disable_compilation() -> None:
+    """TorchDynamo would spend 25 s at the first step on Megatron's fused element-wise functions."""
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].config.disable = True
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.split(":")[0] == "cuda"
+
+
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Replace a CUDA ``device=`` by the CPU. Device ordinals, which are integers, mean CUDA too."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        if device is not None and (_is_cuda(device) or type(device) is int):
+            kwargs["device"] = _CPU
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _redirect_tensors() -> None:
+    # A TorchFunctionMode would be shorter, but it is inactive in autograd's threads, where recomputation runs.
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    for name in _METHODS:
+        setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
+    convert, type_name = torch.Tensor.to, torch.Tensor.type
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and (_is_cuda(args[0]) or type(args[0]) is int):
+            args = (_CPU, *args[1:])
+        return convert(self, *args, **kwargs)
+
+    def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self
+
+    def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = type_name(self, *args, **kwargs)
+        # Megatron's optimizers tell precisions apart by this string.
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.type = to, cuda, tensor_type  # type: ignore[method-assign, assignment]
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
+
+
+def _redirect_generator() -> None:
+    """Megatron's generator states are those of the CPU generator."""
+
+    def get_rng_state(device: Any = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(new_state: torch.Tensor, device: Any = None) -> None:
+        torch.set_rng_state(new_state)
+
+    def manual_seed(seed: int) -> None:
+        torch.default_generator.manual_seed(int(seed))
+
+    for module in (torch.cuda, torch.cuda.random):
+        module.get_rng_state, module.set_rng_state = get_rng_state, set_rng_state  # type: ignore[attr-defined, assignment]
+        module.manual_seed = manual_seed  # type: ignore[attr-defined]
+
+
+def _resident_bytes(*_: Any, **__: Any) -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _peak_resident_bytes(*_: Any, **__: Any) -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _memory_stats(*_: Any, **__: Any) -> dict[str, int]:
+    now, peak = _resident_bytes(), _peak_resident_bytes()
+    return {
+        "reserved_bytes.all.current": now,
+        "allocated_bytes.all.current": now,
+        "allocated_bytes.all.peak": peak,
+        "allocation.all.current": 0,
+    }
+
+
+def _replace_device_queries() -> None:
+    """Answer what Megatron asks of its device; memory is this process's resident set."""
+    # Compute capability 10: Megatron then asks for no CUDA_DEVICE_MAX_CONNECTIONS.
+    properties = SimpleNamespace(name="cpu", major=10, minor=0, multi_processor_count=os.cpu_count() or 1)
+    answers: dict[str, Callable[..., Any]] = {
+        "current_device": lambda: _CPU,
+        "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        "set_device": lambda device: None,
+        "synchronize": lambda device=None: None,
+        "empty_cache": lambda: None,
+        "get_device_properties": lambda device=None: properties,
+        "get_device_capability": lambda device=None: (properties.major, properties.minor),
+        "get_device_name": lambda device=None: properties.name,
+        "is_current_stream_capturing": lambda: False,
+        "memory_stats": _memory_stats,
+        "reset_peak_memory_stats": lambda device=None: None,
+    }
+    answers |= dict.fromkeys(("memory_allocated", "memory_reserved", "device_memory_used"), _resident_bytes)
+    answers |= dict.fromkeys(("max_memory_allocated", "max_memory_reserved"), _peak_resident_bytes)
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(torch.cuda.nvtx, name, lambda *args, **kwargs: None)
+
+
+class _Stream:
+    """A CUDA stream on a device that does everything in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return 0, 0
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        event = event or _Event()
+        event.record()
+        return event
+
+    def synchronize(self) -> None:
+        pass
+
+
+class _Event:
+    """A CUDA event: the time at which it was recorded."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self.seconds = time.perf_counter()
+
+    def wait(self, stream: Any = None) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: _Event) -> float:
+        return (end.seconds - self.seconds) * 1000.0
+
+
+@contextlib.contextmanager
+def _stream_context(stream: Any) -> Iterator[None]:
+    yield
+
+
+def _replace_streams() -> None:
+    current = _Stream()
+    torch.cuda.Stream, torch.cuda.Event = _Stream, _Event  # type: ignore[misc, assignment]
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: current  # type: ignore[assignment, return-value]
+    torch.cuda.stream, torch.cuda.set_stream = _stream_context, lambda stream: None  # type: ignore[assignment]
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """AdamW, or Adam with L2 regularisation, with the state layout of Apex's and Transformer Engine's FusedAdam.
+
+    The step count is in the parameter groups and the state is ``exp_avg`` and ``exp_avg_sq`` alone, which is what
+    Megatron's distributed optimizer saves and restores; with `torch.optim.AdamW` it cannot resume.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+        capturable: bool = False,
+    ) -> None:
+        self.adam_w_mode = adam_w_mode
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+
+    def _update(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+        state, (beta1, beta2), step = self.state[parameter], group["betas"], group["step"]
+        if not state:
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        if self.adam_w_mode:
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        else:
+            gradient = gradient.add(parameter, alpha=group["weight_decay"])
+        mean, square = state["exp_avg"], state["exp_avg_sq"]
+        mean.lerp_(gradient, 1 - beta1)
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        scale = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        parameter.addcdiv_(mean, scale, value=-group["lr"] / (1 - beta1**step))
+
+
+def _patch_core() -> None:
+    import megatron.core.optimizer as optimizer
+    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.ssm.gated_delta_net import common as gated_delta_net
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
+
+    optimizer.Adam = distrib_optimizer.Adam = FusedAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+    # fp32 parameters are their own main parameters: restoring them in place needs autograd off.
+    sharded = distrib_optimizer.DistributedOptimizer
+    restore = torch.no_grad()(sharded._set_main_param_and_optimizer_states)
+    sharded._set_main_param_and_optimizer_states = restore
+
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+    # Drawing from the one generator there is changes the CPU's state by design.
+    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+    def move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    def l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move_to_cpu
+    # Its constructor asks for flash-linear-attention, whose kernels are Triton; our subclass brings the others.
+    gated_delta_net.HAVE_FLA, gated_delta_net.l2norm = True, l2norm
+
+
+def _patch_training() -> None:
+    import megatron.training.initialize as initialize
+    import megatron.training.training as training
+
+    training.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
+    initialize.initialize_megatron = training.initialize_megatron
+
+
+def _use_built_dataset_helpers() -> None:
+    """Megatron's wheel brings its C++ dataset helpers built and no Makefile, which it nevertheless runs."""
+    import megatron.core.datasets.utils as utils
+    from megatron.core.datasets import helpers_cpp
+
+    assert helpers_cpp is not None
+    utils.compile_helpers = lambda: None

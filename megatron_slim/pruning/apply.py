@@ -1,0 +1,144 @@
+"""Applying a plan: every tensor of the target from the tensors of the source, one at a time, through the table.
+
+Which rows and columns of a tensor survive follows from its named axes and the plan alone, and merging is element by
+element, so that pruning commutes with every permutation of rows: prune(convert(x)) == convert(prune(x)), bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megatron_slim.architecture.axes import Dim, axes_of, kept_positions
+from megatron_slim.architecture.qwen3_next import hf_tensors, weights
+from megatron_slim.architecture.shape import ModelShape, shape_to_hf_config
+from megatron_slim.pruning.experts import ExpertGroup
+from megatron_slim.pruning.plan import Plan
+from megatron_slim.pruning.plan_reader import PlanError
+from megatron_slim.pruning.source import Source, fingerprint, select
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where a target tensor comes from: its dimensions, its block in the source, and for an expert its group."""
+
+    name: str
+    dims: tuple[Dim, ...]
+    block: str
+    group: ExpertGroup | None
+
+
+class PrunedCheckpoint:
+    """The target as a checkpoint whose tensors are made when they are read; holds none of them.
+
+    It reads like the source does, so that whatever writes or converts a checkpoint writes or converts a pruned one.
+    """
+
+    def __init__(self, plan: Plan, source: Source, *, check_source: bool = True) -> None:
+        """Tie a plan to its source.
+
+        Args:
+            plan: the decision.
+            source: the checkpoint that the plan was made for.
+            check_source: false skips the fingerprint, for a caller that has just compared it.
+
+        Raises:
+            PlanError: the plan was made for another checkpoint.
+        """
+        if source.shape != plan.source_shape or (check_source and fingerprint(source) != plan.source_sha256):
+            raise PlanError(
+                "the plan was made for another checkpoint", where=str(source.path), fix="plan again for this one"
+            )
+        self.plan, self.source = plan, source
+        self.shape: ModelShape = plan.target_shape
+        self.path: Path = source.path
+        self.config: dict[str, Any] = shape_to_hf_config(plan.target_shape, source.config)
+        self._origins = dict(_origins(plan))
+        self.names = tuple(self._origins)
+        self.dtypes: Mapping[str, torch.dtype] = {
+            name: source.dtypes[self._source_name(origin)] for name, origin in self._origins.items()
+        }
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        tensors = hf_tensors(self.shape)
+        return sum(
+            int(np.prod(tensors[name].shape(self.shape))) * dtype.itemsize for name, dtype in self.dtypes.items()
+        )
+
+    def read(self, name: str) -> Tensor:
+        """Make one tensor of the target."""
+        origin = self._origins[name]
+        if origin.group is None:
+            return self._read_kept(origin.name, origin)
+        return merge(
+            [self._read_kept(origin.name.format(expert=member), origin) for member in origin.group.members],
+            origin.group.weights,
+        )
+
+    def read_rows(
+        self,
+        name: str,
+        dim0_index: npt.NDArray[np.int64] | None = None,
+        dim1_index: npt.NDArray[np.int64] | None = None,
+    ) -> Tensor:
+        """The given rows and columns of one tensor of the target."""
+        return select(self.read(name), dim0_index, dim1_index)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the target, in the order of the table."""
+        for name in self.names:
+            yield name, self.read(name)
+
+    def _source_name(self, origin: _Origin) -> str:
+        return origin.name if origin.group is None else origin.name.format(expert=origin.group.base)
+
+    def _read_kept(self, name: str, origin: _Origin) -> Tensor:
+        """A source tensor with the rows and columns that survive."""
+        indices = [self._kept(dim, origin.block) for dim in origin.dims]
+        assert all(index is None for index in indices[2:]), f"{name}: only the first two dimensions are pruned"
+        return self.source.read_rows(name, *indices[:2])
+
+    def _kept(self, dim: Dim, block: str) -> npt.NDArray[np.int64] | None:
+        """Surviving positions of a dimension, None when all do."""
+        source = self.plan.source_shape
+        kept: dict[str, npt.NDArray[np.int64]] = {}
+        if len(self.plan.kept_hidden) < source.hidden_size:
+            kept["hidden"] = np.array(self.plan.kept_hidden, dtype=np.int64)
+        if block and self.shape.num_moe_experts < source.num_moe_experts:
+            kept["expert"] = np.array([group.base for group in self.plan.experts[block]], dtype=np.int64)
+        return kept_positions(dim, source.sizes, kept) if kept.keys() & set(axes_of(dim)) else None
+
+
+def _origins(plan: Plan) -> Iterator[tuple[str, _Origin]]:
+    """Origin of every tensor of the target, in the order of the target's table."""
+    blocks = plan.source_blocks
+    for weight in weights(plan.target_shape):
+        block = blocks[weight.block] if weight.block else ""
+        groups: tuple[ExpertGroup | None, ...] = plan.experts[block] if weight.stacked else (None,)
+        for expert, group in enumerate(groups):
+            for tensor in weight.sources:
+                name = tensor.name.format(expert=expert) if weight.stacked else tensor.name
+                yield name, _Origin(block + tensor.name.removeprefix(weight.block), tensor.dims, block, group)
+
+
+def merge(tensors: list[Tensor], weights: tuple[float, ...]) -> Tensor:
+    """Weighted mean of tensors, in float32, rounded once; a single tensor is itself, bit for bit.
+
+    >>> merge([torch.tensor([1.0]), torch.tensor([4.0])], (0.75, 0.25)).item()
+    1.75
+    """
+    if len(tensors) == 1:
+        return tensors[0]
+    total = torch.zeros_like(tensors[0], dtype=torch.float32)
+    for tensor, weight in zip(tensors, weights, strict=True):
+        total.add_(tensor.float(), alpha=weight)
+    return total.to(tensors[0].dtype)

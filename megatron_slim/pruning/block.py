@@ -1,0 +1,69 @@
+"""One transformer block of a checkpoint as a Megatron-Core layer, alone: what streaming calibration runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megatron_slim.architecture.layer_specs import layer_spec, transformer_config
+from megatron_slim.architecture.qwen3_next import Weight, weights
+from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.checkpoint.layout import to_megatron
+from megatron_slim.pruning.source import Source
+
+
+def block_config(shape: ModelShape, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's configuration for forward passes in one precision."""
+    return transformer_config(
+        shape,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        perform_initialization=False,
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+    )
+
+
+def build_block(source: Source, block: str, config: TransformerConfig) -> TransformerLayer:
+    """Build one layer and load its weights.
+
+    Args:
+        source: the checkpoint.
+        block: Hugging Face prefix, ``model.layers.{i}`` or ``mtp.layers.{i}``.
+        config: from `block_config`.
+    """
+    shape, index = source.shape, int(block.split(".")[-1])
+    kind = FULL_ATTENTION if block.startswith("mtp.") else shape.layer_types[index]
+    layer: TransformerLayer = build_module(layer_spec(kind, config), config=config, layer_number=index + 1)
+    parameters = dict(layer.named_parameters())
+    with torch.no_grad():
+        for weight in weights(shape):
+            if weight.block == block:
+                for expert in range(shape.num_moe_experts) if weight.stacked else [None]:
+                    name = _parameter_name(weight, expert, parameters)
+                    parameters.pop(name).copy_(to_megatron(weight, shape, source.read, expert=expert))
+    assert not parameters, f"{block}: nothing loads {sorted(parameters)}"
+    return layer.eval()
+
+
+def _parameter_name(weight: Weight, expert: int | None, parameters: Mapping[str, torch.nn.Parameter]) -> str:
+    """Name inside the layer of a parameter, whose key is that of a torch_dist checkpoint."""
+    name = weight.key.split(".", 4 if ".transformer_layer." in weight.key else 3)[-1]
+    if expert is None:
+        return name
+    prefix, suffix = name.split("experts.experts.")
+    sequential = f"{prefix}experts.local_experts.{expert}.{suffix}"
+    return sequential if sequential in parameters else f"{prefix}experts.{suffix}{expert}"
+
+
+def rotary_embedding(shape: ModelShape, seq_length: int) -> Tensor:
+    """Rotary angles of the positions 0 .. seq_length - 1."""
+    rotary = RotaryEmbedding(shape.kv_channels, shape.rotary_percent, rotary_base=shape.rotary_base)
+    angles: Tensor = rotary(seq_length)
+    return angles

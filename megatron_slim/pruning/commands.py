@@ -1,0 +1,203 @@
+"""What the pruning tools do: check everything, then measure, plan and apply."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_slim.cli import say
+from megatron_slim.errors import SlimError
+from megatron_slim.files import refuse_existing
+from megatron_slim.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from megatron_slim.pruning.plan import Plan
+    from megatron_slim.pruning.source import Source
+    from megatron_slim.pruning.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """Data for calibration and how to read it; see `samples.read_calibration_samples`."""
+
+    data: Path
+    num_samples: int | None
+    seq_length: int | None
+    seed: int
+    micro_batch_size: int
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer above zero."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def add_calibration_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """The arguments of calibration, the same in every tool that calibrates."""
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--calibration-data",
+        type=Path,
+        required=required,
+        metavar="DATA",
+        help="prefix of a Megatron .bin/.idx pair, or a .npy integer matrix [samples, sequence] used as it is",
+    )
+    group.add_argument("--num-samples", type=positive, help="samples, drawn at random (.bin: 1024 if not given)")
+    group.add_argument("--seq-length", type=positive, help="tokens per sample (.bin: at most 4096 if not given)")
+    group.add_argument("--seed", type=int, default=1234, help="seed of the draw")
+    group.add_argument("--micro-batch-size", type=positive, default=1, help="samples in one forward pass")
+
+
+def calibration_options(args: argparse.Namespace) -> CalibrationOptions:
+    """The options that `add_calibration_arguments` gave."""
+    return CalibrationOptions(
+        args.calibration_data, args.num_samples, args.seq_length, args.seed, args.micro_batch_size
+    )
+
+
+def run_calibrate(load: Path, save: Path, options: CalibrationOptions) -> dict[str, Any]:
+    """Measure statistics and write them to a new file."""
+    refuse_existing(save)
+    from megatron_slim.pruning.source import open_source
+
+    source, _ = open_source(load)
+    stats = _measure(source, options)
+    stats.save(save)
+    say(f"{save}: statistics of {stats.metadata['num_samples']} samples of {stats.metadata['seq_length']} tokens")
+    return {"load": str(load), "save": str(save), "sha256": stats.sha256, **stats.metadata}
+
+
+def run_plan(load: Path, stats_file: Path, recipe_file: Path, save: Path) -> dict[str, Any]:
+    """Make a plan of statistics and write it to a new file."""
+    refuse_existing(save)
+    recipe = load_recipe(recipe_file)
+    from megatron_slim.pruning.apply import PrunedCheckpoint
+    from megatron_slim.pruning.pipeline import comparison, print_comparison
+    from megatron_slim.pruning.plan import check_recipe, make_plan
+    from megatron_slim.pruning.source import open_source
+
+    source, _ = open_source(load)
+    check_recipe(recipe, source.shape, where=str(recipe_file))
+    plan = make_plan(recipe, _load_stats(stats_file, source), source.shape)
+    pruned = PrunedCheckpoint(plan, source, check_source=False)
+    plan.save(save)
+    print_comparison(pruned)
+    return {"load": str(load), "save": str(save), "plan_sha256": plan.sha256, **comparison(pruned)}
+
+
+def run_prune(
+    load: Path,
+    save: Path | None,
+    *,
+    to: str,
+    recipe_file: Path | None = None,
+    plan_file: Path | None = None,
+    stats_file: Path | None = None,
+    calibration: CalibrationOptions | None = None,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Calibrate, plan, apply and verify; what is given already (statistics, a plan) is not made again.
+
+    Args:
+        load: checkpoint to prune, in either format.
+        save: new directory for the result; not needed for a dry run.
+        to: ``hf`` or ``torch_dist``.
+        recipe_file: what is wanted; needed unless there is a plan.
+        plan_file: a plan made before; then nothing is measured.
+        stats_file: statistics made before; then nothing is measured.
+        calibration: data to measure on.
+        dry_run: stop at the plan and write nothing.
+    """
+    if save is not None and not dry_run:
+        refuse_existing(save)
+    recipe = load_recipe(recipe_file) if recipe_file else None
+    from megatron_slim.pruning.apply import PrunedCheckpoint
+    from megatron_slim.pruning.pipeline import comparison, print_comparison, write_pruned
+    from megatron_slim.pruning.plan_reader import load_plan
+    from megatron_slim.pruning.source import open_source
+
+    source, files = open_source(load)
+    if plan_file is not None:
+        plan, stats = load_plan(plan_file), None
+    else:
+        assert recipe is not None
+        plan, stats = _decide(recipe, source, stats_file, calibration, where=str(recipe_file))
+    pruned = PrunedCheckpoint(plan, source, check_source=plan_file is not None)
+    print_comparison(pruned)
+    results = {"load": str(load), "plan_sha256": plan.sha256, "dry_run": dry_run, **comparison(pruned)}
+    if dry_run:
+        return results
+    assert save is not None
+    write_pruned(pruned, save, to=to, stats=stats, copy_files_from=files)
+    say(f"{save}: {len(pruned.names)} tensors as {to}, read back and verified")
+    return results | {"save": str(save), "format": to, "tensors": len(pruned.names), "verified": True}
+
+
+def _decide(
+    recipe: Recipe, source: Source, stats_file: Path | None, calibration: CalibrationOptions | None, *, where: str
+) -> tuple[Plan, Statistics]:
+    from megatron_slim.pruning.plan import check_recipe, make_plan
+
+    check_recipe(recipe, source.shape, where=where)
+    if stats_file is not None:
+        stats = _load_stats(stats_file, source)
+    else:
+        assert calibration is not None
+        stats = _measure(source, calibration)
+    return make_plan(recipe, stats, source.shape), stats
+
+
+def _load_stats(path: Path, source: Source) -> Statistics:
+    from megatron_slim.pruning.source import fingerprint
+    from megatron_slim.pruning.statistics import Statistics
+
+    stats = Statistics.load(path)
+    stats.check(source.shape, fingerprint(source), where=str(path))
+    return stats
+
+
+def _measure(source: Source, options: CalibrationOptions) -> Statistics:
+    from megatron_slim import device
+    from megatron_slim.pruning.samples import read_calibration_samples
+
+    samples = read_calibration_samples(
+        options.data,
+        source.shape,
+        num_samples=options.num_samples,
+        seq_length=options.seq_length,
+        seed=options.seed,
+    )
+    device.install()
+    from megatron_slim.pruning.calibrate import calibrate
+
+    say(f"calibrating on {samples.shape[0]} samples of {samples.shape[1]} tokens")
+    return calibrate(source, samples, micro_batch_size=options.micro_batch_size)
+
+
+def refuse_conflicts(args: argparse.Namespace) -> None:
+    """Refuse arguments of tools/prune_checkpoint.py that say too much or too little.
+
+    Raises:
+        SlimError: says which.
+    """
+    given = [
+        option
+        for option, value in (
+            ("--calibration-data", args.calibration_data),
+            ("--stats", args.stats),
+            ("--plan", args.plan),
+        )
+        if value is not None
+    ]
+    if len(given) != 1:
+        what = " and ".join(given) + " exclude one another" if given else "nothing to plan from"
+        raise SlimError(what, fix="give one of --calibration-data, --stats and --plan")
+    if (args.recipe is None) == (args.plan is None):
+        raise SlimError("a plan holds its recipe" if args.plan else "no recipe", fix="give --recipe or --plan")
+    if args.save is None and not args.dry_run:
+        raise SlimError("no output directory", fix="give --save, or --dry-run")

@@ -1,0 +1,202 @@
+"""The plan: every decision of a pruning, complete, as JSON that a person can read before a byte moves.
+
+`make_plan` is a pure function of recipe, statistics and source shape; the same three give the same bytes. No tensor is
+needed to make a plan, and nothing but the plan and the tensors to apply it (`pruning.apply`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.errors import RecipeError
+from megatron_slim.files import sha256, write_atomic
+from megatron_slim.pruning import statistics
+from megatron_slim.pruning.experts import ExpertGroup, expert_groups, ranking
+from megatron_slim.pruning.statistics import Statistics
+from megatron_slim.recipe import Recipe
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A complete decision.
+
+    Attributes:
+        recipe: what was asked for.
+        source_shape: the model that it was made for.
+        target_shape: the model that it gives.
+        source_sha256: fingerprint of the checkpoint (`pruning.source.fingerprint`).
+        stats_sha256: hash of the statistics that it follows from.
+        kept_layers: source layers that survive, ascending.
+        kept_hidden: source hidden dimensions that survive, ascending.
+        experts: per surviving block, under its name in the source, the surviving experts, ascending by base.
+    """
+
+    recipe: Recipe
+    source_shape: ModelShape
+    target_shape: ModelShape
+    source_sha256: str
+    stats_sha256: str
+    kept_layers: tuple[int, ...]
+    kept_hidden: tuple[int, ...]
+    experts: Mapping[str, tuple[ExpertGroup, ...]]
+
+    @property
+    def source_blocks(self) -> dict[str, str]:
+        """Source block of every target block."""
+        mtp = {f"mtp.layers.{depth}": f"mtp.layers.{depth}" for depth in range(self.source_shape.mtp_num_layers)}
+        return {f"model.layers.{new}": f"model.layers.{old}" for new, old in enumerate(self.kept_layers)} | mtp
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a version 1 plan document."""
+        return {
+            "version": VERSION,
+            "recipe": self.recipe.to_dict(),
+            "source": {"sha256": self.source_sha256, "shape": _shape_dict(self.source_shape)},
+            "stats": {"sha256": self.stats_sha256},
+            "target": {"shape": _shape_dict(self.target_shape)},
+            "kept_layers": list(self.kept_layers),
+            "kept_hidden": list(self.kept_hidden),
+            "experts": {block: _groups_dict(groups) for block, groups in self.experts.items()},
+        }
+
+    def to_json(self) -> str:
+        """Deterministic JSON with every list on one line."""
+        return _render(self.to_dict()) + "\n"
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the plan's JSON."""
+        return sha256(self.to_json())
+
+    def save(self, path: Path) -> None:
+        """Write the plan's JSON."""
+        write_atomic(path, self.to_json())
+
+
+def make_plan(recipe: Recipe, stats: Statistics, shape: ModelShape) -> Plan:
+    """Decide what survives.
+
+    Args:
+        recipe: what is wanted.
+        stats: complete statistics of the source (`Statistics.check` passed).
+        shape: sizes of the source.
+
+    Raises:
+        RecipeError: the target is impossible for this source; lists every violation.
+    """
+    check_recipe(recipe, shape)
+    kept_layers = _kept_layers(recipe, stats, shape)
+    target = target_shape(recipe, shape, kept_layers)
+    hidden = ranking(stats.tensors[statistics.HIDDEN].astype(np.float64))[: target.hidden_size]
+    blocks = [f"model.layers.{layer}" for layer in kept_layers]
+    blocks += [f"mtp.layers.{depth}" for depth in range(shape.mtp_num_layers)]
+    return Plan(
+        recipe=recipe,
+        source_shape=shape,
+        target_shape=target,
+        source_sha256=stats.metadata["source_sha256"],
+        stats_sha256=stats.sha256,
+        kept_layers=kept_layers,
+        kept_hidden=tuple(np.sort(hidden).tolist()),
+        experts={block: _block_groups(recipe, stats, block, target.num_moe_experts) for block in blocks},
+    )
+
+
+def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") -> None:
+    """Refuse a target that this source cannot become, before anything is measured.
+
+    Raises:
+        RecipeError: lists every violation.
+    """
+    wanted = dataclasses.asdict(recipe.target)
+    found = [
+        f"target.{key} {value} is larger than the source's {getattr(shape, key)}"
+        for key, value in wanted.items()
+        if value is not None and value > getattr(shape, key)
+    ]
+    experts = recipe.target.num_moe_experts or shape.num_moe_experts
+    topk = recipe.target.moe_router_topk or shape.moe_router_topk
+    if topk > experts:
+        found.append(
+            f"moe_router_topk {topk} is larger than num_moe_experts {experts} of the target"
+            + ("" if recipe.target.moe_router_topk else " (set target.moe_router_topk)")
+        )
+    layers = recipe.target.num_layers or shape.num_layers
+    if layers <= shape.num_layers and not _leaves_full_attention(recipe, shape, layers):
+        found.append(f"target.num_layers {layers} leaves no full_attention layer")
+    if found:
+        raise RecipeError("; ".join(found), where=where)
+
+
+def _leaves_full_attention(recipe: Recipe, shape: ModelShape, layers: int) -> bool:
+    """Whether the method can leave a full-attention layer (for adjacent_cosine: from some start)."""
+    starts = [layers] if recipe.depth.method == "last" else range(1, layers + 1)
+    dropped = shape.num_layers - layers
+    return any(FULL_ATTENTION in shape.layer_types[:s] + shape.layer_types[s + dropped :] for s in starts)
+
+
+def _kept_layers(recipe: Recipe, stats: Statistics, shape: ModelShape) -> tuple[int, ...]:
+    """SlimQwen 3.2 (``last``) and A.4 (``adjacent_cosine``).
+
+    The latter drops the N consecutive layers from argmax c_l, c_l = cos(a_{l-1}, a_l), among the starts that have
+    both a layer before them and N layers to drop.
+    """
+    kept = recipe.target.num_layers or shape.num_layers
+    dropped = shape.num_layers - kept
+    if dropped == 0 or recipe.depth.method == "last":
+        return tuple(range(kept))
+    cosines = [float(stats.tensors[statistics.cosine_key(layer)]) for layer in range(1, kept + 1)]
+    start = 1 + int(np.argmax(cosines))
+    return tuple(layer for layer in range(shape.num_layers) if not start <= layer < start + dropped)
+
+
+def target_shape(recipe: Recipe, shape: ModelShape, kept_layers: tuple[int, ...]) -> ModelShape:
+    """Sizes of the target; every remaining layer keeps its own type.
+
+    Raises:
+        RecipeError: the result cannot be built.
+    """
+    wanted = {key: value for key, value in dataclasses.asdict(recipe.target).items() if value is not None}
+    wanted |= {"num_layers": len(kept_layers), "layer_types": tuple(shape.layer_types[i] for i in kept_layers)}
+    target = dataclasses.replace(shape, **wanted)
+    if violations := target.violations():
+        raise RecipeError("; ".join(violations), where="target")
+    return target
+
+
+def _block_groups(recipe: Recipe, stats: Statistics, block: str, survivors: int) -> tuple[ExpertGroup, ...]:
+    importance = stats.tensors[statistics.importance_key(block, recipe.experts.importance)].astype(np.float64)
+    similarity = stats.tensors[statistics.similarity_key(block, recipe.experts.similarity)].astype(np.float64)
+    return expert_groups(importance, similarity, survivors, recipe.experts)
+
+
+def _shape_dict(shape: ModelShape) -> dict[str, Any]:
+    return dataclasses.asdict(shape) | {"layer_types": list(shape.layer_types)}
+
+
+def _groups_dict(groups: tuple[ExpertGroup, ...]) -> dict[str, Any]:
+    """Bases in order; of the groups that are more than a copy of their base, members and weights."""
+    merged = {
+        str(group.base): {"members": list(group.members), "weights": list(group.weights)}
+        for group in groups
+        if len(group.members) > 1
+    }
+    return {"kept": [group.base for group in groups], "merged": merged}
+
+
+def _render(value: Any, indent: str = "") -> str:
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value, allow_nan=False)
+    inner = indent + "  "
+    items = [f"{inner}{json.dumps(key)}: {_render(item, inner)}" for key, item in value.items()]
+    return "{\n" + ",\n".join(items) + f"\n{indent}}}"

@@ -1,0 +1,155 @@
+"""Reading a plan back: a plan may have been edited or torn, so everything that applying relies on is checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.errors import SlimError
+from megatron_slim.files import read_json
+from megatron_slim.pruning.experts import ExpertGroup
+from megatron_slim.pruning.plan import VERSION, Plan, target_shape
+from megatron_slim.recipe import parse_recipe
+
+_KEYS = ("version", "recipe", "source", "stats", "target", "kept_layers", "kept_hidden", "experts")
+# Weights are shares that sum to 1 up to the rounding of a few hundred additions in float64.
+_SUM_TOLERANCE = 1e-9
+
+
+class PlanError(SlimError):
+    """A plan that is incomplete, inconsistent or for another source."""
+
+
+def load_plan(path: Path) -> Plan:
+    """Read and check a plan.
+
+    Raises:
+        PlanError: the file is no plan, or one that cannot be applied.
+    """
+    return parse_plan(read_json(path), where=str(path))
+
+
+def parse_plan(document: Any, *, where: str = "plan") -> Plan:
+    """Check a parsed plan.
+
+    Raises:
+        PlanError: lists every violation of the part that fails first.
+    """
+    if not isinstance(document, Mapping) or document.get("version") != VERSION:
+        raise PlanError(f"not a plan of version {VERSION}", where=where, fix="make it with tools/plan_pruning.py")
+    _refuse([f"missing key {key}" for key in _KEYS if key not in document], where)
+    _refuse([f"unknown key {key}" for key in document if key not in _KEYS], where)
+    recipe = parse_recipe(document["recipe"], where=f"{where}: recipe")
+    source = _shape(document["source"], f"{where}: source")
+    target = _shape(document["target"], f"{where}: target")
+    layers, hidden = document["kept_layers"], document["kept_hidden"]
+    found = _index_violations("kept_layers", layers, target.num_layers, source.num_layers)
+    found += _index_violations("kept_hidden", hidden, target.hidden_size, source.hidden_size)
+    _refuse(found, where)
+    if target_shape(recipe, source, tuple(layers)) != target:
+        raise PlanError("target.shape is not what recipe, source.shape and kept_layers give", where=where)
+    plan = Plan(
+        recipe=recipe,
+        source_shape=source,
+        target_shape=target,
+        source_sha256=_hash(document["source"], f"{where}: source"),
+        stats_sha256=_hash(document["stats"], f"{where}: stats"),
+        kept_layers=tuple(layers),
+        kept_hidden=tuple(hidden),
+        experts={},
+    )
+    return dataclasses.replace(plan, experts=_experts(document["experts"], plan, where))
+
+
+def _refuse(violations: list[str], where: str) -> None:
+    if violations:
+        more = f"; and {len(violations) - 5} more" if len(violations) > 5 else ""
+        raise PlanError("; ".join(violations[:5]) + more, where=where, fix="make the plan again")
+
+
+def _shape(section: Any, where: str) -> ModelShape:
+    value = section.get("shape") if isinstance(section, Mapping) else None
+    names = [field.name for field in dataclasses.fields(ModelShape)]
+    if not isinstance(value, Mapping) or sorted(value) != sorted(names):
+        raise PlanError("shape is not an object with all sizes of a model", where=where)
+    kinds = {"int": (int,), "float": (int, float), "bool": (bool,), "tuple[str, ...]": (list,)}
+    fields = {str(field.name): kinds[str(field.type)] for field in dataclasses.fields(ModelShape)}
+    _refuse([f"shape.{key} {value[key]!r}" for key, kind in fields.items() if type(value[key]) not in kind], where)
+    shape = ModelShape(**{**value, "layer_types": tuple(map(str, value["layer_types"]))})
+    shape.validate(where)
+    return shape
+
+
+def _hash(section: Any, where: str) -> str:
+    value = section.get("sha256") if isinstance(section, Mapping) else None
+    if not isinstance(value, str) or len(value) != 64:
+        raise PlanError(f"sha256 {value!r} is not a hash", where=where)
+    return value
+
+
+def _index_violations(key: str, value: Any, count: int, limit: int) -> list[str]:
+    """What is wrong with a list of kept indices, which must be ascending, ``count`` long and below ``limit``."""
+    if not isinstance(value, list) or any(type(index) is not int for index in value):
+        return [f"{key} is not a list of integers"]
+    found = [] if len(value) == count else [f"{key} has {len(value)} entries, not {count}"]
+    if any(not 0 <= index < limit for index in value):
+        found.append(f"{key} has entries outside 0..{limit - 1}")
+    if any(a >= b for a, b in itertools.pairwise(value)):
+        found.append(f"{key} is not strictly ascending")
+    return found
+
+
+def _experts(value: Any, plan: Plan, where: str) -> dict[str, tuple[ExpertGroup, ...]]:
+    expected = list(plan.source_blocks.values())
+    if not isinstance(value, Mapping) or sorted(value) != sorted(expected):
+        raise PlanError(f"experts are not given for exactly the blocks {', '.join(expected)}", where=where)
+    found = [violation for block in expected for violation in _block_violations(block, value[block], plan)]
+    _refuse(found, where)
+    return {block: _groups(value[block]) for block in expected}
+
+
+def _block_violations(block: str, value: Any, plan: Plan) -> list[str]:
+    if not isinstance(value, Mapping) or set(value) != {"kept", "merged"} or not isinstance(value["merged"], Mapping):
+        return [f"experts of {block} are not an object with 'kept' and 'merged'"]
+    limit = plan.source_shape.num_moe_experts
+    found = _index_violations(f"{block}: kept", value["kept"], plan.target_shape.num_moe_experts, limit)
+    if found:
+        return found
+    used = set(value["kept"])
+    for base, group in value["merged"].items():
+        if sentence := _group_violation(base, group, value["kept"], used, limit):
+            found.append(f"{block}: merged group {base} {sentence}")
+        else:
+            used |= set(group["members"])
+    return found
+
+
+def _group_violation(base: str, group: Any, kept: list[int], used: set[int], limit: int) -> str | None:
+    """What is wrong with one merged group, or None; ``used`` are the survivors and the members of earlier groups."""
+    if not isinstance(group, Mapping) or set(group) != {"members", "weights"}:
+        return "is not an object with 'members' and 'weights'"
+    members, weights = group["members"], group["weights"]
+    if not isinstance(members, list) or not isinstance(weights, list) or len(members) != len(weights):
+        return "has no weight for every member"
+    if _index_violations("members", members, len(members), limit) or base not in map(str, kept):
+        return "has members that are no ascending expert indices, or a base that is not kept"
+    if int(base) not in members or used & (set(members) - {int(base)}):
+        return "lacks its base or shares a member with another group"
+    if any(type(w) not in (int, float) or not math.isfinite(w) or w < 0 for w in weights):
+        return "has weights that are no finite non-negative numbers"
+    return None if abs(math.fsum(weights) - 1) <= _SUM_TOLERANCE else "has weights that do not sum to 1"
+
+
+def _groups(value: Mapping[str, Any]) -> tuple[ExpertGroup, ...]:
+    merged = value["merged"]
+    return tuple(
+        ExpertGroup(base, tuple(merged[str(base)]["members"]), tuple(map(float, merged[str(base)]["weights"])))
+        if str(base) in merged
+        else ExpertGroup(base, (base,), (1.0,))
+        for base in value["kept"]
+    )

@@ -1,0 +1,95 @@
+"""The before/after table of a pruning: for the terminal, for a file, for ``--json``."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+from megatron_slim.architecture.qwen3_next import count_parameters
+from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.pruning.plan import Plan
+
+
+class Summary(TypedDict):
+    """Sizes of one model; active parameters are those that one token visits, MTP left out."""
+
+    num_layers: int
+    full_attention_layers: int
+    linear_attention_layers: int
+    mtp_num_layers: int
+    hidden_size: int
+    num_moe_experts: int
+    moe_router_topk: int
+    parameters: int
+    parameters_without_mtp: int
+    active_parameters: int
+    bytes: int
+
+
+LABELS = {
+    "num_layers": "layers",
+    "full_attention_layers": "full attention",
+    "linear_attention_layers": "linear attention",
+    "mtp_num_layers": "MTP blocks",
+    "hidden_size": "hidden size",
+    "num_moe_experts": "experts",
+    "moe_router_topk": "top-k",
+    "parameters": "parameters",
+    "parameters_without_mtp": "without MTP",
+    "active_parameters": "active, without MTP",
+    "bytes": "bytes",
+}
+
+
+def summarise(shape: ModelShape, total_bytes: int) -> Summary:
+    """Sizes of a model."""
+    full = shape.layer_types.count(FULL_ATTENTION)
+    trunk = count_parameters(shape, include_mtp=False)
+    return Summary(
+        num_layers=shape.num_layers,
+        full_attention_layers=full,
+        linear_attention_layers=shape.num_layers - full,
+        mtp_num_layers=shape.mtp_num_layers,
+        hidden_size=shape.hidden_size,
+        num_moe_experts=shape.num_moe_experts,
+        moe_router_topk=shape.moe_router_topk,
+        parameters=count_parameters(shape).total,
+        parameters_without_mtp=trunk.total,
+        active_parameters=trunk.active,
+        bytes=total_bytes,
+    )
+
+
+def rows(before: Summary, after: Summary) -> list[tuple[str, str, str, str]]:
+    """Label, before, after and the share that is left, of every size."""
+    old: dict[str, Any] = dict(before)
+    new: dict[str, Any] = dict(after)
+    return [(label, f"{old[k]:,}", f"{new[k]:,}", _share(old[k], new[k])) for k, label in LABELS.items()]
+
+
+def _share(before: int, after: int) -> str:
+    return f"{100 * after / before:.1f}%" if before else ""
+
+
+def markdown(plan: Plan, before: Summary, after: Summary) -> str:
+    """The table as Markdown, with what decided it."""
+    experts = plan.recipe.experts
+    lines = ["# Pruning report", "", "| | before | after | left |", "|---|---:|---:|---:|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows(before, after)]
+    merged = sum(len(group.members) > 1 for groups in plan.experts.values() for group in groups)
+    total = sum(map(len, plan.experts.values()))
+    lines += [
+        "",
+        f"- depth: {plan.recipe.depth.method}; layers dropped: {_dropped_layers(plan)}",
+        f"- width: {plan.recipe.width.importance}",
+        f"- experts: {experts.method} by {experts.importance}, similarity by {experts.similarity}, "
+        f"preserve {experts.preserve}; {total - merged} of {total} survivors are unchanged, {merged} merged",
+        f"- source {plan.source_sha256}",
+        f"- statistics {plan.stats_sha256}",
+        f"- plan {plan.sha256}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _dropped_layers(plan: Plan) -> str:
+    dropped = sorted(set(range(plan.source_shape.num_layers)) - set(plan.kept_layers))
+    return f"{dropped[0]}-{dropped[-1]}" if dropped else "none"

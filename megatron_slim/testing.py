@@ -1,0 +1,204 @@
+"""Tiny models and multi-process runs for tests, on a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_slim.architecture.qwen3_next import hf_tensors
+from megatron_slim.architecture.shape import ModelShape, layer_pattern, shape_to_hf_config
+from megatron_slim.checkpoint.huggingface import specs_of, write_hf_checkpoint
+
+
+def tiny_shape(**overrides: Any) -> ModelShape:
+    """A model of 4 layers (3 linear, 1 full attention) and one MTP block; sizes by keyword.
+
+    ``layer_types`` follows ``num_layers`` unless it is given. Expert strides stay multiples of 16 bytes in bf16,
+    which transformers' grouped matmul needs.
+    """
+    layers = overrides.get("num_layers", len(overrides.get("layer_types", range(4))))
+    sizes: dict[str, Any] = {
+        "num_layers": layers,
+        "layer_types": layer_pattern(layers, 4),
+        "hidden_size": 64,
+        "vocab_size": 128,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "kv_channels": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_conv_kernel_dim": 4,
+        "num_moe_experts": 8,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 32,
+        "moe_shared_expert_intermediate_size": 32,
+        "mtp_num_layers": 1,
+        "rotary_base": 10000.0,
+        "rotary_percent": 0.25,
+        "max_position_embeddings": 512,
+        "layernorm_epsilon": 1e-6,
+        "norm_topk_prob": True,
+    }
+    shape = ModelShape(**{**sizes, **overrides})
+    shape.validate()
+    return shape
+
+
+def tiny_hf_config(shape: ModelShape) -> dict[str, Any]:
+    """config.json of a model of this shape, with the keys of the published one."""
+    base = {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 0,
+        "decoder_sparse_step": 1,
+        "eos_token_id": 1,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "intermediate_size": 2 * shape.hidden_size,
+        "mlp_only_layers": [],
+        "output_router_logits": False,
+        "rope_scaling": None,
+        "router_aux_loss_coef": shape.router_aux_loss_coef,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+    }
+    return shape_to_hf_config(shape, base)
+
+
+def _random_tensor(name: str, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    if name.endswith("A_log"):
+        return torch.empty(size).uniform_(1, 16, generator=generator).log()
+    noise = torch.randn(size, generator=generator)
+    if name.endswith(("linear_attn.norm.weight", "dt_bias")):
+        return 1 + 0.1 * noise
+    if len(size) == 1:
+        return 0.1 * noise
+    return 0.2 * noise if "conv1d" in name else 0.05 * noise
+
+
+def random_tensors(shape: ModelShape, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """Random weights of plausible scale under their Hugging Face names."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: _random_tensor(name, tensor.shape(shape), generator).to(dtype)
+        for name, tensor in hf_tensors(shape).items()
+    }
+
+
+def write_tiny_checkpoint(
+    directory: Path, shape: ModelShape, seed: int = 0, dtype: torch.dtype = torch.bfloat16, shards: int = 2
+) -> Path:
+    """Write a random Hugging Face checkpoint into ``directory`` (created if need be) and return it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = random_tensors(shape, seed, dtype)
+    specs = specs_of(shape, dtype)
+    total, largest = sum(spec.nbytes for spec in specs), max(spec.nbytes for spec in specs)
+    config = tiny_hf_config(shape) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    limit = total if shards == 1 else total // shards + largest
+    write_hf_checkpoint(directory, config, specs, tensors.items(), max_shard_bytes=limit)
+    return directory
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _run_rank(rank: int, function: Callable[..., Any], args: tuple[Any, ...], folder: str, env: dict[str, str]) -> None:
+    """Body of one rank: gloo, the function, its result or its traceback in a file."""
+    os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    status, outcome = 0, Path(folder) / f"result-{rank}"
+    try:
+        if env["SLIM_INIT"] == "1":
+            torch.distributed.init_process_group(
+                "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=int(env["WORLD_SIZE"])
+            )
+        payload = pickle.dumps(function(*args))
+    except BaseException:
+        status, payload = 1, traceback.format_exc().encode()
+    outcome.with_suffix(".partial").write_bytes(payload)
+    os.replace(outcome.with_suffix(".partial"), outcome)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # no teardown: a peer that failed would make it wait
+
+
+def run_distributed(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300.0, initialise: bool = True
+) -> list[Any]:
+    """Run ``function(*args)`` on ``world_size`` gloo ranks and return what each rank returned.
+
+    Ranks are forked from a server process that has imported torch and Megatron once; ``function`` must be importable
+    (a module-level function) and its result picklable.
+
+    Args:
+        world_size: number of processes.
+        function: called on every rank; torch.distributed is initialised unless ``initialise`` is false.
+        args: its arguments.
+        timeout: seconds for the whole run.
+        initialise: false when the function does it by itself, from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        RuntimeError: a rank failed (its traceback is in the message) or died.
+        TimeoutError: the ranks did not finish in time; they are killed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_slim.testing_preload"])
+    env = {
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "SLIM_INIT": str(int(initialise)),
+    }
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        ranks: list[BaseProcess] = []
+        stack.callback(_kill, ranks)
+        for rank in range(world_size):
+            process = context.Process(target=_run_rank, args=(rank, function, args, folder, env))
+            process.start()
+            ranks.append(process)
+        _wait(ranks, Path(folder), time.monotonic() + timeout)
+        return [pickle.loads((Path(folder) / f"result-{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def _wait(ranks: list[BaseProcess], folder: Path, deadline: float) -> None:
+    while any(process.exitcode is None for process in ranks):
+        if any(process.exitcode for process in ranks):
+            break
+        if time.monotonic() > deadline:
+            waiting = [rank for rank, process in enumerate(ranks) if process.exitcode is None]
+            raise TimeoutError(f"ranks {waiting} did not finish in time")
+        time.sleep(0.02)
+    failed = [rank for rank, process in enumerate(ranks) if process.exitcode]
+    if failed:
+        outcome = folder / f"result-{failed[0]}"
+        text = outcome.read_text(errors="replace") if outcome.exists() else f"exit code {ranks[failed[0]].exitcode}"
+        raise RuntimeError(f"rank {failed[0]} of {len(ranks)} failed:\n{text}")
+
+
+def _kill(ranks: list[BaseProcess]) -> None:
+    for process in ranks:
+        if process.exitcode is None:
+            process.kill()
+        process.join()

@@ -1,0 +1,11 @@
+"""What the server process of `testing.run_distributed` imports once, before it forks ranks; not for import."""
+
+from __future__ import annotations
+
+import importlib
+
+from megatron_slim import device
+
+device.install()
+for _module in ("megatron.core.dist_checkpointing", "megatron.core.models.gpt"):
+    importlib.import_module(_module)

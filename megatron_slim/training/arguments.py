@@ -1,0 +1,186 @@
+"""Command line of training: Megatron's own arguments plus a small group of ours.
+
+The model's shape is not typed in: it is read from the config.json that travels with every checkpoint, and handed to
+Megatron as the flags that it stands for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape, shape_from_hf_config
+from megatron_slim.checkpoint.distributed import HF_DIR
+from megatron_slim.checkpoint.huggingface import read_config
+from megatron_slim.distillation.schedule import SHAPES, Schedule
+from megatron_slim.errors import SlimError
+
+VOCAB_MULTIPLE = 128  # one padded vocabulary for every tensor parallel size that divides it
+
+
+def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Our group of arguments: the teacher, the loss weights, where the shape comes from."""
+    group = parser.add_argument_group("megatron_slim")
+    group.add_argument(
+        "--hf-config",
+        type=Path,
+        help="Directory whose config.json gives the model's shape. Default: that of --load if there is a checkpoint, "
+        "else that of --pretrained-checkpoint.",
+    )
+    group.add_argument(
+        "--teacher-load",
+        type=Path,
+        help="Teacher checkpoint, Hugging Face or torch_dist. Without it the run is plain LM + MTP-LM training.",
+    )
+    group.add_argument(
+        "--mtp-kd-target",
+        choices=("teacher-mtp", "teacher-main"),
+        help="What an MTP head learns from: the teacher's MTP head, or its main head further on. "
+        "Default: the teacher's MTP head where it has one.",
+    )
+    for name, shape, start, end in (("kd-lambda", "linear", 1.0, 0.75), ("mtp-beta", "cosine", 0.3, 0.1)):
+        group.add_argument(f"--{name}-schedule", choices=sorted(SHAPES), default=shape, help="SlimQwen section 3.3.")
+        group.add_argument(f"--{name}-start", type=float, default=start)
+        group.add_argument(f"--{name}-end", type=float, default=end)
+    group.add_argument(
+        "--no-teacher-check",
+        action="store_true",
+        help="Train even if the teacher's cross entropy on the first batch is no better than guessing.",
+    )
+    return parser
+
+
+def loss_schedules(args: argparse.Namespace) -> tuple[Schedule, Schedule]:
+    """Schedules of lambda and of beta."""
+    return (
+        Schedule(args.kd_lambda_schedule, args.kd_lambda_start, args.kd_lambda_end),
+        Schedule(args.mtp_beta_schedule, args.mtp_beta_start, args.mtp_beta_end),
+    )
+
+
+def padded_vocab_size(shape: ModelShape) -> int:
+    """Rows of embedding and output layer in training, the same under every tensor parallel size up to 128."""
+    return -(-shape.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def shape_directory(argv: list[str]) -> Path:
+    """Directory whose config.json describes the student.
+
+    Raises:
+        SlimError: no argument names one.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--hf-config", "--load", "--pretrained-checkpoint"):
+        early.add_argument(name, type=Path)
+    known, _ = early.parse_known_args(argv)
+    if known.hf_config is not None:
+        return Path(known.hf_config)
+    for directory in (known.load, known.pretrained_checkpoint):
+        if directory is not None and (directory / HF_DIR).is_dir():
+            return Path(directory / HF_DIR)
+    if known.pretrained_checkpoint is not None:
+        return Path(known.pretrained_checkpoint)
+    raise SlimError("no model shape", fix="give --hf-config, --pretrained-checkpoint or --load with a checkpoint in it")
+
+
+def read_shape(directory: Path) -> ModelShape:
+    """Shape of the model that a config.json describes; it is ours, or a published one's with its tensors beside it."""
+    config = read_config(directory)
+    depth = config.get("num_nextn_predict_layers", 0)
+    return shape_from_hf_config(config, mtp_num_layers=depth, where=str(directory / "config.json"))
+
+
+def model_flags(shape: ModelShape) -> list[str]:
+    """A model's shape as Megatron's command line flags."""
+    # Megatron's FLOP count, the only reader of this flag besides the config, wants the MTP blocks in the pattern.
+    kinds = [*shape.layer_types, *[FULL_ATTENTION] * shape.mtp_num_layers]
+    pattern = ",".join(str(int(kind == LINEAR_ATTENTION)) for kind in kinds)
+    values: dict[str, Any] = {
+        "--num-layers": shape.num_layers,
+        "--hidden-size": shape.hidden_size,
+        "--ffn-hidden-size": shape.moe_ffn_hidden_size,
+        "--num-attention-heads": shape.num_attention_heads,
+        "--num-query-groups": shape.num_query_groups,
+        "--kv-channels": shape.kv_channels,
+        "--max-position-embeddings": shape.max_position_embeddings,
+        "--position-embedding-type": "rope",
+        "--rotary-base": int(shape.rotary_base),
+        "--rotary-percent": shape.rotary_percent,
+        "--normalization": "RMSNorm",
+        "--norm-epsilon": shape.layernorm_epsilon,
+        "--experimental-attention-variant": "gated_delta_net",
+        "--linear-attention-freq": f"[{pattern}]",
+        "--linear-conv-kernel-dim": shape.linear_conv_kernel_dim,
+        "--linear-key-head-dim": shape.linear_key_head_dim,
+        "--linear-value-head-dim": shape.linear_value_head_dim,
+        "--linear-num-key-heads": shape.linear_num_key_heads,
+        "--linear-num-value-heads": shape.linear_num_value_heads,
+        "--num-experts": shape.num_moe_experts,
+        "--moe-router-topk": shape.moe_router_topk,
+        "--moe-ffn-hidden-size": shape.moe_ffn_hidden_size,
+        "--moe-shared-expert-intermediate-size": shape.moe_shared_expert_intermediate_size,
+        "--vocab-size": shape.vocab_size,
+        "--make-vocab-size-divisible-by": 1,
+        "--tokenizer-type": "NullTokenizer",
+        "--attention-dropout": 0.0,
+        "--hidden-dropout": 0.0,
+    }
+    if shape.mtp_num_layers:
+        values["--mtp-num-layers"] = shape.mtp_num_layers
+    switches = (
+        "--group-query-attention",
+        "--swiglu",
+        "--disable-bias-linear",
+        "--untie-embeddings-and-output-weights",
+        "--qk-layernorm",
+        "--apply-layernorm-1p",
+        "--attention-output-gate",
+        "--moe-shared-expert-gate",
+    )
+    return [str(word) for flag in values.items() for word in flag] + list(switches)
+
+
+# What Megatron turns on by default and no CPU has.
+CPU_FLAGS = (
+    "--transformer-impl=local",
+    "--distributed-backend=gloo",
+    "--no-gradient-accumulation-fusion",
+    "--no-masked-softmax-fusion",
+    "--no-persist-layer-norm",
+    "--no-rope-fusion",
+    "--no-bias-swiglu-fusion",
+    "--no-bias-dropout-fusion",
+)
+
+
+def default_flags() -> list[str]:
+    """Flags that this kind of model wants and the command line may override by naming them itself."""
+    flags = ["--moe-router-load-balancing-type=global_aux_loss", "--moe-token-dispatcher-type=alltoall"]
+    flags += ["--moe-router-dtype=fp32", "--ckpt-format=torch_dist", "--eval-iters=10"]
+    return [*flags, *CPU_FLAGS] if not torch.cuda.is_available() else [*flags, "--moe-grouped-gemm"]
+
+
+def complete_argv(argv: list[str]) -> tuple[list[str], ModelShape]:
+    """The command line that Megatron parses, and the student's shape.
+
+    Raises:
+        SlimError: a flag contradicts the shape, which config.json alone decides.
+    """
+    shape = read_shape(shape_directory(argv))
+    given = {word.split("=")[0] for word in argv if word.startswith("--")}
+    fixed = model_flags(shape)
+    if clash := sorted(given & {word for word in fixed if word.startswith("--")}):
+        raise SlimError(f"{', '.join(clash)} cannot be given", fix="the model's shape comes from its config.json")
+    defaults = [*default_flags(), f"--moe-aux-loss-coeff={shape.router_aux_loss_coef}"]
+    return [*(flag for flag in defaults if flag.split("=")[0] not in given), *fixed], shape
+
+
+def install_argv(argv: list[str]) -> ModelShape:
+    """Replace ``sys.argv``, which is what Megatron parses, by the completed command line."""
+    flags, shape = complete_argv(argv)
+    sys.argv[1:] = [*flags, *argv]
+    return shape

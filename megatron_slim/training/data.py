@@ -1,0 +1,110 @@
+"""Datasets and batches of training: Megatron's GPT datasets, handed to Megatron's loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.utils import get_batch_on_this_tp_rank
+from megatron.training import get_args, get_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split
+from torch import Tensor
+
+from megatron_slim.errors import DataError
+
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+Batch = dict[str, Tensor | None]
+
+
+def dataset_config() -> GPTDatasetConfig:
+    """Megatron's dataset configuration from its arguments."""
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=False,
+        full_validation=args.full_validation,
+    )
+
+
+def build_datasets(num_samples: tuple[int, int | None, int | None]) -> list[Any]:
+    """Train, validation and test datasets of at least so many samples each."""
+    args = get_args()
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    # Every rank builds: the teacher check needs a sample on each, and indices are cached on disk or made in seconds.
+    datasets: list[Any] = BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, dataset_config()).build()
+    return datasets
+
+
+def next_batch(
+    iterator: Iterator[dict[str, Tensor]] | None, vocab_size: int, vp_stage: int | None, *, tokens_on_last_stage: bool
+) -> Batch:
+    """This rank's part of the next micro-batch; None for what its pipeline stage does not need.
+
+    Raises:
+        DataError: a token id is outside the vocabulary.
+    """
+    args = get_args()
+    first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+    if not (first or last):
+        return dict.fromkeys(BATCH_KEYS)
+    batch: dict[str, Any] = {}
+    if parallel_state.get_tensor_model_parallel_rank() == 0:
+        assert iterator is not None
+        sample = next(iterator)
+        check_token_ids(sample, vocab_size)
+        batch = {key: sample[key].cuda(non_blocking=True) for key in BATCH_KEYS}
+    whole: Batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=False,
+        broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
+        broadcast_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_size=1,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=last and tokens_on_last_stage,
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        is_pipeline_first_stage=first,
+        is_pipeline_last_stage=last,
+    )
+    return whole
+
+
+def check_token_ids(sample: dict[str, Tensor], vocab_size: int) -> None:
+    """Refuse token ids that the model has no embedding for."""
+    largest = max(int(sample["tokens"].max()), int(sample["labels"].max()))
+    if largest >= vocab_size:
+        raise DataError(
+            f"token id {largest} is beyond the vocabulary of {vocab_size}",
+            where="training data",
+            fix="preprocess with the model's own tokenizer",
+        )
+
+
+class RepeatedSample(Iterator[dict[str, Tensor]]):
+    """An endless iterator over one batch, collated from the first samples of a dataset."""
+
+    def __init__(self, dataset: Any, batch_size: int) -> None:
+        self.batch = torch.utils.data.default_collate([dataset[i % len(dataset)] for i in range(batch_size)])
+
+    def __next__(self) -> dict[str, Tensor]:
+        return {key: value for key, value in self.batch.items() if isinstance(value, Tensor)}

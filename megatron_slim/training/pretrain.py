@@ -1,0 +1,275 @@
+"""Training with LM + KD + MTP-LM + MTP-KD losses, by Megatron's own loop (``megatron.training.pretrain``)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import TransformerConfig
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_args, get_timers, pretrain
+from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+from torch import Tensor
+
+from megatron_slim.architecture.layer_specs import build_model, shape_config_fields
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.checkpoint.convert import load_weights, open_checkpoint
+from megatron_slim.checkpoint.distributed import HF_DIR
+from megatron_slim.checkpoint.huggingface import carry_files, read_config
+from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine
+from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel, HiddenStatesModel
+from megatron_slim.errors import EXIT_USER_ERROR, CheckpointError, SlimError
+from megatron_slim.files import new_directory, to_json, write_atomic
+from megatron_slim.training.arguments import (
+    add_slim_arguments,
+    install_argv,
+    loss_schedules,
+    padded_vocab_size,
+    read_shape,
+    shape_directory,
+)
+from megatron_slim.training.data import Batch, RepeatedSample, build_datasets, next_batch
+
+GUESSING = 0.95  # a teacher whose cross entropy is above this share of log V has learnt nothing of use
+
+
+@dataclasses.dataclass
+class Run:
+    """What the callbacks of Megatron's loop share."""
+
+    shape: ModelShape
+    teacher_shape: ModelShape | None
+    mtp_kd_target: str
+    chunks: list[DistillationModel] = dataclasses.field(default_factory=list)
+    checked: bool = False
+
+    def model_provider(
+        self,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        config: TransformerConfig | None = None,
+        pg_collection: Any = None,
+    ) -> DistillationModel:
+        """Build one pipeline stage of the student, its teacher beside it with weights loaded."""
+        args = get_args()
+        base = config or core_transformer_config_from_args(args)
+        stage: dict[str, Any] = {
+            "pre_process": pre_process,
+            "post_process": post_process,
+            "vp_stage": vp_stage,
+            "pg_collection": pg_collection,
+            "max_sequence_length": args.max_position_embeddings,
+        }
+        student = build_model(
+            self.shape,
+            dataclasses.replace(base, **shape_config_fields(self.shape)),
+            padded_vocab_size=padded_vocab_size(self.shape),
+            model_class=DistillationModel,
+            **stage,
+        )
+        assert isinstance(student, DistillationModel)
+        student.unpadded_vocab_size = self.shape.vocab_size
+        if self.teacher_shape is not None:
+            student.attach_teacher(self._build_teacher(base, stage), self.mtp_kd_target)
+        self.chunks.append(student)
+        if self.teacher_shape is not None and len(self.chunks) == (args.virtual_pipeline_model_parallel_size or 1):
+            load_weights([chunk.teacher for chunk in self.chunks], open_checkpoint(args.teacher_load))
+        return student
+
+    def _build_teacher(self, base: TransformerConfig, stage: dict[str, Any]) -> HiddenStatesModel:
+        assert self.teacher_shape is not None
+        fields = shape_config_fields(self.teacher_shape) | {"recompute_granularity": None, "perform_initialization": False}
+        teacher = build_model(
+            self.teacher_shape,
+            dataclasses.replace(base, **fields),
+            padded_vocab_size=padded_vocab_size(self.teacher_shape),
+            model_class=HiddenStatesModel,
+            **stage,
+        )
+        assert isinstance(teacher, HiddenStatesModel)
+        return teacher.to(base.params_dtype)
+
+    def datasets_provider(self, num_samples: tuple[int, Any, Any], vp_stage: int | None = None) -> list[Any]:
+        """Build the datasets; before the first step, see that the teacher knows something of them."""
+        datasets = build_datasets(num_samples)
+        last_chunk = vp_stage is None or vp_stage == len(self.chunks) - 1
+        if self.teacher_shape is not None and not get_args().no_teacher_check and last_chunk and not self.checked:
+            self.checked = True
+            check_teacher(self, datasets[0])
+        return datasets
+
+    def batch(self, iterator: Iterator[Any], vp_stage: int | None) -> Batch:
+        """What this stage needs of the next micro-batch; MTP blocks need the tokens on the last stage."""
+        has_mtp = bool(self.shape.mtp_num_layers or (self.teacher_shape and self.teacher_shape.mtp_num_layers))
+        return next_batch(iterator, self.shape.vocab_size, vp_stage, tokens_on_last_stage=has_mtp)
+
+    def forward_step(self, iterator: Iterator[Any], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+        """One micro-batch through one stage, and the function that reduces its losses on the last one."""
+        timers = get_timers()
+        timers("batch-generator", log_level=2).start()
+        batch = self.batch(iterator, get_attr_wrapped_model(model, "vp_stage"))
+        timers("batch-generator").stop()
+        output = model(batch["tokens"], batch["position_ids"], None, batch["labels"])
+        return output, partial(self.reduce_losses, batch["loss_mask"])
+
+    def reduce_losses(self, loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """SlimQwen eq. 12 with this iteration's lambda and beta, in the form that Megatron's loop wants."""
+        args = get_args()
+        kd_lambda, mtp_beta = (
+            schedule.at(getattr(args, "curr_iteration", args.iteration), args.train_iters)
+            for schedule in loss_schedules(args)
+        )
+        losses = TokenLosses.unstack(output, has_teacher=self.teacher_shape is not None)
+        total, tokens, report = combine(losses, loss_mask, LossWeights(kd_lambda, mtp_beta))
+        _refuse_nonfinite(report)
+        return total, tokens.to(torch.int), {name: torch.stack(pair) for name, pair in report.items()}
+
+
+def _refuse_nonfinite(report: dict[str, tuple[Tensor, Tensor]]) -> None:
+    for name, (value, _) in report.items():
+        if not torch.isfinite(value):
+            raise SlimError(f"{name} is {value.item()}", where=f"iteration {get_args().curr_iteration}, last stage")
+
+
+def check_teacher(run: Run, dataset: Any) -> None:
+    """Compute the teacher's own cross entropy on the first batch; a broken teacher must not train anybody.
+
+    All ranks take part and all raise together.
+
+    Raises:
+        CheckpointError: it is not finite, or not better than guessing.
+    """
+    args = get_args()
+    iterator = RepeatedSample(dataset, args.micro_batch_size)
+
+    def step(_: Any, model: Any) -> tuple[Tensor, Callable[..., Any]]:
+        batch = run.batch(iterator, model.vp_stage)
+        output = model(batch["tokens"], batch["position_ids"], None, batch["labels"])
+        return output, partial(teacher_loss, batch["loss_mask"])
+
+    def teacher_loss(loss_mask: Tensor, output: Tensor, non_loss_data: bool = True) -> Tensor:
+        losses = TokenLosses.unstack(output, has_teacher=True)
+        assert losses.teacher_lm is not None
+        return (losses.teacher_lm * loss_mask).sum() / loss_mask.sum()
+
+    chunks: list[Any] = list(run.chunks)
+    modes = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    virtual = len(chunks) if len(chunks) > 1 else None
+    with torch.no_grad():
+        found = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=[iterator] * len(chunks) if virtual else iterator,
+            model=chunks if virtual else chunks[0],
+            num_microbatches=parallel_state.get_pipeline_model_parallel_world_size() if virtual else 1,
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    for chunk, mode in zip(chunks, modes, strict=True):
+        chunk.train(mode)
+    # -inf from the stages that saw no loss; NaN would vanish in MAX, so it travels as +inf.
+    loss = found[0].reshape(1).float() if found else torch.full((1,), -math.inf, device=torch.cuda.current_device())
+    loss = torch.where(torch.isnan(loss), torch.full_like(loss, math.inf), loss)
+    torch.distributed.all_reduce(loss, op=torch.distributed.ReduceOp.MAX)
+    judge_teacher(float(loss), run.shape.vocab_size, args.teacher_load)
+
+
+def judge_teacher(loss: float, vocab_size: int, where: Path) -> None:
+    """Say what the teacher's cross entropy is, or refuse it.
+
+    Raises:
+        CheckpointError: not finite, or at least `GUESSING` of log V.
+    """
+    uniform = math.log(vocab_size)
+    if not loss < GUESSING * uniform:
+        if torch.distributed.get_rank() != 0:  # rank 0 speaks for all
+            sys.stdout.flush()
+            os._exit(EXIT_USER_ERROR)
+        raise CheckpointError(
+            f"the teacher's cross entropy on the first batch is {loss:.4g}, guessing gives {uniform:.4g}",
+            where=str(where),
+            fix="check the checkpoint and that the data was tokenised with its tokenizer, or pass --no-teacher-check",
+        )
+    if torch.distributed.get_rank() == 0:
+        print(f"teacher lm loss on the first batch: {loss:.6f} (guessing: {uniform:.6f})", flush=True)
+
+
+def _plan_run(shape: ModelShape, args: Any) -> Run:
+    """Check what Megatron cannot know: that teacher and student fit each other and the layout."""
+    stages = args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)
+    if args.context_parallel_size > 1:
+        raise SlimError("--context-parallel-size above 1 is not supported", fix="use tensor, pipeline or expert parallelism")
+    if args.teacher_load is None:
+        return Run(shape, None, TEACHER_MTP)
+    teacher = open_checkpoint(args.teacher_load)
+    found = []
+    if teacher.shape.vocab_size != shape.vocab_size:
+        found.append(f"vocabulary {teacher.shape.vocab_size}, the student has {shape.vocab_size}")
+    if teacher.shape.num_layers % stages:
+        found.append(f"{teacher.shape.num_layers} layers do not divide into {stages} pipeline stages")
+    target = args.mtp_kd_target or (TEACHER_MTP if teacher.shape.mtp_num_layers else TEACHER_MAIN)
+    if target == TEACHER_MTP and shape.mtp_num_layers and not teacher.shape.mtp_num_layers:
+        found.append("no MTP head for --mtp-kd-target teacher-mtp; use teacher-main")
+    if found:
+        raise SlimError("; ".join(found), where=f"--teacher-load {args.teacher_load}")
+    return Run(shape, teacher.shape, target)
+
+
+def keep_hf_files(source: Path, save: Path) -> None:
+    """Put config.json and the tokenizer beside the checkpoints of this run, so that they can be exported."""
+    if (save / HF_DIR).is_dir():
+        return
+    save.mkdir(parents=True, exist_ok=True)
+    with new_directory(save / HF_DIR) as directory:
+        write_atomic(directory / "config.json", to_json(read_config(source)))
+        carry_files(source, directory)
+
+
+def main(argv: list[str]) -> None:
+    """Train from the command line; see ``examples/slimqwen/pretrain_distill.sh``."""
+    source = shape_directory(argv)
+    shape = install_argv(argv)
+    args = parse_and_validate_args(add_slim_arguments)
+    run = _plan_run(shape, args)
+    if args.save and args.rank == 0:
+        keep_hf_files(source, Path(args.save))
+    provider = partial(run.datasets_provider)
+    provider.is_distributed = True  # type: ignore[attr-defined]
+    pretrain(
+        pretrain_cfg_container_from_args(args),
+        provider,
+        ModelType.encoder_or_decoder,
+        run.forward_step,
+        model_provider=run.model_provider,
+    )
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def run_from_command_line() -> None:
+    """`main`, with a `SlimError` as one line on stderr and exit code 2.
+
+    Before the ranks are connected all of them find the same fault and rank 0 speaks for them.
+    """
+    try:
+        main(sys.argv[1:])
+    except SlimError as error:
+        if torch.distributed.is_initialized() or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        # No teardown: a collective with a peer that has left would hang.
+        os._exit(EXIT_USER_ERROR)

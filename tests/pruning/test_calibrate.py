@@ -1,0 +1,213 @@
+"""Calibration against fp64 statistics of the hidden states of transformers' own model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_slim import device
+from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.errors import CheckpointError, DataError
+from megatron_slim.pruning import statistics
+from megatron_slim.pruning.source import fingerprint
+from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
+
+device.install()
+
+from megatron_slim.pruning.calibrate import calibrate  # noqa: E402 (megatron is imported after the seam)
+
+
+class Reference:
+    """All statistics, from transformers' fp32 hidden states, in fp64 and without Megatron."""
+
+    def __init__(self, checkpoint: HFCheckpoint, samples: np.ndarray) -> None:
+        from transformers import Qwen3NextForCausalLM
+
+        self.checkpoint, self.shape = checkpoint, checkpoint.shape
+        self.tokens = torch.from_numpy(samples)
+        self.model = Qwen3NextForCausalLM.from_pretrained(
+            checkpoint.path, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self.seen: dict[str, Tensor] = {}
+        for index, layer in enumerate(self.model.model.layers):
+            for name in ("input_layernorm", "post_attention_layernorm"):
+                self._watch(f"{index}.{name}", getattr(layer, name))
+            self._watch(f"{index}.output", layer)
+        self._watch("norm", self.model.model.norm)
+        self._watch("embedding", self.model.model.embed_tokens)
+        with torch.no_grad():
+            self.model(self.tokens, use_cache=False)
+            self.trunk = dict(self.seen)
+            self.mtp_input = self._mtp_block_input() if self.shape.mtp_num_layers else None
+
+    def _watch(self, name: str, module: torch.nn.Module) -> None:
+        def keep(module: Any, args: Any, output: Any) -> None:
+            self.seen[name] = (output[0] if isinstance(output, tuple) else output).detach().double()
+
+        module.register_forward_hook(keep)
+
+    def weight(self, name: str) -> Tensor:
+        return self.checkpoint.read(name).double()
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        return torch.nn.functional.rms_norm(
+            x, x.shape[-1:], 1 + self.weight(name), self.shape.layernorm_epsilon
+        )
+
+    def _mtp_block_input(self) -> Tensor:
+        """Input of the MoE of the MTP block, which transformers has no class for: one of its layers, reloaded."""
+        pair = (
+            self._norm(self.seen["embedding"][:, 1:], "mtp.pre_fc_norm_embedding.weight"),
+            self._norm(self.seen["norm"][:, :-1], "mtp.pre_fc_norm_hidden.weight"),
+        )
+        hidden = (torch.cat(pair, -1) @ self.weight("mtp.fc.weight").T).float()
+        index = self.shape.layer_types.index(FULL_ATTENTION)
+        layer = self.model.model.layers[index]
+        state = {
+            name: self.checkpoint.read(f"mtp.layers.0.{name}").float()
+            for name in layer.state_dict()
+            if ".experts." not in name
+        }
+        layer.load_state_dict(state, strict=False)
+        length = hidden.shape[1]
+        positions = torch.arange(length)[None]
+        mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
+        rotary = self.model.model.rotary_emb(hidden, positions)
+        layer(hidden, position_embeddings=rotary, attention_mask=mask, position_ids=positions)
+        return self.seen[f"{index}.post_attention_layernorm"]
+
+    def experts(self, block: str, inputs: Tensor) -> dict[str, np.ndarray]:
+        x = inputs.flatten(0, 1)
+        gate = self.weight(f"{block}.mlp.gate.weight")
+        logits = x @ gate.T
+        probabilities = logits.softmax(-1)
+        count, topk = self.shape.num_moe_experts, self.shape.moe_router_topk
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, logits.topk(topk).indices, True)
+        shares = probabilities * chosen / (probabilities * chosen).sum(-1, keepdim=True)
+        gates = shares if self.shape.norm_topk_prob else probabilities * chosen
+        reap, vectors = torch.zeros(count).double(), torch.zeros(count, x.shape[1]).double()
+        for expert in range(count):
+            prefix = f"{block}.mlp.experts.{expert}"
+            routed = x[chosen[:, expert]]
+            inner = torch.nn.functional.silu(routed @ self.weight(f"{prefix}.gate_proj.weight").T)
+            inner = inner * (routed @ self.weight(f"{prefix}.up_proj.weight").T)
+            output = inner @ self.weight(f"{prefix}.down_proj.weight").T
+            if len(routed):
+                reap[expert] = (gates[chosen[:, expert], expert] * output.square().sum(-1).sqrt()).mean()
+                vectors[expert] = output.mean(0)
+        return {
+            statistics.importance_key(block, "frequency"): chosen.double().mean(0).numpy(),
+            statistics.importance_key(block, "soft_logits"): shares.mean(0).numpy(),
+            statistics.importance_key(block, "reap"): reap.numpy(),
+            statistics.similarity_key(block, "router_weights"): cosines(gate),
+            statistics.similarity_key(block, "router_logits"): cosines(logits.T),
+            statistics.similarity_key(block, "expert_vectors"): cosines(vectors),
+        }
+
+    def all(self) -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = {}
+        total = self.trunk["norm"].abs().mean((0, 1))
+        before = self.trunk["embedding"].mean((0, 1))
+        for layer in range(self.shape.num_layers):
+            total = total + self.trunk[f"{layer}.input_layernorm"].abs().mean((0, 1))
+            total = total + self.trunk[f"{layer}.post_attention_layernorm"].abs().mean((0, 1))
+            found |= self.experts(f"model.layers.{layer}", self.trunk[f"{layer}.post_attention_layernorm"])
+            after = self.trunk[f"{layer}.output"].mean((0, 1))
+            found[statistics.cosine_key(layer)] = np.array(float(before @ after / before.norm() / after.norm()))
+            before = after
+        found[statistics.HIDDEN] = (total / self.shape.num_layers).numpy()
+        if self.mtp_input is not None:
+            found |= self.experts("mtp.layers.0", self.mtp_input)
+        return found
+
+
+def cosines(rows: Tensor) -> np.ndarray:
+    lengths = rows.norm(dim=-1, keepdim=True)
+    unit = torch.where(lengths > 0, rows / lengths, torch.zeros_like(rows))
+    return (unit @ unit.T).numpy()
+
+
+SHAPES = {
+    "hybrid": tiny_shape(num_layers=5),
+    "grouped heads, gates not renormalised, no MTP": tiny_shape(
+        layer_types=("full_attention", "linear_attention"),
+        num_attention_heads=6,
+        num_query_groups=2,
+        linear_num_key_heads=1,
+        linear_num_value_heads=3,
+        num_moe_experts=6,
+        moe_router_topk=3,
+        hidden_size=48,
+        norm_topk_prob=False,
+        mtp_num_layers=0,
+    ),
+    "experts never routed": tiny_shape(num_layers=4, num_moe_experts=16, moe_router_topk=2),
+}
+
+
+def calibrated(path: Path, shape: ModelShape, samples: np.ndarray, **kwargs: Any) -> tuple[HFCheckpoint, Any]:
+    source = HFCheckpoint.open(write_tiny_checkpoint(path, shape, dtype=torch.float32))
+    return source, calibrate(source, samples, **kwargs)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_statistics_equal_fp64_reference(name: str, tmp_path: Path) -> None:
+    shape = SHAPES[name]
+    size = (1, 5) if "never" in name else (5, 24)
+    samples = np.random.default_rng(1).integers(0, shape.vocab_size, size)
+    source, stats = calibrated(tmp_path / "hf", shape, samples, micro_batch_size=2)
+    stats.check(shape, fingerprint(source))
+    expected = Reference(source, samples).all()
+    assert stats.tensors.keys() == expected.keys()
+    if "never" in name:
+        assert all((expected[statistics.importance_key(b, "reap")] == 0).any() for b in shape.blocks)
+    for key, values in expected.items():
+        # Cosines of random vectors pass through zero: there the tolerance is that of their scale, 1.
+        atol = 1e-5 if "similarity" in key else 0
+        np.testing.assert_allclose(stats.tensors[key], values, rtol=1e-5, atol=atol, err_msg=key)
+
+
+def test_batch_size_changes_nothing_but_rounding(tmp_path: Path) -> None:
+    shape = tiny_shape()
+    samples = np.random.default_rng(2).integers(0, shape.vocab_size, (5, 12))
+    source, one = calibrated(tmp_path / "hf", shape, samples, micro_batch_size=1)
+    again, many = calibrate(source, samples, micro_batch_size=1), calibrate(source, samples, micro_batch_size=4)
+    assert one.sha256 == again.sha256, "same inputs, same bytes"
+    for key, values in one.tensors.items():
+        np.testing.assert_allclose(many.tensors[key], values, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+def test_samples_longer_than_the_model_reads_are_refused(tmp_path: Path) -> None:
+    shape = tiny_shape(max_position_embeddings=16)
+    with pytest.raises(DataError, match=r"samples of 17 tokens, the model's max_position_embeddings is 16"):
+        calibrated(tmp_path / "hf", shape, np.zeros((2, 17), dtype=np.int64))
+
+
+def test_a_sample_of_one_token_is_refused_where_there_is_an_mtp_block(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="too short for the MTP block"):
+        calibrated(tmp_path / "hf", tiny_shape(), np.zeros((2, 1), dtype=np.int64))
+
+
+@pytest.mark.parametrize(
+    ("broken", "named"),
+    [
+        ("model.layers.2.mlp.experts.0.down_proj.weight", "model.layers.2"),
+        ("model.layers.1.input_layernorm.weight", "model.layers.1"),
+        ("model.embed_tokens.weight", "model.embed_tokens"),
+        ("model.norm.weight", "model.norm"),
+        ("mtp.fc.weight", "mtp.fc"),
+        ("mtp.layers.0.self_attn.o_proj.weight", "mtp.layers.0"),
+    ],
+)
+def test_activations_that_are_not_finite_are_named(broken: str, named: str, tmp_path: Path) -> None:
+    source = HFCheckpoint.open(write_tiny_checkpoint(tmp_path / "hf", tiny_shape(moe_router_topk=8)))
+    read = source.read
+    source.read = lambda name: read(name) * (float("nan") if name == broken else 1)  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError, match=f"output of {named} is not finite"):
+        calibrate(source, np.arange(12).reshape(2, 6))
