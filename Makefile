@@ -56,5 +56,5 @@ lint: $(READY)
 	$(BIN)shellcheck $(SCRIPTS)
 
 clean:
-	rm -rf build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis ./*.egg-info
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis ./*.egg-info
 	find . -path "./$(or $(VENV),.venv)" -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
@@ -69,7 +70,8 @@ def init_single_process(seed: int = 1234) -> None:
     if not torch.distributed.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(0)
-        torch.distributed.init_process_group(backend(), store=torch.distributed.HashStore(), rank=0, world_size=1)
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        torch.distributed.init_process_group(backend(), store=store, rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(seed)
@@ -103,6 +105,12 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _redirect_tensors() -> None:
     # A TorchFunctionMode would be shorter, but it is inactive in autograd's threads, where recomputation runs.
+    # `with torch.device(...)` knows the factories by identity: let it remember the real ones (it caches them), or it
+    # has no effect any more, and transformers, which builds on "meta", then leaves its rotary buffers uninitialised.
+    _device_constructors()
+    with torch.device("cpu"):
+        # `with torch.device(...)` knows the factories by identity, and remembers them at its first use: before ours.
+        torch.empty(0)
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in _METHODS:
@@ -139,7 +147,7 @@ def _redirect_generator() -> None:
         torch.default_generator.manual_seed(int(seed))
 
     for module in (torch.cuda, torch.cuda.random):
-        module.get_rng_state, module.set_rng_state = get_rng_state, set_rng_state  # type: ignore[attr-defined, assignment]
+        module.get_rng_state, module.set_rng_state = get_rng_state, set_rng_state  # type: ignore[attr-defined]
         module.manual_seed = manual_seed  # type: ignore[attr-defined]
 
 

@@ -117,9 +117,9 @@ def parse_recipe(document: Any, *, where: str = "recipe") -> Recipe:
     found += _unknown_keys(document, ["version", *SECTIONS], "")
     if "target" not in document:
         found.append("target is missing")
-    for section, kind in SECTIONS.items():
+    for section, schema in SECTIONS.items():
         if section in document:
-            found += _section_violations(section, kind, document[section])
+            found += _section_violations(section, schema, document[section])
     if found:
         raise RecipeError("; ".join(found), where=where)
     return Recipe(**{section: kind(**document[section]) for section, kind in SECTIONS.items() if section in document})

@@ -113,7 +113,7 @@ def diagnose(where: Path) -> dict[str, Any]:
     """Collect all findings and print them.
 
     Raises:
-        SlimError: something is in the way; the problems are named.
+        SlimError: ``where`` is no directory.
     """
     if not where.is_dir():
         raise SlimError("no such directory", where=str(where))
@@ -136,6 +136,19 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def main() -> None:
+    """Run; exit code 1 when there are problems."""
+    args = parse_args()
+    problems: list[str] = []
+
+    def run() -> dict[str, Any]:
+        results = diagnose(args.disk)
+        problems.extend(results["problems"])
+        return results
+
+    run_tool(run, as_json=args.json)
+    raise SystemExit(1 if problems else 0)
+
+
 if __name__ == "__main__":
-    arguments = parse_args()
-    run_tool(lambda: diagnose(arguments.disk), as_json=arguments.json)
+    main()

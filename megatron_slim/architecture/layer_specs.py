@@ -115,7 +115,7 @@ class _PlainNorm:
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float) -> nn.Module:  # type: ignore[misc]
         config = copy.copy(config)
         config.layernorm_zero_centered_gamma = False
-        norm: nn.Module = cls.backend.layer_norm(rms_norm=True)(config=config, hidden_size=hidden_size, eps=eps)  # type: ignore[assignment]
+        norm: nn.Module = cls.backend.layer_norm(rms_norm=True)(config=config, hidden_size=hidden_size, eps=eps)
         return norm
 
 
@@ -207,7 +207,8 @@ def build_model(
     if shape.mtp_num_layers:
         mtp_block = get_gpt_mtp_block_spec_for_backend(config, specs[FULL_ATTENTION], backend, vp_stage=vp_stage)
     if padded_vocab_size is None:
-        padded_vocab_size = -(-shape.vocab_size // config.tensor_model_parallel_size) * config.tensor_model_parallel_size
+        ranks = config.tensor_model_parallel_size
+        padded_vocab_size = -(-shape.vocab_size // ranks) * ranks
     return model_class(
         config=config,
         transformer_layer_spec=block,

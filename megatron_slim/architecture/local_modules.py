@@ -29,7 +29,7 @@ def norm_weight(config: TransformerConfig, size: int) -> nn.Parameter:
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm that follows ``layernorm_zero_centered_gamma`` and sequence parallelism, as `WrappedTorchNorm` does not."""
+    """RMSNorm with zero-centred weights and sequence parallelism, both of which `WrappedTorchNorm` refuses."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()

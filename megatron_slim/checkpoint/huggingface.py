@@ -102,7 +102,7 @@ class HFCheckpoint:
 
         Args:
             name: tensor name.
-            dim0_index: rows in the order wanted; None for all.
+            dim0_index: rows in the order wanted, at least one; None for all.
             dim1_index: columns in the order wanted; None for all.
         """
         if dim0_index is None:
@@ -114,11 +114,11 @@ class HFCheckpoint:
         return rows.index_select(1, torch.as_tensor(np.asarray(dim1_index, dtype=np.int64)))
 
     def _gather(self, entry: TensorEntry, index: npt.NDArray[np.int64]) -> Tensor:
-        assert index.size == 0 or (index.min() >= 0 and index.max() < entry.shape[0]), "row index out of range"
+        assert index.min() >= 0 and index.max() < entry.shape[0], "row index out of range"
         step = entry.row_bytes
         buffer = bytearray(index.size * step)
         view = memoryview(buffer)
-        starts = np.flatnonzero(np.diff(index, prepend=-2) != 1)
+        starts = np.flatnonzero(np.diff(index, prepend=-2) != 1)  # of runs of consecutive rows
         for start, stop in zip(starts, [*starts[1:], index.size], strict=True):
             pread_into(entry.file, entry.offset + int(index[start]) * step, view[start * step : stop * step])
         return torch.frombuffer(buffer, dtype=entry.dtype).view(index.size, *entry.shape[1:])

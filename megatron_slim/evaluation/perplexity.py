@@ -222,9 +222,7 @@ class _Forward:
             logits = (chunk.to(self.device) @ weight.T).float()
             total += F.cross_entropy(logits, wanted.to(self.device), reduction="none").double().sum().item()
         if not math.isfinite(total):
-            raise CheckpointError(
-                "the loss is not a finite number", where=str(self.source.path), fix="check its weights"
-            )
+            raise CheckpointError("its loss is not finite", where=str(self.source.path), fix="its weights are broken")
         return total / targets.numel()
 
 

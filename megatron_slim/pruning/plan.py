@@ -24,6 +24,8 @@ from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import Recipe
 
 VERSION = 1
+# A row of an expert is a multiple of 16 bytes in bf16, or PyTorch's grouped matmul, which transformers uses, fails.
+HIDDEN_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,11 @@ def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") ->
             f"moe_router_topk {topk} is larger than num_moe_experts {experts} of the target"
             + ("" if recipe.target.moe_router_topk else " (set target.moe_router_topk)")
         )
+    hidden = recipe.target.hidden_size or shape.hidden_size
+    if hidden < shape.hidden_size and hidden % HIDDEN_MULTIPLE:
+        found.append(f"target.hidden_size {hidden} is not a multiple of {HIDDEN_MULTIPLE} (grouped matmul needs that)")
+    if recipe.target.moe_router_topk == 1 and shape.norm_topk_prob:
+        found.append("moe_router_topk 1 with norm_topk_prob leaves the router without a gradient")
     layers = recipe.target.num_layers or shape.num_layers
     if layers <= shape.num_layers and not _leaves_full_attention(recipe, shape, layers):
         found.append(f"target.num_layers {layers} leaves no full_attention layer")

@@ -79,6 +79,7 @@ def markdown(plan: Plan, before: Summary, after: Summary) -> str:
     total = sum(map(len, plan.experts.values()))
     lines += [
         "",
+        *_period_lost(plan),
         f"- depth: {plan.recipe.depth.method}; layers dropped: {_dropped_layers(plan)}",
         f"- width: {plan.recipe.width.importance}",
         f"- experts: {experts.method} by {experts.importance}, similarity by {experts.similarity}, "
@@ -88,6 +89,14 @@ def markdown(plan: Plan, before: Summary, after: Summary) -> str:
         f"- plan {plan.sha256}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _period_lost(plan: Plan) -> list[str]:
+    lost = plan.source_shape.full_attention_interval and not plan.target_shape.full_attention_interval
+    warning = (
+        "- attention: the layers that are left have no period, so SGLang, which reads only that, cannot serve them"
+    )
+    return [warning] if lost else []
 
 
 def _dropped_layers(plan: Plan) -> str:

@@ -94,18 +94,17 @@ def select(
     return tensor
 
 
-def open_source(path: Path, hf_config: Path | None = None) -> tuple[Source, Path]:
+def open_source(path: Path) -> tuple[Source, Path]:
     """Open a checkpoint of either format, and say where its tokenizer files are.
 
     Args:
-        path: a Hugging Face or a torch_dist directory.
-        hf_config: directory with the config.json of a torch_dist checkpoint, where that is not in its ``hf/``.
+        path: a Hugging Face directory, or a torch_dist one with its config.json in ``hf/``.
 
     Raises:
         CheckpointError: see `HFCheckpoint.open` and `DistCheckpoint.open`.
     """
     if is_torch_dist(path):
-        checkpoint = DistCheckpoint.open(path, hf_config)
+        checkpoint = DistCheckpoint.open(path)
         return DistSource(checkpoint), checkpoint.config_path
     return HFCheckpoint.open(path), path
 

@@ -19,13 +19,13 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers, pretrain
 from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
+from megatron.training.arguments import parse_and_validate_args, parse_args
 from torch import Tensor
 
 from megatron_slim.architecture.layer_specs import build_model, shape_config_fields
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.checkpoint.convert import load_weights, open_checkpoint
-from megatron_slim.checkpoint.distributed import HF_DIR
+from megatron_slim.checkpoint.convert import load_hf_weights, open_checkpoint
+from megatron_slim.checkpoint.distributed import HF_DIR, TRACKER, is_torch_dist, iteration_directory
 from megatron_slim.checkpoint.huggingface import carry_files, read_config
 from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine
 from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel, HiddenStatesModel
@@ -51,6 +51,7 @@ class Run:
     shape: ModelShape
     teacher_shape: ModelShape | None
     mtp_kd_target: str
+    student_load: Path | None = None
     chunks: list[DistillationModel] = dataclasses.field(default_factory=list)
     checked: bool = False
 
@@ -74,7 +75,7 @@ class Run:
         }
         student = build_model(
             self.shape,
-            dataclasses.replace(base, **shape_config_fields(self.shape)),
+            dataclasses.replace(base, **(shape_config_fields(self.shape) | load_balancing_fields(base))),
             padded_vocab_size=padded_vocab_size(self.shape),
             model_class=DistillationModel,
             **stage,
@@ -84,9 +85,17 @@ class Run:
         if self.teacher_shape is not None:
             student.attach_teacher(self._build_teacher(base, stage), self.mtp_kd_target)
         self.chunks.append(student)
-        if self.teacher_shape is not None and len(self.chunks) == (args.virtual_pipeline_model_parallel_size or 1):
-            load_weights([chunk.teacher for chunk in self.chunks], open_checkpoint(args.teacher_load))
+        if len(self.chunks) == (args.virtual_pipeline_model_parallel_size or 1):
+            self._load_weights()
         return student
+
+    def _load_weights(self) -> None:
+        """Fill the teacher, and the student where it starts from a Hugging Face directory; all chunks are built."""
+        if self.teacher_shape is not None:
+            teachers = [chunk.teacher for chunk in self.chunks if chunk.teacher is not None]
+            load_hf_weights(teachers, open_checkpoint(get_args().teacher_load))
+        if self.student_load is not None:
+            load_hf_weights(self.chunks, open_checkpoint(self.student_load))
 
     def _build_teacher(self, base: TransformerConfig, stage: dict[str, Any]) -> HiddenStatesModel:
         assert self.teacher_shape is not None
@@ -135,6 +144,21 @@ class Run:
         total, tokens, report = combine(losses, loss_mask, LossWeights(kd_lambda, mtp_beta))
         _refuse_nonfinite(report)
         return total, tokens.to(torch.int), {name: torch.stack(pair) for name, pair in report.items()}
+
+
+def load_balancing_fields(config: TransformerConfig) -> dict[str, Any]:
+    """The load-balancing coefficient that makes the global-batch loss independent of the number of ranks.
+
+    Every data-parallel rank's ``global_aux_loss`` is its tokens' share of the loss over all ranks, so the shares must
+    be summed; but gradients are averaged over ranks, which alone would weaken the loss by the data-parallel size.
+    """
+    kinds = config.moe_router_load_balancing_type
+    coefficients = config.moe_aux_loss_coeff
+    ranks = parallel_state.get_data_parallel_world_size()
+    if isinstance(kinds, list):
+        pairs = zip(kinds, coefficients, strict=True)
+        return {"moe_aux_loss_coeff": [c * ranks if kind == "global_aux_loss" else c for kind, c in pairs]}
+    return {"moe_aux_loss_coeff": coefficients * ranks if kinds == "global_aux_loss" else coefficients}
 
 
 def _refuse_nonfinite(report: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -214,8 +238,9 @@ def _plan_run(shape: ModelShape, args: Any) -> Run:
     stages = args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)
     if args.context_parallel_size > 1:
         raise SlimError("--context-parallel-size above 1 is not supported", fix="use tensor, pipeline or expert parallelism")
+    student_load = _hugging_face_start(args)
     if args.teacher_load is None:
-        return Run(shape, None, TEACHER_MTP)
+        return Run(shape, None, TEACHER_MTP, student_load)
     teacher = open_checkpoint(args.teacher_load)
     found = []
     if teacher.shape.vocab_size != shape.vocab_size:
@@ -227,7 +252,21 @@ def _plan_run(shape: ModelShape, args: Any) -> Run:
         found.append("no MTP head for --mtp-kd-target teacher-mtp; use teacher-main")
     if found:
         raise SlimError("; ".join(found), where=f"--teacher-load {args.teacher_load}")
-    return Run(shape, teacher.shape, target)
+    return Run(shape, teacher.shape, target, student_load)
+
+
+def _hugging_face_start(args: Any) -> Path | None:
+    """Where the student's weights come from if not through Megatron: a Hugging Face ``--pretrained-checkpoint``.
+
+    Like Megatron with its own format, it counts only as long as ``--load`` holds no checkpoint to resume from.
+    """
+    resumes = args.load is not None and (Path(args.load) / TRACKER).exists()
+    if resumes:
+        iteration_directory(Path(args.load))  # refuses a torn tracker, at which Megatron exits with status 0
+    if args.pretrained_checkpoint is None or is_torch_dist(Path(args.pretrained_checkpoint)):
+        return None
+    path, args.pretrained_checkpoint = Path(args.pretrained_checkpoint), None
+    return None if resumes else path
 
 
 def keep_hf_files(source: Path, save: Path) -> None:
@@ -242,6 +281,8 @@ def keep_hf_files(source: Path, save: Path) -> None:
 
 def main(argv: list[str]) -> None:
     """Train from the command line; see ``examples/slimqwen/pretrain_distill.sh``."""
+    if "--help" in argv or "-h" in argv:
+        parse_args(add_slim_arguments)  # prints Megatron's help with ours, and exits
     source = shape_directory(argv)
     shape = install_argv(argv)
     args = parse_and_validate_args(add_slim_arguments)

@@ -55,7 +55,11 @@ def _build(shape: Any, layout: tuple[Any, ...]) -> list[Any]:
 
 
 def _state_dict(models: list[Any]) -> dict[str, Any]:
-    return {f"model{i}": model.sharded_state_dict() for i, model in enumerate(models)}
+    """Weights only: an ``_extra_state`` belongs to the kind of module, not to the model."""
+    return {
+        f"model{i}": {k: v for k, v in model.sharded_state_dict().items() if not k.endswith("_extra_state")}
+        for i, model in enumerate(models)
+    }
 
 
 def _parameters(models: list[Any]) -> dict[str, torch.Tensor]:
@@ -68,7 +72,9 @@ def _load_strictly(models: list[Any], directory: Path) -> None:
 
     loaded = dist_checkpointing.load(_state_dict(models), str(directory), strict=StrictHandling.RAISE_ALL)
     for i, model in enumerate(models):
-        model.load_state_dict(loaded[f"model{i}"])
+        keys = model.load_state_dict(loaded[f"model{i}"], strict=False)
+        assert not keys.unexpected_keys
+        assert all(key.endswith("_extra_state") for key in keys.missing_keys)
 
 
 def _check_layouts(hf: Path, torch_dist: Path, work: Path) -> None:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from megatron_slim import device
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.checkpoint.convert import hf_to_torch_dist
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import CheckpointError, DataError
 from megatron_slim.pruning import statistics
-from megatron_slim.pruning.source import fingerprint
+from megatron_slim.pruning.source import fingerprint, open_source
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 device.install()
@@ -56,9 +57,7 @@ class Reference:
         return self.checkpoint.read(name).double()
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        return torch.nn.functional.rms_norm(
-            x, x.shape[-1:], 1 + self.weight(name), self.shape.layernorm_epsilon
-        )
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], 1 + self.weight(name), self.shape.layernorm_epsilon)
 
     def _mtp_block_input(self) -> Tensor:
         """Input of the MoE of the MTP block, which transformers has no class for: one of its layers, reloaded."""
@@ -181,6 +180,14 @@ def test_batch_size_changes_nothing_but_rounding(tmp_path: Path) -> None:
     assert one.sha256 == again.sha256, "same inputs, same bytes"
     for key, values in one.tensors.items():
         np.testing.assert_allclose(many.tensors[key], values, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+def test_the_format_of_the_checkpoint_does_not_matter(tmp_path: Path) -> None:
+    samples = np.arange(24).reshape(3, 8)
+    source, stats = calibrated(tmp_path / "hf", tiny_shape(), samples)
+    hf_to_torch_dist(source.path, tmp_path / "torch_dist")
+    converted, _ = open_source(tmp_path / "torch_dist")
+    assert calibrate(converted, samples).sha256 == stats.sha256
 
 
 def test_samples_longer_than_the_model_reads_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_slim.architecture.qwen3_next import count_parameters, hf_tensors, mtp_layers_in, weights
+from megatron_slim.architecture.shape import (
+    FULL_ATTENTION,
+    LINEAR_ATTENTION,
+    ModelShape,
+    layer_pattern,
+    shape_from_hf_config,
+)
+from megatron_slim.testing import tiny_hf_config, tiny_shape
+
+# config.json of Qwen3-Next-80B-A3B, less what has nothing to do with sizes.
+PUBLISHED: dict[str, Any] = {
+    "decoder_sparse_step": 1,
+    "full_attention_interval": 4,
+    "head_dim": 256,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 5120,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+    "max_position_embeddings": 262144,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_next",
+    "moe_intermediate_size": 512,
+    "norm_topk_prob": True,
+    "num_attention_heads": 16,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 2,
+    "partial_rotary_factor": 0.25,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 10000000,
+    "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 512,
+    "tie_word_embeddings": False,
+    "vocab_size": 151936,
+}
+
+
+def published(**changes: Any) -> ModelShape:
+    shape = shape_from_hf_config(PUBLISHED, mtp_num_layers=1)
+    if "num_layers" in changes:
+        changes["layer_types"] = layer_pattern(changes["num_layers"], 4)
+    return shape.replace(**changes)
+
+
+def test_parameters_of_the_published_model() -> None:
+    assert count_parameters(published()).total == 81_324_862_720
+    assert count_parameters(published(), include_mtp=False).total == 79_674_391_296
+
+
+def test_tensors_of_the_published_checkpoint() -> None:
+    names = hf_tensors(published())
+    assert len(names) == 75_944
+    assert sum(name.startswith("mtp.") for name in names) == 1_553
+
+
+@pytest.mark.parametrize(
+    ("changes", "total", "active"),
+    [
+        # SlimQwen, table 6 (80B/3.8B, 23B/2B, 6B/1B) and section 3.2; counted without MTP, in billions.
+        ({}, 79.7, 3.9),
+        ({"num_layers": 36, "hidden_size": 1536, "num_moe_experts": 256, "moe_router_topk": 8}, 23.2, 2.1),
+        ({"num_layers": 32, "hidden_size": 1536, "num_moe_experts": 256, "moe_router_topk": 8}, 20.7, 1.9),
+        ({"num_layers": 20, "hidden_size": 1280, "num_moe_experts": 128, "moe_router_topk": 8}, 5.9, 1.1),
+    ],
+)
+def test_parameters_of_the_papers_models(changes: dict[str, Any], total: float, active: float) -> None:
+    count = count_parameters(published(**changes), include_mtp=False)
+    assert (round(count.total / 1e9, 1), round(count.active / 1e9, 1)) == (total, active)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        tiny_shape(),
+        tiny_shape(mtp_num_layers=0, num_query_groups=4, linear_num_value_heads=2),
+        tiny_shape(layer_types=(FULL_ATTENTION, LINEAR_ATTENTION, LINEAR_ATTENTION), moe_router_topk=8),
+    ],
+)
+def test_the_table_is_what_transformers_builds(shape: ModelShape) -> None:
+    """Names and shapes against `Qwen3NextForCausalLM` on the meta device; it has no MTP and fuses the experts."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+
+    config = transformers.Qwen3NextConfig(**tiny_hf_config(shape))
+    with torch.device("meta"):
+        model = transformers.Qwen3NextForCausalLM(config)
+    theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    ours = {n: t.shape(shape) for n, t in hf_tensors(shape).items() if not n.startswith("mtp.")}
+    experts, ffn = shape.num_moe_experts, shape.moe_ffn_hidden_size
+    for layer in range(shape.num_layers):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        for expert in range(experts):
+            assert ours.pop(f"{prefix}.{expert}.gate_proj.weight") == (ffn, shape.hidden_size)
+            assert ours.pop(f"{prefix}.{expert}.up_proj.weight") == (ffn, shape.hidden_size)
+            assert ours.pop(f"{prefix}.{expert}.down_proj.weight") == (shape.hidden_size, ffn)
+        assert theirs.pop(f"{prefix}.gate_up_proj") == (experts, 2 * ffn, shape.hidden_size)
+        assert theirs.pop(f"{prefix}.down_proj") == (experts, shape.hidden_size, ffn)
+    assert ours == theirs
+
+
+def test_megatron_parameters_hold_the_same_elements() -> None:
+    shape = tiny_shape()
+    for weight in weights(shape):
+        total = 0
+        for tensor, _ in weight.hf_tensors(shape):
+            numel = 1
+            for extent in tensor.shape(shape):
+                numel *= extent
+            total += numel
+        assert total == weight.numel(shape), weight.key
+    keys = [weight.key for weight in weights(shape)]
+    assert len(keys) == len(set(keys))
+
+
+def test_mtp_is_found_by_tensor_names() -> None:
+    names = set(hf_tensors(tiny_shape()))
+    assert mtp_layers_in(names) == 1
+    assert mtp_layers_in({name for name in names if not name.startswith("mtp.")}) == 0
+    assert mtp_layers_in({"mtp.fc.weight"}) == 1
+    assert mtp_layers_in({"mtp.layers.1.mlp.gate.weight"}) == 2

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from megatron_slim.architecture.shape import (
+    FULL_ATTENTION,
+    HF_KEYS,
+    LINEAR_ATTENTION,
+    layer_pattern,
+    shape_from_hf_config,
+    shape_to_hf_config,
+)
+from megatron_slim.errors import ShapeError
+from megatron_slim.testing import tiny_hf_config, tiny_shape
+
+
+def test_config_round_trip() -> None:
+    for shape in (tiny_shape(), tiny_shape(num_layers=8, mtp_num_layers=0)):
+        config = tiny_hf_config(shape)
+        assert shape_from_hf_config(config, mtp_num_layers=shape.mtp_num_layers) == shape
+
+
+def test_what_is_no_size_is_carried_over() -> None:
+    config = shape_to_hf_config(tiny_shape(), {"architectures": ["X"], "eos_token_id": 7, "hidden_size": 1})
+    assert (config["architectures"], config["eos_token_id"], config["hidden_size"]) == (["X"], 7, 64)
+
+
+def test_the_three_readers_find_the_layers() -> None:
+    """transformers reads layer_types, SGLang full_attention_interval, vLLM num_nextn_predict_layers."""
+    config = tiny_hf_config(tiny_shape(num_layers=8))
+    assert config["layer_types"] == list(layer_pattern(8, 4))
+    assert config["full_attention_interval"] == 4
+    assert config["num_nextn_predict_layers"] == 1
+
+
+def test_no_interval_is_claimed_for_an_odd_pattern() -> None:
+    odd = (LINEAR_ATTENTION, FULL_ATTENTION, FULL_ATTENTION)
+    assert "full_attention_interval" not in tiny_hf_config(tiny_shape(layer_types=odd))
+    assert tiny_shape(layer_types=(FULL_ATTENTION, FULL_ATTENTION)).full_attention_interval == 1
+
+
+def test_the_interval_stands_in_for_layer_types() -> None:
+    config = tiny_hf_config(tiny_shape())
+    del config["layer_types"]
+    assert shape_from_hf_config(config, mtp_num_layers=1).layer_types == layer_pattern(4, 4)
+
+
+def test_rope_in_either_place() -> None:
+    config = tiny_hf_config(tiny_shape())
+    del config["rope_theta"], config["partial_rotary_factor"]
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5.0, "partial_rotary_factor": 0.5}
+    shape = shape_from_hf_config(config, mtp_num_layers=1)
+    assert (shape.rotary_base, shape.rotary_percent) == (5.0, 0.5)
+
+
+def test_all_violations_at_once() -> None:
+    with pytest.raises(ShapeError) as caught:
+        tiny_shape(
+            num_query_groups=3,
+            linear_num_value_heads=3,
+            moe_router_topk=9,
+            mtp_num_layers=2,
+            rotary_percent=0.2,
+            layer_types=("sliding", LINEAR_ATTENTION, LINEAR_ATTENTION),
+            num_layers=4,
+        )
+    assert len(caught.value.violations) == 8
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in ("num_query_groups 3", "linear_num_value_heads 3", "moe_router_topk 9", "3 entries", "full_attention"):
+        assert word in message
+    for word in ("rotary_percent 0.2", "mtp_num_layers 2", "unknown layer type 'sliding'"):
+        assert word in message
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "64", True, None])
+def test_sizes_are_positive_integers(value: object) -> None:
+    config = tiny_hf_config(tiny_shape()) | {"hidden_size": value}
+    with pytest.raises(ShapeError, match="hidden_size"):
+        shape_from_hf_config(config, mtp_num_layers=1)
+
+
+def test_everything_missing_is_listed() -> None:
+    with pytest.raises(ShapeError) as caught:
+        shape_from_hf_config({}, mtp_num_layers=0)
+    assert {f"{key} is missing" for key in HF_KEYS.values()} <= set(caught.value.violations)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_type", "llama"),
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("decoder_sparse_step", 2),
+        ("mlp_only_layers", [1]),
+        ("tie_word_embeddings", True),
+        ("rope_scaling", {"type": "yarn"}),
+        ("rope_parameters", {"rope_type": "yarn"}),
+        ("rope_parameters", [1]),
+        ("rms_norm_eps", "1e-6"),
+    ],
+)
+def test_what_is_not_supported_is_refused(key: str, value: object) -> None:
+    config = tiny_hf_config(tiny_shape()) | {key: value}
+    with pytest.raises(ShapeError, match=r"not supported|not an object|not a number"):
+        shape_from_hf_config(config, mtp_num_layers=1, where="config.json")
+
+
+def test_the_table_needs_no_torch() -> None:
+    modules = "megatron_slim.architecture.qwen3_next, megatron_slim.cli, megatron_slim.files"
+    code = f"import sys, {modules}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,52 @@
+"""Run a tool in this process, as its command line would: starting Python and importing Megatron takes seconds."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.stdout.splitlines()[-1])
+
+    @property
+    def error(self) -> str:
+        """The one line that a user error is."""
+        assert self.code == 2, (self.code, self.stderr)
+        (line,) = [line for line in self.stderr.splitlines() if line.startswith("error: ")]
+        assert self.stderr.splitlines()[-1] == line
+        return line.removeprefix("error: ")
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """``tool("tools/x.py", "--flag", value)``."""
+
+    def run(script: str, *args: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        capsys.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as exit_:
+            code = exit_.code if isinstance(exit_.code, int) else 1
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run

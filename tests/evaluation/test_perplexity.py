@@ -1,0 +1,172 @@
+"""Loss and perplexity against transformers' own model, from either format of checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from megatron_slim import device
+from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
+from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.data import Tokens
+from megatron_slim.errors import CheckpointError, DataError
+from megatron_slim.evaluation.perplexity import evaluate, evaluate_checkpoint, open_source, read_evaluation_data
+from megatron_slim.testing import random_tensors, tiny_hf_config, tiny_shape, write_tiny_checkpoint
+
+device.install()
+
+SHAPES = {
+    "default": tiny_shape(vocab_size=131, max_position_embeddings=64),
+    "without MTP": tiny_shape(mtp_num_layers=0),
+    "odd": tiny_shape(
+        num_layers=3,
+        layer_types=(LINEAR_ATTENTION, FULL_ATTENTION, LINEAR_ATTENTION),
+        num_query_groups=1,
+        moe_router_topk=3,
+        norm_topk_prob=False,
+    ),
+}
+
+
+def samples_for(shape: ModelShape, count: int = 5, length: int = 21) -> Tokens:
+    return np.random.default_rng(0).integers(0, shape.vocab_size, (count, length))
+
+
+def load(path: Path) -> Any:
+    from transformers import Qwen3NextForCausalLM
+
+    return Qwen3NextForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def mtp_layer(path: Path, shape: ModelShape, scratch: Path) -> tuple[Any, Any]:
+    """transformers has no MTP block: the trunk's full-attention layer, loaded with the MTP block's weights."""
+    index = shape.layer_types.index(FULL_ATTENTION)
+    checkpoint = HFCheckpoint.open(path)
+    trunk = {name: checkpoint.read(name) for name in checkpoint.names if not name.startswith("mtp.")}
+    for name in checkpoint.names:
+        if name.startswith("mtp.layers.0."):
+            trunk[name.replace("mtp.layers.0.", f"model.layers.{index}.")] = checkpoint.read(name)
+    scratch.mkdir()
+    (scratch / "config.json").write_text(json.dumps(checkpoint.config))
+    save_file(trunk, scratch / "model.safetensors", {"format": "pt"})
+    model = load(scratch)
+    return model.model.layers[index], model.model.rotary_emb
+
+
+@torch.no_grad()
+def reference(path: Path, shape: ModelShape, samples: Tokens, scratch: Path) -> tuple[float, list[float]]:
+    """Losses from transformers' logits in fp64."""
+    model, ids = load(path), torch.from_numpy(samples)
+    hidden = model.model(ids).last_hidden_state
+
+    def loss(states: torch.Tensor, ahead: int) -> float:
+        targets = ids[:, ahead:]
+        logits = model.lm_head(states)[:, : targets.shape[1]].double()
+        return float(F.cross_entropy(logits.reshape(-1, shape.vocab_size), targets.reshape(-1)))
+
+    main = loss(hidden, 1)
+    assert main == pytest.approx(float(model(ids, labels=ids).loss), rel=1e-5)
+    if not shape.mtp_num_layers:
+        return main, []
+    checkpoint = HFCheckpoint.open(path)
+
+    def norm(states: torch.Tensor, name: str) -> torch.Tensor:
+        return F.rms_norm(states, states.shape[-1:], 1 + checkpoint.read(name), shape.layernorm_epsilon)
+
+    layer, rotary = mtp_layer(path, shape, scratch)
+    pair = (
+        norm(model.model.embed_tokens(ids[:, 1:]), "mtp.pre_fc_norm_embedding.weight"),
+        norm(hidden[:, :-1], "mtp.pre_fc_norm_hidden.weight"),
+    )
+    states = torch.cat(pair, dim=-1) @ checkpoint.read("mtp.fc.weight").T
+    length = states.shape[1]
+    positions = torch.arange(length)[None]
+    mask = torch.full((length, length), -math.inf).triu(1)[None, None]
+    output = layer(states, position_embeddings=rotary(states, positions), attention_mask=mask, position_ids=positions)
+    output = output[0] if isinstance(output, tuple) else output
+    return main, [loss(norm(output, "mtp.norm.weight"), 2)]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_equals_transformers(tmp_path: Path, name: str) -> None:
+    shape = SHAPES[name]
+    path = write_tiny_checkpoint(tmp_path / "hf", shape, dtype=torch.float32)
+    samples = samples_for(shape)
+    main, mtp = reference(path, shape, samples, tmp_path / "scratch")
+    for micro_batch_size in (1, 3):
+        result = evaluate(open_source(path), samples, micro_batch_size=micro_batch_size, dtype=torch.float32)
+        assert result.loss == pytest.approx(main, rel=1e-5)
+        assert result.perplexity == pytest.approx(math.exp(main), rel=1e-4)
+        assert list(result.mtp_loss) == pytest.approx(mtp, rel=1e-5)
+        assert result.tokens == 5 * 20
+
+
+def test_both_formats_give_the_same_number(tmp_path: Path) -> None:
+    from megatron_slim.checkpoint.convert import hf_to_torch_dist
+
+    shape = SHAPES["default"]
+    path = write_tiny_checkpoint(tmp_path / "hf", shape)
+    hf_to_torch_dist(path, tmp_path / "dist")
+    hf, dist = open_source(path), open_source(tmp_path / "dist")
+    for tensor in random_tensors(shape):
+        assert torch.equal(hf.read(tensor), dist.read(tensor)), tensor
+    rows = np.array([3, 1])
+    name = "model.layers.0.linear_attn.in_proj_qkvz.weight"
+    assert torch.equal(dist.read_rows(name, rows, rows), hf.read_rows(name, rows, rows))
+    results = [evaluate(source, samples_for(shape), dtype=torch.float32) for source in (hf, dist)]
+    assert results[0] == results[1]
+
+
+def test_bf16_is_near_fp32(tmp_path: Path) -> None:
+    shape = SHAPES["default"]
+    path = write_tiny_checkpoint(tmp_path / "hf", shape)
+    fp32, bf16 = (
+        evaluate(open_source(path), samples_for(shape), dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert bf16.loss == pytest.approx(fp32.loss, rel=5e-3)
+    assert bf16.loss != fp32.loss
+
+
+def test_broken_weights_are_named(tmp_path: Path) -> None:
+    shape = SHAPES["without MTP"]
+    tensors = random_tensors(shape, dtype=torch.float32)
+    tensors["model.norm.weight"][3] = math.nan
+    (tmp_path / "config.json").write_text(json.dumps(tiny_hf_config(shape)))
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="not finite"):
+        evaluate(open_source(tmp_path), samples_for(shape))
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"), [(2, "leave nothing to predict"), (65, "max_position_embeddings is 64")]
+)
+def test_refuses_lengths(tmp_path: Path, length: int, expected: str) -> None:
+    np.save(tmp_path / "x.npy", samples_for(SHAPES["default"], 2, length))
+    with pytest.raises(DataError, match=expected):
+        read_evaluation_data(tmp_path / "x.npy", SHAPES["default"], seq_length=None, num_samples=None)
+
+
+def test_tool(tool: Callable[..., Any], tmp_path: Path) -> None:
+    shape = SHAPES["default"]
+    path = write_tiny_checkpoint(tmp_path / "hf", shape)
+    np.save(tmp_path / "x.npy", samples_for(shape))
+    arguments = ("--load", path, "--data", tmp_path / "x.npy", "--json", "--micro-batch-size", 2)
+    outcome = tool("tools/evaluate.py", *arguments)
+    assert outcome.code == 0, outcome.stderr
+    result = outcome.json
+    assert result == evaluate_checkpoint(path, tmp_path / "x.npy", micro_batch_size=2)
+    assert result["tokens"] == 100 and len(result["mtp_loss"]) == 1
+    assert result["perplexity"] == math.exp(result["loss"])
+    np.save(tmp_path / "big.npy", samples_for(shape) + 100)
+    assert "beyond the vocabulary" in tool("tools/evaluate.py", "--load", path, "--data", tmp_path / "big.npy").error
+    assert "no such" in tool("tools/evaluate.py", "--load", tmp_path / "none", "--data", tmp_path / "x.npy").error
+    assert "--micro-batch-size" in tool("tools/evaluate.py", *arguments[:4], "--micro-batch-size", 0).error

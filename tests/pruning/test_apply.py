@@ -1,0 +1,162 @@
+"""Applying plans: against slices written out by tensor name, in either order with conversion, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_slim.architecture.qwen3_next import hf_tensors
+from megatron_slim.checkpoint.convert import hf_to_torch_dist, same_bytes, torch_dist_to_hf
+from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.errors import SlimError
+from megatron_slim.pruning.apply import PrunedCheckpoint, merge
+from megatron_slim.pruning.pipeline import write_pruned
+from megatron_slim.pruning.plan import Plan
+from megatron_slim.pruning.source import fingerprint, open_source
+from megatron_slim.testing import write_tiny_checkpoint
+
+PlanFor = Callable[..., Plan]
+TARGET = {"num_layers": 5, "hidden_size": 40, "num_moe_experts": 5, "moe_router_topk": 2}
+
+
+def expected_tensor(name: str, plan: Plan, read: Callable[[str], Tensor]) -> Tensor:
+    """A tensor of the target from what a person knows about Hugging Face's names; the table is not asked."""
+    hidden = torch.tensor(plan.kept_hidden)
+    parts = name.split(".")
+    if name.startswith("model.layers."):
+        parts[2] = str(plan.kept_layers[int(parts[2])])
+    source_name, block = ".".join(parts), ".".join(parts[:3])
+
+    def narrow(tensor: Tensor) -> Tensor:
+        if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
+            return tensor[hidden]
+        if name.endswith("layernorm.weight") or name in ("model.norm.weight", "mtp.norm.weight") or "pre_fc" in name:
+            return tensor[hidden]
+        if name == "mtp.fc.weight":
+            return tensor[hidden][:, torch.cat((hidden, 64 + hidden))]
+        kept_whole = ("q_norm.weight", "k_norm.weight", "linear_attn.norm.weight", "A_log", "dt_bias", "conv1d.weight")
+        return tensor if name.endswith(kept_whole) else tensor[:, hidden]
+
+    if parts[4:5] == ["experts"]:
+        group = plan.experts[block][int(parts[5])]
+        members = [narrow(read(source_name.replace(f"experts.{parts[5]}.", f"experts.{m}."))) for m in group.members]
+        if len(members) == 1:
+            return members[0]
+        total = sum(w * t.double() for w, t in zip(group.weights, members, strict=True))
+        return total.to(members[0].dtype)  # type: ignore[union-attr]
+    tensor = narrow(read(source_name))
+    if name.endswith("mlp.gate.weight"):
+        tensor = tensor[[group.base for group in plan.experts[block]]]
+    return tensor
+
+
+@pytest.mark.parametrize("method", ["prune", "merge", "partial_preservation"])
+@pytest.mark.parametrize("depth", ["last", "adjacent_cosine"])
+def test_every_tensor_is_the_slice_that_its_name_says(
+    method: str, depth: str, source: HFCheckpoint, plan_for: PlanFor
+) -> None:
+    plan = plan_for(TARGET, depth=depth, method=method)
+    pruned = PrunedCheckpoint(plan, source)
+    tensors = dict(pruned.tensors())
+    assert list(tensors) == list(hf_tensors(plan.target_shape))
+    merged = 0
+    for name, tensor in tensors.items():
+        expected = expected_tensor(name, plan, source.read)
+        if same_bytes(tensor, expected):
+            continue
+        # A float32 mean, rounded to bf16, may fall on the other side of a tie: one unit in the last place.
+        assert ".experts." in name
+        torch.testing.assert_close(tensor, expected, rtol=2**-7, atol=0)
+        merged += 1
+    assert merged < len(tensors) // 50
+    assert pruned.total_bytes == sum(t.nbytes for t in tensors.values())
+
+
+def test_what_partial_preservation_preserves_is_preserved_bit_for_bit(source: HFCheckpoint, plan_for: PlanFor) -> None:
+    plan = plan_for({"num_moe_experts": 6})
+    pruned = PrunedCheckpoint(plan, source)
+    for block, groups in plan.experts.items():
+        alone = [(new, group.base) for new, group in enumerate(groups) if len(group.members) == 1]
+        assert len(alone) >= 3
+        for new, old in alone:
+            name = "{}.mlp.experts.{}.up_proj.weight"
+            assert same_bytes(pruned.read(name.format(block, new)), source.read(name.format(block, old)))
+
+
+def test_merge_is_the_weighted_mean_rounded_once() -> None:
+    a, b = torch.tensor([1.0, 256.0]).bfloat16(), torch.tensor([3.0, 1.0]).bfloat16()
+    assert merge([a, b], (0.75, 0.25)).tolist() == [1.5, 192.0]
+    three = [torch.tensor([x]).bfloat16() for x in (1.0, 0.00390625, 0.00390625)]
+    # Summed in bf16 the two small terms would be lost one by one.
+    assert merge(three, (1.0, 1.0, 1.0)).item() == 1.0078125
+    assert merge([a], (1.0,)) is a
+
+
+def test_an_identity_recipe_gives_every_byte_back(source: HFCheckpoint, plan_for: PlanFor, tmp_path: Path) -> None:
+    pruned = PrunedCheckpoint(plan_for({}), source)
+    write_pruned(pruned, tmp_path / "out", to="hf", stats=None, copy_files_from=source.path)
+    written = HFCheckpoint.open(tmp_path / "out")
+    assert written.names == source.names
+    assert all(same_bytes(written.read(name), source.read(name)) for name in source.names)
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("method", ["prune", "partial_preservation"])
+def test_order_of_pruning_and_conversion_does_not_matter(
+    method: str, source: HFCheckpoint, plan_for: PlanFor, tmp_path: Path
+) -> None:
+    plan = plan_for(TARGET, method=method)
+    # prune(convert(x)), in both formats
+    hf_to_torch_dist(source.path, tmp_path / "converted")
+    converted, files = open_source(tmp_path / "converted")
+    assert fingerprint(converted) == fingerprint(source)
+    late = PrunedCheckpoint(plan, converted)
+    for to in ("hf", "torch_dist"):
+        write_pruned(late, tmp_path / f"late-{to}", to=to, stats=None, copy_files_from=files)
+    # convert(prune(x))
+    early = PrunedCheckpoint(plan, source)
+    write_pruned(early, tmp_path / "early-hf", to="hf", stats=None, copy_files_from=source.path)
+    hf_to_torch_dist(tmp_path / "early-hf", tmp_path / "early-torch_dist")
+    torch_dist_to_hf(tmp_path / "late-torch_dist", tmp_path / "back")
+    reference = HFCheckpoint.open(tmp_path / "early-hf")
+    for name in ("early-torch_dist", "late-hf", "late-torch_dist", "back"):
+        other, _ = open_source(tmp_path / name)
+        assert other.shape == reference.shape == plan.target_shape
+        assert all(same_bytes(other.read(tensor), reference.read(tensor)) for tensor in reference.names)
+    for file in ("hf/tokenizer.json", "plan.json", "pruning_report.md"):
+        assert (tmp_path / "late-torch_dist" / file).is_file()
+
+
+def test_rows_of_a_tensor_are_those_of_the_whole(source: HFCheckpoint, plan_for: PlanFor) -> None:
+    import numpy as np
+
+    pruned = PrunedCheckpoint(plan_for(TARGET), source)
+    rows, columns = np.array([3, 1]), np.array([0, 39, 7])
+    whole = pruned.read("mtp.layers.0.mlp.gate.weight")
+    assert torch.equal(pruned.read_rows("mtp.layers.0.mlp.gate.weight", rows, columns), whole[[3, 1]][:, [0, 39, 7]])
+
+
+def test_a_plan_for_another_source_is_refused(source: HFCheckpoint, plan_for: PlanFor, tmp_path: Path) -> None:
+    other = HFCheckpoint.open(write_tiny_checkpoint(tmp_path / "other", source.shape, seed=1))
+    with pytest.raises(SlimError, match="the plan was made for another checkpoint"):
+        PrunedCheckpoint(plan_for(TARGET), other)
+
+
+def test_what_is_written_wrongly_does_not_appear(
+    source: HFCheckpoint, plan_for: PlanFor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruned = PrunedCheckpoint(plan_for(TARGET), source)
+    read, calls = pruned.read, []
+
+    def flaky(name: str) -> Tensor:
+        calls.append(name)
+        return read(name) + (calls.count(name) == 2)
+
+    monkeypatch.setattr(pruned, "read", flaky)
+    with pytest.raises(SlimError, match=r"model\.embed_tokens\.weight differs from the plan after writing"):
+        write_pruned(pruned, tmp_path / "out", to="hf", stats=None, copy_files_from=source.path)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,157 @@
+"""The pruning tools as a person runs them: in one command, in three, and with every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from megatron_slim.checkpoint.convert import same_bytes
+from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.pruning.plan_reader import load_plan
+from megatron_slim.pruning.source import open_source
+from megatron_slim.testing import write_tiny_checkpoint
+
+PRUNE, CALIBRATE, PLAN = "tools/prune_checkpoint.py", "tools/calibrate.py", "tools/plan_pruning.py"
+RECIPE = "version: 1\ntarget: {num_layers: 5, hidden_size: 48, num_moe_experts: 4, moe_router_topk: 2}\n"
+Tool = Callable[..., Any]
+
+
+@pytest.fixture
+def work(tmp_path: Path, source: HFCheckpoint) -> Path:
+    """A recipe and token ids in an empty directory."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    samples = np.random.default_rng(0).integers(0, source.shape.vocab_size, (4, 12))
+    np.save(tmp_path / "tokens.npy", samples.astype(np.int32))
+    return tmp_path
+
+
+def prune(tool: Tool, source: HFCheckpoint, work: Path, *more: object, save: str = "out") -> Any:
+    data = [] if "--stats" in more or "--plan" in more else ["--calibration-data", work / "tokens.npy"]
+    recipe = [] if "--plan" in more else ["--recipe", work / "recipe.yaml"]
+    return tool(PRUNE, "--load", source.path, *recipe, *data, "--save", work / save, *more)
+
+
+def test_one_command_or_three_give_the_same(tool: Tool, source: HFCheckpoint, work: Path) -> None:
+    one = prune(tool, source, work, "--json", "--to", "torch_dist")
+    assert one.code == 0, one.stderr
+    assert one.json["after"]["num_layers"] == 5 and one.json["before"]["num_layers"] == 8
+    assert one.json["verified"] and "hidden size" in one.stdout
+
+    stats, plan = work / "s.safetensors", work / "p.json"
+    data = ("--calibration-data", work / "tokens.npy")
+    assert tool(CALIBRATE, "--load", source.path, *data, "--save", stats).code == 0
+    made = tool(
+        PLAN, "--load", source.path, "--stats", stats, "--recipe", work / "recipe.yaml", "--save", plan, "--json"
+    )
+    assert made.json["plan_sha256"] == one.json["plan_sha256"]
+    assert prune(tool, source, work, "--plan", plan, save="by-plan").code == 0
+    assert prune(tool, source, work, "--stats", stats, save="by-stats").code == 0
+
+    first, _ = open_source(work / "out")
+    for name in ("by-plan", "by-stats"):
+        other = HFCheckpoint.open(work / name)
+        assert all(same_bytes(first.read(tensor), other.read(tensor)) for tensor in other.names)
+        assert (
+            (work / name / "plan.json").read_bytes() == (work / "out" / "plan.json").read_bytes() == plan.read_bytes()
+        )
+    assert (work / "by-stats" / "stats.safetensors").read_bytes() == stats.read_bytes()
+    assert (work / "out" / "stats.safetensors").read_bytes() == stats.read_bytes()
+    assert load_file(stats)["model.layers.0.mlp.experts.reap"].shape == (8,)
+
+
+def test_the_result_loads_in_transformers(tool: Tool, source: HFCheckpoint, work: Path) -> None:
+    from transformers import Qwen3NextForCausalLM
+
+    assert prune(tool, source, work).code == 0
+    model, info = Qwen3NextForCausalLM.from_pretrained(work / "out", output_loading_info=True, dtype=torch.float32)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert all(key.startswith("mtp.") for key in info["unexpected_keys"])
+    with torch.no_grad():
+        logits = model(torch.arange(12)[None]).logits
+    assert logits.shape == (1, 12, source.shape.vocab_size) and torch.isfinite(logits).all()
+
+
+def test_a_dry_run_writes_nothing(tool: Tool, source: HFCheckpoint, work: Path) -> None:
+    before = sorted(work.rglob("*"))
+    outcome = prune(tool, source, work, "--dry-run", "--json")
+    assert outcome.code == 0 and outcome.json["dry_run"]
+    assert outcome.json["after"]["parameters"] < outcome.json["before"]["parameters"]
+    assert sorted(work.rglob("*")) == before
+
+
+def test_the_report_is_saved(tool: Tool, source: HFCheckpoint, work: Path) -> None:
+    prune(tool, source, work)
+    report = (work / "out" / "pruning_report.md").read_text()
+    assert "| layers | 8 | 5 | 62.5% |" in report and "layers dropped: 5-7" in report
+    assert load_plan(work / "out" / "plan.json").sha256 in report
+
+
+@pytest.mark.parametrize("name", ["no.npy", "float.npy", "flat.npy", "ids.npy", "text.txt", "none"])
+def test_data_of_the_wrong_kind(name: str, tool: Tool, source: HFCheckpoint, work: Path) -> None:
+    np.save(work / "float.npy", np.zeros((2, 3)))
+    np.save(work / "flat.npy", np.zeros(3, dtype=np.int64))
+    np.save(work / "ids.npy", np.full((2, 3), 128))
+    (work / "no.npy").write_text("no array")
+    (work / "text.txt").write_text("text")
+    messages = {
+        "no.npy": "not readable as a .npy matrix",
+        "float.npy": "is float64 [2, 3], not an integer matrix",
+        "flat.npy": "is int64 [3], not an integer matrix",
+        "ids.npy": "id 128 (first in sample 0), the model's vocab_size is 128",
+        "text.txt": "neither a Megatron .bin/.idx prefix nor a .npy matrix",
+        "none": "no such data",
+    }
+    outcome = prune(tool, source, work, "--calibration-data", work / name)
+    assert messages[name] in outcome.error and name in outcome.error
+    assert not (work / "out").exists()
+
+
+def test_every_other_fault_has_its_line(tool: Tool, source: HFCheckpoint, work: Path) -> None:
+    def error(*more: object, **kwargs: Any) -> str:
+        return str(prune(tool, source, work, *more, **kwargs).error)
+
+    (work / "typo.yaml").write_text("version: 1\ntarget: {num_layer: 3}\n")
+    assert "did you mean 'num_layers'?" in error("--recipe", work / "typo.yaml")
+    (work / "big.yaml").write_text("version: 1\ntarget: {num_layers: 9, hidden_size: 65, num_moe_experts: 9}\n")
+    message = error("--recipe", work / "big.yaml")
+    assert all(part in message for part in ("num_layers 9", "hidden_size 65", "num_moe_experts 9", "big.yaml"))
+    assert "exclude one another" in error("--stats", work / "s", "--calibration-data", work / "tokens.npy")
+    assert "no such file" in error("--stats", work / "s")
+    assert "no such file" in error("--plan", work / "p")
+    (work / "old").mkdir()
+    assert "output already exists" in error(save="old")
+    assert "parent directory" in error(save="none/out")
+    assert "no such directory" in error("--load", work / "none")
+    assert "samples asked for" in error("--num-samples", 5)
+    run = tool(PRUNE, "--load", source.path, "--recipe", work / "recipe.yaml", "--dry-run")
+    assert "give one of --calibration-data, --stats and --plan" in run.error
+    run = tool(PRUNE, "--load", source.path, "--calibration-data", work / "tokens.npy", "--dry-run")
+    assert "give --recipe or --plan" in run.error
+    assert sorted(p.name for p in work.iterdir()) == ["big.yaml", "old", "recipe.yaml", "tokens.npy", "typo.yaml"]
+
+
+def test_statistics_and_plans_of_another_model_are_refused(tool: Tool, source: HFCheckpoint, work: Path) -> None:
+    assert prune(tool, source, work).code == 0
+    other = HFCheckpoint.open(write_tiny_checkpoint(work / "other", source.shape, seed=1))
+    stats, plan = work / "out" / "stats.safetensors", work / "out" / "plan.json"
+    assert "measured on another checkpoint" in prune(tool, other, work, "--stats", stats, save="x").error
+    assert "made for another checkpoint" in prune(tool, other, work, "--plan", plan, save="x").error
+    document = json.loads(plan.read_text()) | {"kept_layers": [0]}
+    (work / "edited.json").write_text(json.dumps(document))
+    assert (
+        "kept_layers has 1 entries, not 5" in prune(tool, source, work, "--plan", work / "edited.json", save="x").error
+    )
+
+
+def test_an_output_file_that_exists_is_refused(tool: Tool, source: HFCheckpoint, work: Path) -> None:
+    data = ("--calibration-data", work / "tokens.npy")
+    assert "already exists" in tool(CALIBRATE, "--load", source.path, *data, "--save", work / "tokens.npy").error
+    arguments = ("--load", source.path, "--stats", work / "s", "--recipe", work / "recipe.yaml")
+    assert "already exists" in tool(PLAN, *arguments, "--save", work / "recipe.yaml").error

@@ -1,0 +1,124 @@
+"""The CPU seam: what "cuda" means, generators, streams, and the optimizer."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_slim import device
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the seam changes nothing where CUDA is available")
+
+
+@pytest.fixture(autouse=True)
+def seam() -> None:
+    device.install()
+
+
+def test_cuda_means_the_cpu() -> None:
+    made = [
+        torch.zeros(2, device="cuda"),
+        torch.empty(2, device=torch.device("cuda", 0)),
+        torch.tensor([1.0], device=torch.cuda.current_device()),
+        torch.arange(3, device=0),
+        torch.ones(2).new_zeros(3, device="cuda:1"),
+        torch.ones(2).cuda(),
+        torch.ones(2).to("cuda"),
+        torch.ones(2).to(0),
+        torch.ones(2).to(device="cuda", dtype=torch.float64),
+        torch.nn.Linear(2, 2).cuda().weight,
+        torch.nn.Linear(2, 2).to("cuda").weight,
+        torch.nn.Linear(2, 2, device="cuda").weight,
+    ]
+    assert {tensor.device.type for tensor in made} == {"cpu"}
+
+
+def test_other_devices_and_dtypes_still_mean_what_they_say() -> None:
+    with torch.device("meta"):
+        assert torch.empty(2).is_meta and torch.zeros(2).is_meta and torch.nn.Linear(2, 2).weight.is_meta
+    assert torch.zeros(2, device="meta").is_meta
+    assert torch.ones(2).to("meta").is_meta
+    assert torch.ones(2).to(torch.bfloat16).dtype == torch.bfloat16
+    assert torch.ones(2).to(torch.ones(2, dtype=torch.int64)).dtype == torch.int64
+
+
+def test_type_strings_are_those_that_optimizers_compare() -> None:
+    assert torch.ones(1).type() == "torch.cuda.FloatTensor"
+    assert torch.ones(1, dtype=torch.bfloat16).type() == "torch.cuda.BFloat16Tensor"
+    assert torch.ones(1).type(torch.float64).dtype == torch.float64
+
+
+def test_generator_states_are_those_of_the_cpu() -> None:
+    torch.cuda.manual_seed(5)
+    state = torch.cuda.get_rng_state()
+    first = torch.rand(3)
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(torch.rand(3), first)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_streams_events_and_memory() -> None:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.current_stream().wait_stream(torch.cuda.Stream())
+        torch.cuda.synchronize()
+    end.record()
+    assert 0 <= start.elapsed_time(end) < 10_000
+    assert torch.cuda.memory_allocated() > 2**20
+    assert torch.cuda.memory_stats()["allocated_bytes.all.peak"] > 2**20
+
+
+def test_install_refuses_to_come_too_late() -> None:
+    code = "import megatron.core; from megatron_slim import device; device.install()"
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "before megatron is imported" in result.stderr
+
+
+def test_token_counts_of_the_dispatcher_become_arrays() -> None:
+    from megatron.core.transformer.moe.token_dispatcher import maybe_move_tensor_to_cpu
+
+    counts = maybe_move_tensor_to_cpu(torch.tensor([1, 2]), as_numpy=True)
+    assert counts.tolist() == [1, 2] and not torch.is_tensor(counts)
+
+
+@pytest.mark.parametrize("decoupled", [True, False], ids=["adamw", "adam"])
+def test_fused_adam_is_torch_adam(decoupled: bool) -> None:
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(5, 3)), torch.nn.Parameter(torch.randn(4))]
+    theirs = copy.deepcopy(ours)
+    settings: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    mine = device.FusedAdam(ours, adam_w_mode=decoupled, **settings)
+    reference = (torch.optim.AdamW if decoupled else torch.optim.Adam)(theirs, **settings)
+    for _ in range(10):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        mine.step()
+        reference.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_fused_adam_resumes_exactly() -> None:
+    def step(optimizer: device.FusedAdam, parameter: torch.nn.Parameter, seed: int) -> None:
+        parameter.grad = torch.randn(6, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+
+    parameter = torch.nn.Parameter(torch.ones(6))
+    optimizer = device.FusedAdam([parameter], lr=0.1)
+    step(optimizer, parameter, 1)
+    resumed = torch.nn.Parameter(parameter.detach().clone())
+    other = device.FusedAdam([resumed], lr=0.5)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.param_groups[0]["step"] == 1 and set(other.state[resumed]) == {"exp_avg", "exp_avg_sq"}
+    step(optimizer, parameter, 2)
+    step(other, resumed, 2)
+    assert torch.equal(parameter, resumed)

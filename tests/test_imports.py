@@ -1,0 +1,105 @@
+"""Imports run one way, tools start at once, and importing the package changes nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "megatron_slim"
+
+# A module may import from its own layer and from those before it.
+LAYERS = (
+    ("errors", "files", "cli", "device", "data", "documents", "tokenizers", "preprocessing"),
+    ("recipe", "architecture"),
+    ("checkpoint",),
+    ("pruning",),
+    ("distillation",),
+    ("training",),
+    ("evaluation",),
+    ("testing", "testing_preload"),
+)
+RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
+INSTANT = (
+    "megatron_slim.errors",
+    "megatron_slim.files",
+    "megatron_slim.cli",
+    "megatron_slim.data",
+    "megatron_slim.documents",
+    "megatron_slim.tokenizers",
+    "megatron_slim.recipe",
+    "megatron_slim.architecture.axes",
+    "megatron_slim.architecture.qwen3_next",
+    "megatron_slim.architecture.shape",
+    "megatron_slim.pruning.plan",
+)
+HEAVY = ("torch", "transformers", "megatron", "nltk", "sentencepiece", "matplotlib")
+MODULES = sorted(PACKAGE.rglob("*.py"))
+TOOLS = sorted((ROOT / "tools").glob("*.py")) + sorted((ROOT / "examples").rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_parts(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and part of the package of every import in a file, those inside functions included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            head, _, rest = name.partition(".")
+            if head == "megatron_slim" and rest != "__version__":
+                yield node.lineno, rest.split(".")[0]
+
+
+def test_every_module_has_a_layer() -> None:
+    parts = {part_of(path) for path in MODULES} - {"__init__"}
+    assert parts == RANK.keys()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path: Path) -> None:
+    part = part_of(path)
+    wrong = [
+        f"line {line}: {part} imports {other}"
+        for line, other in imported_parts(path)
+        if part != "__init__" and RANK[other] > RANK[part]
+    ]
+    assert not wrong
+
+
+def loaded_after(statement: str) -> list[str]:
+    code = f"import sys; {statement}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [name for name in HEAVY if name in found.stdout.split()]
+
+
+def test_instant_modules_load_nothing_heavy() -> None:
+    assert loaded_after(f"import {', '.join(INSTANT)}") == []
+
+
+@pytest.mark.parametrize("path", TOOLS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tools_load_nothing_heavy_before_they_run(path: Path) -> None:
+    assert loaded_after(f"import runpy; runpy.run_path({str(path)!r})") == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in TOOLS if path.name != "pretrain.py"],  # its arguments are Megatron's
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_help_works_from_any_directory(path: Path, tmp_path: Path) -> None:
+    found = subprocess.run([sys.executable, path, "--help"], cwd=tmp_path, env={}, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("usage:") and found.stderr == ""

@@ -1,0 +1,204 @@
+"""Recipes: the schema, its errors, and the recipes that are shipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_slim.architecture.qwen3_next import count_parameters
+from megatron_slim.architecture.shape import ModelShape, layer_pattern
+from megatron_slim.errors import RecipeError
+from megatron_slim.pruning.plan import check_recipe, target_shape
+from megatron_slim.recipe import Depth, Experts, Recipe, Target, load_recipe, parse_recipe
+
+RECIPES = Path(__file__).parents[1] / "examples" / "slimqwen" / "recipes"
+ISSUE_RECIPE = """
+version: 1
+target: {num_layers: 36, hidden_size: 1536, num_moe_experts: 256, moe_router_topk: 8}
+depth: {method: last}                    # last | adjacent_cosine
+width: {importance: norm_activation}
+experts: {method: partial_preservation,  # prune | merge | partial_preservation
+          importance: soft_logits,       # frequency | soft_logits | reap
+          similarity: router_weights,    # router_weights | router_logits | expert_vectors
+          preserve: 0.5}
+"""
+
+
+def teacher(**changes: object) -> ModelShape:
+    """Qwen3-Next-80A3B."""
+    sizes: dict[str, object] = {
+        "num_layers": 48,
+        "hidden_size": 2048,
+        "vocab_size": 151936,
+        "num_attention_heads": 16,
+        "num_query_groups": 2,
+        "kv_channels": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+        "num_moe_experts": 512,
+        "moe_router_topk": 10,
+        "moe_ffn_hidden_size": 512,
+        "moe_shared_expert_intermediate_size": 512,
+        "mtp_num_layers": 1,
+        "rotary_base": 1e7,
+        "rotary_percent": 0.25,
+        "max_position_embeddings": 262144,
+        "layernorm_epsilon": 1e-6,
+        "norm_topk_prob": True,
+        **changes,
+    }
+    return ModelShape(layer_types=layer_pattern(sizes["num_layers"], 4), **sizes)  # type: ignore[arg-type]
+
+
+def load(text: str, tmp_path: Path) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return load_recipe(path)
+
+
+def test_documented_recipe_reads_back(tmp_path: Path) -> None:
+    recipe = load(ISSUE_RECIPE, tmp_path)
+    assert recipe == Recipe(Target(36, 1536, 256, 8))
+    assert parse_recipe(recipe.to_dict()) == recipe
+
+
+def test_what_a_recipe_leaves_out_has_defaults() -> None:
+    recipe = parse_recipe({"version": 1, "target": {"num_layers": 3}, "depth": {"method": "adjacent_cosine"}})
+    assert recipe == Recipe(Target(num_layers=3), Depth("adjacent_cosine"), experts=Experts())
+    assert recipe.to_dict()["target"] == {"num_layers": 3}
+
+
+BAD = {
+    "- 1": "a recipe is a mapping, not list",
+    "": "a recipe is a mapping, not NoneType",
+    "version: 1": "target is missing",
+    "target: {}": "version is missing (this release reads version 1)",
+    "version: 2\ntarget: {}": "version 2 is not supported (this release reads version 1)",
+    "version: '1'\ntarget: {}": "version '1' is not supported",
+    "version: true\ntarget: {}": "version True is not supported",
+    "version: 1\ntarget: {num_layer: 3}": "unknown key target.num_layer (did you mean 'num_layers'?)",
+    "version: 1\ntarget: {}\nexpert: {}": "unknown key expert (did you mean 'experts'?)",
+    "version: 1\ntarget: {}\n7: {}": "unknown key 7 (known: version, target, depth, width, experts)",
+    "version: 1\ntarget: 5": "target 5 is not a mapping",
+    "version: 1\ntarget: {}\ndepth:": "depth None is not a mapping",
+    "version: 1\ntarget: {num_layers: '3'}": "target.num_layers '3' is not a positive integer",
+    "version: 1\ntarget: {num_layers: true}": "target.num_layers True is not a positive integer",
+    "version: 1\ntarget: {hidden_size: 0}": "target.hidden_size 0 is not a positive integer",
+    "version: 1\ntarget: {hidden_size: 48.0}": "target.hidden_size 48.0 is not a positive integer",
+    "version: 1\ntarget: {}\nexperts: {method: merges}": "experts.method 'merges' is unknown (did you mean 'merge'?)",
+    "version: 1\ntarget: {}\nexperts: {importance: [reap]}": "experts.importance ['reap'] is unknown",
+    "version: 1\ntarget: {}\nexperts: {preserve: 1}": "experts.preserve 1 is not a number in [0, 1)",
+    "version: 1\ntarget: {}\nexperts: {preserve: .nan}": "experts.preserve nan is not a number in [0, 1)",
+    "version: 1\nversion: 1\ntarget: {}": "duplicate key 'version'",
+    "version: 1\ntarget: {num_layers: 3, num_layers: 4}": "duplicate key 'num_layers'",
+    "version: [1": "not readable as YAML",
+    "version: 1\ntarget: !!python/object/apply:os.getcwd []": "not readable as YAML",
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_each_fault_has_its_one_line(text: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(text, tmp_path)
+    message = str(caught.value)
+    assert BAD[text] in message
+    assert "recipe.yaml" in message and "\n" not in message
+
+
+def test_all_faults_at_once(tmp_path: Path) -> None:
+    text = "version: 3\ntarget: {num_layer: 3, hidden_size: -1}\nwidth: {importance: norm}\nexperts: {preserve: 2}\n"
+    with pytest.raises(RecipeError) as caught:
+        load(text, tmp_path)
+    for part in ("version 3", "target.num_layer ", "target.hidden_size -1", "width.importance", "experts.preserve 2"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[" * 100_000], ids=["no text", "very deep"])
+def test_what_is_no_yaml_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match="not readable as YAML"):
+        load_recipe(path)
+    with pytest.raises(RecipeError, match="no such file"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(RecipeError, match="not readable"):
+        load_recipe(tmp_path)
+
+
+def test_impossible_targets_are_all_listed() -> None:
+    recipe = parse_recipe(
+        {
+            "version": 1,
+            "target": {"num_layers": 64, "hidden_size": 4096, "num_moe_experts": 8, "moe_router_topk": 9},
+        }
+    )
+    with pytest.raises(RecipeError) as caught:
+        check_recipe(recipe, teacher(), where="r.yaml")
+    for part in (
+        "r.yaml: ",
+        "target.num_layers 64 is larger than the source's 48",
+        "target.hidden_size 4096 is larger than the source's 2048",
+        "moe_router_topk 9 is larger than num_moe_experts 8",
+    ):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "depth", "message"),
+    [
+        ({"num_moe_experts": 8}, "last", "moe_router_topk 10 is larger than num_moe_experts 8 of the target"),
+        ({"hidden_size": 1540}, "last", "target.hidden_size 1540 is not a multiple of 8"),
+        ({"num_layers": 3}, "last", "target.num_layers 3 leaves no full_attention layer"),
+        ({"moe_router_topk": 1}, "last", "moe_router_topk 1 with norm_topk_prob"),
+    ],
+)
+def test_impossible_target(target: dict[str, int], depth: str, message: str) -> None:
+    recipe = parse_recipe({"version": 1, "target": target, "depth": {"method": depth}})
+    with pytest.raises(RecipeError, match=message):
+        check_recipe(recipe, teacher())
+
+
+def test_adjacent_cosine_may_keep_three_layers_of_which_one_is_full_attention() -> None:
+    recipe = parse_recipe({"version": 1, "target": {"num_layers": 3}, "depth": {"method": "adjacent_cosine"}})
+    check_recipe(recipe, teacher())
+
+
+# Parameters and active parameters, MTP left out, in billions (SlimQwen, table 6, and its text where they differ).
+SHIPPED = {
+    "qwen3_next_80a3b_to_23a2b.yaml": (teacher(), 23.2, 2.1),
+    "qwen3_next_80a3b_to_24a2b.yaml": (teacher(), 24.2, 2.3),
+    "slimqwen_24a2b_to_6a1b.yaml": (teacher(num_layers=28, num_moe_experts=256, moe_router_topk=8), 5.9, 1.1),
+    "demo.yaml": (
+        teacher(
+            num_layers=8,
+            hidden_size=256,
+            vocab_size=4096,
+            num_moe_experts=32,
+            moe_router_topk=4,
+            moe_ffn_hidden_size=64,
+            kv_channels=32,
+        ),
+        None,
+        None,
+    ),
+}
+
+
+def test_every_shipped_recipe_is_tested() -> None:
+    assert sorted(SHIPPED) == sorted(path.name for path in RECIPES.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipe(name: str) -> None:
+    source, total, active = SHIPPED[name]
+    recipe = load_recipe(RECIPES / name)
+    check_recipe(recipe, source)
+    target = target_shape(recipe, source, tuple(range(recipe.target.num_layers or source.num_layers)))
+    counted = count_parameters(target, include_mtp=False)
+    if total is not None:
+        assert round(counted.total / 1e9, 1) == total
+        assert round(counted.active / 1e9, 1) == active

@@ -1,0 +1,218 @@
+"""tools/preprocess_data.py: text in, Megatron data sets out, and nothing on an error."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_slim.data import read_stream
+from megatron_slim.documents import sentence_splitter
+
+TOOL = "tools/preprocess_data.py"
+TEXTS = ["Hello, world. This is text.\n\nAnd more!", "", "déjà vu 文字", "x = 1\n" * 50]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level tokenizer without merges: one token per byte and the end of text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<|endoftext|>": 0} | {symbol: rank for rank, symbol in enumerate(alphabet, start=1)}
+    bpe = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    path = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text, "id": "7"}) for text in TEXTS) + "\n\n", encoding="utf-8")
+    return path
+
+
+def decode(tokenizer: Path, ids: Any) -> str:
+    from transformers import AutoTokenizer
+
+    text: str = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True).decode(np.asarray(ids).tolist())
+    return text
+
+
+def documents(prefix: str) -> list[list[list[int]]]:
+    """Token ids as Megatron reads them, by document and sequence."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    data = IndexedDataset(prefix)
+    bounds = data.document_indices.tolist()
+    return [[data[sequence].tolist() for sequence in range(begin, end)] for begin, end in itertools.pairwise(bounds)]
+
+
+def test_round_trip(tool: Callable[..., Any], tmp_path: Path, corpus: Path, tokenizer: Path) -> None:
+    prefix = tmp_path / "out"
+    outcome = tool(
+        TOOL, "--input", corpus, "--tokenizer-model", tokenizer, "--output-prefix", prefix, "--append-eod", "--json"
+    )
+    assert outcome.code == 0, outcome.stderr
+    result = outcome.json
+    assert result["prefix"] == f"{prefix}_text_document"
+    assert (result["documents"], result["skipped_documents"]) == (3, 1)
+    assert (result["dtype"], result["vocab_size"], result["eod"]) == ("uint16", 257, 0)
+    found = documents(result["prefix"])
+    assert [len(document) for document in found] == [1, 1, 1]
+    assert all(document[0][-1] == 0 for document in found)
+    assert [decode(tokenizer, document[0][:-1]) for document in found] == [text for text in TEXTS if text]
+    assert (
+        result["tokens"]
+        == sum(len(text.encode()) + 1 for text in TEXTS if text)
+        == len(read_stream(Path(result["prefix"])))
+    )
+
+
+def test_workers_and_compression_change_nothing(
+    tool: Callable[..., Any], tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_slim.documents.BATCH_CHARACTERS", 500)
+    lines = "".join(json.dumps({"text": f"document {n} " * (n % 7 + 1)}) + "\n" for n in range(300))
+    (tmp_path / "a.jsonl").write_text(lines)
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as stream:
+        stream.write(lines)
+    outputs = []
+    for name, workers in (("a.jsonl", 1), ("b.jsonl.gz", 3)):
+        prefix = tmp_path / f"out{workers}"
+        outcome = tool(
+            TOOL,
+            "--input",
+            tmp_path / name,
+            "--tokenizer-model",
+            tokenizer,
+            "--output-prefix",
+            prefix,
+            "--workers",
+            workers,
+        )
+        assert outcome.code == 0, outcome.stderr
+        outputs.append([Path(f"{prefix}_text_document{suffix}").read_bytes() for suffix in (".bin", ".idx")])
+    assert outputs[0] == outputs[1]
+
+
+def test_sentences_lose_nothing(tool: Callable[..., Any], tmp_path: Path, corpus: Path, tokenizer: Path) -> None:
+    arguments = ("--input", corpus, "--tokenizer-model", tokenizer, "--output-prefix", tmp_path / "out", "--append-eod")
+    outcome = tool(TOOL, *arguments, "--split-sentences", "--json")
+    assert outcome.code == 0, outcome.stderr
+    assert outcome.json["prefix"].endswith("_text_sentence")
+    first = documents(outcome.json["prefix"])[0]
+    assert [decode(tokenizer, ids) for ids in first] == [
+        "Hello, world. ",
+        "This is text.\n\n",
+        "And more!<|endoftext|>",
+    ]
+
+
+def test_splitter_pieces_are_the_text() -> None:
+    split = sentence_splitter(None)
+    for text in ("", " ", "\n a. b! \n\n c? ", "no end", "One. Two.   Three.\n"):
+        assert "".join(split(text)) == text
+
+
+def test_text_files_and_several_keys(tool: Callable[..., Any], tmp_path: Path, corpus: Path, tokenizer: Path) -> None:
+    plain = tmp_path / "plain.txt"
+    plain.write_text("one\n\ndocument\n")
+    arguments = ("--input", corpus, plain, "--tokenizer-model", tokenizer, "--output-prefix", tmp_path / "out")
+    outcome = tool(TOOL, *arguments, "--json-keys", "text", "id", "--json")
+    assert outcome.code == 0, outcome.stderr
+    prefixes = outcome.json["prefixes"]
+    assert [decode(tokenizer, ids[0]) for ids in documents(prefixes["id"])] == ["7"] * 4 + ["one\n\ndocument\n"]
+    assert decode(tokenizer, documents(prefixes["text"])[-1][0]) == "one\n\ndocument\n"
+
+
+def test_sentencepiece(tool: Callable[..., Any], tmp_path: Path, corpus: Path) -> None:
+    import sentencepiece
+
+    model = tmp_path / "m.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 10), model_prefix=str(tmp_path / "m"), vocab_size=300, byte_fallback=True,
+        model_type="bpe", minloglevel=2,
+    )  # fmt: skip
+    outcome = tool(
+        TOOL, "--input", corpus, "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model,
+        "--output-prefix", tmp_path / "out", "--append-eod", "--json",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.stderr
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    expected = [[*processor.encode(text), processor.eos_id()] for text in TEXTS if text]
+    assert [document[0] for document in documents(outcome.json["prefix"])] == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"text": "a"', "bad.jsonl:3: not a line of JSON"),
+        ('{"content": "a"}', "bad.jsonl:3: has no text under 'text'"),
+        ('{"text": 3}', "bad.jsonl:3: has no text under 'text'"),
+        ("[1]", "bad.jsonl:3: has no text under 'text'"),
+    ],
+)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_lines(
+    tool: Callable[..., Any], tmp_path: Path, tokenizer: Path, line: str, expected: str, workers: int
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "bad.jsonl").write_text('{"text": "fine"}\n\n' + line + "\n")
+    arguments = ("--input", data / "bad.jsonl", "--tokenizer-model", tokenizer, "--output-prefix", data / "out")
+    assert expected in tool(TOOL, *arguments, "--workers", workers).error
+    assert [path.name for path in data.iterdir()] == ["bad.jsonl"]
+
+
+def test_refusals_leave_nothing(tool: Callable[..., Any], tmp_path: Path, tokenizer: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    good = data / "good.jsonl"
+    good.write_text('{"text": "fine"}\n')
+    (data / "blank.jsonl").write_text('{"text": ""}\n')
+    (data / "latin.txt").write_bytes(b"caf\xe9")
+    (data / "torn.jsonl.gz").write_bytes(gzip.compress(b'{"text": "fine"}\n' * 1000)[:-20])
+    (data / "x.csv").write_text("a,b")
+    (data / "no_tokenizer").mkdir()
+    before = sorted(path.name for path in data.iterdir())
+
+    def error(*inputs: str, model: Path = tokenizer, extra: tuple[str, ...] = (), prefix: str = "out") -> str:
+        files = [data / name for name in inputs]
+        message = tool(
+            TOOL, "--input", *files, "--tokenizer-model", model, "--output-prefix", data / prefix, *extra
+        ).error
+        assert sorted(path.name for path in data.iterdir()) == before
+        return str(message)
+
+    assert "none.jsonl: no such file" in error("good.jsonl", "none.jsonl")
+    assert "x.csv: unknown kind of input" in error("x.csv")
+    assert "holds no text at all" in error("blank.jsonl")
+    assert "latin.txt: not readable as UTF-8" in error("latin.txt")
+    assert "torn.jsonl.gz: not readable" in error("torn.jsonl.gz")
+    assert "no such tokenizer directory" in error("good.jsonl", model=data / "nothing")
+    assert "tokenizer" in error("good.jsonl", model=data / "no_tokenizer")
+    assert "parent directory" in error("good.jsonl", prefix="nowhere/out")
+    assert "--workers 0" in error("good.jsonl", extra=("--workers", "0"))
+    spm = ("--tokenizer-type", "SentencePieceTokenizer")
+    assert "no such SentencePiece model" in error("good.jsonl", model=data / "x.model", extra=spm)
+    assert "not a SentencePiece model" in error("good.jsonl", model=good, extra=spm)
+    assert "punkt_tab" in error("good.jsonl", extra=("--split-sentences", "--lang", "klingon"))
+
+
+def test_existing_output_is_kept(tool: Callable[..., Any], tmp_path: Path, corpus: Path, tokenizer: Path) -> None:
+    existing = tmp_path / "out_text_document.idx"
+    existing.write_text("precious")
+    outcome = tool(TOOL, "--input", corpus, "--tokenizer-model", tokenizer, "--output-prefix", tmp_path / "out")
+    assert "already exists" in outcome.error
+    assert existing.read_text() == "precious"
