@@ -7,5 +7,5 @@ import importlib
 from megatron_slim import device
 
 device.install()
-for _module in ("megatron.core.dist_checkpointing", "megatron.core.models.gpt"):
+for _module in ("megatron.core.dist_checkpointing", "megatron.core.models.gpt", "megatron_slim.training.pretrain"):
     importlib.import_module(_module)

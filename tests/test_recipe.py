@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from megatron_slim.architecture.qwen3_next import count_parameters
-from megatron_slim.architecture.shape import ModelShape, layer_pattern
+from megatron_slim.architecture.shape import ModelShape, layer_pattern, shape_from_hf_config
 from megatron_slim.errors import RecipeError
 from megatron_slim.pruning.plan import check_recipe, target_shape
 from megatron_slim.recipe import Depth, Experts, Recipe, Target, load_recipe, parse_recipe
@@ -52,6 +53,12 @@ def teacher(**changes: object) -> ModelShape:
         **changes,
     }
     return ModelShape(layer_types=layer_pattern(sizes["num_layers"], 4), **sizes)  # type: ignore[arg-type]
+
+
+def demo_teacher() -> ModelShape:
+    """The teacher that `make demo` trains."""
+    config = json.loads((RECIPES.parent / "demo_teacher" / "config.json").read_text())
+    return shape_from_hf_config(config, mtp_num_layers=1)
 
 
 def load(text: str, tmp_path: Path) -> Recipe:
@@ -172,19 +179,7 @@ SHIPPED = {
     "qwen3_next_80a3b_to_23a2b.yaml": (teacher(), 23.2, 2.1),
     "qwen3_next_80a3b_to_24a2b.yaml": (teacher(), 24.2, 2.3),
     "slimqwen_24a2b_to_6a1b.yaml": (teacher(num_layers=28, num_moe_experts=256, moe_router_topk=8), 5.9, 1.1),
-    "demo.yaml": (
-        teacher(
-            num_layers=8,
-            hidden_size=256,
-            vocab_size=4096,
-            num_moe_experts=32,
-            moe_router_topk=4,
-            moe_ffn_hidden_size=64,
-            kv_channels=32,
-        ),
-        None,
-        None,
-    ),
+    "demo.yaml": (demo_teacher(), None, None),
 }
 
 

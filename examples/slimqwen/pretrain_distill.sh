@@ -52,14 +52,14 @@ read -r -a valid_data <<<"$VALID_DATA"
 if [[ ${#valid_data[@]} -gt 0 ]]; then
   data_args=(--train-data-path "${data[@]}" --valid-data-path "${valid_data[@]}" --test-data-path "${valid_data[@]}")
 else
-  data_args=(--data-path "${data[@]}" --split 990,5,5)
+  data_args=(--data-path "${data[@]}" --split "990,5,5")
 fi
 args=(
   --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --expert-model-parallel-size "$EP"
   --use-distributed-optimizer
   --seq-length "$SEQ_LENGTH" --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE"
   --train-iters "$TRAIN_ITERS" --lr "$LR" --min-lr "$MIN_LR" --lr-warmup-iters "$LR_WARMUP_ITERS"
-  --lr-decay-style cosine --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0
+  --lr-decay-style cosine --clip-grad 1.0
   --save "$SAVE" --load "$SAVE" --save-interval "$SAVE_INTERVAL" --tensorboard-dir "$SAVE/tensorboard"
   --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" --log-interval "$LOG_INTERVAL"
   --distributed-timeout-minutes 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -33,6 +34,14 @@ def config_for(shape_config: dict[str, Any], dtypes: Iterable[torch.dtype]) -> d
     return {**shape_config, "torch_dtype": name, **stale}
 
 
+def _check_space(target: Path, needed: int) -> None:
+    free = shutil.disk_usage(target.absolute().parent).free
+    if needed > free:
+        raise CheckpointError(
+            f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", where=str(target), fix="make room"
+        )
+
+
 def _watched(description: str) -> Callable[[Iterator[Weight]], Iterator[Weight]]:
     def watch(items: Iterator[Weight]) -> Iterator[Weight]:
         listed = list(items)
@@ -61,9 +70,10 @@ def hf_to_torch_dist(
     """
     checkpoint = HFCheckpoint.open(source)
     read = _cast(checkpoint.read, dtype)
-    dtypes = checkpoint.dtypes.values() if dtype is None else [dtype]
-    config = config_for(shape_to_hf_config(checkpoint.shape, checkpoint.config), dtypes)
+    dtypes = checkpoint.dtypes if dtype is None else dict.fromkeys(checkpoint.dtypes, dtype)
+    config = config_for(shape_to_hf_config(checkpoint.shape, checkpoint.config), dtypes.values())
     with new_directory(target) as partial:
+        _check_space(target, sum(spec.nbytes for spec in specs_of(checkpoint.shape, dtypes)))
         watch = _watched("converting")
         write_torch_dist(partial, checkpoint.shape, read, config, copy_files_from=source, watch=watch)
         if verify:
@@ -99,6 +109,7 @@ def torch_dist_to_hf(
 
     with new_directory(target) as partial:
         specs = specs_of(checkpoint.shape, dtypes)
+        _check_space(target, sum(spec.nbytes for spec in specs))
         write_hf_checkpoint(partial, config, specs, tensors(), copy_files_from=checkpoint.config_path)
         if verify:
             _verify(checkpoint, HFCheckpoint.open(partial).read, target, dtype)
@@ -123,7 +134,8 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal bit for bit, NaN payloads and signs of zero included."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
+    return torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
 
 
 def _results(kind: str, checkpoint: HFCheckpoint | DistCheckpoint, verified: bool) -> dict[str, Any]:

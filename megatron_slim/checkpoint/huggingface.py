@@ -22,6 +22,7 @@ from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
 from megatron_slim.checkpoint.safetensors_files import (
     TensorEntry,
     TensorSpec,
+    as_bytes,
     plan_shards,
     pread_into,
     read_header,
@@ -88,9 +89,9 @@ class HFCheckpoint:
     def read(self, name: str) -> Tensor:
         """Read one tensor; the result is the caller's own memory."""
         entry = self._entries[name]
-        buffer = bytearray(entry.nbytes)
-        pread_into(entry.file, entry.offset, memoryview(buffer))
-        return torch.frombuffer(buffer, dtype=entry.dtype).view(entry.shape)
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        pread_into(entry.file, entry.offset, as_bytes(tensor))
+        return tensor
 
     def read_rows(
         self,
@@ -116,12 +117,12 @@ class HFCheckpoint:
     def _gather(self, entry: TensorEntry, index: npt.NDArray[np.int64]) -> Tensor:
         assert index.min() >= 0 and index.max() < entry.shape[0], "row index out of range"
         step = entry.row_bytes
-        buffer = bytearray(index.size * step)
-        view = memoryview(buffer)
+        tensor = torch.empty((index.size, *entry.shape[1:]), dtype=entry.dtype)
+        view = as_bytes(tensor)
         starts = np.flatnonzero(np.diff(index, prepend=-2) != 1)  # of runs of consecutive rows
         for start, stop in zip(starts, [*starts[1:], index.size], strict=True):
             pread_into(entry.file, entry.offset + int(index[start]) * step, view[start * step : stop * step])
-        return torch.frombuffer(buffer, dtype=entry.dtype).view(index.size, *entry.shape[1:])
+        return tensor
 
 
 def read_config(path: Path) -> dict[str, Any]:

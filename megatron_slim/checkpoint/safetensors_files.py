@@ -98,6 +98,11 @@ def _parse_entry(file: Path, base: int, name: str, info: Any) -> tuple[TensorEnt
     return entry, base + end
 
 
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, shared with it."""
+    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
+
+
 def pread_into(file: Path, offset: int, view: memoryview) -> None:
     """Fill ``view`` from a file: read, not mapped, so that memory use is what is asked for and no more."""
     descriptor = os.open(file, os.O_RDONLY)
@@ -166,7 +171,7 @@ def start_shard(file: Path, shard: Sequence[TensorSpec]) -> dict[str, TensorEntr
 
 def write_tensor(entry: TensorEntry, tensor: Tensor) -> None:
     """Write a tensor's bytes where `start_shard` has placed it."""
-    data = memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    data = as_bytes(tensor.contiguous())
     descriptor = os.open(entry.file, os.O_WRONLY)
     try:
         done = 0

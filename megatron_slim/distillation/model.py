@@ -14,6 +14,7 @@ import copy
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
@@ -56,7 +57,10 @@ class HiddenStatesModel(GPTModel):
         the local ones (nothing at all) would tie a checkpoint to the modules that wrote it.
         """
         state: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
-        return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+        return {
+            key: LocalNonpersistentObject(value.data) if key.endswith("_extra_state") else value
+            for key, value in state.items()
+        }
 
     @property
     def mtp_depths(self) -> int:

@@ -28,14 +28,18 @@ from megatron_slim.pruning.samples import check_samples
 from megatron_slim.pruning.source import Source, fingerprint
 from megatron_slim.pruning.statistics import FORMAT, HIDDEN, Array, Statistics
 
+# On a CPU, tokens in one forward pass so that an expert multiplies more than a few at a time: 5x faster than 256.
+FORWARD_TOKENS = 4096
 
-def calibrate(source: Source, samples: npt.NDArray[np.int64], *, micro_batch_size: int = 1) -> Statistics:
+
+def calibrate(source: Source, samples: npt.NDArray[np.int64], *, micro_batch_size: int | None = None) -> Statistics:
     """Measure the statistics of a checkpoint.
 
     Args:
         source: the checkpoint.
         samples: token ids [samples, sequence], all below the vocabulary's size.
-        micro_batch_size: samples in one forward pass; changes speed and memory, not the definition of any number.
+        micro_batch_size: samples in one forward pass, None for about `FORWARD_TOKENS`; changes speed, memory and
+            rounding, not the definition of any number.
 
     Raises:
         DataError: the samples do not suit the model.
@@ -43,6 +47,8 @@ def calibrate(source: Source, samples: npt.NDArray[np.int64], *, micro_batch_siz
     """
     check_samples(samples, source.shape)
     init_single_process()
+    if micro_batch_size is None:
+        micro_batch_size = max(1, FORWARD_TOKENS // samples.shape[1])
     with torch.no_grad():
         return _Calibration(source, samples, micro_batch_size).run()
 

@@ -26,7 +26,7 @@ class CalibrationOptions:
     num_samples: int | None
     seq_length: int | None
     seed: int
-    micro_batch_size: int
+    micro_batch_size: int | None
 
 
 def positive(text: str) -> int:
@@ -50,7 +50,7 @@ def add_calibration_arguments(parser: argparse.ArgumentParser, *, required: bool
     group.add_argument("--num-samples", type=positive, help="samples, drawn at random (.bin: 1024 if not given)")
     group.add_argument("--seq-length", type=positive, help="tokens per sample (.bin: at most 4096 if not given)")
     group.add_argument("--seed", type=int, default=1234, help="seed of the draw")
-    group.add_argument("--micro-batch-size", type=positive, default=1, help="samples in one forward pass")
+    group.add_argument("--micro-batch-size", type=positive, help="samples in one forward pass (about 4096 tokens)")
 
 
 def calibration_options(args: argparse.Namespace) -> CalibrationOptions:

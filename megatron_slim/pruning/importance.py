@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,8 @@ from megatron_slim.pruning.statistics import Array, cosine_key, importance_key, 
 
 def to_array(values: Tensor) -> Array:
     """A float32 array of a float64 tensor."""
-    return values.to(device="cpu", dtype=torch.float32).numpy().astype(np.float32, copy=False)
+    array: Array = values.to(device="cpu", dtype=torch.float32).numpy()
+    return array
 
 
 def cosine_matrix(rows: Tensor) -> Tensor:

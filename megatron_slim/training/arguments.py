@@ -144,7 +144,7 @@ def model_flags(shape: ModelShape) -> list[str]:
     return [str(word) for flag in values.items() for word in flag] + list(switches)
 
 
-# What Megatron turns on by default and no CPU has.
+# What Megatron turns on by default and a CPU lacks, or (loader processes) has no cores to spare for.
 CPU_FLAGS = (
     "--transformer-impl=local",
     "--distributed-backend=gloo",
@@ -154,6 +154,7 @@ CPU_FLAGS = (
     "--no-rope-fusion",
     "--no-bias-swiglu-fusion",
     "--no-bias-dropout-fusion",
+    "--num-workers=0",
 )
 
 

@@ -259,3 +259,11 @@ def test_pieces_are_those_that_megatron_reads(tmp_path: Path, name: str) -> None
             chunks = metadata.state_dict_metadata[weight.key].chunks  # type: ignore[union-attr]
             pieces = 2 if "linear_fc1" in weight.key else 1
             assert len(chunks) == pieces * shape.num_moe_experts
+
+
+def test_a_full_disk_is_noticed_before_work_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_tiny_checkpoint(tmp_path / "hf", tiny_shape())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))  # type: ignore[attr-defined]
+    with pytest.raises(CheckpointError, match=r"needs 0\.0 GB"):
+        hf_to_torch_dist(source, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["hf"]

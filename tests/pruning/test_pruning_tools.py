@@ -93,6 +93,25 @@ def test_the_report_is_saved(tool: Tool, source: HFCheckpoint, work: Path) -> No
     assert load_plan(work / "out" / "plan.json").sha256 in report
 
 
+def test_a_megatron_data_set_is_read_by_its_prefix(tool: Tool, source: HFCheckpoint, work: Path) -> None:
+    from megatron_slim import device
+
+    device.install()
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(work / "text.bin"), dtype=np.uint16)
+    builder.add_document(np.load(work / "tokens.npy").reshape(-1), [48])
+    builder.finalize(str(work / "text.idx"))
+    save = ("--save", work / "stats", "--json")
+    few = ("--num-samples", 4, "--seq-length", 12)
+    run = tool(CALIBRATE, "--load", source.path, "--calibration-data", work / "text", *few, *save)
+    assert (run.json["num_samples"], run.json["seq_length"]) == ("4", "12")
+    matrix = tool(CALIBRATE, "--load", source.path, "--calibration-data", work / "tokens.npy", "--save", work / "same")
+    assert matrix.code == 0 and (work / "stats").read_bytes() == (work / "same").read_bytes()
+    run = tool(CALIBRATE, "--load", source.path, "--calibration-data", work / "text", "--save", work / "s")
+    assert "holds 48 tokens, fewer than one sample of 512" in run.error
+
+
 @pytest.mark.parametrize("name", ["no.npy", "float.npy", "flat.npy", "ids.npy", "text.txt", "none"])
 def test_data_of_the_wrong_kind(name: str, tool: Tool, source: HFCheckpoint, work: Path) -> None:
     np.save(work / "float.npy", np.zeros((2, 3)))

@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# The whole pipeline on a CPU: train a teacher, prune it, distil it into its own pruned self, evaluate, report.
+#
+#   bash examples/slimqwen/demo.sh [OUTPUT_DIRECTORY]      (default: runs/demo, made anew every time)
+#
+# The tools and scripts are those that a cluster uses; only sizes differ. TEACHER_ITERS and STUDENT_ITERS say how long.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+python=${PYTHON:-python3}
+out=${1:-runs/demo}
+TEACHER_ITERS=${TEACHER_ITERS:-400}
+STUDENT_ITERS=${STUDENT_ITERS:-150}
+export SEQ_LENGTH=256 MICRO_BATCH_SIZE=4 GLOBAL_BATCH_SIZE=8 LR_WARMUP_ITERS=20 LOG_INTERVAL=5
+export EVAL_INTERVAL=100000 EVAL_ITERS=1 SAVE_INTERVAL=100000 MASTER_PORT=${MASTER_PORT:-29531}
+
+if [[ -e $out ]]; then
+  [[ -e $out/demo.started ]] || { echo "error: $out exists and is not a demo's output; name another directory" >&2; exit 2; }
+  rm -rf "$out"
+fi
+mkdir -p "$out/logs" "$out/results"
+touch "$out/demo.started"
+
+# step NAME COMMAND...: run it, log it, time it; the JSON line that ends a tool's output is kept as its result.
+step() {
+  local name=$1 begin=$SECONDS status=0
+  shift
+  printf '%-28s' "$name"
+  "$@" >"$out/logs/$name.out" 2>"$out/logs/$name.err" || status=$?
+  if [[ $status -ne 0 ]]; then
+    echo "failed (exit code $status); the end of $out/logs/$name.err:"
+    tail -n 30 "$out/logs/$name.err"
+    exit "$status"
+  fi
+  echo "$((SECONDS - begin)) s"
+  printf '{"step": "%s", "seconds": %d}\n' "$name" "$((SECONDS - begin))" >>"$out/timings.jsonl"
+  tail -n 1 "$out/logs/$name.out" >"$out/results/$name.json"
+}
+
+train() { # train NAME ITERS [Megatron's flags]; the rest through the environment, as on a cluster
+  local name=$1 iters=$2
+  shift 2
+  step "$name" env PYTHON="$python" TRAIN_ITERS="$iters" SAVE="$out/$name" DATA="$out/data/train_text_document" \
+    VALID_DATA="$out/data/validation_text_document" bash examples/slimqwen/pretrain_distill.sh "$@"
+}
+
+evaluate() { # evaluate NAME CHECKPOINT
+  step "evaluate-$1" "$python" tools/evaluate.py --load "$2" --data "$out/data/validation_text_document" \
+    --seq-length "$SEQ_LENGTH" --num-samples 96 --micro-batch-size 8 --json
+}
+
+export OMP_NUM_THREADS=2
+step corpus "$python" examples/slimqwen/make_corpus.py --output "$out/corpus" --json
+step tokenizer "$python" examples/slimqwen/train_tokenizer.py --input "$out/corpus/train.jsonl" \
+  --output "$out/tokenizer" --vocab-size 4096 --json
+mkdir -p "$out/data" "$out/teacher-config"
+for split in train validation; do
+  step "preprocess-$split" "$python" tools/preprocess_data.py --input "$out/corpus/$split.jsonl" \
+    --output-prefix "$out/data/$split" --tokenizer-model "$out/tokenizer" --append-eod --workers 2 --json
+done
+cp examples/slimqwen/demo_teacher/config.json "$out/tokenizer/"* "$out/teacher-config/"
+
+# The teacher: plain LM + MTP-LM training, two data-parallel processes.
+export OMP_NUM_THREADS=1 NPROC_PER_NODE=2
+LR=2e-3 MIN_LR=1e-4 HF_CONFIG="$out/teacher-config" train teacher-training "$TEACHER_ITERS"
+export OMP_NUM_THREADS=2
+step export-teacher "$python" tools/convert_checkpoint.py --load "$out/teacher-training" --save "$out/teacher" --to hf --json
+evaluate teacher "$out/teacher"
+
+# Depth, width and experts at once; half of the surviving experts are kept bit for bit, the others absorb the rest.
+step prune "$python" tools/prune_checkpoint.py --load "$out/teacher" --recipe examples/slimqwen/recipes/demo.yaml \
+  --calibration-data "$out/data/train_text_document" --num-samples 64 --seq-length "$SEQ_LENGTH" \
+  --micro-batch-size 8 --save "$out/pruned" --to hf --json
+evaluate pruned "$out/pruned"
+
+# Distillation, teacher and student side by side in two pipeline stages; then the same target, losses, tokens and
+# teacher from random weights.
+export OMP_NUM_THREADS=1 TEACHER="$out/teacher" LR=1e-3 MIN_LR=1e-4 PP=2
+STUDENT="$out/pruned" train distillation "$STUDENT_ITERS"
+HF_CONFIG="$out/pruned" train random-init "$STUDENT_ITERS"
+export OMP_NUM_THREADS=2
+for name in distillation:student random-init:random-init-student; do
+  step "export-${name#*:}" "$python" tools/convert_checkpoint.py --load "$out/${name%:*}" --save "$out/${name#*:}" --to hf --json
+  evaluate "${name#*:}" "$out/${name#*:}"
+done
+"$python" examples/slimqwen/demo_report.py "$out"

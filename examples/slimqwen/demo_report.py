@@ -1,0 +1,121 @@
+#!/usr/bin/env python3
+"""What the demo found: a table, ``report.json`` and ``loss_curves.png`` from the results of its steps."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_slim.architecture.qwen3_next import count_parameters
+from megatron_slim.architecture.shape import shape_from_hf_config
+from megatron_slim.files import read_json, to_json, write_atomic
+
+# Model -> the step that evaluated it and the directory of its export.
+MODELS = {
+    "teacher": ("evaluate-teacher", "teacher"),
+    "pruned_before_training": ("evaluate-pruned", "pruned"),
+    "student": ("evaluate-student", "student"),
+    "random_init_student": ("evaluate-random-init-student", "random-init-student"),
+}
+CURVES = {"teacher-training": "teacher", "distillation": "student, pruned", "random-init": "student, random init"}
+
+
+def count(directory: Path) -> dict[str, int]:
+    """Total and active parameters of an exported model, MTP included."""
+    config = read_json(directory / "config.json")
+    shape = shape_from_hf_config(config, mtp_num_layers=config["num_nextn_predict_layers"])
+    counted = count_parameters(shape)
+    return {"total": counted.total, "active": counted.active}
+
+
+def build_report(out: Path) -> dict[str, Any]:
+    """Collect losses, parameter counts and times."""
+    results = {name: read_json(out / "results" / f"{step}.json") for name, (step, _) in MODELS.items()}
+    timings = [json.loads(line) for line in (out / "timings.jsonl").read_text().splitlines()]
+    return {
+        "validation_loss": {name: result["loss"] for name, result in results.items()},
+        "validation_perplexity": {name: result["perplexity"] for name, result in results.items()},
+        "validation_mtp_loss": {name: result["mtp_loss"] for name, result in results.items()},
+        "validation_tokens": results["teacher"]["tokens"],
+        "parameters": {name: count(out / directory) for name, (_, directory) in MODELS.items()},
+        "seconds": {timing["step"]: timing["seconds"] for timing in timings},
+        "total_seconds": sum(timing["seconds"] for timing in timings),
+    }
+
+
+def read_curves(out: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """(iteration, loss) of every training run and loss term, from tensorboard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves = {}
+    for run in CURVES:
+        events = EventAccumulator(str(out / run / "tensorboard"))
+        events.Reload()
+        tags = [tag for tag in events.Tags()["scalars"] if tag.endswith("loss") and "balancing" not in tag]
+        curves[run] = {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
+    return curves
+
+
+def plot(out: Path, report: dict[str, Any], target: Path) -> None:
+    """Loss curves of the three runs, and the validation losses as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curves = read_curves(out)
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    for run, caption in CURVES.items():
+        left.plot(*zip(*curves[run]["lm loss"], strict=True), label=caption)
+    for run in ("distillation", "random-init"):
+        for tag, style in (("logits distillation loss", "-"), ("mtp distillation loss", "--")):
+            middle.plot(*zip(*curves[run][tag], strict=True), style, label=f"{CURVES[run]}: {tag}")
+    left.set(title="LM loss in training", xlabel="iteration", ylabel="nats per token")
+    middle.set(title="Distillation losses", xlabel="iteration")
+    losses = report["validation_loss"]
+    bars = right.bar([name.replace("_", "\n") for name in losses], list(losses.values()), color=["C0", "C7", "C1", "C2"])
+    right.bar_label(bars, fmt="%.2f")
+    right.set(title="Validation loss")
+    left.legend()
+    middle.legend(fontsize="small")
+    figure.savefig(target, dpi=110)
+
+
+def print_table(report: dict[str, Any]) -> None:
+    """The table that ends the demo."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="validation, %d tokens" % report["validation_tokens"])
+    for column in ("model", "parameters", "active", "loss", "perplexity", "MTP loss"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, loss in report["validation_loss"].items():
+        parameters = report["parameters"][name]
+        table.add_row(
+            name.replace("_", " "),
+            f"{parameters['total']:,}",
+            f"{parameters['active']:,}",
+            f"{loss:.4f}",
+            f"{report['validation_perplexity'][name]:.2f}",
+            ", ".join(f"{value:.4f}" for value in report["validation_mtp_loss"][name]),
+        )
+    Console().print(table)
+
+
+def main(out: Path) -> None:
+    """Write the report of the demo that ran in ``out``."""
+    report = build_report(out)
+    write_atomic(out / "report.json", to_json(report))
+    plot(out, report, out / "loss_curves.png")
+    print_table(report)
+    gain = report["validation_loss"]["random_init_student"] - report["validation_loss"]["student"]
+    print(f"pruning and distilling instead of starting from random weights: {gain:+.4f} nats per token better")
+    print(f"{report['total_seconds']} s in all; {out}/report.json, {out}/loss_curves.png")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,78 @@
+"""Training runs of a tiny teacher and student, by Megatron's own loop."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkpoint
+
+SIZES = {"num_layers": 4, "layer_types": ("linear_attention", "full_attention") * 2, "vocab_size": 120}
+FLAGS = (
+    "--mock-data --seq-length 32 --global-batch-size 4 --train-iters 5 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine "
+    "--log-interval 1 --tensorboard-log-interval 1 --eval-interval 1000 --eval-iters 1 --save-interval 1000 "
+    "--use-distributed-optimizer"
+).split()
+
+
+def train(argv: list[str], log: str) -> None:
+    """Body of one rank."""
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    from megatron_slim.training.pretrain import main
+
+    sys.argv = ["pretrain", *argv]
+    main(argv)
+
+
+def read_scalars(directory: Path) -> dict[str, list[float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory))
+    events.Reload()
+    return {tag: [point.value for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Teacher and student on disk, and a way to train them."""
+
+    root: Path
+    teacher: Path
+    student: Path
+
+    def train(self, name: str, ranks: int, *flags: str, distil: bool = True) -> dict[str, list[float]]:
+        """Train on ``ranks`` processes; what tensorboard got, by tag."""
+        start = ["--pretrained-checkpoint", str(self.student)]
+        if distil:
+            start += ["--teacher-load", str(self.teacher)]
+        board = self.root / "tensorboard" / name
+        argv = [*FLAGS, *start, "--no-teacher-check", "--tensorboard-dir", str(board), *flags]
+        run_distributed(ranks, train, argv, str(self.root / f"{name}.log"), initialise=False)
+        return read_scalars(board)
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    root = tmp_path_factory.mktemp("training")
+    teacher = tiny_shape(**SIZES)
+    student = tiny_shape(**SIZES, **{"hidden_size": 48, "num_moe_experts": 4})
+    write_tiny_checkpoint(root / "teacher", teacher, seed=1, dtype=torch.float32)
+    write_tiny_checkpoint(root / "student", student, seed=3, dtype=torch.float32)
+    return Workplace(root, root / "teacher", root / "student")
+
+
+@pytest.fixture(scope="session")
+def reference(workplace: Workplace) -> dict[str, list[float]]:
+    """The four-term run on one rank, two micro-batches of two sequences a step."""
+    return workplace.train("one", 1, "--micro-batch-size", "2")
+
+
+Train = Callable[..., dict[str, list[float]]]
