@@ -1,6 +1,6 @@
 """The CPU seam: all that lets Megatron-Core run without a GPU, and the only place that patches a library.
 
-On a machine with CUDA `install` changes nothing but the dataset helpers (see `_use_built_dataset_helpers`). Without
+On a machine with CUDA `install` only mends two faults of Megatron (the dataset helpers and the padding of buckets). Without
 CUDA the word "cuda" comes to mean the CPU for the whole process: tensor factories, ``.cuda()`` and ``.to()``, the CUDA
 generator, streams and events. The real Megatron-Core modules then run, over gloo; only kernels differ.
 """
@@ -34,7 +34,7 @@ _installed = False
 def install() -> None:
     """Make this process able to run Megatron-Core; call it before anything of ``megatron`` is imported.
 
-    Idempotent. Where CUDA is available only the dataset helpers are touched.
+    Idempotent. Where CUDA is available only the dataset helpers and the padding of buckets are touched.
     """
     global _installed
     if _installed:
@@ -51,6 +51,7 @@ def install() -> None:
         _patch_core()
         _patch_training()
     _use_built_dataset_helpers()
+    _count_bucket_padding()
 
 
 def backend() -> str:
@@ -347,3 +348,23 @@ def _use_built_dataset_helpers() -> None:
 
     assert helpers_cpp is not None
     utils.compile_helpers = lambda: None
+
+
+def _count_bucket_padding() -> None:
+    """Save the optimizer's buckets with the padding at their end.
+
+    Megatron 0.19.2 leaves it out, but not from the offsets by which it then finds parameters: with several buckets
+    (a pipeline stage with a shared embedding has two) what it saves is shifted by up to 127 elements, or, in the
+    other format, refused as out of bounds.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    compute = DistributedOptimizer._compute_per_buffer_param_layout
+
+    @functools.wraps(compute)
+    def with_padding(*args: Any, **kwargs: Any) -> Any:
+        layout = compute(*args, **kwargs)
+        layout.per_bucket_numel_unpadded = [end - start for start, end in layout.bucket_indices]
+        return layout
+
+    DistributedOptimizer._compute_per_buffer_param_layout = staticmethod(with_padding)

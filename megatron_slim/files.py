@@ -56,7 +56,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SlimError("no such file", where=str(path)) from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise SlimError(f"not readable as JSON ({error})", where=str(path)) from None
 
 
@@ -71,7 +71,14 @@ def refuse_existing(path: Path) -> None:
     Raises:
         SlimError: ``path`` exists, or its parent does not.
     """
-    if path.exists():
+    try:
+        os.lstat(path)  # not exists(), which follows a dead link
+        found = True
+    except (FileNotFoundError, NotADirectoryError):
+        found = False
+    except OSError as error:
+        raise SlimError(f"cannot be written ({error.strerror})", where=str(path), fix="choose another name") from None
+    if found:
         raise SlimError("output already exists", where=str(path), fix="choose another name or remove it first")
     if not path.absolute().parent.is_dir():
         raise SlimError("parent directory of the output does not exist", where=str(path), fix="create it first")

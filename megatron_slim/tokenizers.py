@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from megatron_slim.errors import DataError
 
+VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken")  # one of them holds what a tokenizer knows
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer")
 
 
@@ -35,6 +36,9 @@ class HuggingFaceTokenizer:
 
         if not path.is_dir():
             raise DataError("no such tokenizer directory", where=str(path), fix="names of a hub are not looked up")
+        # In a model's directory without them transformers makes up a tokenizer that knows no text.
+        if not any(file.is_file() for pattern in VOCABULARIES for file in path.glob(pattern)):
+            raise DataError("no tokenizer files in this directory", where=str(path), fix="it needs a tokenizer.json")
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except Exception as error:

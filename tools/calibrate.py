@@ -9,14 +9,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_slim.cli import run_tool, tool_parser
+from megatron_slim.cli import add_load_arguments, run_tool, tool_parser
 from megatron_slim.pruning.commands import add_calibration_arguments, calibration_options, run_calibrate
 
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = tool_parser(__doc__)
-    parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="checkpoint to measure")
+    add_load_arguments(parser, "measure")
     parser.add_argument("--save", type=Path, required=True, metavar="FILE", help="new file, stats.safetensors")
     add_calibration_arguments(parser, required=True)
     return parser.parse_args()
@@ -25,6 +25,8 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     arguments = parse_args()
     run_tool(
-        lambda: run_calibrate(arguments.load, arguments.save, calibration_options(arguments)),
+        lambda: run_calibrate(
+            arguments.load, arguments.save, calibration_options(arguments), hf_config=arguments.hf_config
+        ),
         as_json=arguments.json,
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_slim.cli import run_tool, say, tool_parser
+from megatron_slim.cli import add_load_arguments, run_tool, say, tool_parser
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -18,15 +18,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = tool_parser(__doc__)
-    parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="checkpoint to convert")
+    add_load_arguments(parser, "convert")
     parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="new directory for the result")
     parser.add_argument("--to", choices=("hf", "torch_dist"), help="format of the result; the other one if not given")
-    parser.add_argument(
-        "--hf-config",
-        type=Path,
-        metavar="DIR",
-        help="directory with config.json and tokenizer of a torch_dist checkpoint, where they are not in its hf/",
-    )
     parser.add_argument("--dtype", choices=DTYPES, help="cast every tensor; if not given, each keeps its type")
     parser.add_argument("--no-verify", action="store_true", help="do not read the result back and compare it")
     return parser.parse_args()
@@ -47,6 +41,8 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     target = args.to or ("hf" if source == "torch_dist" else "torch_dist")
     if source == target:
         raise CheckpointError(f"is a {source} checkpoint already", where=str(args.load), fix="leave --to out")
+    if source == "hf" and args.hf_config is not None:
+        raise CheckpointError("is no torch_dist checkpoint", where=str(args.load), fix="leave --hf-config out")
     options: dict[str, Any] = {"dtype": getattr(torch, args.dtype) if args.dtype else None}
     options["verify"] = not args.no_verify
     if source == "torch_dist":

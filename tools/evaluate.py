@@ -10,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_slim.cli import run_tool, say, tool_parser
+from megatron_slim.cli import add_load_arguments, not_negative, positive, run_tool, say, tool_parser
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -22,24 +22,18 @@ def parse_args() -> argparse.Namespace:
         "With --json: loss (nats per token), perplexity, tokens (predicted by the main head), mtp_loss (a list, one "
         "number per MTP depth, depth 1 first; empty without MTP), samples, seq_length, dtype."
     )
-    parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="checkpoint, format detected")
+    add_load_arguments(parser, "evaluate")
     parser.add_argument(
         "--data",
         type=Path,
         required=True,
         help="prefix of a Megatron .bin/.idx pair, or a .npy integer matrix [samples, sequence], used as it is",
     )
-    parser.add_argument("--seq-length", type=int, metavar="N", help="tokens per sample; needed with .bin/.idx")
-    parser.add_argument("--num-samples", type=int, metavar="N", help="draw so many samples; all if not given")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw")
-    parser.add_argument("--micro-batch-size", type=int, default=1, metavar="N", help="samples in one forward pass")
+    parser.add_argument("--seq-length", type=positive, metavar="N", help="tokens per sample; needed with .bin/.idx")
+    parser.add_argument("--num-samples", type=positive, metavar="N", help="draw so many samples; all if not given")
+    parser.add_argument("--seed", type=not_negative, default=0, help="of the draw")
+    parser.add_argument("--micro-batch-size", type=positive, default=1, metavar="N", help="samples in one forward pass")
     parser.add_argument("--dtype", choices=DTYPES, help="if not given, bf16 on a GPU and fp32 on a CPU")
-    parser.add_argument(
-        "--hf-config",
-        type=Path,
-        metavar="DIR",
-        help="directory with config.json of a torch_dist checkpoint, where it is not in its hf/",
-    )
     return parser.parse_args()
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_slim.cli import run_tool, tool_parser
+from megatron_slim.cli import add_load_arguments, run_tool, tool_parser
 from megatron_slim.pruning.commands import run_plan
 
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = tool_parser(__doc__)
-    parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="checkpoint to plan for")
+    add_load_arguments(parser, "plan for")
     parser.add_argument("--stats", type=Path, required=True, metavar="FILE", help="from tools/calibrate.py")
     parser.add_argument("--recipe", type=Path, required=True, metavar="YAML", help="what the model is to become")
     parser.add_argument("--save", type=Path, required=True, metavar="FILE", help="new file, plan.json")
@@ -26,5 +26,8 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     arguments = parse_args()
     run_tool(
-        lambda: run_plan(arguments.load, arguments.stats, arguments.recipe, arguments.save), as_json=arguments.json
+        lambda: run_plan(
+            arguments.load, arguments.stats, arguments.recipe, arguments.save, hf_config=arguments.hf_config
+        ),
+        as_json=arguments.json,
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_slim.cli import run_tool, say, tool_parser
+from megatron_slim.cli import positive, run_tool, say, tool_parser
 from megatron_slim.tokenizers import TOKENIZER_TYPES
 
 
@@ -35,8 +35,8 @@ def parse_args() -> argparse.Namespace:
     tokens.add_argument("--split-sentences", action="store_true", help="one sequence per sentence (nltk's Punkt)")
     tokens.add_argument("--lang", help="language of an installed nltk punkt_tab model; without it Punkt is untrained")
     runtime = parser.add_argument_group("runtime")
-    runtime.add_argument("--workers", type=int, default=1, help="processes that tokenize; the output is the same")
-    runtime.add_argument("--log-interval", type=int, default=1000, help="documents between two lines of progress")
+    runtime.add_argument("--workers", type=positive, default=1, help="processes that tokenize; the output is the same")
+    runtime.add_argument("--log-interval", type=positive, default=1000, help="documents between two lines of progress")
     return parser.parse_args()
 
 

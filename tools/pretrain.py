@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -11,7 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if __name__ == "__main__":
     from megatron_slim import device
 
-    device.install()
-    from megatron_slim.training.pretrain import run_from_command_line
+    # What Megatron and torch announce at import is tools/doctor.py's to say; what they warn of later stays.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        device.install()
+        from megatron_slim.training.pretrain import run_from_command_line
 
     run_from_command_line()

@@ -10,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_slim.cli import run_tool, tool_parser
+from megatron_slim.cli import add_load_arguments, run_tool, tool_parser
 from megatron_slim.pruning.commands import (
     add_calibration_arguments,
     calibration_options,
@@ -22,7 +22,7 @@ from megatron_slim.pruning.commands import (
 def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = tool_parser(__doc__)
-    parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="checkpoint to prune")
+    add_load_arguments(parser, "prune")
     parser.add_argument("--save", type=Path, metavar="DIR", help="new directory for the result")
     parser.add_argument("--recipe", type=Path, metavar="YAML", help="what the model is to become")
     parser.add_argument("--stats", type=Path, metavar="FILE", help="statistics made before: nothing is measured")
@@ -45,6 +45,7 @@ def prune(args: argparse.Namespace) -> dict[str, Any]:
         stats_file=args.stats,
         calibration=calibration_options(args) if args.calibration_data else None,
         dry_run=args.dry_run,
+        hf_config=args.hf_config,
     )
 
 

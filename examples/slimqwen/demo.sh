@@ -9,8 +9,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python3}
 out=${1:-runs/demo}
-TEACHER_ITERS=${TEACHER_ITERS:-400}
-STUDENT_ITERS=${STUDENT_ITERS:-150}
+TEACHER_ITERS=${TEACHER_ITERS:-600}
+STUDENT_ITERS=${STUDENT_ITERS:-200}
 export SEQ_LENGTH=256 MICRO_BATCH_SIZE=4 GLOBAL_BATCH_SIZE=8 LR_WARMUP_ITERS=20 LOG_INTERVAL=5
 export EVAL_INTERVAL=100000 EVAL_ITERS=1 SAVE_INTERVAL=100000 MASTER_PORT=${MASTER_PORT:-29531}
 
@@ -52,7 +52,7 @@ evaluate() { # evaluate NAME CHECKPOINT
 export OMP_NUM_THREADS=2
 step corpus "$python" examples/slimqwen/make_corpus.py --output "$out/corpus" --json
 step tokenizer "$python" examples/slimqwen/train_tokenizer.py --input "$out/corpus/train.jsonl" \
-  --output "$out/tokenizer" --vocab-size 4096 --json
+  --output "$out/tokenizer" --vocab-size 2048 --json
 mkdir -p "$out/data" "$out/teacher-config"
 for split in train validation; do
   step "preprocess-$split" "$python" tools/preprocess_data.py --input "$out/corpus/$split.jsonl" \

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_slim.architecture.qwen3_next import count_parameters
 from megatron_slim.architecture.shape import shape_from_hf_config
+from megatron_slim.cli import run_tool, tool_parser
 from megatron_slim.files import read_json, to_json, write_atomic
 
 # Model -> the step that evaluated it and the directory of its export.
@@ -77,7 +79,8 @@ def plot(out: Path, report: dict[str, Any], target: Path) -> None:
     left.set(title="LM loss in training", xlabel="iteration", ylabel="nats per token")
     middle.set(title="Distillation losses", xlabel="iteration")
     losses = report["validation_loss"]
-    bars = right.bar([name.replace("_", "\n") for name in losses], list(losses.values()), color=["C0", "C7", "C1", "C2"])
+    names = [name.replace("_", "\n") for name in losses]
+    bars = right.bar(names, list(losses.values()), color=["C0", "C7", "C1", "C2"])
     right.bar_label(bars, fmt="%.2f")
     right.set(title="Validation loss")
     left.legend()
@@ -90,7 +93,7 @@ def print_table(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="validation, %d tokens" % report["validation_tokens"])
+    table = Table(title=f"validation, {report['validation_tokens']} tokens")
     for column in ("model", "parameters", "active", "loss", "perplexity", "MTP loss"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, loss in report["validation_loss"].items():
@@ -106,7 +109,7 @@ def print_table(report: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def main(out: Path) -> None:
+def write_report(out: Path) -> dict[str, Any]:
     """Write the report of the demo that ran in ``out``."""
     report = build_report(out)
     write_atomic(out / "report.json", to_json(report))
@@ -115,7 +118,16 @@ def main(out: Path) -> None:
     gain = report["validation_loss"]["random_init_student"] - report["validation_loss"]["student"]
     print(f"pruning and distilling instead of starting from random weights: {gain:+.4f} nats per token better")
     print(f"{report['total_seconds']} s in all; {out}/report.json, {out}/loss_curves.png")
+    return report
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = tool_parser(__doc__)
+    parser.add_argument("directory", type=Path, help="output directory of examples/slimqwen/demo.sh")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    arguments = parse_args()
+    run_tool(lambda: write_report(arguments.directory), as_json=arguments.json)

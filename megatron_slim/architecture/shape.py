@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,9 @@ from megatron_slim.errors import ShapeError
 
 LINEAR_ATTENTION, FULL_ATTENTION = "linear_attention", "full_attention"
 MODEL_TYPE = "qwen3_next"
+INTERVAL = "full_attention_interval"
+MAX_LAYERS = 100_000  # far above any model: a typo must not fill the memory with layer types
+MAX_SIZE = 2**31 - 1  # torch and Megatron index many things with 32 bits
 
 
 @dataclass(frozen=True)
@@ -87,14 +91,7 @@ class ModelShape:
 
     def violations(self) -> list[str]:
         """Everything that makes this shape impossible to build, one sentence each."""
-        found = [
-            f"{field.name} {value} is not a positive integer"
-            for field in dataclasses.fields(self)
-            if field.type == "int" and field.name != "mtp_num_layers"
-            for value in [getattr(self, field.name)]
-            if type(value) is not int or value < 1
-        ]
-        if found:
+        if found := self.type_violations():
             return found
         checks = {
             f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups "
@@ -103,8 +100,9 @@ class ModelShape:
             f"{self.linear_num_key_heads}": self.linear_num_value_heads % self.linear_num_key_heads == 0,
             f"moe_router_topk {self.moe_router_topk} is larger than num_moe_experts "
             f"{self.num_moe_experts}": self.moe_router_topk <= self.num_moe_experts,
-            f"layer_types has {len(self.layer_types)} entries for num_layers "
-            f"{self.num_layers}": len(self.layer_types) == self.num_layers,
+            f"layer_types has {len(self.layer_types)} entries for num_layers {self.num_layers}": len(self.layer_types)
+            == self.num_layers,
+            f"rotary_base {self.rotary_base} is not above zero": self.rotary_base > 0,
             "no full_attention layer is left (transformers cannot run such a model)": FULL_ATTENTION
             in self.layer_types,
             f"rotary_percent {self.rotary_percent} of kv_channels {self.kv_channels} is not an even number "
@@ -115,6 +113,27 @@ class ModelShape:
         found += [sentence for sentence, holds in checks.items() if not holds]
         unknown = sorted(set(self.layer_types) - {LINEAR_ATTENTION, FULL_ATTENTION})
         found += [f"unknown layer type {kind!r} (known: {LINEAR_ATTENTION}, {FULL_ATTENTION})" for kind in unknown]
+        return found
+
+    def type_violations(self, names: Mapping[str, str] | None = None) -> list[str]:
+        """Values that are no numbers of the right kind; with one of them no other check makes sense.
+
+        Args:
+            names: what the values are called where they were read, as far as that differs.
+        """
+        found = []
+        for field in dataclasses.fields(self):
+            value, name = getattr(self, field.name), (names or {}).get(field.name, field.name)
+            if field.type == "int" and field.name != "mtp_num_layers":
+                if type(value) is not int or not 1 <= value <= MAX_SIZE:
+                    found.append(f"{name} {value!r} is not a positive integer below 2**31")
+            elif field.type == "float":
+                if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+                    found.append(f"{name} {value!r} is not a finite number of zero or more")
+            elif field.type == "bool" and type(value) is not bool:
+                found.append(f"{name} {value!r} is neither true nor false")
+        if not all(isinstance(kind, str) for kind in self.layer_types):
+            found.append(f"layer_types {list(self.layer_types)!r} are not all strings")
         return found
 
     @property
@@ -162,6 +181,8 @@ HF_KEYS = {
     "norm_topk_prob": "norm_topk_prob",
 }
 
+_HF_NAMES = {**HF_KEYS, "rotary_base": "rope_theta", "rotary_percent": "partial_rotary_factor"}
+
 # What this package does not implement: key -> the values it accepts.
 _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "model_type": (MODEL_TYPE,),
@@ -207,29 +228,44 @@ def shape_from_hf_config(config: Mapping[str, Any], *, mtp_num_layers: int, wher
         for name, value in (("rope_theta", rope_theta), ("partial_rotary_factor", rotary_percent))
         if value is None
     ]
-    floats = {"layernorm_epsilon": config.get("rms_norm_eps"), "rope_theta": rope_theta, "rotary": rotary_percent}
-    found += [f"{k} {v!r} is not a number" for k, v in floats.items() if v is not None and type(v) not in (int, float)]
+    found += _layer_type_violations(config)
     if not found:
         values = {name: config[key] for name, key in HF_KEYS.items()}
         shape = ModelShape(
             **values,
             layer_types=_layer_types(config),
             mtp_num_layers=mtp_num_layers,
-            rotary_base=float(rope_theta),  # type: ignore[arg-type]
-            rotary_percent=float(rotary_percent),  # type: ignore[arg-type]
-            router_aux_loss_coef=float(config.get("router_aux_loss_coef", 0.001)),
+            rotary_base=_as_float(rope_theta),
+            rotary_percent=_as_float(rotary_percent),
+            router_aux_loss_coef=_as_float(config.get("router_aux_loss_coef", 0.001)),
         )
-        found = shape.violations()
+        found = shape.type_violations(_HF_NAMES) or shape.violations()
     if found:
         raise ShapeError(found, where=where)
     return shape
+
+
+def _as_float(value: Any) -> Any:
+    """An integer as a float; anything else as it is, for `ModelShape.violations` to judge."""
+    return float(value) if type(value) is int else value
+
+
+def _layer_type_violations(config: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the keys that `_layer_types` reads."""
+    kinds, layers, interval = (config.get(key) for key in ("layer_types", "num_hidden_layers", INTERVAL))
+    if kinds is not None:
+        return [] if isinstance(kinds, list) else [f"layer_types {kinds!r} is not a list"]
+    if type(layers) is int and layers > MAX_LAYERS:
+        return [f"num_hidden_layers {layers} is more than {MAX_LAYERS}"]
+    whole = interval is None or (type(interval) is int and interval > 0)
+    return [] if whole else [f"{INTERVAL} {interval!r} is not a positive integer"]
 
 
 def _layer_types(config: Mapping[str, Any]) -> tuple[str, ...]:
     if config.get("layer_types") is not None:
         return tuple(config["layer_types"])
     layers = config["num_hidden_layers"]
-    return layer_pattern(layers, config.get("full_attention_interval", 4)) if type(layers) is int else ()
+    return layer_pattern(layers, config.get(INTERVAL) or 4) if type(layers) is int else ()
 
 
 def shape_to_hf_config(shape: ModelShape, base: Mapping[str, Any]) -> dict[str, Any]:

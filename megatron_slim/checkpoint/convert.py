@@ -6,7 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,22 @@ from torch import Tensor, nn
 from megatron_slim.architecture.qwen3_next import Weight, count_parameters, weights
 from megatron_slim.architecture.shape import shape_to_hf_config
 from megatron_slim.checkpoint.distributed import DistCheckpoint, is_torch_dist, write_torch_dist
-from megatron_slim.checkpoint.huggingface import HFCheckpoint, specs_of, write_hf_checkpoint
+from megatron_slim.checkpoint.huggingface import HFCheckpoint, specs_of, total_bytes, write_hf_checkpoint
 from megatron_slim.checkpoint.layout import split_keys, to_megatron
 from megatron_slim.cli import progress
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.files import new_directory
 
+Checkpoint: TypeAlias = HFCheckpoint | DistCheckpoint
 
-def open_checkpoint(path: Path | str, hf_config: Path | str | None = None) -> HFCheckpoint | DistCheckpoint:
+
+def open_checkpoint(path: Path | str, hf_config: Path | str | None = None) -> Checkpoint:
     """Open a checkpoint of either format; both give Hugging Face tensors by name through ``read``."""
-    return DistCheckpoint.open(path, hf_config) if is_torch_dist(Path(path)) else HFCheckpoint.open(path)
+    if is_torch_dist(Path(path)):
+        return DistCheckpoint.open(path, hf_config)
+    if hf_config is not None:
+        raise CheckpointError("is no torch_dist checkpoint", where=str(path), fix="leave --hf-config out")
+    return HFCheckpoint.open(path)
 
 
 def config_for(shape_config: dict[str, Any], dtypes: Iterable[torch.dtype]) -> dict[str, Any]:
@@ -40,14 +46,6 @@ def _check_space(target: Path, needed: int) -> None:
         raise CheckpointError(
             f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", where=str(target), fix="make room"
         )
-
-
-def _watched(description: str) -> Callable[[Iterator[Weight]], Iterator[Weight]]:
-    def watch(items: Iterator[Weight]) -> Iterator[Weight]:
-        listed = list(items)
-        return progress(listed, description, len(listed))
-
-    return watch
 
 
 def _cast(read: Callable[[str], Tensor], dtype: torch.dtype | None) -> Callable[[str], Tensor]:
@@ -73,9 +71,8 @@ def hf_to_torch_dist(
     dtypes = checkpoint.dtypes if dtype is None else dict.fromkeys(checkpoint.dtypes, dtype)
     config = config_for(shape_to_hf_config(checkpoint.shape, checkpoint.config), dtypes.values())
     with new_directory(target) as partial:
-        _check_space(target, sum(spec.nbytes for spec in specs_of(checkpoint.shape, dtypes)))
-        watch = _watched("converting")
-        write_torch_dist(partial, checkpoint.shape, read, config, copy_files_from=source, watch=watch)
+        _check_space(target, total_bytes(checkpoint.shape, dtypes))
+        write_torch_dist(partial, checkpoint.shape, read, config, copy_files_from=source)
         if verify:
             _verify(DistCheckpoint.open(partial), read, target)
     return _results("torch_dist", checkpoint, verify)
@@ -103,13 +100,13 @@ def torch_dist_to_hf(
     config = config_for(shape_to_hf_config(checkpoint.shape, checkpoint.config), dtypes.values())
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for weight in _watched("converting")(iter(checkpoint.weights)):
+        for weight in progress(checkpoint.weights, "writing"):
             for name, tensor in checkpoint.tensors_of(weight):
                 yield name, tensor.to(dtypes[name])
 
     with new_directory(target) as partial:
+        _check_space(target, total_bytes(checkpoint.shape, dtypes))
         specs = specs_of(checkpoint.shape, dtypes)
-        _check_space(target, sum(spec.nbytes for spec in specs))
         write_hf_checkpoint(partial, config, specs, tensors(), copy_files_from=checkpoint.config_path)
         if verify:
             _verify(checkpoint, HFCheckpoint.open(partial).read, target, dtype)
@@ -120,7 +117,7 @@ def _verify(
     distributed: DistCheckpoint, read: Callable[[str], Tensor], target: Path, dtype: torch.dtype | None = None
 ) -> None:
     """Compare a torch_dist checkpoint with Hugging Face tensors, all bytes of all tensors."""
-    for weight in _watched("verifying")(iter(distributed.weights)):
+    for weight in progress(distributed.weights, "verifying"):
         for name, tensor in distributed.tensors_of(weight):
             expected = read(name)
             tensor = tensor if dtype is None else tensor.to(dtype)
@@ -138,7 +135,7 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
 
 
-def _results(kind: str, checkpoint: HFCheckpoint | DistCheckpoint, verified: bool) -> dict[str, Any]:
+def _results(kind: str, checkpoint: Checkpoint, verified: bool) -> dict[str, Any]:
     results = {
         "format": kind,
         "tensors": len(checkpoint.dtypes),
@@ -154,7 +151,7 @@ def _results(kind: str, checkpoint: HFCheckpoint | DistCheckpoint, verified: boo
 class _Regions:
     """Any rectangle of any Megatron parameter of a checkpoint; keeps the last parameter read."""
 
-    def __init__(self, checkpoint: HFCheckpoint | DistCheckpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         shape = checkpoint.shape
         self.table = {key: (weight, rows) for weight in weights(shape) for key, rows in split_keys(weight, shape)}
@@ -177,7 +174,7 @@ class _Regions:
         return to_megatron(weight, self.checkpoint.shape, self.checkpoint.read, expert=expert)
 
 
-def load_hf_weights(models: nn.Module | Sequence[nn.Module], checkpoint: HFCheckpoint | DistCheckpoint) -> None:
+def load_hf_weights(models: nn.Module | Sequence[nn.Module], checkpoint: Checkpoint) -> None:
     """Load this rank's shard of a checkpoint of either format into a built Megatron model, in place.
 
     The model's own `sharded_state_dict` says which rectangle of which parameter each of its tensors is, so every

@@ -20,17 +20,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_slim.architecture.qwen3_next import Weight, mtp_layers_in, weights
 from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
-from megatron_slim.checkpoint.huggingface import CONFIG, carry_files, read_config
+from megatron_slim.checkpoint.huggingface import CONFIG, Index, carry_files, read_config, select
 from megatron_slim.checkpoint.layout import from_megatron, label_rows, split_keys, stored_shapes, to_megatron
 from megatron_slim.checkpoint.torch_dist_files import METADATA, PieceWriter, locate_pieces, no_crc32, read_metadata
+from megatron_slim.cli import progress
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.files import to_json
 
@@ -62,7 +61,6 @@ def write_torch_dist(
     config: Mapping[str, Any],
     *,
     copy_files_from: Path | None = None,
-    watch: Callable[[Iterator[Weight]], Iterator[Weight]] = lambda items: items,
 ) -> None:
     """Write a model as a torch_dist checkpoint that ``--load`` of any parallel layout takes.
 
@@ -72,14 +70,13 @@ def write_torch_dist(
         read: gives a Hugging Face tensor by name; one parameter's tensors are held at a time.
         config: the model's config.json, kept in ``hf/``.
         copy_files_from: directory whose tokenizer and generation files are carried over to ``hf/``.
-        watch: passes the parameters through, for a progress bar.
     """
     target = directory / RELEASE
     target.mkdir()
     writer = PieceWriter(target)
     try:
         with no_crc32():
-            for weight in watch(weights(shape)):
+            for weight in progress(list(weights(shape)), "writing"):
                 shapes = dict(stored_shapes(weight, shape))
                 for key, offsets, tensor in _pieces(weight, shape, read):
                     writer.add(key, shapes[key], offsets, tensor)
@@ -208,18 +205,9 @@ class DistCheckpoint:
             self._last = from_megatron(weight, self.shape, self.read_weight(weight, expert=expert), expert=expert)
         return self._last[name].clone()
 
-    def read_rows(
-        self,
-        name: str,
-        dim0_index: npt.NDArray[np.int64] | Tensor | None = None,
-        dim1_index: npt.NDArray[np.int64] | Tensor | None = None,
-    ) -> Tensor:
+    def read_rows(self, name: str, dim0_index: Index | None = None, dim1_index: Index | None = None) -> Tensor:
         """Read the given rows and columns of one Hugging Face tensor, in the order wanted."""
-        tensor = self.read(name)
-        for dim, index in enumerate((dim0_index, dim1_index)):
-            if index is not None:
-                tensor = tensor.index_select(dim, torch.as_tensor(np.asarray(index, dtype=np.int64)))
-        return tensor
+        return select(self.read(name), dim0_index, dim1_index)
 
     def tensors_of(self, weight: Weight) -> Iterator[tuple[str, Tensor]]:
         """The Hugging Face tensors of one parameter."""

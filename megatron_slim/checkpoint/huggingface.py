@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,7 @@ CARRIED_FILES = (
     "generation_config.json",
     "chat_template*",
 )
+Index: TypeAlias = npt.NDArray[np.int64] | Tensor
 MAX_SHARD_BYTES = 5_000_000_000  # that of the published checkpoints
 
 
@@ -78,13 +79,9 @@ class HFCheckpoint:
         config = read_config(path)
         entries = _read_headers(path)
         shape = shape_from_hf_config(config, mtp_num_layers=mtp_layers_in(set(entries)), where=str(path / CONFIG))
+        _refuse_oversize(shape, len(entries), path)
         _check_against_table(entries, shape, path)
         return cls(path, config, shape, entries)
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(entry.nbytes for entry in self._entries.values())
 
     def read(self, name: str) -> Tensor:
         """Read one tensor; the result is the caller's own memory."""
@@ -93,12 +90,7 @@ class HFCheckpoint:
         pread_into(entry.file, entry.offset, as_bytes(tensor))
         return tensor
 
-    def read_rows(
-        self,
-        name: str,
-        dim0_index: npt.NDArray[np.int64] | Tensor | None = None,
-        dim1_index: npt.NDArray[np.int64] | Tensor | None = None,
-    ) -> Tensor:
+    def read_rows(self, name: str, dim0_index: Index | None = None, dim1_index: Index | None = None) -> Tensor:
         """Read the given indices of dim 0 and of dim 1; only the bytes of the wanted rows leave the disk.
 
         Args:
@@ -107,12 +99,9 @@ class HFCheckpoint:
             dim1_index: columns in the order wanted; None for all.
         """
         if dim0_index is None:
-            rows = self.read(name)
-        else:
-            rows = self._gather(self._entries[name], np.asarray(dim0_index, dtype=np.int64))
-        if dim1_index is None:
-            return rows
-        return rows.index_select(1, torch.as_tensor(np.asarray(dim1_index, dtype=np.int64)))
+            return select(self.read(name), None, dim1_index)
+        rows = self._gather(self._entries[name], np.asarray(dim0_index, dtype=np.int64))
+        return select(rows, None, dim1_index)
 
     def _gather(self, entry: TensorEntry, index: npt.NDArray[np.int64]) -> Tensor:
         assert index.min() >= 0 and index.max() < entry.shape[0], "row index out of range"
@@ -123,6 +112,14 @@ class HFCheckpoint:
         for start, stop in zip(starts, [*starts[1:], index.size], strict=True):
             pread_into(entry.file, entry.offset + int(index[start]) * step, view[start * step : stop * step])
         return tensor
+
+
+def select(tensor: Tensor, dim0_index: Index | None, dim1_index: Index | None) -> Tensor:
+    """The given indices of dim 0 and of dim 1, in the order wanted; None for all."""
+    for dim, index in enumerate((dim0_index, dim1_index)):
+        if index is not None:
+            tensor = tensor.index_select(dim, torch.as_tensor(np.asarray(index, dtype=np.int64)))
+    return tensor
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -191,6 +188,18 @@ def _read_weight_map(path: Path) -> dict[str, str] | None:
             where=str(path / INDEX),
         )
     return weight_map
+
+
+def _refuse_oversize(shape: ModelShape, tensors: int, path: Path) -> None:
+    """A table of far more tensors than there are would take minutes and all memory only to say so."""
+    at_least = shape.num_layers * shape.num_moe_experts
+    if at_least > tensors:
+        raise CheckpointError(
+            f"missing tensors: {tensors} found; num_hidden_layers {shape.num_layers} and num_experts "
+            f"{shape.num_moe_experts} in config.json need more than {at_least}",
+            where=str(path),
+            fix="the checkpoint and its config.json do not belong together",
+        )
 
 
 def _check_against_table(entries: Mapping[str, TensorEntry], shape: ModelShape, path: Path) -> None:
@@ -273,3 +282,8 @@ def specs_of(shape: ModelShape, dtypes: Mapping[str, torch.dtype] | torch.dtype)
         TensorSpec(name, tensor.shape(shape), dtypes if isinstance(dtypes, torch.dtype) else dtypes[name])
         for name, tensor in hf_tensors(shape).items()
     ]
+
+
+def total_bytes(shape: ModelShape, dtypes: Mapping[str, torch.dtype]) -> int:
+    """Bytes of all tensors of a model."""
+    return sum(spec.nbytes for spec in specs_of(shape, dtypes))

@@ -57,14 +57,15 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             raise CheckpointError("truncated or not a safetensors file", where=str(file), fix="download it again")
         try:
             header = json.loads(stream.read(length))
-        except ValueError:
+        except (ValueError, RecursionError):
             header = None
     if not isinstance(header, dict):
         raise CheckpointError("its header is not JSON: not a safetensors file", where=str(file))
     header.pop("__metadata__", None)
-    entries, unsupported = {}, []
+    entries, unsupported, ranges = {}, [], []
     for name, info in header.items():
         entry, stop = _parse_entry(file, 8 + length, name, info)
+        ranges.append((8 + length + info["data_offsets"][0], stop, name))
         if entry is None:
             unsupported.append(f"{name} ({info.get('dtype')})")
             continue
@@ -76,7 +77,22 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     if unsupported:
         kinds = ", ".join(DTYPES)
         raise CheckpointError(f"unsupported types: {summarise(unsupported)}", where=str(file), fix=f"use {kinds}")
+    _refuse_gaps(file, 8 + length, size, ranges)
     return entries
+
+
+def _refuse_gaps(file: Path, start: int, size: int, ranges: list[tuple[int, int, str]]) -> None:
+    """The format wants every byte after the header to belong to exactly one tensor."""
+    end = start
+    for begin, stop, name in sorted(ranges):
+        if begin != end:
+            what = "overlaps the tensor before it" if begin < end else f"follows {begin - end} bytes of no tensor"
+            raise CheckpointError(f"damaged: {name} {what}", where=str(file), fix="download it again")
+        end = stop
+    if end != size:
+        raise CheckpointError(
+            f"damaged: {size - end} bytes after the last tensor", where=str(file), fix="download it again"
+        )
 
 
 def _parse_entry(file: Path, base: int, name: str, info: Any) -> tuple[TensorEntry | None, int]:

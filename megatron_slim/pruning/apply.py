@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from megatron_slim.architecture.axes import Dim, axes_of, kept_positions
-from megatron_slim.architecture.qwen3_next import hf_tensors, weights
+from megatron_slim.architecture.qwen3_next import weights
 from megatron_slim.architecture.shape import ModelShape, shape_to_hf_config
+from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.pruning.experts import ExpertGroup
+from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.plan import Plan
 from megatron_slim.pruning.plan_reader import PlanError
-from megatron_slim.pruning.source import Source, fingerprint, select
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,9 @@ class _Origin:
 
 
 class PrunedCheckpoint:
-    """The target as a checkpoint whose tensors are made when they are read; holds none of them.
+    """The target as a checkpoint whose tensors are made when they are read; holds none of them."""
 
-    It reads like the source does, so that whatever writes or converts a checkpoint writes or converts a pruned one.
-    """
-
-    def __init__(self, plan: Plan, source: Source, *, check_source: bool = True) -> None:
+    def __init__(self, plan: Plan, source: Checkpoint, *, check_source: bool = True) -> None:
         """Tie a plan to its source.
 
         Args:
@@ -66,14 +64,6 @@ class PrunedCheckpoint:
             name: source.dtypes[self._source_name(origin)] for name, origin in self._origins.items()
         }
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all tensors."""
-        tensors = hf_tensors(self.shape)
-        return sum(
-            int(np.prod(tensors[name].shape(self.shape))) * dtype.itemsize for name, dtype in self.dtypes.items()
-        )
-
     def read(self, name: str) -> Tensor:
         """Make one tensor of the target."""
         origin = self._origins[name]
@@ -83,15 +73,6 @@ class PrunedCheckpoint:
             [self._read_kept(origin.name.format(expert=member), origin) for member in origin.group.members],
             origin.group.weights,
         )
-
-    def read_rows(
-        self,
-        name: str,
-        dim0_index: npt.NDArray[np.int64] | None = None,
-        dim1_index: npt.NDArray[np.int64] | None = None,
-    ) -> Tensor:
-        """The given rows and columns of one tensor of the target."""
-        return select(self.read(name), dim0_index, dim1_index)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the target, in the order of the table."""

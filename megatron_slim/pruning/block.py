@@ -1,4 +1,4 @@
-"""One transformer block of a checkpoint as a Megatron-Core layer, alone: what streaming calibration runs."""
+"""One transformer block of a checkpoint as a Megatron-Core layer, alone: what a streaming forward pass runs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from megatron_slim.architecture.layer_specs import layer_spec, transformer_config
 from megatron_slim.architecture.qwen3_next import Weight, weights
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.layout import to_megatron
-from megatron_slim.pruning.source import Source
 
 
 def block_config(shape: ModelShape, dtype: torch.dtype) -> TransformerConfig:
@@ -30,15 +30,15 @@ def block_config(shape: ModelShape, dtype: torch.dtype) -> TransformerConfig:
     )
 
 
-def build_block(source: Source, block: str, config: TransformerConfig) -> TransformerLayer:
+def build_block(checkpoint: Checkpoint, block: str, config: TransformerConfig) -> TransformerLayer:
     """Build one layer and load its weights.
 
     Args:
-        source: the checkpoint.
+        checkpoint: the model.
         block: Hugging Face prefix, ``model.layers.{i}`` or ``mtp.layers.{i}``.
         config: from `block_config`.
     """
-    shape, index = source.shape, int(block.split(".")[-1])
+    shape, index = checkpoint.shape, int(block.split(".")[-1])
     kind = FULL_ATTENTION if block.startswith("mtp.") else shape.layer_types[index]
     layer: TransformerLayer = build_module(layer_spec(kind, config), config=config, layer_number=index + 1)
     parameters = dict(layer.named_parameters())
@@ -47,7 +47,7 @@ def build_block(source: Source, block: str, config: TransformerConfig) -> Transf
             if weight.block == block:
                 for expert in range(shape.num_moe_experts) if weight.stacked else [None]:
                     name = _parameter_name(weight, expert, parameters)
-                    parameters.pop(name).copy_(to_megatron(weight, shape, source.read, expert=expert))
+                    parameters.pop(name).copy_(to_megatron(weight, shape, checkpoint.read, expert=expert))
     assert not parameters, f"{block}: nothing loads {sorted(parameters)}"
     return layer.eval()
 

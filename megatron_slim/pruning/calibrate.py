@@ -1,9 +1,4 @@
-"""Calibration: one pass of the samples through the model, one block in memory at a time.
-
-The hidden states of all samples wait in memory; a block is loaded, every sample goes through it, the block is dropped.
-The blocks are Megatron-Core's own layers, in fp32 on the CPU and in bf16 on a GPU. The MTP block goes last: its input
-is made of the trunk's final hidden state and the embedding of the next token.
-"""
+"""Calibration: what pruning decides by, measured as samples stream through the model; fp32 on a CPU, bf16 on a GPU."""
 
 from __future__ import annotations
 
@@ -19,24 +14,27 @@ from torch import Tensor
 
 from megatron_slim import __version__
 from megatron_slim.architecture.local_modules import rms_norm
-from megatron_slim.cli import progress, say
+from megatron_slim.checkpoint.convert import Checkpoint
+from megatron_slim.cli import say
 from megatron_slim.device import init_single_process
 from megatron_slim.errors import CheckpointError
-from megatron_slim.pruning.block import block_config, build_block, rotary_embedding
+from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.importance import ExpertStatistics, HiddenImportance, LayerSimilarity
 from megatron_slim.pruning.samples import check_samples
-from megatron_slim.pruning.source import Source, fingerprint
 from megatron_slim.pruning.statistics import FORMAT, HIDDEN, Array, Statistics
+from megatron_slim.pruning.streaming import FINAL_NORM, StreamingForward
 
 # On a CPU, tokens in one forward pass so that an expert multiplies more than a few at a time: 5x faster than 256.
 FORWARD_TOKENS = 4096
 
 
-def calibrate(source: Source, samples: npt.NDArray[np.int64], *, micro_batch_size: int | None = None) -> Statistics:
+def calibrate(
+    checkpoint: Checkpoint, samples: npt.NDArray[np.int64], *, micro_batch_size: int | None = None
+) -> Statistics:
     """Measure the statistics of a checkpoint.
 
     Args:
-        source: the checkpoint.
+        checkpoint: the model.
         samples: token ids [samples, sequence], all below the vocabulary's size.
         micro_batch_size: samples in one forward pass, None for about `FORWARD_TOKENS`; changes speed, memory and
             rounding, not the definition of any number.
@@ -45,113 +43,67 @@ def calibrate(source: Source, samples: npt.NDArray[np.int64], *, micro_batch_siz
         DataError: the samples do not suit the model.
         CheckpointError: an activation is not finite; names its block.
     """
-    check_samples(samples, source.shape)
+    check_samples(samples, checkpoint.shape)
     init_single_process()
     if micro_batch_size is None:
         micro_batch_size = max(1, FORWARD_TOKENS // samples.shape[1])
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     with torch.no_grad():
-        return _Calibration(source, samples, micro_batch_size).run()
+        return _Calibration(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype).result()
 
 
-class _Calibration:
-    """The state of one calibration run.
+class _Calibration(StreamingForward):
+    """A pass that measures every block and every norm of the trunk."""
 
-    Attributes:
-        hidden: hidden states of all samples, [samples, sequence, hidden], input of the next block.
-    """
-
-    def __init__(self, source: Source, samples: npt.NDArray[np.int64], micro_batch_size: int) -> None:
-        self.source, self.shape, self.samples = source, source.shape, samples
-        self.micro_batch_size = micro_batch_size
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-        self.config = block_config(self.shape, self.dtype)
+    def __init__(self, checkpoint: Checkpoint, samples: npt.NDArray[np.int64], **kwargs: Any) -> None:
+        super().__init__(checkpoint, samples, **kwargs)
         self.importance = HiddenImportance(self.shape.hidden_size, self.shape.num_layers, self.device)
+        self.tensors: dict[str, Array] = {}
         self.unrouted = 0
-        embedding = source.read("model.embed_tokens.weight")
-        self.hidden = embedding[torch.from_numpy(samples)].to(self.dtype)
-        self._refuse_non_finite(self.hidden, "output of model.embed_tokens")
 
-    def run(self) -> Statistics:
-        """All blocks, the MTP block last."""
-        tensors: dict[str, Array] = {}
-        for block in progress(list(self.shape.blocks), "calibrating", self.shape.num_layers):
-            if block == "mtp.layers.0":
-                self._prepare_mtp()
-            tensors.update(self._run_block(block))
-            if block == f"model.layers.{self.shape.num_layers - 1}":
-                self._final_norm()
-        tensors[HIDDEN] = self.importance.result()
+    def result(self) -> Statistics:
+        """Pass everything through and collect what was measured."""
+        self.run("calibrating")
         if self.unrouted:
             say(f"{self.unrouted} experts were visited by no token; their importances are 0")
-        return Statistics(tensors, self._metadata())
+        return Statistics({**self.tensors, HIDDEN: self.importance.result()}, self._metadata())
 
-    def _batches(self) -> Iterator[Tensor]:
-        """Views of the hidden states, a micro-batch each."""
-        yield from self.hidden.split(self.micro_batch_size)
+    def enter(self, block: str, layer: TransformerLayer) -> None:
+        """Listen to the block."""
+        self._layer = layer
+        self._recorder = _Recorder(layer, self.config, self.device)
+        self._similarity = LayerSimilarity(self.shape.hidden_size, self.device)
 
-    def _run_block(self, block: str) -> Iterator[tuple[str, Array]]:
-        """Pass all samples through one block; the hidden states become its output."""
-        layer = build_block(self.source, block, self.config)
-        recorder = _Recorder(layer, self.config, self.device)
-        trunk = block.startswith("model.")
-        tokens = self.hidden.shape[0] * self.hidden.shape[1]
-        similarity = LayerSimilarity(self.shape.hidden_size, self.device)
-        rotary = rotary_embedding(self.shape, self.hidden.shape[1])
-        for batch in self._batches():
-            hidden = batch.to(self.device).transpose(0, 1).contiguous()
-            output, _ = layer(hidden, attention_mask=None, rotary_pos_emb=rotary)
-            self._refuse_non_finite(output, f"output of {block}")
-            if trunk:
-                similarity.add(hidden, output)
-                for normed in recorder.take_normed(hidden):
-                    self.importance.add(normed, tokens)
-            batch.copy_(output.transpose(0, 1))
-        self.unrouted += recorder.experts.num_unrouted
-        if trunk:
-            yield from similarity.results(int(block.split(".")[-1]))
-        yield from recorder.experts.results(block, layer.mlp.router.weight)
-
-    def _norm(self, hidden: Tensor, name: str) -> Tensor:
-        weight = self.source.read(name).to(self.device)
-        return rms_norm(hidden, weight, self.shape.layernorm_epsilon, zero_centered=True)
-
-    def _final_norm(self) -> None:
-        tokens = self.hidden.shape[0] * self.hidden.shape[1]
-        for batch in self._batches():
-            normed = self._norm(batch.to(self.device), "model.norm.weight")
-            self._refuse_non_finite(normed, "output of model.norm")
-            self.importance.add(normed, tokens)
-            batch.copy_(normed)
-
-    def _prepare_mtp(self) -> None:
-        """Position i of the MTP block's input joins the trunk's h_i and the embedding of token i + 1."""
-        projection = self.source.read("mtp.fc.weight").to(self.device, self.dtype)
-        embedding = self.source.read("model.embed_tokens.weight")
-        following = torch.from_numpy(self.samples[:, 1:]).split(self.micro_batch_size)
-        self.hidden = self.hidden[:, :-1].contiguous()
-        for batch, tokens in zip(self._batches(), following, strict=True):
-            embedded = embedding[tokens].to(self.device, self.dtype)
-            parts = (
-                self._norm(embedded, "mtp.pre_fc_norm_embedding.weight"),
-                self._norm(batch.to(self.device), "mtp.pre_fc_norm_hidden.weight"),
-            )
-            joined = torch.cat(parts, dim=-1) @ projection.T
-            self._refuse_non_finite(joined, "output of mtp.fc")
-            batch.copy_(joined)
-
-    def _refuse_non_finite(self, values: Tensor, what: str) -> None:
-        if not torch.isfinite(values).all():
+    def observe(self, module: str, inputs: Tensor, output: Tensor) -> None:
+        """Refuse what is not finite, and measure the trunk's norms and layers."""
+        if not torch.isfinite(output).all():
             raise CheckpointError(
-                f"{what} is not finite",
-                where=str(self.source.path),
+                f"output of {module} is not finite",
+                where=str(self.checkpoint.path),
                 fix="the checkpoint's weights are broken there or before",
             )
+        tokens = self.samples.numel()
+        if module == FINAL_NORM:
+            self.importance.add(output, tokens)
+        elif module.startswith("model.layers."):
+            self._similarity.add(inputs, output)
+            for normed in self._recorder.take_normed(inputs):
+                self.importance.add(normed, tokens)
+
+    def leave(self, module: str) -> None:
+        """Collect what a block's experts and its similarity are."""
+        if ".layers." not in module:
+            return
+        if module.startswith("model."):
+            self.tensors.update(self._similarity.results(int(module.split(".")[-1])))
+        experts = self._recorder.experts
+        self.tensors.update(experts.results(module, self._layer.mlp.router.weight))
+        self.unrouted += experts.num_unrouted
 
     def _metadata(self) -> dict[str, str]:
         return {
             "format": FORMAT,
-            "source_sha256": fingerprint(self.source),
+            "source_sha256": fingerprint(self.checkpoint),
             "num_samples": str(self.samples.shape[0]),
             "seq_length": str(self.samples.shape[1]),
             "dtype": str(self.dtype).removeprefix("torch."),

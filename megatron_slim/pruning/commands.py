@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_slim.cli import say
+from megatron_slim.cli import not_negative, positive, say
 from megatron_slim.errors import SlimError
 from megatron_slim.files import refuse_existing
 from megatron_slim.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
+    from megatron_slim.checkpoint.convert import Checkpoint
     from megatron_slim.pruning.plan import Plan
-    from megatron_slim.pruning.source import Source
     from megatron_slim.pruning.statistics import Statistics
 
 
@@ -29,14 +29,6 @@ class CalibrationOptions:
     micro_batch_size: int | None
 
 
-def positive(text: str) -> int:
-    """An argparse type: an integer above zero."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
-
-
 def add_calibration_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
     """The arguments of calibration, the same in every tool that calibrates."""
     group = parser.add_argument_group("calibration")
@@ -49,7 +41,7 @@ def add_calibration_arguments(parser: argparse.ArgumentParser, *, required: bool
     )
     group.add_argument("--num-samples", type=positive, help="samples, drawn at random (.bin: 1024 if not given)")
     group.add_argument("--seq-length", type=positive, help="tokens per sample (.bin: at most 4096 if not given)")
-    group.add_argument("--seed", type=int, default=1234, help="seed of the draw")
+    group.add_argument("--seed", type=not_negative, default=1234, help="seed of the draw")
     group.add_argument("--micro-batch-size", type=positive, help="samples in one forward pass (about 4096 tokens)")
 
 
@@ -60,28 +52,32 @@ def calibration_options(args: argparse.Namespace) -> CalibrationOptions:
     )
 
 
-def run_calibrate(load: Path, save: Path, options: CalibrationOptions) -> dict[str, Any]:
+def run_calibrate(
+    load: Path, save: Path, options: CalibrationOptions, *, hf_config: Path | None = None
+) -> dict[str, Any]:
     """Measure statistics and write them to a new file."""
     refuse_existing(save)
-    from megatron_slim.pruning.source import open_source
+    from megatron_slim.checkpoint.convert import open_checkpoint
 
-    source, _ = open_source(load)
+    source = open_checkpoint(load, hf_config)
     stats = _measure(source, options)
     stats.save(save)
     say(f"{save}: statistics of {stats.metadata['num_samples']} samples of {stats.metadata['seq_length']} tokens")
     return {"load": str(load), "save": str(save), "sha256": stats.sha256, **stats.metadata}
 
 
-def run_plan(load: Path, stats_file: Path, recipe_file: Path, save: Path) -> dict[str, Any]:
+def run_plan(
+    load: Path, stats_file: Path, recipe_file: Path, save: Path, *, hf_config: Path | None = None
+) -> dict[str, Any]:
     """Make a plan of statistics and write it to a new file."""
     refuse_existing(save)
     recipe = load_recipe(recipe_file)
+    from megatron_slim.checkpoint.convert import open_checkpoint
     from megatron_slim.pruning.apply import PrunedCheckpoint
     from megatron_slim.pruning.pipeline import comparison, print_comparison
     from megatron_slim.pruning.plan import check_recipe, make_plan
-    from megatron_slim.pruning.source import open_source
 
-    source, _ = open_source(load)
+    source = open_checkpoint(load, hf_config)
     check_recipe(recipe, source.shape, where=str(recipe_file))
     plan = make_plan(recipe, _load_stats(stats_file, source), source.shape)
     pruned = PrunedCheckpoint(plan, source, check_source=False)
@@ -100,6 +96,7 @@ def run_prune(
     stats_file: Path | None = None,
     calibration: CalibrationOptions | None = None,
     dry_run: bool = False,
+    hf_config: Path | None = None,
 ) -> dict[str, Any]:
     """Calibrate, plan, apply and verify; what is given already (statistics, a plan) is not made again.
 
@@ -112,16 +109,17 @@ def run_prune(
         stats_file: statistics made before; then nothing is measured.
         calibration: data to measure on.
         dry_run: stop at the plan and write nothing.
+        hf_config: directory with config.json and tokenizer of a torch_dist checkpoint that lacks them.
     """
     if save is not None and not dry_run:
         refuse_existing(save)
     recipe = load_recipe(recipe_file) if recipe_file else None
+    from megatron_slim.checkpoint.convert import open_checkpoint
     from megatron_slim.pruning.apply import PrunedCheckpoint
     from megatron_slim.pruning.pipeline import comparison, print_comparison, write_pruned
     from megatron_slim.pruning.plan_reader import load_plan
-    from megatron_slim.pruning.source import open_source
 
-    source, files = open_source(load)
+    source = open_checkpoint(load, hf_config)
     if plan_file is not None:
         plan, stats = load_plan(plan_file), None
     else:
@@ -133,13 +131,13 @@ def run_prune(
     if dry_run:
         return results
     assert save is not None
-    write_pruned(pruned, save, to=to, stats=stats, copy_files_from=files)
+    write_pruned(pruned, save, to=to, stats=stats, copy_files_from=source.config_path)
     say(f"{save}: {len(pruned.names)} tensors as {to}, read back and verified")
     return results | {"save": str(save), "format": to, "tensors": len(pruned.names), "verified": True}
 
 
 def _decide(
-    recipe: Recipe, source: Source, stats_file: Path | None, calibration: CalibrationOptions | None, *, where: str
+    recipe: Recipe, source: Checkpoint, stats_file: Path | None, calibration: CalibrationOptions | None, *, where: str
 ) -> tuple[Plan, Statistics]:
     from megatron_slim.pruning.plan import check_recipe, make_plan
 
@@ -152,8 +150,8 @@ def _decide(
     return make_plan(recipe, stats, source.shape), stats
 
 
-def _load_stats(path: Path, source: Source) -> Statistics:
-    from megatron_slim.pruning.source import fingerprint
+def _load_stats(path: Path, source: Checkpoint) -> Statistics:
+    from megatron_slim.pruning.fingerprint import fingerprint
     from megatron_slim.pruning.statistics import Statistics
 
     stats = Statistics.load(path)
@@ -161,7 +159,7 @@ def _load_stats(path: Path, source: Source) -> Statistics:
     return stats
 
 
-def _measure(source: Source, options: CalibrationOptions) -> Statistics:
+def _measure(source: Checkpoint, options: CalibrationOptions) -> Statistics:
     from megatron_slim import device
     from megatron_slim.pruning.samples import read_calibration_samples
 

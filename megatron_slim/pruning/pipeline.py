@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from megatron_slim.architecture.qwen3_next import hf_tensors
-from megatron_slim.checkpoint.convert import config_for, same_bytes
+from megatron_slim.checkpoint.convert import Checkpoint, config_for, open_checkpoint, same_bytes
 from megatron_slim.checkpoint.distributed import write_torch_dist
-from megatron_slim.checkpoint.huggingface import specs_of, write_hf_checkpoint
+from megatron_slim.checkpoint.huggingface import specs_of, total_bytes, write_hf_checkpoint
 from megatron_slim.cli import progress
 from megatron_slim.errors import CheckpointError
 from megatron_slim.files import new_directory, write_atomic
 from megatron_slim.pruning.apply import PrunedCheckpoint
 from megatron_slim.pruning.plan import Plan
 from megatron_slim.pruning.report import markdown, rows, summarise
-from megatron_slim.pruning.source import Source, open_source
 from megatron_slim.pruning.statistics import Statistics
 
 STATS, PLAN, REPORT = "stats.safetensors", "plan.json", "pruning_report.md"
 
 
-def total_bytes(source: Source) -> int:
-    """Bytes of all tensors of a checkpoint."""
-    total = 0
-    for name, tensor in hf_tensors(source.shape).items():
-        size = source.dtypes[name].itemsize
-        for extent in tensor.shape(source.shape):
-            size *= extent
-        total += size
-    return total
-
-
 def comparison(pruned: PrunedCheckpoint) -> dict[str, Any]:
     """Sizes before and after, for a tool's ``--json``."""
-    before = summarise(pruned.source.shape, total_bytes(pruned.source))
-    return {"before": before, "after": summarise(pruned.shape, total_bytes(pruned))}
+    source = pruned.source
+    return {
+        "before": summarise(source.shape, total_bytes(source.shape, source.dtypes)),
+        "after": summarise(pruned.shape, total_bytes(pruned.shape, pruned.dtypes)),
+    }
 
 
 def print_comparison(pruned: PrunedCheckpoint) -> None:
@@ -74,22 +63,13 @@ def write_pruned(
     config = config_for(pruned.config, pruned.dtypes.values())
     with new_directory(target) as partial:
         if to == "torch_dist":
-            read, files = pruned.read, copy_files_from
-            write_torch_dist(partial, pruned.shape, read, config, copy_files_from=files, watch=_watched("writing"))
+            write_torch_dist(partial, pruned.shape, pruned.read, config, copy_files_from=copy_files_from)
         else:
             tensors = progress(pruned.tensors(), "writing", len(pruned.names))
             specs = specs_of(pruned.shape, pruned.dtypes)
             write_hf_checkpoint(partial, config, specs, tensors, copy_files_from=copy_files_from)
         _write_records(pruned.plan, stats, comparison(pruned), partial)
         _verify(pruned, partial, target)
-
-
-def _watched(description: str) -> Any:
-    def watch(items: Iterator[Any]) -> Iterator[Any]:
-        listed = list(items)
-        return progress(listed, description, len(listed))
-
-    return watch
 
 
 def _write_records(plan: Plan, stats: Statistics | None, sizes: dict[str, Any], directory: Path) -> None:
@@ -100,7 +80,7 @@ def _write_records(plan: Plan, stats: Statistics | None, sizes: dict[str, Any], 
 
 
 def _verify(pruned: PrunedCheckpoint, directory: Path, target: Path) -> None:
-    written, _ = open_source(directory)
+    written = open_checkpoint(directory)
     different: list[str] = []
     if written.shape != pruned.shape:
         different.append("config.json")
@@ -115,5 +95,5 @@ def _verify(pruned: PrunedCheckpoint, directory: Path, target: Path) -> None:
         )
 
 
-def _equal(written: Source, name: str, expected: Tensor) -> bool:
+def _equal(written: Checkpoint, name: str, expected: Tensor) -> bool:
     return written.dtypes[name] == expected.dtype and same_bytes(written.read(name), expected)

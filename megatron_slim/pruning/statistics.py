@@ -61,6 +61,15 @@ def expected_shapes(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield similarity_key(block, kind), (experts, experts)
 
 
+def _refuse_other_format(metadata: Mapping[str, str], path: Path) -> None:
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"not a file of calibration statistics (metadata 'format' is not {FORMAT!r})",
+            where=str(path),
+            fix="make it with tools/calibrate.py",
+        )
+
+
 @dataclass(frozen=True)
 class Statistics:
     """A complete set of calibration statistics.
@@ -87,15 +96,10 @@ class Statistics:
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
+                _refuse_other_format(metadata, path)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError, TypeError) as error:
             raise CheckpointError(f"not readable as safetensors ({error})", where=str(path)) from None
-        if metadata.get("format") != FORMAT:
-            raise CheckpointError(
-                f"not a file of calibration statistics (metadata 'format' is not {FORMAT!r})",
-                where=str(path),
-                fix="make it with tools/calibrate.py",
-            )
         return cls(tensors, metadata)
 
     def save(self, path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape, shape_from_hf_config
 from megatron_slim.checkpoint.distributed import HF_DIR
 from megatron_slim.checkpoint.huggingface import read_config
+from megatron_slim.cli import ToolParser
 from megatron_slim.distillation.schedule import SHAPES, Schedule
 from megatron_slim.errors import SlimError
 
@@ -24,6 +26,7 @@ VOCAB_MULTIPLE = 128  # one padded vocabulary for every tensor parallel size tha
 
 def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Our group of arguments: the teacher, the loss weights, where the shape comes from."""
+    parser.error = partial(ToolParser.error, parser)  # type: ignore[method-assign, arg-type]
     group = parser.add_argument_group("megatron_slim")
     group.add_argument(
         "--hf-config",
@@ -73,7 +76,7 @@ def shape_directory(argv: list[str]) -> Path:
     Raises:
         SlimError: no argument names one.
     """
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early = ToolParser(add_help=False, allow_abbrev=False)
     for name in ("--hf-config", "--load", "--pretrained-checkpoint"):
         early.add_argument(name, type=Path)
     known, _ = early.parse_known_args(argv)
@@ -161,7 +164,7 @@ CPU_FLAGS = (
 def default_flags() -> list[str]:
     """Flags that this kind of model wants and the command line may override by naming them itself."""
     flags = ["--moe-router-load-balancing-type=global_aux_loss", "--moe-token-dispatcher-type=alltoall"]
-    flags += ["--moe-router-dtype=fp32", "--ckpt-format=torch_dist", "--eval-iters=10"]
+    flags += ["--moe-router-dtype=fp32", "--ckpt-format=torch_dist"]
     return [*flags, *CPU_FLAGS] if not torch.cuda.is_available() else [*flags, "--moe-grouped-gemm"]
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor
 from megatron_slim.architecture.layer_specs import build_model, shape_config_fields
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import load_hf_weights, open_checkpoint
-from megatron_slim.checkpoint.distributed import HF_DIR, TRACKER, is_torch_dist, iteration_directory
+from megatron_slim.checkpoint.distributed import HF_DIR, TRACKER, is_torch_dist
 from megatron_slim.checkpoint.huggingface import carry_files, read_config
 from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine
 from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel, HiddenStatesModel
@@ -36,9 +37,9 @@ from megatron_slim.training.arguments import (
     install_argv,
     loss_schedules,
     padded_vocab_size,
-    read_shape,
     shape_directory,
 )
+from megatron_slim.training.checks import check_run
 from megatron_slim.training.data import Batch, RepeatedSample, build_datasets, next_batch
 
 GUESSING = 0.95  # a teacher whose cross entropy is above this share of log V has learnt nothing of use
@@ -99,10 +100,10 @@ class Run:
 
     def _build_teacher(self, base: TransformerConfig, stage: dict[str, Any]) -> HiddenStatesModel:
         assert self.teacher_shape is not None
-        fields = shape_config_fields(self.teacher_shape) | {"recompute_granularity": None, "perform_initialization": False}
+        forward_only = {"recompute_granularity": None, "perform_initialization": False}
         teacher = build_model(
             self.teacher_shape,
-            dataclasses.replace(base, **fields),
+            dataclasses.replace(base, **(shape_config_fields(self.teacher_shape) | forward_only)),
             padded_vocab_size=padded_vocab_size(self.teacher_shape),
             model_class=HiddenStatesModel,
             **stage,
@@ -233,26 +234,9 @@ def judge_teacher(loss: float, vocab_size: int, where: Path) -> None:
         print(f"teacher lm loss on the first batch: {loss:.6f} (guessing: {uniform:.6f})", flush=True)
 
 
-def _plan_run(shape: ModelShape, args: Any) -> Run:
-    """Check what Megatron cannot know: that teacher and student fit each other and the layout."""
-    stages = args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)
-    if args.context_parallel_size > 1:
-        raise SlimError("--context-parallel-size above 1 is not supported", fix="use tensor, pipeline or expert parallelism")
-    student_load = _hugging_face_start(args)
-    if args.teacher_load is None:
-        return Run(shape, None, TEACHER_MTP, student_load)
-    teacher = open_checkpoint(args.teacher_load)
-    found = []
-    if teacher.shape.vocab_size != shape.vocab_size:
-        found.append(f"vocabulary {teacher.shape.vocab_size}, the student has {shape.vocab_size}")
-    if teacher.shape.num_layers % stages:
-        found.append(f"{teacher.shape.num_layers} layers do not divide into {stages} pipeline stages")
-    target = args.mtp_kd_target or (TEACHER_MTP if teacher.shape.mtp_num_layers else TEACHER_MAIN)
-    if target == TEACHER_MTP and shape.mtp_num_layers and not teacher.shape.mtp_num_layers:
-        found.append("no MTP head for --mtp-kd-target teacher-mtp; use teacher-main")
-    if found:
-        raise SlimError("; ".join(found), where=f"--teacher-load {args.teacher_load}")
-    return Run(shape, teacher.shape, target, student_load)
+def _plan_run(shape: ModelShape, teacher: ModelShape | None, args: Any) -> Run:
+    target = args.mtp_kd_target or (TEACHER_MTP if teacher is None or teacher.mtp_num_layers else TEACHER_MAIN)
+    return Run(shape, teacher, target, _hugging_face_start(args))
 
 
 def _hugging_face_start(args: Any) -> Path | None:
@@ -261,8 +245,6 @@ def _hugging_face_start(args: Any) -> Path | None:
     Like Megatron with its own format, it counts only as long as ``--load`` holds no checkpoint to resume from.
     """
     resumes = args.load is not None and (Path(args.load) / TRACKER).exists()
-    if resumes:
-        iteration_directory(Path(args.load))  # refuses a torn tracker, at which Megatron exits with status 0
     if args.pretrained_checkpoint is None or is_torch_dist(Path(args.pretrained_checkpoint)):
         return None
     path, args.pretrained_checkpoint = Path(args.pretrained_checkpoint), None
@@ -279,14 +261,24 @@ def keep_hf_files(source: Path, save: Path) -> None:
         carry_files(source, directory)
 
 
+def _validated_arguments() -> Any:
+    """Megatron's arguments after its own validation, which asserts."""
+    try:
+        return parse_and_validate_args(add_slim_arguments)
+    except (AssertionError, ValueError) as error:
+        what = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise SlimError(f"Megatron refuses the arguments: {what}") from None
+
+
 def main(argv: list[str]) -> None:
     """Train from the command line; see ``examples/slimqwen/pretrain_distill.sh``."""
     if "--help" in argv or "-h" in argv:
         parse_args(add_slim_arguments)  # prints Megatron's help with ours, and exits
     source = shape_directory(argv)
     shape = install_argv(argv)
-    args = parse_and_validate_args(add_slim_arguments)
-    run = _plan_run(shape, args)
+    teacher = check_run(shape, parse_args(add_slim_arguments))
+    args = _validated_arguments()
+    run = _plan_run(shape, teacher, args)
     if args.save and args.rank == 0:
         keep_hf_files(source, Path(args.save))
     provider = partial(run.datasets_provider)

@@ -15,7 +15,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megatron_slim.checkpoint.convert import same_bytes
-from megatron_slim.checkpoint.huggingface import CONFIG, INDEX, SINGLE, HFCheckpoint, specs_of, write_hf_checkpoint
+from megatron_slim.checkpoint.huggingface import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    HFCheckpoint,
+    specs_of,
+    total_bytes,
+    write_hf_checkpoint,
+)
 from megatron_slim.errors import CheckpointError, ShapeError, SlimError
 from megatron_slim.testing import random_tensors, tiny_hf_config, tiny_shape, write_tiny_checkpoint
 
@@ -39,7 +47,7 @@ def test_reads_what_the_safetensors_library_reads(good: Path) -> None:
     assert checkpoint.shape == SHAPE
     assert set(checkpoint.names) == theirs.keys()
     assert all(same_bytes(checkpoint.read(name), theirs[name]) for name in theirs)
-    assert checkpoint.total_bytes == sum(tensor.nbytes for tensor in theirs.values())
+    assert total_bytes(checkpoint.shape, checkpoint.dtypes) == sum(tensor.nbytes for tensor in theirs.values())
 
 
 def test_reads_rows_and_columns_in_the_order_wanted(good: Path) -> None:

@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 
 from megatron_slim import device
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
+from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.data import Tokens
 from megatron_slim.errors import CheckpointError, DataError
-from megatron_slim.evaluation.perplexity import evaluate, evaluate_checkpoint, open_source, read_evaluation_data
+from megatron_slim.evaluation.perplexity import evaluate, evaluate_checkpoint, read_evaluation_data
 from megatron_slim.testing import random_tensors, tiny_hf_config, tiny_shape, write_tiny_checkpoint
 
 device.install()
@@ -103,7 +104,7 @@ def test_equals_transformers(tmp_path: Path, name: str) -> None:
     samples = samples_for(shape)
     main, mtp = reference(path, shape, samples, tmp_path / "scratch")
     for micro_batch_size in (1, 3):
-        result = evaluate(open_source(path), samples, micro_batch_size=micro_batch_size, dtype=torch.float32)
+        result = evaluate(open_checkpoint(path), samples, micro_batch_size=micro_batch_size, dtype=torch.float32)
         assert result.loss == pytest.approx(main, rel=1e-5)
         assert result.perplexity == pytest.approx(math.exp(main), rel=1e-4)
         assert list(result.mtp_loss) == pytest.approx(mtp, rel=1e-5)
@@ -111,12 +112,10 @@ def test_equals_transformers(tmp_path: Path, name: str) -> None:
 
 
 def test_both_formats_give_the_same_number(tmp_path: Path) -> None:
-    from megatron_slim.checkpoint.convert import hf_to_torch_dist
-
     shape = SHAPES["default"]
     path = write_tiny_checkpoint(tmp_path / "hf", shape)
     hf_to_torch_dist(path, tmp_path / "dist")
-    hf, dist = open_source(path), open_source(tmp_path / "dist")
+    hf, dist = open_checkpoint(path), open_checkpoint(tmp_path / "dist")
     for tensor in random_tensors(shape):
         assert torch.equal(hf.read(tensor), dist.read(tensor)), tensor
     rows = np.array([3, 1])
@@ -130,7 +129,7 @@ def test_bf16_is_near_fp32(tmp_path: Path) -> None:
     shape = SHAPES["default"]
     path = write_tiny_checkpoint(tmp_path / "hf", shape)
     fp32, bf16 = (
-        evaluate(open_source(path), samples_for(shape), dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+        evaluate(open_checkpoint(path), samples_for(shape), dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
     )
     assert bf16.loss == pytest.approx(fp32.loss, rel=5e-3)
     assert bf16.loss != fp32.loss
@@ -143,7 +142,7 @@ def test_broken_weights_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny_hf_config(shape)))
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match="not finite"):
-        evaluate(open_source(tmp_path), samples_for(shape))
+        evaluate(open_checkpoint(tmp_path), samples_for(shape))
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.plan import Plan, make_plan
-from megatron_slim.pruning.source import fingerprint
 from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes
 from megatron_slim.recipe import parse_recipe
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from megatron_slim.architecture.qwen3_next import hf_tensors
-from megatron_slim.checkpoint.convert import hf_to_torch_dist, same_bytes, torch_dist_to_hf
-from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes, torch_dist_to_hf
+from megatron_slim.checkpoint.huggingface import HFCheckpoint, total_bytes
 from megatron_slim.errors import SlimError
 from megatron_slim.pruning.apply import PrunedCheckpoint, merge
+from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.pipeline import write_pruned
 from megatron_slim.pruning.plan import Plan
-from megatron_slim.pruning.source import fingerprint, open_source
 from megatron_slim.testing import write_tiny_checkpoint
 
 PlanFor = Callable[..., Plan]
@@ -73,7 +73,7 @@ def test_every_tensor_is_the_slice_that_its_name_says(
         torch.testing.assert_close(tensor, expected, rtol=2**-7, atol=0)
         merged += 1
     assert merged < len(tensors) // 50
-    assert pruned.total_bytes == sum(t.nbytes for t in tensors.values())
+    assert total_bytes(pruned.shape, pruned.dtypes) == sum(t.nbytes for t in tensors.values())
 
 
 def test_what_partial_preservation_preserves_is_preserved_bit_for_bit(source: HFCheckpoint, plan_for: PlanFor) -> None:
@@ -112,11 +112,11 @@ def test_order_of_pruning_and_conversion_does_not_matter(
     plan = plan_for(TARGET, method=method)
     # prune(convert(x)), in both formats
     hf_to_torch_dist(source.path, tmp_path / "converted")
-    converted, files = open_source(tmp_path / "converted")
+    converted = open_checkpoint(tmp_path / "converted")
     assert fingerprint(converted) == fingerprint(source)
     late = PrunedCheckpoint(plan, converted)
     for to in ("hf", "torch_dist"):
-        write_pruned(late, tmp_path / f"late-{to}", to=to, stats=None, copy_files_from=files)
+        write_pruned(late, tmp_path / f"late-{to}", to=to, stats=None, copy_files_from=converted.config_path)
     # convert(prune(x))
     early = PrunedCheckpoint(plan, source)
     write_pruned(early, tmp_path / "early-hf", to="hf", stats=None, copy_files_from=source.path)
@@ -124,20 +124,11 @@ def test_order_of_pruning_and_conversion_does_not_matter(
     torch_dist_to_hf(tmp_path / "late-torch_dist", tmp_path / "back")
     reference = HFCheckpoint.open(tmp_path / "early-hf")
     for name in ("early-torch_dist", "late-hf", "late-torch_dist", "back"):
-        other, _ = open_source(tmp_path / name)
+        other = open_checkpoint(tmp_path / name)
         assert other.shape == reference.shape == plan.target_shape
         assert all(same_bytes(other.read(tensor), reference.read(tensor)) for tensor in reference.names)
     for file in ("hf/tokenizer.json", "plan.json", "pruning_report.md"):
         assert (tmp_path / "late-torch_dist" / file).is_file()
-
-
-def test_rows_of_a_tensor_are_those_of_the_whole(source: HFCheckpoint, plan_for: PlanFor) -> None:
-    import numpy as np
-
-    pruned = PrunedCheckpoint(plan_for(TARGET), source)
-    rows, columns = np.array([3, 1]), np.array([0, 39, 7])
-    whole = pruned.read("mtp.layers.0.mlp.gate.weight")
-    assert torch.equal(pruned.read_rows("mtp.layers.0.mlp.gate.weight", rows, columns), whole[[3, 1]][:, [0, 39, 7]])
 
 
 def test_a_plan_for_another_source_is_refused(source: HFCheckpoint, plan_for: PlanFor, tmp_path: Path) -> None:

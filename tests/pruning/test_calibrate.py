@@ -12,11 +12,11 @@ from torch import Tensor
 
 from megatron_slim import device
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
-from megatron_slim.checkpoint.convert import hf_to_torch_dist
+from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import CheckpointError, DataError
 from megatron_slim.pruning import statistics
-from megatron_slim.pruning.source import fingerprint, open_source
+from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 device.install()
@@ -186,7 +186,7 @@ def test_the_format_of_the_checkpoint_does_not_matter(tmp_path: Path) -> None:
     samples = np.arange(24).reshape(3, 8)
     source, stats = calibrated(tmp_path / "hf", tiny_shape(), samples)
     hf_to_torch_dist(source.path, tmp_path / "torch_dist")
-    converted, _ = open_source(tmp_path / "torch_dist")
+    converted = open_checkpoint(tmp_path / "torch_dist")
     assert calibrate(converted, samples).sha256 == stats.sha256
 
 

@@ -12,10 +12,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from megatron_slim.checkpoint.convert import same_bytes
+from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.pruning.plan_reader import load_plan
-from megatron_slim.pruning.source import open_source
 from megatron_slim.testing import write_tiny_checkpoint
 
 PRUNE, CALIBRATE, PLAN = "tools/prune_checkpoint.py", "tools/calibrate.py", "tools/plan_pruning.py"
@@ -54,7 +53,7 @@ def test_one_command_or_three_give_the_same(tool: Tool, source: HFCheckpoint, wo
     assert prune(tool, source, work, "--plan", plan, save="by-plan").code == 0
     assert prune(tool, source, work, "--stats", stats, save="by-stats").code == 0
 
-    first, _ = open_source(work / "out")
+    first = open_checkpoint(work / "out")
     for name in ("by-plan", "by-stats"):
         other = HFCheckpoint.open(work / name)
         assert all(same_bytes(first.read(tensor), other.read(tensor)) for tensor in other.names)
@@ -64,6 +63,20 @@ def test_one_command_or_three_give_the_same(tool: Tool, source: HFCheckpoint, wo
     assert (work / "by-stats" / "stats.safetensors").read_bytes() == stats.read_bytes()
     assert (work / "out" / "stats.safetensors").read_bytes() == stats.read_bytes()
     assert load_file(stats)["model.layers.0.mlp.experts.reap"].shape == (8,)
+
+
+def test_config_of_a_torch_dist_checkpoint_may_be_elsewhere(tool: Tool, source: HFCheckpoint, work: Path) -> None:
+    hf_to_torch_dist(source.path, work / "dist")
+    (work / "dist" / "hf").rename(work / "config")
+    load, config = ("--load", work / "dist"), ("--hf-config", work / "config")
+    stats, recipe = ("--stats", work / "stats"), ("--recipe", work / "recipe.yaml")
+    calibrate = (CALIBRATE, *load, "--calibration-data", work / "tokens.npy", "--save", work / "stats")
+    plan = (PLAN, *load, *stats, *recipe, "--save", work / "plan")
+    prune = (PRUNE, *load, *stats, *recipe, "--save", work / "out")
+    for run in (calibrate, plan, prune):
+        assert "name the directory of the model's config.json with --hf-config" in tool(*run).error
+        assert tool(*run, *config).code == 0
+    assert (work / "out" / "tokenizer.json").read_text() == "{}"
 
 
 def test_the_result_loads_in_transformers(tool: Tool, source: HFCheckpoint, work: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import CheckpointError
-from megatron_slim.pruning.source import fingerprint
+from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.statistics import HIDDEN, Statistics
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,13 +47,16 @@ class Workplace:
     teacher: Path
     student: Path
 
-    def train(self, name: str, ranks: int, *flags: str, distil: bool = True) -> dict[str, list[float]]:
+    def train(
+        self, name: str, ranks: int, *flags: str, distil: bool = True, start: bool = True, check_teacher: bool = False
+    ) -> dict[str, list[float]]:
         """Train on ``ranks`` processes; what tensorboard got, by tag."""
-        start = ["--pretrained-checkpoint", str(self.student)]
-        if distil:
-            start += ["--teacher-load", str(self.teacher)]
         board = self.root / "tensorboard" / name
-        argv = [*FLAGS, *start, "--no-teacher-check", "--tensorboard-dir", str(board), *flags]
+        argv = [*FLAGS, "--tensorboard-dir", str(board)]
+        argv += ["--pretrained-checkpoint", str(self.student)] if start else []
+        argv += ["--teacher-load", str(self.teacher)] if distil else []
+        argv += [] if check_teacher else ["--no-teacher-check"]
+        argv += flags
         run_distributed(ranks, train, argv, str(self.root / f"{name}.log"), initialise=False)
         return read_scalars(board)
 
@@ -73,6 +75,3 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 def reference(workplace: Workplace) -> dict[str, list[float]]:
     """The four-term run on one rank, two micro-batches of two sequences a step."""
     return workplace.train("one", 1, "--micro-batch-size", "2")
-
-
-Train = Callable[..., dict[str, list[float]]]

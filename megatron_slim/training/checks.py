@@ -1,0 +1,140 @@
+"""What can be wrong with a training run, found before Megatron builds anything."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_slim.architecture.parallelism import layout_violations
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.checkpoint.convert import open_checkpoint
+from megatron_slim.checkpoint.distributed import TRACKER, is_torch_dist, iteration_directory
+from megatron_slim.data import data_prefix, read_stream
+from megatron_slim.distillation.model import TEACHER_MTP
+from megatron_slim.errors import DataError, SlimError
+from megatron_slim.training.arguments import padded_vocab_size
+
+_DATA_ARGUMENTS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+
+
+def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
+    """Check what Megatron cannot know, or says with a traceback: models, layout, checkpoints and data.
+
+    Args:
+        shape: sizes of the student.
+        args: Megatron's arguments as parsed, before its own validation.
+
+    Returns:
+        The teacher's sizes, None without a teacher.
+
+    Raises:
+        SlimError: lists every violation of the part that fails first.
+    """
+    teacher = open_checkpoint(args.teacher_load).shape if args.teacher_load is not None else None
+    small = [f"{name} parallel size {size} is not positive" for name, size in _sizes(args).items() if size < 1]
+    found = small or _process_violations(args) + _model_violations("student", shape, args)
+    if teacher is not None and not small:
+        found += _model_violations("teacher", teacher, args) + _pair_violations(shape, teacher, args)
+    if found:
+        raise SlimError("; ".join(found))
+    if not args.train_iters and not args.train_samples:
+        raise SlimError("nothing to train", fix="give --train-iters or --train-samples")
+    _check_start(shape, args)
+    _check_data(args)
+    if "MASTER_ADDR" not in os.environ:
+        raise SlimError("not started by torchrun", fix="use examples/slimqwen/pretrain_distill.sh, or torchrun")
+    return teacher
+
+
+def _check_start(shape: ModelShape, args: Any) -> None:
+    """See that the weights to start from are whole and the student's."""
+    for directory in (args.load, args.save):
+        if directory is not None and (Path(directory) / TRACKER).exists():
+            iteration_directory(Path(directory))  # refuses a torn tracker, at which Megatron exits with status 0
+    resumes = args.load is not None and (Path(args.load) / TRACKER).exists()
+    start = args.load if resumes else args.pretrained_checkpoint
+    if start is None:
+        return
+    found = open_checkpoint(start, args.hf_config if is_torch_dist(Path(start)) else None).shape
+    differing = [
+        f"{name} {size}, not {shape.sizes[name]}" for name, size in found.sizes.items() if size != shape.sizes[name]
+    ]
+    for name in ("layer_types", "mtp_num_layers"):
+        if getattr(found, name) != getattr(shape, name):
+            differing.append(f"other {name}")
+    if differing:
+        raise SlimError(
+            "not of the student's shape: " + "; ".join(differing), where=str(start), fix="check --hf-config"
+        )
+
+
+def _sizes(args: Any) -> dict[str, int]:
+    """Parallel sizes under the names of `layout_violations`, ``vpp`` apart."""
+    tp = args.tensor_model_parallel_size
+    etp = args.expert_tensor_parallel_size or tp
+    return {"tp": tp, "pp": args.pipeline_model_parallel_size, "ep": args.expert_model_parallel_size, "etp": etp}
+
+
+def _process_violations(args: Any) -> list[str]:
+    sizes = _sizes(args)
+    found = ["--context-parallel-size above 1 is not supported"] if args.context_parallel_size > 1 else []
+    for names in (("tp", "pp"), ("etp", "ep", "pp")):
+        ranks = 1
+        for name in names:
+            ranks *= sizes[name]
+        if args.world_size % ranks:
+            product = " x ".join(f"{name} {sizes[name]}" for name in names)
+            found.append(f"{args.world_size} processes do not divide into groups of {product}")
+    if args.sequence_parallel and args.seq_length is not None and args.seq_length % sizes["tp"]:
+        found.append(f"--seq-length {args.seq_length} does not divide by tensor parallel size {sizes['tp']}")
+    return found
+
+
+def _virtual_stages(shape: ModelShape, args: Any) -> int:
+    if args.num_virtual_stages_per_pipeline_rank is not None:
+        return int(args.num_virtual_stages_per_pipeline_rank)
+    layers = args.num_layers_per_virtual_pipeline_stage
+    return 1 if layers is None else max(1, shape.num_layers // args.pipeline_model_parallel_size // layers)
+
+
+def _model_violations(name: str, shape: ModelShape, args: Any) -> list[str]:
+    found = layout_violations(shape, vpp=_virtual_stages(shape, args), **_sizes(args))
+    rows, tp = padded_vocab_size(shape), args.tensor_model_parallel_size
+    if rows % tp:
+        found.append(f"{rows} rows of the padded vocabulary do not divide by tensor parallel size {tp}")
+    if args.seq_length is not None and args.seq_length > shape.max_position_embeddings:
+        found.append(f"--seq-length {args.seq_length} is above max_position_embeddings {shape.max_position_embeddings}")
+    return [f"{name}: {sentence}" for sentence in found]
+
+
+def _pair_violations(shape: ModelShape, teacher: ModelShape, args: Any) -> list[str]:
+    found = []
+    if teacher.vocab_size != shape.vocab_size:
+        found.append(f"teacher: vocabulary {teacher.vocab_size}, the student has {shape.vocab_size}")
+    if args.mtp_kd_target == TEACHER_MTP and shape.mtp_num_layers and not teacher.mtp_num_layers:
+        found.append("teacher: no MTP head for --mtp-kd-target teacher-mtp; use teacher-main")
+    return found
+
+
+def _check_data(args: Any) -> None:
+    """See that all data sets are there and whole; ids are checked batch by batch."""
+    given = [getattr(args, name) for name in _DATA_ARGUMENTS]
+    if args.mock_data or args.data_args_path or args.per_split_data_args_path:
+        return
+    if not any(given):
+        raise DataError("no training data", fix="give --data-path, the prefix of a .bin/.idx pair")
+    for words in filter(None, given):
+        for prefix in words if len(words) == 1 else [word for word in words if not _is_number(word)]:
+            found = data_prefix(Path(prefix))
+            if found != Path(prefix):
+                raise DataError("is a file of a data set", where=prefix, fix=f"name its prefix, {found}")
+            read_stream(found)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

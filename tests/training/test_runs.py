@@ -1,0 +1,145 @@
+"""A run stops, goes on, starts from either format, and refuses a teacher that knows nothing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_slim import device
+
+device.install()
+
+from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes, torch_dist_to_hf  # noqa: E402
+from megatron_slim.checkpoint.huggingface import HFCheckpoint  # noqa: E402
+from megatron_slim.errors import CheckpointError  # noqa: E402
+from megatron_slim.testing import random_tensors, tiny_hf_config, tiny_shape  # noqa: E402
+from megatron_slim.training.pretrain import judge_teacher  # noqa: E402
+
+TERMS = ("lm loss", "logits distillation loss", "mtp lm loss", "mtp distillation loss", "grad-norm", "kd lambda")
+MBS = ("--micro-batch-size", "2")
+
+
+def keep_only(save: Path, iteration: int) -> None:
+    """Make a checkpoint directory look as it did when that iteration had just been saved."""
+    for directory in save.glob("iter_*"):
+        if directory.name != f"iter_{iteration:07d}":
+            shutil.rmtree(directory)
+    (save / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+
+
+@pytest.fixture(scope="module")
+def saved(workplace, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    """A run of five steps that saved at the third, and what it logged."""
+    save = tmp_path_factory.mktemp("saved") / "run"
+    logged = workplace.train("saved", 1, *MBS, "--save", str(save), "--load", str(save), "--save-interval", "3")
+    keep_only(save, 3)
+    return save, logged
+
+
+@pytest.mark.parametrize(("ranks", "flags"), [(1, ""), (2, "--pipeline-model-parallel-size 2")])
+def test_a_resumed_run_is_the_same_run(workplace, tmp_path: Path, ranks: int, flags: str) -> None:  # type: ignore[no-untyped-def]
+    save = tmp_path / "run"
+    argv = [*MBS, *flags.split(), "--save", str(save), "--load", str(save), "--save-interval", "3"]
+    whole = workplace.train(f"whole-{ranks}", ranks, *argv)
+    keep_only(save, 3)
+    resumed = workplace.train(f"resumed-{ranks}", ranks, *argv)
+    for term in TERMS:
+        assert resumed[term] == whole[term][3:], term
+
+
+def test_the_weights_go_on_under_another_layout(workplace, saved) -> None:  # type: ignore[no-untyped-def]
+    """The fourth step's losses are those of the weights alone; the optimizer starts afresh."""
+    save, logged = saved
+    flags = "--tensor-model-parallel-size 2 --sequence-parallel --no-load-optim --no-load-rng".split()
+    found = workplace.train("other-layout", 2, *MBS, *flags, "--load", str(save))
+    for term in TERMS:
+        assert found[term][0] == pytest.approx(logged[term][3], rel=1e-5), term
+
+
+def test_what_training_saved_becomes_a_hugging_face_model(workplace, saved, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    save, _ = saved
+    torch_dist_to_hf(save, tmp_path / "hf")
+    exported, source = HFCheckpoint.open(tmp_path / "hf"), open_checkpoint(save)
+    assert exported.shape == source.shape == HFCheckpoint.open(workplace.student).shape
+    trained = [not torch.equal(exported.read(n), HFCheckpoint.open(workplace.student).read(n)) for n in exported.names]
+    assert all(trained)
+    hf_to_torch_dist(tmp_path / "hf", tmp_path / "again")
+    again = open_checkpoint(tmp_path / "again")
+    assert all(same_bytes(again.read(name), exported.read(name)) for name in exported.names)
+
+
+def test_both_formats_start_the_same_run(workplace, reference, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    hf_to_torch_dist(workplace.student, tmp_path / "student")
+    hf_to_torch_dist(workplace.teacher, tmp_path / "teacher")
+    strict = "--dist-ckpt-strictness raise_all --verify-integrity".split()
+    start = ["--pretrained-checkpoint", str(tmp_path / "student"), "--teacher-load", str(tmp_path / "teacher")]
+    found = workplace.train("torch-dist-start", 1, *MBS, *start, *strict)
+    for term in TERMS:
+        assert found[term] == reference[term], term
+
+
+def test_bf16_follows_fp32(workplace, reference) -> None:  # type: ignore[no-untyped-def]
+    """bf16 keeps 8 bits: losses near 5 are good to 2**-8 of that."""
+    found = workplace.train("bf16", 2, "--micro-batch-size", "1", "--bf16")
+    for term in TERMS[:4]:
+        assert found[term] == pytest.approx(reference[term], rel=2**-8), term
+
+
+def test_mtp_can_learn_from_the_teachers_main_head(workplace, reference) -> None:  # type: ignore[no-untyped-def]
+    one = workplace.train("teacher-main", 1, *MBS, "--mtp-kd-target", "teacher-main")
+    two = workplace.train(
+        "teacher-main-pp2", 2, *MBS, "--mtp-kd-target", "teacher-main", "--pipeline-model-parallel-size", "2"
+    )
+    assert one["logits distillation loss"][0] == reference["logits distillation loss"][0]
+    assert one["mtp distillation loss"][0] != reference["mtp distillation loss"][0]
+    for term in TERMS:
+        assert two[term] == pytest.approx(one[term], rel=1e-5), term
+
+
+def test_full_recomputation_changes_nothing(workplace, reference) -> None:  # type: ignore[no-untyped-def]
+    flags = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+    found = workplace.train("recompute", 1, *MBS, *flags)
+    for term in TERMS:
+        assert found[term] == pytest.approx(reference[term], rel=1e-6), term
+
+
+def write_zero_teacher(workplace, path: Path) -> Path:  # type: ignore[no-untyped-def]
+    """A teacher whose output layer is zero: it gives every token the same probability."""
+    from megatron_slim.checkpoint.huggingface import specs_of, write_hf_checkpoint
+
+    shape = HFCheckpoint.open(workplace.teacher).shape
+    tensors = random_tensors(shape, 1, torch.float32)
+    tensors["lm_head.weight"].zero_()
+    path.mkdir()
+    write_hf_checkpoint(path, tiny_hf_config(shape), specs_of(shape, torch.float32), tensors.items())
+    return path
+
+
+@pytest.mark.parametrize("flags", ["", "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"])
+def test_a_teacher_that_guesses_trains_nobody(workplace, tmp_path: Path, flags: str) -> None:  # type: ignore[no-untyped-def]
+    teacher = write_zero_teacher(workplace, tmp_path / "zero")
+    ranks = 2 if flags else 1
+    with pytest.raises(RuntimeError, match=r"cross entropy on the first batch is 4\.78.*guessing gives 4\.787"):
+        workplace.train("zero", ranks, *MBS, *flags.split(), "--teacher-load", str(teacher), check_teacher=True)
+
+
+def test_the_verdict_on_a_teacher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    judge_teacher(4.0, 1000, Path("teacher"))
+    assert "4.0" in capsys.readouterr().out
+    for loss in (6.9, float("inf"), float("nan")):
+        with pytest.raises(CheckpointError, match="teacher"):
+            judge_teacher(loss, 1000, Path("teacher"))
+
+
+def test_the_shape_of_a_student_may_stand_alone(workplace, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Random weights from a config.json alone; the teacher's layers, widths and experts differ from the student's."""
+    from megatron_slim.files import to_json
+
+    shape = tiny_shape(num_layers=2, layer_types=("linear_attention", "full_attention"), vocab_size=120)
+    (tmp_path / "config.json").write_text(to_json(tiny_hf_config(shape)))
+    found = workplace.train("random-init", 1, *MBS, "--hf-config", str(tmp_path), start=False)
+    assert len(found["mtp distillation loss"]) == 5
