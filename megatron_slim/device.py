@@ -1,8 +1,8 @@
 """The CPU seam: all that lets Megatron-Core run without a GPU, and the only place that patches a library.
 
-On a machine with CUDA `install` only mends two faults of Megatron (the dataset helpers and the padding of buckets). Without
-CUDA the word "cuda" comes to mean the CPU for the whole process: tensor factories, ``.cuda()`` and ``.to()``, the CUDA
-generator, streams and events. The real Megatron-Core modules then run, over gloo; only kernels differ.
+On a machine with CUDA `install` only mends two faults of Megatron (the dataset helpers and the padding of buckets).
+Without CUDA the word "cuda" comes to mean the CPU for the whole process: tensor factories, ``.cuda()`` and ``.to()``,
+the CUDA generator, streams and events. The real Megatron-Core modules then run, over gloo; only kernels differ.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_slim.distillation.losses import TokenLosses, lm_and_kd_loss, shift
@@ -80,6 +81,7 @@ class HiddenStatesModel(GPTModel):
 class DistillationModel(HiddenStatesModel):
     """The student, with or without a teacher; ends with the loss terms of every token."""
 
+    config: TransformerConfig
     teacher: HiddenStatesModel | None = None
     mtp_kd_target: str = TEACHER_MTP
     unpadded_vocab_size: int = 0
@@ -109,7 +111,7 @@ class DistillationModel(HiddenStatesModel):
         super().set_input_tensor(received[..., : self.student_hidden_size])
         self.teacher.set_input_tensor(received[..., self.student_hidden_size :].detach())
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None,
         position_ids: Tensor | None,

@@ -15,6 +15,7 @@ from megatron_slim.distillation.model import TEACHER_MTP
 from megatron_slim.errors import DataError, SlimError
 from megatron_slim.training.arguments import padded_vocab_size
 
+CHECKED_TOKENS = 1 << 20  # of each data set: another tokenizer's ids show in far fewer
 _DATA_ARGUMENTS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
 
@@ -41,7 +42,7 @@ def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
     if not args.train_iters and not args.train_samples:
         raise SlimError("nothing to train", fix="give --train-iters or --train-samples")
     _check_start(shape, args)
-    _check_data(args)
+    _check_data(args, shape.vocab_size)
     if "MASTER_ADDR" not in os.environ:
         raise SlimError("not started by torchrun", fix="use examples/slimqwen/pretrain_distill.sh, or torchrun")
     return teacher
@@ -117,8 +118,8 @@ def _pair_violations(shape: ModelShape, teacher: ModelShape, args: Any) -> list[
     return found
 
 
-def _check_data(args: Any) -> None:
-    """See that all data sets are there and whole; ids are checked batch by batch."""
+def _check_data(args: Any, vocab_size: int) -> None:
+    """See that all data sets are there, whole, and start with ids of the vocabulary; training checks every batch."""
     given = [getattr(args, name) for name in _DATA_ARGUMENTS]
     if args.mock_data or args.data_args_path or args.per_split_data_args_path:
         return
@@ -129,7 +130,13 @@ def _check_data(args: Any) -> None:
             found = data_prefix(Path(prefix))
             if found != Path(prefix):
                 raise DataError("is a file of a data set", where=prefix, fix=f"name its prefix, {found}")
-            read_stream(found)
+            largest = int(read_stream(found)[:CHECKED_TOKENS].max())
+            if largest >= vocab_size:
+                raise DataError(
+                    f"token id {largest} is beyond the vocabulary of {vocab_size}",
+                    where=prefix,
+                    fix="preprocess with the model's own tokenizer",
+                )
 
 
 def _is_number(word: str) -> bool:

@@ -134,9 +134,10 @@ class Run:
         output = model(batch["tokens"], batch["position_ids"], None, batch["labels"])
         return output, partial(self.reduce_losses, batch["loss_mask"])
 
-    def reduce_losses(self, loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def reduce_losses(self, loss_mask: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """SlimQwen eq. 12 with this iteration's lambda and beta, in the form that Megatron's loop wants."""
         args = get_args()
+        assert loss_mask is not None
         kd_lambda, mtp_beta = (
             schedule.at(getattr(args, "curr_iteration", args.iteration), args.train_iters)
             for schedule in loss_schedules(args)
@@ -184,9 +185,9 @@ def check_teacher(run: Run, dataset: Any) -> None:
         output = model(batch["tokens"], batch["position_ids"], None, batch["labels"])
         return output, partial(teacher_loss, batch["loss_mask"])
 
-    def teacher_loss(loss_mask: Tensor, output: Tensor, non_loss_data: bool = True) -> Tensor:
+    def teacher_loss(loss_mask: Tensor | None, output: Tensor, non_loss_data: bool = True) -> Tensor:
         losses = TokenLosses.unstack(output, has_teacher=True)
-        assert losses.teacher_lm is not None
+        assert losses.teacher_lm is not None and loss_mask is not None
         return (losses.teacher_lm * loss_mask).sum() / loss_mask.sum()
 
     chunks: list[Any] = list(run.chunks)

@@ -111,9 +111,7 @@ def cross_entropy(log_p: Tensor, target: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("target", [TEACHER_MTP, TEACHER_MAIN])
-def test_four_terms_against_fp64(
-    checkpoints: dict[str, HFCheckpoint], batch: dict[str, Tensor], target: str
-) -> None:
+def test_four_terms_against_fp64(checkpoints: dict[str, HFCheckpoint], batch: dict[str, Tensor], target: str) -> None:
     weights = LossWeights(kd_lambda=0.8, mtp_beta=0.25)
     teacher = build(checkpoints["teacher"], HiddenStatesModel).eval()
     reference = build(checkpoints["student"], HiddenStatesModel)

@@ -65,7 +65,7 @@ class Workplace:
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     root = tmp_path_factory.mktemp("training")
     teacher = tiny_shape(**SIZES)
-    student = tiny_shape(**SIZES, **{"hidden_size": 48, "num_moe_experts": 4})
+    student = tiny_shape(**SIZES, hidden_size=48, num_moe_experts=4)
     write_tiny_checkpoint(root / "teacher", teacher, seed=1, dtype=torch.float32)
     write_tiny_checkpoint(root / "student", student, seed=3, dtype=torch.float32)
     return Workplace(root, root / "teacher", root / "student")

@@ -74,7 +74,7 @@ def test_what_training_saved_becomes_a_hugging_face_model(workplace, saved, tmp_
 def test_both_formats_start_the_same_run(workplace, reference, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     hf_to_torch_dist(workplace.student, tmp_path / "student")
     hf_to_torch_dist(workplace.teacher, tmp_path / "teacher")
-    strict = "--dist-ckpt-strictness raise_all --verify-integrity".split()
+    strict = ["--dist-ckpt-strictness", "raise_all"]
     start = ["--pretrained-checkpoint", str(tmp_path / "student"), "--teacher-load", str(tmp_path / "teacher")]
     found = workplace.train("torch-dist-start", 1, *MBS, *start, *strict)
     for term in TERMS:

@@ -1,0 +1,147 @@
+"""A training run that cannot work says so before anything is built: every violation, of student and teacher."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_slim import device
+
+device.install()
+
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: E402
+
+from megatron_slim.architecture.parallelism import layout_violations  # noqa: E402
+from megatron_slim.errors import SlimError  # noqa: E402
+from megatron_slim.testing import tiny_shape, write_tiny_checkpoint  # noqa: E402
+from megatron_slim.training.pretrain import main  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = {"num_layers": 4, "vocab_size": 120, "max_position_embeddings": 64}
+BASE = "--seq-length 32 --micro-batch-size 1 --global-batch-size 2 --train-iters 2 --lr 1e-3"
+GIVEN = f"{BASE} --pretrained-checkpoint student --data-path d"
+CASES = {
+    "shape by hand": ("--num-layers 3 --vocab-size=5", "--num-layers, --vocab-size cannot be given"),
+    "another vocabulary": ("--teacher-load odd", "teacher: vocabulary 130, the student has 120"),
+    "pipeline": (
+        "--teacher-load odd --pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 3",
+        "student: num_layers 4 does not divide into 4 x 3 virtual pipeline stages; "
+        "teacher: num_layers 3 does not divide into 4 x 3 virtual pipeline stages",
+    ),
+    "tensor": (
+        "--teacher-load teacher --tensor-model-parallel-size 3",
+        "teacher: num_attention_heads 4 does not divide by tensor parallel size 3",
+    ),
+    "experts": (
+        "--teacher-load odd --expert-model-parallel-size 4",
+        "teacher: num_moe_experts 6 does not divide by expert parallel size 4",
+    ),
+    "processes": ("--pipeline-model-parallel-size 2", "1 processes do not divide into groups of tp 1 x pp 2"),
+    "size 0": ("--tensor-model-parallel-size 0", "tp parallel size 0 is not positive"),
+    "context parallel": ("--context-parallel-size 2", "--context-parallel-size above 1 is not supported"),
+    "long": (
+        "--teacher-load odd --seq-length 65",
+        "student: --seq-length 65 is above max_position_embeddings 64; "
+        "teacher: --seq-length 65 is above max_position_embeddings 32",
+    ),
+    "no data there": ("--data-path nowhere", "nowhere: no such data"),
+    "one of many": ("--data-path 1 d 2 nowhere", "nowhere: no such data"),
+    "a file": ("--data-path d.bin", "d.bin: is a file of a data set; name its prefix, d"),
+    "ids": ("--data-path big", "big: token id 120 is beyond the vocabulary of 120"),
+    "torn data": ("--data-path torn", "torn.bin: truncated"),
+    "no teacher": ("--teacher-load nowhere", "nowhere: no such directory"),
+    "no student": ("--pretrained-checkpoint nowhere", "nowhere: no such directory"),
+    "another student": (
+        "--hf-config teacher",
+        "student: not of the student's shape: hidden 48, not 64; expert 4, not 8",
+    ),
+    "torn load": ("--load run-x", "run-x/latest_checkpointed_iteration.txt: holds 'x'"),
+    "empty save": ("--save run-", "run-/latest_checkpointed_iteration.txt: holds ''"),
+    "lost iteration": ("--load run-7", "names iter_0000007, which does not exist"),
+    "no steps": ("--train-iters 0", "nothing to train"),
+    "Megatron's own": ("--global-batch-size 3 --micro-batch-size 2", "Megatron refuses the arguments: "),
+    "no torchrun": ("", "not started by torchrun"),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("training")
+    write_tiny_checkpoint(root / "teacher", tiny_shape(**SIZES))
+    write_tiny_checkpoint(root / "student", tiny_shape(**SIZES, hidden_size=48, num_moe_experts=4))
+    kinds = ("linear_attention", "full_attention", "full_attention")
+    odd = {"layer_types": kinds, "vocab_size": 130, "max_position_embeddings": 32, "num_moe_experts": 6}
+    write_tiny_checkpoint(root / "odd", tiny_shape(**odd))
+    for name, largest in {"d": 119, "torn": 5, "big": 120}.items():
+        builder = IndexedDatasetBuilder(str(root / f"{name}.bin"), dtype=np.int32)
+        builder.add_document(np.full(400, largest), [400])
+        builder.finalize(str(root / f"{name}.idx"))
+    (root / "torn.bin").write_bytes((root / "torn.bin").read_bytes()[:-4])
+    for content in ("x", "", "7"):
+        (root / f"run-{content}").mkdir()
+        (root / f"run-{content}" / "latest_checkpointed_iteration.txt").write_text(content)
+    return root
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused(files: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, message = CASES[name]
+    monkeypatch.chdir(files)
+    if name != "no torchrun":
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+    argv = f"{GIVEN} {options}".split()
+    monkeypatch.setattr(sys, "argv", ["pretrain", *argv])
+    before = sorted(files.rglob("*"))
+    with pytest.raises(SlimError) as caught:
+        main(argv)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert sorted(files.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--data-path d", "no model shape; give --hf-config"),
+        ("--pretrained-checkpoint student", "no training data; give --data-path"),
+    ],
+)
+def test_left_out(files: Path, options: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(files)
+    argv = f"{BASE} {options}".split()
+    monkeypatch.setattr(sys, "argv", ["pretrain", *argv])
+    with pytest.raises(SlimError, match=message):
+        main(argv)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [("--seq-length 65", "is above max_position_embeddings"), ("--sequence-lenght 3", "--help")]
+)
+def test_the_command_says_one_line(files: Path, options: str, message: str) -> None:
+    command = [sys.executable, str(ROOT / "tools/pretrain.py"), *f"{GIVEN} {options}".split()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=files, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_every_violation_of_a_layout() -> None:
+    shape = tiny_shape()
+    assert layout_violations(shape, tp=2, pp=2, vpp=2, ep=8, etp=4) == []
+    found = layout_violations(shape, tp=3, pp=3, vpp=2, ep=3, etp=5)
+    assert [sentence.split()[0] for sentence in found] == [
+        "num_layers",
+        "num_attention_heads",
+        "linear_num_key_heads",
+        "linear_num_value_heads",
+        "moe_shared_expert_intermediate_size",
+        "num_moe_experts",
+        "moe_ffn_hidden_size",
+        "num_query_groups",
+    ]
+    assert layout_violations(tiny_shape(num_query_groups=1), tp=2) == []
