@@ -22,7 +22,7 @@ READY := $(VENV)/.complete
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 
-SCRIPTS = .ci/run $(shell find benchmarks docs examples tests tools -name '*.sh')
+SCRIPTS = .ci/run $(shell find . -name '*.sh' -not -path './.venv/*' -not -path './runs/*')
 
 .PHONY: help venv demo test test-all lint clean
 

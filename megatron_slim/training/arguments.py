@@ -16,7 +16,7 @@ import torch
 
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape, shape_from_hf_config
 from megatron_slim.checkpoint.distributed import HF_DIR
-from megatron_slim.checkpoint.huggingface import read_config
+from megatron_slim.checkpoint.huggingface import CONFIG, INDEX, SINGLE, HFCheckpoint, read_config
 from megatron_slim.cli import ToolParser
 from megatron_slim.distillation.schedule import SHAPES, Schedule
 from megatron_slim.errors import SlimError
@@ -91,10 +91,15 @@ def shape_directory(argv: list[str]) -> Path:
 
 
 def read_shape(directory: Path) -> ModelShape:
-    """Shape of the model that a config.json describes; it is ours, or a published one's with its tensors beside it."""
+    """Shape of the model that a config.json describes.
+
+    Where tensors lie beside it their names tell whether there is an MTP block, because published files do not say.
+    """
+    if any((directory / name).exists() for name in (INDEX, SINGLE)):
+        return HFCheckpoint.open(directory).shape
     config = read_config(directory)
     depth = config.get("num_nextn_predict_layers", 0)
-    return shape_from_hf_config(config, mtp_num_layers=depth, where=str(directory / "config.json"))
+    return shape_from_hf_config(config, mtp_num_layers=depth, where=str(directory / CONFIG))
 
 
 def model_flags(shape: ModelShape) -> list[str]:

@@ -203,7 +203,7 @@ def test_refusals_leave_nothing(tool: Callable[..., Any], tmp_path: Path, tokeni
     assert "no such tokenizer directory" in error("good.jsonl", model=data / "nothing")
     assert "tokenizer" in error("good.jsonl", model=data / "no_tokenizer")
     assert "parent directory" in error("good.jsonl", prefix="nowhere/out")
-    assert "--workers 0" in error("good.jsonl", extra=("--workers", "0"))
+    assert "--workers: '0' is not" in error("good.jsonl", extra=("--workers", "0"))
     spm = ("--tokenizer-type", "SentencePieceTokenizer")
     assert "no such SentencePiece model" in error("good.jsonl", model=data / "x.model", extra=spm)
     assert "not a SentencePiece model" in error("good.jsonl", model=good, extra=spm)

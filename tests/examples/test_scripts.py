@@ -1,0 +1,83 @@
+"""The shell scripts: what they refuse, the command they would run, and the demo in miniature."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN, DEMO = (ROOT / "examples/slimqwen" / name for name in ("pretrain_distill.sh", "demo.sh"))
+
+
+def run(script: Path, *arguments: str, timeout: float = 60, **variables: str) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "LANG", "TMPDIR")}
+    environment = clean | {"PYTHON": sys.executable} | variables
+    return subprocess.run(
+        ["bash", str(script), *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("variables", "fault"),
+    [
+        ({}, "SAVE is not set"),
+        ({"SAVE": "run"}, "DATA is not set"),
+        ({"SAVE": "run", "DATA": "text"}, "neither STUDENT nor HF_CONFIG is set"),
+    ],
+)
+def test_what_is_missing_is_said(variables: dict[str, str], fault: str) -> None:
+    done = run(TRAIN, **variables)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and fault in line
+
+
+def test_dry_run_prints_the_command() -> None:
+    variables = {"SAVE": "run", "DATA": "0.3 a 0.7 b", "STUDENT": "pruned", "TEACHER": "big", "TP": "2", "PP": "2"}
+    done = run(TRAIN, "--lr", "1", DRY_RUN="1", PRECISION="bf16", **variables)
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split()
+    command = " ".join(words)
+    assert "-m torch.distributed.run --nproc-per-node 4 " in command
+    assert "--data-path 0.3 a 0.7 b --split" in command
+    assert "--sequence-parallel --bf16 --pretrained-checkpoint pruned --teacher-load big" in command
+    assert words[-2:] == ["--lr", "1"] and "--lr 4e-4" in command  # what is given by hand comes last and wins
+
+
+def test_separate_validation_data() -> None:
+    done = run(TRAIN, DRY_RUN="1", SAVE="run", DATA="a", VALID_DATA="b", HF_CONFIG="config", NNODES="4", NODE_RANK="3")
+    assert "--train-data-path a --valid-data-path b --test-data-path b" in done.stdout
+    assert "--nnodes 4 --node-rank 3" in done.stdout and "--hf-config config" in done.stdout
+
+
+def test_the_demo_spares_a_directory_that_is_not_its_own(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("data")
+    done = run(DEMO, str(tmp_path))
+    assert done.returncode == 2 and "is not a demo's output" in done.stderr
+    assert (tmp_path / "precious").read_text() == "data"
+
+
+@pytest.mark.slow
+def test_the_demo_in_miniature(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    short = {"TEACHER_ITERS": "2", "STUDENT_ITERS": "2", "LR_WARMUP_ITERS": "1", "LOG_INTERVAL": "1"}
+    done = run(DEMO, str(out), timeout=900, MASTER_PORT="29678", **short)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((out / "report.json").read_text())
+    assert set(report["validation_loss"]) == {"teacher", "pruned_before_training", "student", "random_init_student"}
+    assert all(0 < loss < 8 for loss in report["validation_loss"].values())
+    assert report["parameters"]["student"] == report["parameters"]["random_init_student"]
+    assert report["parameters"]["student"]["total"] < report["parameters"]["teacher"]["total"] / 2
+    assert (out / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "random init student" in done.stdout
