@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import sys
 import traceback
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers, pretrain
@@ -30,7 +28,7 @@ from megatron_slim.checkpoint.distributed import HF_DIR, TRACKER, is_torch_dist
 from megatron_slim.checkpoint.huggingface import carry_files, read_config
 from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine
 from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel, HiddenStatesModel
-from megatron_slim.errors import EXIT_USER_ERROR, CheckpointError, SlimError
+from megatron_slim.errors import EXIT_USER_ERROR, SlimError
 from megatron_slim.files import new_directory, to_json, write_atomic
 from megatron_slim.training.arguments import (
     add_slim_arguments,
@@ -40,9 +38,8 @@ from megatron_slim.training.arguments import (
     shape_directory,
 )
 from megatron_slim.training.checks import check_run
-from megatron_slim.training.data import Batch, RepeatedSample, build_datasets, next_batch
-
-GUESSING = 0.95  # a teacher whose cross entropy is above this share of log V has learnt nothing of use
+from megatron_slim.training.data import Batch, build_datasets, next_batch
+from megatron_slim.training.teacher_check import check_teacher
 
 
 @dataclasses.dataclass
@@ -117,7 +114,7 @@ class Run:
         last_chunk = vp_stage is None or vp_stage == len(self.chunks) - 1
         if self.teacher_shape is not None and not get_args().no_teacher_check and last_chunk and not self.checked:
             self.checked = True
-            check_teacher(self, datasets[0])
+            check_teacher(self.chunks, self.batch, datasets[0], self.shape.vocab_size)
         return datasets
 
     def batch(self, iterator: Iterator[Any], vp_stage: int | None) -> Batch:
@@ -164,75 +161,14 @@ def load_balancing_fields(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _refuse_nonfinite(report: dict[str, tuple[Tensor, Tensor]]) -> None:
-    for name, (value, _) in report.items():
-        if not torch.isfinite(value):
-            raise SlimError(f"{name} is {value.item()}", where=f"iteration {get_args().curr_iteration}, last stage")
-
-
-def check_teacher(run: Run, dataset: Any) -> None:
-    """Compute the teacher's own cross entropy on the first batch; a broken teacher must not train anybody.
-
-    All ranks take part and all raise together.
-
-    Raises:
-        CheckpointError: it is not finite, or not better than guessing.
-    """
-    args = get_args()
-    iterator = RepeatedSample(dataset, args.micro_batch_size)
-
-    def step(_: Any, model: Any) -> tuple[Tensor, Callable[..., Any]]:
-        batch = run.batch(iterator, model.vp_stage)
-        output = model(batch["tokens"], batch["position_ids"], None, batch["labels"])
-        return output, partial(teacher_loss, batch["loss_mask"])
-
-    def teacher_loss(loss_mask: Tensor | None, output: Tensor, non_loss_data: bool = True) -> Tensor:
-        losses = TokenLosses.unstack(output, has_teacher=True)
-        assert losses.teacher_lm is not None and loss_mask is not None
-        return (losses.teacher_lm * loss_mask).sum() / loss_mask.sum()
-
-    chunks: list[Any] = list(run.chunks)
-    modes = [chunk.training for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()
-    virtual = len(chunks) if len(chunks) > 1 else None
-    with torch.no_grad():
-        found = get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=[iterator] * len(chunks) if virtual else iterator,
-            model=chunks if virtual else chunks[0],
-            num_microbatches=parallel_state.get_pipeline_model_parallel_world_size() if virtual else 1,
-            seq_length=args.seq_length,
-            micro_batch_size=args.micro_batch_size,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-    for chunk, mode in zip(chunks, modes, strict=True):
-        chunk.train(mode)
-    # -inf from the stages that saw no loss; NaN would vanish in MAX, so it travels as +inf.
-    loss = found[0].reshape(1).float() if found else torch.full((1,), -math.inf, device=torch.cuda.current_device())
-    loss = torch.where(torch.isnan(loss), torch.full_like(loss, math.inf), loss)
-    torch.distributed.all_reduce(loss, op=torch.distributed.ReduceOp.MAX)
-    judge_teacher(float(loss), run.shape.vocab_size, args.teacher_load)
-
-
-def judge_teacher(loss: float, vocab_size: int, where: Path) -> None:
-    """Say what the teacher's cross entropy is, or refuse it.
-
-    Raises:
-        CheckpointError: not finite, or at least `GUESSING` of log V.
-    """
-    uniform = math.log(vocab_size)
-    if not loss < GUESSING * uniform:
-        if torch.distributed.get_rank() != 0:  # rank 0 speaks for all
-            sys.stdout.flush()
-            os._exit(EXIT_USER_ERROR)
-        raise CheckpointError(
-            f"the teacher's cross entropy on the first batch is {loss:.4g}, guessing gives {uniform:.4g}",
-            where=str(where),
-            fix="check the checkpoint and that the data was tokenised with its tokenizer, or pass --no-teacher-check",
-        )
-    if torch.distributed.get_rank() == 0:
-        print(f"teacher lm loss on the first batch: {loss:.6f} (guessing: {uniform:.6f})", flush=True)
+    finite = torch.isfinite(torch.stack([value for value, _ in report.values()])).tolist()
+    if not all(finite):
+        faults = [
+            f"{name} is {value.item()}"
+            for (name, (value, _)), good in zip(report.items(), finite, strict=True)
+            if not good
+        ]
+        raise SlimError("; ".join(faults), where=f"iteration {get_args().curr_iteration}, last pipeline stage")
 
 
 def _plan_run(shape: ModelShape, teacher: ModelShape | None, args: Any) -> Run:

@@ -16,7 +16,7 @@ from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, 
 from megatron_slim.checkpoint.huggingface import HFCheckpoint  # noqa: E402
 from megatron_slim.errors import CheckpointError  # noqa: E402
 from megatron_slim.testing import random_tensors, tiny_hf_config, tiny_shape  # noqa: E402
-from megatron_slim.training.pretrain import judge_teacher  # noqa: E402
+from megatron_slim.training.teacher_check import judge_teacher  # noqa: E402
 
 TERMS = ("lm loss", "logits distillation loss", "mtp lm loss", "mtp distillation loss", "grad-norm", "kd lambda")
 MBS = ("--micro-batch-size", "2")
