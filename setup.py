@@ -28,7 +28,6 @@ setup(
         "sentencepiece>=0.2.1,<0.3",
         "nltk>=3.9.1,<4",
         "tensorboard>=2.20,<3",
-        "pydantic>=2.11,<3",
         "PyYAML>=6,<7",
         "rich>=14,<16",
         "psutil>=7,<8",  # megatron-core's dist_checkpointing imports it without declaring it

@@ -73,7 +73,7 @@ if [[ -n $HF_CONFIG ]]; then args+=(--hf-config "$HF_CONFIG"); fi
 if [[ -n $TEACHER ]]; then args+=(--teacher-load "$TEACHER"); fi
 
 command=(
-  "${PYTHON:-python3}" -m torch.distributed.run
+  "${PYTHON:-python3}" "$root/tools/torchrun.py"
   --nproc-per-node "$NPROC_PER_NODE" --nnodes "$NNODES" --node-rank "$NODE_RANK"
   --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"
   "$root/tools/pretrain.py" "${args[@]}" "$@"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -40,6 +41,8 @@ from megatron_slim.training.arguments import (
 from megatron_slim.training.checks import check_run
 from megatron_slim.training.data import Batch, build_datasets, next_batch
 from megatron_slim.training.teacher_check import check_teacher
+
+SECONDS_FOR_RANK_0 = 10.0
 
 
 @dataclasses.dataclass
@@ -234,12 +237,15 @@ def main(argv: list[str]) -> None:
 def run_from_command_line() -> None:
     """`main`, with a `SlimError` as one line on stderr and exit code 2.
 
-    Before the ranks are connected all of them find the same fault and rank 0 speaks for them.
+    Mostly all ranks find the same fault. Rank 0 says it, and the launcher ends the others; one that is still there
+    some seconds later has found a fault of its own, and says that.
     """
     try:
         main(sys.argv[1:])
     except SlimError as error:
-        if torch.distributed.is_initialized() or os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(SECONDS_FOR_RANK_0)
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr, flush=True)
         # No teardown: a collective with a peer that has left would hang.
         os._exit(EXIT_USER_ERROR)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from megatron_slim.distillation.losses import TokenLosses
 from megatron_slim.distillation.model import DistillationModel
-from megatron_slim.errors import EXIT_USER_ERROR, CheckpointError
+from megatron_slim.errors import CheckpointError
 from megatron_slim.training.data import Batch, RepeatedSample
 
 GUESSING = 0.95  # a teacher whose cross entropy is above this share of log V has learnt nothing of use
@@ -92,9 +90,6 @@ def judge_teacher(loss: float, vocab_size: int, where: Path) -> None:
     """
     uniform = math.log(vocab_size)
     if not loss < GUESSING * uniform:
-        if torch.distributed.get_rank() != 0:  # rank 0 speaks for all
-            sys.stdout.flush()
-            os._exit(EXIT_USER_ERROR)
         raise CheckpointError(
             f"the teacher's cross entropy on the first batch is {loss:.4g}, guessing gives {uniform:.4g}",
             where=str(where),

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_slim.files import to_json
+from megatron_slim.testing import tiny_hf_config, tiny_shape
+
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN, DEMO = (ROOT / "examples/slimqwen" / name for name in ("pretrain_distill.sh", "demo.sh"))
 
@@ -49,7 +52,7 @@ def test_dry_run_prints_the_command() -> None:
     assert done.returncode == 0, done.stderr
     words = done.stdout.split()
     command = " ".join(words)
-    assert "-m torch.distributed.run --nproc-per-node 4 " in command
+    assert "tools/torchrun.py --nproc-per-node 4 " in command
     assert "--data-path 0.3 a 0.7 b --split" in command
     assert "--sequence-parallel --bf16 --pretrained-checkpoint pruned --teacher-load big" in command
     assert words[-2:] == ["--lr", "1"] and "--lr 4e-4" in command  # what is given by hand comes last and wins
@@ -81,3 +84,14 @@ def test_the_demo_in_miniature(tmp_path: Path) -> None:
     assert report["parameters"]["student"]["total"] < report["parameters"]["teacher"]["total"] / 2
     assert (out / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
     assert "random init student" in done.stdout
+
+
+def test_a_fault_found_by_all_ranks_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    """Through the launcher: torchrun by itself would add thirty lines and exit with 1."""
+    shape = tiny_shape(vocab_size=96)
+    (tmp_path / "config.json").write_text(to_json(tiny_hf_config(shape)))
+    variables = {"HF_CONFIG": str(tmp_path), "DATA": "nothing", "SAVE": str(tmp_path / "run"), "TEACHER": "nowhere"}
+    done = run(TRAIN, NPROC_PER_NODE="2", MASTER_PORT="29677", timeout=200, **variables)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["error: nowhere: no such directory; give the directory that holds config.json"]
+    assert not (tmp_path / "run").exists()

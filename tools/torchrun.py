@@ -1,0 +1,24 @@
+#!/usr/bin/env python3
+"""torchrun, except that a rank's exit code becomes its own; arguments are torchrun's.
+
+A rank that has said in one line what is wrong exits with code 2. torchrun would add a report of its own and exit with 1.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+if __name__ == "__main__":
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # It says in a line what the exception says in full.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    try:
+        run.main()
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        if failure.exitcode != 2:
+            raise
+        sys.exit(2)
