@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """torchrun, except that a rank's exit code becomes its own; arguments are torchrun's.
 
-A rank that has said in one line what is wrong exits with code 2. torchrun would add a report of its own and exit with 1.
+A rank that has said in one line what is wrong exits with code 2; torchrun would add a report of its own and exit
+with 1.
 """
 
 from __future__ import annotations
