@@ -95,7 +95,7 @@ def print_table(report: dict[str, Any]) -> None:
 
     table = Table(title=f"validation, {report['validation_tokens']} tokens")
     for column in ("model", "parameters", "active", "loss", "perplexity", "MTP loss"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=column == "model")
     for name, loss in report["validation_loss"].items():
         parameters = report["parameters"][name]
         table.add_row(
