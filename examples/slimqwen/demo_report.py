@@ -95,7 +95,7 @@ def print_table(report: dict[str, Any]) -> None:
 
     table = Table(title=f"validation, {report['validation_tokens']} tokens")
     for column in ("model", "parameters", "active", "loss", "perplexity", "MTP loss"):
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=column == "model")
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for name, loss in report["validation_loss"].items():
         parameters = report["parameters"][name]
         table.add_row(
@@ -106,7 +106,7 @@ def print_table(report: dict[str, Any]) -> None:
             f"{report['validation_perplexity'][name]:.2f}",
             ", ".join(f"{value:.4f}" for value in report["validation_mtp_loss"][name]),
         )
-    Console().print(table)
+    Console(width=max(96, Console().width)).print(table)
 
 
 def write_report(out: Path) -> dict[str, Any]:
