@@ -11,6 +11,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if __name__ == "__main__":
+    from megatron_slim.training.slim_arguments import help_parser
+
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        help_parser().print_help()
+        sys.exit()
+
     from megatron_slim import device
 
     # What Megatron and torch announce at import is tools/doctor.py's to say; what they warn of later stays.

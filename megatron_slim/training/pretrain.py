@@ -31,15 +31,10 @@ from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine
 from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel, HiddenStatesModel
 from megatron_slim.errors import EXIT_USER_ERROR, SlimError
 from megatron_slim.files import new_directory, to_json, write_atomic
-from megatron_slim.training.arguments import (
-    add_slim_arguments,
-    install_argv,
-    loss_schedules,
-    padded_vocab_size,
-    shape_directory,
-)
+from megatron_slim.training.arguments import install_argv, padded_vocab_size, shape_directory
 from megatron_slim.training.checks import check_run
 from megatron_slim.training.data import Batch, build_datasets, next_batch
+from megatron_slim.training.slim_arguments import MEGATRON_HELP, add_slim_arguments, loss_schedules
 from megatron_slim.training.teacher_check import check_teacher
 
 SECONDS_FOR_RANK_0 = 10.0
@@ -212,7 +207,8 @@ def _validated_arguments() -> Any:
 
 def main(argv: list[str]) -> None:
     """Train from the command line; see ``examples/slimqwen/pretrain_distill.sh``."""
-    if "--help" in argv or "-h" in argv:
+    if MEGATRON_HELP in argv:
+        sys.argv[1:] = ["--help"]
         parse_args(add_slim_arguments)  # prints Megatron's help with ours, and exits
     source = shape_directory(argv)
     shape = install_argv(argv)

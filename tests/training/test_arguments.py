@@ -19,13 +19,12 @@ from megatron_slim.files import read_json, to_json  # noqa: E402
 from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tiny_checkpoint  # noqa: E402
 from megatron_slim.training import pretrain  # noqa: E402
 from megatron_slim.training.arguments import (  # noqa: E402
-    add_slim_arguments,
     complete_argv,
-    loss_schedules,
     padded_vocab_size,
     read_shape,
     shape_directory,
 )
+from megatron_slim.training.slim_arguments import add_slim_arguments, loss_schedules  # noqa: E402
 
 SHAPE = tiny_shape(num_layers=4, layer_types=("linear_attention", "full_attention") * 2, vocab_size=120)
 

@@ -1,0 +1,64 @@
+"""The arguments that training has beside Megatron's; no torch, so that help is instant."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from megatron_slim.cli import ToolParser
+from megatron_slim.distillation.schedule import SHAPES, Schedule
+
+MEGATRON_HELP = "--help-megatron"
+
+
+def help_parser() -> argparse.ArgumentParser:
+    """A parser that knows how to print the help of our arguments alone."""
+    parser = argparse.ArgumentParser(
+        prog="pretrain.py",
+        description="Train or distil with Megatron's loop. Takes all of Megatron's arguments but those of the model's "
+        "shape, which comes from its config.json.",
+    )
+    parser.add_argument(MEGATRON_HELP, action="store_true", help="Print all of Megatron's arguments and exit.")
+    return add_slim_arguments(parser)
+
+
+def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Our group of arguments: the teacher, the loss weights, where the shape comes from."""
+    parser.error = partial(ToolParser.error, parser)  # type: ignore[method-assign, arg-type]
+    group = parser.add_argument_group("megatron_slim")
+    group.add_argument(
+        "--hf-config",
+        type=Path,
+        help="Directory whose config.json gives the model's shape. Default: that of --load if there is a checkpoint, "
+        "else that of --pretrained-checkpoint.",
+    )
+    group.add_argument(
+        "--teacher-load",
+        type=Path,
+        help="Teacher checkpoint, Hugging Face or torch_dist. Without it the run is plain LM + MTP-LM training.",
+    )
+    group.add_argument(
+        "--mtp-kd-target",
+        choices=("teacher-mtp", "teacher-main"),
+        help="What an MTP head learns from: the teacher's MTP head, or its main head further on. "
+        "Default: the teacher's MTP head where it has one.",
+    )
+    for name, shape, start, end in (("kd-lambda", "linear", 1.0, 0.75), ("mtp-beta", "cosine", 0.3, 0.1)):
+        group.add_argument(f"--{name}-schedule", choices=sorted(SHAPES), default=shape, help="SlimQwen section 3.3.")
+        group.add_argument(f"--{name}-start", type=float, default=start)
+        group.add_argument(f"--{name}-end", type=float, default=end)
+    group.add_argument(
+        "--no-teacher-check",
+        action="store_true",
+        help="Train even if the teacher's cross entropy on the first batch is no better than guessing.",
+    )
+    return parser
+
+
+def loss_schedules(args: argparse.Namespace) -> tuple[Schedule, Schedule]:
+    """Schedules of lambda and of beta."""
+    return (
+        Schedule(args.kd_lambda_schedule, args.kd_lambda_start, args.kd_lambda_end),
+        Schedule(args.mtp_beta_schedule, args.mtp_beta_start, args.mtp_beta_end),
+    )
