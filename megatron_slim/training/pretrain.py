@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import sys
@@ -19,7 +20,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers, pretrain
 from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args, parse_args
 from torch import Tensor
 
 from megatron_slim.architecture.layer_specs import build_model, shape_config_fields
@@ -196,6 +197,13 @@ def keep_hf_files(source: Path, save: Path) -> None:
         carry_files(source, directory)
 
 
+class _PlainHelp(argparse.HelpFormatter):
+    """Megatron's help texts hold bare percent signs, at which argparse's own expansion fails."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        return action.help or ""
+
+
 def _validated_arguments() -> Any:
     """Megatron's arguments after its own validation, which asserts."""
     try:
@@ -208,8 +216,9 @@ def _validated_arguments() -> Any:
 def main(argv: list[str]) -> None:
     """Train from the command line; see ``examples/slimqwen/pretrain_distill.sh``."""
     if MEGATRON_HELP in argv:
-        sys.argv[1:] = ["--help"]
-        parse_args(add_slim_arguments)  # prints Megatron's help with ours, and exits
+        parser = argparse.ArgumentParser(prog="pretrain.py", formatter_class=_PlainHelp, allow_abbrev=False)
+        add_slim_arguments(add_megatron_arguments(parser)).print_help()
+        return
     source = shape_directory(argv)
     shape = install_argv(argv)
     teacher = check_run(shape, parse_args(add_slim_arguments))

@@ -104,3 +104,10 @@ def test_load_balancing_keeps_its_weight_under_data_parallelism(monkeypatch: pyt
     config = transformer_config(SHAPE, moe_router_load_balancing_type="seq_aux_loss")
     assert pretrain.load_balancing_fields(config) == {"moe_aux_loss_coeff": 0.001}
     assert pretrain.load_balancing_fields(transformer_config(SHAPE, **several)) == {"moe_aux_loss_coeff": [0.4, 0.2]}
+
+
+def test_megatrons_arguments_are_listed_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    """Megatron's own --help fails in argparse, on a bare percent sign."""
+    pretrain.main(["--help-megatron"])
+    shown = capsys.readouterr().out
+    assert "--tensor-model-parallel-size" in shown and "--teacher-load" in shown
