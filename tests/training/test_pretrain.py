@@ -1,0 +1,53 @@
+"""The callbacks of Megatron's loop, one by one; whole runs are in test_runs and test_parallel_layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_slim import device
+
+device.install()
+
+from megatron_slim.errors import DataError, SlimError  # noqa: E402
+from megatron_slim.files import read_json, to_json  # noqa: E402
+from megatron_slim.testing import tiny_hf_config, tiny_shape  # noqa: E402
+from megatron_slim.training import pretrain  # noqa: E402
+from megatron_slim.training.data import RepeatedSample, check_token_ids  # noqa: E402
+
+
+def test_a_term_that_is_not_finite_stops_the_run_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrain, "get_args", lambda: SimpleNamespace(curr_iteration=7))
+    one = torch.tensor(1.0)
+    pretrain._refuse_nonfinite({"lm loss": (one, one), "mtp lm loss": (one, one)})
+    with pytest.raises(SlimError, match=r"^iteration 7, last pipeline stage: mtp lm loss is nan$"):
+        pretrain._refuse_nonfinite({"lm loss": (one, one), "mtp lm loss": (one * torch.nan, one)})
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused_in_every_batch() -> None:
+    tokens, labels = torch.tensor([[1, 2]]), torch.tensor([[2, 99]])
+    check_token_ids({"tokens": tokens, "labels": labels}, 100)
+    with pytest.raises(DataError, match="token id 99 is beyond the vocabulary of 99"):
+        check_token_ids({"tokens": tokens, "labels": labels}, 99)
+
+
+def test_what_export_needs_is_kept_beside_the_checkpoints_once(tmp_path: Path) -> None:
+    source, save = tmp_path / "source", tmp_path / "deep" / "run"
+    source.mkdir()
+    config = tiny_hf_config(tiny_shape())
+    (source / "config.json").write_text(to_json(config))
+    (source / "tokenizer.json").write_text("{}")
+    pretrain.keep_hf_files(source, save)
+    assert read_json(save / "hf" / "config.json") == config and (save / "hf" / "tokenizer.json").is_file()
+    (source / "config.json").write_text("{}")
+    pretrain.keep_hf_files(source, save)  # a resumed run keeps what it began with
+    assert read_json(save / "hf" / "config.json") == config
+
+
+def test_the_first_batch_of_a_dataset_again_and_again() -> None:
+    dataset = [{"tokens": torch.tensor([i, i]), "name": "x"} for i in range(2)]
+    batches = RepeatedSample(dataset, 3)
+    assert next(batches)["tokens"].tolist() == next(batches)["tokens"].tolist() == [[0, 0], [1, 1], [0, 0]]
