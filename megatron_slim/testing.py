@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import pickle
 import socket
-import sys
 import tempfile
 import time
 import traceback
@@ -16,12 +15,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
 from megatron_slim.architecture.qwen3_next import hf_tensors
 from megatron_slim.architecture.shape import ModelShape, layer_pattern, shape_to_hf_config
 from megatron_slim.checkpoint.huggingface import specs_of, write_hf_checkpoint
+from megatron_slim.cli import exit_at_once
 
 
 def tiny_shape(**overrides: Any) -> ModelShape:
@@ -138,9 +139,7 @@ def _run_rank(rank: int, function: Callable[..., Any], args: tuple[Any, ...], fo
         status, payload = 1, traceback.format_exc().encode()
     outcome.with_suffix(".partial").write_bytes(payload)
     os.replace(outcome.with_suffix(".partial"), outcome)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # no teardown: a peer that failed would make it wait
+    exit_at_once(status)
 
 
 def run_distributed(
@@ -198,7 +197,11 @@ def _wait(ranks: list[BaseProcess], folder: Path, deadline: float) -> None:
 
 
 def _kill(ranks: list[BaseProcess]) -> None:
+    """Kill the ranks that still run, and what they have started."""
     for process in ranks:
-        if process.exitcode is None:
+        if process.exitcode is None and process.pid is not None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
             process.kill()
         process.join()

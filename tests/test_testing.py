@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
+from collections.abc import Callable
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -38,3 +42,32 @@ def test_run_distributed() -> None:
         run_distributed(1, _die)
     with pytest.raises(TimeoutError, match=r"ranks \[0\]"):
         run_distributed(1, _hang, timeout=2)
+
+
+def _start_a_child(path: str) -> None:
+    with open(path, "w") as stream:
+        stream.write(str(subprocess.Popen(["sleep", "600"]).pid))
+
+
+def _start_a_child_and_hang(path: str) -> None:
+    _start_a_child(path)
+    time.sleep(600)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("function", [_start_a_child, _start_a_child_and_hang])
+def test_a_rank_leaves_no_process_behind(tmp_path: Path, function: Callable[[str], None]) -> None:
+    """Megatron's checkpoint writer keeps a worker of some 300 MB, which would outlive its rank."""
+    path = tmp_path / "pid"
+    if function is _start_a_child:
+        run_distributed(1, function, str(path), initialise=False)
+    else:
+        with pytest.raises(TimeoutError):
+            run_distributed(1, function, str(path), initialise=False, timeout=3)
+    assert not _is_running(int(path.read_text()))

@@ -28,6 +28,7 @@ from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import load_hf_weights, open_checkpoint
 from megatron_slim.checkpoint.distributed import HF_DIR, TRACKER, is_torch_dist
 from megatron_slim.checkpoint.huggingface import carry_files, read_config
+from megatron_slim.cli import exit_at_once
 from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine
 from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel, HiddenStatesModel
 from megatron_slim.errors import EXIT_USER_ERROR, SlimError
@@ -250,7 +251,5 @@ def run_from_command_line() -> None:
     except SlimError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(SECONDS_FOR_RANK_0)
-        sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)
-        # No teardown: a collective with a peer that has left would hang.
-        os._exit(EXIT_USER_ERROR)
+        exit_at_once(EXIT_USER_ERROR)

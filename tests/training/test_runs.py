@@ -39,13 +39,29 @@ def saved(workplace, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[
     return save, logged
 
 
-@pytest.mark.parametrize(("ranks", "flags"), [(1, ""), (2, "--pipeline-model-parallel-size 2")])
-def test_a_resumed_run_is_the_same_run(workplace, tmp_path: Path, ranks: int, flags: str) -> None:  # type: ignore[no-untyped-def]
+LAYOUTS = {
+    "one": (1, ""),
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "dp2": (2, "--micro-batch-size 1"),
+    "ep2": (2, "--micro-batch-size 1 --expert-model-parallel-size 2"),
+    "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "vpp2": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
+    "pp2-reshardable": (2, "--pipeline-model-parallel-size 2 --dist-ckpt-optim-fully-reshardable"),
+    "ep2-bf16": (2, "--micro-batch-size 1 --expert-model-parallel-size 2 --bf16"),
+}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["one", "pp2", *(pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name not in ("one", "pp2"))],
+)
+def test_a_resumed_run_is_the_same_run(workplace, tmp_path: Path, layout: str) -> None:  # type: ignore[no-untyped-def]
+    ranks, flags = LAYOUTS[layout]
     save = tmp_path / "run"
     argv = [*MBS, *flags.split(), "--save", str(save), "--load", str(save), "--save-interval", "3"]
-    whole = workplace.train(f"whole-{ranks}", ranks, *argv)
+    whole = workplace.train(f"whole-{layout}", ranks, *argv)
     keep_only(save, 3)
-    resumed = workplace.train(f"resumed-{ranks}", ranks, *argv)
+    resumed = workplace.train(f"resumed-{layout}", ranks, *argv)
     for term in TERMS:
         assert resumed[term] == whole[term][3:], term
 
