@@ -59,6 +59,11 @@ def backend() -> str:
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
+def default_dtype() -> torch.dtype:
+    """What tools compute in unless told: bf16 on a GPU, where the large models are; fp32 on a CPU."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
 def init_single_process(seed: int = 1234) -> None:
     """Start a process group of one, Megatron's parallel state on it, and its random generators.
 

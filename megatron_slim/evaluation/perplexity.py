@@ -53,11 +53,6 @@ def read_evaluation_data(
     return samples
 
 
-def default_dtype() -> torch.dtype:
-    """bf16 on a GPU, where the large models are; fp32 on a CPU."""
-    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-
-
 @torch.no_grad()
 def evaluate(
     checkpoint: Checkpoint, samples: Tokens, *, micro_batch_size: int = 1, dtype: torch.dtype | None = None
@@ -68,7 +63,7 @@ def evaluate(
         checkpoint: the model.
         samples: token ids [samples, sequence], from `read_evaluation_data`.
         micro_batch_size: samples in one forward pass.
-        dtype: of weights and activations, see `default_dtype`; the cross entropy is always fp32, its sum fp64.
+        dtype: of weights and activations, see `device.default_dtype`; the cross entropy is always fp32, its sum fp64.
 
     Raises:
         CheckpointError: a loss is not a finite number.
@@ -76,7 +71,7 @@ def evaluate(
     device.init_single_process()
     from megatron_slim.evaluation.losses import HeadLosses
 
-    forward = HeadLosses(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype or default_dtype())
+    forward = HeadLosses(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype or device.default_dtype())
     forward.run("evaluating")
     main, *mtp = forward.losses
     return Evaluation(main, samples.shape[0] * (samples.shape[1] - 1), tuple(mtp))
@@ -103,7 +98,7 @@ def evaluate_checkpoint(
         raise DataError(f"--micro-batch-size {micro_batch_size} is not a positive number")
     checkpoint = open_checkpoint(load, hf_config)
     samples = read_evaluation_data(data, checkpoint.shape, seq_length=seq_length, num_samples=num_samples, seed=seed)
-    dtype = dtype or default_dtype()
+    dtype = dtype or device.default_dtype()
     result = evaluate(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype)
     return {
         "loss": result.loss,

@@ -16,7 +16,7 @@ from megatron_slim import __version__
 from megatron_slim.architecture.local_modules import rms_norm
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.cli import say
-from megatron_slim.device import init_single_process
+from megatron_slim.device import default_dtype, init_single_process
 from megatron_slim.errors import CheckpointError
 from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.importance import ExpertStatistics, HiddenImportance, LayerSimilarity
@@ -47,9 +47,8 @@ def calibrate(
     init_single_process()
     if micro_batch_size is None:
         micro_batch_size = max(1, FORWARD_TOKENS // samples.shape[1])
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     with torch.no_grad():
-        return _Calibration(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype).result()
+        return _Calibration(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=default_dtype()).result()
 
 
 class _Calibration(StreamingForward):

@@ -48,13 +48,17 @@ def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
     return teacher
 
 
+def holds_checkpoint(directory: str | None) -> bool:
+    """Whether Megatron would find a checkpoint there; then a run goes on from it instead of starting."""
+    return directory is not None and (Path(directory) / TRACKER).exists()
+
+
 def _check_start(shape: ModelShape, args: Any) -> None:
     """See that the weights to start from are whole and the student's."""
     for directory in (args.load, args.save):
-        if directory is not None and (Path(directory) / TRACKER).exists():
+        if holds_checkpoint(directory):
             iteration_directory(Path(directory))  # refuses a torn tracker, at which Megatron exits with status 0
-    resumes = args.load is not None and (Path(args.load) / TRACKER).exists()
-    start = args.load if resumes else args.pretrained_checkpoint
+    start = args.load if holds_checkpoint(args.load) else args.pretrained_checkpoint
     if start is None:
         return
     found = open_checkpoint(start, args.hf_config if is_torch_dist(Path(start)) else None).shape

@@ -26,7 +26,7 @@ from torch import Tensor
 from megatron_slim.architecture.layer_specs import build_model, shape_config_fields
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import load_hf_weights, open_checkpoint
-from megatron_slim.checkpoint.distributed import HF_DIR, TRACKER, is_torch_dist
+from megatron_slim.checkpoint.distributed import HF_DIR, is_torch_dist
 from megatron_slim.checkpoint.huggingface import carry_files, read_config
 from megatron_slim.cli import exit_at_once
 from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine
@@ -34,7 +34,7 @@ from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, Distilla
 from megatron_slim.errors import EXIT_USER_ERROR, SlimError
 from megatron_slim.files import new_directory, to_json, write_atomic
 from megatron_slim.training.arguments import install_argv, padded_vocab_size, shape_directory
-from megatron_slim.training.checks import check_run
+from megatron_slim.training.checks import check_run, holds_checkpoint
 from megatron_slim.training.data import Batch, build_datasets, next_batch
 from megatron_slim.training.slim_arguments import MEGATRON_HELP, add_slim_arguments, loss_schedules
 from megatron_slim.training.teacher_check import check_teacher
@@ -51,7 +51,6 @@ class Run:
     mtp_kd_target: str
     student_load: Path | None = None
     chunks: list[DistillationModel] = dataclasses.field(default_factory=list)
-    checked: bool = False
 
     def model_provider(
         self,
@@ -112,8 +111,7 @@ class Run:
         """Build the datasets; before the first step, see that the teacher knows something of them."""
         datasets = build_datasets(num_samples)
         last_chunk = vp_stage is None or vp_stage == len(self.chunks) - 1
-        if self.teacher_shape is not None and not get_args().no_teacher_check and last_chunk and not self.checked:
-            self.checked = True
+        if self.teacher_shape is not None and not get_args().no_teacher_check and last_chunk:
             check_teacher(self.chunks, self.batch, datasets[0], self.shape.vocab_size)
         return datasets
 
@@ -181,11 +179,10 @@ def _hugging_face_start(args: Any) -> Path | None:
 
     Like Megatron with its own format, it counts only as long as ``--load`` holds no checkpoint to resume from.
     """
-    resumes = args.load is not None and (Path(args.load) / TRACKER).exists()
     if args.pretrained_checkpoint is None or is_torch_dist(Path(args.pretrained_checkpoint)):
         return None
     path, args.pretrained_checkpoint = Path(args.pretrained_checkpoint), None
-    return None if resumes else path
+    return None if holds_checkpoint(args.load) else path
 
 
 def keep_hf_files(source: Path, save: Path) -> None:
