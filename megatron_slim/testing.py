@@ -19,9 +19,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from megatron_slim.architecture.qwen3_next import hf_tensors
 from megatron_slim.architecture.shape import ModelShape, layer_pattern, shape_to_hf_config
-from megatron_slim.checkpoint.huggingface import specs_of, write_hf_checkpoint
+from megatron_slim.architecture.table import hf_tensors
+from megatron_slim.checkpoint.huggingface_writer import specs_of, write_hf_checkpoint
 from megatron_slim.cli import exit_at_once
 
 

@@ -35,6 +35,7 @@ INSTANT = (
     "megatron_slim.recipe",
     "megatron_slim.architecture.axes",
     "megatron_slim.architecture.qwen3_next",
+    "megatron_slim.architecture.table",
     "megatron_slim.architecture.shape",
     "megatron_slim.pruning.plan",
     "megatron_slim.training.slim_arguments",

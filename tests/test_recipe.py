@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_slim.architecture.qwen3_next import count_parameters
 from megatron_slim.architecture.shape import ModelShape, layer_pattern, shape_from_hf_config
+from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import RecipeError
 from megatron_slim.pruning.plan import check_recipe, target_shape
 from megatron_slim.recipe import Depth, Experts, Recipe, Target, load_recipe, parse_recipe

@@ -11,8 +11,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_slim.architecture.qwen3_next import count_parameters
 from megatron_slim.architecture.shape import shape_from_hf_config
+from megatron_slim.architecture.table import count_parameters
 from megatron_slim.cli import run_tool, tool_parser
 from megatron_slim.files import read_json, to_json, write_atomic
 

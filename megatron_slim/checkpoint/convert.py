@@ -11,10 +11,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from megatron_slim.architecture.qwen3_next import Weight, count_parameters, weights
 from megatron_slim.architecture.shape import shape_to_hf_config
+from megatron_slim.architecture.table import count_parameters, weights
+from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.distributed import DistCheckpoint, is_torch_dist, write_torch_dist
-from megatron_slim.checkpoint.huggingface import HFCheckpoint, specs_of, total_bytes, write_hf_checkpoint
+from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.checkpoint.huggingface_writer import specs_of, total_bytes, write_hf_checkpoint
 from megatron_slim.checkpoint.layout import split_keys, to_megatron
 from megatron_slim.cli import progress
 from megatron_slim.errors import CheckpointError, summarise

@@ -24,9 +24,11 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron_slim.architecture.qwen3_next import Weight, mtp_layers_in, weights
 from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
-from megatron_slim.checkpoint.huggingface import CONFIG, Index, carry_files, read_config, select
+from megatron_slim.architecture.table import mtp_layers_in, weights
+from megatron_slim.architecture.weight import Weight
+from megatron_slim.checkpoint.huggingface import CONFIG, Index, read_config, select
+from megatron_slim.checkpoint.huggingface_writer import carry_files
 from megatron_slim.checkpoint.layout import from_megatron, label_rows, split_keys, stored_shapes, to_megatron
 from megatron_slim.checkpoint.torch_dist_files import METADATA, PieceWriter, locate_pieces, no_crc32, read_metadata
 from megatron_slim.cli import progress

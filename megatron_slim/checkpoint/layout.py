@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from megatron_slim.architecture.axes import labelled_positions, size
-from megatron_slim.architecture.qwen3_next import Weight
 from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.architecture.weight import Weight
 
 Rows: TypeAlias = "slice | Tensor"
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_slim.architecture.axes import Dim, axes_of, kept_positions
-from megatron_slim.architecture.qwen3_next import weights
 from megatron_slim.architecture.shape import ModelShape, shape_to_hf_config
+from megatron_slim.architecture.table import weights
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.pruning.experts import ExpertGroup
 from megatron_slim.pruning.fingerprint import fingerprint

@@ -12,8 +12,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_slim.architecture.layer_specs import layer_spec, transformer_config
-from megatron_slim.architecture.qwen3_next import Weight, weights
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.architecture.table import weights
+from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.layout import to_megatron
 

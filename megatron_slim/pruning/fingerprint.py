@@ -6,9 +6,9 @@ import dataclasses
 import hashlib
 import json
 
-from megatron_slim.architecture.qwen3_next import hf_tensors
+from megatron_slim.architecture.table import hf_tensors
 from megatron_slim.checkpoint.convert import Checkpoint
-from megatron_slim.checkpoint.safetensors_files import as_bytes
+from megatron_slim.checkpoint.safetensors_reader import as_bytes
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

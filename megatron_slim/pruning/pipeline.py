@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_slim.checkpoint.convert import Checkpoint, config_for, open_checkpoint, same_bytes
 from megatron_slim.checkpoint.distributed import write_torch_dist
-from megatron_slim.checkpoint.huggingface import specs_of, total_bytes, write_hf_checkpoint
+from megatron_slim.checkpoint.huggingface_writer import specs_of, total_bytes, write_hf_checkpoint
 from megatron_slim.cli import progress
 from megatron_slim.errors import CheckpointError
 from megatron_slim.files import new_directory, write_atomic

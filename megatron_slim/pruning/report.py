@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
-from megatron_slim.architecture.qwen3_next import count_parameters
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.architecture.table import count_parameters
 from megatron_slim.pruning.plan import Plan
 
 

@@ -27,7 +27,8 @@ from megatron_slim.architecture.layer_specs import build_model, shape_config_fie
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import load_hf_weights, open_checkpoint
 from megatron_slim.checkpoint.distributed import HF_DIR, is_torch_dist
-from megatron_slim.checkpoint.huggingface import carry_files, read_config
+from megatron_slim.checkpoint.huggingface import read_config
+from megatron_slim.checkpoint.huggingface_writer import carry_files
 from megatron_slim.cli import exit_at_once
 from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine
 from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel, HiddenStatesModel

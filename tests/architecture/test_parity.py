@@ -16,8 +16,9 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextDecoderLayer, Qwen3NextRMSNorm
 
 from megatron_slim import device
-from megatron_slim.architecture.qwen3_next import Weight, weights
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
+from megatron_slim.architecture.table import weights
+from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.convert import load_hf_weights
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.layout import from_megatron

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_slim.architecture.qwen3_next import weights
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
+from megatron_slim.architecture.table import weights
 from megatron_slim.checkpoint import convert
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes, torch_dist_to_hf
 from megatron_slim.checkpoint.distributed import DistCheckpoint

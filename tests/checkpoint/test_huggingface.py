@@ -15,15 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megatron_slim.checkpoint.convert import same_bytes
-from megatron_slim.checkpoint.huggingface import (
-    CONFIG,
-    INDEX,
-    SINGLE,
-    HFCheckpoint,
-    specs_of,
-    total_bytes,
-    write_hf_checkpoint,
-)
+from megatron_slim.checkpoint.huggingface import CONFIG, INDEX, SINGLE, HFCheckpoint
+from megatron_slim.checkpoint.huggingface_writer import specs_of, total_bytes, write_hf_checkpoint
 from megatron_slim.errors import CheckpointError, ShapeError, SlimError
 from megatron_slim.testing import random_tensors, tiny_hf_config, tiny_shape, write_tiny_checkpoint
 

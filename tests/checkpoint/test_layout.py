@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_slim.architecture.qwen3_next import Weight, weights
 from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.architecture.table import weights
+from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.layout import from_megatron, label_rows, split_keys, stored_shapes, to_megatron
 from megatron_slim.testing import random_tensors, tiny_shape
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_slim.architecture.qwen3_next import hf_tensors
+from megatron_slim.architecture.table import hf_tensors
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes, torch_dist_to_hf
-from megatron_slim.checkpoint.huggingface import HFCheckpoint, total_bytes
+from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.checkpoint.huggingface_writer import total_bytes
 from megatron_slim.errors import SlimError
 from megatron_slim.pruning.apply import PrunedCheckpoint, merge
 from megatron_slim.pruning.fingerprint import fingerprint

@@ -124,7 +124,7 @@ def test_full_recomputation_changes_nothing(workplace, reference) -> None:  # ty
 
 def write_zero_teacher(workplace, path: Path) -> Path:  # type: ignore[no-untyped-def]
     """A teacher whose output layer is zero: it gives every token the same probability."""
-    from megatron_slim.checkpoint.huggingface import specs_of, write_hf_checkpoint
+    from megatron_slim.checkpoint.huggingface_writer import specs_of, write_hf_checkpoint
 
     shape = HFCheckpoint.open(workplace.teacher).shape
     tensors = random_tensors(shape, 1, torch.float32)

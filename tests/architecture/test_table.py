@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-from megatron_slim.architecture.qwen3_next import count_parameters, hf_tensors, mtp_layers_in, weights
 from megatron_slim.architecture.shape import (
     FULL_ATTENTION,
     LINEAR_ATTENTION,
@@ -12,6 +11,7 @@ from megatron_slim.architecture.shape import (
     layer_pattern,
     shape_from_hf_config,
 )
+from megatron_slim.architecture.table import count_parameters, hf_tensors, mtp_layers_in, weights
 from megatron_slim.testing import tiny_hf_config, tiny_shape
 
 # config.json of Qwen3-Next-80B-A3B, less what has nothing to do with sizes.

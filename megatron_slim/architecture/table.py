@@ -1,0 +1,82 @@
+"""The architecture table of a model: all its parameters, their names complete.
+
+Conversion, pruning, parameter counts and memory plans all read this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_slim.architecture.qwen3_next import (
+    FIRST_ROWS,
+    FULL_ATTENTION_ROWS,
+    LAST_ROWS,
+    LINEAR_ATTENTION_ROWS,
+    MOE_ROWS,
+    MTP_ROWS,
+)
+from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.architecture.weight import HFTensor, Weight
+
+
+def weights(model: ModelShape) -> Iterator[Weight]:
+    """Every parameter of a model, in the order of the forward pass, names complete but for ``{expert}``."""
+    yield from FIRST_ROWS
+    for layer, kind in enumerate(model.layer_types):
+        attention = FULL_ATTENTION_ROWS if kind == FULL_ATTENTION else LINEAR_ATTENTION_ROWS
+        yield from _in_block((*attention, *MOE_ROWS), f"decoder.layers.{layer}", f"model.layers.{layer}")
+    yield from LAST_ROWS
+    for depth in range(model.mtp_num_layers):
+        yield from _renamed(MTP_ROWS, f"mtp.layers.{depth}.")
+        block = (*FULL_ATTENTION_ROWS, *MOE_ROWS)
+        yield from _in_block(block, f"mtp.layers.{depth}.transformer_layer", f"mtp.layers.{depth}")
+
+
+def _in_block(rows: tuple[Weight, ...], key: str, hf: str) -> Iterator[Weight]:
+    yield from _renamed(rows, f"{key}.", f"{hf}.", block=hf)
+
+
+def _renamed(rows: tuple[Weight, ...], key: str, hf: str = "", block: str = "") -> Iterator[Weight]:
+    for row in rows:
+        sources = tuple(HFTensor(hf + source.name, source.dims) for source in row.sources)
+        yield Weight(key + row.key, row.dims, sources, row.tp_dim, row.split, row.stacked, block)
+
+
+def hf_tensors(model: ModelShape) -> dict[str, HFTensor]:
+    """Every tensor of the Hugging Face checkpoint by name."""
+    return {tensor.name: tensor for weight in weights(model) for tensor, _ in weight.hf_tensors(model)}
+
+
+def mtp_layers_in(names: Iterator[str] | set[str]) -> int:
+    """Number of MTP blocks in a set of Hugging Face tensor names; 0 when there is no ``mtp.`` tensor at all."""
+    depths = [-1]
+    for name in names:
+        if name.startswith("mtp."):
+            digits = name.removeprefix("mtp.layers.").split(".")[0]
+            depths.append(int(digits) if name.startswith("mtp.layers.") and digits.isdecimal() else 0)
+    return max(depths) + 1
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a model: ``active`` counts, of the routed experts, the top-k that a token visits."""
+
+    total: int
+    active: int
+
+
+def count_parameters(model: ModelShape, *, include_mtp: bool = True) -> ParameterCount:
+    """Count a model's parameters from the table alone.
+
+    Active parameters are all but the routed experts that a token does not visit, embeddings and head included.
+    """
+    total = idle = 0
+    for weight in weights(model):
+        if weight.key.startswith("mtp.") and not include_mtp:
+            continue
+        numel = weight.numel(model)
+        total += numel
+        if weight.stacked:
+            idle += numel // model.num_moe_experts * (model.num_moe_experts - model.moe_router_topk)
+    return ParameterCount(total=total, active=total - idle)

@@ -1,0 +1,97 @@
+"""Rows of an architecture table: one Megatron parameter and the Hugging Face tensors that it is made of.
+
+Labels in the dimension trees say which rows of the one are which rows of the other (see `axes`). Names are templates:
+the table of a model (`table`) fills in layers and experts.
+
+Megatron names are those of a torch_dist checkpoint, where experts are stacked on a leading ``expert`` dimension and a
+parameter marked ``split`` is stored as one tensor per label (``in_proj.weight.query``, ...), because its rows are
+grouped by label inside every tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_slim.architecture.axes import Dim, concat, label, size
+from megatron_slim.architecture.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class HFTensor:
+    """A tensor of the Hugging Face checkpoint: its name and its dimensions."""
+
+    name: str
+    dims: tuple[Dim, ...]
+
+    def shape(self, model: ModelShape) -> tuple[int, ...]:
+        """Its shape in a model of these sizes."""
+        return tuple(size(dim, model.sizes) for dim in self.dims)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One Megatron parameter and the Hugging Face tensors that it holds.
+
+    Attributes:
+        key: name in a torch_dist checkpoint, without the label suffix of a ``split`` parameter.
+        dims: dimensions of the parameter at tensor parallel size 1; for experts, of one expert.
+        sources: the Hugging Face tensors; for experts, names with ``{expert}`` left open.
+        tp_dim: the dimension that tensor parallelism shards, None when every rank holds all of it.
+        split: stored in a torch_dist checkpoint as one tensor per label.
+        stacked: one per expert, stacked on a leading ``expert`` dimension.
+        block: Hugging Face prefix of the transformer block it belongs to, "" outside the blocks.
+    """
+
+    key: str
+    dims: tuple[Dim, ...]
+    sources: tuple[HFTensor, ...]
+    tp_dim: int | None = None
+    split: bool = False
+    stacked: bool = False
+    block: str = ""
+
+    def shape(self, model: ModelShape) -> tuple[int, ...]:
+        """Shape of the whole parameter, experts included."""
+        shape = tuple(size(dim, model.sizes) for dim in self.dims)
+        return (model.num_moe_experts, *shape) if self.stacked else shape
+
+    def numel(self, model: ModelShape) -> int:
+        """Number of elements, experts included."""
+        total = 1
+        for extent in self.shape(model):
+            total *= extent
+        return total
+
+    def hf_tensors(self, model: ModelShape) -> Iterator[tuple[HFTensor, int | None]]:
+        """Its Hugging Face tensors with their names complete, and the expert that each belongs to."""
+        for expert in range(model.num_moe_experts) if self.stacked else [None]:
+            for source in self.sources:
+                name = source.name if expert is None else source.name.format(expert=expert)
+                yield HFTensor(name, source.dims), expert
+
+
+def copied(key: str, hf: str, *dims: Dim, tp_dim: int | None = None) -> Weight:
+    """A parameter that has the same layout in both formats."""
+    return Weight(key, dims, (HFTensor(hf, dims),), tp_dim)
+
+
+def gated_mlp(key: str, hf: str, ffn: str, *, stacked: bool = False) -> tuple[Weight, Weight]:
+    """A SwiGLU MLP: Megatron's fc1 is [gate; up]."""
+    gate, up = label("gate", ffn), label("up", ffn)
+    return (
+        Weight(
+            f"{key}.linear_fc1.weight",
+            (concat(gate, up), "hidden"),
+            (HFTensor(f"{hf}.gate_proj.weight", (gate, "hidden")), HFTensor(f"{hf}.up_proj.weight", (up, "hidden"))),
+            tp_dim=0,
+            stacked=stacked,
+        ),
+        Weight(
+            f"{key}.linear_fc2.weight",
+            ("hidden", ffn),
+            (HFTensor(f"{hf}.down_proj.weight", ("hidden", ffn)),),
+            tp_dim=1,
+            stacked=stacked,
+        ),
+    )

@@ -1,0 +1,82 @@
+"""The safetensors format, writing: headers first, then tensors one by one in any order."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_slim.checkpoint.safetensors_reader import DTYPES, TensorEntry, as_bytes
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What the writer must know of a tensor before it sees it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
+    """Fill shards in order; a shard is larger than the limit only where one tensor is."""
+    shards: list[list[TensorSpec]] = [[]]
+    room = max_shard_bytes
+    for spec in specs:
+        if shards[-1] and spec.nbytes > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(spec)
+        room -= spec.nbytes
+    # Wider types first: every tensor then starts at a multiple of its item size, which readers that map files need.
+    return [sorted(shard, key=lambda spec: -spec.dtype.itemsize) for shard in shards]
+
+
+def start_shard(file: Path, shard: Sequence[TensorSpec]) -> dict[str, TensorEntry]:
+    """Write a shard's header and extend the file to its full size."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for spec in shard:
+        offsets = [end, end + spec.nbytes]
+        header[spec.name] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": offsets,
+        }
+        end = offsets[1]
+    payload = json.dumps(header, separators=(",", ":")).encode()
+    payload += b" " * (-len(payload) % 8)
+    base = 8 + len(payload)
+    with file.open("wb") as stream:
+        stream.write(len(payload).to_bytes(8, "little") + payload)
+        stream.truncate(base + end)
+    return {
+        spec.name: TensorEntry(file, base + header[spec.name]["data_offsets"][0], spec.dtype, spec.shape)
+        for spec in shard
+    }
+
+
+def write_tensor(entry: TensorEntry, tensor: Tensor) -> None:
+    """Write a tensor's bytes where `start_shard` has placed it."""
+    data = as_bytes(tensor.contiguous())
+    descriptor = os.open(entry.file, os.O_WRONLY)
+    try:
+        done = 0
+        while done < len(data):
+            done += os.pwrite(descriptor, data[done : done + (1 << 30)], entry.offset + done)
+    finally:
+        os.close(descriptor)
