@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import logging
 import os
+import select
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from time import monotonic
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
@@ -19,6 +22,30 @@ from megatron_slim import __version__
 from megatron_slim.errors import EXIT_USER_ERROR, SlimError
 
 T = TypeVar("T")
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_ROOM, _ACCESS, _NAME = "make room", "check its permissions", "choose another name"
+_STORAGE = "check the storage it is on and run again"
+# What the operating system refuses and a user can mend: what to do about it.
+_MENDABLE = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: f"{_ROOM} or ask for a larger quota",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+    errno.EIO: _STORAGE,
+    errno.ESTALE: _STORAGE,
+    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: _ACCESS,
+    errno.EPERM: _ACCESS,
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs: the machine has too many files open",
+    errno.ENOMEM: "free memory or take a machine with more",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTEMPTY: _NAME,
+    errno.EISDIR: _NAME,
+    errno.ENOTDIR: _NAME,
+    errno.ELOOP: _NAME,
+}
+_LINE_SECONDS = 30.0  # between two lines of progress in a log
+_FRAME_SECONDS = 0.1  # between two frames of a bar on a terminal
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -76,26 +103,84 @@ def add_load_arguments(parser: argparse.ArgumentParser, purpose: str) -> None:
     )
 
 
+# What a tool says of a checkpoint that it has written, by whether it was verified.
+VERIFICATION = {True: "read back and verified", False: "NOT verified (--no-verify)"}
+
+
+def add_write_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the tools that write checkpoints share: what they accept of the source, and how they write."""
+    group = parser.add_argument_group("reading and writing")
+    group.add_argument("--allow-nonfinite", action="store_true", help="take NaN and infinite weights as they are")
+    group.add_argument(
+        "--dequantize-fp8", action="store_true", help="take a Hugging Face checkpoint in block-scaled FP8 as bfloat16"
+    )
+    group.add_argument("--no-verify", action="store_true", help="do not read the result back and compare it")
+    group.add_argument(
+        "--processes", type=positive, metavar="N", help="write with N processes (chosen by size and cores if not given)"
+    )
+
+
+def write_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `checkpoint.convert.write_checkpoint` that `add_write_arguments` gave."""
+    return {"verify": not args.no_verify, "processes": args.processes, "arguments": vars(args)}
+
+
 def run_tool(main: Callable[[], dict[str, Any]], *, as_json: bool) -> None:
     """Run a tool; print its results as JSON when asked to.
 
-    A `SlimError` is one line on standard error and exit code 2; SIGTERM ends the tool with code 143 and, as Ctrl-C
-    does, leaves nothing half-written behind.
+    What a user can mend - a `SlimError`, a full disk, no permission, too little memory - is one line on standard error
+    and exit code 2; everything else is a fault of ours, with its traceback and exit code 1. SIGTERM, SIGHUP and Ctrl-C
+    end the tool with code 128 + signal, and so does a reader of its output that has left (141); in all cases nothing
+    half-written stays behind.
     """
     _quiet_libraries()
     try:
-        with _sigterm_exits():
+        with _signals_exit():
             results = main()
-    except SlimError as error:
-        print(f"error: {error}", file=sys.stderr)
+            if as_json:
+                print(json.dumps(results, allow_nan=False))
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        # Python flushes both at its end, and would complain.
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    except Exception as error:
+        fault = _user_error(error)
+        if fault is None:
+            raise
+        with contextlib.suppress(OSError):
+            print(f"error: {fault}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_USER_ERROR) from None
-    if as_json:
-        print(json.dumps(results, allow_nan=False), flush=True)
+
+
+def _user_error(error: Exception) -> SlimError | None:
+    """The error as one that a user can mend, if it is one."""
+    if isinstance(error, SlimError):
+        return error
+    if isinstance(error, OSError) and error.errno in _MENDABLE:
+        where = "" if error.filename is None else str(error.filename)
+        return SlimError(os.strerror(error.errno).lower(), where=where, fix=_MENDABLE[error.errno])
+    # torch's allocator raises a RuntimeError on a CPU.
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+        details = f" ({str(error)[:200]})" if str(error) else ""
+        return SlimError(f"not enough memory{details}", fix=_MENDABLE[errno.ENOMEM])
+    return None
+
+
+def _reader_left() -> bool:
+    """Whether standard output or standard error is a pipe that nobody reads any more."""
+    poll = select.poll()
+    for stream in (1, 2):
+        poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 @contextlib.contextmanager
-def _sigterm_exits() -> Iterator[None]:
-    """Turn SIGTERM into `SystemExit`, so that whoever is writing cleans up."""
+def _signals_exit() -> Iterator[None]:
+    """Turn SIGTERM, SIGINT and SIGHUP into `SystemExit`, so that whoever is writing cleans up."""
     owner = os.getpid()
 
     def leave(signum: int, frame: FrameType | None) -> None:
@@ -103,14 +188,20 @@ def _sigterm_exits() -> Iterator[None]:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
             return
-        signal.signal(signum, signal.SIG_IGN)  # a second one must not interrupt the cleaning
+        for known in _SIGNALS:
+            signal.signal(known, signal.SIG_IGN)  # a second one must not interrupt the cleaning
         raise SystemExit(128 + signum)
 
-    previous = signal.signal(signal.SIGTERM, leave)
+    # One that is ignored already is so on purpose: nohup, or a job in the background of a script.
+    previous = {known: signal.getsignal(known) for known in _SIGNALS}
+    for known, handler in previous.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(known, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for known, handler in previous.items():
+            signal.signal(known, handler)
 
 
 def _quiet_libraries() -> None:
@@ -136,6 +227,71 @@ def progress(items: Iterable[T], description: str, total: int | None = None) -> 
     from rich.progress import track
 
     yield from track(items, description, total=total, console=Console(stderr=True), transient=True)
+
+
+@contextlib.contextmanager
+def byte_progress(description: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Show how much of ``total_bytes`` is done, how fast it goes and how long it will take, on standard error.
+
+    A bar on a terminal; elsewhere, as in the log of a batch job, a line every half minute.
+
+    Yields:
+        The function to call with the number of bytes that have been done since the last call.
+    """
+    with _bar(description, total_bytes) if sys.stderr.isatty() else _lines(description, total_bytes) as advance:
+        yield advance
+
+
+@contextlib.contextmanager
+def _bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    bar = Progress(
+        *(TextColumn("{task.description}"), BarColumn()),
+        *(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()),
+        console=Console(stderr=True),
+        transient=True,
+        auto_refresh=False,  # no thread: callers fork, and a fork must not find the terminal's lock taken
+        get_time=monotonic,
+    )
+    drawn = monotonic()
+
+    def advance(done: int) -> None:
+        nonlocal drawn
+        now = monotonic()
+        if due := now - drawn >= _FRAME_SECONDS:
+            drawn = now
+        bar.update(task, advance=done, refresh=due)
+
+    with bar:
+        task = bar.add_task(description, total=total)
+        bar.refresh()
+        yield advance
+
+
+@contextlib.contextmanager
+def _lines(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    started = said = monotonic()
+    finished = 0
+
+    def advance(done: int) -> None:
+        nonlocal said, finished
+        finished += done
+        now = monotonic()
+        if finished and now - said >= _LINE_SECONDS:
+            said, speed = now, finished / (now - started)
+            left = _duration((total - finished) / speed)
+            say(f"{description}: {finished / 1e9:.1f} of {total / 1e9:.1f} GB, {speed / 1e9:.2f} GB/s, {left} left")
+
+    yield advance
+
+
+def _duration(seconds: float) -> str:
+    """A time as a person says it: 50 s, 4 min, 2.5 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
 def exit_at_once(code: int) -> NoReturn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 EXIT_USER_ERROR = 2
+MAX_MESSAGE = 4000
 
 
 class SlimError(Exception):
@@ -16,8 +17,8 @@ class SlimError(Exception):
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, where, fix
-        message = f"{where}: {what}" if where else what
-        super().__init__(" ".join(f"{message}; {fix}".split()) if fix else " ".join(message.split()))
+        message = f"{where}: {_clipped(what)}" if where else _clipped(what)
+        super().__init__(one_line(f"{message}; {fix}" if fix else message))
 
 
 class RecipeError(SlimError):
@@ -38,6 +39,24 @@ class CheckpointError(SlimError):
 
 class DataError(SlimError):
     """Calibration, training or evaluation data of the wrong kind."""
+
+
+def one_line(text: str) -> str:
+    r"""Text on one line that a terminal shows as it is: a name in a file may hold what would move its cursor.
+
+    >>> one_line("two\nlines, \x1b[31mred")
+    'two lines, \\x1b[31mred'
+    """
+    line = " ".join(text.split())
+    if line.isprintable():
+        return line
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+
+
+def _clipped(text: str) -> str:
+    """No more of a message than a person reads: it may quote a value of megabytes."""
+    more = len(text) - MAX_MESSAGE
+    return text if more <= 0 else f"{text[:MAX_MESSAGE]}... and {more} more characters"
 
 
 def summarise(found: Sequence[str], limit: int = 4) -> str:

@@ -6,10 +6,10 @@ the index last, because a data set without its index cannot be opened.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,9 +24,10 @@ import numpy as np
 from megatron_slim.cli import say
 from megatron_slim.documents import Source, batches, check_inputs, read_sources, sentence_splitter
 from megatron_slim.errors import DataError
-from megatron_slim.files import fsync_path, refuse_existing
+from megatron_slim.files import fsync_path, refuse_existing, remove, sole_writer
 from megatron_slim.tokenizers import load_tokenizer
 
+TEMPORARY, SUFFIXES = "data", (".bin", ".idx")
 BATCHES_AHEAD = 4  # per worker: enough to keep it busy, few enough to bound memory
 
 Document = list[list[int]]  # token ids, one list per sentence, or a single one
@@ -122,12 +123,10 @@ def _encode_all(encoder: Encoder, groups: Iterable[list[Source]], workers: int) 
 class _Writer:
     """A Megatron data set under temporary names, renamed by `publish`."""
 
-    def __init__(self, prefix: Path, dtype: Any) -> None:
+    def __init__(self, prefix: Path, directory: Path, dtype: Any) -> None:
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-        self.prefix = prefix
-        self.directory = tempfile.mkdtemp(dir=prefix.absolute().parent, prefix=f".{prefix.name}.partial-")
-        self.temporary = Path(self.directory) / "data"
+        self.prefix, self.temporary = prefix, directory / TEMPORARY
         self.builder = IndexedDatasetBuilder(f"{self.temporary}.bin", dtype=dtype)
         self.documents = self.skipped = self.tokens = 0
 
@@ -150,21 +149,39 @@ class _Writer:
         self.builder.finalize(f"{self.temporary}.idx")
         found = len(read_stream(self.temporary))
         assert found == self.tokens, (found, self.tokens)
-        for suffix in (".bin", ".idx"):
+        for suffix in SUFFIXES:
             fsync_path(Path(f"{self.temporary}{suffix}"))
 
     def publish(self) -> None:
         """Give the files their names, the index last."""
-        for suffix in (".bin", ".idx"):
-            os.replace(f"{self.temporary}{suffix}", f"{self.prefix}{suffix}")
+        for suffix in SUFFIXES:
+            refuse_existing(Path(f"{self.prefix}{suffix}"))
+        for suffix in SUFFIXES:
+            os.rename(f"{self.temporary}{suffix}", f"{self.prefix}{suffix}")
         fsync_path(self.prefix.absolute().parent)
 
-    def close(self) -> None:
-        """Remove what is left under temporary names."""
-        self.builder.data_file.close()
-        for suffix in (".bin", ".idx"):
-            Path(f"{self.temporary}{suffix}").unlink(missing_ok=True)
-        os.rmdir(self.directory)
+
+@contextlib.contextmanager
+def _building(prefix: Path) -> Iterator[Path]:
+    """A new directory for a data set that does not exist and that no other process makes."""
+    data, index = (Path(f"{prefix}{suffix}") for suffix in SUFFIXES)
+    refuse_existing(index)
+    with sole_writer(prefix) as directory:
+        _take_back(data, directory)  # a run may have been killed there
+        refuse_existing(data)
+        refuse_existing(index)
+        remove(directory)
+        directory.mkdir()
+        try:
+            yield directory
+        finally:
+            _take_back(data, directory)
+
+
+def _take_back(data: Path, directory: Path) -> None:
+    """Remove data that are published while their index is not."""
+    if [file.name for file in directory.glob("*")] == [f"{TEMPORARY}.idx"]:
+        data.unlink(missing_ok=True)
 
 
 def _fill(writers: dict[str, _Writer], encoded: Iterable[list[dict[str, Document]]], log_interval: int) -> None:
@@ -204,28 +221,21 @@ def preprocess(
             raise DataError(f"{name} {value} is not a positive number")
     check_inputs(inputs)
     prefixes = options.prefixes(output_prefix)
-    for prefix in prefixes.values():
-        for suffix in (".bin", ".idx"):
-            refuse_existing(Path(f"{prefix}{suffix}"))
-    encoder = Encoder(options)
-    from megatron_slim import device
+    with contextlib.ExitStack() as stack:
+        directories = {key: stack.enter_context(_building(prefix)) for key, prefix in prefixes.items()}
+        encoder = Encoder(options)
+        from megatron_slim import device
 
-    device.install()
-    from megatron.core.datasets.indexed_dataset import DType
+        device.install()
+        from megatron.core.datasets.indexed_dataset import DType
 
-    dtype = DType.optimal_dtype(encoder.tokenizer.vocab_size)
-    writers: dict[str, _Writer] = {}
-    try:
-        for key, prefix in prefixes.items():
-            writers[key] = _Writer(prefix, dtype)
+        dtype = DType.optimal_dtype(encoder.tokenizer.vocab_size)
+        writers = {key: _Writer(prefix, directories[key], dtype) for key, prefix in prefixes.items()}
         _fill(writers, _encode_all(encoder, batches(read_sources(inputs)), workers), log_interval)
         for writer in writers.values():
             writer.finish(", ".join(map(str, inputs)))
         for writer in writers.values():
             writer.publish()
-    finally:
-        for writer in writers.values():
-            writer.close()
     return {
         "prefix": str(next(iter(prefixes.values()))),
         "prefixes": {key: str(prefix) for key, prefix in prefixes.items()},

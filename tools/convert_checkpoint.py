@@ -10,7 +10,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_slim.cli import add_load_arguments, run_tool, say, tool_parser
+from megatron_slim.cli import (
+    VERIFICATION,
+    add_load_arguments,
+    add_write_arguments,
+    run_tool,
+    say,
+    tool_parser,
+    write_options,
+)
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -22,7 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="new directory for the result")
     parser.add_argument("--to", choices=("hf", "torch_dist"), help="format of the result; the other one if not given")
     parser.add_argument("--dtype", choices=DTYPES, help="cast every tensor; if not given, each keeps its type")
-    parser.add_argument("--no-verify", action="store_true", help="do not read the result back and compare it")
+    add_write_arguments(parser)
     return parser.parse_args()
 
 
@@ -34,22 +42,19 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     refuse_existing(args.save)
     import torch
 
-    from megatron_slim.checkpoint.convert import hf_to_torch_dist, torch_dist_to_hf
+    from megatron_slim.checkpoint.convert import open_checkpoint, write_checkpoint
     from megatron_slim.checkpoint.distributed import is_torch_dist
 
     source = "torch_dist" if is_torch_dist(args.load) else "hf"
     target = args.to or ("hf" if source == "torch_dist" else "torch_dist")
     if source == target:
         raise CheckpointError(f"is a {source} checkpoint already", where=str(args.load), fix="leave --to out")
-    if source == "hf" and args.hf_config is not None:
-        raise CheckpointError("is no torch_dist checkpoint", where=str(args.load), fix="leave --hf-config out")
-    options: dict[str, Any] = {"dtype": getattr(torch, args.dtype) if args.dtype else None}
-    options["verify"] = not args.no_verify
-    if source == "torch_dist":
-        results = torch_dist_to_hf(args.load, args.save, hf_config=args.hf_config, **options)
-    else:
-        results = hf_to_torch_dist(args.load, args.save, **options)
-    ending = "read back and verified" if results["verified"] else "NOT verified (--no-verify)"
+    checkpoint = open_checkpoint(
+        args.load, args.hf_config, allow_nonfinite=args.allow_nonfinite, dequantize_fp8=args.dequantize_fp8
+    )
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    results = write_checkpoint(checkpoint, args.save, to=target, dtype=dtype, **write_options(args))
+    ending = VERIFICATION[results["verified"]]
     say(f"{args.save}: {results['tensors']} tensors, {results['parameters']:,} parameters as {target}, {ending}")
     return {"load": str(args.load), "save": str(args.save), **results}
 

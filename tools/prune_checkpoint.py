@@ -10,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_slim.cli import add_load_arguments, run_tool, tool_parser
+from megatron_slim.cli import add_load_arguments, add_write_arguments, run_tool, tool_parser, write_options
 from megatron_slim.pruning.commands import (
     add_calibration_arguments,
     calibration_options,
@@ -29,6 +29,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--plan", type=Path, metavar="FILE", help="a plan made before: nothing is measured or decided")
     parser.add_argument("--to", choices=("hf", "torch_dist"), default="hf", help="format of the result")
     parser.add_argument("--dry-run", action="store_true", help="measure, plan, print the table, write nothing")
+    add_write_arguments(parser)
     add_calibration_arguments(parser, required=False)
     return parser.parse_args()
 
@@ -46,6 +47,9 @@ def prune(args: argparse.Namespace) -> dict[str, Any]:
         calibration=calibration_options(args) if args.calibration_data else None,
         dry_run=args.dry_run,
         hf_config=args.hf_config,
+        allow_nonfinite=args.allow_nonfinite,
+        dequantize_fp8=args.dequantize_fp8,
+        **write_options(args),
     )
 
 

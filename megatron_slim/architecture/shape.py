@@ -106,7 +106,7 @@ class ModelShape:
             "no full_attention layer is left (transformers cannot run such a model)": FULL_ATTENTION
             in self.layer_types,
             f"rotary_percent {self.rotary_percent} of kv_channels {self.kv_channels} is not an even number "
-            "of dimensions": self.rotary_dim % 2 == 0 and 0 < self.rotary_dim <= self.kv_channels,
+            "of dimensions": self.rotary_percent <= 1 and self.rotary_dim > 0 and self.rotary_dim % 2 == 0,
             f"mtp_num_layers {self.mtp_num_layers} is not 0 or 1 (the Hugging Face format has one MTP "
             "block)": self.mtp_num_layers in (0, 1),
         }

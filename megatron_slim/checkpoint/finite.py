@@ -13,10 +13,11 @@ from megatron_slim.errors import CheckpointError
 def is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite.
 
-    A sum is vectorised and 50 times faster than `torch.isfinite` in bf16; it may overflow without anything being
-    wrong, so only a sum that is not finite makes us look at every element.
+    A sum is 100 times faster than `torch.isfinite` in bf16, as long as it is not told a type, for which torch would
+    convert all elements first (it adds them in fp32 anyway). It may overflow without anything being wrong, so only a
+    sum that is not finite makes us look at every element.
     """
-    return math.isfinite(float(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def refuse_nonfinite(tensor: Tensor, name: str, where: str) -> None:
@@ -30,5 +31,5 @@ def refuse_nonfinite(tensor: Tensor, name: str, where: str) -> None:
         raise CheckpointError(
             f"{name}: {count} of {tensor.numel()} values are NaN or infinite",
             where=where,
-            fix="repair the checkpoint, or take it as it is with --allow-nonfinite",
+            fix="repair the checkpoint; tools that write one take it as it is with --allow-nonfinite",
         )

@@ -7,14 +7,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import hf_tensors
 from megatron_slim.checkpoint.huggingface import CONFIG, INDEX, SINGLE
+from megatron_slim.checkpoint.raw_files import OpenFiles, OutputFile, as_bytes
 from megatron_slim.checkpoint.safetensors_reader import TensorEntry
-from megatron_slim.checkpoint.safetensors_writer import TensorSpec, plan_shards, start_shard, write_tensor
+from megatron_slim.checkpoint.safetensors_writer import TensorSpec, plan_shards, start_shard
+from megatron_slim.checkpoint.units import Unit
 from megatron_slim.errors import summarise
 from megatron_slim.files import to_json
 
@@ -32,6 +35,75 @@ CARRIED_FILES = (
 MAX_SHARD_BYTES = 5_000_000_000  # that of the published checkpoints
 
 
+class HFWriter:
+    """Writes one process's part of what `start_hf_checkpoint` has laid out; see `transfer.Writer`."""
+
+    def __init__(self, entries: Mapping[str, TensorEntry]) -> None:
+        self._entries = entries
+        self._outputs: dict[Path, OutputFile] = {}
+        self._files = OpenFiles()
+
+    def write(self, unit: Unit, tensors: dict[str, Tensor]) -> None:
+        """Write a unit."""
+        for name, tensor in tensors.items():
+            self.write_tensor(name, tensor, 0 if unit.rows is None else unit.rows.start)
+
+    def write_tensor(self, name: str, tensor: Tensor, first_row: int = 0) -> None:
+        """Write a tensor, or some of its rows."""
+        entry = self._entries[name]
+        assert (tensor.shape[1:], tensor.dtype) == (entry.shape[1:], entry.dtype), (name, tensor.shape, tensor.dtype)
+        assert first_row + len(tensor) <= entry.shape[0], (name, tensor.shape, first_row)
+        if entry.file not in self._outputs:
+            self._outputs[entry.file] = OutputFile(entry.file, create=False)
+        offset = entry.offset + first_row * entry.row_bytes
+        self._outputs[entry.file].write_at(offset, as_bytes(tensor.contiguous()))
+
+    def read(self, unit: Unit) -> dict[str, Tensor]:
+        """Read a unit back."""
+        found = {}
+        for name, _ in unit.tensors:
+            entry = self._entries[name]
+            rows = np.arange(*(unit.rows or slice(0, entry.shape[0])).indices(entry.shape[0]))
+            shape = (rows.size, *entry.shape[1:])
+            found[name] = self._files.gather(entry.file, entry.offset, entry.row_bytes, rows, shape, entry.dtype)
+        return found
+
+    def finish(self) -> None:
+        """Close the files."""
+        while self._outputs:
+            self._outputs.popitem()[1].close()
+
+
+def start_hf_checkpoint(
+    directory: Path, specs: Sequence[TensorSpec], *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> dict[str, TensorEntry]:
+    """Lay out the shards of a checkpoint, headers written and every tensor's place known.
+
+    Args:
+        directory: exists, is empty (usually one from `files.new_directory`).
+        specs: every tensor of the checkpoint, in the order in which shards are filled.
+        max_shard_bytes: a shard's size, larger only where one tensor is.
+    """
+    shards = plan_shards(specs, max_shard_bytes)
+    many = len(shards) > 1
+    entries: dict[str, TensorEntry] = {}
+    for number, shard in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" if many else SINGLE
+        entries.update(start_shard(directory / file, shard))
+    if many:
+        weight_map = {name: entry.file.name for name, entry in entries.items()}
+        index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs)}, "weight_map": weight_map}
+        (directory / INDEX).write_text(to_json(index), encoding="utf-8")
+    return entries
+
+
+def finish_hf_checkpoint(directory: Path, config: Mapping[str, Any], copy_files_from: Path | None = None) -> None:
+    """Write all that is not weights: config.json, and the tokenizer and generation files of another directory."""
+    (directory / CONFIG).write_text(to_json(config), encoding="utf-8")
+    if copy_files_from is not None:
+        carry_files(copy_files_from, directory)
+
+
 def write_hf_checkpoint(
     directory: Path,
     config: Mapping[str, Any],
@@ -41,34 +113,24 @@ def write_hf_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     copy_files_from: Path | None = None,
 ) -> None:
-    """Write a checkpoint tensor by tensor into an existing directory (usually one from `files.new_directory`).
+    """Write a checkpoint tensor by tensor into an existing, empty directory.
 
     Args:
-        directory: where to write; exists, is empty.
+        directory: where to write.
         config: the content of config.json.
         specs: every tensor of the checkpoint, in the order in which shards are filled.
-        tensors: the same tensors, lazily, in any order; one is held at a time.
+        tensors: the same tensors, in any order.
         max_shard_bytes: a shard's size, larger only where one tensor is.
         copy_files_from: directory whose tokenizer and generation files are carried over.
     """
-    shards = plan_shards(specs, max_shard_bytes)
-    many = len(shards) > 1
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if many else SINGLE for i in range(len(shards))]
-    waiting: dict[str, TensorEntry] = {}
-    for file, shard in zip(files, shards, strict=True):
-        waiting.update(start_shard(directory / file, shard))
-    weight_map = {name: entry.file.name for name, entry in waiting.items()}
+    writer = HFWriter(start_hf_checkpoint(directory, specs, max_shard_bytes=max_shard_bytes))
+    waiting = {spec.name for spec in specs}
     for name, tensor in tensors:
-        entry = waiting.pop(name)
-        assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype), (name, tensor.shape, tensor.dtype)
-        write_tensor(entry, tensor)
-    assert not waiting, f"tensors never produced: {summarise(list(waiting))}"
-    if many:
-        index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs)}, "weight_map": weight_map}
-        (directory / INDEX).write_text(to_json(index), encoding="utf-8")
-    (directory / CONFIG).write_text(to_json(config), encoding="utf-8")
-    if copy_files_from is not None:
-        carry_files(copy_files_from, directory)
+        writer.write_tensor(name, tensor)
+        waiting.remove(name)
+    writer.finish()
+    assert not waiting, f"tensors never produced: {summarise(sorted(waiting))}"
+    finish_hf_checkpoint(directory, config, copy_files_from)
 
 
 def carried_files(source: Path) -> Iterator[Path]:

@@ -6,6 +6,7 @@ Nothing here knows a tensor by name.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_slim.architecture.axes import labelled_positions, size
+from megatron_slim.architecture.axes import Dim, labelled_positions, size
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.weight import Weight
 
@@ -40,17 +41,35 @@ def _as_rows(positions: npt.NDArray[np.int64]) -> Rows:
 
 
 def _row_maps(weight: Weight, model: ModelShape) -> tuple[_RowMap, ...]:
-    target_at = labelled_positions(weight.dims[0], model.sizes)
-    maps = []
-    for index, source in enumerate(weight.sources):
+    for source in weight.sources:
         assert source.dims[1:] == weight.dims[1:], f"{source.name}: layouts differ in the first dimension only"
-        for name, rows in labelled_positions(source.dims[0], model.sizes).items():
+    return _dim_maps(weight.dims[0], tuple(source.dims[0] for source in weight.sources), model)
+
+
+@functools.lru_cache(maxsize=256)
+def _dim_maps(target: Dim, sources: tuple[Dim, ...], model: ModelShape) -> tuple[_RowMap, ...]:
+    """The same for every layer and expert of a model, hence remembered."""
+    target_at = labelled_positions(target, model.sizes)
+    maps = []
+    for index, source in enumerate(sources):
+        for name, rows in labelled_positions(source, model.sizes).items():
             maps.append(_RowMap(index, _as_rows(rows), _as_rows(target_at.pop(name))))
-    assert not target_at, f"{weight.key}: no source holds {sorted(target_at)}"
+    assert not target_at, f"no source holds {sorted(target_at)}"
     return tuple(maps)
 
 
-def _is_copy(weight: Weight) -> bool:
+def rows_in_megatron(weight: Weight, model: ModelShape, source: int) -> npt.NDArray[np.int64]:
+    """For every row of one of a parameter's Hugging Face tensors, the Megatron row (of one expert) that it is."""
+    found = np.empty(size(weight.sources[source].dims[0], model.sizes), dtype=np.int64)
+    everything = torch.arange(size(weight.dims[0], model.sizes))
+    for row_map in _row_maps(weight, model):
+        if row_map.source == source:
+            found[row_map.rows] = everything[row_map.target]
+    return found
+
+
+def is_copy(weight: Weight) -> bool:
+    """Whether a parameter is one tensor with the same layout in both formats."""
     return not weight.stacked and len(weight.sources) == 1 and weight.sources[0].dims == weight.dims
 
 
@@ -79,7 +98,7 @@ def to_megatron(
     Returns:
         A tensor of ``weight.shape(model)``; the tensor that ``read`` gave where the layouts are the same.
     """
-    if _is_copy(weight):
+    if is_copy(weight):
         return read(weight.sources[0].name)
     assert expert is None or weight.stacked
     maps = _row_maps(weight, model)
@@ -102,7 +121,7 @@ def from_megatron(weight: Weight, model: ModelShape, tensor: Tensor, *, expert: 
     """
     shape = weight.shape(model) if expert is None else weight.shape(model)[1:]
     assert tuple(tensor.shape) == shape, (weight.key, tuple(tensor.shape), shape)
-    if _is_copy(weight):
+    if is_copy(weight):
         return {weight.sources[0].name: tensor.contiguous()}
     maps = _row_maps(weight, model)
     found: dict[str, Tensor] = {}
@@ -115,15 +134,15 @@ def from_megatron(weight: Weight, model: ModelShape, tensor: Tensor, *, expert: 
     return found
 
 
-def label_rows(weight: Weight, model: ModelShape) -> list[tuple[str, slice]]:
-    """Labels of a parameter's dim 0 (of one expert's, where stacked) that are runs of rows, else one run for all."""
-    found = []
-    for name, positions in labelled_positions(weight.dims[0], model.sizes).items():
-        rows = _as_rows(positions)
-        if not isinstance(rows, slice):
-            return [("", slice(0, size(weight.dims[0], model.sizes)))]
-        found.append((name, rows))
-    return found
+def runs_of_sources(weight: Weight, model: ModelShape) -> list[slice]:
+    """For each Hugging Face tensor of an expert's parameter, the run of the parameter's rows that it is, whole."""
+    maps = _row_maps(weight, model)
+    runs = [row_map.target for row_map in maps if isinstance(row_map.target, slice)]
+    whole = [
+        row_map.rows == slice(0, size(s.dims[0], model.sizes)) for row_map, s in zip(maps, weight.sources, strict=False)
+    ]
+    assert len(runs) == len(maps) == len(weight.sources) and all(whole), f"{weight.key}: tensors are not runs of rows"
+    return runs
 
 
 def split_keys(weight: Weight, model: ModelShape) -> list[tuple[str, slice]]:
@@ -133,7 +152,9 @@ def split_keys(weight: Weight, model: ModelShape) -> list[tuple[str, slice]]:
     """
     if not weight.split:
         return [(weight.key, slice(None))]
-    return [(f"{weight.key}.{name}", rows) for name, rows in label_rows(weight, model)]
+    labels = {name: _as_rows(at) for name, at in labelled_positions(weight.dims[0], model.sizes).items()}
+    assert all(isinstance(rows, slice) for rows in labels.values()), f"{weight.key}: labels are not runs of rows"
+    return [(f"{weight.key}.{name}", rows) for name, rows in labels.items() if isinstance(rows, slice)]
 
 
 def stored_shapes(weight: Weight, model: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -6,20 +6,28 @@ of every tensor), the tensors.
 
 from __future__ import annotations
 
-import json
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_slim.checkpoint.raw_files import OpenFiles, as_bytes
 from megatron_slim.errors import CheckpointError, summarise
+from megatron_slim.files import parse_json
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format
+MAX_NAME = 500  # characters
+MAX_DIMS = 8
+_METADATA = "__metadata__"
+_AGAIN = "download it again"
 
 
 @dataclass(frozen=True)
@@ -34,98 +42,98 @@ class TensorEntry:
     @property
     def row_bytes(self) -> int:
         """Bytes of one index of dim 0."""
-        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, files: OpenFiles, rows: npt.NDArray[np.int64] | None = None) -> Tensor:
+        """Read the given rows (indices of dim 0, in the order wanted), or all."""
+        if rows is not None:
+            shape = (rows.size, *self.shape[1:])
+            return files.gather(self.file, self.offset, self.row_bytes, rows, shape, self.dtype)
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        files.read_into(self.file, self.offset, as_bytes(tensor))
+        return tensor
 
 
-def read_header(file: Path) -> dict[str, TensorEntry]:
+def read_header(file: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[str, TensorEntry]:
     """Where every tensor of a file lies.
 
+    Args:
+        file: a regular file.
+        dtypes: the types to accept, by the format's names of them.
+
     Raises:
-        CheckpointError: not a safetensors file, truncated, or with types that are not supported.
+        CheckpointError: not a safetensors file, truncated, with bytes of no tensor or of two, or of other types.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise CheckpointError("truncated or not a safetensors file", where=str(file), fix="download it again")
-        try:
-            header = json.loads(stream.read(length))
-        except (ValueError, RecursionError):
-            header = None
-    if not isinstance(header, dict):
-        raise CheckpointError("its header is not JSON: not a safetensors file", where=str(file))
-    header.pop("__metadata__", None)
+    header, base, size = _load_header(file)
     entries, unsupported, ranges = {}, [], []
     for name, info in header.items():
-        entry, stop = _parse_entry(file, 8 + length, name, info)
-        ranges.append((8 + length + info["data_offsets"][0], stop, name))
-        if entry is None:
-            unsupported.append(f"{name} ({info.get('dtype')})")
+        begin, end, shape = _parse_entry(file, name, info)
+        ranges.append((base + begin, base + end, name))
+        if info["dtype"] not in dtypes:
+            unsupported.append(f"{name} ({info['dtype']})")
             continue
-        if stop > size:
-            raise CheckpointError(
-                f"truncated: {name} ends at byte {stop}, the file at {size}", where=str(file), fix="download it again"
-            )
+        entry = TensorEntry(file, base + begin, dtypes[info["dtype"]], shape)
+        if end - begin != entry.nbytes:
+            raise CheckpointError(f"{name}: {end - begin} bytes for shape {list(shape)}", where=str(file), fix=_AGAIN)
         entries[name] = entry
+    _refuse_gaps(file, base, size, ranges)
     if unsupported:
-        kinds = ", ".join(DTYPES)
-        raise CheckpointError(f"unsupported types: {summarise(unsupported)}", where=str(file), fix=f"use {kinds}")
-    _refuse_gaps(file, 8 + length, size, ranges)
+        raise CheckpointError(
+            f"unsupported types: {summarise(unsupported)}", where=str(file), fix=f"use {', '.join(dtypes)}"
+        )
     return entries
+
+
+def _load_header(file: Path) -> tuple[dict[str, Any], int, int]:
+    """The header's entries, where the tensors start, and the size of the file."""
+    try:
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError("truncated or not a safetensors file", where=str(file), fix=_AGAIN)
+            payload = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"not readable ({error.strerror})", where=str(file)) from None
+    try:
+        header = parse_json(payload) if payload.startswith(b"{") else None
+    except ValueError as error:
+        raise CheckpointError(f"its header is not JSON ({error})", where=str(file), fix=_AGAIN) from None
+    if not isinstance(header, dict):
+        raise CheckpointError("its header is not JSON: not a safetensors file", where=str(file), fix=_AGAIN)
+    metadata = header.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{_METADATA} of its header is not an object of strings", where=str(file), fix=_AGAIN)
+    return header, 8 + length, size
+
+
+def _parse_entry(file: Path, name: str, info: Any) -> tuple[int, int, tuple[int, ...]]:
+    """Byte range, after the header, and shape of a tensor."""
+    match info:
+        case {"dtype": str(), "shape": [*shape], "data_offsets": [begin, end]} if len(info) == 3:
+            # bool is an int to Python. math.prod cannot wrap, but would take hours on a million large dimensions.
+            whole = all(type(n) is int and 0 <= n < 2**63 for n in (begin, end, *shape))
+            if whole and begin <= end and len(shape) <= MAX_DIMS and len(name) <= MAX_NAME:
+                return begin, end, tuple(shape)
+    raise CheckpointError(f"malformed header entry of {name[:MAX_NAME]}", where=str(file), fix=_AGAIN)
 
 
 def _refuse_gaps(file: Path, start: int, size: int, ranges: list[tuple[int, int, str]]) -> None:
     """The format wants every byte after the header to belong to exactly one tensor."""
     end = start
     for begin, stop, name in sorted(ranges):
+        if stop > size:
+            raise CheckpointError(
+                f"truncated: {name} ends at byte {stop}, the file at {size}", where=str(file), fix=_AGAIN
+            )
         if begin != end:
             what = "overlaps the tensor before it" if begin < end else f"follows {begin - end} bytes of no tensor"
-            raise CheckpointError(f"damaged: {name} {what}", where=str(file), fix="download it again")
+            raise CheckpointError(f"damaged: {name} {what}", where=str(file), fix=_AGAIN)
         end = stop
     if end != size:
-        raise CheckpointError(
-            f"damaged: {size - end} bytes after the last tensor", where=str(file), fix="download it again"
-        )
-
-
-def _parse_entry(file: Path, base: int, name: str, info: Any) -> tuple[TensorEntry | None, int]:
-    """One tensor of a header and the file offset of its end; None for a type that is not supported."""
-    try:
-        begin, end = info["data_offsets"]
-        shape = tuple(info["shape"])
-        whole = all(type(n) is int and n >= 0 for n in (begin, end, *shape))
-        dtype = DTYPES.get(info["dtype"])
-    except (KeyError, TypeError, ValueError):
-        whole, dtype = False, None
-    if not whole:
-        raise CheckpointError(f"malformed header entry of {name}", where=str(file))
-    if dtype is None:
-        return None, base + end
-    entry = TensorEntry(file, base + begin, dtype, shape)
-    if end - begin != entry.nbytes:
-        raise CheckpointError(f"{name}: {end - begin} bytes for shape {list(shape)}", where=str(file))
-    return entry, base + end
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, shared with it."""
-    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
-
-
-def pread_into(file: Path, offset: int, view: memoryview) -> None:
-    """Fill ``view`` from a file: read, not mapped, so that memory use is what is asked for and no more."""
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        done = 0
-        while done < len(view):
-            count = os.preadv(descriptor, [view[done : done + (1 << 30)]], offset + done)
-            if count == 0:
-                raise CheckpointError("the file ends inside a tensor", where=str(file), fix="download it again")
-            done += count
-    finally:
-        os.close(descriptor)
+        raise CheckpointError(f"damaged: {size - end} bytes after the last tensor", where=str(file), fix=_AGAIN)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from megatron_slim.checkpoint.safetensors_reader import DTYPES, TensorEntry, as_bytes
+from megatron_slim.checkpoint.safetensors_reader import DTYPES, TensorEntry
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -29,7 +27,7 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
@@ -68,15 +66,3 @@ def start_shard(file: Path, shard: Sequence[TensorSpec]) -> dict[str, TensorEntr
         spec.name: TensorEntry(file, base + header[spec.name]["data_offsets"][0], spec.dtype, spec.shape)
         for spec in shard
     }
-
-
-def write_tensor(entry: TensorEntry, tensor: Tensor) -> None:
-    """Write a tensor's bytes where `start_shard` has placed it."""
-    data = as_bytes(tensor.contiguous())
-    descriptor = os.open(entry.file, os.O_WRONLY)
-    try:
-        done = 0
-        while done < len(data):
-            done += os.pwrite(descriptor, data[done : done + (1 << 30)], entry.offset + done)
-    finally:
-        os.close(descriptor)

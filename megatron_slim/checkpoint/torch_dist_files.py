@@ -1,22 +1,26 @@
 """The files of a torch distributed checkpoint: pieces of tensors as torch.save archives, and their pickled metadata.
 
 Written here and not by torch's `FileSystemWriter`, which (in 2.13) keeps every tensor of a file in memory until the
-file is complete. Read with an unpickler that knows the metadata's plain data classes and nothing else.
+file is complete. Read with unpicklers that know the plain data classes of the format and nothing else; the data go from
+the file straight to where they are wanted.
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import io
+import itertools
 import math
 import os
 import pickle
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -30,72 +34,113 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_slim.checkpoint.archives import Frame, Window, data_offset, make_frame, no_crc32
+from megatron_slim.checkpoint.raw_files import OpenFiles, OutputFile, as_bytes
 from megatron_slim.errors import CheckpointError, summarise
 
 METADATA = ".metadata"
 MAX_FILE_BYTES = 4_000_000_000
+MAX_METADATA_BYTES = 2_000_000_000  # the published 80B model takes 15 MB; optimizer states of many ranks, much more
 
 
-@contextlib.contextmanager
-def no_crc32() -> Iterator[None]:
-    """Leave out the zip checksums of `torch.save`, about half of its time; `torch.load` does not look at them."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of a tensor and where its archive lies."""
+
+    file: Path
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    position: int
+    length: int
 
 
 @dataclass
-class PieceWriter:
-    """Appends `torch.save` archives to ``__0_N.distcp`` files and remembers where each lies."""
+class Part:
+    """What one process has written: pieces by key, shapes of the whole tensors, objects, and hashes of the files."""
 
-    directory: Path
-    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = field(default_factory=dict)
-    storage: dict[MetadataIndex, _StorageInfo] = field(default_factory=dict)
-    stream: BinaryIO | None = None
-    files: int = 0
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    pieces: dict[str, list[Piece]] = field(default_factory=lambda: defaultdict(list))
+    objects: dict[str, Piece] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
+
+
+class PieceWriter:
+    """Appends archives to ``__RANK_N.distcp`` files, as the ranks of a training run do.
+
+    Attributes:
+        part: what has been written so far; the hash of a file is known when it is closed.
+        frames: what has been written around the data of each size and type.
+    """
+
+    def __init__(self, directory: Path, rank: int = 0) -> None:
+        self.part = Part()
+        self._directory, self._rank, self._files = directory, rank, 0
+        self._output: OutputFile | None = None
+        self._hash = hashlib.sha256()
+        self.frames: dict[tuple[tuple[int, ...], torch.dtype], Frame] = {}
+
+    def add(self, key: str, shape: tuple[int, ...], offsets: tuple[int, ...], tensor: Tensor) -> Piece:
+        """Append one piece of a tensor of this whole ``shape``."""
+        sizes, dtype = tuple(tensor.shape), tensor.dtype
+        if (frame := self.frames.get((sizes, dtype))) is None:
+            frame = self.frames[sizes, dtype] = make_frame(sizes, dtype)
+        file, position, length = self._append(frame.head, as_bytes(tensor.contiguous()), frame.tail)
+        piece = Piece(file, offsets, sizes, dtype, position, length)
+        self.part.shapes[key] = shape
+        self.part.pieces[key].append(piece)
+        return piece
 
     def add_object(self, key: str, value: Any) -> None:
         """Append an object that is no tensor."""
-        self.tensors[key] = BytesStorageMetadata()
-        self._append(MetadataIndex(key), value)
+        stream = io.BytesIO()
+        with no_crc32():
+            torch.save(value, stream)
+        file, position, length = self._append(stream.getvalue())
+        self.part.objects[key] = Piece(file, (), (), torch.uint8, position, length)
 
-    def _append(self, index: MetadataIndex, value: Any) -> None:
-        if self.stream is None or self.stream.tell() >= MAX_FILE_BYTES:
+    def _append(self, *buffers: bytes | memoryview) -> tuple[Path, int, int]:
+        if self._output is None or self._output.size >= MAX_FILE_BYTES:
             self.close()
-            self.stream = (self.directory / f"__0_{self.files}.distcp").open("wb")
-            self.files += 1
-        start = self.stream.tell()
-        torch.save(value, self.stream)
-        name = os.path.basename(self.stream.name)
-        self.storage[index] = _StorageInfo(name, start, self.stream.tell() - start)
-
-    def add(self, key: str, shape: tuple[int, ...], offsets: tuple[int, ...], tensor: Tensor) -> None:
-        """Append one piece of a tensor of this whole ``shape``."""
-        entry = self.tensors.get(key)
-        if entry is None:
-            entry = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), torch.Size(shape), [])
-            self.tensors[key] = entry
-        assert isinstance(entry, TensorStorageMetadata)
-        assert entry.properties.dtype == tensor.dtype, f"{key}: mixed dtypes"
-        entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), tensor.shape))
-        if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone(memory_format=torch.contiguous_format)  # torch.save writes a view's whole storage
-        self._append(MetadataIndex(key, offsets), tensor)
-
-    def finish(self) -> None:
-        """Write the metadata, which makes the directory a checkpoint."""
-        self.close()
-        metadata = Metadata(self.tensors, storage_data=self.storage, storage_meta=StorageMeta())
-        (self.directory / METADATA).write_bytes(pickle.dumps(metadata))
+            self._output = OutputFile(self._directory / f"__{self._rank}_{self._files}.distcp")
+            self._files += 1
+        start = self._output.size
+        for buffer in buffers:
+            self._hash.update(buffer)
+        self._output.append(buffers)
+        return self._output.path, start, self._output.size - start
 
     def close(self) -> None:
         """Close the file that is being written."""
-        if self.stream is not None:
-            self.stream.close()
-            self.stream = None
+        if self._output is not None:
+            self._output.close()
+            self.part.sha256[self._output.path.name] = self._hash.hexdigest()
+            self._output, self._hash = None, hashlib.sha256()
+
+
+def write_metadata(directory: Path, parts: Sequence[Part]) -> bytes:
+    """Write the metadata of all parts, which makes the directory a checkpoint; returns their content."""
+    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for part in parts:
+        for key, pieces in part.pieces.items():
+            entry = tensors.setdefault(
+                key, TensorStorageMetadata(TensorProperties(dtype=pieces[0].dtype), torch.Size(part.shapes[key]), [])
+            )
+            assert isinstance(entry, TensorStorageMetadata)
+            assert all(piece.dtype == entry.properties.dtype for piece in pieces), f"{key}: mixed dtypes"
+            for piece in pieces:
+                entry.chunks.append(ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes)))
+                storage[MetadataIndex(key, piece.offsets)] = _info(piece)
+        for key, piece in part.objects.items():
+            tensors[key], storage[MetadataIndex(key)] = BytesStorageMetadata(), _info(piece)
+    content = pickle.dumps(Metadata(tensors, storage_data=storage, storage_meta=StorageMeta()))
+    (directory / METADATA).write_bytes(content)
+    return content
+
+
+def _info(piece: Piece) -> _StorageInfo:
+    return _StorageInfo(piece.file.name, piece.position, piece.length)
 
 
 _DCP = "torch.distributed.checkpoint"
@@ -142,48 +187,54 @@ def read_metadata(directory: Path) -> Metadata:
             f"no {METADATA} in this directory: not a torch_dist checkpoint, or one whose writing was interrupted",
             where=str(directory),
         )
+    if file.is_symlink():
+        raise CheckpointError("is a link, which is not followed", where=str(file), fix="copy the file here")
+    if file.stat().st_size > MAX_METADATA_BYTES:
+        raise CheckpointError(f"is {file.stat().st_size} bytes long: no checkpoint metadata", where=str(file))
     try:
         metadata = _MetadataUnpickler(io.BytesIO(file.read_bytes())).load()
+        _validate(metadata)
     except Exception as error:  # any exception: the bytes are not ours
-        raise CheckpointError(f"not readable as checkpoint metadata ({error})", where=str(file)) from None
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise CheckpointError("holds no checkpoint metadata", where=str(file))
+        what = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"not readable as checkpoint metadata ({what})", where=str(file)) from None
+    assert isinstance(metadata, Metadata)
     return metadata
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A rectangle of a tensor and where its archive lies."""
+def _validate(metadata: Any) -> None:
+    """Unpickling sets attributes unchecked: look at the type of everything that will be used."""
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise ValueError("holds no checkpoint metadata")
+    if not isinstance(metadata.state_dict_metadata, dict):
+        raise ValueError("holds no table of entries")
+    for index, info in metadata.storage_data.items():
+        if not isinstance(index, MetadataIndex) or not isinstance(info, _StorageInfo):
+            raise ValueError("its storage table is malformed")
+        if not isinstance(info.relative_path, str) or not _whole(info.offset, info.length):
+            raise ValueError(f"malformed storage of {index.fqn}")
+    for key, entry in metadata.state_dict_metadata.items():
+        if not isinstance(key, str):
+            raise ValueError("a key that is no name")
+        if isinstance(entry, TensorStorageMetadata) and not _well_formed(entry):
+            raise ValueError(f"malformed entry {key}")
 
-    file: Path
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    position: int
-    length: int
 
-    def read(self) -> Tensor:
-        """Read it.
+def _whole(*values: Any) -> bool:
+    return all(type(value) is int and value >= 0 for value in values)
 
-        Raises:
-            CheckpointError: the bytes are not the tensor that the metadata promises.
-        """
-        with self.file.open("rb") as stream:
-            stream.seek(self.position)
-            archive = io.BytesIO(stream.read(self.length))
-        try:
-            tensor = torch.load(archive, map_location="cpu", weights_only=True)
-        except Exception as error:  # any exception: the bytes are not ours
-            what = " ".join(str(error).split())[:120]
-            raise CheckpointError(f"byte {self.position} is no tensor ({what})", where=str(self.file)) from None
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != self.sizes:
-            raise CheckpointError(f"byte {self.position} is not the tensor that {METADATA} says", where=str(self.file))
-        return tensor
+
+def _well_formed(entry: TensorStorageMetadata) -> bool:
+    rectangles = [(chunk.offsets, chunk.sizes) for chunk in entry.chunks]
+    return isinstance(entry.properties.dtype, torch.dtype) and all(
+        isinstance(extents, torch.Size) and _whole(*extents) and len(extents) == len(entry.size)
+        for extents in (entry.size, *itertools.chain.from_iterable(rectangles))
+    )
 
 
 def locate_pieces(
     directory: Path, entries: Mapping[str, TensorStorageMetadata], storage: Mapping[MetadataIndex, _StorageInfo]
 ) -> dict[str, list[Piece]]:
-    """Where the pieces of every tensor lie, by first row; all bytes must be there and every element covered."""
+    """Where the pieces of every tensor lie, by first row; all bytes must be there and every element covered once."""
     found: dict[str, list[Piece]] = defaultdict(list)
     sizes: dict[str, int] = {}
     faults = []
@@ -193,17 +244,85 @@ def locate_pieces(
             if info is None or info.relative_path != os.path.basename(info.relative_path):
                 faults.append(f"{key} lies in no file of this directory")
                 continue
+            file = directory / info.relative_path
             if info.relative_path not in sizes:
-                file = directory / info.relative_path
-                sizes[info.relative_path] = file.stat().st_size if file.is_file() else -1
+                regular = file.is_file() and not file.is_symlink()
+                sizes[info.relative_path] = file.stat().st_size if regular else -1
             if info.offset + info.length > sizes[info.relative_path]:
                 state = "truncated" if sizes[info.relative_path] >= 0 else "missing"
                 faults.append(f"{info.relative_path} is {state}: {key} lies there")
-            file = directory / info.relative_path
-            found[key].append(Piece(file, tuple(chunk.offsets), tuple(chunk.sizes), info.offset, info.length))
-        if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
-            faults.append(f"the pieces of {key} do not make up the whole")
+            rectangle = tuple(chunk.offsets), tuple(chunk.sizes)
+            found[key].append(Piece(file, *rectangle, entry.properties.dtype, info.offset, info.length))
         found[key].sort(key=lambda piece: piece.offsets)
+        if not _cover(tuple(entry.size), found[key]):
+            faults.append(f"the pieces of {key} do not make up the whole")
     if faults:
         raise CheckpointError(summarise(faults), where=str(directory), fix="the checkpoint is damaged")
     return dict(found)
+
+
+def _cover(shape: tuple[int, ...], pieces: Sequence[Piece]) -> bool:
+    """Whether rectangles are the cells of a grid over a tensor: every element in exactly one of them."""
+    cells = {piece.offsets: piece.sizes for piece in pieces}
+    cuts = [sorted({offsets[dim] for offsets in cells}) for dim in range(len(shape))]
+    ends = [dict(zip(at, [*at[1:], extent], strict=True)) for at, extent in zip(cuts, shape, strict=True) if at]
+    if len(cells) != len(pieces) or len(ends) != len(shape) or len(cells) != math.prod(map(len, cuts)):
+        return False
+    return all(at[0] == 0 for at in cuts) and all(
+        offset + size == end[offset] and size > 0
+        for offsets, sizes in cells.items()
+        for offset, size, end in zip(offsets, sizes, ends, strict=True)
+    )
+
+
+class PieceReader:
+    """Reads pieces, or some of their rows, straight into tensors."""
+
+    def __init__(self, written: Mapping[tuple[tuple[int, ...], torch.dtype], Frame] | None = None) -> None:
+        """Make a reader of any archives or, with ``written``, of those alone that have these frames."""
+        self._files = OpenFiles()
+        self._strict = written is not None
+        self._frames: Mapping[tuple[tuple[int, ...], torch.dtype], Frame] = {} if written is None else written
+
+    def read_rows(self, piece: Piece, rows: npt.NDArray[np.int64], *, dims: int = 1) -> Tensor:
+        """Read some rows of a piece.
+
+        Args:
+            piece: the piece.
+            rows: indices in the order wanted.
+            dims: how many leading dimensions a row index counts through, the last of them fastest.
+
+        Returns:
+            [rows, remaining dimensions].
+
+        Raises:
+            CheckpointError: the bytes are not the tensor that the metadata promises.
+        """
+        rest = piece.sizes[dims:]
+        row_bytes = math.prod(rest) * piece.dtype.itemsize
+        start = self._data_position(piece)
+        return self._files.gather(piece.file, start, row_bytes, rows, (rows.size, *rest), piece.dtype)
+
+    def _data_position(self, piece: Piece) -> int:
+        """Byte of its file at which the data start; one framed as one parsed before lies as that does."""
+        known = self._frames.get((piece.sizes, piece.dtype))
+        if known is not None and self._frame(piece, len(known.head), len(known.tail)) == known:
+            return piece.position + len(known.head)
+        if self._strict:
+            raise CheckpointError(f"byte {piece.position}: not what was written when read back", where=str(piece.file))
+        window = io.BufferedReader(Window(self._files.descriptor(piece.file), piece.position, piece.length))
+        try:
+            start = data_offset(window, piece.length, piece.sizes, piece.dtype)
+        except ValueError as error:
+            raise CheckpointError(
+                f"byte {piece.position} is no tensor as {METADATA} has it ({error})", where=str(piece.file)
+            ) from None
+        tail = piece.length - start - math.prod(piece.sizes) * piece.dtype.itemsize
+        self._frames = {**self._frames, (piece.sizes, piece.dtype): self._frame(piece, start, tail)}
+        return piece.position + start
+
+    def _frame(self, piece: Piece, head: int, tail: int) -> Frame:
+        """The given number of bytes at the two ends of an archive."""
+        descriptor = self._files.descriptor(piece.file)
+        end = piece.position + piece.length
+        return Frame(os.pread(descriptor, head, piece.position), os.pread(descriptor, tail, end - tail))

@@ -20,6 +20,7 @@ from megatron_slim.architecture.axes import Dim, axes_of, kept_positions
 from megatron_slim.architecture.shape import ModelShape, shape_to_hf_config
 from megatron_slim.architecture.table import weights
 from megatron_slim.checkpoint.convert import Checkpoint
+from megatron_slim.checkpoint.huggingface import Index
 from megatron_slim.pruning.experts import ExpertGroup
 from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.plan import Plan
@@ -57,8 +58,10 @@ class PrunedCheckpoint:
         self.plan, self.source = plan, source
         self.shape: ModelShape = plan.target_shape
         self.path: Path = source.path
+        self.config_path: Path = source.config_path
         self.config: dict[str, Any] = shape_to_hf_config(plan.target_shape, source.config)
         self._origins = dict(_origins(plan))
+        self._kept_hidden = np.array(plan.kept_hidden, dtype=np.int64)
         self.names = tuple(self._origins)
         self.dtypes: Mapping[str, torch.dtype] = {
             name: source.dtypes[self._source_name(origin)] for name, origin in self._origins.items()
@@ -66,37 +69,42 @@ class PrunedCheckpoint:
 
     def read(self, name: str) -> Tensor:
         """Make one tensor of the target."""
-        origin = self._origins[name]
-        if origin.group is None:
-            return self._read_kept(origin.name, origin)
-        return merge(
-            [self._read_kept(origin.name.format(expert=member), origin) for member in origin.group.members],
-            origin.group.weights,
-        )
+        return self.read_rows(name)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the target, in the order of the table."""
-        for name in self.names:
-            yield name, self.read(name)
+    def read_rows(self, name: str, dim0_index: Index | None = None, dim1_index: Index | None = None) -> Tensor:
+        """Make some rows and columns of one tensor of the target; of the source, no other rows are read."""
+        origin = self._origins[name]
+        rows, columns = self._indices(origin)
+        rows, columns = _within(rows, dim0_index), _within(columns, dim1_index)
+        if origin.group is None:
+            return self.source.read_rows(origin.name, rows, columns)
+        members = [origin.name.format(expert=member) for member in origin.group.members]
+        return merge([self.source.read_rows(member, rows, columns) for member in members], origin.group.weights)
 
     def _source_name(self, origin: _Origin) -> str:
         return origin.name if origin.group is None else origin.name.format(expert=origin.group.base)
 
-    def _read_kept(self, name: str, origin: _Origin) -> Tensor:
-        """A source tensor with the rows and columns that survive."""
+    def _indices(self, origin: _Origin) -> tuple[Index | None, Index | None]:
+        """Surviving rows and columns of a source tensor."""
         indices = [self._kept(dim, origin.block) for dim in origin.dims]
-        assert all(index is None for index in indices[2:]), f"{name}: only the first two dimensions are pruned"
-        return self.source.read_rows(name, *indices[:2])
+        assert all(index is None for index in indices[2:]), f"{origin.name}: only the first two dimensions are pruned"
+        rows, columns = [*indices, None][:2]
+        return rows, columns
 
     def _kept(self, dim: Dim, block: str) -> npt.NDArray[np.int64] | None:
         """Surviving positions of a dimension, None when all do."""
         source = self.plan.source_shape
         kept: dict[str, npt.NDArray[np.int64]] = {}
         if len(self.plan.kept_hidden) < source.hidden_size:
-            kept["hidden"] = np.array(self.plan.kept_hidden, dtype=np.int64)
+            kept["hidden"] = self._kept_hidden
         if block and self.shape.num_moe_experts < source.num_moe_experts:
             kept["expert"] = np.array([group.base for group in self.plan.experts[block]], dtype=np.int64)
         return kept_positions(dim, source.sizes, kept) if kept.keys() & set(axes_of(dim)) else None
+
+
+def _within(kept: Index | None, wanted: Index | None) -> Index | None:
+    """The wanted ones of what is kept; None is all."""
+    return wanted if kept is None else kept if wanted is None else np.asarray(kept)[np.asarray(wanted)]
 
 
 def _origins(plan: Plan) -> Iterator[tuple[str, _Origin]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_slim.cli import not_negative, positive, say
+from megatron_slim.cli import VERIFICATION, not_negative, positive, say
 from megatron_slim.errors import SlimError
 from megatron_slim.files import refuse_existing
 from megatron_slim.recipe import Recipe, load_recipe
@@ -97,6 +97,9 @@ def run_prune(
     calibration: CalibrationOptions | None = None,
     dry_run: bool = False,
     hf_config: Path | None = None,
+    allow_nonfinite: bool = False,
+    dequantize_fp8: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     """Calibrate, plan, apply and verify; what is given already (statistics, a plan) is not made again.
 
@@ -110,6 +113,9 @@ def run_prune(
         calibration: data to measure on.
         dry_run: stop at the plan and write nothing.
         hf_config: directory with config.json and tokenizer of a torch_dist checkpoint that lacks them.
+        allow_nonfinite: take NaN and infinite weights as they are.
+        dequantize_fp8: take a Hugging Face checkpoint in block-scaled FP8 as bf16.
+        options: how to write, as `checkpoint.convert.write_checkpoint`.
     """
     if save is not None and not dry_run:
         refuse_existing(save)
@@ -119,11 +125,13 @@ def run_prune(
     from megatron_slim.pruning.pipeline import comparison, print_comparison, write_pruned
     from megatron_slim.pruning.plan_reader import load_plan
 
-    source = open_checkpoint(load, hf_config)
+    source = open_checkpoint(load, hf_config, allow_nonfinite=allow_nonfinite, dequantize_fp8=dequantize_fp8)
     if plan_file is not None:
         plan, stats = load_plan(plan_file), None
     else:
         assert recipe is not None
+        if save is not None and not dry_run:
+            _check_space(recipe, source, save, where=str(recipe_file))
         plan, stats = _decide(recipe, source, stats_file, calibration, where=str(recipe_file))
     pruned = PrunedCheckpoint(plan, source, check_source=plan_file is not None)
     print_comparison(pruned)
@@ -131,9 +139,21 @@ def run_prune(
     if dry_run:
         return results
     assert save is not None
-    write_pruned(pruned, save, to=to, stats=stats, copy_files_from=source.config_path)
-    say(f"{save}: {len(pruned.names)} tensors as {to}, read back and verified")
-    return results | {"save": str(save), "format": to, "tensors": len(pruned.names), "verified": True}
+    written = write_pruned(pruned, save, to=to, stats=stats, **options)
+    say(f"{save}: {len(pruned.names)} tensors as {to}, {VERIFICATION[written['verified']]}")
+    return results | {"save": str(save), **written}
+
+
+def _check_space(recipe: Recipe, source: Checkpoint, save: Path, *, where: str) -> None:
+    """Refuse a disk without room for the result before hours of calibration; writing looks again, at exact sizes."""
+    from megatron_slim.architecture.table import count_parameters
+    from megatron_slim.files import check_space
+    from megatron_slim.pruning.plan import check_recipe, target_shape
+
+    check_recipe(recipe, source.shape, where=where)
+    layers = range(recipe.target.num_layers or source.shape.num_layers)
+    itemsize = min(dtype.itemsize for dtype in source.dtypes.values())
+    check_space(save, count_parameters(target_shape(recipe, source.shape, tuple(layers))).total * itemsize)
 
 
 def _decide(

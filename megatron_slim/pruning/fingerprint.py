@@ -8,7 +8,7 @@ import json
 
 from megatron_slim.architecture.table import hf_tensors
 from megatron_slim.checkpoint.convert import Checkpoint
-from megatron_slim.checkpoint.safetensors_reader import as_bytes
+from megatron_slim.checkpoint.raw_files import as_bytes
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape, shape_from_hf_config
-from megatron_slim.checkpoint.distributed import HF_DIR
+from megatron_slim.checkpoint.distributed_writer import HF_DIR
 from megatron_slim.checkpoint.huggingface import CONFIG, INDEX, SINGLE, HFCheckpoint, read_config
 from megatron_slim.cli import ToolParser
 from megatron_slim.errors import SlimError

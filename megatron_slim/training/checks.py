@@ -9,7 +9,8 @@ from typing import Any
 from megatron_slim.architecture.parallelism import layout_violations
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import open_checkpoint
-from megatron_slim.checkpoint.distributed import TRACKER, is_torch_dist, iteration_directory
+from megatron_slim.checkpoint.distributed import is_torch_dist, iteration_directory
+from megatron_slim.checkpoint.distributed_writer import TRACKER
 from megatron_slim.data import data_prefix, read_stream
 from megatron_slim.distillation.model import TEACHER_MTP
 from megatron_slim.errors import DataError, SlimError

@@ -25,10 +25,12 @@ from torch import Tensor
 
 from megatron_slim.architecture.layer_specs import build_model, shape_config_fields
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.checkpoint.convert import load_hf_weights, open_checkpoint
-from megatron_slim.checkpoint.distributed import HF_DIR, is_torch_dist
+from megatron_slim.checkpoint.convert import open_checkpoint
+from megatron_slim.checkpoint.distributed import is_torch_dist
+from megatron_slim.checkpoint.distributed_writer import HF_DIR
 from megatron_slim.checkpoint.huggingface import read_config
 from megatron_slim.checkpoint.huggingface_writer import carry_files
+from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.cli import exit_at_once
 from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine
 from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel, HiddenStatesModel

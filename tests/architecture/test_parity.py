@@ -19,7 +19,7 @@ from megatron_slim import device
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
 from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import Weight
-from megatron_slim.checkpoint.convert import load_hf_weights
+from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.layout import from_megatron
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,13 @@ import torch
 
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
 from megatron_slim.architecture.table import weights
-from megatron_slim.checkpoint import convert
-from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes, torch_dist_to_hf
+from megatron_slim.checkpoint.convert import (
+    hf_to_torch_dist,
+    open_checkpoint,
+    same_bytes,
+    torch_dist_to_hf,
+    write_checkpoint,
+)
 from megatron_slim.checkpoint.distributed import DistCheckpoint
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.torch_dist_files import read_metadata
@@ -34,12 +40,12 @@ SHAPES = {
 
 
 def assert_same_tensors(a: Path, b: Path) -> None:
-    first, second = HFCheckpoint.open(a), HFCheckpoint.open(b)
+    first, second = HFCheckpoint.open(a, allow_nonfinite=True), HFCheckpoint.open(b, allow_nonfinite=True)
     assert first.names == second.names
     assert all(same_bytes(first.read(name), second.read(name)) for name in first.names)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("name", SHAPES)
 def test_round_trip_is_byte_equal(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     source = write_tiny_checkpoint(tmp_path / "hf", SHAPES[name], dtype=dtype)
@@ -63,8 +69,10 @@ def test_every_bit_pattern_survives(tmp_path: Path) -> None:
     body = len(content) - start
     content[start:] = (patterns * (body // len(patterns) + 1))[:body]
     file.write_bytes(content)
-    hf_to_torch_dist(source, tmp_path / "torch_dist")
-    torch_dist_to_hf(tmp_path / "torch_dist", tmp_path / "back")
+    with pytest.raises(CheckpointError, match=r"values are NaN or infinite.*--allow-nonfinite"):
+        hf_to_torch_dist(source, tmp_path / "torch_dist")
+    for old, new, to in (("hf", "torch_dist", "torch_dist"), ("torch_dist", "back", "hf")):
+        write_checkpoint(open_checkpoint(tmp_path / old, allow_nonfinite=True), tmp_path / new, to=to)
     assert_same_tensors(source, tmp_path / "back")
 
 
@@ -117,6 +125,19 @@ def test_the_tool_there_and_back(tmp_path: Path, tool: Callable[..., Any]) -> No
     assert_same_tensors(source, tmp_path / "back")
 
 
+def test_types_processes_and_provenance_through_the_tool(tmp_path: Path, tool: Callable[..., Any]) -> None:
+    source = write_tiny_checkpoint(tmp_path / "hf", tiny_shape())
+    made = tool(TOOL, "--load", source, "--save", tmp_path / "out", "--dtype", "float32", "--processes", 2, "--json")
+    assert made.code == 0, made.stderr
+    wide, narrow = open_checkpoint(tmp_path / "out"), HFCheckpoint.open(source)
+    assert all(same_bytes(wide.read(name), narrow.read(name).float()) for name in narrow.names)
+    provenance = json.loads((tmp_path / "out" / "slim_provenance.json").read_text())
+    assert provenance["arguments"]["dtype"] == "float32" and provenance["arguments"]["load"] == str(source)
+    assert provenance["output"]["content"] == made.json["content"]
+    refused = tool(TOOL, "--load", tmp_path / "out", "--save", tmp_path / "x", "--dequantize-fp8")
+    assert "leave --dequantize-fp8 out" in refused.error
+
+
 def _exists(path: Path) -> list[object]:
     (path / "out").mkdir()
     return ["--load", path / "hf", "--save", path / "out"]
@@ -150,12 +171,25 @@ def test_user_errors_are_one_line_and_leave_nothing(
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_nothing_is_left_when_verification_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = write_tiny_checkpoint(tmp_path / "hf", tiny_shape())
-    monkeypatch.setattr(convert, "same_bytes", lambda *_: False)
-    with pytest.raises(CheckpointError, match="differs from its source"):
-        hf_to_torch_dist(source, tmp_path / "out")
-    assert os.listdir(tmp_path) == ["hf"]
+@pytest.mark.parametrize("which", [50, 51, 52])
+@pytest.mark.parametrize("to", ["torch_dist", "hf"])
+def test_what_is_written_wrongly_does_not_appear(
+    tmp_path: Path, good: Path, monkeypatch: pytest.MonkeyPatch, to: str, which: int
+) -> None:
+    """One bit of one write, of data or of what is around them."""
+    pwrite, written = os.pwrite, []
+
+    def flaky(descriptor: int, data: Any, offset: int) -> int:
+        written.append(len(data))
+        if len(written) == which:
+            data = bytes(data[:-1]) + bytes([data[-1] ^ 1])
+        return pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", flaky)
+    with pytest.raises(CheckpointError, match="not what was written when read back"):
+        source = good if to == "hf" else good.parent / "hf"
+        write_checkpoint(open_checkpoint(source), tmp_path / "out", to=to)
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +297,8 @@ def test_pieces_are_those_that_megatron_reads(tmp_path: Path, name: str) -> None
 
 def test_a_full_disk_is_noticed_before_work_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_tiny_checkpoint(tmp_path / "hf", tiny_shape())
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))  # type: ignore[attr-defined]
-    with pytest.raises(CheckpointError, match=r"needs 0\.0 GB"):
+    free = types.SimpleNamespace(f_bavail=10, f_frsize=1)
+    monkeypatch.setattr(os, "statvfs", lambda _: free)
+    with pytest.raises(SlimError, match="needs"):
         hf_to_torch_dist(source, tmp_path / "out")
     assert os.listdir(tmp_path) == ["hf"]

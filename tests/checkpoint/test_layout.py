@@ -11,7 +11,14 @@ from torch import Tensor
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import Weight
-from megatron_slim.checkpoint.layout import from_megatron, label_rows, split_keys, stored_shapes, to_megatron
+from megatron_slim.checkpoint.layout import (
+    from_megatron,
+    rows_in_megatron,
+    runs_of_sources,
+    split_keys,
+    stored_shapes,
+    to_megatron,
+)
 from megatron_slim.testing import random_tensors, tiny_shape
 
 SHAPES = [
@@ -110,10 +117,24 @@ def test_split_keys_tile_the_parameter() -> None:
     assert sum(size[0] for _, size in stored_shapes(weight, shape)) == weight.shape(shape)[0]
 
 
-def test_rows_whose_labels_interleave_are_one_run() -> None:
+def test_tensors_of_an_expert_are_runs_of_its_parameter() -> None:
     shape = tiny_shape()
-    weight = _find(shape, "3.self_attention.linear_qkv.weight")
-    assert label_rows(weight, shape) == [("", slice(0, weight.shape(shape)[0]))]
+    both, down = (_find(shape, f"0.mlp.experts.experts.linear_fc{i}.weight") for i in (1, 2))
+    assert runs_of_sources(both, shape) == [slice(0, 32), slice(32, 64)]
+    assert runs_of_sources(down, shape) == [slice(0, 64)]
+    with pytest.raises(AssertionError, match="not runs of rows"):
+        runs_of_sources(_find(shape, "3.self_attention.linear_qkv.weight"), shape)
+
+
+def test_rows_in_megatron_are_where_conversion_puts_them() -> None:
+    shape = tiny_shape(layer_types=("linear_attention", "full_attention"))
+    for weight in weights(shape):
+        if weight.stacked:
+            continue
+        rows = weight.shape(shape)[0]
+        numbers = torch.arange(rows).reshape(rows, *(1,) * (len(weight.dims) - 1)).expand(weight.shape(shape))
+        for source, tensor in enumerate(from_megatron(weight, shape, numbers).values()):
+            assert rows_in_megatron(weight, shape, source).tolist() == tensor.reshape(len(tensor), -1)[:, 0].tolist()
 
 
 def test_mixed_types_are_refused() -> None:

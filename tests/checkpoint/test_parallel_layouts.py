@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION
-from megatron_slim.checkpoint.convert import hf_to_torch_dist, load_hf_weights, same_bytes, torch_dist_to_hf
+from megatron_slim.checkpoint.convert import hf_to_torch_dist, same_bytes, torch_dist_to_hf
 from megatron_slim.checkpoint.distributed import DistCheckpoint
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkpoint
 
 # (tensor, pipeline, virtual pipeline, expert, expert tensor) parallel sizes on four ranks; the rest is data parallel.

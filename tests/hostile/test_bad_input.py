@@ -25,6 +25,7 @@ CONVERT, EVALUATE, PREPROCESS = "tools/convert_checkpoint.py", "tools/evaluate.p
 SHAPE = tiny_shape(num_layers=2, layer_types=("linear_attention", "full_attention"), max_position_embeddings=32)
 RECIPE = "version: 1\ntarget: {num_layers: 2, hidden_size: 48, num_moe_experts: 4, moe_router_topk: 2}\n"
 MODEL, CONFIG, STATS = "hf/model.safetensors", "hf/config.json", "stats.safetensors"
+O_PROJ = "model.layers.1.self_attn.o_proj.weight"
 OPTIONS = {
     PRUNE: "--load hf --recipe recipe.yaml --calibration-data tokens.npy --save out",
     CALIBRATE: "--load hf --calibration-data tokens.npy --save out.safetensors",
@@ -80,8 +81,12 @@ def drop(*prefixes: str) -> Prepare:
     return weights(lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(prefixes)])
 
 
+def fill(name: str, value: float) -> Prepare:
+    return weights(lambda tensors: tensors[name].fill_(value))
+
+
 def nan(name: str) -> Prepare:
-    return weights(lambda tensors: tensors[name].fill_(float("nan")))
+    return fill(name, float("nan"))
 
 
 def header(change: Callable[[dict[str, Any]], Any], padding: bytes = b"") -> Prepare:
@@ -188,12 +193,16 @@ CHECKPOINTS = {
         steps(tracker("release"), lambda work: (work / "dist/release").mkdir()),
         "no .metadata in this directory",
     ),
-    "NaN in a layer": Case(
-        CALIBRATE, "", nan("model.layers.1.self_attn.o_proj.weight"), "model.layers.1 is not finite"
+    "NaN in calibration": Case(CALIBRATE, "", nan("mtp.fc.weight"), "mtp.fc.weight: 8192 of 8192 values are NaN or"),
+    "NaN in pruning": Case(PRUNE, "", nan(O_PROJ), f"{O_PROJ}: 4096 of 4096 values are NaN or infinite; repair"),
+    "NaN in conversion": Case(CONVERT, "", nan(O_PROJ), f"{O_PROJ}: 4096 of 4096 values are NaN or infinite; repair"),
+    "NaN in evaluation": Case(EVALUATE, "", nan("model.norm.weight"), "model.norm.weight: 64 of 64 values are NaN or"),
+    "overflow in a layer": Case(CALIBRATE, "", fill(O_PROJ, 3e38), "model.layers.1 is not finite"),
+    "overflow in a router": Case(
+        PRUNE, "", fill("model.layers.0.mlp.gate.weight", 3e38), "model.layers.0 is not finite"
     ),
-    "NaN in a router": Case(PRUNE, "", nan("model.layers.0.mlp.gate.weight"), "model.layers.0 is not finite"),
-    "NaN in MTP": Case(CALIBRATE, "", nan("mtp.fc.weight"), "mtp.fc is not finite"),
-    "NaN in evaluation": Case(EVALUATE, "", nan("model.norm.weight"), "not finite"),
+    "overflow in MTP": Case(CALIBRATE, "", fill("mtp.fc.weight", 3e38), "mtp.fc is not finite"),
+    "overflow in evaluation": Case(EVALUATE, "", fill("model.norm.weight", 3e38), "not finite"),
 }
 CONFIGS = {
     "unknown layer type": (config(layer_types=["mamba", "full_attention"]), "unknown layer type 'mamba'"),
@@ -212,7 +221,7 @@ CONFIGS = {
         "num_attention_heads 5 is not a multiple of num_query_groups 2; linear_num_value_heads 4 is not a multiple of "
         "linear_num_key_heads 3; moe_router_topk 9 is larger than num_moe_experts 8",
     ),
-    "NaN": (config(partial_rotary_factor=float("nan")), "partial_rotary_factor nan is not a finite number"),
+    "NaN": (config(partial_rotary_factor=float("nan")), "not readable as JSON (NaN is not a finite number)"),
     "no number": (config(router_aux_loss_coef=None), "router_aux_loss_coef None is not a finite number"),
     "theta 0": (config(rope_theta=0), "rotary_base 0.0 is not above zero"),
     "rope_parameters a list": (config(rope_parameters=[1]), "rope_parameters [1] is not an object"),
@@ -264,8 +273,8 @@ FILES = {
     "no parent of a prefix": Case(PREPROCESS, "--output-prefix no/out", untouched, "parent directory of the output"),
     "parent is a file": Case(CONVERT, "--save text.txt/out", untouched, "parent directory of the output"),
     "long name": Case(CONVERT, "--save " + "o" * 300, untouched, "cannot be written (File name too long)"),
-    "other statistics": Case(PLAN, "", nan("model.norm.weight"), "measured on another checkpoint"),
-    "another plan": Case(PRUNE, BY_PLAN, nan("model.norm.weight"), "made for another checkpoint"),
+    "other statistics": Case(PLAN, "", fill("model.norm.weight", 7), "measured on another checkpoint"),
+    "another plan": Case(PRUNE, BY_PLAN, fill("model.norm.weight", 7), "made for another checkpoint"),
     "torn statistics": Case(PLAN, "", cut(STATS, 50), "stats.safetensors: not readable as safetensors"),
     "weights for statistics": Case(PLAN, "--stats " + MODEL, untouched, "not a file of calibration statistics"),
     "torn plan": Case(PRUNE, BY_PLAN, cut("plan.json", 50), "plan.json: not readable as JSON"),

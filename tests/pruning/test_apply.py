@@ -62,7 +62,7 @@ def test_every_tensor_is_the_slice_that_its_name_says(
 ) -> None:
     plan = plan_for(TARGET, depth=depth, method=method)
     pruned = PrunedCheckpoint(plan, source)
-    tensors = dict(pruned.tensors())
+    tensors = {name: pruned.read(name) for name in pruned.names}
     assert list(tensors) == list(hf_tensors(plan.target_shape))
     merged = 0
     for name, tensor in tensors.items():
@@ -99,7 +99,7 @@ def test_merge_is_the_weighted_mean_rounded_once() -> None:
 
 def test_an_identity_recipe_gives_every_byte_back(source: HFCheckpoint, plan_for: PlanFor, tmp_path: Path) -> None:
     pruned = PrunedCheckpoint(plan_for({}), source)
-    write_pruned(pruned, tmp_path / "out", to="hf", stats=None, copy_files_from=source.path)
+    write_pruned(pruned, tmp_path / "out", to="hf", stats=None)
     written = HFCheckpoint.open(tmp_path / "out")
     assert written.names == source.names
     assert all(same_bytes(written.read(name), source.read(name)) for name in source.names)
@@ -117,10 +117,10 @@ def test_order_of_pruning_and_conversion_does_not_matter(
     assert fingerprint(converted) == fingerprint(source)
     late = PrunedCheckpoint(plan, converted)
     for to in ("hf", "torch_dist"):
-        write_pruned(late, tmp_path / f"late-{to}", to=to, stats=None, copy_files_from=converted.config_path)
+        write_pruned(late, tmp_path / f"late-{to}", to=to, stats=None)
     # convert(prune(x))
     early = PrunedCheckpoint(plan, source)
-    write_pruned(early, tmp_path / "early-hf", to="hf", stats=None, copy_files_from=source.path)
+    write_pruned(early, tmp_path / "early-hf", to="hf", stats=None)
     hf_to_torch_dist(tmp_path / "early-hf", tmp_path / "early-torch_dist")
     torch_dist_to_hf(tmp_path / "late-torch_dist", tmp_path / "back")
     reference = HFCheckpoint.open(tmp_path / "early-hf")
@@ -136,19 +136,3 @@ def test_a_plan_for_another_source_is_refused(source: HFCheckpoint, plan_for: Pl
     other = HFCheckpoint.open(write_tiny_checkpoint(tmp_path / "other", source.shape, seed=1))
     with pytest.raises(SlimError, match="the plan was made for another checkpoint"):
         PrunedCheckpoint(plan_for(TARGET), other)
-
-
-def test_what_is_written_wrongly_does_not_appear(
-    source: HFCheckpoint, plan_for: PlanFor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pruned = PrunedCheckpoint(plan_for(TARGET), source)
-    read, calls = pruned.read, []
-
-    def flaky(name: str) -> Tensor:
-        calls.append(name)
-        return read(name) + (calls.count(name) == 2)
-
-    monkeypatch.setattr(pruned, "read", flaky)
-    with pytest.raises(SlimError, match=r"model\.embed_tokens\.weight differs from the plan after writing"):
-        write_pruned(pruned, tmp_path / "out", to="hf", stats=None, copy_files_from=source.path)
-    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +66,59 @@ def test_one_command_or_three_give_the_same(tool: Tool, source: HFCheckpoint, wo
     assert (work / "by-stats" / "stats.safetensors").read_bytes() == stats.read_bytes()
     assert (work / "out" / "stats.safetensors").read_bytes() == stats.read_bytes()
     assert load_file(stats)["model.layers.0.mlp.experts.reap"].shape == (8,)
+
+
+@pytest.mark.parametrize("to", ["hf", "torch_dist"])
+@pytest.mark.parametrize("format_", ["hf", "torch_dist"])
+def test_how_it_is_written_does_not_change_what(
+    tool: Tool, source: HFCheckpoint, work: Path, plan_for: Callable[..., Any], format_: str, to: str
+) -> None:
+    """Either format into either, in one process or three, verified or not."""
+    plan = plan_for({"num_layers": 5, "hidden_size": 48, "num_moe_experts": 4}, method="partial_preservation")
+    plan.save(work / "plan.json")
+    load = source.path
+    if format_ == "torch_dist":
+        load = work / "dist"
+        hf_to_torch_dist(source.path, load)
+    command = (PRUNE, "--load", load, "--plan", work / "plan.json", "--to", to, "--json")
+    plain = tool(*command, "--save", work / "plain", "--processes", 1)
+    other = tool(*command, "--save", work / "other", "--processes", 3, "--no-verify")
+    assert (plain.code, other.code) == (0, 0), plain.stderr + other.stderr
+    assert "read back and verified" in plain.stderr and "NOT verified" in other.stderr
+    assert (plain.json["verified"], other.json["verified"]) == (True, False)
+    assert plain.json["content"] == other.json["content"]
+    first, second = open_checkpoint(work / "plain"), open_checkpoint(work / "other")
+    assert all(same_bytes(first.read(name), second.read(name)) for name in first.names)
+    provenance = json.loads((work / "other" / "slim_provenance.json").read_text())
+    assert provenance["plan_sha256"] == plan.sha256 and provenance["arguments"]["processes"] == 3
+    assert provenance["source"]["format"] == format_ and provenance["output"]["verified"] is False
+
+
+def test_nonfinite_weights_are_refused_or_taken(
+    tool: Tool, source: HFCheckpoint, work: Path, plan_for: Callable[..., Any]
+) -> None:
+    plan_for({"num_layers": 5}).save(work / "plan.json")
+    shutil.copytree(source.path, work / "broken")
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    entry = source.entries[name]
+    with (work / "broken" / entry.file.name).open("r+b") as stream:
+        stream.seek(entry.offset + 10)
+        stream.write(b"\x80\x7f")  # infinity in bf16
+    command = (PRUNE, "--load", work / "broken", "--plan", work / "plan.json", "--save", work / "out")
+    error = tool(*command).error
+    assert f"{name}: 1 of 2048 values are NaN or infinite" in error and "--allow-nonfinite" in error
+    assert not (work / "out").exists()
+    assert tool(*command, "--allow-nonfinite").code == 0
+    pruned = HFCheckpoint.open(work / "out", allow_nonfinite=True)
+    assert int(torch.isinf(pruned.read(name)).sum()) == 1
+
+
+def test_room_is_looked_for_before_calibration(
+    tool: Tool, source: HFCheckpoint, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda _: types.SimpleNamespace(f_bavail=9, f_frsize=1))
+    monkeypatch.setattr("megatron_slim.pruning.commands._measure", lambda *_: pytest.fail("calibrated"))
+    assert "GB are free; make room" in prune(tool, source, work).error
 
 
 def test_config_of_a_torch_dist_checkpoint_may_be_elsewhere(tool: Tool, source: HFCheckpoint, work: Path) -> None:

@@ -1,0 +1,33 @@
+#!/usr/bin/env python3
+"""Run a tool that believes to have a disk large enough: the benchmark digs its zeros away behind it.
+
+    python benchmarks/roomy.py tools/convert_checkpoint.py --load ... --save ...
+
+Only `os.statvfs` is changed, by which the tools ask how much room there is.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+
+ROOM = 1 << 50  # bytes
+
+
+def pretend() -> None:
+    """Let every file system have a petabyte free."""
+    real = os.statvfs
+
+    def statvfs(path: int | str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> os.statvfs_result:
+        found = real(path)
+        blocks = ROOM // found.f_frsize
+        return os.statvfs_result((*found[:2], blocks, blocks, blocks, *found[5:]))
+
+    os.statvfs = statvfs
+
+
+if __name__ == "__main__":
+    pretend()
+    del sys.argv[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,189 @@
+"""The archives that `torch.save` makes of one tensor: where the data lies in them, and writing them without copying.
+
+An archive is a zip file, not compressed: a pickle that says type, size and strides, then the data, aligned, then a
+directory. All that surrounds the data is the same for all tensors of one type and size, so it is made by `torch.save`
+once and written around the data of every other one; read back, it is parsed once and compared from then on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import torch
+
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip entry: signature, ..., length of the name, length of the padding
+MAX_SMALL_BYTES = 1 << 20  # the description of one tensor takes a few hundred
+
+
+@contextlib.contextmanager
+def no_crc32() -> Iterator[None]:
+    """Leave out the zip checksums of `torch.save`, about half of its time; `torch.load` does not look at them."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What surrounds the data of a tensor: the bytes of the archive before and after."""
+
+    head: bytes
+    tail: bytes
+
+
+def make_frame(shape: tuple[int, ...], dtype: torch.dtype) -> Frame:
+    """What `torch.save` puts around the data of a contiguous tensor."""
+    stream = io.BytesIO()
+    with no_crc32():
+        torch.save(torch.empty(shape, dtype=dtype), stream)
+    archive = stream.getvalue()
+    start = data_offset(io.BytesIO(archive), len(archive), shape, dtype)
+    return Frame(archive[:start], archive[start + math.prod(shape) * dtype.itemsize :])
+
+
+def data_offset(stream: BinaryIO, length: int, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Where the data starts in an archive that holds one contiguous tensor and nothing else.
+
+    Args:
+        stream: the archive.
+        length: its bytes.
+        shape: shape that the tensor must have.
+        dtype: type that it must have.
+
+    Raises:
+        ValueError: it holds something else, or is damaged.
+    """
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        if "byteorder" in entries and _content(stream, entries["byteorder"], length) != b"little":
+            raise ValueError("not little-endian")
+        found = _TensorUnpickler(io.BytesIO(_content(stream, entries["data.pkl"], length))).load()
+        start = _start(stream, entries["data/0"], length)
+    except Exception as error:  # any exception: the bytes are not ours
+        raise ValueError(" ".join(str(error).split())[:120] or type(error).__name__) from None
+    if found != _describe(dtype, math.prod(shape), 0, shape, _contiguous_strides(shape)):
+        raise ValueError(f"not a contiguous tensor of {list(shape)} {str(dtype).removeprefix('torch.')}")
+    if (nbytes := math.prod(shape) * dtype.itemsize) != entries["data/0"].file_size:
+        raise ValueError(f"{entries['data/0'].file_size} bytes for a tensor of {nbytes}")
+    return start
+
+
+def _start(stream: BinaryIO, info: zipfile.ZipInfo, length: int) -> int:
+    """Where the content of an entry starts; what is before and after it must be what belongs there."""
+    name = info.orig_filename.encode()
+    stream.seek(info.header_offset)
+    signature, name_length, padding = LOCAL_HEADER.unpack(stream.read(LOCAL_HEADER.size))
+    start = info.header_offset + LOCAL_HEADER.size + len(name) + int(padding)
+    sound = signature == b"PK\x03\x04" and name_length == len(name) and stream.read(len(name)) == name
+    if not sound or info.compress_type != zipfile.ZIP_STORED or start + info.file_size > length:
+        raise ValueError(f"{info.filename} is damaged")
+    stream.seek(start + info.file_size)
+    if stream.read(4) != b"PK\x07\x08":
+        raise ValueError(f"{info.filename} is damaged")
+    return start
+
+
+def _content(stream: BinaryIO, info: zipfile.ZipInfo, length: int) -> bytes:
+    """A small entry. `zipfile` would insist on its checksum, which is absent where nobody asked torch for it."""
+    if info.file_size > MAX_SMALL_BYTES:
+        raise ValueError(f"{info.filename} of {info.file_size} bytes")
+    stream.seek(_start(stream, info, length))
+    return stream.read(info.file_size)
+
+
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+@dataclass(frozen=True)
+class _Description:
+    """A pickled tensor: what it says of the storage, and how the tensor lies in it."""
+
+    dtype: torch.dtype
+    storage_numel: int
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def _describe(dtype: Any, numel: Any, offset: Any, shape: Any, strides: Any) -> _Description:
+    """Strides of dimensions of one element mean nothing, and are left out."""
+    kept = tuple(stride for extent, stride in zip(shape, strides, strict=True) if extent > 1)
+    return _Description(dtype, numel, offset, tuple(shape), kept)
+
+
+_STORAGES = {
+    "BFloat16Storage": torch.bfloat16,
+    "HalfStorage": torch.float16,
+    "FloatStorage": torch.float32,
+}
+
+
+def _rebuild(storage: tuple[Any, ...], offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any) -> Any:
+    kind, dtype, key, _device, numel = storage
+    if kind != "storage" or key != "0":
+        raise pickle.UnpicklingError("not a plain tensor")
+    return _describe(dtype, numel, offset, shape, strides)
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Reads the description of one tensor, builds nothing and refuses everything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _rebuild
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a tensor")
+
+    def persistent_load(self, pid: Any) -> Any:
+        if not isinstance(pid, tuple) or len(pid) != 5:
+            raise pickle.UnpicklingError("not a storage")
+        return pid
+
+
+class Window(io.RawIOBase):
+    """A part of a file as a file of its own, read-only."""
+
+    def __init__(self, descriptor: int, start: int, length: int) -> None:
+        self._descriptor, self._start, self._length, self._position = descriptor, start, length, 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to a position."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise OSError("a position before the start")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Read on from the position."""
+        view = memoryview(buffer).cast("B")
+        count = max(0, min(len(view), self._length - self._position))
+        content = os.pread(self._descriptor, count, self._start + self._position) if count else b""
+        view[: len(content)] = content
+        self._position += len(content)
+        return len(content)

@@ -1,0 +1,126 @@
+"""Megatron's distributed checkpoints (torch_dist), writing: the directory that ``--load`` takes.
+
+    DIR/latest_checkpointed_iteration.txt   "release"
+    DIR/release/
+        .metadata                           names, shapes, and which bytes of which file hold them
+        metadata.json                       {"sharded_backend": "torch_dist", ...}
+        __0_0.distcp ...                    one torch.save archive after another
+        integrity.json                      SHA-256 of every file, for Megatron's --verify-integrity
+    DIR/hf/                                 config.json and tokenizer of the same model in Hugging Face form
+
+Experts are written one by one, as Megatron does: a rank reads whole pieces, so a single piece for all experts of a
+layer would be read by every rank in full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.checkpoint.huggingface import CONFIG
+from megatron_slim.checkpoint.huggingface_writer import carry_files
+from megatron_slim.checkpoint.layout import from_megatron, runs_of_sources, split_keys, stored_shapes, to_megatron
+from megatron_slim.checkpoint.torch_dist_files import METADATA, Part, Piece, PieceReader, PieceWriter, write_metadata
+from megatron_slim.checkpoint.units import Unit
+from megatron_slim.files import sha256, to_json
+
+TRACKER, HF_DIR, BACKEND, RELEASE = "latest_checkpointed_iteration.txt", "hf", "metadata.json", "release"
+INTEGRITY = "integrity.json"
+COMMON_STATE = "common_state/shard_0_1"  # Megatron's key for all that is not a tensor
+
+
+class TorchDistWriter:
+    """Writes one process's part; see `transfer.Writer`."""
+
+    def __init__(self, directory: Path, shape: ModelShape, number: int = 0) -> None:
+        self._shape = shape
+        self._writer = PieceWriter(directory, number)
+        self._reader = PieceReader(self._writer.frames)
+        self._last: list[Piece] = []
+        if number == 0:
+            self._writer.add_object(COMMON_STATE, [_common_state()])
+
+    def write(self, unit: Unit, tensors: dict[str, Tensor]) -> None:
+        """Write a unit."""
+        shapes = dict(stored_shapes(unit.weight, self._shape))
+        self._last = [
+            self._writer.add(key, shapes[key], offsets, tensor)
+            for key, offsets, tensor in _pieces(unit, self._shape, tensors)
+        ]
+
+    def read(self, unit: Unit) -> dict[str, Tensor]:
+        """Read the unit back that was written last."""
+        rows = [self._reader.read_rows(piece, np.arange(piece.sizes[0])) for piece in self._last]
+        if unit.expert is not None:
+            return {name: row[0] for (name, _), row in zip(unit.tensors, rows, strict=True)}
+        if unit.rows is not None:
+            return {unit.weight.sources[0].name: rows[0]}
+        return from_megatron(unit.weight, self._shape, torch.cat(rows) if len(rows) > 1 else rows[0])
+
+    def finish(self) -> Part:
+        """Close the files."""
+        self._writer.close()
+        return self._writer.part
+
+
+def _pieces(unit: Unit, shape: ModelShape, tensors: dict[str, Tensor]) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+    """Key, offsets and content of every piece of a unit."""
+    key, rest = unit.weight.key, (0,) * (len(unit.weight.dims) - 1)
+    if unit.expert is not None:
+        for run, tensor in zip(runs_of_sources(unit.weight, shape), tensors.values(), strict=True):
+            yield key, (unit.expert, run.start, *rest), tensor.unsqueeze(0)
+    elif unit.rows is not None:
+        (tensor,) = tensors.values()
+        yield key, (unit.rows.start, *rest), tensor
+    else:
+        whole = to_megatron(unit.weight, shape, tensors.__getitem__)
+        for key, rows in split_keys(unit.weight, shape):
+            yield key, (0, *rest), whole[rows]
+
+
+def _common_state() -> dict[str, Any]:
+    content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    return {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": content}
+
+
+def finish_torch_dist(
+    directory: Path, parts: Sequence[Part], config: Mapping[str, Any], copy_files_from: Path | None = None
+) -> None:
+    """Write all that is not weights; afterwards the directory is a checkpoint.
+
+    Args:
+        directory: what ``--load`` takes; its ``release`` holds the weights.
+        parts: what the processes have written.
+        config: the model's config.json, kept in ``hf/``.
+        copy_files_from: directory whose tokenizer and generation files are carried over to ``hf/``.
+    """
+    release = directory / RELEASE
+    hashes = {name: digest for part in parts for name, digest in part.sha256.items()}
+    hashes[METADATA] = sha256(write_metadata(release, parts))
+    backend = to_json({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+    (release / BACKEND).write_text(backend)
+    hashes[BACKEND] = sha256(backend)
+    (release / INTEGRITY).write_text(to_json({"algorithm": "sha256", "files": hashes}))
+    write_hf_files(directory, config, copy_files_from)
+    (directory / TRACKER).write_text(RELEASE)
+
+
+def hf_files(directory: Path | str) -> Path:
+    """Where a Megatron checkpoint directory keeps its model's config.json and tokenizer."""
+    return Path(directory) / HF_DIR
+
+
+def write_hf_files(directory: Path, config: Mapping[str, Any], copy_files_from: Path | None = None) -> Path:
+    """Put config.json and tokenizer files into ``DIR/hf``, where conversion and training look for the model's shape."""
+    hf = hf_files(directory)
+    hf.mkdir(exist_ok=True)
+    (hf / CONFIG).write_text(to_json(config), encoding="utf-8")
+    if copy_files_from is not None and copy_files_from.resolve() != hf.resolve():
+        carry_files(copy_files_from, hf)
+    return hf

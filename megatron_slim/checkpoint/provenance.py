@@ -1,0 +1,55 @@
+"""``slim_provenance.json``: what a checkpoint was made of, and how."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from megatron_slim import __version__
+from megatron_slim.checkpoint.distributed import is_torch_dist
+from megatron_slim.checkpoint.huggingface import CONFIG
+from megatron_slim.checkpoint.units import Source
+from megatron_slim.errors import SlimError
+from megatron_slim.files import read_json, sha256
+
+PROVENANCE = "slim_provenance.json"
+_PACKAGES = ("torch", "megatron-core", "numpy", "transformers")
+
+
+def describe_source(source: Source) -> dict[str, Any]:
+    """Where a checkpoint came from; its own provenance too, if it has one."""
+    described: dict[str, Any] = {
+        "path": str(source.path.absolute()),
+        "format": "torch_dist" if is_torch_dist(source.path) else "hf",
+        "config_sha256": sha256((source.config_path / CONFIG).read_bytes()),
+    }
+    for directory in (source.path, source.path.parent):
+        if (file := directory / PROVENANCE).is_file():
+            try:
+                described["provenance"] = read_json(file)
+            except SlimError as error:
+                described["provenance"] = f"not readable: {error}"
+            break
+    return described
+
+
+def software(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Command line, versions and time."""
+    versions = {"megatron_slim": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "arguments": {name: _plain(value) for name, value in (arguments or {}).items()},
+        "versions": versions,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -1,0 +1,187 @@
+"""Streaming a checkpoint into another: unit by unit, each read back at once, in one process or several."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import multiprocessing
+import os
+import signal
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from megatron_slim.checkpoint.units import Source, Unit
+from megatron_slim.cli import byte_progress
+from megatron_slim.errors import CheckpointError, SlimError
+
+T = TypeVar("T")
+BYTES_PER_PROCESS = 2_000_000_000  # below that, another process costs more than it brings
+MOST_PROCESSES = 8  # more only without being asked: disks are saturated by then
+REPORT_BYTES = 16 << 20
+
+
+class Writer(Protocol):
+    """One process's part of the checkpoint that is being written."""
+
+    def write(self, unit: Unit, tensors: dict[str, Tensor]) -> None:
+        """Write a unit."""
+
+    def read(self, unit: Unit) -> dict[str, Tensor]:
+        """Read a unit back from the files."""
+
+    def finish(self) -> Any:
+        """Close the files; returns what the others must know (it is pickled)."""
+
+
+def default_processes(nbytes: int) -> int:
+    """How many processes write a checkpoint of this size if nobody says."""
+    return max(1, min(len(os.sched_getaffinity(0)), MOST_PROCESSES, nbytes // BYTES_PER_PROCESS))
+
+
+def transfer(
+    source: Source,
+    writer: Callable[[int], Writer],
+    units: Sequence[Unit],
+    *,
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+    processes: int | None = None,
+    where: str = "",
+) -> tuple[list[Any], str]:
+    """Read every unit from ``source`` and write it.
+
+    Args:
+        source: where the tensors come from.
+        writer: makes the writer of a part, by number; called in the process that writes it.
+        units: what to write.
+        dtype: cast every tensor.
+        verify: read every unit back and compare it with what was read from the source.
+        processes: how many, each with its own contiguous part; None chooses by size and cores.
+        where: name of the target, for errors.
+
+    Returns:
+        What the writers gave on finishing, in order, and the digest of all content, which depends on tensors alone.
+
+    Raises:
+        CheckpointError: a unit differs when read back.
+    """
+    total = sum(unit.nbytes for unit in units)
+    parts = split(units, processes or default_processes(total))
+
+    def run(number: int, advance: Callable[[int], None]) -> tuple[Any, list[str]]:
+        part = writer(number)
+        digests = []
+        for unit in parts[number]:
+            tensors = unit.read(source, dtype)
+            digests.append(unit.digest(tensors))
+            part.write(unit, tensors)
+            if verify and unit.digest(part.read(unit)) != digests[-1]:
+                what = f"{', '.join(tensors)}: not what was written when read back"
+                raise CheckpointError(what, where=where, fix="check disk and memory")
+            advance(unit.nbytes)
+        return part.finish(), digests
+
+    with byte_progress("writing", total) as advance:
+        if len(parts) == 1:
+            outcomes = [run(0, advance)]
+        else:
+            outcomes = _in_processes(run, len(parts), advance)
+    digest = hashlib.sha256("".join(line for _, lines in outcomes for line in lines).encode()).hexdigest()
+    return [outcome for outcome, _ in outcomes], digest
+
+
+def split(units: Sequence[Unit], parts: int) -> list[Sequence[Unit]]:
+    """Contiguous parts of about the same number of bytes, none empty."""
+    total, done, found = sum(unit.nbytes for unit in units), 0, [0]
+    for index, unit in enumerate(units):
+        if done >= total * len(found) / parts and index > found[-1]:
+            found.append(index)
+        done += unit.nbytes
+    return [units[start:stop] for start, stop in zip(found, [*found[1:], len(units)], strict=True)]
+
+
+def _in_processes(
+    run: Callable[[int, Callable[[int], None]], T], count: int, advance: Callable[[int], None]
+) -> list[T]:
+    """Run ``run(number, advance)`` in forked processes; the first failure ends all.
+
+    Forked, as torch's data loader forks its workers: they share what has been imported and every header that has been
+    read, and start at once. They compute with one thread each, so nothing that a fork loses is needed.
+    """
+    context = multiprocessing.get_context("fork")
+    with contextlib.ExitStack() as stack:
+        workers: list[BaseProcess] = []
+        stack.callback(_end, workers)
+        pipes: list[Connection] = []
+        for number in range(count):
+            ours, theirs = context.Pipe(duplex=False)
+            worker = context.Process(target=_work, args=(run, number, theirs, os.getpid()), daemon=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads; see above
+                worker.start()
+            theirs.close()
+            workers.append(worker)
+            pipes.append(ours)
+        return list(_outcomes(pipes, advance))
+
+
+def _outcomes(pipes: list[Connection], advance: Callable[[int], None]) -> Iterator[Any]:
+    found: dict[Connection, Any] = {}
+    while len(found) < len(pipes):
+        for pipe in wait([pipe for pipe in pipes if pipe not in found]):
+            assert isinstance(pipe, Connection)
+            try:
+                kind, value = pipe.recv()
+            except EOFError:
+                raise SlimError("a writing process was killed", fix="is there enough memory?") from None
+            if kind == "progress":
+                advance(value)
+            elif kind == "done":
+                found[pipe] = value
+            elif isinstance(value, Exception):
+                raise value
+            else:
+                raise RuntimeError(f"a writing process failed:\n{value}")
+    return (found[pipe] for pipe in pipes)
+
+
+def _work(run: Callable[[int, Callable[[int], None]], Any], number: int, pipe: Connection, parent: int) -> None:
+    """Body of a process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends us
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    waiting = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal waiting
+        waiting += nbytes
+        if os.getppid() != parent:
+            os._exit(1)
+        if waiting >= REPORT_BYTES:
+            pipe.send(("progress", waiting))
+            waiting = 0
+
+    try:
+        message: tuple[str, Any] = ("done", run(number, advance))
+        pipe.send(("progress", waiting))
+    except SlimError as error:
+        message = ("failed", SlimError(str(error)))
+    except OSError as error:
+        message = ("failed", error)
+    except BaseException:
+        message = ("failed", traceback.format_exc())
+    pipe.send(message)
+
+
+def _end(workers: list[BaseProcess]) -> None:
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+        worker.join()

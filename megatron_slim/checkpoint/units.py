@@ -1,0 +1,100 @@
+"""The units in which a checkpoint is streamed: a parameter, one expert of one, or some rows of a large one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.architecture.table import weights
+from megatron_slim.architecture.weight import HFTensor, Weight
+from megatron_slim.checkpoint.layout import is_copy
+from megatron_slim.checkpoint.raw_files import as_bytes
+
+UNIT_BYTES = 64 << 20
+
+
+class Source(Protocol):
+    """A checkpoint that gives Hugging Face tensors by name: one on disk, or one that is made as it is read."""
+
+    path: Path
+    config_path: Path
+    config: dict[str, Any]
+    shape: ModelShape
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """Type of every tensor."""
+
+    def read_rows(self, name: str, dim0_index: Any = None, dim1_index: Any = None) -> Tensor:
+        """Rows and columns of one tensor, in the order given; None for all."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is read, written and verified in one go.
+
+    Attributes:
+        weight: row of the architecture table.
+        expert: of a stacked parameter, the one expert that this unit holds.
+        rows: of a parameter that is copied as it is, the rows (dim 0) that this unit holds; None for all.
+        nbytes: its size.
+    """
+
+    weight: Weight
+    expert: int | None
+    rows: slice | None
+    nbytes: int
+
+    @property
+    def tensors(self) -> Iterator[tuple[str, HFTensor]]:
+        """Its Hugging Face tensors by name."""
+        for tensor in self.weight.sources:
+            yield tensor.name if self.expert is None else tensor.name.format(expert=self.expert), tensor
+
+    def read(self, source: Source, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Read it, cast to ``dtype`` if one is given."""
+        index = None if self.rows is None else np.arange(self.rows.start, self.rows.stop)
+        found = {name: source.read_rows(name, index) for name, _ in self.tensors}
+        return found if dtype is None else {name: tensor.to(dtype) for name, tensor in found.items()}
+
+    def digest(self, tensors: Mapping[str, Tensor]) -> str:
+        """Hash of names, types, shapes and bytes; the same in every format of checkpoint."""
+        first = 0 if self.rows is None else self.rows.start
+        found = []
+        for name, tensor in tensors.items():
+            content = xxhash.xxh3_128_hexdigest(as_bytes(tensor.contiguous()))
+            found.append(f"{name} {first} {list(tensor.shape)} {tensor.dtype} {content}\n")
+        return "".join(found)
+
+
+def units(shape: ModelShape, dtypes: Mapping[str, torch.dtype]) -> Iterator[Unit]:
+    """All units of a model, in the order of the table."""
+    for weight in weights(shape):
+        itemsize = max(dtypes[name].itemsize for name in _names(weight))
+        if weight.stacked:
+            nbytes = weight.numel(shape) // shape.num_moe_experts * itemsize
+            yield from (Unit(weight, expert, None, nbytes) for expert in range(shape.num_moe_experts))
+            continue
+        nbytes = weight.numel(shape) * itemsize
+        if nbytes <= UNIT_BYTES or weight.split or not is_copy(weight):
+            yield Unit(weight, None, None, nbytes)
+            continue
+        extent = weight.shape(shape)[0]
+        row_bytes = nbytes // extent
+        step = max(1, UNIT_BYTES // row_bytes)
+        for start in range(0, extent, step):
+            rows = slice(start, min(start + step, extent))
+            yield Unit(weight, None, rows, (rows.stop - rows.start) * row_bytes)
+
+
+def _names(weight: Weight) -> Iterator[str]:
+    """Names of its tensors; of a stacked parameter, of the first expert's."""
+    return (tensor.name.format(expert=0) if weight.stacked else tensor.name for tensor in weight.sources)
