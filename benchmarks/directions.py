@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.models import bytes_of_plan, read_config, write_recipe, write_statistics
+from benchmarks.models import bytes_of_plan, model_bytes, read_config, shape_of, write_recipe, write_statistics
 from benchmarks.processes import ROOT, Run, StartUp, python, run, start_up
-from benchmarks.storage import bytes_of, drop_cache, files_of, fill_cache, raw_read, raw_write
+from benchmarks.storage import drop_cache, files_of, fill_cache, raw_read, raw_write
 from megatron_slim.cli import say
 
 HF, TORCH_DIST = "hf", "torch_dist"
@@ -51,7 +51,7 @@ class Measured:
 
     Attributes:
         runs: by direction (or ``load_all``) and whether it verified.
-        sampled: the same commands with their memory watched, one run each.
+        sampled: the same commands, verifying, with their memory watched, one run each.
         load_all_seconds: from the first read to the end of the save.
         reads: raw reads, seconds by bytes and threads.
         writes: raw writes, seconds by bytes and threads.
@@ -61,7 +61,7 @@ class Measured:
     """
 
     runs: dict[tuple[str, bool], list[Run]] = field(default_factory=lambda: defaultdict(list))
-    sampled: dict[tuple[str, bool], Run] = field(default_factory=dict)
+    sampled: dict[str, Run] = field(default_factory=dict)
     load_all_seconds: list[float] = field(default_factory=list)
     reads: dict[tuple[int, int], list[float]] = field(default_factory=lambda: defaultdict(list))
     writes: dict[tuple[int, int], list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -84,7 +84,8 @@ class _Bench:
         """What the wanted directions need: the model as torch_dist, a plan that prunes depth, width and experts."""
         hf, stats, recipe = self.sources[HF], self.work / "stats.safetensors", self.work / "recipe.yaml"
         wanted = [DIRECTIONS[name] for name in self.args.only]
-        whole = pruned = (bytes_of(hf), bytes_of(hf))
+        nbytes = model_bytes(shape_of(read_config(hf)))
+        whole = pruned = (nbytes, nbytes)
         if any(direction.source == TORCH_DIST for direction in wanted):
             run(_tool("convert_checkpoint", hf, self.sources[TORCH_DIST]))
         if any(direction.tool == PRUNE for direction in wanted):
@@ -132,9 +133,11 @@ def measure(source: Path, work: Path, args: argparse.Namespace) -> Measured:
     bench = _Bench(source, work, args)
     bench.prepare()
     for name, verify in bench.commands():
-        say(f"memory of {name}{'' if verify or name == LOAD_ALL else ' --no-verify'}")
+        if not verify and name != LOAD_ALL:
+            continue
+        say(f"memory of {name}")
         bench.settle(bench.source_of(name))
-        bench.found.sampled[name, verify] = run(bench.command(name, verify), sample_seconds=SAMPLE_SECONDS)
+        bench.found.sampled[name] = run(bench.command(name, verify), sample_seconds=SAMPLE_SECONDS)
         if name == LOAD_ALL:
             _check_opens(bench)
         shutil.rmtree(bench.out)

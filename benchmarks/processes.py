@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -53,7 +54,8 @@ def run(
 
     Args:
         command: the program and its arguments.
-        sample_seconds: look at its memory this often, which takes a core some 30 ms a GB; None does not.
+        sample_seconds: look at its memory this often, or less often where a look (30 ms a GB) would take a core more
+            than a quarter of its time; None does not look.
         beside: called again and again until the command has ended; an exception from it ends the command.
 
     Raises:
@@ -65,17 +67,18 @@ def run(
         process = subprocess.Popen(command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=environment)
         with _reaped(process), contextlib.ExitStack() as watchers:
             if sample_seconds is not None:
-                watchers.enter_context(_repeated(lambda: _keep_largest(peak, process.pid), sample_seconds, process))
+                look = functools.partial(_keep_largest, peak, process.pid)
+                watchers.enter_context(_repeated(look, sample_seconds, process, rest=3.0))
             if beside is not None:
                 watchers.enter_context(_repeated(beside, BESIDE_SECONDS, process))
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
             seconds = time.monotonic() - started
             # Not reaped yet: its counters are still there, those of the children that it waited for added.
-            counters = _fields(Path(f"/proc/{process.pid}/io"))
+            read_bytes = counters(process.pid)["rchar"]
         texts = [_text(stream) for stream in (out, err)]
     if process.returncode != 0:
         raise SlimError(f"exit code {process.returncode} of {' '.join(command)}: {texts[1].strip()[-2000:]}")
-    return Run(seconds, texts[0], counters["rchar"], peak[0])
+    return Run(seconds, texts[0], read_bytes, peak[0])
 
 
 @contextlib.contextmanager
@@ -98,14 +101,26 @@ def _kill_tree(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def _repeated(work: Callable[[], None], interval: float, process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Do something every so often in a thread while a process runs; when that fails, end the process."""
+def _repeated(
+    work: Callable[[], None], interval: float, process: subprocess.Popen[bytes], *, rest: float = 0.0
+) -> Iterator[None]:
+    """Do something every so often in a thread while a process runs; when that fails, end the process.
+
+    Args:
+        work: what to do.
+        interval: seconds between the end of one time and the next, at least.
+        process: what to end.
+        rest: the same, as a multiple of what the last time took.
+    """
     stop, failures = threading.Event(), list[Exception]()
 
     def loop() -> None:
+        pause = interval
         try:
-            while not stop.wait(interval):
+            while not stop.wait(pause):
+                started = time.monotonic()
                 work()
+                pause = max(interval, rest * (time.monotonic() - started))
         except Exception as error:
             failures.append(error)
             _kill_tree(process)
@@ -122,34 +137,46 @@ def _repeated(work: Callable[[], None], interval: float, process: subprocess.Pop
 
 
 def _keep_largest(peak: list[int], pid: int) -> None:
-    peak[0] = max(peak[0], tree_anonymous(pid))
+    peak[0] = max(peak[0], tree_anonymous(pid, above=peak[0]))
 
 
-def tree_anonymous(pid: int) -> int:
-    """Bytes of anonymous memory of a process and its children, pages that a fork shares counted once."""
+def tree_anonymous(pid: int, *, above: int = 0) -> int:
+    """Bytes of anonymous memory of a process and its children, pages that a fork shares counted once.
+
+    Args:
+        pid: the process.
+        above: say 0 where a glance shows that it is no more than this: counting shared pages takes far longer.
+    """
     try:
         process = psutil.Process(pid)
         tree = [pid, *(child.pid for child in process.children(recursive=True))]
     except psutil.NoSuchProcess:
         return 0
-    return sum(_anonymous(member) for member in tree)
-
-
-def _anonymous(pid: int) -> int:
-    """Proportional share of anonymous pages where the kernel tells it, else all resident ones; 0 once it is gone."""
-    try:
-        found = _fields(Path(f"/proc/{pid}/smaps_rollup"))
-        if "Pss_Anon" not in found:
-            found = {"Pss_Anon": _fields(Path(f"/proc/{pid}/status"))["RssAnon"]}
-    except (OSError, KeyError):
+    resident = {member: _kilobytes(member, "status", "RssAnon") or 0 for member in tree}
+    if sum(resident.values()) * 1024 <= above:
         return 0
-    return found["Pss_Anon"] * 1024
+    proportional = {member: _kilobytes(member, "smaps_rollup", "Pss_Anon") for member in tree}
+    return 1024 * sum(resident[member] if size is None else size for member, size in proportional.items())
+
+
+def _kilobytes(pid: int, file: str, field: str) -> int | None:
+    """A field of a file in /proc; None where there is none, because the process is gone or the kernel old."""
+    try:
+        return _fields(Path(f"/proc/{pid}/{file}")).get(field)
+    except OSError:
+        return None
+
+
+def counters(pid: int) -> Mapping[str, int]:
+    """What a process, and those of its children that it has waited for, have read and written; see proc(5)."""
+    return _fields(Path(f"/proc/{pid}/io"))
 
 
 def _fields(file: Path) -> Mapping[str, int]:
     """``name: number`` lines of a file in /proc."""
-    lines = (line.split() for line in file.read_text().splitlines())
-    return {words[0][:-1]: int(words[1]) for words in lines if words[0].endswith(":") and words[1].isdecimal()}
+    lines = (line.partition(":") for line in file.read_text().splitlines())
+    numbers = {name: rest.split()[0] for name, _, rest in lines if rest.strip()}
+    return {name: int(number) for name, number in numbers.items() if number.isdecimal()}
 
 
 def _text(stream: object) -> str:

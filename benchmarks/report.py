@@ -15,6 +15,7 @@ import psutil
 
 from benchmarks.directions import DIRECTIONS, LOAD_ALL, Measured
 from benchmarks.models import largest_layer_group, model_bytes
+from benchmarks.processes import Run
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import hf_tensors
 
@@ -27,7 +28,7 @@ def summarise(measured: Measured, shape: ModelShape, args: argparse.Namespace) -
     directions = {name: _direction(name, measured, nbytes) for name in args.only}
     verified = [entry["verified"] for entry in directions.values()]
     results = {
-        "peak_memory_fraction": max(entry["peak_memory_fraction"] for entry in verified),
+        "peak_memory_fraction": max(entry["peak_memory_fraction"] for entry in directions.values()),
         "wall_over_raw_io": max(entry["over_raw_io"] for entry in verified),
         "wall_over_raw_io_with_imports": max(entry["over_raw_io_with_imports"] for entry in verified),
         **_load_all(measured, directions, nbytes),
@@ -66,15 +67,14 @@ def _direction(name: str, measured: Measured, nbytes: int) -> dict[str, Any]:
         "raw_read": read,
         "raw_write": write,
         "raw_io_seconds": raw,
-        **{
-            key: _runs(name, verify, measured, nbytes, raw, start)
-            for key, verify in (("verified", True), ("unverified", False))
-        },
+        "peak_anonymous_bytes": measured.sampled[name].peak_anonymous,
+        "peak_memory_fraction": measured.sampled[name].peak_anonymous / nbytes,
+        "verified": _runs(measured.runs[name, True], raw, start),
+        "unverified": _runs(measured.runs[name, False], raw, start),
     }
 
 
-def _runs(name: str, verify: bool, measured: Measured, nbytes: int, raw: float, start: float) -> dict[str, Any]:
-    samples, watched = measured.runs[name, verify], measured.sampled[name, verify]
+def _runs(samples: list[Run], raw: float, start: float) -> dict[str, Any]:
     seconds = _median(each.seconds for each in samples)
     return {
         "seconds": seconds - start,
@@ -82,9 +82,7 @@ def _runs(name: str, verify: bool, measured: Measured, nbytes: int, raw: float, 
         "samples_with_imports": [each.seconds for each in samples],
         "over_raw_io": (seconds - start) / raw,
         "over_raw_io_with_imports": seconds / raw,
-        "bytes_read": watched.read_bytes,
-        "peak_anonymous_bytes": watched.peak_anonymous,
-        "peak_memory_fraction": watched.peak_anonymous / nbytes,
+        "bytes_read": samples[0].read_bytes,
     }
 
 
@@ -101,7 +99,7 @@ def _load_all(measured: Measured, directions: dict[str, Any], nbytes: int) -> di
         return {}
     seconds = _median(measured.load_all_seconds)
     whole = _median(each.seconds for each in measured.runs[LOAD_ALL, False])
-    peak = measured.sampled[LOAD_ALL, False].peak_anonymous
+    peak = measured.sampled[LOAD_ALL].peak_anonymous
     found: dict[str, Any] = {
         "load_all": {
             "seconds": seconds,
@@ -155,8 +153,8 @@ def print_table(results: dict[str, Any]) -> None:
             f"{verified['over_raw_io']:.2f}",
             f"{quick['seconds']:.2f}",
             f"{quick['over_raw_io']:.2f}",
-            f"{verified['peak_anonymous_bytes'] / 1e6:.0f}",
-            f"{verified['peak_memory_fraction']:.1%}",
+            f"{entry['peak_anonymous_bytes'] / 1e6:.0f}",
+            f"{entry['peak_memory_fraction']:.1%}",
         )
     if other := results.get(LOAD_ALL):
         peak = (f"{other['peak_anonymous_bytes'] / 1e6:.0f}", f"{other['peak_memory_fraction']:.1%}")

@@ -19,22 +19,24 @@ import psutil
 import torch
 from torch import Tensor
 
-from megatron_slim.architecture.shape import ModelShape, layer_pattern, shape_to_hf_config
+from megatron_slim.architecture.shape import FAMILIES, ModelShape, lacking, layer_pattern, shape_to_hf_config
 from megatron_slim.architecture.table import hf_tensors
 from megatron_slim.checkpoint.huggingface_writer import specs_of, write_hf_checkpoint
 from megatron_slim.cli import exit_at_once
 
 
-def tiny_shape(**overrides: Any) -> ModelShape:
-    """A model of 4 layers (3 linear, 1 full attention) and one MTP block; sizes by keyword.
+def tiny_shape(model_type: str = "qwen3_next", **overrides: Any) -> ModelShape:
+    """A model of 4 layers, and of one MTP block where the family has it; sizes by keyword.
 
-    ``layer_types`` follows ``num_layers`` unless it is given. Expert strides stay multiples of 16 bytes in bf16,
-    which transformers' grouped matmul needs.
+    ``layer_types`` follows ``num_layers`` unless it is given: the family's period, which for Qwen3-Next is 3 linear
+    and 1 full attention. Expert strides stay multiples of 16 bytes in bf16, which transformers' grouped matmul needs.
     """
+    family = FAMILIES[model_type]
     layers = overrides.get("num_layers", len(overrides.get("layer_types", range(4))))
     sizes: dict[str, Any] = {
+        "model_type": model_type,
         "num_layers": layers,
-        "layer_types": layer_pattern(layers, 4),
+        "layer_types": layer_pattern(layers, family.full_attention_interval),
         "hidden_size": 64,
         "vocab_size": 128,
         "num_attention_heads": 4,
@@ -49,22 +51,22 @@ def tiny_shape(**overrides: Any) -> ModelShape:
         "moe_router_topk": 2,
         "moe_ffn_hidden_size": 32,
         "moe_shared_expert_intermediate_size": 32,
-        "mtp_num_layers": 1,
+        "mtp_num_layers": int(bool(family.mtp_rows)),
         "rotary_base": 10000.0,
         "rotary_percent": 0.25,
         "max_position_embeddings": 512,
         "layernorm_epsilon": 1e-6,
         "norm_topk_prob": True,
     }
-    shape = ModelShape(**{**sizes, **overrides})
+    shape = ModelShape(**{**sizes, **lacking(family), **overrides})
     shape.validate()
     return shape
 
 
 def tiny_hf_config(shape: ModelShape) -> dict[str, Any]:
-    """config.json of a model of this shape, with the keys of the published one."""
+    """config.json of a model of this shape, with the keys of the published ones."""
     base = {
-        "architectures": ["Qwen3NextForCausalLM"],
+        "architectures": [shape.family.architecture],
         "attention_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": 0,
@@ -84,22 +86,21 @@ def tiny_hf_config(shape: ModelShape) -> dict[str, Any]:
     return shape_to_hf_config(shape, base)
 
 
-def _random_tensor(name: str, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _random_tensor(name: str, size: tuple[int, ...], generator: torch.Generator, *, zero_centered: bool) -> Tensor:
     if name.endswith("A_log"):
         return torch.empty(size).uniform_(1, 16, generator=generator).log()
     noise = torch.randn(size, generator=generator)
-    if name.endswith(("linear_attn.norm.weight", "dt_bias")):
-        return 1 + 0.1 * noise
     if len(size) == 1:
-        return 0.1 * noise
+        around_one = not zero_centered or name.endswith(("linear_attn.norm.weight", "dt_bias"))
+        return around_one + 0.1 * noise
     return 0.2 * noise if "conv1d" in name else 0.05 * noise
 
 
 def random_tensors(shape: ModelShape, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """Random weights of plausible scale under their Hugging Face names."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, zero_centered = torch.Generator().manual_seed(seed), shape.family.zero_centered_norms
     return {
-        name: _random_tensor(name, tensor.shape(shape), generator).to(dtype)
+        name: _random_tensor(name, tensor.shape(shape), generator, zero_centered=zero_centered).to(dtype)
         for name, tensor in hf_tensors(shape).items()
     }
 

@@ -43,6 +43,7 @@ INSTANT = (
 HEAVY = ("torch", "transformers", "megatron", "nltk", "sentencepiece", "matplotlib")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py")) + sorted((ROOT / "examples").rglob("*.py"))
+TOOLS += [ROOT / "benchmarks" / name for name in ("convert.py", "convert_80b.py", "load_all.py")]
 
 
 def part_of(path: Path) -> str:

@@ -29,6 +29,7 @@ experts: {method: partial_preservation,  # prune | merge | partial_preservation
 def teacher(**changes: object) -> ModelShape:
     """Qwen3-Next-80A3B."""
     sizes: dict[str, object] = {
+        "model_type": "qwen3_next",
         "num_layers": 48,
         "hidden_size": 2048,
         "vocab_size": 151936,

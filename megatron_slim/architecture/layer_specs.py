@@ -1,4 +1,4 @@
-"""Qwen3-Next as a Megatron-Core `GPTModel`: its config, its module specs and the model.
+"""A model as a Megatron-Core `GPTModel`: its config, its module specs and the model.
 
 One set of specs serves both backends: Transformer Engine on a GPU, Megatron's own layers with the modules of
 `local_modules` elsewhere. Their parameters have the same names, those of the architecture table.
@@ -44,6 +44,7 @@ def shape_config_fields(shape: ModelShape) -> dict[str, Any]:
     """
     if shape.norm_topk_prob and shape.moe_router_topk == 1:
         raise ShapeError(["moe_router_topk 1 with norm_topk_prob leaves the router without a gradient"])
+    family = shape.family
     return {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
@@ -54,31 +55,38 @@ def shape_config_fields(shape: ModelShape) -> dict[str, Any]:
         "kv_channels": shape.kv_channels,
         "normalization": "RMSNorm",
         "layernorm_epsilon": shape.layernorm_epsilon,
-        "layernorm_zero_centered_gamma": True,
+        "layernorm_zero_centered_gamma": family.zero_centered_norms,
         "qk_layernorm": True,
-        "attention_output_gate": True,
+        "attention_output_gate": family.attention_output_gate,
         "add_bias_linear": False,
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "experimental_attention_variant": "gated_delta_net",
-        "linear_attention_freq": [int(kind == LINEAR_ATTENTION) for kind in shape.layer_types],
-        "linear_conv_kernel_dim": shape.linear_conv_kernel_dim,
-        "linear_key_head_dim": shape.linear_key_head_dim,
-        "linear_value_head_dim": shape.linear_value_head_dim,
-        "linear_num_key_heads": shape.linear_num_key_heads,
-        "linear_num_value_heads": shape.linear_num_value_heads,
+        **_linear_attention_fields(shape),
         "num_moe_experts": shape.num_moe_experts,
         "moe_router_topk": shape.moe_router_topk,
         "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
-        "moe_shared_expert_intermediate_size": shape.moe_shared_expert_intermediate_size,
-        "moe_shared_expert_gate": True,
+        "moe_shared_expert_intermediate_size": shape.moe_shared_expert_intermediate_size or None,
+        "moe_shared_expert_gate": shape.moe_shared_expert_intermediate_size > 0,
         "moe_router_score_function": "softmax",
         # Softmax over the top-k logits is the softmax over all of them, renormalised over the top-k.
         "moe_router_pre_softmax": not shape.norm_topk_prob,
         "moe_aux_loss_coeff": shape.router_aux_loss_coef,
         "mtp_num_layers": shape.mtp_num_layers or None,
+        # A checkpoint names every layer's weights apart, which Megatron by itself does only where layers differ.
+        "hetereogenous_dist_checkpoint": True,
+    }
+
+
+def _linear_attention_fields(shape: ModelShape) -> dict[str, Any]:
+    linear = LINEAR_ATTENTION in shape.family.attention_rows
+    pattern = [int(kind == LINEAR_ATTENTION) for kind in shape.layer_types]
+    sizes = ("conv_kernel_dim", "key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads")
+    return {
+        "experimental_attention_variant": "gated_delta_net" if linear else None,
+        "linear_attention_freq": pattern if linear else None,
+        **{f"linear_{size}": getattr(shape, f"linear_{size}") or None for size in sizes},
     }
 
 
@@ -145,7 +153,7 @@ def _linear_attention(backend: BackendSpecProvider) -> ModuleSpec:
 
 
 def layer_spec(kind: str, config: TransformerConfig) -> ModuleSpec:
-    """Spec of one transformer layer of type ``kind``: gated attention or Gated DeltaNet, then the MoE."""
+    """Spec of one transformer layer of type ``kind``: attention or Gated DeltaNet, then the MoE."""
     backend = backend_for(config)
     return ModuleSpec(
         module=TransformerLayer,

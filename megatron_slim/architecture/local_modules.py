@@ -59,7 +59,7 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
 
 
 class LocalBackend(LocalSpecProvider):
-    """Megatron-Core's local backend with the norms that Qwen3-Next needs."""
+    """Megatron-Core's local backend with norms that may be zero-centred."""
 
     def fuse_layernorm_and_linear(self) -> bool:
         """Yes: `column_parallel_layer_norm_linear`."""
@@ -70,5 +70,5 @@ class LocalBackend(LocalSpecProvider):
         return LayerNormColumnParallelLinear
 
     def layer_norm(self, rms_norm: bool = True, for_qk: bool = False, has_residual: bool = False) -> LayerNormBuilder:
-        """The one norm of this architecture."""
+        """The one norm of these models."""
         return RMSNorm

@@ -1,54 +1,33 @@
-"""The rows of Qwen3-Next: every tensor once, with both its names, its axes and its layout."""
+"""Qwen3-Next: Gated DeltaNet and gated full attention, routed experts and a shared one, an MTP block."""
 
 from __future__ import annotations
 
 from megatron_slim.architecture.axes import concat, label, product
+from megatron_slim.architecture.family import COMMON_ACCEPTED, COMMON_KEYS, FULL_ATTENTION, LINEAR_ATTENTION, Family
+from megatron_slim.architecture.rows import EMBEDDING_ROWS, HEAD_ROWS, ROUTED_MOE_ROWS, attention_rows
 from megatron_slim.architecture.weight import HFTensor, Weight, copied, gated_mlp
 
-_QUERY_HEADS = product("kv_group", "query_per_group", "head_dim")
 _KEY_HEADS = product("gdn_key_head", "gdn_key_dim")
 _VALUE_HEADS = product("gdn_key_head", "gdn_value_per_key", "gdn_value_dim")
 _HEAD_SCALARS = product("gdn_key_head", "gdn_value_per_key")
 _GDN_QKV = (label("query", _KEY_HEADS), label("key", _KEY_HEADS), label("value", _VALUE_HEADS))
 
+_QUERIES, _GATES = (product("query_per_group", label(name, "head_dim")) for name in ("query", "gate"))
+_QUERY_AND_GATE = concat(label("query", "head_dim"), label("gate", "head_dim"))
+_KEY, _VALUE = label("key", "head_dim"), label("value", "head_dim")
 
-FULL_ATTENTION_ROWS = (
-    copied("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "hidden"),
-    Weight(
-        "self_attention.linear_qkv.weight",
-        (
-            product(
-                "kv_group",
-                concat(
-                    product("query_per_group", label("query", "head_dim")),
-                    product("query_per_group", label("gate", "head_dim")),
-                    label("key", "head_dim"),
-                    label("value", "head_dim"),
-                ),
-            ),
-            "hidden",
-        ),
-        (
-            HFTensor(
-                "self_attn.q_proj.weight",
-                (
-                    product(
-                        "kv_group", "query_per_group", concat(label("query", "head_dim"), label("gate", "head_dim"))
-                    ),
-                    "hidden",
-                ),
-            ),
-            HFTensor("self_attn.k_proj.weight", (product("kv_group", label("key", "head_dim")), "hidden")),
-            HFTensor("self_attn.v_proj.weight", (product("kv_group", label("value", "head_dim")), "hidden")),
-        ),
-        tp_dim=0,
+_QKV = Weight(
+    "self_attention.linear_qkv.weight",
+    (product("kv_group", concat(_QUERIES, _GATES, _KEY, _VALUE)), "hidden"),
+    (
+        HFTensor("self_attn.q_proj.weight", (product("kv_group", "query_per_group", _QUERY_AND_GATE), "hidden")),
+        HFTensor("self_attn.k_proj.weight", (product("kv_group", _KEY), "hidden")),
+        HFTensor("self_attn.v_proj.weight", (product("kv_group", _VALUE), "hidden")),
     ),
-    copied("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "hidden", _QUERY_HEADS, tp_dim=1),
-    copied("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "head_dim"),
-    copied("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "head_dim"),
+    tp_dim=0,
 )
 
-LINEAR_ATTENTION_ROWS = (
+_LINEAR_ATTENTION_ROWS = (
     copied("self_attention.in_proj.layer_norm_weight", "input_layernorm.weight", "hidden"),
     Weight(
         "self_attention.in_proj.weight",
@@ -99,24 +78,40 @@ LINEAR_ATTENTION_ROWS = (
     copied("self_attention.out_proj.weight", "linear_attn.out_proj.weight", "hidden", _VALUE_HEADS, tp_dim=1),
 )
 
-MOE_ROWS = (
-    copied("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "hidden"),
-    copied("mlp.router.weight", "mlp.gate.weight", "expert", "hidden"),
-    *gated_mlp("mlp.experts.experts", "mlp.experts.{expert}", "moe_ffn", stacked=True),
+_SHARED_EXPERT_ROWS = (
     *gated_mlp("mlp.shared_experts", "mlp.shared_expert", "shared_ffn"),
     copied("mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight", "one", "hidden"),
 )
 
 _PAIR = concat("hidden", "hidden")
-MTP_ROWS = (
+_MTP_ROWS = (
     copied("eh_proj.weight", "mtp.fc.weight", "hidden", _PAIR, tp_dim=0),
     copied("enorm.weight", "mtp.pre_fc_norm_embedding.weight", "hidden"),
     copied("hnorm.weight", "mtp.pre_fc_norm_hidden.weight", "hidden"),
     copied("final_layernorm.weight", "mtp.norm.weight", "hidden"),
 )
 
-FIRST_ROWS = (copied("embedding.word_embeddings.weight", "model.embed_tokens.weight", "vocab", "hidden", tp_dim=0),)
-LAST_ROWS = (
-    copied("decoder.final_layernorm.weight", "model.norm.weight", "hidden"),
-    copied("output_layer.weight", "lm_head.weight", "vocab", "hidden", tp_dim=0),
+_OWN_KEYS = {
+    "linear_num_key_heads": "linear_num_key_heads",
+    "linear_num_value_heads": "linear_num_value_heads",
+    "linear_key_head_dim": "linear_key_head_dim",
+    "linear_value_head_dim": "linear_value_head_dim",
+    "linear_conv_kernel_dim": "linear_conv_kernel_dim",
+    "moe_shared_expert_intermediate_size": "shared_expert_intermediate_size",
+    "rotary_percent": "partial_rotary_factor",
+}
+
+QWEN3_NEXT = Family(
+    model_type="qwen3_next",
+    architecture="Qwen3NextForCausalLM",
+    first_rows=EMBEDDING_ROWS,
+    attention_rows={LINEAR_ATTENTION: _LINEAR_ATTENTION_ROWS, FULL_ATTENTION: attention_rows(_QKV)},
+    moe_rows=(*ROUTED_MOE_ROWS, *_SHARED_EXPERT_ROWS),
+    last_rows=HEAD_ROWS,
+    mtp_rows=_MTP_ROWS,
+    keys={**COMMON_KEYS, **_OWN_KEYS},
+    accepted=COMMON_ACCEPTED,
+    full_attention_interval=4,
+    attention_output_gate=True,
+    zero_centered_norms=True,
 )

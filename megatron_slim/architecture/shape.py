@@ -8,22 +8,37 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_slim.architecture.family import FULL_ATTENTION, LINEAR_ATTENTION, Family
+from megatron_slim.architecture.qwen3_moe import QWEN3_MOE
+from megatron_slim.architecture.qwen3_next import QWEN3_NEXT
 from megatron_slim.errors import ShapeError
 
-LINEAR_ATTENTION, FULL_ATTENTION = "linear_attention", "full_attention"
-MODEL_TYPE = "qwen3_next"
-INTERVAL = "full_attention_interval"
+__all__ = [
+    "FAMILIES",
+    "FULL_ATTENTION",
+    "LINEAR_ATTENTION",
+    "ModelShape",
+    "lacking",
+    "layer_pattern",
+    "shape_from_hf_config",
+    "shape_to_hf_config",
+]
+FAMILIES = {family.model_type: family for family in (QWEN3_NEXT, QWEN3_MOE)}
+# Keys of config.json that only some families have, about things that are no plain sizes.
+LAYER_TYPES, INTERVAL, MTP_LAYERS = "layer_types", "full_attention_interval", "num_nextn_predict_layers"
 MAX_LAYERS = 100_000  # far above any model: a typo must not fill the memory with layer types
 MAX_SIZE = 2**31 - 1  # torch and Megatron index many things with 32 bits
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a Qwen3-Next model under Megatron's names; `layer_types` under Hugging Face's.
+    """Family and sizes of a model under Megatron's names; `model_type` and `layer_types` under Hugging Face's.
 
-    ``mtp_num_layers`` is not in the published config.json: it comes from the names of the checkpoint's tensors.
+    A size of something that the family does not have is 0. ``mtp_num_layers`` is not in the published config.json: it
+    comes from the names of the checkpoint's tensors.
     """
 
+    model_type: str
     num_layers: int
     layer_types: tuple[str, ...]
     hidden_size: int
@@ -49,6 +64,11 @@ class ModelShape:
     router_aux_loss_coef: float = 0.001
 
     @property
+    def family(self) -> Family:
+        """What this model has in common with others of its type."""
+        return FAMILIES[self.model_type]
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Size of every named axis of the architecture table."""
         return {
@@ -59,7 +79,7 @@ class ModelShape:
             "query_per_group": self.num_attention_heads // self.num_query_groups,
             "head_dim": self.kv_channels,
             "gdn_key_head": self.linear_num_key_heads,
-            "gdn_value_per_key": self.linear_num_value_heads // self.linear_num_key_heads,
+            "gdn_value_per_key": self.linear_num_value_heads // max(1, self.linear_num_key_heads),
             "gdn_key_dim": self.linear_key_head_dim,
             "gdn_value_dim": self.linear_value_head_dim,
             "conv_kernel": self.linear_conv_kernel_dim,
@@ -97,7 +117,7 @@ class ModelShape:
             f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups "
             f"{self.num_query_groups}": self.num_attention_heads % self.num_query_groups == 0,
             f"linear_num_value_heads {self.linear_num_value_heads} is not a multiple of linear_num_key_heads "
-            f"{self.linear_num_key_heads}": self.linear_num_value_heads % self.linear_num_key_heads == 0,
+            f"{self.linear_num_key_heads}": self.linear_num_value_heads % max(1, self.linear_num_key_heads) == 0,
             f"moe_router_topk {self.moe_router_topk} is larger than num_moe_experts "
             f"{self.num_moe_experts}": self.moe_router_topk <= self.num_moe_experts,
             f"layer_types has {len(self.layer_types)} entries for num_layers {self.num_layers}": len(self.layer_types)
@@ -109,10 +129,13 @@ class ModelShape:
             "of dimensions": self.rotary_percent <= 1 and self.rotary_dim > 0 and self.rotary_dim % 2 == 0,
             f"mtp_num_layers {self.mtp_num_layers} is not 0 or 1 (the Hugging Face format has one MTP "
             "block)": self.mtp_num_layers in (0, 1),
+            f"mtp_num_layers {self.mtp_num_layers}, but {self.model_type} has no MTP block": self.mtp_num_layers == 0
+            or bool(self.family.mtp_rows),
         }
         found += [sentence for sentence, holds in checks.items() if not holds]
-        unknown = sorted(set(self.layer_types) - {LINEAR_ATTENTION, FULL_ATTENTION})
-        found += [f"unknown layer type {kind!r} (known: {LINEAR_ATTENTION}, {FULL_ATTENTION})" for kind in unknown]
+        known = self.family.attention_rows
+        unknown = sorted(set(self.layer_types) - known.keys())
+        found += [f"unknown layer type {kind!r} ({self.model_type} has {', '.join(known)})" for kind in unknown]
         return found
 
     def type_violations(self, names: Mapping[str, str] | None = None) -> list[str]:
@@ -121,10 +144,15 @@ class ModelShape:
         Args:
             names: what the values are called where they were read, as far as that differs.
         """
-        found = []
+        if self.model_type not in FAMILIES:
+            return [_unknown_model_type(self.model_type)]
+        found, absent = [], lacking(self.family)
         for field in dataclasses.fields(self):
             value, name = getattr(self, field.name), (names or {}).get(field.name, field.name)
-            if field.type == "int" and field.name != "mtp_num_layers":
+            if field.name in absent:
+                if value != absent[field.name]:
+                    found.append(f"{name} {value!r} is not {absent[field.name]}: {self.model_type} has no such thing")
+            elif field.type == "int" and field.name != "mtp_num_layers":
                 if type(value) is not int or not 1 <= value <= MAX_SIZE:
                     found.append(f"{name} {value!r} is not a positive integer below 2**31")
             elif field.type == "float":
@@ -159,45 +187,24 @@ def layer_pattern(num_layers: int, full_attention_interval: int) -> tuple[str, .
     )
 
 
-# Megatron's name -> Hugging Face's, for the keys that are a plain copy.
-HF_KEYS = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "vocab_size": "vocab_size",
-    "num_attention_heads": "num_attention_heads",
-    "num_query_groups": "num_key_value_heads",
-    "kv_channels": "head_dim",
-    "linear_num_key_heads": "linear_num_key_heads",
-    "linear_num_value_heads": "linear_num_value_heads",
-    "linear_key_head_dim": "linear_key_head_dim",
-    "linear_value_head_dim": "linear_value_head_dim",
-    "linear_conv_kernel_dim": "linear_conv_kernel_dim",
-    "num_moe_experts": "num_experts",
-    "moe_router_topk": "num_experts_per_tok",
-    "moe_ffn_hidden_size": "moe_intermediate_size",
-    "moe_shared_expert_intermediate_size": "shared_expert_intermediate_size",
-    "max_position_embeddings": "max_position_embeddings",
-    "layernorm_epsilon": "rms_norm_eps",
-    "norm_topk_prob": "norm_topk_prob",
-}
+def lacking(family: Family) -> dict[str, int | float]:
+    """The sizes that a family does not have, and what they are in its shapes.
 
-_HF_NAMES = {**HF_KEYS, "rotary_base": "rope_theta", "rotary_percent": "partial_rotary_factor"}
+    >>> lacking(QWEN3_MOE)["linear_num_key_heads"], lacking(QWEN3_MOE)["rotary_percent"]
+    (0, 1.0)
+    """
+    neutral = {field.name: 0 for field in dataclasses.fields(ModelShape) if field.type == "int"} | {
+        "rotary_percent": 1.0
+    }
+    return {name: value for name, value in neutral.items() if name not in family.keys and name != "mtp_num_layers"}
 
-# What this package does not implement: key -> the values it accepts.
-_REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
-    "model_type": (MODEL_TYPE,),
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "attention_dropout": (0, 0.0),
-    "decoder_sparse_step": (1,),
-    "mlp_only_layers": ([], None),
-    "tie_word_embeddings": (False,),
-    "rope_scaling": (None,),
-}
+
+def _unknown_model_type(value: object) -> str:
+    return f"model_type {value!r} is not supported (only {', '.join(map(repr, FAMILIES))})"
 
 
 def shape_from_hf_config(config: Mapping[str, Any], *, mtp_num_layers: int, where: str = "config.json") -> ModelShape:
-    """Read the sizes of a Qwen3-Next model from its config.json.
+    """Read family and sizes of a model from its config.json.
 
     Args:
         config: the parsed file.
@@ -207,52 +214,62 @@ def shape_from_hf_config(config: Mapping[str, Any], *, mtp_num_layers: int, wher
     Raises:
         ShapeError: lists every missing key, unsupported value and impossible size.
     """
-    found = [f"{key} is missing" for key in HF_KEYS.values() if key not in config]
-    found += [
-        f"{key} {config[key]!r} is not supported (only {accepted[0]!r})"
-        for key, accepted in _REQUIRED_VALUES.items()
-        if key in config and config[key] not in accepted
-    ]
     if "model_type" not in config:
-        found.append("model_type is missing")
-    rope = config.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping):
-        found.append(f"rope_parameters {rope!r} is not an object")
-        rope = {}
-    if rope.get("rope_type", "default") != "default":
-        found.append(f"rope_parameters.rope_type {rope['rope_type']!r} is not supported (only 'default')")
-    rope_theta = rope.get("rope_theta", config.get("rope_theta"))
-    rotary_percent = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+        raise ShapeError(["model_type is missing"], where=where)
+    model_type = config["model_type"]
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise ShapeError([_unknown_model_type(model_type)], where=where)
+    values, found = _under_one_name(config, family)
+    found += [f"{key} is missing" for key in family.keys.values() if key not in values]
     found += [
-        f"{name} is missing"
-        for name, value in (("rope_theta", rope_theta), ("partial_rotary_factor", rotary_percent))
-        if value is None
+        f"{key} {values[key]!r} is not supported (only {accepted[0]!r})"
+        for key, accepted in family.accepted.items()
+        if key in values and values[key] not in accepted
     ]
-    found += _layer_type_violations(config)
+    found += _layer_type_violations(values)
     if not found:
-        values = {name: config[key] for name, key in HF_KEYS.items()}
+        sizes = {name: values[key] for name, key in family.keys.items()}
+        sizes["router_aux_loss_coef"] = values.get("router_aux_loss_coef", 0.001)
         shape = ModelShape(
-            **values,
-            layer_types=_layer_types(config),
+            model_type=model_type,
+            layer_types=_layer_types(values, family),
             mtp_num_layers=mtp_num_layers,
-            rotary_base=_as_float(rope_theta),
-            rotary_percent=_as_float(rotary_percent),
-            router_aux_loss_coef=_as_float(config.get("router_aux_loss_coef", 0.001)),
+            **lacking(family) | {name: _as_declared(name, value) for name, value in sizes.items()},
         )
-        found = shape.type_violations(_HF_NAMES) or shape.violations()
+        found = shape.type_violations(family.keys) or shape.violations()
     if found:
         raise ShapeError(found, where=where)
     return shape
 
 
-def _as_float(value: Any) -> Any:
-    """An integer as a float; anything else as it is, for `ModelShape.violations` to judge."""
-    return float(value) if type(value) is int else value
+def _under_one_name(config: Mapping[str, Any], family: Family) -> tuple[dict[str, Any], list[str]]:
+    """config.json with every value where this package looks for it, and what contradicts itself on the way."""
+    values, found = dict(config), []
+    rope = config.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        found.append(f"rope_parameters {rope!r} is not an object")
+        rope = {}
+    for key in ("rope_type", "rope_theta", "partial_rotary_factor"):
+        if rope.get(key) is not None:
+            values[key] = rope[key]
+    for alias, key in family.aliases.items():
+        if alias in config and values.setdefault(key, config[alias]) != config[alias]:
+            found.append(f"{key} {config[key]!r} and {alias} {config[alias]!r} are two names of one thing")
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if family.optional_head_dim and "head_dim" not in config and type(hidden) is type(heads) is int and heads > 0:
+        values["head_dim"] = hidden // heads
+    return values, found
+
+
+def _as_declared(name: str, value: Any) -> Any:
+    """An integer that stands for a float as one; anything else as it is, for `ModelShape.violations` to judge."""
+    return float(value) if type(value) is int and ModelShape.__annotations__[name] == "float" else value
 
 
 def _layer_type_violations(config: Mapping[str, Any]) -> list[str]:
     """What is wrong with the keys that `_layer_types` reads."""
-    kinds, layers, interval = (config.get(key) for key in ("layer_types", "num_hidden_layers", INTERVAL))
+    kinds, layers, interval = (config.get(key) for key in (LAYER_TYPES, "num_hidden_layers", INTERVAL))
     if kinds is not None:
         return [] if isinstance(kinds, list) else [f"layer_types {kinds!r} is not a list"]
     if type(layers) is int and layers > MAX_LAYERS:
@@ -261,28 +278,31 @@ def _layer_type_violations(config: Mapping[str, Any]) -> list[str]:
     return [] if whole else [f"{INTERVAL} {interval!r} is not a positive integer"]
 
 
-def _layer_types(config: Mapping[str, Any]) -> tuple[str, ...]:
-    if config.get("layer_types") is not None:
-        return tuple(config["layer_types"])
+def _layer_types(config: Mapping[str, Any], family: Family) -> tuple[str, ...]:
+    if config.get(LAYER_TYPES) is not None:
+        return tuple(config[LAYER_TYPES])
     layers = config["num_hidden_layers"]
-    return layer_pattern(layers, config.get(INTERVAL) or 4) if type(layers) is int else ()
+    interval = config.get(INTERVAL) or family.full_attention_interval
+    return layer_pattern(layers, interval) if type(layers) is int else ()
 
 
 def shape_to_hf_config(shape: ModelShape, base: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a model of this shape, for transformers, vLLM and SGLang alike.
 
-    Everything in ``base`` (the source model's config.json) that is not a size is carried over. ``layer_types`` (which
-    transformers reads) and ``full_attention_interval`` (which SGLang reads) are both written, the latter only where
-    the pattern has a period; ``num_nextn_predict_layers`` is what vLLM reads.
+    Everything in ``base`` (the source model's config.json) that is not a size is carried over. Where layers differ,
+    ``layer_types`` (which transformers reads) and ``full_attention_interval`` (which SGLang reads) are both written,
+    the latter only where the pattern has a period; ``num_nextn_predict_layers`` is what vLLM reads.
     """
-    config = dict(base)
-    config.update({key: getattr(shape, name) for name, key in HF_KEYS.items()})
-    config["model_type"] = MODEL_TYPE
-    config.setdefault("architectures", ["Qwen3NextForCausalLM"])
-    config["layer_types"] = list(shape.layer_types)
-    config["num_nextn_predict_layers"] = shape.mtp_num_layers
-    config.pop("full_attention_interval", None)
-    if shape.full_attention_interval is not None:
-        config["full_attention_interval"] = shape.full_attention_interval
-    config["rope_theta"], config["partial_rotary_factor"] = shape.rotary_base, shape.rotary_percent
+    family = shape.family
+    stale = {LAYER_TYPES, INTERVAL, MTP_LAYERS, *family.aliases}
+    config = {key: value for key, value in base.items() if key not in stale}
+    config |= {key: getattr(shape, name) for name, key in family.keys.items()}
+    config["model_type"] = shape.model_type
+    config.setdefault("architectures", [family.architecture])
+    if len(family.attention_rows) > 1:
+        config[LAYER_TYPES] = list(shape.layer_types)
+        if shape.full_attention_interval is not None:
+            config[INTERVAL] = shape.full_attention_interval
+    if family.mtp_rows:
+        config[MTP_LAYERS] = shape.mtp_num_layers
     return config

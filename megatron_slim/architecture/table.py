@@ -8,28 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_slim.architecture.qwen3_next import (
-    FIRST_ROWS,
-    FULL_ATTENTION_ROWS,
-    LAST_ROWS,
-    LINEAR_ATTENTION_ROWS,
-    MOE_ROWS,
-    MTP_ROWS,
-)
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
 from megatron_slim.architecture.weight import HFTensor, Weight
 
 
 def weights(model: ModelShape) -> Iterator[Weight]:
     """Every parameter of a model, in the order of the forward pass, names complete but for ``{expert}``."""
-    yield from FIRST_ROWS
+    family = model.family
+    blocks = {kind: (*attention, *family.moe_rows) for kind, attention in family.attention_rows.items()}
+    yield from family.first_rows
     for layer, kind in enumerate(model.layer_types):
-        attention = FULL_ATTENTION_ROWS if kind == FULL_ATTENTION else LINEAR_ATTENTION_ROWS
-        yield from _in_block((*attention, *MOE_ROWS), f"decoder.layers.{layer}", f"model.layers.{layer}")
-    yield from LAST_ROWS
+        yield from _in_block(blocks[kind], f"decoder.layers.{layer}", f"model.layers.{layer}")
+    yield from family.last_rows
     for depth in range(model.mtp_num_layers):
-        yield from _renamed(MTP_ROWS, f"mtp.layers.{depth}.")
-        block = (*FULL_ATTENTION_ROWS, *MOE_ROWS)
+        yield from _renamed(family.mtp_rows, f"mtp.layers.{depth}.")
+        block = blocks[FULL_ATTENTION]
         yield from _in_block(block, f"mtp.layers.{depth}.transformer_layer", f"mtp.layers.{depth}")
 
 

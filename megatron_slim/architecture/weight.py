@@ -12,9 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_slim.architecture.axes import Dim, concat, label, size
-from megatron_slim.architecture.shape import ModelShape
+
+if TYPE_CHECKING:  # a shape knows its family, whose rows are made of what is here
+    from megatron_slim.architecture.shape import ModelShape
 
 
 @dataclass(frozen=True)

@@ -75,10 +75,10 @@ def dequantized(
     Raises:
         CheckpointError: it is no FP8 checkpoint, or weights and scales do not belong together.
     """
-    block = _block_size(config, path)
     weights = {name: entry for name, entry in entries.items() if entry.dtype == torch.float8_e4m3fn}
     if not weights:
         raise CheckpointError("is not FP8: no tensor is of type F8_E4M3", where=str(path), fix=_LEAVE_OUT)
+    block = _block_size(config, str(path / "config.json"))
     _check_pairs(weights, entries, block, path)
     found: dict[str, TensorEntry | BlockScaled] = {}
     for name, entry in entries.items():
@@ -90,11 +90,10 @@ def dequantized(
     return found, {key: "bfloat16" if key in ("dtype", "torch_dtype") else value for key, value in plain.items()}
 
 
-def _block_size(config: Mapping[str, Any], path: Path) -> tuple[int, int]:
+def _block_size(config: Mapping[str, Any], where: str) -> tuple[int, int]:
     quantization = config.get(QUANTIZATION)
-    where = str(path / "config.json")
     if quantization is None:
-        raise CheckpointError(f"is not FP8: no {QUANTIZATION}", where=where, fix=_LEAVE_OUT)
+        raise CheckpointError(f"no {QUANTIZATION}, but tensors in FP8", where=where, fix="get config.json again")
     assert isinstance(quantization, dict) and quantization["quant_method"] == FP8_METHOD
     if (fmt := quantization.get("fmt", "e4m3")) != "e4m3":
         raise CheckpointError(f"{QUANTIZATION}.fmt {fmt!r} is not supported (only 'e4m3')", where=where)

@@ -48,7 +48,11 @@ class OpenFiles:
         """
         descriptor, done = self.descriptor(file), 0
         while done < len(view):
-            count = os.preadv(descriptor, [view[done : done + _MOST_AT_ONCE]], offset + done)
+            try:
+                count = os.preadv(descriptor, [view[done : done + _MOST_AT_ONCE]], offset + done)
+            except OSError as error:
+                error.filename = str(file)
+                raise
             if count == 0:
                 raise CheckpointError("the file ends inside a tensor", where=str(file), fix="get it again")
             done += count
@@ -129,5 +133,8 @@ class OutputFile:
             self._first, self._last, self._waiting = offset + done, 0, 0
 
     def close(self) -> None:
-        """Close it."""
-        os.close(self._descriptor)
+        """Flush and close it: what cannot be written is known now or never."""
+        try:
+            os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)

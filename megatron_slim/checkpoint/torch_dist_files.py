@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -134,7 +134,9 @@ def write_metadata(directory: Path, parts: Sequence[Part]) -> bytes:
                 storage[MetadataIndex(key, piece.offsets)] = _info(piece)
         for key, piece in part.objects.items():
             tensors[key], storage[MetadataIndex(key)] = BytesStorageMetadata(), _info(piece)
-    content = pickle.dumps(Metadata(tensors, storage_data=storage, storage_meta=StorageMeta()))
+    content = pickle.dumps(
+        Metadata(tensors, storage_data=storage, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION)
+    )
     (directory / METADATA).write_bytes(content)
     return content
 

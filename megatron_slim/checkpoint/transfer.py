@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ T = TypeVar("T")
 BYTES_PER_PROCESS = 2_000_000_000  # below that, another process costs more than it brings
 MOST_PROCESSES = 8  # more only without being asked: disks are saturated by then
 REPORT_BYTES = 16 << 20
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal to get when the parent dies
 
 
 class Writer(Protocol):
@@ -154,16 +156,18 @@ def _outcomes(pipes: list[Connection], advance: Callable[[int], None]) -> Iterat
 
 def _work(run: Callable[[int, Callable[[int], None]], Any], number: int, pipe: Connection, parent: int) -> None:
     """Body of a process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends us
+    for signum in (signal.SIGINT, signal.SIGHUP):  # the terminal sends them to all; the parent ends us
+        signal.signal(signum, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before that
+        os._exit(1)
     torch.set_num_threads(1)
     waiting = 0
 
     def advance(nbytes: int) -> None:
         nonlocal waiting
         waiting += nbytes
-        if os.getppid() != parent:
-            os._exit(1)
         if waiting >= REPORT_BYTES:
             pipe.send(("progress", waiting))
             waiting = 0
@@ -173,7 +177,7 @@ def _work(run: Callable[[int, Callable[[int], None]], Any], number: int, pipe: C
         pipe.send(("progress", waiting))
     except SlimError as error:
         message = ("failed", SlimError(str(error)))
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         message = ("failed", error)
     except BaseException:
         message = ("failed", traceback.format_exc())

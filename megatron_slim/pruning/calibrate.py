@@ -119,7 +119,7 @@ class _Recorder:
         self._input_weight = next(
             parameter for name, parameter in layer.named_parameters() if name.endswith("layer_norm_weight")
         )
-        self._epsilon = config.layernorm_epsilon
+        self._epsilon, self._zero_centered = config.layernorm_epsilon, config.layernorm_zero_centered_gamma
         self._post_attention: Tensor | None = None
         self._gates: Tensor | None = None
         self._tokens_per_expert: Tensor | None = None
@@ -130,7 +130,7 @@ class _Recorder:
 
     def take_normed(self, hidden: Tensor) -> Iterator[Tensor]:
         """Outputs of the layer's two norms for the last batch, of which ``hidden`` was the layer's input."""
-        yield rms_norm(hidden, self._input_weight, self._epsilon, zero_centered=True)
+        yield rms_norm(hidden, self._input_weight, self._epsilon, zero_centered=self._zero_centered)
         assert self._post_attention is not None
         yield self._post_attention
 

@@ -77,7 +77,7 @@ def _shape(section: Any, where: str) -> ModelShape:
     names = [field.name for field in dataclasses.fields(ModelShape)]
     if not isinstance(value, Mapping) or sorted(value) != sorted(names):
         raise PlanError("shape is not an object with all sizes of a model", where=where)
-    kinds = {"int": (int,), "float": (int, float), "bool": (bool,), "tuple[str, ...]": (list,)}
+    kinds = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,), "tuple[str, ...]": (list,)}
     fields = {str(field.name): kinds[str(field.type)] for field in dataclasses.fields(ModelShape)}
     _refuse([f"shape.{key} {value[key]!r}" for key, kind in fields.items() if type(value[key]) not in kind], where)
     shape = ModelShape(**{**value, "layer_types": tuple(map(str, value["layer_types"]))})

@@ -100,7 +100,8 @@ class StreamingForward:
         self.leave(module)
 
     def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(hidden, weight, self.shape.layernorm_epsilon, zero_centered=True)
+        centered = self.shape.family.zero_centered_norms
+        return rms_norm(hidden, weight, self.shape.layernorm_epsilon, zero_centered=centered)
 
     def _join_next_tokens(self) -> None:
         """Join the trunk's output at position i with the embedding of token i + 1; the last position has none."""

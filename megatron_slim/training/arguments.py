@@ -7,12 +7,14 @@ Megatron as the flags that it stands for.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape, shape_from_hf_config
+from megatron_slim.architecture.layer_specs import shape_config_fields
+from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
 from megatron_slim.checkpoint.distributed_writer import HF_DIR
 from megatron_slim.checkpoint.huggingface import CONFIG, INDEX, SINGLE, HFCheckpoint, read_config
 from megatron_slim.cli import ToolParser
@@ -58,54 +60,43 @@ def read_shape(directory: Path) -> ModelShape:
     return shape_from_hf_config(config, mtp_num_layers=depth, where=str(directory / CONFIG))
 
 
-def model_flags(shape: ModelShape) -> list[str]:
-    """A model's shape as Megatron's command line flags."""
-    # Megatron's FLOP count, the only reader of this flag besides the config, wants the MTP blocks in the pattern.
-    kinds = [*shape.layer_types, *[FULL_ATTENTION] * shape.mtp_num_layers]
-    pattern = ",".join(str(int(kind == LINEAR_ATTENTION)) for kind in kinds)
-    values: dict[str, Any] = {
-        "--num-layers": shape.num_layers,
-        "--hidden-size": shape.hidden_size,
-        "--ffn-hidden-size": shape.moe_ffn_hidden_size,
-        "--num-attention-heads": shape.num_attention_heads,
-        "--num-query-groups": shape.num_query_groups,
-        "--kv-channels": shape.kv_channels,
-        "--max-position-embeddings": shape.max_position_embeddings,
-        "--position-embedding-type": "rope",
-        "--rotary-base": int(shape.rotary_base),
-        "--rotary-percent": shape.rotary_percent,
-        "--normalization": "RMSNorm",
-        "--norm-epsilon": shape.layernorm_epsilon,
-        "--experimental-attention-variant": "gated_delta_net",
-        "--linear-attention-freq": f"[{pattern}]",
-        "--linear-conv-kernel-dim": shape.linear_conv_kernel_dim,
-        "--linear-key-head-dim": shape.linear_key_head_dim,
-        "--linear-value-head-dim": shape.linear_value_head_dim,
-        "--linear-num-key-heads": shape.linear_num_key_heads,
-        "--linear-num-value-heads": shape.linear_num_value_heads,
-        "--num-experts": shape.num_moe_experts,
-        "--moe-router-topk": shape.moe_router_topk,
-        "--moe-ffn-hidden-size": shape.moe_ffn_hidden_size,
-        "--moe-shared-expert-intermediate-size": shape.moe_shared_expert_intermediate_size,
-        "--vocab-size": shape.vocab_size,
-        "--make-vocab-size-divisible-by": 1,
-        "--tokenizer-type": "NullTokenizer",
-        "--attention-dropout": 0.0,
-        "--hidden-dropout": 0.0,
+# Fields of Megatron's config whose flags have other names.
+_OTHER_NAMES = {
+    "num_moe_experts": "num_experts",
+    "layernorm_epsilon": "norm_epsilon",
+    "layernorm_zero_centered_gamma": "apply_layernorm_1p",
+    "gated_linear_unit": "swiglu",
+}
+# Fields without a flag of their own (--swiglu and --disable-bias-linear set two of them), or not fixed by the shape.
+_NOT_FIXED = ("activation_func", "add_bias_linear", "hetereogenous_dist_checkpoint", "moe_aux_loss_coeff")
+
+
+def model_flags(shape: ModelShape) -> dict[str, Any]:
+    """Megatron's flags that a model's shape decides, and their values; None and False: the flag is not to be given."""
+    fields = {name: value for name, value in shape_config_fields(shape).items() if name not in _NOT_FIXED}
+    if (pattern := fields["linear_attention_freq"]) is not None:
+        # Megatron's FLOP count, the only reader of this flag besides the config, wants the MTP blocks in the pattern.
+        fields["linear_attention_freq"] = str([*pattern, *[0] * shape.mtp_num_layers]).replace(" ", "")
+    fields |= {
+        "disable_bias_linear": True,
+        "group_query_attention": True,
+        "untie_embeddings_and_output_weights": True,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "position_embedding_type": "rope",
+        "rotary_base": int(shape.rotary_base),
+        "rotary_percent": shape.rotary_percent,
+        "vocab_size": shape.vocab_size,
+        "make_vocab_size_divisible_by": 1,
+        "tokenizer_type": "NullTokenizer",
     }
-    if shape.mtp_num_layers:
-        values["--mtp-num-layers"] = shape.mtp_num_layers
-    switches = (
-        "--group-query-attention",
-        "--swiglu",
-        "--disable-bias-linear",
-        "--untie-embeddings-and-output-weights",
-        "--qk-layernorm",
-        "--apply-layernorm-1p",
-        "--attention-output-gate",
-        "--moe-shared-expert-gate",
-    )
-    return [str(word) for flag in values.items() for word in flag] + list(switches)
+    return {f"--{_OTHER_NAMES.get(name, name).replace('_', '-')}": value for name, value in fields.items()}
+
+
+def _as_words(flags: Mapping[str, Any]) -> Iterator[str]:
+    """Flags as they stand on a command line."""
+    for flag, value in flags.items():
+        if value is not None and value is not False:
+            yield from [flag] if value is True else [flag, str(value)]
 
 
 # What Megatron turns on by default and a CPU lacks, or (loader processes) has no cores to spare for.
@@ -138,10 +129,10 @@ def complete_argv(argv: list[str]) -> tuple[list[str], ModelShape]:
     shape = read_shape(shape_directory(argv))
     given = {word.split("=")[0] for word in argv if word.startswith("--")}
     fixed = model_flags(shape)
-    if clash := sorted(given & {word for word in fixed if word.startswith("--")}):
+    if clash := sorted(given & fixed.keys()):
         raise SlimError(f"{', '.join(clash)} cannot be given", fix="the model's shape comes from its config.json")
     defaults = [*default_flags(), f"--moe-aux-loss-coeff={shape.router_aux_loss_coef}"]
-    return [*(flag for flag in defaults if flag.split("=")[0] not in given), *fixed], shape
+    return [*(flag for flag in defaults if flag.split("=")[0] not in given), *_as_words(fixed)], shape
 
 
 def install_argv(argv: list[str]) -> ModelShape:

@@ -66,7 +66,7 @@ def _check_start(shape: ModelShape, args: Any) -> None:
     differing = [
         f"{name} {size}, not {shape.sizes[name]}" for name, size in found.sizes.items() if size != shape.sizes[name]
     ]
-    for name in ("layer_types", "mtp_num_layers"):
+    for name in ("model_type", "layer_types", "mtp_num_layers"):
         if getattr(found, name) != getattr(shape, name):
             differing.append(f"other {name}")
     if differing:

@@ -19,6 +19,7 @@ SHAPES = [
     tiny_shape(),
     tiny_shape(num_layers=5, layer_types=APERIODIC, linear_num_value_heads=6, num_query_groups=1),
     tiny_shape(num_layers=1, layer_types=(FULL_ATTENTION,), mtp_num_layers=0),
+    tiny_shape("qwen3_moe", num_query_groups=1, num_moe_experts=5),
 ]
 
 
@@ -36,7 +37,7 @@ def _table(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return {key: size for weight in weights(shape) for key, size in stored_shapes(weight, shape)}
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=["published", "aperiodic", "no-mtp"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["published", "aperiodic", "no-mtp", "qwen3-moe"])
 def test_checkpoint_names_and_shapes_are_those_of_the_table(shape: ModelShape) -> None:
     device.init_single_process()
     from megatron_slim.architecture.layer_specs import build_model, transformer_config
@@ -44,14 +45,28 @@ def test_checkpoint_names_and_shapes_are_those_of_the_table(shape: ModelShape) -
     assert _stored([build_model(shape, transformer_config(shape))]) == _table(shape)
 
 
-def test_output_norm_of_gated_delta_net_is_the_only_norm_that_is_not_zero_centred() -> None:
+def test_stock_megatron_has_these_names_where_it_takes_layers_for_different() -> None:
+    """``--moe-layer-freq`` as a list is the flag; without it, it stacks the layers of Qwen3-MoE into one tensor."""
     device.init_single_process()
     from megatron_slim.architecture.layer_specs import build_model, transformer_config
 
-    model = build_model(tiny_shape(), transformer_config(tiny_shape()))
+    shape = tiny_shape("qwen3_moe")
+    stock = transformer_config(shape, hetereogenous_dist_checkpoint=False)
+    assert not [key for key in _stored([build_model(shape, stock)]) if key.startswith("decoder.layers.0.")]
+    stock = transformer_config(shape, hetereogenous_dist_checkpoint=False, moe_layer_freq=[1] * shape.num_layers)
+    assert _stored([build_model(shape, stock)]) == _table(shape)
+
+
+@pytest.mark.parametrize(("family", "around_one"), [("qwen3_next", "out_norm"), ("qwen3_moe", "norm")])
+def test_norms_that_are_not_zero_centred(family: str, around_one: str) -> None:
+    """In Qwen3-Next that of Gated DeltaNet's output alone."""
+    device.init_single_process()
+    from megatron_slim.architecture.layer_specs import build_model, transformer_config
+
+    model = build_model(tiny_shape(family), transformer_config(tiny_shape(family)))
     norms = {name: p for name, p in model.named_parameters() if "norm" in name and name.endswith("weight")}
     for name, weight in norms.items():
-        assert torch.equal(weight, torch.full_like(weight, float("out_norm" in name))), name
+        assert torch.equal(weight, torch.full_like(weight, float(around_one in name))), name
 
 
 def test_overrides_reach_the_config() -> None:

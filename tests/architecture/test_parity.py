@@ -1,4 +1,4 @@
-"""The model on Megatron-Core against transformers' Qwen3-Next: logits and gradients of trunk and MTP head."""
+"""The model on Megatron-Core against transformers': logits and gradients of trunk and MTP head."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.masking_utils import create_causal_mask
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextDecoderLayer, Qwen3NextRMSNorm
 
@@ -19,9 +19,9 @@ from megatron_slim import device
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
 from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import Weight
-from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.layout import from_megatron
+from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 MTP_LOSS_SCALE = 0.3
@@ -62,6 +62,20 @@ SHAPES = {
         rotary_base=1e7,
     ),
     "no MTP block": tiny_shape(num_layers=1, layer_types=(FULL_ATTENTION,), mtp_num_layers=0, vocab_size=130),
+    "Qwen3-MoE": tiny_shape("qwen3_moe"),
+    "Qwen3-MoE, odd, one key-value head, unnormalised gates": tiny_shape(
+        "qwen3_moe",
+        num_layers=3,
+        hidden_size=48,
+        vocab_size=101,
+        num_attention_heads=6,
+        num_query_groups=1,
+        kv_channels=24,
+        num_moe_experts=7,
+        moe_router_topk=3,
+        rotary_base=1e6,
+        norm_topk_prob=False,
+    ),
 }
 
 
@@ -125,7 +139,7 @@ class Results:
 
 def _reference(directory: Path, tokens: Tensor) -> Results:
     checkpoint = HFCheckpoint.open(directory)
-    model = Qwen3NextForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     hidden = model.model(tokens[:, :-1]).last_hidden_state
     logits, block = {"main": model.lm_head(hidden)}, nn.Module()
     if checkpoint.shape.mtp_num_layers:

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from megatron_slim.architecture.shape import (
+    FAMILIES,
     FULL_ATTENTION,
-    HF_KEYS,
     LINEAR_ATTENTION,
     layer_pattern,
     shape_from_hf_config,
@@ -18,7 +18,7 @@ from megatron_slim.testing import tiny_hf_config, tiny_shape
 
 
 def test_config_round_trip() -> None:
-    for shape in (tiny_shape(), tiny_shape(num_layers=8, mtp_num_layers=0)):
+    for shape in (tiny_shape(), tiny_shape(num_layers=8, mtp_num_layers=0), tiny_shape("qwen3_moe")):
         config = tiny_hf_config(shape)
         assert shape_from_hf_config(config, mtp_num_layers=shape.mtp_num_layers) == shape
 
@@ -83,16 +83,20 @@ def test_sizes_are_positive_integers(value: object) -> None:
         shape_from_hf_config(config, mtp_num_layers=1)
 
 
-def test_everything_missing_is_listed() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_everything_missing_is_listed(family: str) -> None:
     with pytest.raises(ShapeError) as caught:
+        shape_from_hf_config({"model_type": family}, mtp_num_layers=0)
+    assert caught.value.violations == tuple(f"{key} is missing" for key in FAMILIES[family].keys.values())
+    with pytest.raises(ShapeError, match="model_type is missing"):
         shape_from_hf_config({}, mtp_num_layers=0)
-    assert {f"{key} is missing" for key in HF_KEYS.values()} <= set(caught.value.violations)
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("model_type", "llama"),
+        ("model_type", ["qwen3_next"]),
         ("hidden_act", "gelu"),
         ("attention_bias", True),
         ("decoder_sparse_step", 2),
@@ -110,7 +114,68 @@ def test_what_is_not_supported_is_refused(key: str, value: object) -> None:
         shape_from_hf_config(config, mtp_num_layers=1, where="config.json")
 
 
+def qwen3_moe_config(**changes: object) -> dict[str, object]:
+    return tiny_hf_config(tiny_shape("qwen3_moe")) | changes
+
+
+def test_a_config_says_only_what_its_family_has() -> None:
+    config = qwen3_moe_config()
+    assert (config["model_type"], config["architectures"]) == ("qwen3_moe", ["Qwen3MoeForCausalLM"])
+    foreign = [key for key in config if key.startswith(("linear", "shared", "layer", "full", "partial", "num_nextn"))]
+    assert not foreign
+
+
+def test_transformers_5_calls_the_experts_local() -> None:
+    shape = tiny_shape("qwen3_moe")
+    config = qwen3_moe_config(num_local_experts=8)
+    assert shape_from_hf_config(config, mtp_num_layers=0) == shape
+    del config["num_experts"]
+    assert shape_from_hf_config(config, mtp_num_layers=0) == shape
+    written = shape_to_hf_config(shape.replace(num_moe_experts=4), config)
+    assert written["num_experts"] == 4 and "num_local_experts" not in written
+
+
+def test_a_head_dim_that_is_not_given_follows_from_the_source_not_the_target() -> None:
+    config = qwen3_moe_config()
+    del config["head_dim"]
+    shape = shape_from_hf_config(config, mtp_num_layers=0)
+    assert shape.kv_channels == 64 // 4
+    assert shape_to_hf_config(shape.replace(hidden_size=48), config)["head_dim"] == 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_sliding_window": True}, "use_sliding_window True is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5 is not supported"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers \[0\] is not supported"),
+        (
+            {"layer_types": ["linear_attention"] * 4},
+            r"unknown layer type 'linear_attention' \(qwen3_moe has full_atten",
+        ),
+        ({"full_attention_interval": 4}, "unknown layer type 'linear_attention'"),
+        ({"num_local_experts": 4}, "num_experts 8 and num_local_experts 4 are two names of one thing"),
+        ({"head_dim": None}, "head_dim None is not a positive integer"),
+        ({"num_attention_heads": 0}, "num_attention_heads 0 is not a positive integer"),
+    ],
+)
+def test_what_qwen3_moe_cannot_be(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ShapeError, match=message):
+        shape_from_hf_config(qwen3_moe_config(**changes), mtp_num_layers=0)
+
+
+def test_sizes_of_another_family_are_refused() -> None:
+    with pytest.raises(ShapeError, match="mtp_num_layers 1, but qwen3_moe has no MTP block"):
+        shape_from_hf_config(qwen3_moe_config(), mtp_num_layers=1)
+    for changes in ({"moe_shared_expert_intermediate_size": 32}, {"rotary_percent": 0.5}, {"linear_key_head_dim": 16}):
+        with pytest.raises(ShapeError, match="qwen3_moe has no such thing"):
+            tiny_shape("qwen3_moe", **changes)
+    with pytest.raises(ShapeError, match=r"model_type 'llama' is not supported \(only 'qwen3_next', 'qwen3_moe'\)"):
+        tiny_shape().replace(model_type="llama")
+
+
 def test_the_table_needs_no_torch() -> None:
-    modules = "megatron_slim.architecture.qwen3_next, megatron_slim.cli, megatron_slim.files"
+    modules = "megatron_slim.architecture.table, megatron_slim.cli, megatron_slim.files"
     code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from megatron_slim.architecture.shape import (
+    FAMILIES,
     FULL_ATTENTION,
     LINEAR_ATTENTION,
     ModelShape,
@@ -48,6 +49,36 @@ PUBLISHED: dict[str, Any] = {
 }
 
 
+# config.json of Qwen3-30B-A3B, likewise.
+PUBLISHED_MOE: dict[str, Any] = {
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
 def published(**changes: Any) -> ModelShape:
     shape = shape_from_hf_config(PUBLISHED, mtp_num_layers=1)
     if "num_layers" in changes:
@@ -58,6 +89,20 @@ def published(**changes: Any) -> ModelShape:
 def test_parameters_of_the_published_model() -> None:
     assert count_parameters(published()).total == 81_324_862_720
     assert count_parameters(published(), include_mtp=False).total == 79_674_391_296
+
+
+def test_parameters_of_the_published_qwen3_moe() -> None:
+    """30.5B and 3.3B active, says its model card; transformers counts on the meta device."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+
+    shape = shape_from_hf_config(PUBLISHED_MOE, mtp_num_layers=0)
+    counted = count_parameters(shape)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.Qwen3MoeConfig(**PUBLISHED_MOE))
+    assert counted.total == model.num_parameters() == 30_532_122_624
+    assert 3.3e9 <= counted.active < 3.4e9
+    assert len(hf_tensors(shape)) == 18_867
 
 
 def test_tensors_of_the_published_checkpoint() -> None:
@@ -87,16 +132,18 @@ def test_parameters_of_the_papers_models(changes: dict[str, Any], total: float, 
         tiny_shape(),
         tiny_shape(mtp_num_layers=0, num_query_groups=4, linear_num_value_heads=2),
         tiny_shape(layer_types=(FULL_ATTENTION, LINEAR_ATTENTION, LINEAR_ATTENTION), moe_router_topk=8),
+        tiny_shape("qwen3_moe"),
+        tiny_shape("qwen3_moe", num_query_groups=1, kv_channels=24, num_moe_experts=5),
     ],
 )
 def test_the_table_is_what_transformers_builds(shape: ModelShape) -> None:
-    """Names and shapes against `Qwen3NextForCausalLM` on the meta device; it has no MTP and fuses the experts."""
+    """Names and shapes against transformers' model on the meta device; it has no MTP and fuses the experts."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
 
-    config = transformers.Qwen3NextConfig(**tiny_hf_config(shape))
+    config = transformers.AutoConfig.for_model(**tiny_hf_config(shape))
     with torch.device("meta"):
-        model = transformers.Qwen3NextForCausalLM(config)
+        model = transformers.AutoModelForCausalLM.from_config(config)
     theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     ours = {n: t.shape(shape) for n, t in hf_tensors(shape).items() if not n.startswith("mtp.")}
     experts, ffn = shape.num_moe_experts, shape.moe_ffn_hidden_size
@@ -111,8 +158,9 @@ def test_the_table_is_what_transformers_builds(shape: ModelShape) -> None:
     assert ours == theirs
 
 
-def test_megatron_parameters_hold_the_same_elements() -> None:
-    shape = tiny_shape()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_megatron_parameters_hold_the_same_elements(family: str) -> None:
+    shape = tiny_shape(family)
     for weight in weights(shape):
         total = 0
         for tensor, _ in weight.hf_tensors(shape):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,37 @@ def test_reads_rows_and_columns_in_the_order_wanted(good: Path) -> None:
     assert torch.equal(checkpoint.read_rows(name, None, columns), whole[:, columns])
     vector = "model.norm.weight"
     assert torch.equal(checkpoint.read_rows(vector, np.array([2, 1])), checkpoint.read(vector)[[2, 1]])
+
+
+@pytest.fixture
+def preads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of every read from a file by position."""
+    counts: list[int] = []
+    preadv = os.preadv
+
+    def counting(descriptor: int, buffers: Any, offset: int, *flags: int) -> int:
+        counts.append(preadv(descriptor, buffers, offset, *flags))
+        return counts[-1]
+
+    monkeypatch.setattr(os, "preadv", counting)
+    return counts
+
+
+def test_rows_whose_gaps_are_smaller_than_a_page_are_read_in_one_go(good: Path, preads: list[int]) -> None:
+    checkpoint = HFCheckpoint.open(good)
+    name, row_bytes = "model.embed_tokens.weight", 64 * 2
+    whole = checkpoint.read(name)
+    assert preads == [whole.nbytes]
+    rows = np.array([1, 2, 5, 36, 70, 102, 3, 3, 127])  # 32 rows are a page
+    for wanted, spans in (
+        (np.arange(0, 128, 2), [127]),
+        (np.array([4, 37]), [1, 1]),
+        (np.array([4, 36]), [33]),
+        (rows, [36, 33, 1, 1, 1]),
+    ):
+        preads.clear()
+        assert torch.equal(checkpoint.read_rows(name, wanted), whole[wanted])
+        assert preads == [span * row_bytes for span in spans]
 
 
 def test_what_is_read_is_the_readers_own(good: Path) -> None:

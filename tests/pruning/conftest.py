@@ -16,13 +16,12 @@ from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes
 from megatron_slim.recipe import parse_recipe
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
-SHAPE = tiny_shape(num_layers=8)
-
 
 @pytest.fixture(scope="session")
-def source(tmp_path_factory: pytest.TempPathFactory) -> HFCheckpoint:
-    """Eight layers, eight experts, hidden size 64, one MTP block, bf16."""
-    path = write_tiny_checkpoint(tmp_path_factory.mktemp("model") / "hf", SHAPE)
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> HFCheckpoint:
+    """Eight layers, eight experts, hidden size 64, one MTP block, bf16; or, by parametrisation, of another family."""
+    shape = tiny_shape(getattr(request, "param", "qwen3_next"), num_layers=8)
+    path = write_tiny_checkpoint(tmp_path_factory.mktemp("model") / "hf", shape)
     (path / "tokenizer.json").write_text("{}")
     return HFCheckpoint.open(path)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_slim.architecture.shape import FAMILIES
 from megatron_slim.architecture.table import hf_tensors
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes, torch_dist_to_hf
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
@@ -55,6 +56,7 @@ def expected_tensor(name: str, plan: Plan, read: Callable[[str], Tensor]) -> Ten
     return tensor
 
 
+@pytest.mark.parametrize("source", FAMILIES, indirect=True)
 @pytest.mark.parametrize("method", ["prune", "merge", "partial_preservation"])
 @pytest.mark.parametrize("depth", ["last", "adjacent_cosine"])
 def test_every_tensor_is_the_slice_that_its_name_says(
@@ -97,6 +99,7 @@ def test_merge_is_the_weighted_mean_rounded_once() -> None:
     assert merge([a], (1.0,)) is a
 
 
+@pytest.mark.parametrize("source", FAMILIES, indirect=True)
 def test_an_identity_recipe_gives_every_byte_back(source: HFCheckpoint, plan_for: PlanFor, tmp_path: Path) -> None:
     pruned = PrunedCheckpoint(plan_for({}), source)
     write_pruned(pruned, tmp_path / "out", to="hf", stats=None)
@@ -106,6 +109,7 @@ def test_an_identity_recipe_gives_every_byte_back(source: HFCheckpoint, plan_for
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
 
 
+@pytest.mark.parametrize("source", FAMILIES, indirect=True)
 @pytest.mark.parametrize("method", ["prune", "partial_preservation"])
 def test_order_of_pruning_and_conversion_does_not_matter(
     method: str, source: HFCheckpoint, plan_for: PlanFor, tmp_path: Path

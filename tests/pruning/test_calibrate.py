@@ -28,11 +28,11 @@ class Reference:
     """All statistics, from transformers' fp32 hidden states, in fp64 and without Megatron."""
 
     def __init__(self, checkpoint: HFCheckpoint, samples: np.ndarray) -> None:
-        from transformers import Qwen3NextForCausalLM
+        from transformers import AutoModelForCausalLM
 
         self.checkpoint, self.shape = checkpoint, checkpoint.shape
         self.tokens = torch.from_numpy(samples)
-        self.model = Qwen3NextForCausalLM.from_pretrained(
+        self.model = AutoModelForCausalLM.from_pretrained(
             checkpoint.path, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         self.seen: dict[str, Tensor] = {}
@@ -147,6 +147,7 @@ SHAPES = {
         mtp_num_layers=0,
     ),
     "experts never routed": tiny_shape(num_layers=4, num_moe_experts=16, moe_router_topk=2),
+    "Qwen3-MoE": tiny_shape("qwen3_moe", num_layers=3, num_query_groups=1, num_moe_experts=6),
 }
 
 
