@@ -45,6 +45,7 @@ def sharded_tensors(shape: ModelShape, tensors: dict[str, Any]) -> Iterator[Any]
                 yield ShardedTensor.from_rank_offsets(key, whole[rows])
             continue
         pieces = runs_of_sources(weight, shape)
+        assert pieces is not None
         for expert in range(shape.num_moe_experts):
             one = to_megatron(weight, shape, tensors.__getitem__, expert=expert)
             for number, rows in enumerate(pieces):

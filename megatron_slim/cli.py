@@ -87,7 +87,7 @@ def tool_parser(description: str) -> argparse.ArgumentParser:
 
 
 def add_load_arguments(parser: argparse.ArgumentParser, purpose: str) -> None:
-    """``--load`` and ``--hf-config``, the same in every tool that reads a checkpoint; ``purpose`` is a verb."""
+    """``--load`` and how to read it, the same in every tool that reads a checkpoint; ``purpose`` is a verb."""
     parser.add_argument(
         "--load",
         type=Path,
@@ -101,6 +101,18 @@ def add_load_arguments(parser: argparse.ArgumentParser, purpose: str) -> None:
         metavar="DIR",
         help="directory with config.json and tokenizer of a torch_dist checkpoint, where they are not in its hf/",
     )
+    parser.add_argument(
+        "--dequantize-fp8", action="store_true", help="take a Hugging Face checkpoint in block-scaled FP8 as bfloat16"
+    )
+
+
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `checkpoint.convert.open_checkpoint` that these arguments gave."""
+    return {
+        "hf_config": args.hf_config,
+        "dequantize_fp8": args.dequantize_fp8,
+        "allow_nonfinite": getattr(args, "allow_nonfinite", False),  # of the tools that write checkpoints
+    }
 
 
 # What a tool says of a checkpoint that it has written, by whether it was verified.
@@ -111,9 +123,6 @@ def add_write_arguments(parser: argparse.ArgumentParser) -> None:
     """What the tools that write checkpoints share: what they accept of the source, and how they write."""
     group = parser.add_argument_group("reading and writing")
     group.add_argument("--allow-nonfinite", action="store_true", help="take NaN and infinite weights as they are")
-    group.add_argument(
-        "--dequantize-fp8", action="store_true", help="take a Hugging Face checkpoint in block-scaled FP8 as bfloat16"
-    )
     group.add_argument("--no-verify", action="store_true", help="do not read the result back and compare it")
     group.add_argument(
         "--processes", type=positive, metavar="N", help="write with N processes (chosen by size and cores if not given)"

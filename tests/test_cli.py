@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -232,5 +233,10 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
                 now += 0.5
                 advance(1_000_000_000)
         terminal.flush()
-        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.read(100_000).decode())
+        text = b""
+        while b"4.0/8.0 GB" not in text and select.select([screen], [], [], 10)[0]:
+            text += screen.read(100_000)
+        while select.select([screen], [], [], 0.2)[0]:
+            text += screen.read(100_000)
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.decode())
     assert "writing" in shown and "4.0/8.0 GB" in shown and "2.0 GB/s" in shown and "0:00:02" in shown

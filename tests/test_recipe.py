@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_slim.architecture.shape import ModelShape, layer_pattern, shape_from_hf_config
+from megatron_slim.architecture.shape import FAMILIES, ModelShape, lacking, layer_pattern, shape_from_hf_config
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import RecipeError
 from megatron_slim.pruning.plan import check_recipe, target_shape
@@ -54,6 +54,29 @@ def teacher(**changes: object) -> ModelShape:
         **changes,
     }
     return ModelShape(layer_types=layer_pattern(sizes["num_layers"], 4), **sizes)  # type: ignore[arg-type]
+
+
+def moe_teacher() -> ModelShape:
+    """Qwen3-30B-A3B."""
+    return ModelShape(
+        model_type="qwen3_moe",
+        num_layers=48,
+        layer_types=layer_pattern(48, 1),
+        hidden_size=2048,
+        vocab_size=151936,
+        num_attention_heads=32,
+        num_query_groups=4,
+        kv_channels=128,
+        num_moe_experts=128,
+        moe_router_topk=8,
+        moe_ffn_hidden_size=768,
+        mtp_num_layers=0,
+        rotary_base=1e6,
+        max_position_embeddings=40960,
+        layernorm_epsilon=1e-6,
+        norm_topk_prob=True,
+        **lacking(FAMILIES["qwen3_moe"]),
+    )
 
 
 def demo_teacher() -> ModelShape:
@@ -180,6 +203,7 @@ SHIPPED = {
     "qwen3_next_80a3b_to_23a2b.yaml": (teacher(), 23.2, 2.1),
     "qwen3_next_80a3b_to_24a2b.yaml": (teacher(), 24.2, 2.3),
     "slimqwen_24a2b_to_6a1b.yaml": (teacher(num_layers=28, num_moe_experts=256, moe_router_topk=8), 5.9, 1.1),
+    "qwen3_moe_30a3b_to_9a2b.yaml": (moe_teacher(), 9.1, 2.0),
     "demo.yaml": (demo_teacher(), None, None),
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_slim.cli import add_load_arguments, run_tool, tool_parser
+from megatron_slim.cli import add_load_arguments, load_options, run_tool, tool_parser
 from megatron_slim.pruning.commands import add_calibration_arguments, calibration_options, run_calibrate
 
 
@@ -26,7 +26,7 @@ if __name__ == "__main__":
     arguments = parse_args()
     run_tool(
         lambda: run_calibrate(
-            arguments.load, arguments.save, calibration_options(arguments), hf_config=arguments.hf_config
+            arguments.load, arguments.save, calibration_options(arguments), **load_options(arguments)
         ),
         as_json=arguments.json,
     )

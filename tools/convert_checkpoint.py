@@ -14,6 +14,7 @@ from megatron_slim.cli import (
     VERIFICATION,
     add_load_arguments,
     add_write_arguments,
+    load_options,
     run_tool,
     say,
     tool_parser,
@@ -49,9 +50,7 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     target = args.to or ("hf" if source == "torch_dist" else "torch_dist")
     if source == target:
         raise CheckpointError(f"is a {source} checkpoint already", where=str(args.load), fix="leave --to out")
-    checkpoint = open_checkpoint(
-        args.load, args.hf_config, allow_nonfinite=args.allow_nonfinite, dequantize_fp8=args.dequantize_fp8
-    )
+    checkpoint = open_checkpoint(args.load, **load_options(args))
     dtype = getattr(torch, args.dtype) if args.dtype else None
     results = write_checkpoint(checkpoint, args.save, to=target, dtype=dtype, **write_options(args))
     ending = VERIFICATION[results["verified"]]

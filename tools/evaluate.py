@@ -10,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_slim.cli import add_load_arguments, not_negative, positive, run_tool, say, tool_parser
+from megatron_slim.cli import add_load_arguments, load_options, not_negative, positive, run_tool, say, tool_parser
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -50,8 +50,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         num_samples=args.num_samples,
         micro_batch_size=args.micro_batch_size,
         dtype=getattr(torch, DTYPES[args.dtype]) if args.dtype else None,
-        hf_config=args.hf_config,
         seed=args.seed,
+        **load_options(args),
     )
     mtp = "".join(f", mtp {depth} {loss:.4f}" for depth, loss in enumerate(results["mtp_loss"], start=1))
     say(f"loss {results['loss']:.4f}, perplexity {results['perplexity']:.3f}{mtp} over {results['tokens']} tokens")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_slim.cli import add_load_arguments, run_tool, tool_parser
+from megatron_slim.cli import add_load_arguments, load_options, run_tool, tool_parser
 from megatron_slim.pruning.commands import run_plan
 
 
@@ -26,8 +26,6 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     arguments = parse_args()
     run_tool(
-        lambda: run_plan(
-            arguments.load, arguments.stats, arguments.recipe, arguments.save, hf_config=arguments.hf_config
-        ),
+        lambda: run_plan(arguments.load, arguments.stats, arguments.recipe, arguments.save, **load_options(arguments)),
         as_json=arguments.json,
     )

@@ -10,7 +10,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_slim.cli import add_load_arguments, add_write_arguments, run_tool, tool_parser, write_options
+from megatron_slim.cli import (
+    add_load_arguments,
+    add_write_arguments,
+    load_options,
+    run_tool,
+    tool_parser,
+    write_options,
+)
 from megatron_slim.pruning.commands import (
     add_calibration_arguments,
     calibration_options,
@@ -46,10 +53,8 @@ def prune(args: argparse.Namespace) -> dict[str, Any]:
         stats_file=args.stats,
         calibration=calibration_options(args) if args.calibration_data else None,
         dry_run=args.dry_run,
-        hf_config=args.hf_config,
-        allow_nonfinite=args.allow_nonfinite,
-        dequantize_fp8=args.dequantize_fp8,
-        **write_options(args),
+        reading=load_options(args),
+        writing=write_options(args),
     )
 
 

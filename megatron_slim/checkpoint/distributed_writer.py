@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.huggingface import CONFIG
 from megatron_slim.checkpoint.huggingface_writer import carry_files
 from megatron_slim.checkpoint.layout import from_megatron, runs_of_sources, split_keys, stored_shapes, to_megatron
@@ -58,10 +59,10 @@ class TorchDistWriter:
         """Read the unit back that was written last."""
         rows = [self._reader.read_rows(piece, np.arange(piece.sizes[0])) for piece in self._last]
         if unit.expert is not None:
-            return {name: row[0] for (name, _), row in zip(unit.tensors, rows, strict=True)}
-        if unit.rows is not None:
-            return {unit.weight.sources[0].name: rows[0]}
-        return from_megatron(unit.weight, self._shape, torch.cat(rows) if len(rows) > 1 else rows[0])
+            rows = [row[0] for row in rows]
+        if unit.rows is not None or _runs(unit.weight, self._shape) is not None:
+            return dict(zip((name for name, _ in unit.tensors), rows, strict=True))
+        return from_megatron(unit.weight, self._shape, torch.cat(rows))
 
     def finish(self) -> Part:
         """Close the files."""
@@ -69,19 +70,27 @@ class TorchDistWriter:
         return self._writer.part
 
 
+def _runs(weight: Weight, shape: ModelShape) -> list[slice] | None:
+    """Rows of the pieces in which a parameter is stored under its own key, each one Hugging Face tensor."""
+    return None if weight.split else runs_of_sources(weight, shape)
+
+
 def _pieces(unit: Unit, shape: ModelShape, tensors: dict[str, Tensor]) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
     """Key, offsets and content of every piece of a unit."""
-    key, rest = unit.weight.key, (0,) * (len(unit.weight.dims) - 1)
-    if unit.expert is not None:
-        for run, tensor in zip(runs_of_sources(unit.weight, shape), tensors.values(), strict=True):
-            yield key, (unit.expert, run.start, *rest), tensor.unsqueeze(0)
-    elif unit.rows is not None:
+    weight, rest = unit.weight, (0,) * (len(unit.weight.dims) - 1)
+    if unit.rows is not None:
         (tensor,) = tensors.values()
-        yield key, (unit.rows.start, *rest), tensor
-    else:
-        whole = to_megatron(unit.weight, shape, tensors.__getitem__)
-        for key, rows in split_keys(unit.weight, shape):
+        yield weight.key, (unit.rows.start, *rest), tensor
+    elif (runs := _runs(weight, shape)) is None:
+        whole = to_megatron(weight, shape, tensors.__getitem__)
+        for key, rows in split_keys(weight, shape):
             yield key, (0, *rest), whole[rows]
+    else:
+        for run, tensor in zip(runs, tensors.values(), strict=True):
+            if unit.expert is None:
+                yield weight.key, (run.start, *rest), tensor
+            else:
+                yield weight.key, (unit.expert, run.start, *rest), tensor.unsqueeze(0)
 
 
 def _common_state() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import hf_tensors
-from megatron_slim.checkpoint.huggingface import CONFIG, INDEX, SINGLE
+from megatron_slim.checkpoint.huggingface_files import CONFIG, INDEX, SINGLE, find_file
 from megatron_slim.checkpoint.raw_files import OpenFiles, OutputFile, as_bytes
 from megatron_slim.checkpoint.safetensors_reader import TensorEntry
 from megatron_slim.checkpoint.safetensors_writer import TensorSpec, plan_shards, start_shard
@@ -134,9 +134,15 @@ def write_hf_checkpoint(
 
 
 def carried_files(source: Path) -> Iterator[Path]:
-    """Tokenizer and generation files of a checkpoint directory."""
+    """Tokenizer and generation files of a checkpoint directory.
+
+    Raises:
+        CheckpointError: one is a link out of the directory, or no regular file.
+    """
     for pattern in CARRIED_FILES:
-        yield from sorted(file for file in source.glob(pattern) if file.is_file())
+        for file in sorted(source.glob(pattern)):
+            if (found := find_file(source, file.name)) is not None:
+                yield found
 
 
 def carry_files(source: Path, target: Path) -> None:

@@ -134,15 +134,15 @@ def from_megatron(weight: Weight, model: ModelShape, tensor: Tensor, *, expert: 
     return found
 
 
-def runs_of_sources(weight: Weight, model: ModelShape) -> list[slice]:
-    """For each Hugging Face tensor of an expert's parameter, the run of the parameter's rows that it is, whole."""
+def runs_of_sources(weight: Weight, model: ModelShape) -> list[slice] | None:
+    """For each Hugging Face tensor, the run of the parameter's rows (of one expert's) that it is; None if some are not.
+
+    True of a copy, and of [gate; up].
+    """
     maps = _row_maps(weight, model)
     runs = [row_map.target for row_map in maps if isinstance(row_map.target, slice)]
-    whole = [
-        row_map.rows == slice(0, size(s.dims[0], model.sizes)) for row_map, s in zip(maps, weight.sources, strict=False)
-    ]
-    assert len(runs) == len(maps) == len(weight.sources) and all(whole), f"{weight.key}: tensors are not runs of rows"
-    return runs
+    whole = [slice(0, size(source.dims[0], model.sizes)) for source in weight.sources]
+    return runs if len(runs) == len(maps) and [row_map.rows for row_map in maps] == whole else None
 
 
 def split_keys(weight: Weight, model: ModelShape) -> list[tuple[str, slice]]:

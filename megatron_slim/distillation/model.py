@@ -59,7 +59,8 @@ class HiddenStatesModel(GPTModel):
         """
         state: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
         return {
-            key: LocalNonpersistentObject(value.data) if key.endswith("_extra_state") else value
+            # By the checkpoint's name: in the state dict grouped experts call theirs _extra_state, _extra_state1, ...
+            key: LocalNonpersistentObject(value.data) if value.key.endswith("_extra_state") else value
             for key, value in state.items()
         }
 

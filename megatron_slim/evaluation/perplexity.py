@@ -85,10 +85,12 @@ def evaluate_checkpoint(
     num_samples: int | None = None,
     micro_batch_size: int = 1,
     dtype: torch.dtype | None = None,
-    hf_config: Path | None = None,
     seed: int = 0,
+    **reading: Any,
 ) -> dict[str, Any]:
     """Evaluate a Hugging Face or torch_dist directory; what tools/evaluate.py runs.
+
+    ``reading`` goes to `open_checkpoint`.
 
     Returns:
         ``loss``, ``perplexity``, ``tokens``, ``mtp_loss`` (a list, depth 1 first), ``samples``, ``seq_length``,
@@ -96,7 +98,7 @@ def evaluate_checkpoint(
     """
     if micro_batch_size < 1:
         raise DataError(f"--micro-batch-size {micro_batch_size} is not a positive number")
-    checkpoint = open_checkpoint(load, hf_config)
+    checkpoint = open_checkpoint(load, **reading)
     samples = read_evaluation_data(data, checkpoint.shape, seq_length=seq_length, num_samples=num_samples, seed=seed)
     dtype = dtype or device.default_dtype()
     result = evaluate(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype)

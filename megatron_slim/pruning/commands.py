@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,24 +53,20 @@ def calibration_options(args: argparse.Namespace) -> CalibrationOptions:
     )
 
 
-def run_calibrate(
-    load: Path, save: Path, options: CalibrationOptions, *, hf_config: Path | None = None
-) -> dict[str, Any]:
-    """Measure statistics and write them to a new file."""
+def run_calibrate(load: Path, save: Path, options: CalibrationOptions, **reading: Any) -> dict[str, Any]:
+    """Measure statistics and write them to a new file; ``reading`` goes to `checkpoint.convert.open_checkpoint`."""
     refuse_existing(save)
     from megatron_slim.checkpoint.convert import open_checkpoint
 
-    source = open_checkpoint(load, hf_config)
+    source = open_checkpoint(load, **reading)
     stats = _measure(source, options)
     stats.save(save)
     say(f"{save}: statistics of {stats.metadata['num_samples']} samples of {stats.metadata['seq_length']} tokens")
     return {"load": str(load), "save": str(save), "sha256": stats.sha256, **stats.metadata}
 
 
-def run_plan(
-    load: Path, stats_file: Path, recipe_file: Path, save: Path, *, hf_config: Path | None = None
-) -> dict[str, Any]:
-    """Make a plan of statistics and write it to a new file."""
+def run_plan(load: Path, stats_file: Path, recipe_file: Path, save: Path, **reading: Any) -> dict[str, Any]:
+    """Make a plan of statistics, write it to a new file; ``reading`` goes to `checkpoint.convert.open_checkpoint`."""
     refuse_existing(save)
     recipe = load_recipe(recipe_file)
     from megatron_slim.checkpoint.convert import open_checkpoint
@@ -77,7 +74,7 @@ def run_plan(
     from megatron_slim.pruning.pipeline import comparison, print_comparison
     from megatron_slim.pruning.plan import check_recipe, make_plan
 
-    source = open_checkpoint(load, hf_config)
+    source = open_checkpoint(load, **reading)
     check_recipe(recipe, source.shape, where=str(recipe_file))
     plan = make_plan(recipe, _load_stats(stats_file, source), source.shape)
     pruned = PrunedCheckpoint(plan, source, check_source=False)
@@ -96,10 +93,8 @@ def run_prune(
     stats_file: Path | None = None,
     calibration: CalibrationOptions | None = None,
     dry_run: bool = False,
-    hf_config: Path | None = None,
-    allow_nonfinite: bool = False,
-    dequantize_fp8: bool = False,
-    **options: Any,
+    reading: Mapping[str, Any] | None = None,
+    writing: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Calibrate, plan, apply and verify; what is given already (statistics, a plan) is not made again.
 
@@ -112,10 +107,8 @@ def run_prune(
         stats_file: statistics made before; then nothing is measured.
         calibration: data to measure on.
         dry_run: stop at the plan and write nothing.
-        hf_config: directory with config.json and tokenizer of a torch_dist checkpoint that lacks them.
-        allow_nonfinite: take NaN and infinite weights as they are.
-        dequantize_fp8: take a Hugging Face checkpoint in block-scaled FP8 as bf16.
-        options: how to write, as `checkpoint.convert.write_checkpoint`.
+        reading: how to read ``load``, as `checkpoint.convert.open_checkpoint`.
+        writing: how to write, as `checkpoint.convert.write_checkpoint`.
     """
     if save is not None and not dry_run:
         refuse_existing(save)
@@ -125,7 +118,7 @@ def run_prune(
     from megatron_slim.pruning.pipeline import comparison, print_comparison, write_pruned
     from megatron_slim.pruning.plan_reader import load_plan
 
-    source = open_checkpoint(load, hf_config, allow_nonfinite=allow_nonfinite, dequantize_fp8=dequantize_fp8)
+    source = open_checkpoint(load, **(reading or {}))
     if plan_file is not None:
         plan, stats = load_plan(plan_file), None
     else:
@@ -139,7 +132,7 @@ def run_prune(
     if dry_run:
         return results
     assert save is not None
-    written = write_pruned(pruned, save, to=to, stats=stats, **options)
+    written = write_pruned(pruned, save, to=to, stats=stats, **(writing or {}))
     say(f"{save}: {len(pruned.names)} tensors as {to}, {VERIFICATION[written['verified']]}")
     return results | {"save": str(save), **written}
 

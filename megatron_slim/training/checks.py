@@ -6,14 +6,19 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
+
 from megatron_slim.architecture.parallelism import layout_violations
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.checkpoint.distributed import is_torch_dist, iteration_directory
-from megatron_slim.checkpoint.distributed_writer import TRACKER
+from megatron_slim.checkpoint.distributed_writer import BACKEND, INTEGRITY, TRACKER
+from megatron_slim.checkpoint.torch_dist_files import METADATA
 from megatron_slim.data import data_prefix, read_stream
 from megatron_slim.distillation.model import TEACHER_MTP
-from megatron_slim.errors import DataError, SlimError
+from megatron_slim.errors import CheckpointError, DataError, SlimError, summarise
+from megatron_slim.files import read_json
 from megatron_slim.training.arguments import padded_vocab_size
 
 CHECKED_TOKENS = 1 << 20  # of each data set: another tokenizer's ids show in far fewer
@@ -44,6 +49,8 @@ def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
         raise SlimError("nothing to train", fix="give --train-iters or --train-samples")
     _check_start(shape, args)
     _check_data(args, shape.vocab_size)
+    if args.verify_integrity:
+        _check_integrity(args)
     if "MASTER_ADDR" not in os.environ:
         raise SlimError("not started by torchrun", fix="use examples/slimqwen/pretrain_distill.sh, or torchrun")
     return teacher
@@ -59,8 +66,10 @@ def _check_start(shape: ModelShape, args: Any) -> None:
     for directory in (args.load, args.save):
         if holds_checkpoint(directory):
             iteration_directory(Path(directory))  # refuses a torn tracker, at which Megatron exits with status 0
-    start = args.load if holds_checkpoint(args.load) else args.pretrained_checkpoint
+    start = _start(args)
     if start is None:
+        if args.load is not None and args.exit_on_missing_checkpoint:  # Megatron would exit with status 0
+            raise CheckpointError("holds no checkpoint", where=args.load, fix="check --load")
         return
     found = open_checkpoint(start, args.hf_config if is_torch_dist(Path(start)) else None).shape
     differing = [
@@ -73,6 +82,45 @@ def _check_start(shape: ModelShape, args: Any) -> None:
         raise SlimError(
             "not of the student's shape: " + "; ".join(differing), where=str(start), fix="check --hf-config"
         )
+
+
+def _start(args: Any) -> Path | None:
+    """Where Megatron, or we, will read the student's weights; None where they are random."""
+    if args.load is not None and args.ckpt_step:
+        return Path(args.load) / f"iter_{args.ckpt_step:07d}"
+    start = args.load if holds_checkpoint(args.load) else args.pretrained_checkpoint
+    return None if start is None else Path(start)
+
+
+def _check_integrity(args: Any) -> None:
+    """See that --verify-integrity verifies all: Megatron what it loads itself, and we, on one rank, the teacher."""
+    for path in filter(None, (_start(args), args.teacher_load)):
+        if is_torch_dist(path):
+            _check_manifest(iteration_directory(path))
+    if args.teacher_load is not None and is_torch_dist(args.teacher_load) and args.rank == 0:
+        try:
+            verify_integrity_manifest(str(iteration_directory(args.teacher_load)))
+        except CheckpointingException as error:
+            raise CheckpointError(str(error)) from None
+
+
+def _check_manifest(directory: Path) -> None:
+    """A file that the manifest does not name would not be looked at."""
+    if not (directory / INTEGRITY).is_file():
+        fix = "only what was saved with --verify-integrity, or converted, can be verified: leave the flag out"
+        raise CheckpointError(f"no {INTEGRITY}", where=str(directory), fix=fix)
+    manifest = read_json(directory / INTEGRITY)
+    named = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(named, dict):
+        raise CheckpointError("is no manifest of hashes", where=str(directory / INTEGRITY))
+    found = {path.name for path in directory.iterdir()}
+    needed = {name for name in found if name in (METADATA, BACKEND) or name.endswith(".distcp")}
+    for names, what in (
+        (needed - named.keys(), "does not name"),
+        (named.keys() - found, "names files that are not there:"),
+    ):
+        if names:
+            raise CheckpointError(f"{what} {summarise(sorted(names))}", where=str(directory / INTEGRITY))
 
 
 def _sizes(args: Any) -> dict[str, int]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.enums import ModelType
 from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model
@@ -34,7 +35,7 @@ from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.cli import exit_at_once
 from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine
 from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel, HiddenStatesModel
-from megatron_slim.errors import EXIT_USER_ERROR, SlimError
+from megatron_slim.errors import EXIT_USER_ERROR, CheckpointError, SlimError
 from megatron_slim.files import new_directory, to_json, write_atomic
 from megatron_slim.training.arguments import install_argv, padded_vocab_size, shape_directory
 from megatron_slim.training.checks import check_run, holds_checkpoint
@@ -185,7 +186,10 @@ def _hugging_face_start(args: Any) -> Path | None:
     if args.pretrained_checkpoint is None or is_torch_dist(Path(args.pretrained_checkpoint)):
         return None
     path, args.pretrained_checkpoint = Path(args.pretrained_checkpoint), None
-    return None if holds_checkpoint(args.load) else path
+    if holds_checkpoint(args.load):
+        return None
+    args.exit_on_missing_checkpoint = False  # Megatron does not see where the weights come from
+    return path
 
 
 def keep_hf_files(source: Path, save: Path) -> None:
@@ -229,13 +233,16 @@ def main(argv: list[str]) -> None:
         keep_hf_files(source, Path(args.save))
     provider = partial(run.datasets_provider)
     provider.is_distributed = True  # type: ignore[attr-defined]
-    pretrain(
-        pretrain_cfg_container_from_args(args),
-        provider,
-        ModelType.encoder_or_decoder,
-        run.forward_step,
-        model_provider=run.model_provider,
-    )
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args),
+            provider,
+            ModelType.encoder_or_decoder,
+            run.forward_step,
+            model_provider=run.model_provider,
+        )
+    except CheckpointingException as error:  # all ranks raise it together
+        raise CheckpointError(f"refused by Megatron: {error}") from None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

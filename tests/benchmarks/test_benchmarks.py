@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
 import sys
 import zlib
 from collections.abc import Callable
@@ -57,7 +58,7 @@ def test_models_of_a_wanted_size(layers: int, hidden: int, gigabytes: float) -> 
 
 
 def test_a_model_that_cannot_be_that_small() -> None:
-    with pytest.raises(SlimError, match=r"24 layers of hidden size 2048 are at least 4\.\d\d GB"):
+    with pytest.raises(SlimError, match=r"24 layers of hidden size 2048 are at least 3\.34 GB"):
         models.scaled_config(24, 2048, 1e9)
 
 
@@ -116,27 +117,46 @@ def test_a_tool_is_told_that_there_is_room(tmp_path: Path) -> None:
 
 
 FORKS = """
-import os, time
+import os, sys
 shared = bytearray(b'x') * 200_000_000
-for _ in range(2):
+pipes = [os.pipe() for _ in range(2)]
+for _, ready in pipes:
     if os.fork() == 0:
         own = bytearray(b'y') * 50_000_000
         open('/dev/zero', 'rb').read(30_000_000)
-        time.sleep(0.7)
+        os.write(ready, b'.')
+        sys.stdin.read()
         os._exit(0)
+for end, _ in pipes:
+    os.read(end, 1)
+print('ready', flush=True)
+sys.stdin.read()
 for _ in range(2):
     os.wait()
 """
 
 
-def test_memory_and_bytes_of_a_tree_of_processes() -> None:
-    found = processes.run([sys.executable, "-S", "-c", FORKS], sample_seconds=0.02)
-    assert 300e6 < found.peak_anonymous < 340e6, "pages that a fork shares count once"
-    assert 60e6 < found.read_bytes < 70e6, "those of children that have ended count too"
+def test_pages_that_a_fork_shares_count_once() -> None:
+    command = [sys.executable, "-S", "-c", FORKS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        found = processes.tree_anonymous(process.pid)
+        assert 300e6 < found < 340e6
+        assert processes.tree_anonymous(process.pid, above=10**10) == 0
+        process.communicate()
+
+
+def test_memory_and_bytes_read_of_a_command() -> None:
+    """The bytes are those of its children too, once they have ended."""
+    found = processes.run([sys.executable, "-S", "-c", FORKS])
+    assert 60e6 < found.read_bytes < 70e6 and found.peak_anonymous == 0 and found.stdout == "ready\n"
+    hold = "import time; content = bytearray(b'x') * 100_000_000; time.sleep(1); del content; time.sleep(0.2)"
+    found = processes.run([sys.executable, "-S", "-c", hold], sample_seconds=0.02)
+    assert 100e6 < found.peak_anonymous < 120e6 and found.seconds > 1.2
 
 
 def test_a_command_that_fails_is_an_error() -> None:
-    with pytest.raises(SlimError, match="exit code 3 .*: why"):
+    with pytest.raises(SlimError, match=r"exit code 3 .*: why"):
         processes.run([sys.executable, "-c", "import sys; print('why', file=sys.stderr); sys.exit(3)"])
 
 

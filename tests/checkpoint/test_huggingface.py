@@ -273,3 +273,12 @@ def test_a_model_that_cannot_be_built(copy: Path) -> None:
     _edit_json(copy / CONFIG, lambda config: config.update(num_key_value_heads=3, num_experts_per_tok=9))
     with pytest.raises(ShapeError, match=r"num_query_groups 3; moe_router_topk 9"):
         HFCheckpoint.open(copy)
+
+
+def test_a_tokenizer_elsewhere_is_not_carried_over(tmp_path: Path, tool: Callable[..., Any]) -> None:
+    hf = write_tiny_checkpoint(tmp_path / "hf", SHAPE)
+    (tmp_path / "secret").write_text("s")
+    (hf / "tokenizer.json").symlink_to(tmp_path / "secret")
+    refused = tool("tools/convert_checkpoint.py", "--load", hf, "--save", tmp_path / "out")
+    assert "outside the checkpoint" in refused.error
+    assert not (tmp_path / "out").exists()

@@ -21,8 +21,8 @@ from megatron.core.transformer.multi_token_prediction import (  # noqa: E402
 )
 
 from megatron_slim.architecture.layer_specs import build_model, transformer_config  # noqa: E402
-from megatron_slim.checkpoint.loading import load_hf_weights  # noqa: E402
 from megatron_slim.checkpoint.huggingface import HFCheckpoint  # noqa: E402
+from megatron_slim.checkpoint.loading import load_hf_weights  # noqa: E402
 from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine, shift  # noqa: E402
 from megatron_slim.distillation.model import (  # noqa: E402
     TEACHER_MAIN,

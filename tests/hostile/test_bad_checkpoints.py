@@ -259,10 +259,6 @@ FILES: dict[str, tuple[Damage, str]] = {
     "empty directory": (only(), "is empty; give a Hugging Face checkpoint"),
     "other files": (only("README.md"), "no config.json in this directory"),
     "adapter": (only("adapter_config.json", "adapter_model.safetensors"), r"only an adapter \(LoRA\); merge it into"),
-    "adapter beside a config": (
-        only("adapter_config.json", "adapter_model.safetensors", CONFIG),
-        "config.json: not readable as JSON",
-    ),
     "GGUF": (only("model-Q4_K_M.gguf"), "holds only GGUF files; get the safetensors checkpoint"),
     "archive": (only("model.tar.gz"), "holds only an archive; unpack it"),
     "hub cache": (only("blobs", "refs", "snapshots"), "cache of the Hugging Face hub; give the directory in snapshots"),
@@ -313,6 +309,13 @@ def test_weights_that_are_no_shards_may_lie_beside(copy: Path) -> None:
     assert read_all(copy).keys() == random_tensors(SHAPE).keys()
 
 
+@pytest.mark.parametrize("metadata", [None, {"total_size": 1}, {"total_size": "x"}])
+def test_the_index_s_metadata_is_not_looked_at(copy: Path, metadata: Any) -> None:
+    """Published checkpoints have it wrong."""
+    edit(INDEX, lambda parsed: parsed.update(metadata=metadata))(copy)
+    assert read_all(copy).keys() == random_tensors(SHAPE).keys()
+
+
 def in_hub_cache(source: Path, hub: Path) -> Path:
     """A checkpoint as the Hugging Face hub's library keeps it."""
     snapshot, blobs = hub / "snapshots" / "0123abcd", hub / "blobs"
@@ -337,6 +340,13 @@ def test_links_into_another_cache_are_not(good: Path, tmp_path: Path) -> None:
     linked(FIRST, other / FIRST)(snapshot)
     with pytest.raises(CheckpointError, match="outside the checkpoint"):
         HFCheckpoint.open(snapshot)
+
+
+def test_blobs_are_those_of_a_cache(good: Path, tmp_path: Path) -> None:
+    snapshot = in_hub_cache(good, tmp_path / "hub")
+    other = snapshot.parent.rename(tmp_path / "hub" / "models") / snapshot.name
+    with pytest.raises(CheckpointError, match=r"config.json: links to .*/blobs/\d, outside the checkpoint"):
+        HFCheckpoint.open(other)
 
 
 def test_links_within_the_directory_are_followed(copy: Path) -> None:

@@ -75,7 +75,7 @@ def test_every_tensor_is_the_slice_that_its_name_says(
         assert ".experts." in name
         torch.testing.assert_close(tensor, expected, rtol=2**-7, atol=0)
         merged += 1
-    assert merged < len(tensors) // 50
+    assert merged <= len(tensors) // 50
     assert total_bytes(pruned.shape, pruned.dtypes) == sum(t.nbytes for t in tensors.values())
 
 

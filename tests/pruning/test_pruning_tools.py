@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
 
 from megatron_slim.architecture.shape import FAMILIES
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes
@@ -247,3 +248,31 @@ def test_an_output_file_that_exists_is_refused(tool: Tool, source: HFCheckpoint,
     assert "already exists" in tool(CALIBRATE, "--load", source.path, *data, "--save", work / "tokens.npy").error
     arguments = ("--load", source.path, "--stats", work / "s", "--recipe", work / "recipe.yaml")
     assert "already exists" in tool(PLAN, *arguments, "--save", work / "recipe.yaml").error
+
+
+def test_block_scaled_fp8_goes_through_every_step(tool: Tool, source: HFCheckpoint, work: Path) -> None:
+    """One scale of 1 per tensor, so that the bf16 model is the FP8 numbers themselves."""
+    names = [name for name in source.names if ".experts." in name]
+    codes = {name: source.read(name).to(torch.float8_e4m3fn) for name in names}
+    plain = {name: source.read(name) for name in source.names} | {n: c.bfloat16() for n, c in codes.items()}
+    scales = {f"{name}_scale_inv": torch.ones(1, 1) for name in names}
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    for kind, tensors, extra in (
+        ("plain", plain, {}),
+        ("fp8", plain | codes | scales, {"quantization_config": quantization}),
+    ):
+        (work / kind).mkdir()
+        save_file(tensors, work / kind / "model.safetensors")
+        (work / kind / "config.json").write_text(json.dumps(source.config | extra))
+    recipe, data = ("--recipe", work / "recipe.yaml"), ("--calibration-data", work / "tokens.npy")
+    for kind, flags in (("plain", ()), ("fp8", ("--dequantize-fp8",))):
+        load, stats, plan = ("--load", work / kind, *flags), work / f"{kind}.stats", work / f"{kind}.plan"
+        assert tool(CALIBRATE, *load, *data, "--save", stats).code == 0
+        assert tool(PLAN, *load, *recipe, "--stats", stats, "--save", plan).code == 0
+        assert tool(PRUNE, *load, "--plan", plan, "--save", work / f"{kind}.out").code == 0
+        assert tool("tools/evaluate.py", *load, "--data", work / "tokens.npy").code == 0
+    assert (work / "plain.plan").read_bytes() == (work / "fp8.plan").read_bytes()
+    first, second = HFCheckpoint.open(work / "plain.out"), HFCheckpoint.open(work / "fp8.out")
+    assert first.config == second.config
+    assert all(same_bytes(first.read(name), second.read(name)) for name in first.names)
+    assert "--dequantize-fp8" in tool(CALIBRATE, "--load", work / "fp8", *data, "--save", work / "x").error

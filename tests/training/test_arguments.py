@@ -48,6 +48,18 @@ def test_the_shape_becomes_megatrons_flags(config_directory: Path) -> None:
     assert "--attention-output-gate" in argv and "--untie-embeddings-and-output-weights" in argv
 
 
+def test_flags_of_what_a_family_lacks_are_not_given_and_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(to_json(tiny_hf_config(tiny_shape("qwen3_moe"))))
+    given = ["--hf-config", str(tmp_path)]
+    argv, _ = complete_argv(given)
+    assert value_of(argv, "--num-experts") == "8" and value_of(argv, "--rotary-percent") == "1.0"
+    assert not [word for word in argv if word.startswith(("--linear", "--experimental", "--mtp", "--moe-shared"))]
+    for flag in ("--attention-output-gate", "--apply-layernorm-1p", "--mtp-num-layers=1", "--linear-key-head-dim=16"):
+        assert flag not in argv
+        with pytest.raises(SlimError, match=f"{flag.split('=')[0]} cannot be given"):
+            complete_argv([*given, flag])
+
+
 def test_what_config_json_decides_cannot_be_given(config_directory: Path) -> None:
     with pytest.raises(SlimError, match=r"--hidden-size, --num-layers cannot be given; the model's shape comes from"):
         complete_argv(["--hf-config", str(config_directory), "--num-layers", "3", "--hidden-size=64"])

@@ -1,0 +1,71 @@
+"""Qwen3-MoE in training: distilled from its own kind and from Qwen3-Next, under several layouts, and exported."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_slim.checkpoint.convert import hf_to_torch_dist, torch_dist_to_hf
+from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
+
+TERMS = ("lm loss", "logits distillation loss", "teacher lm loss", "global_load_balancing_loss", "grad-norm")
+MBS = ("--micro-batch-size", "2")
+
+
+@pytest.fixture(scope="module")
+def family(workplace, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    """A workplace whose teacher and student are Qwen3-MoE, of the vocabulary of the others."""
+    root = tmp_path_factory.mktemp("qwen3-moe")
+    teacher = tiny_shape("qwen3_moe", vocab_size=120)
+    student = tiny_shape("qwen3_moe", vocab_size=120, num_layers=2, hidden_size=48, num_moe_experts=4)
+    paths = {
+        name: write_tiny_checkpoint(root / name, shape, seed=seed, dtype=torch.float32)
+        for seed, (name, shape) in enumerate({"teacher": teacher, "student": student}.items())
+    }
+    return dataclasses.replace(workplace, root=root, **paths)
+
+
+@pytest.fixture(scope="module")
+def trained(family):  # type: ignore[no-untyped-def]
+    """A run on one rank, and what it logged."""
+    save = family.root / "run"
+    return save, family.train("one", 1, *MBS, "--save", str(save))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--pipeline-model-parallel-size 2", "--tensor-model-parallel-size 2 --sequence-parallel"],
+    ids=["pp2", "tp2-sp"],
+)
+def test_both_formats_and_every_layout_are_the_same_run(family, trained, flags: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """The run on one rank starts from Hugging Face's format, these from Megatron's."""
+    _, expected = trained
+    hf_to_torch_dist(family.student, tmp_path / "student")
+    start = ["--pretrained-checkpoint", str(tmp_path / "student"), "--dist-ckpt-strictness", "raise_all"]
+    found = family.train(flags.split("-")[2], 2, *MBS, *start, *flags.split())
+    assert not [term for term in found if term.startswith("mtp ") and "loss" in term]
+    for term in TERMS:
+        assert len(found[term]) == 5 and found[term] == pytest.approx(expected[term], rel=1e-5), term
+
+
+def test_what_training_saved_is_a_model_for_transformers(family, trained, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    save, _ = trained
+    torch_dist_to_hf(save, tmp_path / "hf")
+    exported, start = HFCheckpoint.open(tmp_path / "hf"), HFCheckpoint.open(family.student)
+    assert exported.shape == start.shape
+    assert not [name for name in exported.names if torch.equal(exported.read(name), start.read(name))]
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_a_teacher_of_another_family(workplace, reference, family) -> None:  # type: ignore[no-untyped-def]
+    """Qwen3-Next says the same beside either student."""
+    mixed = dataclasses.replace(family, teacher=workplace.teacher)
+    found = mixed.train("mixed", 1, *MBS)
+    assert found["teacher lm loss"] == reference["teacher lm loss"]
+    assert found["logits distillation loss"][-1] < found["logits distillation loss"][0]
