@@ -77,7 +77,7 @@ class _Bench:
         self.work, self.args = work, args
         self.sources = {HF: source, TORCH_DIST: work / TORCH_DIST}
         self.plan, self.out = work / "plan.json", work / "out"
-        self.threads = sorted({1, args.processes or os.cpu_count() or 1})
+        self.threads = sorted({1, args.processes or len(os.sched_getaffinity(0))})
         self.found = Measured()
 
     def prepare(self) -> None:

@@ -30,7 +30,7 @@ class HoleDigger:
     """
 
     def __init__(self, parent: Path, name: str) -> None:
-        """Dig in ``parent/name`` and in the directories beside it that it is built in, whatever they are called."""
+        """Dig in ``parent/name`` and in what it is built in beside it, ``parent/.name.*``."""
         self._parent, self._name = parent, name
         self._seen: dict[Path, set[int]] = {}
         self._libc = ctypes.CDLL(None, use_errno=True)
@@ -54,7 +54,7 @@ class HoleDigger:
 
     def _files(self) -> Iterator[Path]:
         for directory in self._parent.iterdir():
-            if self._name in directory.name and directory.is_dir():
+            if directory.name == self._name or directory.name.startswith(f".{self._name}."):
                 yield from (Path(root, file) for root, _, files in os.walk(directory) for file in files)
 
     def _dig_file(self, file: Path, descriptor: int, final: bool) -> None:

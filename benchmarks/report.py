@@ -127,7 +127,7 @@ def machine(directory: Path) -> dict[str, Any]:
     ]
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": psutil.virtual_memory().total,
         "file_system": max(mounts, key=lambda mount: len(mount.mountpoint)).fstype if mounts else "unknown",
         "kernel": platform.release(),

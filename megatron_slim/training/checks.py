@@ -87,7 +87,10 @@ def _check_start(shape: ModelShape, args: Any) -> None:
 def _start(args: Any) -> Path | None:
     """Where Megatron, or we, will read the student's weights; None where they are random."""
     if args.load is not None and args.ckpt_step:
-        return Path(args.load) / f"iter_{args.ckpt_step:07d}"
+        directory = Path(args.load) / f"iter_{args.ckpt_step:07d}"
+        if not directory.is_dir():
+            raise CheckpointError("no such directory", where=str(directory), fix="check --ckpt-step")
+        return directory
     start = args.load if holds_checkpoint(args.load) else args.pretrained_checkpoint
     return None if start is None else Path(start)
 

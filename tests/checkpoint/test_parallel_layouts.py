@@ -137,20 +137,26 @@ def _save(state: dict[str, Any], directory: Path) -> None:
     )
 
 
+@torch.no_grad()
+def _loaded_by_us(models: list[Any], checkpoint: HFCheckpoint | DistCheckpoint) -> dict[str, torch.Tensor]:
+    for model in models:
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    load_hf_weights(models, checkpoint)
+    return _parameters(models)
+
+
 def _check_layouts(hf: Path, torch_dist: Path, work: Path, kinds: list[dict[str, Any]]) -> None:
-    checkpoint, release = HFCheckpoint.open(hf), torch_dist / "release"
+    checkpoints, release = (HFCheckpoint.open(hf), DistCheckpoint.open(torch_dist)), torch_dist / "release"
     for number, layout in enumerate(LAYOUTS):
         for modules in kinds:
-            models = _build(checkpoint.shape, layout, modules)
+            models = _build(checkpoints[0].shape, layout, modules)
             _load_strictly(models, release, fully_parallel=layout in LAYOUTS[:2])
             loaded = _parameters(models)
-            load_hf_weights(_build(checkpoint.shape, layout, modules), DistCheckpoint.open(torch_dist))
-            fresh = _build(checkpoint.shape, layout, modules)
-            load_hf_weights(fresh, checkpoint)
-            expected = _parameters(fresh)
-            assert expected.keys() == loaded.keys()
-            different = [name for name in expected if not same_bytes(expected[name], loaded[name])]
-            assert not different, (layout, modules, different)
+            for checkpoint in checkpoints:
+                expected = _loaded_by_us(models, checkpoint)
+                different = [name for name in expected if not same_bytes(expected[name], loaded[name])]
+                assert expected.keys() == loaded.keys() and not different, (layout, modules, different)
             _check_stock_request(models, release)
         _save(_request(models, release, stock=number % 2 == 1), work / f"saved{number}" / "iter_0000007")
 
