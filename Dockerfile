@@ -29,6 +29,7 @@ RUN pip list --format=freeze | grep -iE '^(torch|triton|pytorch-triton|numpy|ape
         "sentencepiece>=0.2.1,<0.3" \
         "nltk>=3.9.1,<4" \
         "tensorboard>=2.20,<3" \
+        "xxhash>=3.5,<5" \
         "PyYAML>=6,<7" \
         "rich>=14,<16" \
         "psutil>=7,<8" \

@@ -100,9 +100,7 @@ def write_checkpoint(
     nbytes = total_bytes(source.shape, dtypes)
     config = config_for(shape_to_hf_config(source.shape, source.config), dtypes.values())
     options: dict[str, Any] = {"dtype": dtype, "verify": verify, "processes": processes, "where": str(target)}
-    list(
-        carried_files(source.config_path)
-    )  # refuses links that leave the checkpoint now, not at the end
+    list(carried_files(source.config_path))  # refuses links that leave the checkpoint now, not at the end
     with new_directory(target) as partial:
         check_space(target, nbytes)
         write = _write_torch_dist if to == "torch_dist" else _write_hf
