@@ -117,7 +117,7 @@ def _encode_all(encoder: Encoder, groups: Iterable[list[Source]], workers: int) 
         except BrokenProcessPool:
             raise DataError("a worker process died", fix="out of memory? use fewer --workers") from None
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # and wait: CPython may deadlock when told not to
 
 
 class _Writer:

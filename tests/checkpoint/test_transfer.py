@@ -122,10 +122,11 @@ def test_a_failure_ends_everything(
     hf: Path, tmp_path: Path, processes: int, error: Exception, kind: type[Exception], message: str
 ) -> None:
     source = Failing(HFCheckpoint.open(hf), "lm_head.weight", _raise(error))
+    others = set(psutil.Process().children())  # of earlier tests: Megatron's checkpoint writer keeps a worker
     with pytest.raises(kind, match=message):
         write_checkpoint(source, tmp_path / "out", to="torch_dist", processes=processes)
     assert os.listdir(tmp_path) == []
-    assert psutil.Process().children() == []
+    assert set(psutil.Process().children()) <= others
 
 
 def test_a_killed_process_is_noticed(hf: Path, tmp_path: Path) -> None:

@@ -93,5 +93,5 @@ def test_a_fault_found_by_all_ranks_is_one_line_and_exit_code_2(tmp_path: Path) 
     variables = {"HF_CONFIG": str(tmp_path), "DATA": "nothing", "SAVE": str(tmp_path / "run"), "TEACHER": "nowhere"}
     done = run(TRAIN, NPROC_PER_NODE="2", MASTER_PORT="29677", timeout=200, **variables)
     assert done.returncode == 2
-    assert done.stderr.splitlines() == ["error: nowhere: no such directory; give the directory that holds config.json"]
+    assert done.stderr.splitlines() == ["error: nowhere: no such directory; give the one with config.json"]
     assert not (tmp_path / "run").exists()
