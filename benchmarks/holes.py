@@ -22,8 +22,8 @@ _PUNCH_HOLE, _KEEP_SIZE = 0x02, 0x01
 class HoleDigger:
     """Turns zeros in the files of a directory into holes, without changing what the files read as.
 
-    A block is dug only if it held data at the pass before too and lies well before the end of its file, so that no
-    page is dug that is still being written; and only pages that are all zero when they are read.
+    A block is dug once, only if it held data at the pass before too and lies well before the end of its file, so that
+    no page is dug that is still being written; and only pages that are all zero when they are read.
 
     Attributes:
         peak_disk: most bytes that the files took on the disk, as seen at the start of a pass.
@@ -32,7 +32,9 @@ class HoleDigger:
     def __init__(self, parent: Path, name: str) -> None:
         """Dig in ``parent/name`` and in what it is built in beside it, ``parent/.name.*``."""
         self._parent, self._name = parent, name
-        self._seen: dict[Path, set[int]] = {}
+        self._seen: dict[int, set[int]] = {}  # blocks with data, by the file's inode, because files are renamed
+        self._dug: dict[int, set[int]] = {}
+        self._content = np.empty(BLOCK, dtype=np.uint8)
         self._libc = ctypes.CDLL(None, use_errno=True)
         self.peak_disk = 0
 
@@ -47,7 +49,7 @@ class HoleDigger:
             except FileNotFoundError:  # renamed since
                 continue
             try:
-                self._dig_file(file, descriptor, final)
+                self._dig_file(descriptor, final)
             finally:
                 os.close(descriptor)
         return disk
@@ -57,20 +59,21 @@ class HoleDigger:
             if directory.name == self._name or directory.name.startswith(f".{self._name}."):
                 yield from (Path(root, file) for root, _, files in os.walk(directory) for file in files)
 
-    def _dig_file(self, file: Path, descriptor: int, final: bool) -> None:
-        size = os.fstat(descriptor).st_size
-        blocks = set(_data_blocks(descriptor, size))
-        ripe = blocks if final else blocks & self._seen.get(file, set())
-        limit = size if final else size - MARGIN
+    def _dig_file(self, descriptor: int, final: bool) -> None:
+        status = os.fstat(descriptor)
+        dug = self._dug.setdefault(status.st_ino, set())
+        blocks = set(_data_blocks(descriptor, status.st_size)) - dug
+        ripe = blocks if final else blocks & self._seen.get(status.st_ino, set())
         for block in sorted(ripe):
-            if (block + 1) * BLOCK <= limit or final:
+            if (block + 1) * BLOCK <= status.st_size - MARGIN or final:
                 self._dig_block(descriptor, block * BLOCK)
-        self._seen[file] = blocks
+                dug.add(block)
+        self._seen[status.st_ino] = blocks
 
     def _dig_block(self, descriptor: int, offset: int) -> None:
-        content = np.zeros(BLOCK, dtype=np.uint8)
-        length = os.preadv(descriptor, [memoryview(content)], offset)
-        pages = np.bitwise_or.reduce(content.view(np.uint64).reshape(-1, PAGE // 8), axis=1)
+        length = os.preadv(descriptor, [memoryview(self._content)], offset)
+        self._content[length:] = 0  # as the rest of a file's last page reads
+        pages = np.bitwise_or.reduce(self._content.view(np.uint64).reshape(-1, PAGE // 8), axis=1)
         edges = np.diff(np.concatenate(([1], pages[: -(-length // PAGE)] != 0, [1])))
         bounds = np.flatnonzero(edges)  # of runs of zeros
         for first, end in bounds.reshape(-1, 2).tolist():
