@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,36 @@ PAGE = 4096
 MAX_OPEN_FILES = 64
 WRITEBACK_BYTES = 32 << 20
 _MOST_AT_ONCE = 1 << 30  # Linux moves at most 2 GiB in one call
+_RWF_DONTCACHE = 0x80  # of Linux 6.14: what a read brings into the page cache leaves it again, what was there stays
+
+
+_read_flags = 0  # of every read
+
+
+@contextlib.contextmanager
+def reading_once() -> Iterator[None]:
+    """Reads within, of this process, leave the page cache as it was, where kernel and file system can do that.
+
+    For a stream that reads everything once: models are larger than the memory, and to fill that with pages which nobody
+    reads again costs other programs theirs, and a virtual machine the time to get them from its host.
+    """
+    global _read_flags
+    _read_flags = _RWF_DONTCACHE
+    try:
+        yield
+    finally:
+        _read_flags = 0
+
+
+def _read(descriptor: int, view: memoryview, offset: int) -> int:
+    global _read_flags
+    try:
+        return os.preadv(descriptor, [view], offset, _read_flags)
+    except OSError as error:
+        if not _read_flags or error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        _read_flags = 0
+        return os.preadv(descriptor, [view], offset)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -49,7 +81,7 @@ class OpenFiles:
         descriptor, done = self.descriptor(file), 0
         while done < len(view):
             try:
-                count = os.preadv(descriptor, [view[done : done + _MOST_AT_ONCE]], offset + done)
+                count = _read(descriptor, view[done : done + _MOST_AT_ONCE], offset + done)
             except OSError as error:
                 error.filename = str(file)
                 raise
@@ -113,6 +145,7 @@ class OutputFile:
         self.path, self.size = path, 0
         self._descriptor = os.open(path, flags, 0o666)
         self._first, self._last, self._waiting = 0, 0, 0  # written since the kernel was told
+        self._sent: tuple[int, int] | None = None  # what it was told of before
 
     def append(self, buffers: Sequence[bytes | memoryview]) -> None:
         """Write at the end."""
@@ -128,8 +161,10 @@ class OutputFile:
         self._first, self._last = min(self._first, offset), max(self._last, offset + done)
         self._waiting += done
         if self._waiting >= WRITEBACK_BYTES:
-            # On Linux this starts writing dirty pages and forgets only those that are on the disk already.
-            os.posix_fadvise(self._descriptor, self._first, self._last - self._first, os.POSIX_FADV_DONTNEED)
+            # On Linux this starts writing dirty pages, and forgets those that are on the disk already: next time.
+            for first, last in filter(None, (self._sent, (self._first, self._last))):
+                os.posix_fadvise(self._descriptor, first, last - first, os.POSIX_FADV_DONTNEED)
+            self._sent = (self._first, self._last)
             self._first, self._last, self._waiting = offset + done, 0, 0
 
     def close(self) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import itertools
 import multiprocessing
 import os
 import signal
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeVar
@@ -18,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from megatron_slim.checkpoint.raw_files import reading_once
 from megatron_slim.checkpoint.units import Source, Unit
 from megatron_slim.cli import byte_progress
 from megatron_slim.errors import CheckpointError, SlimError
@@ -80,8 +83,7 @@ def transfer(
     def run(number: int, advance: Callable[[int], None]) -> tuple[Any, list[str]]:
         part = writer(number)
         digests = []
-        for unit in parts[number]:
-            tensors = unit.read(source, dtype)
+        for unit, tensors in read_ahead(source, parts[number], dtype):
             digests.append(unit.digest(tensors))
             part.write(unit, tensors)
             if verify and unit.digest(part.read(unit)) != digests[-1]:
@@ -90,13 +92,27 @@ def transfer(
             advance(unit.nbytes)
         return part.finish(), digests
 
-    with byte_progress("writing", total) as advance:
+    with reading_once(), byte_progress("writing", total) as advance:
         if len(parts) == 1:
             outcomes = [run(0, advance)]
         else:
             outcomes = _in_processes(run, len(parts), advance)
     digest = hashlib.sha256("".join(line for _, lines in outcomes for line in lines).encode()).hexdigest()
     return [outcome for outcome, _ in outcomes], digest
+
+
+def read_ahead(
+    source: Source, units: Sequence[Unit], dtype: torch.dtype | None
+) -> Iterator[tuple[Unit, dict[str, Tensor]]]:
+    """Every unit and its tensors; while the caller works on one, a thread reads the next."""
+    # OpenMP's number of threads is a thread's own, and a forked process must keep to one.
+    with ThreadPoolExecutor(1, "reader", torch.set_num_threads, (torch.get_num_threads(),)) as reader:
+        waiting = [reader.submit(unit.read, source, dtype) for unit in units[:1]]
+        for unit, following in itertools.zip_longest(units, units[1:]):
+            tensors = waiting.pop().result()
+            if following is not None:
+                waiting.append(reader.submit(following.read, source, dtype))
+            yield unit, tensors
 
 
 def split(units: Sequence[Unit], parts: int) -> list[Sequence[Unit]]:

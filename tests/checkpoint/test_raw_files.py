@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,9 @@ def test_what_is_read_is_what_is_wanted_and_gaps_below_a_page(
     read: list[int] = []
     preadv = os.preadv
 
-    def counting(descriptor: int, buffers: Any, offset: int) -> int:
+    def counting(descriptor: int, buffers: Any, offset: int, *flags: int) -> int:
         read.append(sum(len(buffer) for buffer in buffers))
-        return preadv(descriptor, buffers, offset)
+        return preadv(descriptor, buffers, offset, *flags)
 
     monkeypatch.setattr(raw_files.os, "preadv", counting)
     gather(file, content, [3, 4, 5, 100, 101])  # two runs
@@ -67,6 +68,30 @@ def test_what_is_read_is_what_is_wanted_and_gaps_below_a_page(
     read.clear()
     gather(file, content, range(0, 400, 3))  # gaps of a page: row by row
     assert read == [2048] * 134
+
+
+@pytest.mark.parametrize("refused", [None, errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_stream_asks_for_an_untouched_page_cache_once(
+    matrix: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch, refused: int | None
+) -> None:
+    """A kernel or file system that cannot do it says so, and is not asked again."""
+    file, content = matrix
+    asked: list[int] = []
+    preadv = os.preadv
+
+    def reading(descriptor: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        asked.append(flags)
+        if flags and refused:
+            raise OSError(refused, os.strerror(refused))
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(raw_files.os, "preadv", reading)
+    with raw_files.reading_once():
+        for _ in range(2):
+            assert torch.equal(gather(file, content, [3, 4]), content[3:5])
+    assert torch.equal(gather(file, content, [3, 4]), content[3:5])
+    flag = 0x80
+    assert asked == ([flag, 0, 0, 0] if refused else [flag, flag, 0])
 
 
 def test_a_file_that_ends_early_is_an_error(matrix: tuple[Path, torch.Tensor]) -> None:
