@@ -29,6 +29,9 @@ def summarise(measured: Measured, shape: ModelShape, args: argparse.Namespace) -
     verified = [entry["verified"] for entry in directions.values()]
     results = {
         "peak_memory_fraction": max(entry["peak_memory_fraction"] for entry in directions.values()),
+        "peak_memory_fraction_above_start_up": max(
+            entry["peak_memory_fraction_above_start_up"] for entry in directions.values()
+        ),
         "wall_over_raw_io": max(entry["over_raw_io"] for entry in verified),
         "wall_over_raw_io_with_imports": max(entry["over_raw_io_with_imports"] for entry in verified),
         **_load_all(measured, directions, nbytes),
@@ -60,15 +63,18 @@ def _direction(name: str, measured: Measured, nbytes: int) -> dict[str, Any]:
     read = _fastest(measured.reads, needed)
     write = _fastest(measured.writes, written)
     raw = max(read["seconds"], write["seconds"])
-    start = _median(each.seconds for each in measured.start_ups[DIRECTIONS[name].tool])
+    starts = measured.start_ups[DIRECTIONS[name].tool]
+    start = _median(each.seconds for each in starts)
+    peak = measured.sampled[name].peak_anonymous
     return {
         "bytes_that_must_be_read": needed,
         "bytes_of_result": written,
         "raw_read": read,
         "raw_write": write,
         "raw_io_seconds": raw,
-        "peak_anonymous_bytes": measured.sampled[name].peak_anonymous,
-        "peak_memory_fraction": measured.sampled[name].peak_anonymous / nbytes,
+        "peak_anonymous_bytes": peak,
+        "peak_memory_fraction": peak / nbytes,
+        "peak_memory_fraction_above_start_up": (peak - min(each.anonymous for each in starts)) / nbytes,
         "verified": _runs(measured.runs[name, True], raw, start),
         "unverified": _runs(measured.runs[name, False], raw, start),
     }
