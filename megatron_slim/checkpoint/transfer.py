@@ -26,7 +26,7 @@ from megatron_slim.cli import byte_progress
 from megatron_slim.errors import CheckpointError, SlimError
 
 T = TypeVar("T")
-BYTES_PER_PROCESS = 2_000_000_000  # below that, another process costs more than it brings
+BYTES_PER_PROCESS = 500_000_000  # below that, another process costs more than it brings
 MOST_PROCESSES = 8  # more only without being asked: disks are saturated by then
 REPORT_BYTES = 16 << 20
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal to get when the parent dies
