@@ -6,9 +6,11 @@ import hashlib
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import psutil
@@ -80,6 +82,27 @@ def _sized(*sizes: int) -> list[Any]:
 )
 def test_parts_are_contiguous_even_and_never_empty(sizes: tuple[int, ...], parts: int, expected: list[int]) -> None:
     assert [len(part) for part in transfer.split(_sized(*sizes), parts)] == expected
+
+
+def test_one_unit_is_read_ahead_and_no_more(hf: Path) -> None:
+    source = HFCheckpoint.open(hf)
+    found = list(units.units(SHAPE, source.dtypes))[:3]
+    names = [next(name for name, _ in unit.tensors) for unit in found]
+    read: Queue[tuple[str, int]] = Queue()
+
+    class Recording:
+        def read_rows(self, name: str, *index: Any) -> torch.Tensor:
+            read.put((name, threading.get_ident()))
+            return source.read_rows(name, *index)
+
+    reader = transfer.read_ahead(Recording(), found, None)  # type: ignore[arg-type]
+    unit, tensors = next(reader)
+    assert unit is found[0] and same_bytes(tensors[names[0]], source.read(names[0]))
+    seen = [read.get(timeout=60) for _ in (0, 1)]
+    assert [name for name, _ in seen] == names[:2] and threading.get_ident() not in dict(seen).values()
+    assert read.empty()
+    assert [unit for unit, _ in reader] == found[1:]
+    assert list(transfer.read_ahead(source, [], None)) == []
 
 
 def test_small_models_take_one_process() -> None:
