@@ -57,12 +57,16 @@ class TorchDistWriter:
 
     def read(self, unit: Unit) -> dict[str, Tensor]:
         """Read the unit back that was written last."""
-        rows = [self._reader.read_rows(piece, np.arange(piece.sizes[0])) for piece in self._last]
-        if unit.expert is not None:
-            rows = [row[0] for row in rows]
         if unit.rows is not None or _runs(unit.weight, self._shape) is not None:
-            return dict(zip((name for name, _ in unit.tensors), rows, strict=True))
-        return from_megatron(unit.weight, self._shape, torch.cat(rows))
+            found = (self._reader.read_rows(piece, np.arange(piece.sizes[0])) for piece in self._last)
+            return {
+                name: tensor if unit.expert is None else tensor[0]
+                for (name, _), tensor in zip(unit.tensors, found, strict=True)
+            }
+        whole = torch.empty(unit.weight.shape(self._shape), dtype=self._last[0].dtype)
+        for piece, (_, rows) in zip(self._last, split_keys(unit.weight, self._shape), strict=True):
+            self._reader.read_rows(piece, np.arange(piece.sizes[0]), out=whole[rows])
+        return from_megatron(unit.weight, self._shape, whole)
 
     def finish(self) -> Part:
         """Close the files."""

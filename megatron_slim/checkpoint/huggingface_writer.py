@@ -64,8 +64,7 @@ class HFWriter:
         for name, _ in unit.tensors:
             entry = self._entries[name]
             rows = np.arange(*(unit.rows or slice(0, entry.shape[0])).indices(entry.shape[0]))
-            shape = (rows.size, *entry.shape[1:])
-            found[name] = self._files.gather(entry.file, entry.offset, entry.row_bytes, rows, shape, entry.dtype)
+            found[name] = entry.read(self._files, rows)
         return found
 
     def finish(self) -> None:

@@ -75,7 +75,10 @@ def is_copy(weight: Weight) -> bool:
 
 def _fill(maps: tuple[_RowMap, ...], tensors: list[Tensor], out: Tensor) -> None:
     for row_map in maps:
-        out[row_map.target] = tensors[row_map.source][row_map.rows]
+        if isinstance(row_map.target, slice) and isinstance(row_map.rows, Tensor):  # straight into its place
+            torch.index_select(tensors[row_map.source], 0, row_map.rows, out=out[row_map.target])
+        else:
+            out[row_map.target] = tensors[row_map.source][row_map.rows]
 
 
 def _experts(weight: Weight, model: ModelShape, expert: int | None) -> Iterable[int | None]:
@@ -123,14 +126,13 @@ def from_megatron(weight: Weight, model: ModelShape, tensor: Tensor, *, expert: 
     assert tuple(tensor.shape) == shape, (weight.key, tuple(tensor.shape), shape)
     if is_copy(weight):
         return {weight.sources[0].name: tensor.contiguous()}
-    maps = _row_maps(weight, model)
+    places = [_as_rows(rows_in_megatron(weight, model, index)) for index in range(len(weight.sources))]
     found: dict[str, Tensor] = {}
     for index in _experts(weight, model, expert):
         part = tensor[index] if weight.stacked and expert is None else tensor
-        outs = [torch.empty(source.shape(model), dtype=tensor.dtype) for source in weight.sources]
-        for row_map in maps:
-            outs[row_map.source][row_map.rows] = part[row_map.target]
-        found.update({s.name.format(expert=index): out for s, out in zip(weight.sources, outs, strict=True)})
+        for source, rows in zip(weight.sources, places, strict=True):
+            content = part[rows] if isinstance(rows, slice) else torch.index_select(part, 0, rows)
+            found[source.name.format(expert=index)] = content.contiguous()
     return found
 
 

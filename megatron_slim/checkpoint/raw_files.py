@@ -89,26 +89,16 @@ class OpenFiles:
                 raise CheckpointError("the file ends inside a tensor", where=str(file), fix="get it again")
             done += count
 
-    def gather(
-        self,
-        file: Path,
-        offset: int,
-        row_bytes: int,
-        rows: npt.NDArray[np.int64],
-        shape: Sequence[int],
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """Rows of a matrix in a file, in the order given; pages between them that hold no wanted row are not read.
+    def gather(self, file: Path, offset: int, rows: npt.NDArray[np.int64], out: Tensor) -> None:
+        """Read rows of a matrix in a file, in the order given; pages between them that hold no wanted row are not read.
 
         Args:
             file: the file.
             offset: where its first row starts.
-            row_bytes: bytes of a row.
             rows: indices, at least one.
-            shape: of the result, ``rows.size`` first.
-            dtype: of the result.
+            out: [rows, ...], contiguous: where to.
         """
-        out = torch.empty(shape, dtype=dtype)
+        row_bytes = out.nbytes // rows.size
         view = as_bytes(out)
         steps = np.diff(rows)
         near = (steps >= 1) & ((steps - 1) * row_bytes < PAGE)
@@ -123,7 +113,6 @@ class OpenFiles:
             self.read_into(file, offset + first * row_bytes, memoryview(span).cast("B"))
             wanted = np.frombuffer(target, dtype=np.uint8).reshape(-1, row_bytes)
             np.take(span, rows[start:stop] - first, axis=0, out=wanted)
-        return out
 
     def close(self) -> None:
         """Close all."""

@@ -52,8 +52,9 @@ class TensorEntry:
     def read(self, files: OpenFiles, rows: npt.NDArray[np.int64] | None = None) -> Tensor:
         """Read the given rows (indices of dim 0, in the order wanted), or all."""
         if rows is not None:
-            shape = (rows.size, *self.shape[1:])
-            return files.gather(self.file, self.offset, self.row_bytes, rows, shape, self.dtype)
+            tensor = torch.empty((rows.size, *self.shape[1:]), dtype=self.dtype)
+            files.gather(self.file, self.offset, rows, tensor)
+            return tensor
         tensor = torch.empty(self.shape, dtype=self.dtype)
         files.read_into(self.file, self.offset, as_bytes(tensor))
         return tensor

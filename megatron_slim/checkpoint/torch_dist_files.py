@@ -286,13 +286,16 @@ class PieceReader:
         self._strict = written is not None
         self._frames: Mapping[tuple[tuple[int, ...], torch.dtype], Frame] = {} if written is None else written
 
-    def read_rows(self, piece: Piece, rows: npt.NDArray[np.int64], *, dims: int = 1) -> Tensor:
+    def read_rows(
+        self, piece: Piece, rows: npt.NDArray[np.int64], *, dims: int = 1, out: Tensor | None = None
+    ) -> Tensor:
         """Read some rows of a piece.
 
         Args:
             piece: the piece.
             rows: indices in the order wanted.
             dims: how many leading dimensions a row index counts through, the last of them fastest.
+            out: where to, contiguous; None for new memory.
 
         Returns:
             [rows, remaining dimensions].
@@ -300,10 +303,11 @@ class PieceReader:
         Raises:
             CheckpointError: the bytes are not the tensor that the metadata promises.
         """
-        rest = piece.sizes[dims:]
-        row_bytes = math.prod(rest) * piece.dtype.itemsize
         start = self._data_position(piece)
-        return self._files.gather(piece.file, start, row_bytes, rows, (rows.size, *rest), piece.dtype)
+        if out is None:
+            out = torch.empty((rows.size, *piece.sizes[dims:]), dtype=piece.dtype)
+        self._files.gather(piece.file, start, rows, out)
+        return out
 
     def _data_position(self, piece: Piece) -> int:
         """Byte of its file at which the data start; one framed as one parsed before lies as that does."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_slim.checkpoint.raw_files import reading_once
-from megatron_slim.checkpoint.units import Source, Unit
+from megatron_slim.checkpoint.units import UNIT_BYTES, Source, Unit
 from megatron_slim.cli import byte_progress
 from megatron_slim.errors import CheckpointError, SlimError
 
@@ -29,6 +29,7 @@ T = TypeVar("T")
 BYTES_PER_PROCESS = 500_000_000  # below that, another process costs more than it brings
 MOST_PROCESSES = 8  # more only without being asked: disks are saturated by then
 REPORT_BYTES = 16 << 20
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's mallopt
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal to get when the parent dies
 
 
@@ -86,13 +87,14 @@ def transfer(
         for unit, tensors in read_ahead(source, parts[number], dtype):
             digests.append(unit.digest(tensors))
             part.write(unit, tensors)
+            tensors.clear()  # or the largest units would be in memory twice
             if verify and unit.digest(part.read(unit)) != digests[-1]:
-                what = f"{', '.join(tensors)}: not what was written when read back"
+                what = f"{', '.join(name for name, _ in unit.tensors)}: not what was written when read back"
                 raise CheckpointError(what, where=where, fix="check disk and memory")
             advance(unit.nbytes)
         return part.finish(), digests
 
-    with reading_once(), byte_progress("writing", total) as advance:
+    with reading_once(), keeping_memory(), byte_progress("writing", total) as advance:
         if len(parts) == 1:
             outcomes = [run(0, advance)]
         else:
@@ -113,6 +115,32 @@ def read_ahead(
             if following is not None:
                 waiting.append(reader.submit(following.read, source, dtype))
             yield unit, tensors
+
+
+@contextlib.contextmanager
+def keeping_memory() -> Iterator[None]:
+    """Memory that is freed within stays with the process and serves the next unit; blocks of several units do not.
+
+    glibc otherwise returns large blocks at once, and the kernel clears every page again for the next. One arena for all
+    threads, or what the reader took and the writer freed would be found by neither.
+    """
+    libc = ctypes.CDLL(None)
+    options = [
+        (M_MMAP_THRESHOLD, 2 * UNIT_BYTES, 128 << 10),  # option, value within, default
+        (M_TRIM_THRESHOLD, 1 << 30, 128 << 10),
+        (M_ARENA_MAX, 1, 0),
+    ]
+    if not hasattr(libc, "mallopt"):  # another C library
+        options = []
+    for option, value, _ in options:
+        libc.mallopt(option, value)
+    try:
+        yield
+    finally:
+        for option, _, default in options:
+            libc.mallopt(option, default)
+        if options:
+            libc.malloc_trim(0)
 
 
 def split(units: Sequence[Unit], parts: int) -> list[Sequence[Unit]]:

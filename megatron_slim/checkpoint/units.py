@@ -18,7 +18,7 @@ from megatron_slim.architecture.weight import HFTensor, Weight
 from megatron_slim.checkpoint.layout import is_copy
 from megatron_slim.checkpoint.raw_files import as_bytes
 
-UNIT_BYTES = 16 << 20
+UNIT_BYTES = 8 << 20
 
 
 class Source(Protocol):

@@ -180,10 +180,9 @@ def test_rows_and_columns(source: tuple[Path, Tensors], monkeypatch: pytest.Monk
     read: list[tuple[torch.dtype, int]] = []
     gather = OpenFiles.gather
 
-    def recording(self: OpenFiles, *args: Any) -> Tensor:
-        tensor = gather(self, *args)
-        read.append((tensor.dtype, tensor.shape[0]))
-        return tensor
+    def recording(self: OpenFiles, file: Path, offset: int, rows: Any, out: Tensor) -> None:
+        gather(self, file, offset, rows, out)
+        read.append((out.dtype, out.shape[0]))
 
     monkeypatch.setattr(OpenFiles, "gather", recording)
     checkpoint.read_rows(name, rows)

@@ -27,8 +27,9 @@ def matrix(tmp_path: Path) -> tuple[Path, torch.Tensor]:
 
 def gather(file: Path, content: torch.Tensor, rows: Any) -> torch.Tensor:
     index = np.asarray(rows, dtype=np.int64)
-    row_bytes = content.shape[1] * 4
-    return OpenFiles().gather(file, START, row_bytes, index, (index.size, content.shape[1]), torch.float32)
+    out = torch.empty(index.size, content.shape[1])
+    OpenFiles().gather(file, START, index, out)
+    return out
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
+import re
+import resource
 import signal
 import threading
 import time
@@ -20,7 +23,8 @@ import torch
 from megatron_slim.checkpoint import transfer, units
 from megatron_slim.checkpoint.convert import open_checkpoint, same_bytes, write_checkpoint
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
-from megatron_slim.checkpoint.units import Unit
+from megatron_slim.checkpoint.transfer import keeping_memory
+from megatron_slim.checkpoint.units import UNIT_BYTES, Unit
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
@@ -204,3 +208,26 @@ def test_integrity_and_provenance(hf: Path, tmp_path: Path) -> None:
     later = json.loads((tmp_path / "back" / "slim_provenance.json").read_text())
     assert later["source"]["provenance"] == provenance
     assert later["output"]["content"] == provenance["output"]["content"]
+
+
+def test_a_stream_takes_memory_once_and_gives_it_back() -> None:
+    def churn(times: int) -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(times):
+            torch.ones(UNIT_BYTES, dtype=torch.uint8)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    pages = UNIT_BYTES // mmap.PAGESIZE
+    with keeping_memory():
+        churn(4)
+        assert churn(32) < 4 * pages  # 32 times, if every block were new
+        held = [torch.ones(UNIT_BYTES, dtype=torch.uint8) for _ in range(8)]
+        del held
+        kept = _anonymous_bytes()
+    assert kept - _anonymous_bytes() > 7 * UNIT_BYTES
+
+
+def _anonymous_bytes() -> int:
+    found = re.search(r"^Anonymous:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
+    assert found
+    return int(found[1]) << 10
