@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.models import bytes_of_plan, model_bytes, read_config, shape_of, write_recipe, write_statistics
+from benchmarks.models import Needed, model_bytes, needed_by_plan, read_config, shape_of, write_recipe, write_statistics
 from benchmarks.processes import ROOT, Run, StartUp, python, run, start_up
 from benchmarks.storage import drop_cache, files_of, fill_cache, raw_read, raw_write
 from megatron_slim.cli import say
@@ -61,7 +61,7 @@ class Measured:
         writes: raw writes, seconds by bytes and threads.
         start_ups: by tool.
         resident: share of the source in the page cache before each timed run.
-        needed: by direction, bytes that must be read and bytes that are written.
+        needed: by direction, what must be read and written.
     """
 
     runs: dict[tuple[str, bool], list[Run]] = field(default_factory=lambda: defaultdict(list))
@@ -71,7 +71,7 @@ class Measured:
     writes: dict[tuple[int, int], list[float]] = field(default_factory=lambda: defaultdict(list))
     start_ups: dict[str, list[StartUp]] = field(default_factory=lambda: defaultdict(list))
     resident: list[float] = field(default_factory=list)
-    needed: dict[str, tuple[int, int]] = field(default_factory=dict)
+    needed: dict[str, Needed] = field(default_factory=dict)
 
 
 class _Bench:
@@ -89,14 +89,14 @@ class _Bench:
         hf, stats, recipe = self.sources[HF], self.work / "stats.safetensors", self.work / "recipe.yaml"
         wanted = [DIRECTIONS[name] for name in self.args.only]
         nbytes = model_bytes(shape_of(read_config(hf)))
-        whole = pruned = (nbytes, nbytes)
+        whole = pruned = Needed(nbytes, nbytes, nbytes)
         if any(direction.source == TORCH_DIST for direction in wanted):
             run(_tool("convert_checkpoint", hf, self.sources[TORCH_DIST]))
         if any(direction.tool == PRUNE for direction in wanted):
             write_statistics(hf, stats)
             write_recipe(read_config(hf), recipe)
             run(_tool("plan_pruning", hf, self.plan, "--stats", stats, "--recipe", recipe))
-            pruned = bytes_of_plan(self.plan)
+            pruned = needed_by_plan(self.plan)
         for name, direction in zip(self.args.only, wanted, strict=True):
             self.found.needed[name] = pruned if direction.tool == PRUNE else whole
 
@@ -163,7 +163,9 @@ def measure(source: Path, work: Path, args: argparse.Namespace) -> Measured:
 
 
 def _raw_round(bench: _Bench) -> None:
-    reads, writes = (sorted(set(column)) for column in zip(*bench.found.needed.values(), strict=True))
+    needed = bench.found.needed.values()
+    reads = sorted({nbytes for each in needed for nbytes in (each.kept, each.rows)})
+    writes = sorted({each.written for each in needed})
     for threads in bench.threads:
         for nbytes in reads:
             bench.settle(bench.sources[HF])

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -223,20 +224,36 @@ def write_recipe(config: Mapping[str, Any], file: Path) -> None:
     file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
 
 
-def bytes_of_plan(plan_file: Path) -> tuple[int, int]:
-    """Bytes of the source that a plan needs, experts that are merged into others included, and bytes of its target."""
+@dataclass(frozen=True)
+class Needed:
+    """What a direction must move at the least, in bytes.
+
+    Attributes:
+        kept: of the source, rows and columns that survive or are merged into others.
+        rows: of the source, the same rows with all of their columns: a page of a row holds kept and dropped ones.
+        written: of the result.
+    """
+
+    kept: int
+    rows: int
+    written: int
+
+
+def needed_by_plan(plan_file: Path) -> Needed:
+    """What applying a plan must move."""
     from megatron_slim.pruning.plan_reader import load_plan
 
     plan = load_plan(plan_file)
-    shape, read = plan.target_shape, 0
+    shape, source = plan.target_shape, plan.source_shape
+    kept = rows = 0
     for weight in weights(shape):
-        numel = weight.numel(shape)
-        if weight.stacked:
-            block = plan.source_blocks[weight.block]
-            needed = sum(len(group.members) for group in plan.experts[block])
-            numel = numel // shape.num_moe_experts * needed
-        read += numel * ITEMSIZE
-    return read, model_bytes(shape)
+        block = plan.source_blocks[weight.block] if weight.stacked else ""
+        members = sum(len(group.members) for group in plan.experts[block]) if weight.stacked else 1
+        for tensor in weight.sources:
+            height, *columns = tensor.shape(shape)
+            kept += members * height * math.prod(columns) * ITEMSIZE
+            rows += members * height * math.prod(tensor.shape(source)[1:]) * ITEMSIZE
+    return Needed(kept, rows, model_bytes(shape))
 
 
 def read_config(directory: Path) -> dict[str, Any]:

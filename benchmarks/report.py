@@ -33,6 +33,7 @@ def summarise(measured: Measured, shape: ModelShape, args: argparse.Namespace) -
             entry["peak_memory_fraction_above_start_up"] for entry in directions.values()
         ),
         "wall_over_raw_io": max(entry["over_raw_io"] for entry in verified),
+        "wall_over_raw_io_of_rows": max(entry["over_raw_io_of_rows"] for entry in verified),
         "wall_over_raw_io_with_imports": max(entry["over_raw_io_with_imports"] for entry in verified),
         **_load_all(measured, directions, nbytes),
         "model": {
@@ -59,34 +60,38 @@ def summarise(measured: Measured, shape: ModelShape, args: argparse.Namespace) -
 
 
 def _direction(name: str, measured: Measured, nbytes: int) -> dict[str, Any]:
-    needed, written = measured.needed[name]
-    read = _fastest(measured.reads, needed)
-    write = _fastest(measured.writes, written)
-    raw = max(read["seconds"], write["seconds"])
+    needed = measured.needed[name]
+    read, rows = _fastest(measured.reads, needed.kept), _fastest(measured.reads, needed.rows)
+    write = _fastest(measured.writes, needed.written)
+    raw, raw_rows = (max(each["seconds"], write["seconds"]) for each in (read, rows))
     starts = measured.start_ups[DIRECTIONS[name].tool]
     start = _median(each.seconds for each in starts)
     peak = measured.sampled[name].peak_anonymous
     return {
-        "bytes_that_must_be_read": needed,
-        "bytes_of_result": written,
+        "bytes_that_must_be_read": needed.kept,
+        "bytes_of_their_rows": needed.rows,
+        "bytes_of_result": needed.written,
         "raw_read": read,
+        "raw_read_of_rows": rows,
         "raw_write": write,
         "raw_io_seconds": raw,
+        "raw_io_of_rows_seconds": raw_rows,
         "peak_anonymous_bytes": peak,
         "peak_memory_fraction": peak / nbytes,
         "peak_memory_fraction_above_start_up": (peak - min(each.anonymous for each in starts)) / nbytes,
-        "verified": _runs(measured.runs[name, True], raw, start),
-        "unverified": _runs(measured.runs[name, False], raw, start),
+        "verified": _runs(measured.runs[name, True], raw, raw_rows, start),
+        "unverified": _runs(measured.runs[name, False], raw, raw_rows, start),
     }
 
 
-def _runs(samples: list[Run], raw: float, start: float) -> dict[str, Any]:
+def _runs(samples: list[Run], raw: float, raw_rows: float, start: float) -> dict[str, Any]:
     seconds = _median(each.seconds for each in samples)
     return {
         "seconds": seconds - start,
         "seconds_with_imports": seconds,
         "samples_with_imports": [each.seconds for each in samples],
         "over_raw_io": (seconds - start) / raw,
+        "over_raw_io_of_rows": (seconds - start) / raw_rows,
         "over_raw_io_with_imports": seconds / raw,
         "bytes_read": samples[0].read_bytes,
     }
@@ -146,7 +151,7 @@ def print_table(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = ("direction", "raw I/O s", "verified s", "/ raw", "--no-verify s", "/ raw", "peak MB", "of model")
+    columns = "direction|raw I/O s|of rows s|verified s|/ raw|/ of rows|--no-verify s|/ raw|peak MB|of model".split("|")
     table = Table(*columns)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -155,8 +160,10 @@ def print_table(results: dict[str, Any]) -> None:
         table.add_row(
             name,
             f"{entry['raw_io_seconds']:.2f}",
+            f"{entry['raw_io_of_rows_seconds']:.2f}",
             f"{verified['seconds']:.2f}",
             f"{verified['over_raw_io']:.2f}",
+            f"{verified['over_raw_io_of_rows']:.2f}",
             f"{quick['seconds']:.2f}",
             f"{quick['over_raw_io']:.2f}",
             f"{entry['peak_anonymous_bytes'] / 1e6:.0f}",
@@ -164,7 +171,7 @@ def print_table(results: dict[str, Any]) -> None:
         )
     if other := results.get(LOAD_ALL):
         peak = (f"{other['peak_anonymous_bytes'] / 1e6:.0f}", f"{other['peak_memory_fraction']:.1%}")
-        table.add_row("load all, then save", "", "", "", f"{other['seconds']:.2f}", "", *peak)
+        table.add_row("load all, then save", "", "", "", "", "", f"{other['seconds']:.2f}", "", *peak)
     console = Console()
     console.width = max(console.width, 120)  # whole even where that is no terminal
     console.print(table)
@@ -172,7 +179,7 @@ def print_table(results: dict[str, Any]) -> None:
         print(
             f"imports of {tool}: {entry['seconds']:.2f} s, {entry['anonymous_bytes'] / 1e6:.0f} MB; left out of seconds"
         )
-    for key in ("peak_memory_fraction", "wall_over_raw_io", "speedup_over_load_all"):
+    for key in ("peak_memory_fraction", "wall_over_raw_io", "wall_over_raw_io_of_rows", "speedup_over_load_all"):
         if key in results:
             also = results.get(f"{key}_with_imports")
             print(f"{key}: {results[key]:.3g}" + (f" ({also:.3g} with imports)" if also is not None else ""))

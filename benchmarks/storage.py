@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import shutil
@@ -12,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+
+from megatron_slim.checkpoint.raw_files import cached_share
 
 BLOCK = 4 << 20
 PAGE = mmap.PAGESIZE
@@ -48,22 +49,10 @@ def fill_cache(directory: Path) -> float:
 
 
 def resident_share(directory: Path) -> float:
-    """Share of the pages of all files of a directory that are in the page cache, as mincore(2) has it."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    pages = resident = 0
-    for file in files_of(directory):
-        if not (size := file.stat().st_size):
-            continue
-        with file.open("rb") as stream, mmap.mmap(stream.fileno(), size, prot=mmap.PROT_READ) as mapped:
-            view = np.frombuffer(mapped, dtype=np.uint8)
-            found = np.zeros(-(-size // PAGE), dtype=np.uint8)
-            start, length = ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(size)
-            if libc.mincore(start, length, ctypes.c_void_p(found.ctypes.data)) != 0:
-                raise OSError(ctypes.get_errno(), "mincore", str(file))
-            del view  # or the map cannot be closed
-        pages += found.size
-        resident += int((found & 1).sum())
-    return resident / pages if pages else 0.0
+    """Share of the pages of all files of a directory that are in the page cache."""
+    sizes = {file: size for file in files_of(directory) if (size := file.stat().st_size)}
+    resident = sum(cached_share(file) * size for file, size in sizes.items())
+    return resident / sum(sizes.values()) if sizes else 0.0
 
 
 def raw_read(files: Iterable[Path], nbytes: int, *, threads: int) -> float:

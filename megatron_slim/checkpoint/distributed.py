@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,10 @@ class DistCheckpoint:
         """Read a whole Megatron parameter, padding of the vocabulary cut off; of a stacked one, ``expert`` alone."""
         assert not weight.stacked or expert is not None, f"{weight.key}: one expert at a time"
         return self._read(weight, expert, np.arange(size(weight.dims[0], self.shape.sizes)), weight.key)
+
+    def reading_once(self) -> AbstractContextManager[None]:
+        """Reads within go past the page cache; see `raw_files.OpenFiles.reading_once`."""
+        return self._reader.files.reading_once()
 
     def read(self, name: str) -> Tensor:
         """Read one Hugging Face tensor."""

@@ -65,7 +65,7 @@ class TorchDistWriter:
             }
         whole = torch.empty(unit.weight.shape(self._shape), dtype=self._last[0].dtype)
         for piece, (_, rows) in zip(self._last, split_keys(unit.weight, self._shape), strict=True):
-            self._reader.read_rows(piece, np.arange(piece.sizes[0]), out=whole[rows])
+            whole[rows] = self._reader.read_rows(piece, np.arange(piece.sizes[0]))
         return from_megatron(unit.weight, self._shape, whole)
 
     def finish(self) -> Part:

@@ -8,6 +8,7 @@ links) and runs no code from it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -85,6 +86,10 @@ class HFCheckpoint:
         _refuse_oversize(shape, len(entries), path)
         _check_against_table(entries, shape, path)
         return cls(path, config, shape, entries, allow_nonfinite=allow_nonfinite)
+
+    def reading_once(self) -> AbstractContextManager[None]:
+        """Reads within go past the page cache; see `raw_files.OpenFiles.reading_once`."""
+        return self._files.reading_once()
 
     def read(self, name: str) -> Tensor:
         """Read one tensor; the result is the caller's own memory.

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import fcntl
+import mmap
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,40 +20,11 @@ from torch import Tensor
 
 from megatron_slim.errors import CheckpointError
 
-PAGE = 4096
+PAGE = 4096  # also what reads past the page cache are aligned to, as much as any disk wants
+MOST_BETWEEN = 32 << 10  # bytes of unwanted rows that are read to get the rows around them in one go
 MAX_OPEN_FILES = 64
 WRITEBACK_BYTES = 32 << 20
 _MOST_AT_ONCE = 1 << 30  # Linux moves at most 2 GiB in one call
-_RWF_DONTCACHE = 0x80  # of Linux 6.14: what a read brings into the page cache leaves it again, what was there stays
-
-
-_read_flags = 0  # of every read
-
-
-@contextlib.contextmanager
-def reading_once() -> Iterator[None]:
-    """Reads within, of this process, leave the page cache as it was, where kernel and file system can do that.
-
-    For a stream that reads everything once: models are larger than the memory, and to fill that with pages which nobody
-    reads again costs other programs theirs, and a virtual machine the time to get them from its host.
-    """
-    global _read_flags
-    _read_flags = _RWF_DONTCACHE
-    try:
-        yield
-    finally:
-        _read_flags = 0
-
-
-def _read(descriptor: int, view: memoryview, offset: int) -> int:
-    global _read_flags
-    try:
-        return os.preadv(descriptor, [view], offset, _read_flags)
-    except OSError as error:
-        if not _read_flags or error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        _read_flags = 0
-        return os.preadv(descriptor, [view], offset)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -57,70 +32,151 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
 
 
+def as_tensor(content: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """Bytes as a tensor of a type, shared with them where torch can address them as that."""
+    if content.storage_offset() % dtype.itemsize:
+        content = content.clone()
+    return content.view(-1).view(dtype).view(*shape)
+
+
+def cached_share(file: Path) -> float:
+    """Share of a file's pages that are in the page cache, as mincore(2) has it; 1 where it may not be known."""
+    with file.open("rb") as stream:
+        if not (size := os.fstat(stream.fileno()).st_size):
+            return 1.0
+        with mmap.mmap(stream.fileno(), size, prot=mmap.PROT_READ) as mapped:
+            view = np.frombuffer(mapped, dtype=np.uint8)
+            found = np.zeros(-(-size // mmap.PAGESIZE), dtype=np.uint8)
+            addresses = [ctypes.c_void_p(array.ctypes.data) for array in (view, found)]
+            failed = ctypes.CDLL(None).mincore(addresses[0], ctypes.c_size_t(size), addresses[1])
+            del view  # or the map cannot be closed
+    return 1.0 if failed else float((found & 1).mean())
+
+
+class OpenFile:
+    """A file open for reading, until nobody has it any more."""
+
+    def __init__(self, file: Path, *, once: bool = False) -> None:
+        """Open it; what is read ``once`` is read past the page cache, unless it is there already."""
+        self.direct = False
+        if once and cached_share(file) < 0.5:
+            try:
+                self.descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+                self.direct = True
+                return
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # a file system that cannot do that
+                    raise
+        self.descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self, view: memoryview, offset: int) -> int:
+        """Fill ``view`` as far as the file goes, all in pages where ``direct``; returns how many bytes that is."""
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(self.descriptor, [view[done : done + _MOST_AT_ONCE]], offset + done)
+            except OSError as error:
+                if not self.direct or error.errno != errno.EINVAL:
+                    raise
+                self._indirectly()  # a disk with larger blocks than pages
+                continue
+            done += count
+            if count == 0 or (self.direct and count % PAGE):  # the end of the file
+                break
+        return done
+
+    def _indirectly(self) -> None:
+        fcntl.fcntl(self.descriptor, fcntl.F_SETFL, fcntl.fcntl(self.descriptor, fcntl.F_GETFL) & ~os.O_DIRECT)
+        self.direct = False
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
 class OpenFiles:
-    """Files open for reading; the least recently used are closed. On network file systems opening is what costs."""
+    """Files open for reading; the least recently used are closed. On network file systems opening is what costs.
+
+    Threads may read at the same time.
+    """
 
     def __init__(self) -> None:
-        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._open: OrderedDict[tuple[Path, bool], OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
+        self._once = False
 
-    def descriptor(self, file: Path) -> int:
-        """Descriptor of a file, opened if need be; valid until the next call."""
-        if file not in self._open:
-            if len(self._open) >= MAX_OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        self._open.move_to_end(file)
-        return self._open[file]
+    @contextlib.contextmanager
+    def reading_once(self) -> Iterator[None]:
+        """Reads within go past the page cache, where file system and disk can do that.
 
-    def read_into(self, file: Path, offset: int, view: memoryview) -> None:
-        """Fill ``view``: read, not mapped, so that memory use is what is asked for and no more.
+        For a stream that reads everything once: models are larger than the memory, and to fill that with pages which
+        nobody reads again costs two copies of everything, other programs their memory, and a virtual machine the time
+        to get it from its host.
+        """
+        self._once = True
+        try:
+            yield
+        finally:
+            self._once = False
+
+    def get(self, file: Path) -> OpenFile:
+        """A file, opened if need be; it stays open for as long as the caller has this."""
+        with self._lock:
+            key = (file, self._once)
+            found = self._open.pop(key, None) or OpenFile(file, once=self._once)
+            self._open[key] = found
+            if len(self._open) > MAX_OPEN_FILES:
+                self._open.popitem(last=False)
+            return found
+
+    def read(self, file: Path, offset: int, nbytes: int) -> Tensor:
+        """Bytes of a file: [nbytes], uint8. Read, not mapped, so that memory use is what is asked for and no more.
 
         Raises:
             CheckpointError: the file ends before.
         """
-        descriptor, done = self.descriptor(file), 0
-        while done < len(view):
-            try:
-                count = _read(descriptor, view[done : done + _MOST_AT_ONCE], offset + done)
-            except OSError as error:
-                error.filename = str(file)
-                raise
-            if count == 0:
-                raise CheckpointError("the file ends inside a tensor", where=str(file), fix="get it again")
-            done += count
+        opened = self.get(file)
+        before = offset % PAGE if opened.direct else 0
+        length = before + nbytes
+        whole = -(-length // PAGE) * PAGE if opened.direct else length
+        memory = torch.empty(whole + (PAGE if opened.direct else 0), dtype=torch.uint8)
+        start = -memory.data_ptr() % PAGE if opened.direct else 0
+        try:
+            done = opened.read(as_bytes(memory[start : start + whole]), offset - before)
+        except OSError as error:
+            error.filename = str(file)
+            raise
+        if done < length:
+            raise CheckpointError("the file ends inside a tensor", where=str(file), fix="get it again")
+        return memory[start + before : start + length]
 
-    def gather(self, file: Path, offset: int, rows: npt.NDArray[np.int64], out: Tensor) -> None:
-        """Read rows of a matrix in a file, in the order given; pages between them that hold no wanted row are not read.
+    def gather(self, file: Path, offset: int, rows: npt.NDArray[np.int64], row_bytes: int) -> Tensor:
+        """Read rows of a matrix in a file, in the order given; those between them only where that is sooner.
 
         Args:
             file: the file.
             offset: where its first row starts.
             rows: indices, at least one.
-            out: [rows, ...], contiguous: where to.
+            row_bytes: length of a row.
+
+        Returns:
+            [rows, row_bytes], uint8.
         """
-        row_bytes = out.nbytes // rows.size
-        view = as_bytes(out)
         steps = np.diff(rows)
-        near = (steps >= 1) & ((steps - 1) * row_bytes < PAGE)
+        near = (steps >= 1) & ((steps - 1) * row_bytes < MOST_BETWEEN)
         starts = np.flatnonzero(np.concatenate(([True], ~near)))  # of runs that are read in one go
+        out: Tensor | None = None
         for start, stop in zip(starts, [*starts[1:], rows.size], strict=True):
             first, last = int(rows[start]), int(rows[stop - 1])
-            target = view[start * row_bytes : stop * row_bytes]
-            if last - first + 1 == stop - start:
-                self.read_into(file, offset + first * row_bytes, target)
-                continue
-            span = np.empty((last - first + 1, row_bytes), dtype=np.uint8)
-            self.read_into(file, offset + first * row_bytes, memoryview(span).cast("B"))
-            wanted = np.frombuffer(target, dtype=np.uint8).reshape(-1, row_bytes)
-            np.take(span, rows[start:stop] - first, axis=0, out=wanted)
-
-    def close(self) -> None:
-        """Close all."""
-        while self._open:
-            os.close(self._open.popitem()[1])
-
-    def __del__(self) -> None:
-        self.close()
+            span = self.read(file, offset + first * row_bytes, (last - first + 1) * row_bytes).view(-1, row_bytes)
+            if len(span) == stop - start == rows.size:
+                return span
+            if out is None:
+                out = torch.empty((rows.size, row_bytes), dtype=torch.uint8)
+            # Of mode "raise" numpy would make a copy.
+            np.take(span.numpy(), rows[start:stop] - first, axis=0, out=out[start:stop].numpy(), mode="clip")
+        assert out is not None
+        return out
 
 
 class OutputFile:

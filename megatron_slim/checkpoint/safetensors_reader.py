@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_slim.checkpoint.raw_files import OpenFiles, as_bytes
+from megatron_slim.checkpoint.raw_files import OpenFiles, as_tensor
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.files import parse_json
 
@@ -51,13 +51,10 @@ class TensorEntry:
 
     def read(self, files: OpenFiles, rows: npt.NDArray[np.int64] | None = None) -> Tensor:
         """Read the given rows (indices of dim 0, in the order wanted), or all."""
-        if rows is not None:
-            tensor = torch.empty((rows.size, *self.shape[1:]), dtype=self.dtype)
-            files.gather(self.file, self.offset, rows, tensor)
-            return tensor
-        tensor = torch.empty(self.shape, dtype=self.dtype)
-        files.read_into(self.file, self.offset, as_bytes(tensor))
-        return tensor
+        if rows is None:
+            return as_tensor(files.read(self.file, self.offset, self.nbytes), self.dtype, self.shape)
+        found = files.gather(self.file, self.offset, rows, self.row_bytes)
+        return as_tensor(found, self.dtype, (rows.size, *self.shape[1:]))
 
 
 def read_header(file: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[str, TensorEntry]:

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_slim.checkpoint.archives import Frame, Window, data_offset, make_frame, no_crc32
-from megatron_slim.checkpoint.raw_files import OpenFiles, OutputFile, as_bytes
+from megatron_slim.checkpoint.raw_files import OpenFile, OpenFiles, OutputFile, as_bytes, as_tensor
 from megatron_slim.errors import CheckpointError, summarise
 
 METADATA = ".metadata"
@@ -278,24 +278,25 @@ def _cover(shape: tuple[int, ...], pieces: Sequence[Piece]) -> bool:
 
 
 class PieceReader:
-    """Reads pieces, or some of their rows, straight into tensors."""
+    """Reads pieces, or some of their rows, straight into tensors.
+
+    Attributes:
+        files: what it reads through.
+    """
 
     def __init__(self, written: Mapping[tuple[tuple[int, ...], torch.dtype], Frame] | None = None) -> None:
         """Make a reader of any archives or, with ``written``, of those alone that have these frames."""
-        self._files = OpenFiles()
+        self.files = OpenFiles()
         self._strict = written is not None
         self._frames: Mapping[tuple[tuple[int, ...], torch.dtype], Frame] = {} if written is None else written
 
-    def read_rows(
-        self, piece: Piece, rows: npt.NDArray[np.int64], *, dims: int = 1, out: Tensor | None = None
-    ) -> Tensor:
+    def read_rows(self, piece: Piece, rows: npt.NDArray[np.int64], *, dims: int = 1) -> Tensor:
         """Read some rows of a piece.
 
         Args:
             piece: the piece.
             rows: indices in the order wanted.
             dims: how many leading dimensions a row index counts through, the last of them fastest.
-            out: where to, contiguous; None for new memory.
 
         Returns:
             [rows, remaining dimensions].
@@ -303,20 +304,33 @@ class PieceReader:
         Raises:
             CheckpointError: the bytes are not the tensor that the metadata promises.
         """
-        start = self._data_position(piece)
-        if out is None:
-            out = torch.empty((rows.size, *piece.sizes[dims:]), dtype=piece.dtype)
-        self._files.gather(piece.file, start, rows, out)
-        return out
+        shape = (rows.size, *piece.sizes[dims:])
+        if rows.size == math.prod(piece.sizes[:dims]) and bool(np.all(np.diff(rows) == 1)):
+            return as_tensor(self._whole(piece), piece.dtype, shape)
+        row_bytes = math.prod(piece.sizes[dims:]) * piece.dtype.itemsize
+        return as_tensor(self.files.gather(piece.file, self._start(piece), rows, row_bytes), piece.dtype, shape)
 
-    def _data_position(self, piece: Piece) -> int:
+    def _whole(self, piece: Piece) -> Tensor:
+        """Its data; read in one go with what surrounds them, where that is known."""
+        if (known := self._frames.get((piece.sizes, piece.dtype))) is not None:
+            content = self.files.read(piece.file, piece.position, piece.length)
+            head, data, tail = content.split(
+                (len(known.head), piece.length - len(known.head) - len(known.tail), len(known.tail))
+            )
+            if Frame(bytes(as_bytes(head)), bytes(as_bytes(tail))) == known:
+                return data
+        nbytes = math.prod(piece.sizes) * piece.dtype.itemsize
+        return self.files.read(piece.file, self._start(piece), nbytes)
+
+    def _start(self, piece: Piece) -> int:
         """Byte of its file at which the data start; one framed as one parsed before lies as that does."""
         known = self._frames.get((piece.sizes, piece.dtype))
         if known is not None and self._frame(piece, len(known.head), len(known.tail)) == known:
             return piece.position + len(known.head)
         if self._strict:
             raise CheckpointError(f"byte {piece.position}: not what was written when read back", where=str(piece.file))
-        window = io.BufferedReader(Window(self._files.descriptor(piece.file), piece.position, piece.length))
+        opened = OpenFile(piece.file)
+        window = io.BufferedReader(Window(opened.descriptor, piece.position, piece.length))
         try:
             start = data_offset(window, piece.length, piece.sizes, piece.dtype)
         except ValueError as error:
@@ -329,6 +343,6 @@ class PieceReader:
 
     def _frame(self, piece: Piece, head: int, tail: int) -> Frame:
         """The given number of bytes at the two ends of an archive."""
-        descriptor = self._files.descriptor(piece.file)
         end = piece.position + piece.length
-        return Frame(os.pread(descriptor, head, piece.position), os.pread(descriptor, tail, end - tail))
+        ends = (self.files.read(piece.file, *span) for span in ((piece.position, head), (end - tail, tail)))
+        return Frame(*(bytes(as_bytes(content)) for content in ends))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
-import itertools
 import multiprocessing
 import os
 import signal
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeVar
@@ -20,7 +20,6 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from megatron_slim.checkpoint.raw_files import reading_once
 from megatron_slim.checkpoint.units import UNIT_BYTES, Source, Unit
 from megatron_slim.cli import byte_progress
 from megatron_slim.errors import CheckpointError, SlimError
@@ -29,6 +28,8 @@ T = TypeVar("T")
 BYTES_PER_PROCESS = 500_000_000  # below that, another process costs more than it brings
 MOST_PROCESSES = 8  # more only without being asked: disks are saturated by then
 REPORT_BYTES = 16 << 20
+READERS = 2  # threads of a process
+READ_AHEAD_BYTES = 2 * UNIT_BYTES  # or one unit, if that is larger
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's mallopt
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal to get when the parent dies
 
@@ -94,7 +95,7 @@ def transfer(
             advance(unit.nbytes)
         return part.finish(), digests
 
-    with reading_once(), keeping_memory(), byte_progress("writing", total) as advance:
+    with source.reading_once(), keeping_memory(), byte_progress("writing", total) as advance:
         if len(parts) == 1:
             outcomes = [run(0, advance)]
         else:
@@ -106,14 +107,21 @@ def transfer(
 def read_ahead(
     source: Source, units: Sequence[Unit], dtype: torch.dtype | None
 ) -> Iterator[tuple[Unit, dict[str, Tensor]]]:
-    """Every unit and its tensors; while the caller works on one, a thread reads the next."""
+    """Every unit and its tensors; while the caller works on one, threads read those that follow.
+
+    Several at a time, because a disk gives what is scattered sooner if it is asked for more than one thing.
+    """
+    waiting: deque[Future[dict[str, Tensor]]] = deque()
+    asked, ahead = 0, 0  # units, and bytes of those not given out yet
     # OpenMP's number of threads is a thread's own, and a forked process must keep to one.
-    with ThreadPoolExecutor(1, "reader", torch.set_num_threads, (torch.get_num_threads(),)) as reader:
-        waiting = [reader.submit(unit.read, source, dtype) for unit in units[:1]]
-        for unit, following in itertools.zip_longest(units, units[1:]):
-            tensors = waiting.pop().result()
-            if following is not None:
-                waiting.append(reader.submit(following.read, source, dtype))
+    with ThreadPoolExecutor(READERS, "reader", torch.set_num_threads, (torch.get_num_threads(),)) as readers:
+        for number, unit in enumerate(units):
+            while asked < len(units) and (asked <= number + 1 or ahead + units[asked].nbytes <= READ_AHEAD_BYTES):
+                waiting.append(readers.submit(units[asked].read, source, dtype))
+                ahead += units[asked].nbytes
+                asked += 1
+            tensors = waiting.popleft().result()
+            ahead -= unit.nbytes
             yield unit, tensors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +33,9 @@ class Source(Protocol):
     @property
     def dtypes(self) -> Mapping[str, torch.dtype]:
         """Type of every tensor."""
+
+    def reading_once(self) -> AbstractContextManager[None]:
+        """Reads within leave the page cache as it is."""
 
     def read_rows(self, name: str, dim0_index: Any = None, dim1_index: Any = None) -> Tensor:
         """Rows and columns of one tensor, in the order given; None for all."""

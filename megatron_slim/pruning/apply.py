@@ -6,7 +6,8 @@ element, so that pruning commutes with every permutation of rows: prune(convert(
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,10 @@ class PrunedCheckpoint:
             name: source.dtypes[self._source_name(origin)] for name, origin in self._origins.items()
         }
 
+    def reading_once(self) -> AbstractContextManager[None]:
+        """Reads of the source within go past the page cache."""
+        return self.source.reading_once()
+
     def read(self, name: str) -> Tensor:
         """Make one tensor of the target."""
         return self.read_rows(name)
@@ -78,8 +83,8 @@ class PrunedCheckpoint:
         rows, columns = _within(rows, dim0_index), _within(columns, dim1_index)
         if origin.group is None:
             return self.source.read_rows(origin.name, rows, columns)
-        members = [origin.name.format(expert=member) for member in origin.group.members]
-        return merge([self.source.read_rows(member, rows, columns) for member in members], origin.group.weights)
+        members = (origin.name.format(expert=member) for member in origin.group.members)
+        return merge((self.source.read_rows(member, rows, columns) for member in members), origin.group.weights)
 
     def _source_name(self, origin: _Origin) -> str:
         return origin.name if origin.group is None else origin.name.format(expert=origin.group.base)
@@ -119,15 +124,23 @@ def _origins(plan: Plan) -> Iterator[tuple[str, _Origin]]:
                 yield name, _Origin(block + tensor.name.removeprefix(weight.block), tensor.dims, block, group)
 
 
-def merge(tensors: list[Tensor], weights: tuple[float, ...]) -> Tensor:
+def merge(tensors: Iterable[Tensor], weights: tuple[float, ...]) -> Tensor:
     """Weighted mean of tensors, in float32, rounded once; a single tensor is itself, bit for bit.
+
+    Args:
+        tensors: as many as weights; taken one by one, so only one of them need be in memory.
+        weights: summing to 1.
 
     >>> merge([torch.tensor([1.0]), torch.tensor([4.0])], (0.75, 0.25)).item()
     1.75
     """
-    if len(tensors) == 1:
-        return tensors[0]
-    total = torch.zeros_like(tensors[0], dtype=torch.float32)
+    total: Tensor | None = None
     for tensor, weight in zip(tensors, weights, strict=True):
-        total.add_(tensor.float(), alpha=weight)
-    return total.to(tensors[0].dtype)
+        if len(weights) == 1:
+            return tensor
+        if total is None:
+            total = torch.zeros_like(tensor, dtype=torch.float32)
+        dtype = tensor.dtype
+        total.add_(tensor, alpha=weight)
+    assert total is not None
+    return total.to(dtype)

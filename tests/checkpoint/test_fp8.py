@@ -177,16 +177,17 @@ def test_rows_and_columns(source: tuple[Path, Tensors], monkeypatch: pytest.Monk
     rows, columns = np.array([127, 3, 25, 26, 3]), np.array([63, 0, 41])
     assert torch.equal(checkpoint.read_rows(name, rows, columns), whole[rows][:, columns])
     assert torch.equal(checkpoint.read_rows(name, None, columns), whole[:, columns])
-    read: list[tuple[torch.dtype, int]] = []
+    read: list[tuple[int, int]] = []
     gather = OpenFiles.gather
 
-    def recording(self: OpenFiles, file: Path, offset: int, rows: Any, out: Tensor) -> None:
-        gather(self, file, offset, rows, out)
-        read.append((out.dtype, out.shape[0]))
+    def recording(self: OpenFiles, file: Path, offset: int, rows: Any, row_bytes: int) -> Tensor:
+        read.append((row_bytes, len(rows)))
+        return gather(self, file, offset, rows, row_bytes)
 
     monkeypatch.setattr(OpenFiles, "gather", recording)
     checkpoint.read_rows(name, rows)
-    assert read == [(source[1][f"{name}_scale_inv"].dtype, 3), (FP8, 5)]  # rows of blocks 0, 1 and 5
+    scale = source[1][f"{name}_scale_inv"]
+    assert read == [(scale.shape[1] * scale.itemsize, 3), (whole.shape[1], 5)]  # rows of blocks 0, 1 and 5
 
 
 def test_a_parameter_may_be_of_fp8_and_bf16(source: tuple[Path, Tensors], tmp_path: Path) -> None:

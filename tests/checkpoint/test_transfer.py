@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from queue import Queue
 from typing import Any
 
 import psutil
@@ -88,23 +87,31 @@ def test_parts_are_contiguous_even_and_never_empty(sizes: tuple[int, ...], parts
     assert [len(part) for part in transfer.split(_sized(*sizes), parts)] == expected
 
 
-def test_one_unit_is_read_ahead_and_no_more(hf: Path) -> None:
+@pytest.mark.parametrize(("allowed", "ahead"), [(0, 1), (1, 1), (2, 2), (3, 3), (9, 5)])
+def test_so_many_bytes_are_read_ahead_but_at_least_one_unit(
+    hf: Path, monkeypatch: pytest.MonkeyPatch, allowed: int, ahead: int
+) -> None:
     source = HFCheckpoint.open(hf)
-    found = list(units.units(SHAPE, source.dtypes))[:3]
+    found = list(units.units(SHAPE, source.dtypes))[:6]
     names = [next(name for name, _ in unit.tensors) for unit in found]
-    read: Queue[tuple[str, int]] = Queue()
+    monkeypatch.setattr(transfer, "READ_AHEAD_BYTES", sum(unit.nbytes for unit in found[: allowed + 1]))
+    started = threading.Semaphore(0)
+    read: list[tuple[str, int]] = []
 
     class Recording:
         def read_rows(self, name: str, *index: Any) -> torch.Tensor:
-            read.put((name, threading.get_ident()))
+            read.append((name, threading.get_ident()))
+            started.release()
             return source.read_rows(name, *index)
 
     reader = transfer.read_ahead(Recording(), found, None)  # type: ignore[arg-type]
     unit, tensors = next(reader)
     assert unit is found[0] and same_bytes(tensors[names[0]], source.read(names[0]))
-    seen = [read.get(timeout=60) for _ in (0, 1)]
-    assert [name for name, _ in seen] == names[:2] and threading.get_ident() not in dict(seen).values()
-    assert read.empty()
+    for _ in range(1 + ahead):
+        assert started.acquire(timeout=60)
+    assert not started.acquire(timeout=0.1)
+    assert sorted(name for name, _ in read) == sorted(names[: 1 + ahead])
+    assert threading.get_ident() not in dict(read).values()
     assert [unit for unit, _ in reader] == found[1:]
     assert list(transfer.read_ahead(source, [], None)) == []
 
