@@ -29,11 +29,17 @@ class Target:
     hidden_size: int | None = None
     num_moe_experts: int | None = None
     moe_router_topk: int | None = None
+    moe_ffn_hidden_size: int | None = None
+    moe_shared_expert_intermediate_size: int | None = None
+    num_attention_heads: int | None = None
+    linear_num_value_heads: int | None = None
 
 
 @dataclass(frozen=True)
 class Depth:
-    """Which layers go: the ``last`` ones, or the run that changes its input least (``adjacent_cosine``)."""
+    """Which layers go: the ``last`` ones, the run that changes its input least (``adjacent_cosine``),
+    or those that do so one by one (``block_influence``).
+    """
 
     method: str = "last"
 
@@ -81,10 +87,10 @@ class Recipe:
 
 SECTIONS: dict[str, type] = {"target": Target, "depth": Depth, "width": Width, "experts": Experts}
 CHOICES = {
-    "depth.method": ("last", "adjacent_cosine"),
-    "width.importance": ("norm_activation",),
+    "depth.method": ("last", "adjacent_cosine", "block_influence"),
+    "width.importance": ("norm_activation", "norm_activation_l2"),
     "experts.method": ("prune", "merge", "partial_preservation"),
-    "experts.importance": ("frequency", "soft_logits", "reap"),
+    "experts.importance": ("frequency", "soft_logits", "reap", "output_norm"),
     "experts.similarity": ("router_weights", "router_logits", "expert_vectors"),
 }
 

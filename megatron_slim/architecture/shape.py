@@ -103,6 +103,10 @@ class ModelShape:
         yield from (f"model.layers.{layer}" for layer in range(self.num_layers))
         yield from (f"mtp.layers.{depth}" for depth in range(self.mtp_num_layers))
 
+    def layer_type(self, block: str) -> str:
+        """Type of a transformer block by its Hugging Face prefix; the MTP block is one of full attention."""
+        return FULL_ATTENTION if block.startswith("mtp.") else self.layer_types[int(block.rpartition(".")[2])]
+
     def replace(self, **changes: Any) -> ModelShape:
         """A copy with other sizes, validated."""
         shape = dataclasses.replace(self, **changes)

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_slim.architecture.layer_specs import layer_spec, transformer_config
-from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.convert import Checkpoint
@@ -40,8 +40,9 @@ def build_block(checkpoint: Checkpoint, block: str, config: TransformerConfig) -
         config: from `block_config`.
     """
     shape, index = checkpoint.shape, int(block.split(".")[-1])
-    kind = FULL_ATTENTION if block.startswith("mtp.") else shape.layer_types[index]
-    layer: TransformerLayer = build_module(layer_spec(kind, config), config=config, layer_number=index + 1)
+    layer: TransformerLayer = build_module(
+        layer_spec(shape.layer_type(block), config), config=config, layer_number=index + 1
+    )
     parameters = dict(layer.named_parameters())
     with torch.no_grad():
         for weight in weights(shape):

@@ -99,7 +99,9 @@ def make_plan(recipe: Recipe, stats: Statistics, shape: ModelShape) -> Plan:
     check_recipe(recipe, shape)
     kept_layers = _kept_layers(recipe, stats, shape)
     target = target_shape(recipe, shape, kept_layers)
-    hidden = ranking(stats.tensors[statistics.HIDDEN].astype(np.float64))[: target.hidden_size]
+    hidden = ranking(stats.tensors[statistics.hidden_key(recipe.width.importance)].astype(np.float64))[
+        : target.hidden_size
+    ]
     blocks = [f"model.layers.{layer}" for layer in kept_layers]
     blocks += [f"mtp.layers.{depth}" for depth in range(shape.mtp_num_layers)]
     return Plan(
@@ -146,23 +148,28 @@ def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") ->
 
 
 def _leaves_full_attention(recipe: Recipe, shape: ModelShape, layers: int) -> bool:
-    """Whether the method can leave a full-attention layer (for adjacent_cosine: from some start)."""
+    """Whether the method can leave a full-attention layer (by statistics: for some)."""
+    if recipe.depth.method == "block_influence":  # any choice
+        return FULL_ATTENTION in shape.layer_types
     starts = [layers] if recipe.depth.method == "last" else range(1, layers + 1)
     dropped = shape.num_layers - layers
     return any(FULL_ATTENTION in shape.layer_types[:s] + shape.layer_types[s + dropped :] for s in starts)
 
 
 def _kept_layers(recipe: Recipe, stats: Statistics, shape: ModelShape) -> tuple[int, ...]:
-    """SlimQwen 3.2 (``last``) and A.4 (``adjacent_cosine``).
+    """SlimQwen 3.2 (``last``) and A.4 (``adjacent_cosine``); ShortGPT, arXiv 2403.03853 (``block_influence``).
 
-    The latter drops the N consecutive layers from argmax c_l, c_l = cos(a_{l-1}, a_l), among the starts that have
-    both a layer before them and N layers to drop.
+    A.4 drops the N consecutive layers from argmax c_l, c_l = cos(a_{l-1}, a_l), among the starts that have both a layer
+    before them and N layers to drop. ShortGPT drops the N layers of the least influence, ties by index: the later one.
     """
     kept = recipe.target.num_layers or shape.num_layers
-    dropped = shape.num_layers - kept
+    dropped, trunk = shape.num_layers - kept, list(shape.blocks)[: shape.num_layers]
     if dropped == 0 or recipe.depth.method == "last":
         return tuple(range(kept))
-    cosines = [float(stats.tensors[statistics.cosine_key(layer)]) for layer in range(1, kept + 1)]
+    if recipe.depth.method == "block_influence":
+        influence = [float(stats.tensors[statistics.layer_key(block, "block_influence")]) for block in trunk]
+        return tuple(np.sort(ranking(np.array(influence))[:kept]).tolist())
+    cosines = [float(stats.tensors[statistics.layer_key(block, "cosine")]) for block in trunk[1 : kept + 1]]
     start = 1 + int(np.argmax(cosines))
     return tuple(layer for layer in range(shape.num_layers) if not start <= layer < start + dropped)
 

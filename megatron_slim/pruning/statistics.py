@@ -1,11 +1,17 @@
 """What calibration measured: ``stats.safetensors``, read, checked against a model's shape, and written.
 
-Tensors, all float32 (L layers, H hidden, E experts; a block is ``model.layers.{i}`` or ``mtp.layers.{i}``):
+Tensors, all float32 (L layers, H hidden, E experts, F neurons of one; a block is ``model.layers.{i}`` or
+``mtp.layers.{i}``); `importance` has the definitions:
 
-    hidden.importance                                  [H]     see `importance.HiddenImportance`
-    model.layers.{i}.cosine                            []      cos of mean-pooled layer input and output
-    {block}.mlp.experts.{frequency|soft_logits|reap}   [E]     see `importance.ExpertStatistics`
+    hidden.{norm_activation|norm_activation_l2}         [H]     of the residual stream
+    {block}.cosine                                      []      cos of mean-pooled layer input and output
+    {block}.block_influence                             []      1 - mean cos of layer input and output
+    {block}.mlp.experts.{frequency|soft_logits|reap|output_norm}                   [E]
     {block}.mlp.experts.similarity.{router_weights|router_logits|expert_vectors}   [E, E]   cosines
+    {block}.mlp.experts.ffn                             [E, F]  neurons of every routed expert
+    {block}.mlp.shared_expert.ffn                       [S]     neurons of the shared expert, where there is one
+    {block}.self_attn.heads                             [query heads]   of full attention
+    {block}.linear_attn.value_heads                     [value heads]   of Gated DeltaNet
 
 The file's metadata says which checkpoint and how much data it came from.
 """
@@ -22,15 +28,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
 from megatron_slim.errors import CheckpointError
 from megatron_slim.files import sha256, write_atomic
 from megatron_slim.recipe import CHOICES
 
-FORMAT = "megatron_slim statistics 1"
-HIDDEN = "hidden.importance"
+FORMAT = "megatron_slim statistics 2"
 IMPORTANCES, SIMILARITIES = CHOICES["experts.importance"], CHOICES["experts.similarity"]
+LAYER_KINDS = ("cosine", "block_influence")
 Array = npt.NDArray[np.float32]
+
+
+def hidden_key(kind: str) -> str:
+    """Name of the importances of the hidden dimensions."""
+    return f"hidden.{kind}"
 
 
 def importance_key(block: str, kind: str) -> str:
@@ -43,18 +54,39 @@ def similarity_key(block: str, kind: str) -> str:
     return f"{block}.mlp.experts.similarity.{kind}"
 
 
-def cosine_key(layer: int) -> str:
-    """Name of a layer's activation similarity."""
-    return f"model.layers.{layer}.cosine"
+def layer_key(block: str, kind: str) -> str:
+    """Name of what a layer does to its input."""
+    return f"{block}.{kind}"
+
+
+def expert_ffn_key(block: str) -> str:
+    """Name of the importances of the neurons of a block's routed experts."""
+    return f"{block}.mlp.experts.ffn"
+
+
+def shared_ffn_key(block: str) -> str:
+    """Name of the importances of the neurons of a block's shared expert."""
+    return f"{block}.mlp.shared_expert.ffn"
+
+
+def heads_key(block: str, kind: str) -> str:
+    """Name of the importances of the query heads or, by layer type, value heads of a block."""
+    return f"{block}.self_attn.heads" if kind == FULL_ATTENTION else f"{block}.linear_attn.value_heads"
 
 
 def expected_shapes(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every tensor that a model's statistics have, and its shape."""
     experts = shape.num_moe_experts
-    yield HIDDEN, (shape.hidden_size,)
-    for layer in range(shape.num_layers):
-        yield cosine_key(layer), ()
+    for kind in CHOICES["width.importance"]:
+        yield hidden_key(kind), (shape.hidden_size,)
     for block in shape.blocks:
+        yield from ((layer_key(block, kind), ()) for kind in LAYER_KINDS)
+        layer_type = shape.layer_type(block)
+        heads = shape.num_attention_heads if layer_type == FULL_ATTENTION else shape.linear_num_value_heads
+        yield heads_key(block, layer_type), (heads,)
+        yield expert_ffn_key(block), (experts, shape.moe_ffn_hidden_size)
+        if shape.moe_shared_expert_intermediate_size:
+            yield shared_ffn_key(block), (shape.moe_shared_expert_intermediate_size,)
         for kind in IMPORTANCES:
             yield importance_key(block, kind), (experts,)
         for kind in SIMILARITIES:

@@ -118,9 +118,11 @@ class Reference:
             total = total + self.trunk[f"{layer}.post_attention_layernorm"].abs().mean((0, 1))
             found |= self.experts(f"model.layers.{layer}", self.trunk[f"{layer}.post_attention_layernorm"])
             after = self.trunk[f"{layer}.output"].mean((0, 1))
-            found[statistics.cosine_key(layer)] = np.array(float(before @ after / before.norm() / after.norm()))
+            found[statistics.layer_key(f"model.layers.{layer}", "cosine")] = np.array(
+                float(before @ after / before.norm() / after.norm())
+            )
             before = after
-        found[statistics.HIDDEN] = (total / self.shape.num_layers).numpy()
+        found[statistics.hidden_key("norm_activation")] = (total / self.shape.num_layers).numpy()
         if self.mtp_input is not None:
             found |= self.experts("mtp.layers.0", self.mtp_input)
         return found

@@ -17,11 +17,15 @@ from megatron_slim.errors import RecipeError, SlimError
 from megatron_slim.pruning.experts import expert_groups
 from megatron_slim.pruning.plan import Plan, make_plan
 from megatron_slim.pruning.plan_reader import load_plan, parse_plan
-from megatron_slim.pruning.statistics import HIDDEN, Statistics, cosine_key
+from megatron_slim.pruning.statistics import Statistics, hidden_key, layer_key
 from megatron_slim.recipe import parse_recipe
 
 TARGET = {"num_layers": 5, "hidden_size": 48, "num_moe_experts": 4}
 PlanFor = Callable[..., Plan]
+
+
+def _cosine(layer: int) -> str:
+    return layer_key(f"model.layers.{layer}", "cosine")
 
 
 def test_same_inputs_same_bytes(plan_for: PlanFor, tmp_path: Path) -> None:
@@ -38,7 +42,7 @@ def test_hidden_dimensions_are_the_most_important_ones_in_order(
     stats = random_stats(source)
     importance = np.zeros(64, dtype=np.float32)
     importance[[60, 3, 17]] = [1.0, 3.0, 2.0]
-    stats = Statistics({**stats.tensors, HIDDEN: importance}, stats.metadata)
+    stats = Statistics({**stats.tensors, hidden_key("norm_activation"): importance}, stats.metadata)
     plan = make_plan(parse_recipe({"version": 1, "target": {"hidden_size": 8}}), stats, source.shape)
     assert plan.kept_hidden == (0, 1, 2, 3, 4, 5, 17, 60)
 
@@ -56,8 +60,8 @@ def test_adjacent_cosine_drops_the_run_that_changes_least(
 ) -> None:
     """SlimQwen A.4; layer 0 has no layer before it, and a run from 6 or 7 would be too short."""
     stats = random_stats(source)
-    cosines = {cosine_key(layer): np.float32(0.99) * np.ones((), np.float32) for layer in (0, 6, 7)}
-    cosines |= {cosine_key(layer): np.asarray(0.9 if layer == peak else 0.1, np.float32) for layer in range(1, 6)}
+    cosines = {_cosine(layer): np.float32(0.99) * np.ones((), np.float32) for layer in (0, 6, 7)}
+    cosines |= {_cosine(layer): np.asarray(0.9 if layer == peak else 0.1, np.float32) for layer in range(1, 6)}
     stats = Statistics({**stats.tensors, **cosines}, stats.metadata)
     recipe = parse_recipe({"version": 1, "target": {"num_layers": 5}, "depth": {"method": "adjacent_cosine"}})
     plan = make_plan(recipe, stats, source.shape)
@@ -94,7 +98,7 @@ def test_a_choice_without_full_attention_is_refused_when_statistics_make_it(
     source: HFCheckpoint, random_stats: Callable[..., Statistics]
 ) -> None:
     stats = random_stats(source)
-    cosines = {cosine_key(i): np.asarray(float(i == 3), np.float32) for i in range(8)}
+    cosines = {_cosine(i): np.asarray(float(i == 3), np.float32) for i in range(8)}
     recipe = parse_recipe({"version": 1, "target": {"num_layers": 3}, "depth": {"method": "adjacent_cosine"}})
     with pytest.raises(RecipeError, match="no full_attention layer is left"):
         make_plan(recipe, Statistics({**stats.tensors, **cosines}, stats.metadata), source.shape)
@@ -192,7 +196,7 @@ def test_the_report_says_when_attention_loses_its_period(
     from megatron_slim.pruning.report import markdown, summarise
 
     for peak, lost in ((4, True), (5, False)):
-        cosines = {cosine_key(layer): np.asarray(float(layer == peak), np.float32) for layer in range(8)}
+        cosines = {_cosine(layer): np.asarray(float(layer == peak), np.float32) for layer in range(8)}
         stats = random_stats(source)
         recipe = parse_recipe({"version": 1, "target": {"num_layers": 5}, "depth": {"method": "adjacent_cosine"}})
         plan = make_plan(recipe, Statistics({**stats.tensors, **cosines}, stats.metadata), source.shape)

@@ -12,9 +12,10 @@ from safetensors.numpy import load_file, save_file
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import CheckpointError
 from megatron_slim.pruning.fingerprint import fingerprint
-from megatron_slim.pruning.statistics import HIDDEN, Statistics
+from megatron_slim.pruning.statistics import Statistics, hidden_key
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
+HIDDEN = hidden_key("norm_activation")
 RandomStats = Callable[..., Statistics]
 
 
@@ -37,17 +38,17 @@ def test_names_are_the_documented_ones(source: HFCheckpoint, random_stats: Rando
     names = random_stats(source).tensors.keys()
     for block in ("model.layers.0", "model.layers.7", "mtp.layers.0"):
         assert {f"{block}.mlp.experts.{kind}" for kind in ("frequency", "soft_logits", "reap")} <= names
-    assert "hidden.importance" in names
+    assert "hidden.norm_activation" in names
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(HIDDEN), "missing tensor hidden.importance"),
+        (lambda t: t.pop(HIDDEN), "missing tensor hidden.norm_activation"),
         (lambda t: t.update(more=np.zeros(1, np.float32)), "extra tensor more"),
-        (lambda t: t.update({HIDDEN: np.zeros(3, np.float32)}), r"hidden.importance is float32 \[3\]"),
-        (lambda t: t.update({HIDDEN: np.zeros(64)}), r"hidden.importance is float64 \[64\], not float32"),
-        (lambda t: t[HIDDEN].fill(np.nan), "hidden.importance has values that are not finite"),
+        (lambda t: t.update({HIDDEN: np.zeros(3, np.float32)}), r"hidden.norm_activation is float32 \[3\]"),
+        (lambda t: t.update({HIDDEN: np.zeros(64)}), r"hidden.norm_activation is float64 \[64\], not float32"),
+        (lambda t: t[HIDDEN].fill(np.nan), "hidden.norm_activation has values that are not finite"),
         (lambda t: t.clear(), "and .* more"),
     ],
 )
