@@ -94,10 +94,23 @@ def kept_positions(dim: Dim, sizes: Sizes, kept: Kept) -> npt.NDArray[np.int64]:
 
     >>> kept_positions(concat("hidden", "hidden"), {"hidden": 4}, {"hidden": np.array([1, 3])}).tolist()
     [1, 3, 5, 7]
+
+    What survives of an axis may differ with the position on the axis that it is nested in, the first of a product: then
+    it is a matrix with a row for each.
+
+    >>> heads = {"query_per_group": np.array([[0], [2]])}
+    >>> kept_positions(product("kv_group", "query_per_group"), {"kv_group": 2, "query_per_group": 3}, heads).tolist()
+    [0, 5]
     """
     match dim:
         case str():
             return kept.get(dim, np.arange(sizes[dim]))
+        case Product((str() as first, *rest)) if differing := [axis for axis in axes_of(dim) if _differs(axis, kept)]:
+            nested, found = Product(tuple(rest)), []
+            for outer in kept.get(first, np.arange(sizes[first])):
+                here = {**kept, **{axis: kept[axis][outer] for axis in differing}}
+                found.append(kept_positions(nested, sizes, here) + outer * size(nested, sizes))
+            return np.concatenate(found)
         case Product(parts):
             positions = np.zeros(1, dtype=np.int64)
             for part in parts:
@@ -112,6 +125,11 @@ def kept_positions(dim: Dim, sizes: Sizes, kept: Kept) -> npt.NDArray[np.int64]:
             return np.concatenate(pieces)
         case Label(_, part):
             return kept_positions(part, sizes, kept)
+
+
+def _differs(axis: str, kept: Kept) -> bool:
+    """Whether the survivors of an axis differ with the position on the axis around it."""
+    return axis in kept and kept[axis].ndim == 2
 
 
 def labelled_positions(dim: Dim, sizes: Sizes) -> dict[str, npt.NDArray[np.int64]]:

@@ -30,11 +30,12 @@ from megatron_slim.pruning.plan_reader import PlanError
 
 @dataclass(frozen=True)
 class _Origin:
-    """Where a target tensor comes from: its dimensions, its block in the source, and for an expert its group."""
+    """Where a target tensor comes from: its dimensions, its block in the source; of an expert, number and group."""
 
     name: str
     dims: tuple[Dim, ...]
     block: str
+    expert: int | None
     group: ExpertGroup | None
 
 
@@ -91,20 +92,26 @@ class PrunedCheckpoint:
 
     def _indices(self, origin: _Origin) -> tuple[Index | None, Index | None]:
         """Surviving rows and columns of a source tensor."""
-        indices = [self._kept(dim, origin.block) for dim in origin.dims]
+        kept = self._kept(origin)
+        indices = [_positions(dim, self.plan.source_shape, kept) for dim in origin.dims]
         assert all(index is None for index in indices[2:]), f"{origin.name}: only the first two dimensions are pruned"
         rows, columns = [*indices, None][:2]
         return rows, columns
 
-    def _kept(self, dim: Dim, block: str) -> npt.NDArray[np.int64] | None:
-        """Surviving positions of a dimension, None when all do."""
-        source = self.plan.source_shape
-        kept: dict[str, npt.NDArray[np.int64]] = {}
+    def _kept(self, origin: _Origin) -> dict[str, npt.NDArray[np.int64]]:
+        """What survives of each axis of a tensor of which not all does."""
+        source, block = self.plan.source_shape, origin.block
+        kept = self.plan.inner.kept(block, source, origin.expert) if block else {}
         if len(self.plan.kept_hidden) < source.hidden_size:
             kept["hidden"] = self._kept_hidden
         if block and self.shape.num_moe_experts < source.num_moe_experts:
             kept["expert"] = np.array([group.base for group in self.plan.experts[block]], dtype=np.int64)
-        return kept_positions(dim, source.sizes, kept) if kept.keys() & set(axes_of(dim)) else None
+        return kept
+
+
+def _positions(dim: Dim, source: ModelShape, kept: Mapping[str, npt.NDArray[np.int64]]) -> npt.NDArray[np.int64] | None:
+    """Surviving positions of a dimension, None when all do."""
+    return kept_positions(dim, source.sizes, kept) if kept.keys() & set(axes_of(dim)) else None
 
 
 def _within(kept: Index | None, wanted: Index | None) -> Index | None:
@@ -121,7 +128,8 @@ def _origins(plan: Plan) -> Iterator[tuple[str, _Origin]]:
         for expert, group in enumerate(groups):
             for tensor in weight.sources:
                 name = tensor.name.format(expert=expert) if weight.stacked else tensor.name
-                yield name, _Origin(block + tensor.name.removeprefix(weight.block), tensor.dims, block, group)
+                source = block + tensor.name.removeprefix(weight.block)
+                yield name, _Origin(source, tensor.dims, block, expert if weight.stacked else None, group)
 
 
 def merge(tensors: Iterable[Tensor], weights: tuple[float, ...]) -> Tensor:

@@ -20,12 +20,13 @@ from megatron_slim.errors import RecipeError
 from megatron_slim.files import sha256, write_atomic
 from megatron_slim.pruning import statistics
 from megatron_slim.pruning.experts import ExpertGroup, expert_groups, ranking
+from megatron_slim.pruning.inner_axes import InnerAxes, best, choose
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import Recipe
 
-VERSION = 1
+VERSION = 2
 # A row of an expert is a multiple of 16 bytes in bf16, or PyTorch's grouped matmul, which transformers uses, fails.
-HIDDEN_MULTIPLE = 8
+ROW_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Plan:
         kept_layers: source layers that survive, ascending.
         kept_hidden: source hidden dimensions that survive, ascending.
         experts: per surviving block, under its name in the source, the surviving experts, ascending by base.
+        inner: per such block, FFN neurons and attention heads that survive.
     """
 
     recipe: Recipe
@@ -51,6 +53,7 @@ class Plan:
     kept_layers: tuple[int, ...]
     kept_hidden: tuple[int, ...]
     experts: Mapping[str, tuple[ExpertGroup, ...]]
+    inner: InnerAxes
 
     @property
     def source_blocks(self) -> dict[str, str]:
@@ -59,7 +62,7 @@ class Plan:
         return {f"model.layers.{new}": f"model.layers.{old}" for new, old in enumerate(self.kept_layers)} | mtp
 
     def to_dict(self) -> dict[str, Any]:
-        """As a version 1 plan document."""
+        """As a plan document."""
         return {
             "version": VERSION,
             "recipe": self.recipe.to_dict(),
@@ -69,6 +72,7 @@ class Plan:
             "kept_layers": list(self.kept_layers),
             "kept_hidden": list(self.kept_hidden),
             "experts": {block: _groups_dict(groups) for block, groups in self.experts.items()},
+            **self.inner.to_dict(),
         }
 
     def to_json(self) -> str:
@@ -99,11 +103,10 @@ def make_plan(recipe: Recipe, stats: Statistics, shape: ModelShape) -> Plan:
     check_recipe(recipe, shape)
     kept_layers = _kept_layers(recipe, stats, shape)
     target = target_shape(recipe, shape, kept_layers)
-    hidden = ranking(stats.tensors[statistics.hidden_key(recipe.width.importance)].astype(np.float64))[
-        : target.hidden_size
-    ]
+    hidden = stats.tensors[statistics.hidden_key(recipe.width.importance)].astype(np.float64)
     blocks = [f"model.layers.{layer}" for layer in kept_layers]
     blocks += [f"mtp.layers.{depth}" for depth in range(shape.mtp_num_layers)]
+    experts = {block: _block_groups(recipe, stats, block, target.num_moe_experts) for block in blocks}
     return Plan(
         recipe=recipe,
         source_shape=shape,
@@ -111,8 +114,9 @@ def make_plan(recipe: Recipe, stats: Statistics, shape: ModelShape) -> Plan:
         source_sha256=stats.metadata["source_sha256"],
         stats_sha256=stats.sha256,
         kept_layers=kept_layers,
-        kept_hidden=tuple(np.sort(hidden).tolist()),
-        experts={block: _block_groups(recipe, stats, block, target.num_moe_experts) for block in blocks},
+        kept_hidden=best(hidden, target.hidden_size),
+        experts=experts,
+        inner=choose(stats, experts, shape, target),
     )
 
 
@@ -135,14 +139,17 @@ def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") ->
             f"moe_router_topk {topk} is larger than num_moe_experts {experts} of the target"
             + ("" if recipe.target.moe_router_topk else " (set target.moe_router_topk)")
         )
-    hidden = recipe.target.hidden_size or shape.hidden_size
-    if hidden < shape.hidden_size and hidden % HIDDEN_MULTIPLE:
-        found.append(f"target.hidden_size {hidden} is not a multiple of {HIDDEN_MULTIPLE} (grouped matmul needs that)")
+    for size in ("hidden_size", "moe_ffn_hidden_size"):
+        row = wanted[size] or 0
+        if row < getattr(shape, size) and row % ROW_MULTIPLE:
+            found.append(f"target.{size} {row} is not a multiple of {ROW_MULTIPLE} (grouped matmul needs that)")
     if recipe.target.moe_router_topk == 1 and shape.norm_topk_prob:
         found.append("moe_router_topk 1 with norm_topk_prob leaves the router without a gradient")
     layers = recipe.target.num_layers or shape.num_layers
     if layers <= shape.num_layers and not _leaves_full_attention(recipe, shape, layers):
         found.append(f"target.num_layers {layers} leaves no full_attention layer")
+    sizes = {key: value for key, value in wanted.items() if value is not None and key != "num_layers"}
+    found = found or dataclasses.replace(shape, **sizes).violations()
     if found:
         raise RecipeError("; ".join(found), where=where)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +12,12 @@ from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json
 from megatron_slim.pruning.experts import ExpertGroup
+from megatron_slim.pruning.inner_axes import InnerAxes, index_violations, violations
 from megatron_slim.pruning.plan import VERSION, Plan, target_shape
 from megatron_slim.recipe import parse_recipe
 
 _KEYS = ("version", "recipe", "source", "stats", "target", "kept_layers", "kept_hidden", "experts")
+_INNER = ("neurons", "shared_neurons", "heads")
 # Weights are shares that sum to 1 up to the rounding of a few hundred additions in float64.
 _SUM_TOLERANCE = 1e-9
 
@@ -42,14 +43,14 @@ def parse_plan(document: Any, *, where: str = "plan") -> Plan:
     """
     if not isinstance(document, Mapping) or document.get("version") != VERSION:
         raise PlanError(f"not a plan of version {VERSION}", where=where, fix="make it with tools/plan_pruning.py")
-    _refuse([f"missing key {key}" for key in _KEYS if key not in document], where)
-    _refuse([f"unknown key {key}" for key in document if key not in _KEYS], where)
+    _refuse([f"missing key {key}" for key in (*_KEYS, *_INNER) if key not in document], where)
+    _refuse([f"unknown key {key}" for key in document if key not in (*_KEYS, *_INNER)], where)
     recipe = parse_recipe(document["recipe"], where=f"{where}: recipe")
     source = _shape(document["source"], f"{where}: source")
     target = _shape(document["target"], f"{where}: target")
     layers, hidden = document["kept_layers"], document["kept_hidden"]
-    found = _index_violations("kept_layers", layers, target.num_layers, source.num_layers)
-    found += _index_violations("kept_hidden", hidden, target.hidden_size, source.hidden_size)
+    found = index_violations("kept_layers", layers, target.num_layers, source.num_layers)
+    found += index_violations("kept_hidden", hidden, target.hidden_size, source.hidden_size)
     _refuse(found, where)
     if target_shape(recipe, source, tuple(layers)) != target:
         raise PlanError("target.shape is not what recipe, source.shape and kept_layers give", where=where)
@@ -62,8 +63,11 @@ def parse_plan(document: Any, *, where: str = "plan") -> Plan:
         kept_layers=tuple(layers),
         kept_hidden=tuple(hidden),
         experts={},
+        inner=InnerAxes(),
     )
-    return dataclasses.replace(plan, experts=_experts(document["experts"], plan, where))
+    experts = _experts(document["experts"], plan, where)
+    _refuse(violations(document, list(experts), source, target), where)
+    return dataclasses.replace(plan, experts=experts, inner=InnerAxes.from_dict(document))
 
 
 def _refuse(violations: list[str], where: str) -> None:
@@ -92,18 +96,6 @@ def _hash(section: Any, where: str) -> str:
     return value
 
 
-def _index_violations(key: str, value: Any, count: int, limit: int) -> list[str]:
-    """What is wrong with a list of kept indices, which must be ascending, ``count`` long and below ``limit``."""
-    if not isinstance(value, list) or any(type(index) is not int for index in value):
-        return [f"{key} is not a list of integers"]
-    found = [] if len(value) == count else [f"{key} has {len(value)} entries, not {count}"]
-    if any(not 0 <= index < limit for index in value):
-        found.append(f"{key} has entries outside 0..{limit - 1}")
-    if any(a >= b for a, b in itertools.pairwise(value)):
-        found.append(f"{key} is not strictly ascending")
-    return found
-
-
 def _experts(value: Any, plan: Plan, where: str) -> dict[str, tuple[ExpertGroup, ...]]:
     expected = list(plan.source_blocks.values())
     if not isinstance(value, Mapping) or sorted(value) != sorted(expected):
@@ -117,7 +109,7 @@ def _block_violations(block: str, value: Any, plan: Plan) -> list[str]:
     if not isinstance(value, Mapping) or set(value) != {"kept", "merged"} or not isinstance(value["merged"], Mapping):
         return [f"experts of {block} are not an object with 'kept' and 'merged'"]
     limit = plan.source_shape.num_moe_experts
-    found = _index_violations(f"{block}: kept", value["kept"], plan.target_shape.num_moe_experts, limit)
+    found = index_violations(f"{block}: kept", value["kept"], plan.target_shape.num_moe_experts, limit)
     if found:
         return found
     used = set(value["kept"])
@@ -136,7 +128,7 @@ def _group_violation(base: str, group: Any, kept: list[int], used: set[int], lim
     members, weights = group["members"], group["weights"]
     if not isinstance(members, list) or not isinstance(weights, list) or len(members) != len(weights):
         return "has no weight for every member"
-    if _index_violations("members", members, len(members), limit) or base not in map(str, kept):
+    if index_violations("members", members, len(members), limit) or base not in map(str, kept):
         return "has members that are no ascending expert indices, or a base that is not kept"
     if int(base) not in members or used & (set(members) - {int(base)}):
         return "lacks its base or shares a member with another group"

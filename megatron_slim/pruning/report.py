@@ -19,6 +19,10 @@ class Summary(TypedDict):
     hidden_size: int
     num_moe_experts: int
     moe_router_topk: int
+    moe_ffn_hidden_size: int
+    moe_shared_expert_intermediate_size: int
+    num_attention_heads: int
+    linear_num_value_heads: int
     parameters: int
     parameters_without_mtp: int
     active_parameters: int
@@ -33,6 +37,10 @@ LABELS = {
     "hidden_size": "hidden size",
     "num_moe_experts": "experts",
     "moe_router_topk": "top-k",
+    "moe_ffn_hidden_size": "expert FFN",
+    "moe_shared_expert_intermediate_size": "shared expert FFN",
+    "num_attention_heads": "query heads",
+    "linear_num_value_heads": "linear value heads",
     "parameters": "parameters",
     "parameters_without_mtp": "without MTP",
     "active_parameters": "active, without MTP",
@@ -52,6 +60,10 @@ def summarise(shape: ModelShape, total_bytes: int) -> Summary:
         hidden_size=shape.hidden_size,
         num_moe_experts=shape.num_moe_experts,
         moe_router_topk=shape.moe_router_topk,
+        moe_ffn_hidden_size=shape.moe_ffn_hidden_size,
+        moe_shared_expert_intermediate_size=shape.moe_shared_expert_intermediate_size,
+        num_attention_heads=shape.num_attention_heads,
+        linear_num_value_heads=shape.linear_num_value_heads,
         parameters=count_parameters(shape).total,
         parameters_without_mtp=trunk.total,
         active_parameters=trunk.active,

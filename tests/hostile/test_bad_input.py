@@ -278,7 +278,7 @@ FILES = {
     "torn statistics": Case(PLAN, "", cut(STATS, 50), "stats.safetensors: not readable as safetensors"),
     "weights for statistics": Case(PLAN, "--stats " + MODEL, untouched, "not a file of calibration statistics"),
     "torn plan": Case(PRUNE, BY_PLAN, cut("plan.json", 50), "plan.json: not readable as JSON"),
-    "no plan": Case(PRUNE, BY_PLAN, text("plan.json", "[]"), "not a plan of version 1"),
+    "no plan": Case(PRUNE, BY_PLAN, text("plan.json", "[]"), "not a plan of version 2"),
     "edited recipe": Case(PRUNE, BY_PLAN, plan(recipe={"version": 1, "target": {}}), "target.shape is not what"),
     "edited target": Case(PRUNE, BY_PLAN, plan(target={"shape": {}}), "shape is not an object with all sizes"),
     "edited experts": Case(PRUNE, BY_PLAN, plan(experts={}), "experts are not given for exactly the blocks"),

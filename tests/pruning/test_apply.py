@@ -66,7 +66,7 @@ def test_every_tensor_is_the_slice_that_its_name_says(
     pruned = PrunedCheckpoint(plan, source)
     tensors = {name: pruned.read(name) for name in pruned.names}
     assert list(tensors) == list(hf_tensors(plan.target_shape))
-    merged = 0
+    differing = 0
     for name, tensor in tensors.items():
         expected = expected_tensor(name, plan, source.read)
         if same_bytes(tensor, expected):
@@ -74,8 +74,8 @@ def test_every_tensor_is_the_slice_that_its_name_says(
         # A float32 mean, rounded to bf16, may fall on the other side of a tie: one unit in the last place.
         assert ".experts." in name
         torch.testing.assert_close(tensor, expected, rtol=2**-7, atol=0)
-        merged += 1
-    assert merged <= len(tensors) // 50
+        differing += int((tensor != expected).sum())
+    assert differing <= 1e-4 * sum(tensor.numel() for tensor in tensors.values())
     assert total_bytes(pruned.shape, pruned.dtypes) == sum(t.nbytes for t in tensors.values())
 
 

@@ -118,7 +118,7 @@ def _set(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
 
 
 BROKEN = {
-    "no version": (_set("version", to=None), "not a plan of version 1"),
+    "no version": (_set("version", to=None), "not a plan of version 2"),
     "missing key": (_set("kept_hidden", to=None), "missing key kept_hidden"),
     "unknown key": (_set("more", to=1), "unknown key more"),
     "recipe": (_set("recipe", "experts", "method", to="merged"), "did you mean 'merge'"),

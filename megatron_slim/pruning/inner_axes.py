@@ -1,0 +1,175 @@
+"""The axes inside a block: FFN neurons of its experts, and attention heads.
+
+A plan has survivors of an axis only where the target is smaller than the source. Neurons have no place in common
+between experts, nor heads between the groups that share a key: every expert and every group keeps its own best.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
+from megatron_slim.pruning import statistics
+from megatron_slim.pruning.experts import ExpertGroup, Vector, ranking
+from megatron_slim.pruning.statistics import Statistics
+
+EXPERT_FFN, SHARED_FFN = "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"
+# By layer type: the size, the axis of the heads, and the axis of the groups that they are nested in.
+HEADS = {
+    FULL_ATTENTION: ("num_attention_heads", "query_per_group", "kv_group"),
+    LINEAR_ATTENTION: ("linear_num_value_heads", "gdn_value_per_key", "gdn_key_head"),
+}
+
+
+@dataclass(frozen=True)
+class InnerAxes:
+    """What survives inside the blocks, by their names in the source; indices ascending.
+
+    Attributes:
+        neurons: of each surviving expert, in order, the FFN neurons of its base; members that are merged into it give
+            theirs at the same places. Empty: all survive, as in the others.
+        shared_neurons: those of the shared expert.
+        heads: query heads of full attention, value heads of linear attention; of every group equally many.
+    """
+
+    neurons: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    shared_neurons: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    heads: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As parts of a plan document."""
+        return {
+            "neurons": {block: list(map(list, experts)) for block, experts in self.neurons.items()},
+            "shared_neurons": {block: list(neurons) for block, neurons in self.shared_neurons.items()},
+            "heads": {block: list(heads) for block, heads in self.heads.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> InnerAxes:
+        """From parts of a plan document that have no `violations`."""
+        return cls(
+            {block: tuple(map(tuple, experts)) for block, experts in document["neurons"].items()},
+            {block: tuple(neurons) for block, neurons in document["shared_neurons"].items()},
+            {block: tuple(heads) for block, heads in document["heads"].items()},
+        )
+
+    def kept(self, block: str, source: ModelShape, expert: int | None) -> dict[str, npt.NDArray[np.int64]]:
+        """Survivors by axis, for `axes.kept_positions`; ``expert`` counts the surviving ones, None outside them."""
+        found = {}
+        if expert is not None and block in self.neurons:
+            found["moe_ffn"] = np.array(self.neurons[block][expert], dtype=np.int64)
+        if block in self.shared_neurons:
+            found["shared_ffn"] = np.array(self.shared_neurons[block], dtype=np.int64)
+        if block in self.heads:
+            _, axis, group = HEADS[source.layer_type(block)]
+            heads = np.array(self.heads[block], dtype=np.int64).reshape(source.sizes[group], -1)
+            found[axis] = heads % source.sizes[axis]
+        return found
+
+
+def choose(
+    stats: Statistics, experts: Mapping[str, tuple[ExpertGroup, ...]], source: ModelShape, target: ModelShape
+) -> InnerAxes:
+    """Keep the most important neurons and heads.
+
+    Args:
+        stats: statistics of the source.
+        experts: surviving experts of every surviving block.
+        source: sizes of the source.
+        target: sizes of the target.
+    """
+
+    def importance(key: str) -> Vector:
+        return stats.tensors[key].astype(np.float64)
+
+    neurons, shared, heads = {}, {}, {}
+    for block, groups in experts.items():
+        if pruned(EXPERT_FFN, source, target):
+            of_expert = importance(statistics.expert_ffn_key(block))
+            neurons[block] = tuple(best(of_expert[group.base], target.moe_ffn_hidden_size) for group in groups)
+        if pruned(SHARED_FFN, source, target):
+            of_shared = importance(statistics.shared_ffn_key(block))
+            shared[block] = best(of_shared, target.moe_shared_expert_intermediate_size)
+        kind = source.layer_type(block)
+        size, _, group_axis = HEADS[kind]
+        if pruned(size, source, target):
+            of_heads = importance(statistics.heads_key(block, kind))
+            heads[block] = best_of_groups(of_heads, getattr(target, size), source.sizes[group_axis])
+    return InnerAxes(neurons, shared, heads)
+
+
+def pruned(size: str, source: ModelShape, target: ModelShape) -> bool:
+    """Whether the target is smaller in a size."""
+    return bool(getattr(target, size) < getattr(source, size))
+
+
+def best(importance: Vector, count: int) -> tuple[int, ...]:
+    """The ``count`` most important indices, ascending; ties by index.
+
+    >>> best(np.array([1.0, 3.0, 1.0, 2.0]), 3)
+    (0, 1, 3)
+    """
+    return tuple(np.sort(ranking(importance)[:count]).tolist())
+
+
+def best_of_groups(importance: Vector, count: int, groups: int) -> tuple[int, ...]:
+    """The same, equally many of each of some equal and contiguous groups.
+
+    >>> best_of_groups(np.array([5.0, 4.0, 3.0, 0.0, 1.0, 2.0]), 4, 2)
+    (0, 1, 4, 5)
+    """
+    each = importance.reshape(groups, -1)
+    width = each.shape[1]
+    return tuple(group * width + index for group in range(groups) for index in best(each[group], count // groups))
+
+
+def violations(document: Mapping[str, Any], blocks: Sequence[str], source: ModelShape, target: ModelShape) -> list[str]:
+    """What is wrong with the parts of a plan document that `InnerAxes` holds, for these surviving blocks."""
+    found = []
+    for name, size in (("neurons", EXPERT_FFN), ("shared_neurons", SHARED_FFN), ("heads", "")):
+        part = document[name]
+        expected = [b for b in blocks if pruned(size or HEADS[source.layer_type(b)][0], source, target)]
+        if not isinstance(part, Mapping) or sorted(part) != sorted(expected):
+            found.append(f"{name} are not given for exactly the blocks {', '.join(expected) or '(none)'}")
+            continue
+        for block in expected:
+            found += _block_violations(name, block, part[block], source, target)
+    return found
+
+
+def _block_violations(name: str, block: str, value: Any, source: ModelShape, target: ModelShape) -> Iterator[str]:
+    if name == "neurons":
+        if not isinstance(value, list) or len(value) != target.num_moe_experts:
+            yield f"neurons of {block} are not a list for each of {target.num_moe_experts} experts"
+            return
+        for number, indices in enumerate(value):
+            label = f"neurons of {block}, expert {number}"
+            yield from index_violations(label, indices, target.moe_ffn_hidden_size, source.moe_ffn_hidden_size)
+        return
+    size = SHARED_FFN if name == "shared_neurons" else HEADS[source.layer_type(block)][0]
+    label, count, limit = f"{name} of {block}", getattr(target, size), getattr(source, size)
+    wrong = index_violations(label, value, count, limit)
+    yield from wrong
+    if name == "heads" and not wrong:
+        groups = source.sizes[HEADS[source.layer_type(block)][2]]
+        per_group = np.bincount(np.array(value) // (limit // groups), minlength=groups)
+        if per_group.min() != per_group.max():
+            yield f"{label} are not equally many in each of {groups} groups"
+
+
+def index_violations(key: str, value: Any, count: int, limit: int) -> list[str]:
+    """What is wrong with a list of kept indices, which must be ascending, ``count`` long and below ``limit``."""
+    if not isinstance(value, list) or any(type(index) is not int for index in value):
+        return [f"{key} is not a list of integers"]
+    found = [] if len(value) == count else [f"{key} has {len(value)} entries, not {count}"]
+    if any(not 0 <= index < limit for index in value):
+        found.append(f"{key} has entries outside 0..{limit - 1}")
+    if any(a >= b for a, b in itertools.pairwise(value)):
+        found.append(f"{key} is not strictly ascending")
+    return found
