@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +16,10 @@ device.install()
 
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes, torch_dist_to_hf  # noqa: E402
 from megatron_slim.checkpoint.huggingface import HFCheckpoint  # noqa: E402
+from megatron_slim.checkpoint.torch_dist_files import read_metadata  # noqa: E402
 from megatron_slim.errors import CheckpointError  # noqa: E402
+from megatron_slim.pruning.fingerprint import fingerprint  # noqa: E402
+from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes  # noqa: E402
 from megatron_slim.testing import random_tensors, tiny_hf_config, tiny_shape  # noqa: E402
 from megatron_slim.training.teacher_check import judge_teacher  # noqa: E402
 
@@ -85,6 +90,43 @@ def test_what_training_saved_becomes_a_hugging_face_model(workplace, saved, tmp_
     hf_to_torch_dist(tmp_path / "hf", tmp_path / "again")
     again = open_checkpoint(tmp_path / "again")
     assert all(same_bytes(again.read(name), exported.read(name)) for name in exported.names)
+
+
+def test_a_run_is_pruned_as_it_lies_there(workplace, saved, tmp_path: Path, tool: Any) -> None:  # type: ignore[no-untyped-def]
+    """With its optimizer state beside the weights, by the plan and to the bytes of the model that it exports."""
+    save, _ = saved
+    torch_dist_to_hf(save, tmp_path / "hf")
+    live, exported = open_checkpoint(save), HFCheckpoint.open(tmp_path / "hf")
+    metadata = read_metadata(live.path).state_dict_metadata
+    assert any("exp_avg_sq" in key for key in metadata)
+    rng = np.random.default_rng(0)
+    tensors = {key: np.asarray(rng.random(size), dtype=np.float32) for key, size in expected_shapes(live.shape)}
+    Statistics(tensors, {"format": FORMAT, "source_sha256": fingerprint(live)}).save(tmp_path / "stats")
+    target = "{hidden_size: 40, num_moe_experts: 3, moe_ffn_hidden_size: 16, num_attention_heads: 2}"
+    (tmp_path / "recipe.yaml").write_text(f"version: 1\ntarget: {target}\n")
+    plan = ("--recipe", tmp_path / "recipe.yaml", "--stats", tmp_path / "stats")
+    assert tool("tools/plan_pruning.py", "--load", save, "--save", tmp_path / "plan.json", *plan).code == 0
+    contents = set()
+    for name, load in (("live", save), ("exported", tmp_path / "hf")):
+        for to in ("hf", "torch_dist"):
+            out = tmp_path / f"{name}-{to}"
+            outcome = tool(
+                "tools/prune_checkpoint.py",
+                "--load",
+                load,
+                "--save",
+                out,
+                "--plan",
+                tmp_path / "plan.json",
+                "--to",
+                to,
+                "--json",
+            )
+            assert outcome.code == 0, outcome.stderr
+            contents.add(outcome.json["content"])
+    assert len(contents) == 1 and exported.shape == live.shape
+    start = ["--pretrained-checkpoint", str(tmp_path / "live-torch_dist"), "--dist-ckpt-strictness", "raise_all"]
+    assert all(np.isfinite(workplace.train("pruned", 1, *MBS, *start)["lm loss"]))
 
 
 def test_both_formats_start_the_same_run(workplace, reference, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
