@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_slim import __version__
-from megatron_slim.architecture.local_modules import rms_norm
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.cli import say
 from megatron_slim.device import default_dtype, init_single_process
 from megatron_slim.errors import CheckpointError
 from megatron_slim.pruning.fingerprint import fingerprint
-from megatron_slim.pruning.importance import ExpertStatistics, HiddenImportance, LayerSimilarity
+from megatron_slim.pruning.importance import HiddenImportance, block_statistics
+from megatron_slim.pruning.recorder import BlockRecorder, NormRecorder
 from megatron_slim.pruning.samples import check_samples
-from megatron_slim.pruning.statistics import FORMAT, HIDDEN, Array, Statistics
+from megatron_slim.pruning.statistics import FORMAT, Array, Statistics
 from megatron_slim.pruning.streaming import FINAL_NORM, StreamingForward
 
 # On a CPU, tokens in one forward pass so that an expert multiplies more than a few at a time: 5x faster than 256.
@@ -56,97 +54,70 @@ class _Calibration(StreamingForward):
 
     def __init__(self, checkpoint: Checkpoint, samples: npt.NDArray[np.int64], **kwargs: Any) -> None:
         super().__init__(checkpoint, samples, **kwargs)
-        self.importance = HiddenImportance(self.shape.hidden_size, self.shape.num_layers, self.device)
+        self.importance = HiddenImportance(self.shape)
+        self.final_norm = NormRecorder(self.shape)
         self.tensors: dict[str, Array] = {}
         self.unrouted = 0
 
     def result(self) -> Statistics:
         """Pass everything through and collect what was measured."""
         self.run("calibrating")
-        if self.unrouted:
-            say(f"{self.unrouted} experts were visited by no token; their importances are 0")
-        return Statistics({**self.tensors, HIDDEN: self.importance.result()}, self._metadata())
+        say_unrouted(self.unrouted)
+        self.tensors.update(self.importance.results())
+        return Statistics(self.tensors, metadata(self.checkpoint, self.samples.numpy(), self.dtype))
 
     def enter(self, block: str, layer: TransformerLayer) -> None:
         """Listen to the block."""
-        self._layer = layer
-        self._recorder = _Recorder(layer, self.config, self.device)
-        self._similarity = LayerSimilarity(self.shape.hidden_size, self.device)
+        self._recorder = BlockRecorder(block, self.shape, layer)
 
     def observe(self, module: str, inputs: Tensor, output: Tensor) -> None:
-        """Refuse what is not finite, and measure the trunk's norms and layers."""
+        """Refuse what is not finite, and measure the trunk's final norm; the block's recorder measures by itself."""
         if not torch.isfinite(output).all():
-            raise CheckpointError(
-                f"output of {module} is not finite",
-                where=str(self.checkpoint.path),
-                fix="the checkpoint's weights are broken there or before",
-            )
-        tokens = self.samples.numel()
+            raise not_finite(module, self.checkpoint)
         if module == FINAL_NORM:
-            self.importance.add(output, tokens)
-        elif module.startswith("model.layers."):
-            self._similarity.add(inputs, output)
-            for normed in self._recorder.take_normed(inputs):
-                self.importance.add(normed, tokens)
+            self.final_norm.add(output.transpose(0, 1))
 
     def leave(self, module: str) -> None:
-        """Collect what a block's experts and its similarity are."""
-        if ".layers." not in module:
-            return
-        if module.startswith("model."):
-            self.tensors.update(self._similarity.results(int(module.split(".")[-1])))
-        experts = self._recorder.experts
-        self.tensors.update(experts.results(module, self._layer.mlp.router.weight))
-        self.unrouted += experts.num_unrouted
-
-    def _metadata(self) -> dict[str, str]:
-        return {
-            "format": FORMAT,
-            "source_sha256": fingerprint(self.checkpoint),
-            "num_samples": str(self.samples.shape[0]),
-            "seq_length": str(self.samples.shape[1]),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "megatron_slim": __version__,
-            "torch": torch.__version__,
-        }
+        """Collect what was measured of a module."""
+        tokens = self.samples.numel()
+        if module == FINAL_NORM:
+            self.importance.add(self.final_norm.sums, tokens)
+        if ".layers." in module:
+            sums = self._recorder.sums
+            self.importance.add(sums, tokens)
+            router = self.checkpoint.read(router_weight(module))
+            self.tensors.update(block_statistics(module, self.shape, sums, router))
+            self.unrouted += int((sums["experts.count"] == 0).sum())
 
 
-class _Recorder:
-    """Listens to one layer: its norms and its experts."""
+def router_weight(block: str) -> str:
+    """Hugging Face name of the weight of a block's router."""
+    return f"{block}.mlp.gate.weight"
 
-    def __init__(self, layer: TransformerLayer, config: TransformerConfig, device: torch.device) -> None:
-        self.experts = ExpertStatistics(config.num_moe_experts or 0, config.hidden_size, device)
-        self._input_weight = next(
-            parameter for name, parameter in layer.named_parameters() if name.endswith("layer_norm_weight")
-        )
-        self._epsilon, self._zero_centered = config.layernorm_epsilon, config.layernorm_zero_centered_gamma
-        self._post_attention: Tensor | None = None
-        self._gates: Tensor | None = None
-        self._tokens_per_expert: Tensor | None = None
-        layer.pre_mlp_layernorm.register_forward_hook(self._on_norm)
-        layer.mlp.router.register_forward_hook(self._on_router)
-        layer.mlp.experts.register_forward_pre_hook(self._before_experts)
-        layer.mlp.experts.register_forward_hook(self._after_experts)
 
-    def take_normed(self, hidden: Tensor) -> Iterator[Tensor]:
-        """Outputs of the layer's two norms for the last batch, of which ``hidden`` was the layer's input."""
-        yield rms_norm(hidden, self._input_weight, self._epsilon, zero_centered=self._zero_centered)
-        assert self._post_attention is not None
-        yield self._post_attention
+def say_unrouted(count: int) -> None:
+    """Tell how many experts no token visited."""
+    if count:
+        say(f"{count} experts were visited by no token; their importances are 0")
 
-    def _on_norm(self, module: Any, args: Any, output: Tensor) -> None:
-        self._post_attention = output
 
-    def _on_router(self, module: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        logits = args[0].flatten(0, -2).float() @ module.weight.float().T
-        self.experts.add_routing(logits, *output)
+def not_finite(module: str, checkpoint: Checkpoint) -> CheckpointError:
+    """What to raise where an activation is not finite."""
+    return CheckpointError(
+        f"output of {module} is not finite",
+        where=str(checkpoint.path),
+        fix="the checkpoint's weights are broken there or before",
+    )
 
-    def _before_experts(self, module: Any, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Megatron applies the gate inside an expert, before its last projection; here it is applied after it."""
-        hidden, self._tokens_per_expert, self._gates = args
-        return hidden, self._tokens_per_expert, torch.ones_like(self._gates)
 
-    def _after_experts(self, module: Any, args: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-        assert self._gates is not None and self._tokens_per_expert is not None
-        self.experts.add_outputs(output[0], self._gates, self._tokens_per_expert)
-        return (output[0] * self._gates[:, None]).to(output[0].dtype), output[1]
+def metadata(checkpoint: Checkpoint, samples: npt.NDArray[np.int64], dtype: torch.dtype) -> dict[str, str]:
+    """What the statistics file says of itself."""
+    return {
+        "format": FORMAT,
+        "source_sha256": fingerprint(checkpoint),
+        "num_samples": str(samples.shape[0]),
+        "seq_length": str(samples.shape[1]),
+        "dtype": str(dtype).removeprefix("torch."),
+        "megatron_slim": __version__,
+        "torch": torch.__version__,
+    }

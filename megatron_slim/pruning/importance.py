@@ -1,16 +1,64 @@
-"""What calibration measures, as sums in float64 that take one batch after the other.
+"""What calibration measures: the definition of every statistic, computed from sums over tokens.
 
-Shape suffixes: T tokens, P routed (token, expert) pairs, E experts, H hidden.
+`recorder` adds the sums up in float64, by name; they are additive over tokens, samples and ranks. Here they become the
+statistics of `pruning.statistics`. With X_l the input and Y_l the output of layer l, means over all calibration tokens:
+
+Hidden dimensions, over the RMSNorm sites of the trunk (two in every layer, and the final norm; the MTP block reads the
+trunk's stream and its norms do not count); RMSNorm(X) is what leaves the norm, its weight applied, L counts layers:
+
+    norm_activation_k    = 1/L sum over sites of mean |RMSNorm(X)|_k                           (SlimQwen 3.2)
+    norm_activation_l2_k = 1/L sum over sites of sqrt(sum over samples of (mean over the sample |RMSNorm(X)|_k)^2)
+
+The second is that of ModelOpt's Minitron plugin (`modelopt.torch.prune.plugins.mcore_minitron`; arXiv 2407.14679) but
+for two things: it leaves the final norm out, and does not divide by L, which changes no order.
+
+Layers, the MTP block too, whose input is what leaves ``mtp.fc``:
+
+    cosine          = cos(mean X_l, mean Y_l)                              (SlimQwen A.4)
+    block_influence = 1 - mean cos(X_l, Y_l)                               (ShortGPT, arXiv 2403.03853)
+
+Experts of a block. A(x) are the top-k experts of token x, p the router's softmax, g the gate by which the network
+multiplies an expert's output E_i(x) (p, renormalised over A(x) where ``norm_topk_prob``), X_i the tokens routed to i:
+
+    frequency_i   = mean 1[i in A(x)]                                                          (SlimQwen 3.2)
+    soft_logits_i = mean 1[i in A(x)] p_i(x) / sum_{j in A(x)} p_j(x)                          (SlimQwen 3.2)
+    reap_i        = mean over X_i of g_i(x) ||E_i(x)||_2, and 0 where X_i is empty             (REAP, arXiv 2510.13999)
+    output_norm_i = mean 1[i in A(x)] ||E_i(x)||_2                    (EAN of arXiv 2510.13999)
+
+Their similarities are cosines of the router's rows, of its logits as vectors over all tokens, and of the experts' mean
+outputs over X_i; 0 where one of the two is a zero vector.
+
+Neurons and heads, by the activations that the last projection reads (a = silu(gate) * up, before any router's gate):
+
+    experts.ffn_{i,f}      = mean over X_i of |a_f|, and 0 where X_i is empty    (as Minitron, arXiv 2407.14679)
+    shared_expert.ffn_f    = mean |a_f|
+    heads_h, value_heads_h = mean ||slice of head h of the input of o_proj or out_proj||_2
+
+Query heads are in Hugging Face's order, KV group after KV group; value heads key head after key head. Attention's
+output gate and Gated DeltaNet's gated norm have been applied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from megatron_slim.pruning.statistics import Array, cosine_key, importance_key, similarity_key
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.pruning.statistics import (
+    Array,
+    expert_ffn_key,
+    heads_key,
+    hidden_key,
+    importance_key,
+    layer_key,
+    shared_ffn_key,
+    similarity_key,
+)
+
+Sums = dict[str, Tensor]
+"""Float64 sums by name, of one module; see `recorder` for the names."""
 
 
 def to_array(values: Tensor) -> Array:
@@ -36,101 +84,59 @@ def cosine_from_gram(gram: Tensor) -> Tensor:
 
 
 class HiddenImportance:
-    """Importance of every hidden dimension (SlimQwen 3.2).
+    """Importances of the hidden dimensions, collected norm site by norm site."""
 
-    (1/L) * sum over all RMSNorm sites of the trunk of mean over batch and sequence of |RMSNorm(X)|, where RMSNorm(X)
-    is what leaves the norm, its weight applied. The sites are the two norms of every layer and the final norm. The MTP
-    block's norms are no part of it: L counts the trunk's layers, and the MTP block reads the trunk's stream.
+    def __init__(self, shape: ModelShape) -> None:
+        self._num_layers = shape.num_layers
+        zeros = torch.zeros(shape.hidden_size, dtype=torch.float64)
+        self._sums = {kind: zeros.clone() for kind in ("norm_activation", "norm_activation_l2")}
+
+    def add(self, sums: Mapping[str, Tensor], total_tokens: int) -> None:
+        """Add the norm sites among the sums of a module, [H] each; ``total_tokens`` is how many tokens they saw."""
+        for name, values in sums.items():
+            if name.endswith("_norm.abs"):
+                self._sums["norm_activation"] += values.cpu() / (total_tokens * self._num_layers)
+            elif name.endswith("_norm.squares"):
+                self._sums["norm_activation_l2"] += values.cpu().sqrt() / self._num_layers
+
+    def results(self) -> Iterator[tuple[str, Array]]:
+        """The importances, [H] each, under their names in the statistics file."""
+        yield from ((hidden_key(kind), to_array(values)) for kind, values in self._sums.items())
+
+
+def block_statistics(block: str, shape: ModelShape, sums: Sums, router_EH: Tensor) -> Iterator[tuple[str, Array]]:
+    """Everything of one block under its name in the statistics file.
+
+    Args:
+        block: ``model.layers.{i}`` or ``mtp.layers.{i}``.
+        shape: sizes of the model.
+        sums: of the block, over all tokens; on any device.
+        router_EH: the router's weight.
     """
-
-    def __init__(self, hidden_size: int, num_layers: int, device: torch.device) -> None:
-        self._sum_H = torch.zeros(hidden_size, dtype=torch.float64, device=device)
-        self._num_layers = num_layers
-
-    def add(self, normed: Tensor, total_tokens: int) -> None:
-        """Add the output of one norm for one batch, [..., H]; ``total_tokens`` is that of all batches together."""
-        magnitude = normed.detach().abs().flatten(0, -2)
-        self._sum_H += magnitude.sum(0, dtype=torch.float64) / (total_tokens * self._num_layers)
-
-    def result(self) -> Array:
-        """The importances, [H]."""
-        return to_array(self._sum_H)
+    sums = {name: values.cpu() for name, values in sums.items()}
+    tokens = sums["tokens"]
+    ends = torch.stack((sums["input"], sums["output"]))
+    yield layer_key(block, "cosine"), to_array(cosine_matrix(ends)[0, 1])
+    yield layer_key(block, "block_influence"), to_array(1 - sums["cosine"] / tokens)
+    yield heads_key(block, shape.layer_type(block)), to_array(sums["heads"] / tokens)
+    if shape.moe_shared_expert_intermediate_size:
+        yield shared_ffn_key(block), to_array(sums["shared_ffn"] / tokens)
+    yield from _expert_statistics(block, sums, router_EH.cpu())
 
 
-class LayerSimilarity:
-    """Cosine of a layer's mean-pooled input and output, the mean over all calibration tokens (SlimQwen A.4)."""
-
-    def __init__(self, hidden_size: int, device: torch.device) -> None:
-        self._input_H = torch.zeros(hidden_size, dtype=torch.float64, device=device)
-        self._output_H = torch.zeros_like(self._input_H)
-
-    def add(self, before: Tensor, after: Tensor) -> None:
-        """Add the input and the output of the layer for one batch, each [..., H]."""
-        self._input_H += before.flatten(0, -2).sum(0, dtype=torch.float64)
-        self._output_H += after.flatten(0, -2).sum(0, dtype=torch.float64)
-
-    def results(self, layer: int) -> Iterator[tuple[str, Array]]:
-        """The cosine under its name in the statistics file."""
-        yield cosine_key(layer), to_array(cosine_matrix(torch.stack((self._input_H, self._output_H)))[0, 1])
-
-
-class ExpertStatistics:
-    """Importances and similarities of the experts of one MoE block (SlimQwen 3.2; REAP: arXiv 2510.13999).
-
-    With A(x) the top-k experts of token x, p the router's softmax, g the gate by which the network multiplies an
-    expert's output (p, renormalised over A(x) where ``norm_topk_prob``), and X_i the tokens routed to expert i:
-
-        frequency_i   = mean over all tokens of 1[i in A(x)]
-        soft_logits_i = mean over all tokens of 1[i in A(x)] p_i(x) / sum_{j in A(x)} p_j(x)
-        reap_i        = mean over X_i of g_i(x) ||E_i(x)||_2, and 0 where X_i is empty
-
-    Similarities are cosines of the router's rows, of its logits as vectors over all tokens, and of the experts' mean
-    outputs over X_i (0 where one of the two is empty).
-    """
-
-    def __init__(self, num_experts: int, hidden_size: int, device: torch.device) -> None:
-        def zeros(*extents: int) -> Tensor:
-            return torch.zeros(extents, dtype=torch.float64, device=device)
-
-        self._tokens = 0
-        self._count_E, self._soft_E, self._saliency_E = zeros(num_experts), zeros(num_experts), zeros(num_experts)
-        self._output_EH = zeros(num_experts, hidden_size)
-        self._logits_EE = zeros(num_experts, num_experts)
-
-    def add_routing(self, logits_TE: Tensor, gates_TE: Tensor, routed_TE: Tensor) -> None:
-        """Add the routing of one batch: logits, gates (0 where not routed) and the mask of routed pairs."""
-        gates = gates_TE.double() * routed_TE
-        self._tokens += len(gates)
-        self._count_E += routed_TE.sum(0)
-        self._soft_E += (gates / gates.sum(1, keepdim=True)).sum(0)
-        logits = logits_TE.double()
-        self._logits_EE += logits.T @ logits
-
-    def add_outputs(self, outputs_PH: Tensor, gates_P: Tensor, tokens_per_expert_E: Tensor) -> None:
-        """Add expert outputs of one batch, before the gate is applied; pairs are sorted by expert."""
-        counts = tokens_per_expert_E.to(outputs_PH.device)
-        expert_P = torch.repeat_interleave(torch.arange(len(counts), device=outputs_PH.device), counts)
-        wide = outputs_PH.double()
-        self._saliency_E.index_add_(0, expert_P, gates_P.double() * wide.norm(dim=1))
-        self._output_EH.index_add_(0, expert_P, wide)
-
-    @property
-    def num_unrouted(self) -> int:
-        """Number of experts that no token visited."""
-        return int((self._count_E == 0).sum())
-
-    def results(self, block: str, router_EH: Tensor) -> Iterator[tuple[str, Array]]:
-        """Everything under its name in the statistics file; ``router_EH`` is the router's weight."""
-        visits = self._count_E.clamp(min=1)
-        importances = {
-            "frequency": self._count_E / self._tokens,
-            "soft_logits": self._soft_E / self._tokens,
-            "reap": self._saliency_E / visits,
-        }
-        similarities = {
-            "router_weights": cosine_matrix(router_EH.double()),
-            "router_logits": cosine_from_gram(self._logits_EE),
-            "expert_vectors": cosine_matrix(self._output_EH / visits[:, None]),
-        }
-        yield from ((importance_key(block, kind), to_array(values)) for kind, values in importances.items())
-        yield from ((similarity_key(block, kind), to_array(values)) for kind, values in similarities.items())
+def _expert_statistics(block: str, sums: Sums, router_EH: Tensor) -> Iterator[tuple[str, Array]]:
+    tokens, visits = sums["tokens"], sums["experts.count"].clamp(min=1)
+    importances = {
+        "frequency": sums["experts.count"] / tokens,
+        "soft_logits": sums["experts.share"] / tokens,
+        "reap": sums["experts.saliency"] / visits,
+        "output_norm": sums["experts.norm"] / tokens,
+    }
+    similarities = {
+        "router_weights": cosine_matrix(router_EH.double()),
+        "router_logits": cosine_from_gram(sums["experts.logits"]),
+        "expert_vectors": cosine_matrix(sums["experts.output"] / visits[:, None]),
+    }
+    yield expert_ffn_key(block), to_array(sums["experts.ffn"] / visits[:, None])
+    yield from ((importance_key(block, kind), to_array(values)) for kind, values in importances.items())
+    yield from ((similarity_key(block, kind), to_array(values)) for kind, values in similarities.items())
