@@ -17,7 +17,9 @@ def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = tool_parser(__doc__)
     parser.add_argument("plan", type=Path, metavar="PLAN", help="plan.json, as it lies beside a pruned checkpoint")
-    parser.add_argument("--stats", type=Path, metavar="FILE", help="what it was made of: adds importances to the tables")
+    parser.add_argument(
+        "--stats", type=Path, metavar="FILE", help="what it was made of: adds importances to the tables"
+    )
     parser.add_argument(
         "--save",
         type=Path,
@@ -29,6 +31,4 @@ def parse_args() -> argparse.Namespace:
 
 if __name__ == "__main__":
     arguments = parse_args()
-    run_tool(
-        lambda: run_show(arguments.plan, stats_file=arguments.stats, save=arguments.save), as_json=arguments.json
-    )
+    run_tool(lambda: run_show(arguments.plan, stats_file=arguments.stats, save=arguments.save), as_json=arguments.json)

@@ -16,6 +16,7 @@ from megatron_slim.pruning.statistics import LAYER_KINDS, Statistics, importance
 DPI = 110
 MAX_LABELS = 24  # along an axis of a picture; more would overlap
 LOG_RATIO = 30.0  # largest over smallest value from which a logarithmic scale shows more
+LEGEND_INCHES = 0.35  # below an axis, clear of its ticks
 KEPT_COLOUR, CUT_COLOUR, OTHER_COLOUR = "tab:blue", "tab:red", "tab:orange"
 
 
@@ -107,12 +108,13 @@ def _heatmap(figure: Any, axes: Any, plan: Plan, stats: Statistics) -> None:
     norm = LogNorm(max(low, high * 1e-4), high, clip=False) if logarithmic else Normalize(0, high)
     picture = np.ma.masked_less_equal(relative_BE, 0) if logarithmic else relative_BE
     colours = colormaps["viridis"].with_extremes(bad="black", under="black")
-    image = axes.imshow(picture, aspect="auto", norm=norm, cmap=colours, interpolation="nearest")
-    axes.axvline(plan.target_shape.num_moe_experts - 0.5, color=CUT_COLOUR, linewidth=1.5)
+    extent = (0.5, sorted_BE.shape[1] + 0.5, len(blocks) - 0.5, -0.5)  # ranks count from 1
+    image = axes.imshow(picture, aspect="auto", norm=norm, cmap=colours, extent=extent, interpolation="nearest")
+    axes.axvline(plan.target_shape.num_moe_experts + 0.5, color=CUT_COLOUR, linewidth=1.5)
     gone = dropped_layers(plan)
-    axes.hlines(gone, -0.5, sorted_BE.shape[1] - 0.5, color="white", alpha=0.5, linewidth=1.0)
+    axes.hlines(gone, 0.5, sorted_BE.shape[1] + 0.5, color="white", alpha=0.5, linewidth=1.0)
     _label_blocks(axes, blocks, frozenset(gone))
-    struck = "; layers that go: red number, struck out" if gone else ""
+    struck = "; layers that go are struck out" if gone else ""
     axes.set(
         title=f"Experts by {kind}, relative to the mean of the block (red line: those that survive end here{struck})",
         xlabel="rank of the expert in its block",
@@ -186,7 +188,7 @@ def _ranked(axes: Any, places: Sequence[Axis]) -> None:
     else:
         axes.set_ylim(bottom=0)
     axes.set(title=places[0].name.capitalize(), xlabel="rank", ylabel="importance")
-    axes.legend(fontsize="small", loc="upper right")
+    axes.legend(fontsize="small", loc="lower left")
     axes.margins(x=0.01)
 
 
@@ -196,11 +198,13 @@ def _experts(plan: Plan, stats: Statistics) -> Any:
 
     blocks = block_experts(plan, stats)
     names = [block.axis.place for block in blocks]
+    height = _height(len(blocks))
     figure, (left, middle, right) = pyplot.subplots(
-        1, 3, figsize=(13, _height(len(blocks)) + 1.6), sharey=True, layout="constrained", width_ratios=[4, 4, 3]
+        1, 3, figsize=(13, height + 1.6), sharey=True, layout="constrained", width_ratios=[4, 4, 3]
     )
     rows = np.arange(len(blocks))
     _fates(left, rows, blocks)
+    _legend_below(left, height)
     _group_sizes(figure, middle, blocks)
     for label, values in {
         f"importance ({plan.recipe.experts.importance})": [block.axis.importance_share for block in blocks],
@@ -209,11 +213,13 @@ def _experts(plan: Plan, stats: Statistics) -> Any:
         right.plot([np.nan if value is None else value for value in values], rows, "o-", markersize=4, label=label)
     right.set(title="Share that survivors had of all", xlim=(0, 1.02))
     right.grid(axis="x", alpha=0.4)
-    _legend_below(right)
+    _legend_below(right, height)
     left.set_ylim(len(blocks) - 0.5, -0.5)
     left.set_ylabel("block of the source")
     _label_blocks(left, names)
-    figure.suptitle(f"{plan.recipe.experts.method}: {blocks[0].axis.size} experts to {len(blocks[0].groups)} in a block")
+    figure.suptitle(
+        f"{plan.recipe.experts.method}: {blocks[0].axis.size} experts to {len(blocks[0].groups)} in a block"
+    )
     return figure
 
 
@@ -230,7 +236,6 @@ def _fates(axes: Any, rows: npt.NDArray[Any], blocks: Sequence[Any]) -> None:
             axes.barh(rows, counts, left=start, color=colour, height=0.8, label=label)
         start += counts
     axes.set(title="What became of the experts", xlim=(0, start.max()))
-    _legend_below(axes)
 
 
 def _group_sizes(figure: Any, axes: Any, blocks: Sequence[Any]) -> None:
@@ -254,5 +259,5 @@ def _group_sizes(figure: Any, axes: Any, blocks: Sequence[Any]) -> None:
     bar.ax.yaxis.get_major_locator().set_params(integer=True)
 
 
-def _legend_below(axes: Any) -> None:
-    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
+def _legend_below(axes: Any, height: float) -> None:
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -LEGEND_INCHES / height), ncols=2)

@@ -275,7 +275,12 @@ def _section(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], 
 def sections(plan: Plan, stats: Statistics | None) -> list[Section]:
     """The tables of a plan, in the order in which a person reads them."""
     numbers = summary(plan, stats)
-    return [_size_section(numbers), _recipe_section(plan), _layer_section(numbers), *_axis_sections(plan, stats, numbers)]
+    return [
+        _size_section(numbers),
+        _recipe_section(plan),
+        _layer_section(numbers),
+        *_axis_sections(plan, stats, numbers),
+    ]
 
 
 def _size_section(numbers: dict[str, Any]) -> Section:
@@ -301,7 +306,9 @@ def _layer_section(numbers: dict[str, Any]) -> Section:
 
 def _axis_sections(plan: Plan, stats: Statistics | None, numbers: dict[str, Any]) -> Iterator[Section]:
     axes = ranked_axes(plan, stats)
-    rows = [_axis_row([axis for axis in axes if axis.name == name]) for name in dict.fromkeys(axis.name for axis in axes)]
+    rows = [
+        _axis_row([axis for axis in axes if axis.name == name]) for name in dict.fromkeys(axis.name for axis in axes)
+    ]
     columns = ("axis", "ranked in", "kept", "of", "share of importance kept", "least of any place")
     yield _section("What is ranked", columns, rows)
     columns = ("block", "kept", "unchanged", "absorbed", "dropped", "largest", "importance", "routing")
