@@ -1,0 +1,350 @@
+"""A plan as rows that a person reads and a program parses: what stays, what goes, and by which numbers (no torch).
+
+`sections` are the tables of tools/show_plan.py, `summary` its JSON, `ranking_lines` its ranking of experts. Everything
+that is ranked is an `Axis`; a further one is one more entry in `ranked_axes`, and has its row and its curve.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics as averages
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.architecture.table import count_parameters
+from megatron_slim.pruning import report
+from megatron_slim.pruning.experts import ExpertGroup, Vector, ranking
+from megatron_slim.pruning.plan import Plan
+from megatron_slim.pruning.plan_reader import PlanError
+from megatron_slim.pruning.statistics import LAYER_KINDS, Statistics, hidden_key, importance_key, layer_key
+
+HIDDEN, EXPERTS = "hidden dimensions", "experts"
+STREAM = "residual stream"
+BF16_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What one ranking kept, in one place of the model.
+
+    Attributes:
+        name: of the axis.
+        place: where it was ranked: a block of the source, or `STREAM`.
+        size: how many there were.
+        kept: indices of the survivors, ascending.
+        importance: [size], what ranked them; None without statistics.
+    """
+
+    name: str
+    place: str
+    size: int
+    kept: tuple[int, ...]
+    importance: Vector | None
+
+    @property
+    def order(self) -> list[int]:
+        """Indices from the most important to the least; ascending without statistics."""
+        return list(range(self.size)) if self.importance is None else ranking(self.importance).tolist()
+
+    @property
+    def least_kept(self) -> int | None:
+        """The least important survivor, None without statistics."""
+        kept = set(self.kept)
+        return None if self.importance is None else next((i for i in reversed(self.order) if i in kept), None)
+
+    @property
+    def most_dropped(self) -> int | None:
+        """The most important of those that went, None without statistics or where nothing went."""
+        kept = set(self.kept)
+        return None if self.importance is None else next((i for i in self.order if i not in kept), None)
+
+    @property
+    def importance_share(self) -> float | None:
+        """Share of the importance of all that the survivors had."""
+        return share(self.importance, self.kept)
+
+
+def share(values: Vector | None, kept: Sequence[int]) -> float | None:
+    """Sum over the kept ones of the sum over all; None where that is no number.
+
+    >>> share(np.array([1.0, 2.0, 5.0]), [1, 2])
+    0.875
+    """
+    total = 0.0 if values is None else float(values.sum())
+    return None if values is None or total <= 0 else float(values[list(kept)].sum()) / total
+
+
+@dataclass(frozen=True)
+class BlockExperts:
+    """What became of the experts of one block.
+
+    Attributes:
+        axis: the ranking.
+        groups: the survivors and what is merged into them.
+        routing_share: share of all routed (token, expert) pairs that went to experts that survive.
+    """
+
+    axis: Axis
+    groups: tuple[ExpertGroup, ...]
+    routing_share: float | None
+
+    @property
+    def unchanged(self) -> int:
+        """Survivors that are copies of what they were."""
+        return sum(len(group.members) == 1 for group in self.groups)
+
+    @property
+    def absorbed(self) -> int:
+        """Experts merged into a survivor."""
+        return sum(len(group.members) - 1 for group in self.groups)
+
+    @property
+    def dropped(self) -> int:
+        """Experts of which nothing is left."""
+        return self.axis.size - len(self.groups) - self.absorbed
+
+    @property
+    def largest_group(self) -> int:
+        """Most experts that one survivor is made of."""
+        return max(len(group.members) for group in self.groups)
+
+
+def check_statistics(plan: Plan, stats: Statistics, *, where: str) -> None:
+    """Refuse statistics that a plan does not follow from.
+
+    Raises:
+        PlanError: they are others.
+        CheckpointError: they are not complete for the plan's source.
+    """
+    if stats.sha256 != plan.stats_sha256:
+        raise PlanError(
+            f"the plan follows from other statistics (sha256 {plan.stats_sha256}, these have {stats.sha256})",
+            where=where,
+            fix="give those that it was made of",
+        )
+    stats.check(plan.source_shape, plan.source_sha256, where=where)
+
+
+def _vector(stats: Statistics | None, key: str) -> Vector | None:
+    return None if stats is None else stats.tensors[key].astype(np.float64)
+
+
+def _scalar(stats: Statistics | None, key: str) -> float | None:
+    return None if stats is None else float(stats.tensors[key])
+
+
+def ranked_axes(plan: Plan, stats: Statistics | None) -> list[Axis]:
+    """Every ranking of a plan, those of one axis one after the other."""
+    hidden = _vector(stats, hidden_key(plan.recipe.width.importance))
+    stream = Axis(HIDDEN, STREAM, plan.source_shape.hidden_size, plan.kept_hidden, hidden)
+    return [stream, *(block.axis for block in block_experts(plan, stats))]
+
+
+def block_experts(plan: Plan, stats: Statistics | None) -> list[BlockExperts]:
+    """What became of the experts, of every surviving block in the source's order, the MTP block last."""
+    found = []
+    for block in plan.source_blocks.values():
+        groups = plan.experts[block]
+        kept = tuple(group.base for group in groups)
+        importance = _vector(stats, importance_key(block, plan.recipe.experts.importance))
+        axis = Axis(EXPERTS, block, plan.source_shape.num_moe_experts, kept, importance)
+        found.append(BlockExperts(axis, groups, share(_vector(stats, importance_key(block, "frequency")), kept)))
+    return found
+
+
+def dropped_layers(plan: Plan) -> list[int]:
+    """Source layers that go, ascending."""
+    return sorted(set(range(plan.source_shape.num_layers)) - set(plan.kept_layers))
+
+
+def depth_reason(plan: Plan, stats: Statistics | None) -> str:
+    """Why these layers go, in a sentence."""
+    dropped, method = dropped_layers(plan), plan.recipe.depth.method
+    if not dropped:
+        return "all layers stay"
+    count = f"{len(dropped)} of {plan.source_shape.num_layers} layers go"
+    if method == "last":
+        return f"{count}: the last ones"
+    if method == "adjacent_cosine":
+        cosine = _scalar(stats, layer_key(f"model.layers.{dropped[0]}", "cosine"))
+        value = "" if cosine is None else f" (cosine {cosine:.4f})"
+        return f"{count}: in a row from layer {dropped[0]}, whose input and output are most alike{value}"
+    values = {i: _scalar(stats, layer_key(f"model.layers.{i}", method)) for i in range(plan.source_shape.num_layers)}
+    most, least = (
+        max((values[i] for i in dropped), default=None, key=lambda value: value or 0.0),
+        min((values[i] for i in plan.kept_layers), default=None, key=lambda value: value or 0.0),
+    )
+    value = "" if most is None or least is None else f" (at most {most:.4g}; the others have at least {least:.4g})"
+    return f"{count}: those of the least block influence{value}"
+
+
+def ranking_lines(plan: Plan, stats: Statistics) -> Iterator[str]:
+    """The ranking of the experts, a line of JSON for every expert of every surviving block; see docs/plans.md."""
+    for block in block_experts(plan, stats):
+        importance = block.axis.importance
+        assert importance is not None
+        kept = set(block.axis.kept)
+        merged = {member: group.base for group in block.groups for member in group.members if member != group.base}
+        for rank, expert in enumerate(block.axis.order, start=1):
+            line = {
+                "block": block.axis.place,
+                "expert": expert,
+                "rank": rank,
+                "importance": float(importance[expert]),
+                "kept": expert in kept,
+                "merged_into": merged.get(expert),
+            }
+            yield json.dumps(line, allow_nan=False) + "\n"
+
+
+def _axis_numbers(axis: Axis) -> dict[str, Any]:
+    """An axis as numbers: how many survive, what share of the importance, and those next to the cut."""
+    edges: dict[str, Any] = {}
+    for key, index in (("least_kept", axis.least_kept), ("most_dropped", axis.most_dropped)):
+        known = axis.importance is not None and index is not None
+        edges[key] = {"index": index, "importance": float(axis.importance[index])} if known else None  # type: ignore
+    return {"size": axis.size, "kept": len(axis.kept), "importance_share": axis.importance_share, **edges}
+
+
+def _sizes(shape: ModelShape) -> report.Summary:
+    return report.summarise(shape, count_parameters(shape).total * BF16_BYTES)
+
+
+def summary(plan: Plan, stats: Statistics | None) -> dict[str, Any]:
+    """All numbers of the tables, for ``--json``; what only statistics tell is null without them."""
+    return {
+        "plan_sha256": plan.sha256,
+        "source_sha256": plan.source_sha256,
+        "stats_sha256": plan.stats_sha256,
+        "recipe": plan.recipe.to_dict(),
+        "before": _sizes(plan.source_shape),
+        "after": _sizes(plan.target_shape),
+        "depth_reason": depth_reason(plan, stats),
+        "dropped_layers": [
+            {"layer": layer, "type": plan.source_shape.layer_types[layer]}
+            | {kind: _scalar(stats, layer_key(f"model.layers.{layer}", kind)) for kind in LAYER_KINDS}
+            for layer in dropped_layers(plan)
+        ],
+        "axes": [
+            {"axis": axis.name, "place": axis.place, **_axis_numbers(axis)}
+            for axis in ranked_axes(plan, stats)
+            if axis.name != EXPERTS
+        ],
+        "experts": [
+            {
+                "block": block.axis.place,
+                **_axis_numbers(block.axis),
+                "unchanged": block.unchanged,
+                "absorbed": block.absorbed,
+                "dropped": block.dropped,
+                "largest_group": block.largest_group,
+                "routing_share": block.routing_share,
+            }
+            for block in block_experts(plan, stats)
+        ],
+    }
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table; the first column is text, the others are numbers.
+
+    Attributes:
+        title: what it shows.
+        columns: their headings.
+        rows: cells, as many as columns.
+        note: a sentence below it.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+def _section(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> Section:
+    """A table without the columns that are empty in every row, as those of statistics are without them."""
+    filled = [i for i in range(len(columns)) if not i or any(row[i] for row in rows)]
+    return Section(title, tuple(columns[i] for i in filled), tuple(tuple(row[i] for i in filled) for row in rows), note)
+
+
+def sections(plan: Plan, stats: Statistics | None) -> list[Section]:
+    """The tables of a plan, in the order in which a person reads them."""
+    numbers = summary(plan, stats)
+    return [
+        _size_section(numbers),
+        _recipe_section(plan),
+        _layer_section(numbers),
+        *_axis_sections(plan, stats, numbers),
+    ]
+
+
+def _size_section(numbers: dict[str, Any]) -> Section:
+    rows = report.rows(numbers["before"], numbers["after"])
+    renamed = [("bytes in bf16" if label == report.LABELS["bytes"] else label, *cells) for label, *cells in rows]
+    return _section("Sizes", ("", "before", "after", "left"), renamed)
+
+
+def _recipe_section(plan: Plan) -> Section:
+    recipe = {key: value for key, value in plan.recipe.to_dict().items() if isinstance(value, dict)}
+    rows = [(f"{section}.{key}", str(value)) for section, keys in recipe.items() for key, value in keys.items()]
+    return _section("Recipe", ("", "asked for"), rows)
+
+
+def _layer_section(numbers: dict[str, Any]) -> Section:
+    rows = [
+        (str(entry["layer"]), entry["type"].removesuffix("_attention"), *(_number(entry[kind]) for kind in LAYER_KINDS))
+        for entry in numbers["dropped_layers"]
+    ]
+    columns = ("layer", "attention", "cosine of input and output", "block influence")
+    return _section("Layers that go", columns, rows, numbers["depth_reason"])
+
+
+def _axis_sections(plan: Plan, stats: Statistics | None, numbers: dict[str, Any]) -> Iterator[Section]:
+    axes = ranked_axes(plan, stats)
+    rows = [
+        _axis_row([axis for axis in axes if axis.name == name]) for name in dict.fromkeys(axis.name for axis in axes)
+    ]
+    columns = ("axis", "ranked in", "kept", "of", "share of importance kept", "least of any place")
+    yield _section("What is ranked", columns, rows)
+    columns = ("block", "kept", "unchanged", "absorbed", "dropped", "largest", "importance", "routing")
+    rows = [_expert_row(entry) for entry in numbers["experts"]]
+    yield _section("Experts by block", (*columns, "least kept", "best gone"), rows, EXPERT_NOTE)
+
+
+EXPERT_NOTE = (
+    "kept: survivors, unchanged: those of them that are bit for bit what they were, absorbed: experts merged into a "
+    "survivor, dropped: experts of which nothing is left, largest: group of merged experts; importance, routing: share "
+    "that the survivors had of all; least kept, best gone: expert and importance on either side of the cut."
+)
+
+
+def _axis_row(axes: Sequence[Axis]) -> tuple[str, ...]:
+    first, shares = axes[0], [axis.importance_share for axis in axes]
+    known = [value for value in shares if value is not None]
+    place = first.place if len(axes) == 1 else f"{len(axes)} blocks"
+    kept = (f"{len(first.kept):,}", f"{first.size:,}")
+    least = _percent(min(known)) if len(known) > 1 else ""
+    return (first.name, place, *kept, _percent(averages.fmean(known) if known else None), least)
+
+
+def _expert_row(entry: dict[str, Any]) -> tuple[str, ...]:
+    counts = (str(entry[key]) for key in ("kept", "unchanged", "absorbed", "dropped", "largest_group"))
+    shares = (_percent(entry[key]) for key in ("importance_share", "routing_share"))
+    return (entry["block"], *counts, *shares, _edge(entry["least_kept"]), _edge(entry["most_dropped"]))
+
+
+def _edge(edge: dict[str, Any] | None) -> str:
+    return "" if edge is None else f"{edge['index']}: {edge['importance']:.3g}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
