@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from benchmarks.one_shot_variants import Variant, variants
 from megatron_slim.architecture.table import count_parameters
@@ -90,7 +90,9 @@ def _evaluate_all(
     _tell(1, total, baseline, baseline, started)
     rows = []
     for variant, plan in zip(chosen, plans, strict=True):
-        row = _row(variant.axis, variant.name, PrunedCheckpoint(plan, source, check_source=False), validation, batch)
+        # Evaluation reads sizes and tensors, which a pruned checkpoint gives without being on disk.
+        pruned = cast(Checkpoint, PrunedCheckpoint(plan, source, check_source=False))
+        row = _row(variant.axis, variant.name, pruned, validation, batch)
         rows.append({**row, "recipe": variant.recipe.to_dict(), "plan_sha256": plan.sha256})
         _tell(1 + len(rows), total, row, baseline, started)
     return {"source": baseline, "variants": rows, "seconds": time.monotonic() - started}

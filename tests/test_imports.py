@@ -38,12 +38,15 @@ INSTANT = (
     "megatron_slim.architecture.table",
     "megatron_slim.architecture.shape",
     "megatron_slim.pruning.plan",
+    "megatron_slim.pruning.plan_view",
+    "megatron_slim.pruning.plan_plots",
+    "megatron_slim.pruning.plan_page",
     "megatron_slim.training.slim_arguments",
 )
 HEAVY = ("torch", "transformers", "megatron", "nltk", "sentencepiece", "matplotlib")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py")) + sorted((ROOT / "examples").rglob("*.py"))
-TOOLS += [ROOT / "benchmarks" / name for name in ("convert.py", "convert_80b.py", "load_all.py")]
+TOOLS += [ROOT / "benchmarks" / name for name in ("convert.py", "convert_80b.py", "load_all.py", "one_shot.py")]
 
 
 def part_of(path: Path) -> str:

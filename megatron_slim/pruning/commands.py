@@ -80,6 +80,7 @@ def run_plan(load: Path, stats_file: Path, recipe_file: Path, save: Path, **read
     pruned = PrunedCheckpoint(plan, source, check_source=False)
     plan.save(save)
     print_comparison(pruned)
+    say(f"{save}: the plan; tools/show_plan.py shows it")
     return {"load": str(load), "save": str(save), "plan_sha256": plan.sha256, **comparison(pruned)}
 
 

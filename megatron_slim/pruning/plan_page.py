@@ -1,4 +1,4 @@
-"""What tools/show_plan.py does: the tables of a plan on a terminal, and a directory with a page that holds everything."""
+"""What tools/show_plan.py does: the tables of a plan on a terminal, and a page that holds everything."""
 
 from __future__ import annotations
 

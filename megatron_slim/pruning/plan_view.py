@@ -173,13 +173,13 @@ def depth_reason(plan: Plan, stats: Statistics | None) -> str:
         cosine = _scalar(stats, layer_key(f"model.layers.{dropped[0]}", "cosine"))
         value = "" if cosine is None else f" (cosine {cosine:.4f})"
         return f"{count}: in a row from layer {dropped[0]}, whose input and output are most alike{value}"
-    values = {i: _scalar(stats, layer_key(f"model.layers.{i}", method)) for i in range(plan.source_shape.num_layers)}
-    most, least = (
-        max((values[i] for i in dropped), default=None, key=lambda value: value or 0.0),
-        min((values[i] for i in plan.kept_layers), default=None, key=lambda value: value or 0.0),
-    )
-    value = "" if most is None or least is None else f" (at most {most:.4g}; the others have at least {least:.4g})"
-    return f"{count}: those of the least block influence{value}"
+    if stats is None:
+        return f"{count}: those of the least block influence"
+    influence = [
+        float(stats.tensors[layer_key(f"model.layers.{i}", method)]) for i in range(plan.source_shape.num_layers)
+    ]
+    most, least = max(influence[i] for i in dropped), min(influence[i] for i in plan.kept_layers)
+    return f"{count}: those of the least block influence (at most {most:.4g}; the others have at least {least:.4g})"
 
 
 def ranking_lines(plan: Plan, stats: Statistics) -> Iterator[str]:
@@ -203,11 +203,14 @@ def ranking_lines(plan: Plan, stats: Statistics) -> Iterator[str]:
 
 def _axis_numbers(axis: Axis) -> dict[str, Any]:
     """An axis as numbers: how many survive, what share of the importance, and those next to the cut."""
-    edges: dict[str, Any] = {}
-    for key, index in (("least_kept", axis.least_kept), ("most_dropped", axis.most_dropped)):
-        known = axis.importance is not None and index is not None
-        edges[key] = {"index": index, "importance": float(axis.importance[index])} if known else None  # type: ignore
-    return {"size": axis.size, "kept": len(axis.kept), "importance_share": axis.importance_share, **edges}
+    numbers = {"size": axis.size, "kept": len(axis.kept), "importance_share": axis.importance_share}
+    return {**numbers, "least_kept": _at(axis, axis.least_kept), "most_dropped": _at(axis, axis.most_dropped)}
+
+
+def _at(axis: Axis, index: int | None) -> dict[str, Any] | None:
+    if axis.importance is None or index is None:
+        return None
+    return {"index": index, "importance": float(axis.importance[index])}
 
 
 def _sizes(shape: ModelShape) -> report.Summary:
@@ -309,13 +312,17 @@ def _axis_sections(plan: Plan, stats: Statistics | None, numbers: dict[str, Any]
     rows = [
         _axis_row([axis for axis in axes if axis.name == name]) for name in dict.fromkeys(axis.name for axis in axes)
     ]
-    columns = ("axis", "ranked in", "kept", "of", "share of importance kept", "least of any place")
-    yield _section("What is ranked", columns, rows)
-    columns = ("block", "kept", "unchanged", "absorbed", "dropped", "largest", "importance", "routing")
-    rows = [_expert_row(entry) for entry in numbers["experts"]]
-    yield _section("Experts by block", (*columns, "least kept", "best gone"), rows, EXPERT_NOTE)
+    yield _section("What is ranked", AXIS_COLUMNS, rows)
+    yield _section(
+        "Experts by block", EXPERT_COLUMNS, [_expert_row(entry) for entry in numbers["experts"]], EXPERT_NOTE
+    )
 
 
+AXIS_COLUMNS = ("axis", "ranked in", "kept", "of", "share of importance kept", "least of any place")
+EXPERT_COLUMNS = (
+    *("block", "kept", "unchanged", "absorbed", "dropped", "largest", "importance", "routing"),
+    *("least kept", "best gone"),
+)
 EXPERT_NOTE = (
     "kept: survivors, unchanged: those of them that are bit for bit what they were, absorbed: experts merged into a "
     "survivor, dropped: experts of which nothing is left, largest: group of merged experts; importance, routing: share "
