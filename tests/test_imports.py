@@ -38,6 +38,7 @@ INSTANT = (
     "megatron_slim.architecture.table",
     "megatron_slim.architecture.shape",
     "megatron_slim.pruning.plan",
+    "megatron_slim.pruning.plan_tables",
     "megatron_slim.pruning.plan_view",
     "megatron_slim.pruning.plan_plots",
     "megatron_slim.pruning.plan_page",

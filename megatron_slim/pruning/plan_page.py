@@ -13,7 +13,8 @@ from megatron_slim.errors import SlimError
 from megatron_slim.files import new_directory, refuse_existing
 from megatron_slim.pruning.plan import Plan
 from megatron_slim.pruning.plan_reader import load_plan
-from megatron_slim.pruning.plan_view import Section, check_statistics, ranking_lines, sections, summary
+from megatron_slim.pruning.plan_tables import Section, sections
+from megatron_slim.pruning.plan_view import check_statistics, ranking_lines, summary
 from megatron_slim.pruning.statistics import Statistics
 
 PAGE, RANKING = "index.html", "ranking.jsonl"

@@ -1,13 +1,12 @@
-"""A plan as rows that a person reads and a program parses: what stays, what goes, and by which numbers (no torch).
+"""A plan as numbers: what stays, what goes, and what was lost by it (no torch).
 
-`sections` are the tables of tools/show_plan.py, `summary` its JSON, `ranking_lines` its ranking of experts. Everything
-that is ranked is an `Axis`; a further one is one more entry in `ranked_axes`, and has its row and its curve.
+`summary` is the JSON of tools/show_plan.py, `ranking_lines` its ranking of experts; `plan_tables` and `plan_plots` show
+them. Everything that is ranked is an `Axis`; a further one is an entry in `ranked_axes`, a row and a curve.
 """
 
 from __future__ import annotations
 
 import json
-import statistics as averages
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -250,108 +249,3 @@ def summary(plan: Plan, stats: Statistics | None) -> dict[str, Any]:
             for block in block_experts(plan, stats)
         ],
     }
-
-
-@dataclass(frozen=True)
-class Section:
-    """One table; the first column is text, the others are numbers.
-
-    Attributes:
-        title: what it shows.
-        columns: their headings.
-        rows: cells, as many as columns.
-        note: a sentence below it.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-
-
-def _section(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> Section:
-    """A table without the columns that are empty in every row, as those of statistics are without them."""
-    filled = [i for i in range(len(columns)) if not i or any(row[i] for row in rows)]
-    return Section(title, tuple(columns[i] for i in filled), tuple(tuple(row[i] for i in filled) for row in rows), note)
-
-
-def sections(plan: Plan, stats: Statistics | None) -> list[Section]:
-    """The tables of a plan, in the order in which a person reads them."""
-    numbers = summary(plan, stats)
-    return [
-        _size_section(numbers),
-        _recipe_section(plan),
-        _layer_section(numbers),
-        *_axis_sections(plan, stats, numbers),
-    ]
-
-
-def _size_section(numbers: dict[str, Any]) -> Section:
-    rows = report.rows(numbers["before"], numbers["after"])
-    renamed = [("bytes in bf16" if label == report.LABELS["bytes"] else label, *cells) for label, *cells in rows]
-    return _section("Sizes", ("", "before", "after", "left"), renamed)
-
-
-def _recipe_section(plan: Plan) -> Section:
-    recipe = {key: value for key, value in plan.recipe.to_dict().items() if isinstance(value, dict)}
-    rows = [(f"{section}.{key}", str(value)) for section, keys in recipe.items() for key, value in keys.items()]
-    return _section("Recipe", ("", "asked for"), rows)
-
-
-def _layer_section(numbers: dict[str, Any]) -> Section:
-    rows = [
-        (str(entry["layer"]), entry["type"].removesuffix("_attention"), *(_number(entry[kind]) for kind in LAYER_KINDS))
-        for entry in numbers["dropped_layers"]
-    ]
-    columns = ("layer", "attention", "cosine of input and output", "block influence")
-    return _section("Layers that go", columns, rows, numbers["depth_reason"])
-
-
-def _axis_sections(plan: Plan, stats: Statistics | None, numbers: dict[str, Any]) -> Iterator[Section]:
-    axes = ranked_axes(plan, stats)
-    rows = [
-        _axis_row([axis for axis in axes if axis.name == name]) for name in dict.fromkeys(axis.name for axis in axes)
-    ]
-    yield _section("What is ranked", AXIS_COLUMNS, rows)
-    yield _section(
-        "Experts by block", EXPERT_COLUMNS, [_expert_row(entry) for entry in numbers["experts"]], EXPERT_NOTE
-    )
-
-
-AXIS_COLUMNS = ("axis", "ranked in", "kept", "of", "share of importance kept", "least of any place")
-EXPERT_COLUMNS = (
-    *("block", "kept", "unchanged", "absorbed", "dropped", "largest", "importance", "routing"),
-    *("least kept", "best gone"),
-)
-EXPERT_NOTE = (
-    "kept: survivors, unchanged: those of them that are bit for bit what they were, absorbed: experts merged into a "
-    "survivor, dropped: experts of which nothing is left, largest: group of merged experts; importance, routing: share "
-    "that the survivors had of all; least kept, best gone: expert and importance on either side of the cut."
-)
-
-
-def _axis_row(axes: Sequence[Axis]) -> tuple[str, ...]:
-    first, shares = axes[0], [axis.importance_share for axis in axes]
-    known = [value for value in shares if value is not None]
-    place = first.place if len(axes) == 1 else f"{len(axes)} blocks"
-    kept = (f"{len(first.kept):,}", f"{first.size:,}")
-    least = _percent(min(known)) if len(known) > 1 else ""
-    return (first.name, place, *kept, _percent(averages.fmean(known) if known else None), least)
-
-
-def _expert_row(entry: dict[str, Any]) -> tuple[str, ...]:
-    counts = (str(entry[key]) for key in ("kept", "unchanged", "absorbed", "dropped", "largest_group"))
-    shares = (_percent(entry[key]) for key in ("importance_share", "routing_share"))
-    return (entry["block"], *counts, *shares, _edge(entry["least_kept"]), _edge(entry["most_dropped"]))
-
-
-def _edge(edge: dict[str, Any] | None) -> str:
-    return "" if edge is None else f"{edge['index']}: {edge['importance']:.3g}"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"

@@ -18,7 +18,8 @@ from megatron_slim.architecture.table import count_parameters
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.pruning.plan import Plan, make_plan
 from megatron_slim.pruning.plan_page import write_page
-from megatron_slim.pruning.plan_view import depth_reason, ranking_lines, sections, summary
+from megatron_slim.pruning.plan_tables import sections
+from megatron_slim.pruning.plan_view import depth_reason, ranking_lines, summary
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import parse_recipe
 
