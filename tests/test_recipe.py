@@ -124,7 +124,7 @@ BAD = {
     "version: 1\ntarget: {}\nexperts: {importance: [reap]}": "experts.importance ['reap'] is unknown",
     "version: 1\ntarget: {}\nexperts: {preserve: 1}": "experts.preserve 1 is not a number in [0, 1)",
     "version: 1\ntarget: {}\nexperts: {preserve: .nan}": "experts.preserve nan is not a number in [0, 1)",
-    "version: 1\ntarget: {}\nexperts: {weightings: group}": "unknown key experts.weightings (did you mean 'weighting'?)",
+    "version: 1\ntarget: {}\nexperts: {weightings: group}": "experts.weightings (did you mean 'weighting'?)",
     "version: 1\ntarget: {}\nexperts: {num_groups: 0}": "experts.num_groups 0 is not a positive integer",
     "version: 1\ntarget: {}\nexperts: {num_groups: true}": "experts.num_groups True is not a positive integer",
     "version: 1\ntarget: {}\nexperts: {align: weight}": "experts.align 'weight' is unknown (did you mean 'weights'?)",
