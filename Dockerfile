@@ -33,6 +33,7 @@ RUN pip list --format=freeze | grep -iE '^(torch|triton|pytorch-triton|numpy|ape
         "PyYAML>=6,<7" \
         "rich>=14,<16" \
         "psutil>=7,<8" \
+        "scipy>=1.14,<2" \
         "matplotlib>=3.10,<4" \
     && pip install --no-deps megatron-core==0.19.2 \
     && pip install --no-deps flash-linear-attention==0.6.0 fla-core==0.6.0

@@ -33,6 +33,7 @@ setup(
         "rich>=14,<16",
         "psutil>=7,<8",  # megatron-core's dist_checkpointing imports it without declaring it
         "numpy>=2,<3",
+        "scipy>=1.14,<2",
         "matplotlib>=3.10,<4",
     ],
     extras_require={

@@ -61,12 +61,20 @@ class Experts:
         importance: the statistic that ranks experts.
         similarity: the cosine that says which survivor is nearest.
         preserve: share of the survivors that ``partial_preservation`` leaves untouched, in [0, 1).
+        weighting: how the members of a group are averaged: by importance, all at once (``group``), or one after the
+            other into the base (``pairwise``, SlimQwen eq. 9; `pruning.experts.pairwise_weights`).
+        num_groups: runs of equal length, by index, that experts survive and are merged within.
+        align: what the hidden neurons of a member are matched with its base's by before they are averaged
+            (`pruning.align`), ``none`` for leaving them where they are.
     """
 
     method: str = "partial_preservation"
     importance: str = "soft_logits"
     similarity: str = "router_weights"
     preserve: float = 0.5
+    weighting: str = "group"
+    num_groups: int = 1
+    align: str = "none"
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,8 @@ CHOICES = {
     "experts.method": ("prune", "merge", "partial_preservation"),
     "experts.importance": ("frequency", "soft_logits", "reap", "output_norm"),
     "experts.similarity": ("router_weights", "router_logits", "expert_vectors"),
+    "experts.weighting": ("group", "pairwise"),
+    "experts.align": ("none", "weights"),
 }
 
 
@@ -157,12 +167,19 @@ def _section_violations(section: str, kind: type, value: Any) -> list[str]:
     for key in known:
         if key in value and (sentence := _value_violation(f"{section}.{key}", value[key])):
             found.append(sentence)
+    if section == "experts" and value.get("method") == "prune":
+        found += [
+            f"experts.{key} {value[key]!r} says how to merge, but experts.method 'prune' merges none (leave it out, or "
+            "take method 'merge' or 'partial_preservation')"
+            for key, without in (("weighting", Experts.weighting), ("align", Experts.align))
+            if key in value and value[key] in CHOICES[f"experts.{key}"] and value[key] != without
+        ]
     return found
 
 
 def _value_violation(key: str, value: Any) -> str | None:
     """What is wrong with one value, or None."""
-    if key.startswith("target."):
+    if key.startswith("target.") or key == "experts.num_groups":
         return None if type(value) is int and value > 0 else f"{key} {value!r} is not a positive integer"
     if key == "experts.preserve":
         is_share = type(value) in (int, float) and math.isfinite(value) and 0 <= value < 1

@@ -124,6 +124,12 @@ BAD = {
     "version: 1\ntarget: {}\nexperts: {importance: [reap]}": "experts.importance ['reap'] is unknown",
     "version: 1\ntarget: {}\nexperts: {preserve: 1}": "experts.preserve 1 is not a number in [0, 1)",
     "version: 1\ntarget: {}\nexperts: {preserve: .nan}": "experts.preserve nan is not a number in [0, 1)",
+    "version: 1\ntarget: {}\nexperts: {weightings: group}": "experts.weightings (did you mean 'weighting'?)",
+    "version: 1\ntarget: {}\nexperts: {num_groups: 0}": "experts.num_groups 0 is not a positive integer",
+    "version: 1\ntarget: {}\nexperts: {num_groups: true}": "experts.num_groups True is not a positive integer",
+    "version: 1\ntarget: {}\nexperts: {align: weight}": "experts.align 'weight' is unknown (did you mean 'weights'?)",
+    "version: 1\ntarget: {}\nexperts: {method: prune, align: weights}": "experts.align 'weights' says how to merge",
+    "version: 1\ntarget: {}\nexperts: {method: prune, weighting: pairwise}": "but experts.method 'prune' merges none",
     "version: 1\nversion: 1\ntarget: {}": "duplicate key 'version'",
     "version: 1\ntarget: {num_layers: 3, num_layers: 4}": "duplicate key 'num_layers'",
     "version: [1": "not readable as YAML",
@@ -191,6 +197,15 @@ def test_impossible_target(target: dict[str, int], depth: str, message: str) -> 
     recipe = parse_recipe({"version": 1, "target": target, "depth": {"method": depth}})
     with pytest.raises(RecipeError, match=message):
         check_recipe(recipe, teacher())
+
+
+@pytest.mark.parametrize(("groups", "experts"), [(3, 256), (64, 96), (1024, 256)])
+def test_expert_groups_divide_source_and_target(groups: int, experts: int) -> None:
+    document = {"version": 1, "target": {"num_moe_experts": experts}, "experts": {"num_groups": groups}}
+    message = f"num_groups {groups} does not divide both num_moe_experts 512 of the source and {experts} of the target"
+    with pytest.raises(RecipeError, match=message):
+        check_recipe(parse_recipe(document), teacher())
+    check_recipe(parse_recipe({**document, "experts": {"num_groups": 32}}), teacher())
 
 
 def test_adjacent_cosine_may_keep_three_layers_of_which_one_is_full_attention() -> None:

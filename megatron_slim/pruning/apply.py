@@ -2,6 +2,7 @@
 
 Which rows and columns of a tensor survive follows from its named axes and the plan alone, and merging is element by
 element, so that pruning commutes with every permutation of rows: prune(convert(x)) == convert(prune(x)), bit for bit.
+Where experts are aligned, the rows of a member follow from the weights too, by their Hugging Face names (`align`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from megatron_slim.architecture.shape import ModelShape, shape_to_hf_config
 from megatron_slim.architecture.table import weights
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.huggingface import Index
+from megatron_slim.pruning.align import Alignment, Neurons
 from megatron_slim.pruning.experts import ExpertGroup
 from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.plan import Plan
@@ -64,6 +66,7 @@ class PrunedCheckpoint:
         self.config: dict[str, Any] = shape_to_hf_config(plan.target_shape, source.config)
         self._origins = dict(_origins(plan))
         self._kept_hidden = np.array(plan.kept_hidden, dtype=np.int64)
+        self._alignment = Alignment(self._read_neurons) if plan.recipe.experts.align == "weights" else None
         self.names = tuple(self._origins)
         self.dtypes: Mapping[str, torch.dtype] = {
             name: source.dtypes[self._source_name(origin)] for name, origin in self._origins.items()
@@ -80,19 +83,38 @@ class PrunedCheckpoint:
     def read_rows(self, name: str, dim0_index: Index | None = None, dim1_index: Index | None = None) -> Tensor:
         """Make some rows and columns of one tensor of the target; of the source, no other rows are read."""
         origin = self._origins[name]
-        rows, columns = self._indices(origin)
-        rows, columns = _within(rows, dim0_index), _within(columns, dim1_index)
-        if origin.group is None:
-            return self.source.read_rows(origin.name, rows, columns)
-        members = (origin.name.format(expert=member) for member in origin.group.members)
-        return merge((self.source.read_rows(member, rows, columns) for member in members), origin.group.weights)
+        members = origin.group.members if origin.group else (None,)
+        parts = (self._read_part(origin, member, dim0_index, dim1_index) for member in members)
+        return merge(parts, origin.group.weights if origin.group else (1.0,))
+
+    def _read_part(
+        self, origin: _Origin, member: int | None, dim0_index: Index | None, dim1_index: Index | None
+    ) -> Tensor:
+        """What one source tensor gives: the only one, or a member's."""
+        rows, columns = self._indices(origin, member)
+        name = origin.name if member is None else origin.name.format(expert=member)
+        return self.source.read_rows(name, _within(rows, dim0_index), _within(columns, dim1_index))
+
+    def _read_neurons(self, block: str, expert: int, neurons: Neurons | None) -> Tensor:
+        """All surviving weights of some neurons of a source expert, as `Alignment` wants them: [neurons, weights]."""
+        kept = {"hidden": self._kept_hidden} | ({} if neurons is None else {"moe_ffn": neurons})
+        found = []
+        for weight in weights(self.plan.source_shape):
+            for tensor in weight.sources if weight.stacked and weight.block == block else ():
+                rows, columns = (kept_positions(dim, self.plan.source_shape.sizes, kept) for dim in tensor.dims)
+                part = self.source.read_rows(tensor.name.format(expert=expert), rows, columns)
+                found.append(part if "moe_ffn" in axes_of(tensor.dims[0]) else part.T)
+        return torch.cat(found, dim=1)
 
     def _source_name(self, origin: _Origin) -> str:
         return origin.name if origin.group is None else origin.name.format(expert=origin.group.base)
 
-    def _indices(self, origin: _Origin) -> tuple[Index | None, Index | None]:
-        """Surviving rows and columns of a source tensor."""
+    def _indices(self, origin: _Origin, member: int | None) -> tuple[Index | None, Index | None]:
+        """Surviving rows and columns of a source tensor, of a merged expert in the order of its base's."""
         kept = self._kept(origin)
+        if self._alignment is not None and origin.group is not None and member is not None:
+            neurons = self._alignment.neurons(origin.block, origin.group, member, kept.get("moe_ffn"))
+            kept |= {} if neurons is None else {"moe_ffn": neurons}
         indices = [_positions(dim, self.plan.source_shape, kept) for dim in origin.dims]
         assert all(index is None for index in indices[2:]), f"{origin.name}: only the first two dimensions are pruned"
         rows, columns = [*indices, None][:2]

@@ -133,6 +133,12 @@ def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") ->
         if value is not None and value > getattr(shape, key)
     ]
     experts = recipe.target.num_moe_experts or shape.num_moe_experts
+    groups = recipe.experts.num_groups
+    if shape.num_moe_experts % groups or experts % groups:
+        found.append(
+            f"experts.num_groups {groups} does not divide both num_moe_experts {shape.num_moe_experts} of the source "
+            f"and {experts} of the target"
+        )
     topk = recipe.target.moe_router_topk or shape.moe_router_topk
     if topk > experts:
         found.append(

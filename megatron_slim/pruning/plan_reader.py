@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -112,10 +113,17 @@ def _block_violations(block: str, value: Any, plan: Plan) -> list[str]:
     found = index_violations(f"{block}: kept", value["kept"], plan.target_shape.num_moe_experts, limit)
     if found:
         return found
+    runs = plan.recipe.experts.num_groups
+    if limit % runs or Counter(base * runs // limit for base in value["kept"]) != Counter(
+        dict.fromkeys(range(runs), plan.target_shape.num_moe_experts // runs)
+    ):
+        return [f"{block}: kept are not equally many of each of the recipe's {runs} expert groups"]
     used = set(value["kept"])
     for base, group in value["merged"].items():
         if sentence := _group_violation(base, group, value["kept"], used, limit):
             found.append(f"{block}: merged group {base} {sentence}")
+        elif len({member * runs // limit for member in group["members"]}) > 1:
+            found.append(f"{block}: merged group {base} has members of several of the recipe's {runs} expert groups")
         else:
             used |= set(group["members"])
     return found

@@ -95,7 +95,8 @@ def markdown(plan: Plan, before: Summary, after: Summary) -> str:
         f"- depth: {plan.recipe.depth.method}; layers dropped: {_dropped_layers(plan)}",
         f"- width: {plan.recipe.width.importance}",
         f"- experts: {experts.method} by {experts.importance}, similarity by {experts.similarity}, "
-        f"preserve {experts.preserve}; {total - merged} of {total} survivors are unchanged, {merged} merged",
+        f"preserve {experts.preserve}, weighting {experts.weighting}, num_groups {experts.num_groups}, "
+        f"align {experts.align}; {total - merged} of {total} survivors are unchanged, {merged} merged",
         f"- source {plan.source_sha256}",
         f"- statistics {plan.stats_sha256}",
         f"- plan {plan.sha256}",
