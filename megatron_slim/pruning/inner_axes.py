@@ -33,7 +33,7 @@ class InnerAxes:
 
     Attributes:
         neurons: of each surviving expert, in order, the FFN neurons of its base; members that are merged into it give
-            theirs at the same places. Empty: all survive, as in the others.
+            theirs at the same places, or those that match them (`align`). Empty: all survive, as in the others.
         shared_neurons: those of the shared expert.
         heads: query heads of full attention, value heads of linear attention; of every group equally many.
     """

@@ -170,6 +170,16 @@ def test_aligned_copies_of_an_expert_merge_into_it(
     assert float((logits_of(tmp_path / "none") - expected).abs().max()) > 1e-3
 
 
+def test_aligned_copies_merge_into_what_is_left_of_one(copies: HFCheckpoint, random_stats: Stats) -> None:
+    """With fewer neurons and hidden dimensions too: merging copies of the base is dropping them, bit for bit."""
+    made = []
+    for experts in ({"method": "merge", "align": "weights"}, {"method": "prune"}):
+        recipe = parse_recipe(recipe_of(experts, num_moe_experts=4, moe_ffn_hidden_size=16, hidden_size=40))
+        made.append(PrunedCheckpoint(make_plan(recipe, random_stats(copies), copies.shape), copies))
+    assert made[0].names == made[1].names
+    assert all(same_bytes(made[0].read(name), made[1].read(name)) for name in made[0].names)
+
+
 def test_aligned_merging_does_not_depend_on_how_it_is_done(
     tool: Any, source: HFCheckpoint, random_stats: Stats, tmp_path: Path
 ) -> None:
