@@ -21,7 +21,7 @@ from megatron_slim.errors import CheckpointError
 from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.importance import ExpertStatistics, HiddenImportance, LayerSimilarity
 from megatron_slim.pruning.samples import check_samples
-from megatron_slim.pruning.statistics import FORMAT, HIDDEN, Array, Statistics
+from megatron_slim.pruning.statistics import FORMAT, Array, Statistics, hidden_key
 from megatron_slim.pruning.streaming import FINAL_NORM, StreamingForward
 
 # On a CPU, tokens in one forward pass so that an expert multiplies more than a few at a time: 5x faster than 256.
@@ -65,7 +65,7 @@ class _Calibration(StreamingForward):
         self.run("calibrating")
         if self.unrouted:
             say(f"{self.unrouted} experts were visited by no token; their importances are 0")
-        return Statistics({**self.tensors, HIDDEN: self.importance.result()}, self._metadata())
+        return Statistics({**self.tensors, hidden_key("norm_activation"): self.importance.result()}, self._metadata())
 
     def enter(self, block: str, layer: TransformerLayer) -> None:
         """Listen to the block."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megatron_slim.pruning.statistics import Array, cosine_key, importance_key, similarity_key
+from megatron_slim.pruning.statistics import Array, importance_key, layer_key, similarity_key
 
 
 def to_array(values: Tensor) -> Array:
@@ -71,7 +71,7 @@ class LayerSimilarity:
 
     def results(self, layer: int) -> Iterator[tuple[str, Array]]:
         """The cosine under its name in the statistics file."""
-        yield cosine_key(layer), to_array(cosine_matrix(torch.stack((self._input_H, self._output_H)))[0, 1])
+        yield layer_key(f"model.layers.{layer}", "cosine"), to_array(cosine_matrix(torch.stack((self._input_H, self._output_H)))[0, 1])
 
 
 class ExpertStatistics:
