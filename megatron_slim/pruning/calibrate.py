@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,18 @@ from megatron_slim.pruning.importance import ExpertStatistics, HiddenImportance,
 from megatron_slim.pruning.samples import check_samples
 from megatron_slim.pruning.statistics import FORMAT, Array, Statistics, hidden_key
 from megatron_slim.pruning.streaming import FINAL_NORM, StreamingForward
+from megatron_slim.pruning.work_dir import WorkDir
 
 # On a CPU, tokens in one forward pass so that an expert multiplies more than a few at a time: 5x faster than 256.
 FORWARD_TOKENS = 4096
 
 
 def calibrate(
-    checkpoint: Checkpoint, samples: npt.NDArray[np.int64], *, micro_batch_size: int | None = None
+    checkpoint: Checkpoint,
+    samples: npt.NDArray[np.int64],
+    *,
+    micro_batch_size: int | None = None,
+    work: WorkDir | None = None,
 ) -> Statistics:
     """Measure the statistics of a checkpoint.
 
@@ -38,17 +43,20 @@ def calibrate(
         samples: token ids [samples, sequence], all below the vocabulary's size.
         micro_batch_size: samples in one forward pass, None for about `FORWARD_TOKENS`; changes speed, memory and
             rounding, not the definition of any number.
+        work: where hidden states and progress are kept, see `work_dir.open_work_dir`; None keeps them in memory.
 
     Raises:
         DataError: the samples do not suit the model.
         CheckpointError: an activation is not finite; names its block.
+        SlimError: what is in the work directory does not suit these inputs, or there is too little room.
     """
     check_samples(samples, checkpoint.shape)
     init_single_process()
     if micro_batch_size is None:
         micro_batch_size = max(1, FORWARD_TOKENS // samples.shape[1])
     with torch.no_grad():
-        return _Calibration(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=default_dtype()).result()
+        run = _Calibration(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=default_dtype(), work=work)
+        return run.result()
 
 
 class _Calibration(StreamingForward):
@@ -98,6 +106,18 @@ class _Calibration(StreamingForward):
         experts = self._recorder.experts
         self.tensors.update(experts.results(module, self._layer.mlp.router.weight))
         self.unrouted += experts.num_unrouted
+
+    def state(self) -> Mapping[str, Tensor]:
+        """All tensors so far, and the sums that go on over the blocks."""
+        tensors = {f"tensors.{name}": torch.from_numpy(value) for name, value in self.tensors.items()}
+        return tensors | {"importance": self.importance.sum_H, "unrouted": torch.tensor(self.unrouted)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `state` gave."""
+        prefix = "tensors."
+        self.tensors = {k.removeprefix(prefix): v.numpy() for k, v in state.items() if k.startswith(prefix)}
+        self.importance.sum_H.copy_(state["importance"])
+        self.unrouted = int(state["unrouted"])
 
     def _metadata(self) -> dict[str, str]:
         return {

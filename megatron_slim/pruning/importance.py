@@ -44,17 +44,17 @@ class HiddenImportance:
     """
 
     def __init__(self, hidden_size: int, num_layers: int, device: torch.device) -> None:
-        self._sum_H = torch.zeros(hidden_size, dtype=torch.float64, device=device)
+        self.sum_H = torch.zeros(hidden_size, dtype=torch.float64, device=device)
         self._num_layers = num_layers
 
     def add(self, normed: Tensor, total_tokens: int) -> None:
         """Add the output of one norm for one batch, [..., H]; ``total_tokens`` is that of all batches together."""
         magnitude = normed.detach().abs().flatten(0, -2)
-        self._sum_H += magnitude.sum(0, dtype=torch.float64) / (total_tokens * self._num_layers)
+        self.sum_H += magnitude.sum(0, dtype=torch.float64) / (total_tokens * self._num_layers)
 
     def result(self) -> Array:
         """The importances, [H]."""
-        return to_array(self._sum_H)
+        return to_array(self.sum_H)
 
 
 class LayerSimilarity:
@@ -71,7 +71,10 @@ class LayerSimilarity:
 
     def results(self, layer: int) -> Iterator[tuple[str, Array]]:
         """The cosine under its name in the statistics file."""
-        yield layer_key(f"model.layers.{layer}", "cosine"), to_array(cosine_matrix(torch.stack((self._input_H, self._output_H)))[0, 1])
+        yield (
+            layer_key(f"model.layers.{layer}", "cosine"),
+            to_array(cosine_matrix(torch.stack((self._input_H, self._output_H)))[0, 1]),
+        )
 
 
 class ExpertStatistics:
