@@ -120,8 +120,8 @@ class WorkDir:
 
     def clear(self) -> None:
         """Remove what is in the directory: the result is where it belongs."""
-        # The state last: without it, what is left is known to be rubbish.
-        self._remove_except({STATE})
+        # The state first: hidden states without one are known to be rubbish, and one without them is not readable.
+        remove(self.path / STATE)
         self._remove_except(set())
 
     @property
