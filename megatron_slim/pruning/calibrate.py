@@ -17,11 +17,11 @@ from megatron_slim.architecture.local_modules import rms_norm
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.cli import say
 from megatron_slim.device import default_dtype, init_single_process
-from megatron_slim.errors import CheckpointError
+from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.importance import ExpertStatistics, HiddenImportance, LayerSimilarity
 from megatron_slim.pruning.samples import check_samples
-from megatron_slim.pruning.statistics import FORMAT, Array, Statistics, hidden_key
+from megatron_slim.pruning.statistics import FORMAT, Array, Statistics, hidden_key, importance_key
 from megatron_slim.pruning.streaming import FINAL_NORM, StreamingForward
 from megatron_slim.pruning.work_dir import WorkDir
 
@@ -66,13 +66,12 @@ class _Calibration(StreamingForward):
         super().__init__(checkpoint, samples, **kwargs)
         self.importance = HiddenImportance(self.shape.hidden_size, self.shape.num_layers, self.device)
         self.tensors: dict[str, Array] = {}
-        self.unrouted = 0
 
     def result(self) -> Statistics:
         """Pass everything through and collect what was measured."""
         self.run("calibrating")
-        if self.unrouted:
-            say(f"{self.unrouted} experts were visited by no token; their importances are 0")
+        if found := self._unrouted():
+            say(f"experts that no token visited, whose importances are 0: {summarise(found)}")
         return Statistics({**self.tensors, hidden_key("norm_activation"): self.importance.result()}, self._metadata())
 
     def enter(self, block: str, layer: TransformerLayer) -> None:
@@ -105,19 +104,24 @@ class _Calibration(StreamingForward):
             self.tensors.update(self._similarity.results(int(module.split(".")[-1])))
         experts = self._recorder.experts
         self.tensors.update(experts.results(module, self._layer.mlp.router.weight))
-        self.unrouted += experts.num_unrouted
 
     def state(self) -> Mapping[str, Tensor]:
         """All tensors so far, and the sums that go on over the blocks."""
         tensors = {f"tensors.{name}": torch.from_numpy(value) for name, value in self.tensors.items()}
-        return tensors | {"importance": self.importance.sum_H, "unrouted": torch.tensor(self.unrouted)}
+        return tensors | {"importance": self.importance.sum_H}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take up what `state` gave."""
         prefix = "tensors."
         self.tensors = {k.removeprefix(prefix): v.numpy() for k, v in state.items() if k.startswith(prefix)}
         self.importance.sum_H.copy_(state["importance"])
-        self.unrouted = int(state["unrouted"])
+
+    def _unrouted(self) -> list[str]:
+        """Number of experts without a token, for every block that has some."""
+        counts = {
+            block: int((self.tensors[importance_key(block, "frequency")] == 0).sum()) for block in self.shape.blocks
+        }
+        return [f"{count} of {block}" for block, count in counts.items() if count]
 
     def _metadata(self) -> dict[str, str]:
         return {

@@ -117,11 +117,6 @@ class ExpertStatistics:
         self._saliency_E.index_add_(0, expert_P, gates_P.double() * wide.norm(dim=1))
         self._output_EH.index_add_(0, expert_P, wide)
 
-    @property
-    def num_unrouted(self) -> int:
-        """Number of experts that no token visited."""
-        return int((self._count_E == 0).sum())
-
     def results(self, block: str, router_EH: Tensor) -> Iterator[tuple[str, Array]]:
         """Everything under its name in the statistics file; ``router_EH`` is the router's weight."""
         visits = self._count_E.clamp(min=1)
