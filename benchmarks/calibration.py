@@ -76,7 +76,7 @@ def expert_pass(args: argparse.Namespace) -> dict[str, Any]:
         layer.mlp(hidden)
         results = dict(recorder.experts.results(BLOCK, layer.mlp.router.weight))
         found["ours"] = results[importance_key(BLOCK, "reap")]
-        for module in (layer.pre_mlp_layernorm, layer.mlp.router, layer.mlp.experts):
+        for module in layer.modules():  # or the next round would be listened to twice
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
 
