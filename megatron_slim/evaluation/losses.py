@@ -31,11 +31,12 @@ class HeadLosses(StreamingForward):
     def _loss(self, *, ahead: int) -> float:
         weight = self.weight("lm_head")
         targets = self.samples[:, ahead:]
-        rows = self.hidden[:, : targets.shape[1]].reshape(-1, self.shape.hidden_size).split(HEAD_ROWS)
         total = 0.0
-        for chunk, wanted in zip(rows, targets.reshape(-1).split(HEAD_ROWS), strict=True):
-            logits = (chunk.to(self.device) @ weight.T).float()
-            total += F.cross_entropy(logits, wanted.to(self.device), reduction="none").double().sum().item()
+        for hidden, wanted in zip(self.batches(), targets.split(self.micro_batch_size), strict=True):
+            rows = hidden[:, : targets.shape[1]].reshape(-1, self.shape.hidden_size).split(HEAD_ROWS)
+            for chunk, ids in zip(rows, wanted.reshape(-1).split(HEAD_ROWS), strict=True):
+                logits = (chunk.to(self.device) @ weight.T).float()
+                total += F.cross_entropy(logits, ids.to(self.device), reduction="none").double().sum().item()
         if not math.isfinite(total):
             raise CheckpointError(
                 "its loss is not finite", where=str(self.checkpoint.path), fix="its weights are broken"

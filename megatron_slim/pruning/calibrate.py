@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,23 +12,30 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_slim import __version__
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.cli import say
 from megatron_slim.device import default_dtype, init_single_process
-from megatron_slim.errors import CheckpointError
+from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.importance import HiddenImportance, block_statistics
 from megatron_slim.pruning.recorder import BlockRecorder, NormRecorder
 from megatron_slim.pruning.samples import check_samples
-from megatron_slim.pruning.statistics import FORMAT, Array, Statistics
+from megatron_slim.pruning.statistics import FORMAT, Array, Statistics, importance_key
 from megatron_slim.pruning.streaming import FINAL_NORM, StreamingForward
+from megatron_slim.pruning.work_dir import WorkDir
 
 # On a CPU, tokens in one forward pass so that an expert multiplies more than a few at a time: 5x faster than 256.
 FORWARD_TOKENS = 4096
+_TENSORS, _HIDDEN = "tensors.", "hidden."  # in the state of a calibration: finished entries, and running sums
 
 
 def calibrate(
-    checkpoint: Checkpoint, samples: npt.NDArray[np.int64], *, micro_batch_size: int | None = None
+    checkpoint: Checkpoint,
+    samples: npt.NDArray[np.int64],
+    *,
+    micro_batch_size: int | None = None,
+    work: WorkDir | None = None,
 ) -> Statistics:
     """Measure the statistics of a checkpoint.
 
@@ -36,17 +44,20 @@ def calibrate(
         samples: token ids [samples, sequence], all below the vocabulary's size.
         micro_batch_size: samples in one forward pass, None for about `FORWARD_TOKENS`; changes speed, memory and
             rounding, not the definition of any number.
+        work: where hidden states and progress are kept, see `work_dir.open_work_dir`; None keeps them in memory.
 
     Raises:
         DataError: the samples do not suit the model.
         CheckpointError: an activation is not finite; names its block.
+        SlimError: what is in the work directory does not suit these inputs, or there is too little room.
     """
     check_samples(samples, checkpoint.shape)
     init_single_process()
     if micro_batch_size is None:
         micro_batch_size = max(1, FORWARD_TOKENS // samples.shape[1])
     with torch.no_grad():
-        return _Calibration(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=default_dtype()).result()
+        run = _Calibration(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=default_dtype(), work=work)
+        return run.result()
 
 
 class _Calibration(StreamingForward):
@@ -57,12 +68,11 @@ class _Calibration(StreamingForward):
         self.importance = HiddenImportance(self.shape)
         self.final_norm = NormRecorder(self.shape)
         self.tensors: dict[str, Array] = {}
-        self.unrouted = 0
 
     def result(self) -> Statistics:
         """Pass everything through and collect what was measured."""
         self.run("calibrating")
-        say_unrouted(self.unrouted)
+        say_unrouted(self.tensors, self.shape)
         self.tensors.update(self.importance.results())
         return Statistics(self.tensors, metadata(self.checkpoint, self.samples.numpy(), self.dtype))
 
@@ -87,7 +97,17 @@ class _Calibration(StreamingForward):
             self.importance.add(sums, tokens)
             router = self.checkpoint.read(router_weight(module))
             self.tensors.update(block_statistics(module, self.shape, sums, router))
-            self.unrouted += int((sums["experts.count"] == 0).sum())
+
+    def state(self) -> Mapping[str, Tensor]:
+        """All tensors so far, and the sums that go on over the blocks."""
+        tensors = {f"{_TENSORS}{name}": torch.from_numpy(value) for name, value in self.tensors.items()}
+        return tensors | {f"{_HIDDEN}{kind}": values for kind, values in self.importance.sums.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `state` gave."""
+        self.tensors = {k.removeprefix(_TENSORS): v.numpy() for k, v in state.items() if k.startswith(_TENSORS)}
+        for kind, values in self.importance.sums.items():
+            values.copy_(state[f"{_HIDDEN}{kind}"])
 
 
 def router_weight(block: str) -> str:
@@ -95,10 +115,11 @@ def router_weight(block: str) -> str:
     return f"{block}.mlp.gate.weight"
 
 
-def say_unrouted(count: int) -> None:
-    """Tell how many experts no token visited."""
-    if count:
-        say(f"{count} experts were visited by no token; their importances are 0")
+def say_unrouted(tensors: Mapping[str, Array], shape: ModelShape) -> None:
+    """Tell how many experts no token visited, by block."""
+    counts = {block: int((tensors[importance_key(block, "frequency")] == 0).sum()) for block in shape.blocks}
+    if found := [f"{count} of {block}" for block, count in counts.items() if count]:
+        say(f"experts that no token visited, whose importances are 0: {summarise(found)}")
 
 
 def not_finite(module: str, checkpoint: Checkpoint) -> CheckpointError:

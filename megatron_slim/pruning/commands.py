@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from megatron_slim.checkpoint.convert import Checkpoint
     from megatron_slim.pruning.plan import Plan
     from megatron_slim.pruning.statistics import Statistics
+    from megatron_slim.pruning.work_dir import WorkDir
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class CalibrationOptions:
     seq_length: int | None
     seed: int
     micro_batch_size: int | None
+    work_dir: Path | None = None
 
 
 def add_calibration_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -44,12 +48,18 @@ def add_calibration_arguments(parser: argparse.ArgumentParser, *, required: bool
     group.add_argument("--seq-length", type=positive, help="tokens per sample (.bin: at most 4096 if not given)")
     group.add_argument("--seed", type=not_negative, default=1234, help="seed of the draw")
     group.add_argument("--micro-batch-size", type=positive, help="samples in one forward pass (about 4096 tokens)")
+    group.add_argument(
+        "--work-dir",
+        type=Path,
+        metavar="DIR",
+        help="keep hidden states here, not in memory, and progress: the same command goes on after a kill",
+    )
 
 
 def calibration_options(args: argparse.Namespace) -> CalibrationOptions:
     """The options that `add_calibration_arguments` gave."""
     return CalibrationOptions(
-        args.calibration_data, args.num_samples, args.seq_length, args.seed, args.micro_batch_size
+        args.calibration_data, args.num_samples, args.seq_length, args.seed, args.micro_batch_size, args.work_dir
     )
 
 
@@ -59,8 +69,9 @@ def run_calibrate(load: Path, save: Path, options: CalibrationOptions, **reading
     from megatron_slim.checkpoint.convert import open_checkpoint
 
     source = open_checkpoint(load, **reading)
-    stats = _measure(source, options)
-    stats.save(save)
+    with _work_dir(options) as work:
+        stats = _measure(source, options, work)
+        stats.save(save)
     say(f"{save}: statistics of {stats.metadata['num_samples']} samples of {stats.metadata['seq_length']} tokens")
     return {"load": str(load), "save": str(save), "sha256": stats.sha256, **stats.metadata}
 
@@ -120,22 +131,23 @@ def run_prune(
     from megatron_slim.pruning.plan_reader import load_plan
 
     source = open_checkpoint(load, **(reading or {}))
-    if plan_file is not None:
-        plan, stats = load_plan(plan_file), None
-    else:
-        assert recipe is not None
-        if save is not None and not dry_run:
-            _check_space(recipe, source, save, where=str(recipe_file))
-        plan, stats = _decide(recipe, source, stats_file, calibration, where=str(recipe_file))
-    pruned = PrunedCheckpoint(plan, source, check_source=plan_file is not None)
-    print_comparison(pruned)
-    results = {"load": str(load), "plan_sha256": plan.sha256, "dry_run": dry_run, **comparison(pruned)}
-    if dry_run:
-        return results
-    assert save is not None
-    written = write_pruned(pruned, save, to=to, stats=stats, **(writing or {}))
-    say(f"{save}: {len(pruned.names)} tensors as {to}, {VERIFICATION[written['verified']]}")
-    return results | {"save": str(save), **written}
+    with _work_dir(calibration) as work:
+        if plan_file is not None:
+            plan, stats = load_plan(plan_file), None
+        else:
+            assert recipe is not None
+            if save is not None and not dry_run:
+                _check_space(recipe, source, save, where=str(recipe_file))
+            plan, stats = _decide(recipe, source, stats_file, calibration, work, where=str(recipe_file))
+        pruned = PrunedCheckpoint(plan, source, check_source=plan_file is not None)
+        print_comparison(pruned)
+        results = {"load": str(load), "plan_sha256": plan.sha256, "dry_run": dry_run, **comparison(pruned)}
+        if dry_run:
+            return results
+        assert save is not None
+        written = write_pruned(pruned, save, to=to, stats=stats, **(writing or {}))
+        say(f"{save}: {len(pruned.names)} tensors as {to}, {VERIFICATION[written['verified']]}")
+        return results | {"save": str(save), **written}
 
 
 def _check_space(recipe: Recipe, source: Checkpoint, save: Path, *, where: str) -> None:
@@ -151,7 +163,13 @@ def _check_space(recipe: Recipe, source: Checkpoint, save: Path, *, where: str) 
 
 
 def _decide(
-    recipe: Recipe, source: Checkpoint, stats_file: Path | None, calibration: CalibrationOptions | None, *, where: str
+    recipe: Recipe,
+    source: Checkpoint,
+    stats_file: Path | None,
+    calibration: CalibrationOptions | None,
+    work: WorkDir | None,
+    *,
+    where: str,
 ) -> tuple[Plan, Statistics]:
     from megatron_slim.pruning.plan import check_recipe, make_plan
 
@@ -160,7 +178,7 @@ def _decide(
         stats = _load_stats(stats_file, source)
     else:
         assert calibration is not None
-        stats = _measure(source, calibration)
+        stats = _measure(source, calibration, work)
     return make_plan(recipe, stats, source.shape), stats
 
 
@@ -173,7 +191,16 @@ def _load_stats(path: Path, source: Checkpoint) -> Statistics:
     return stats
 
 
-def _measure(source: Checkpoint, options: CalibrationOptions) -> Statistics:
+def _work_dir(options: CalibrationOptions | None) -> AbstractContextManager[WorkDir | None]:
+    """The work directory of a calibration, if it has one."""
+    if options is None or options.work_dir is None:
+        return contextlib.nullcontext()
+    from megatron_slim.pruning.work_dir import open_work_dir
+
+    return open_work_dir(options.work_dir)
+
+
+def _measure(source: Checkpoint, options: CalibrationOptions, work: WorkDir | None) -> Statistics:
     from megatron_slim import device
     from megatron_slim.pruning.samples import read_calibration_samples
 
@@ -188,7 +215,7 @@ def _measure(source: Checkpoint, options: CalibrationOptions) -> Statistics:
     from megatron_slim.pruning.calibrate import calibrate
 
     say(f"calibrating on {samples.shape[0]} samples of {samples.shape[1]} tokens")
-    return calibrate(source, samples, micro_batch_size=options.micro_batch_size)
+    return calibrate(source, samples, micro_batch_size=options.micro_batch_size, work=work)
 
 
 def refuse_conflicts(args: argparse.Namespace) -> None:
@@ -209,6 +236,8 @@ def refuse_conflicts(args: argparse.Namespace) -> None:
     if len(given) != 1:
         what = " and ".join(given) + " exclude one another" if given else "nothing to plan from"
         raise SlimError(what, fix="give one of --calibration-data, --stats and --plan")
+    if args.work_dir is not None and args.calibration_data is None:
+        raise SlimError("--work-dir without a calibration", fix="leave it out")
     if (args.recipe is None) == (args.plan is None):
         raise SlimError("a plan holds its recipe" if args.plan else "no recipe", fix="give --recipe or --plan")
     if args.save is None and not args.dry_run:

@@ -84,24 +84,28 @@ def cosine_from_gram(gram: Tensor) -> Tensor:
 
 
 class HiddenImportance:
-    """Importances of the hidden dimensions, collected norm site by norm site."""
+    """Importances of the hidden dimensions, collected norm site by norm site.
+
+    Attributes:
+        sums: what has been collected, by kind, float64.
+    """
 
     def __init__(self, shape: ModelShape) -> None:
         self._num_layers = shape.num_layers
         zeros = torch.zeros(shape.hidden_size, dtype=torch.float64)
-        self._sums = {kind: zeros.clone() for kind in ("norm_activation", "norm_activation_l2")}
+        self.sums = {kind: zeros.clone() for kind in ("norm_activation", "norm_activation_l2")}
 
     def add(self, sums: Mapping[str, Tensor], total_tokens: int) -> None:
         """Add the norm sites among the sums of a module, [H] each; ``total_tokens`` is how many tokens they saw."""
         for name, values in sums.items():
             if name.endswith("_norm.abs"):
-                self._sums["norm_activation"] += values.cpu() / (total_tokens * self._num_layers)
+                self.sums["norm_activation"] += values.cpu() / (total_tokens * self._num_layers)
             elif name.endswith("_norm.squares"):
-                self._sums["norm_activation_l2"] += values.cpu().sqrt() / self._num_layers
+                self.sums["norm_activation_l2"] += values.cpu().sqrt() / self._num_layers
 
     def results(self) -> Iterator[tuple[str, Array]]:
         """The importances, [H] each, under their names in the statistics file."""
-        yield from ((hidden_key(kind), to_array(values)) for kind, values in self._sums.items())
+        yield from ((hidden_key(kind), to_array(values)) for kind, values in self.sums.items())
 
 
 def block_statistics(block: str, shape: ModelShape, sums: Sums, router_EH: Tensor) -> Iterator[tuple[str, Array]]:

@@ -1,11 +1,13 @@
 """A forward pass that holds one block of weights at a time: what calibration and evaluation run.
 
-The hidden states of all samples wait in memory; a block is loaded, every sample goes through it, the block is dropped:
-a model far larger than the machine can be run. The blocks are Megatron-Core's own layers. The MTP block goes last: its
-input is made of the trunk's final hidden state and the embedding of the next token.
+The hidden states of all samples wait in memory, or in a work directory; a block is loaded, every sample goes through
+it, the block is dropped: a model far larger than the machine can be run. The blocks are Megatron-Core's own layers. The
+MTP block goes last: its input is made of the trunk's final hidden state and the embedding of the next token.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -13,45 +15,60 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_slim import __version__
 from megatron_slim.architecture.local_modules import rms_norm
 from megatron_slim.checkpoint.convert import Checkpoint
-from megatron_slim.cli import progress
+from megatron_slim.checkpoint.raw_files import as_bytes
+from megatron_slim.cli import progress, say
+from megatron_slim.files import sha256
 from megatron_slim.pruning.block import block_config, build_block, rotary_embedding
+from megatron_slim.pruning.fingerprint import fingerprint
+from megatron_slim.pruning.hidden_states import HiddenStates, InFiles, InMemory
+from megatron_slim.pruning.work_dir import WorkDir
 
 EMBEDDING, FINAL_NORM, MTP_NORM = "model.embed_tokens", "model.norm", "mtp.norm"
 MTP_INPUT, MTP_INPUT_NORMS = "mtp.fc", ("mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden")
+# What a module does to a micro-batch of hidden states [samples, positions, hidden], given the tokens of its samples.
+Step = Callable[[Tensor, Tensor], Tensor]
 
 
 class StreamingForward:
     """All samples on their way through a model.
 
-    A subclass overrides what it wants to look at: `enter`, `observe` and `leave`, which do nothing here. Modules go by
-    their Hugging Face names.
+    A subclass overrides what it wants to look at: `enter`, `observe` and `leave`, which do nothing here; and, to be
+    taken up after a kill, `state` and `restore`. Modules go by their Hugging Face names.
 
     Attributes:
         checkpoint: the model.
         samples: token ids [samples, sequence].
-        hidden: [samples, positions, hidden], the input of the next module.
         config: Megatron's configuration of the blocks.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, samples: npt.NDArray[np.int64], *, micro_batch_size: int, dtype: torch.dtype
+        self,
+        checkpoint: Checkpoint,
+        samples: npt.NDArray[np.int64],
+        *,
+        micro_batch_size: int,
+        dtype: torch.dtype,
+        work: WorkDir | None = None,
     ) -> None:
-        """Embed the samples.
+        """Prepare a pass; nothing is computed yet.
 
         Args:
             checkpoint: the model.
             samples: token ids [samples, sequence], all below the vocabulary's size.
             micro_batch_size: samples in one forward pass.
             dtype: of weights and activations.
+            work: where hidden states and progress are kept; None is in memory, and nowhere.
         """
         self.checkpoint, self.shape, self.dtype = checkpoint, checkpoint.shape, dtype
         self.samples = torch.from_numpy(samples)
         self.micro_batch_size = micro_batch_size
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.config = block_config(self.shape, dtype)
-        self.hidden = checkpoint.read(f"{EMBEDDING}.weight")[self.samples].to(dtype)
+        self._tokens = self.samples.split(micro_batch_size)
+        self._work = work
 
     def enter(self, block: str, layer: TransformerLayer) -> None:
         """A block has been loaded; nothing has gone through it."""
@@ -62,57 +79,128 @@ class StreamingForward:
     def leave(self, module: str) -> None:
         """Everything has gone through a module; `hidden` is its output."""
 
+    def state(self) -> Mapping[str, Tensor]:
+        """Everything measured so far, after a module has been left; asked for only where there is a work directory."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `state` gave in the run that was killed."""
+
+    def batches(self) -> Iterator[Tensor]:
+        """The hidden states [samples, positions, hidden] of every micro-batch, in `leave` the output of the module."""
+        return (self._hidden.load(batch) for batch in range(len(self._tokens)))
+
     def run(self, description: str) -> None:
         """Pass everything through every module, the MTP block's last; ``description`` is the progress bar's."""
-        self.observe(EMBEDDING, self.samples, self.hidden)
-        self.leave(EMBEDDING)
-        for block in progress(list(self.shape.blocks), description):
-            if block.startswith("mtp."):
-                self._join_next_tokens()
-            self._pass_block(block)
-            if block == f"model.layers.{self.shape.num_layers - 1}":
-                self._pass_norm(FINAL_NORM)
-            elif block.startswith("mtp."):
-                self._pass_norm(MTP_NORM)
+        nbytes = self.samples.numel() * self.shape.hidden_size * self.dtype.itemsize
+        finished = 0
+        self._hidden: HiddenStates = InMemory(nbytes, self.device)
+        if self._work is not None:
+            if saved := self._work.begin(self._inputs(), nbytes):
+                finished = saved.finished
+                self.restore(saved.measured)
+                say(f"{self._work.path}: going on after {finished} of {len(list(self._modules()))} modules")
+            self._hidden = InFiles(
+                self._work, self.shape.hidden_size, self.micro_batch_size, len(self.samples), self.dtype
+            )
+        with self.checkpoint.reading_once():
+            for number, module in enumerate(progress(list(self._modules()), description)):
+                if number >= finished:
+                    self._pass(module)
 
     def weight(self, module: str) -> Tensor:
         """The weight of a module, on the device."""
         return self.checkpoint.read(f"{module}.weight").to(self.device, self.dtype)
 
-    def _pass_block(self, block: str) -> None:
+    def _inputs(self) -> dict[str, str]:
+        """Everything that decides what is measured."""
+        return {
+            "a pass of": type(self).__name__,
+            "checkpoint": fingerprint(self.checkpoint),
+            "samples": f"{list(self.samples.shape)} {sha256(bytes(as_bytes(self.samples)))}",
+            "micro-batch size": str(self.micro_batch_size),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "megatron_slim": __version__,
+            "torch": torch.__version__,
+        }
+
+    def _modules(self) -> Iterator[str]:
+        """All modules in the order of the pass."""
+        yield EMBEDDING
+        for block in self.shape.blocks:
+            if block.startswith("mtp."):
+                yield MTP_INPUT
+            yield block
+            if block == f"model.layers.{self.shape.num_layers - 1}":
+                yield FINAL_NORM
+            elif block.startswith("mtp."):
+                yield MTP_NORM
+
+    def _pass(self, module: str) -> None:
+        step = self._step(module)
+        for batch, tokens in enumerate(self._tokens):
+            hidden = tokens if module == EMBEDDING else self._hidden.load(batch).to(self.device)
+            self._hidden.store(step(hidden, tokens))
+        self._hidden.turn()
+        self.leave(module)
+        self._hidden.commit(self.state() if self._work is not None else {})
+
+    def _step(self, module: str) -> Step:
+        if module == EMBEDDING:
+            return self._embed()
+        if module == MTP_INPUT:
+            return self._join_next_tokens()
+        return self._norm(module) if module in (FINAL_NORM, MTP_NORM) else self._block(module)
+
+    def _embed(self) -> Step:
+        embedding = self.checkpoint.read(f"{EMBEDDING}.weight")
+
+        def step(_: Tensor, tokens: Tensor) -> Tensor:
+            output = embedding[tokens].to(self.dtype)
+            self.observe(EMBEDDING, tokens, output)
+            return output
+
+        return step
+
+    def _block(self, block: str) -> Step:
         layer = build_block(self.checkpoint, block, self.config)
         self.enter(block, layer)
-        rotary = rotary_embedding(self.shape, self.hidden.shape[1])
-        for batch in self.hidden.split(self.micro_batch_size):
-            hidden = batch.to(self.device).transpose(0, 1).contiguous()
+        positions = self.samples.shape[1] - block.startswith("mtp.")
+        rotary = rotary_embedding(self.shape, positions)
+
+        def step(hidden: Tensor, _: Tensor) -> Tensor:
+            hidden = hidden.transpose(0, 1).contiguous()
             output, _ = layer(hidden, attention_mask=None, rotary_pos_emb=rotary)
             self.observe(block, hidden, output)
-            batch.copy_(output.transpose(0, 1))
-        self.leave(block)
+            return output.transpose(0, 1)
 
-    def _pass_norm(self, module: str) -> None:
+        return step
+
+    def _norm(self, module: str) -> Step:
         weight = self.weight(module)
-        for batch in self.hidden.split(self.micro_batch_size):
-            hidden = batch.to(self.device)
+
+        def step(hidden: Tensor, _: Tensor) -> Tensor:
             output = self._normed(hidden, weight)
             self.observe(module, hidden, output)
-            batch.copy_(output)
-        self.leave(module)
+            return output
+
+        return step
 
     def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
         centered = self.shape.family.zero_centered_norms
         return rms_norm(hidden, weight, self.shape.layernorm_epsilon, zero_centered=centered)
 
-    def _join_next_tokens(self) -> None:
+    def _join_next_tokens(self) -> Step:
         """Join the trunk's output at position i with the embedding of token i + 1; the last position has none."""
         projection, (enorm, hnorm) = self.weight(MTP_INPUT), map(self.weight, MTP_INPUT_NORMS)
         embedding = self.checkpoint.read(f"{EMBEDDING}.weight")
-        self.hidden = self.hidden[:, :-1].contiguous()
-        following = self.samples[:, 1:].split(self.micro_batch_size)
-        for batch, tokens in zip(self.hidden.split(self.micro_batch_size), following, strict=True):
-            embedded, hidden = embedding[tokens].to(self.device, self.dtype), batch.to(self.device)
-            pair = torch.cat((self._normed(embedded, enorm), self._normed(hidden, hnorm)), dim=-1)
+
+        def step(hidden: Tensor, tokens: Tensor) -> Tensor:
+            embedded = embedding[tokens[:, 1:]].to(self.device, self.dtype)
+            pair = torch.cat((self._normed(embedded, enorm), self._normed(hidden[:, :-1], hnorm)), dim=-1)
             output = pair @ projection.T
             self.observe(MTP_INPUT, pair, output)
-            batch.copy_(output)
-        self.leave(MTP_INPUT)
+            return output
+
+        return step

@@ -275,3 +275,23 @@ def test_user_errors_are_one_line(tmp_path: Path, tool: Tool) -> None:
     assert "'hidden=1' is not KEY=N" in tool("benchmarks/convert_80b.py", *new, "--set", "hidden=1").error
     assert "GB free" in tool("benchmarks/convert.py", *new, "--size-gb", 1e6).error
     assert "at least" in tool("benchmarks/convert.py", *new, "--size-gb", 0.1).error
+
+
+TINY_CALIBRATION = (
+    "--experts 16 --topk 4 --hidden-size 64 --ffn-size 32 --tokens 64 --logit-tokens 64 --vector-size 64 --repeats 1"
+)
+
+
+def test_calibration(tool: Tool) -> None:
+    """It compares what both sides give by itself; how long they take says nothing at these sizes."""
+    outcome = tool("benchmarks/calibration.py", *TINY_CALIBRATION.split(), "--json")
+    assert outcome.code == 0, outcome.stderr
+    results = outcome.json
+    for ratio in ("speedup_over_all_experts", "similarity_over_gemm", "speedup_over_pair_loop"):
+        assert results[ratio] > 0
+    # 3 B active parameters without embedding and head: 2 FLOPs each for every token.
+    flops = results["estimate_80b"]["flops"]
+    tokens = 1024 * 4096
+    assert 2 * 2.9e9 < sum(flops[key] for key in ("projections", "routed", "shared_and_router")) / tokens < 2 * 4e9
+    assert flops["routed"] / tokens == 2 * 49 * 10 * 3 * 2048 * 512
+    assert results["estimate_80b"]["host_gib"]["hidden_states"] == 16

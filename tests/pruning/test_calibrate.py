@@ -261,6 +261,15 @@ def test_the_format_of_the_checkpoint_does_not_matter(tmp_path: Path) -> None:
     assert calibrate(converted, samples).sha256 == stats.sha256
 
 
+def test_experts_that_no_token_visits_are_reported_by_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = tiny_shape(num_moe_experts=16, mtp_num_layers=0)
+    _, stats = calibrated(tmp_path / "hf", shape, np.zeros((1, 2), dtype=np.int64))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("experts that no token")]
+    for block in shape.blocks:
+        count = int((stats.tensors[statistics.importance_key(block, "reap")] == 0).sum())
+        assert count >= 12 and f"{count} of {block}" in line
+
+
 def test_samples_longer_than_the_model_reads_are_refused(tmp_path: Path) -> None:
     shape = tiny_shape(max_position_embeddings=16)
     with pytest.raises(DataError, match=r"samples of 17 tokens, the model's max_position_embeddings is 16"):

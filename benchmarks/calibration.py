@@ -1,0 +1,164 @@
+#!/usr/bin/env python3
+"""Measure calibration against computing every expert on every token, bare GEMMs, and a loop over pairs of experts.
+
+Both sides of every ratio are timed in turns, in one process, on the same random values, and must give the same numbers.
+What the published 80B model takes on one H200 is estimated from counted operations. See docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_slim.cli import positive, run_tool, tool_parser
+
+BLOCK = "model.layers.0"
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = tool_parser(__doc__.splitlines()[0])
+    parser.add_argument("--experts", type=positive, default=512, help="experts of the MoE layer")
+    parser.add_argument("--topk", type=positive, default=10, help="experts of a token")
+    parser.add_argument("--hidden-size", type=positive, default=1024, help="half of the published 2048")
+    parser.add_argument("--ffn-size", type=positive, default=256, help="of an expert, half of the published 512")
+    parser.add_argument("--tokens", type=positive, default=2048, help="in one forward pass of the layer")
+    parser.add_argument("--logit-tokens", type=positive, default=8192, help="over which router logits are compared")
+    parser.add_argument("--vector-size", type=positive, default=2048, help="of the expert vectors that are compared")
+    parser.add_argument("--repeats", type=positive, default=3, help="timed rounds; medians are reported")
+    return parser.parse_args()
+
+
+def medians(contestants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of every function, run in turns after one round that is not timed."""
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(repeats + 1):
+        for name, function in contestants.items():
+            started = time.perf_counter()
+            function()
+            if number:
+                samples[name].append(time.perf_counter() - started)
+    return {name: statistics.median(found) for name, found in samples.items()}
+
+
+def expert_pass(args: argparse.Namespace) -> dict[str, Any]:
+    """A layer with everything that calibration listens to, against all experts on all tokens."""
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from megatron.core.transformer.spec_utils import build_module
+
+    from benchmarks.models import PUBLISHED, shape_of
+    from megatron_slim.architecture.layer_specs import layer_spec
+    from megatron_slim.pruning.block import block_config
+    from megatron_slim.pruning.importance import block_statistics
+    from megatron_slim.pruning.recorder import BlockRecorder
+    from megatron_slim.pruning.statistics import importance_key
+
+    sizes = {"hidden_size": args.hidden_size, "num_experts": args.experts, "num_experts_per_tok": args.topk}
+    shape = shape_of(PUBLISHED | sizes | {"moe_intermediate_size": args.ffn_size})
+    config = block_config(shape, torch.float32)
+    layer = build_module(layer_spec(shape.layer_type(BLOCK), config), config=config, layer_number=1).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in layer.mlp.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
+    hidden = torch.randn(args.tokens, 1, args.hidden_size, generator=generator)
+    found: dict[str, Any] = {}
+
+    def ours() -> None:
+        recorder = BlockRecorder(BLOCK, shape, layer)
+        layer.mlp(hidden)
+        recorder.sums["tokens"] += args.tokens  # counted by the layer, of which only the experts run here
+        results = dict(block_statistics(BLOCK, shape, recorder.sums, layer.mlp.router.weight))
+        found["ours"] = results[importance_key(BLOCK, "reap")]
+        for module in layer.modules():  # or the next round would be listened to twice
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+
+    def every_expert() -> None:
+        x = hidden[:, 0]
+        logits = x @ layer.mlp.router.weight.T
+        chosen = logits.topk(args.topk)
+        gates = torch.zeros_like(logits).scatter_(1, chosen.indices, chosen.values.softmax(-1))
+        saliency = torch.zeros(args.experts)
+        for number, expert in enumerate(layer.mlp.experts.local_experts):
+            gate, up = (x @ expert.linear_fc1.weight.T).chunk(2, dim=-1)
+            output = (F.silu(gate) * up) @ expert.linear_fc2.weight.T
+            active = gates[:, number] > 0
+            saliency[number] = (gates[:, number] * output.norm(dim=-1)).sum() / active.sum().clamp(min=1)
+        found["every"] = saliency.numpy()
+
+    seconds = medians({"package": ours, "every_expert": every_expert}, args.repeats)
+    np.testing.assert_allclose(found["ours"], found["every"], rtol=1e-5)
+    return {"speedup_over_all_experts": seconds["every_expert"] / seconds["package"], "expert_pass_seconds": seconds}
+
+
+def similarities(args: argparse.Namespace) -> dict[str, Any]:
+    """Cosines of router logits and of expert vectors, against their bare GEMMs and against a loop over pairs."""
+    import torch
+    import torch.nn.functional as F
+
+    from megatron_slim.pruning.importance import cosine_from_gram, cosine_matrix
+
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(args.logit_tokens, args.experts, generator=generator, dtype=torch.float64)
+    vectors = torch.randn(args.experts, args.vector_size, generator=generator, dtype=torch.float64)
+    columns = logits.T.contiguous()
+    found: dict[str, Any] = {}
+
+    def package() -> None:
+        found["package"] = cosine_from_gram(logits.T @ logits), cosine_matrix(vectors)
+
+    def gemm() -> None:
+        found["gemm"] = logits.T @ logits, vectors @ vectors.T
+
+    def pair_loop() -> None:
+        matrices = torch.eye(args.experts, dtype=torch.float64), torch.eye(args.experts, dtype=torch.float64)
+        for matrix, rows in zip(matrices, (columns, vectors), strict=True):
+            for i in range(args.experts):
+                for j in range(i):
+                    matrix[i, j] = matrix[j, i] = F.cosine_similarity(rows[i], rows[j], dim=0)
+        found["loop"] = matrices
+
+    seconds = medians({"package": package, "gemm": gemm}, 4 * args.repeats)
+    seconds |= medians({"package_beside_loop": package, "pair_loop": pair_loop}, 1)
+    for one, other in zip(found["package"], found["loop"], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    return {
+        "similarity_over_gemm": seconds["package"] / seconds["gemm"],
+        "speedup_over_pair_loop": seconds["pair_loop"] / seconds["package_beside_loop"],
+        "similarity_seconds": seconds,
+    }
+
+
+def benchmark(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, estimate and report."""
+    from megatron_slim import device
+
+    device.install()
+    import torch
+
+    from benchmarks.estimate import estimate
+    from benchmarks.models import PUBLISHED, model_bytes, shape_of
+
+    device.init_single_process()
+    published = shape_of(PUBLISHED)
+    with torch.no_grad():
+        results = expert_pass(args) | similarities(args) | estimate(published, model_bytes(published))
+    if not args.json:
+        for name, value in results.items():
+            if isinstance(value, float):
+                print(f"{name}: {value:.3g}")
+    return {**results, "threads": torch.get_num_threads()}
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    run_tool(lambda: benchmark(arguments), as_json=arguments.json)
