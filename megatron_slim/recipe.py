@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -78,22 +80,51 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """Which stage of a progressive schedule a recipe is.
+
+    Attributes:
+        number: from 1.
+        count: stages of the whole schedule.
+        name: what a person calls it.
+        tokens: that training sees after this pruning; None where the recipe does not say.
+    """
+
+    number: int
+    count: int
+    name: str = ""
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """A whole recipe; every section but ``target`` has defaults."""
+    """A recipe; every section but ``target`` has defaults.
+
+    Attributes:
+        stage: of a schedule, where it is one.
+        stages: the recipes of a progressive schedule; then `select_stage` gives the one to follow, and ``target`` is
+            empty.
+    """
 
     target: Target
     depth: Depth = Depth()
     width: Width = Width()
     experts: Experts = Experts()
+    stage: Stage | None = None
+    stages: tuple[Recipe, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As a version 1 document, all defaults filled in."""
-        sections = dataclasses.asdict(self)
-        sections["target"] = {key: value for key, value in sections["target"].items() if value is not None}
-        return {"version": VERSION, **sections}
+        """As a version 1 document, all defaults filled in; of a recipe to follow, not of a schedule."""
+        assert not self.stages, "a plan follows one stage"
+        sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
+        sections["target"] = _given(sections["target"])
+        stage = {} if self.stage is None else {"stage": _given(dataclasses.asdict(self.stage))}
+        return {"version": VERSION, **sections, **stage}
 
 
 SECTIONS: dict[str, type] = {"target": Target, "depth": Depth, "width": Width, "experts": Experts}
+_NUMBER = re.compile(r"(\d{1,30}(?:\.\d{1,30})?(?:[eE]\+?\d{1,2})?)([KMBT]?)")
+_SCALE = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 CHOICES = {
     "depth.method": ("last", "adjacent_cosine", "block_influence"),
     "width.importance": ("norm_activation", "norm_activation_l2"),
@@ -130,15 +161,100 @@ def parse_recipe(document: Any, *, where: str = "recipe") -> Recipe:
         kind = type(document).__name__
         raise RecipeError(f"a recipe is a mapping, not {kind}", where=where, fix="start it with 'version: 1'")
     found = _version_violations(document)
-    found += _unknown_keys(document, ["version", *SECTIONS], "")
-    if "target" not in document:
-        found.append("target is missing")
+    found += _unknown_keys(document, ["version", *SECTIONS, "stages", "stage"], "")
+    if "target" not in document and "stages" not in document:
+        found.append("target is missing (or stages)")
     for section, schema in SECTIONS.items():
         if section in document:
             found += _section_violations(section, schema, document[section])
+    if "stage" in document:
+        found += _section_violations("stage", Stage, document["stage"])
+        if isinstance(document["stage"], Mapping):
+            found += [f"stage.{key} is missing" for key in ("number", "count") if key not in document["stage"]]
+    if "stages" in document:
+        found += [f"{key} and stages exclude one another" for key in ("target", "stage") if key in document]
+        found += _stages_violations(document["stages"])
     if found:
         raise RecipeError("; ".join(found), where=where)
-    return Recipe(**{section: kind(**document[section]) for section, kind in SECTIONS.items() if section in document})
+    stages = document.get("stages", [])
+    return dataclasses.replace(
+        _recipe(document), stages=tuple(_stage(document, k, len(stages), stage) for k, stage in enumerate(stages, 1))
+    )
+
+
+def select_stage(recipe: Recipe, number: int | None, *, where: str = "recipe") -> Recipe:
+    """The recipe to follow: a stage of a schedule, or the recipe itself where it is none.
+
+    Raises:
+        RecipeError: a schedule and no number, a number and no schedule, or no such stage.
+    """
+    count = len(recipe.stages)
+    if number is None and not count:
+        return recipe
+    if not count:
+        raise RecipeError(f"--stage {number}, but the recipe has no stages", where=where, fix="leave --stage out")
+    if number is None or not 1 <= number <= count:
+        what = f"the recipe has {count} stages" if number is None else f"no stage {number}: the recipe has {count}"
+        raise RecipeError(what, where=where, fix=f"give --stage 1 to {count}")
+    return recipe.stages[number - 1]
+
+
+def _recipe(sections: Mapping[str, Any]) -> Recipe:
+    kinds = {**SECTIONS, "stage": Stage}
+    parts = {name: kind(**sections[name]) for name, kind in kinds.items() if name in sections}
+    if parts.get("stage") and parts["stage"].tokens is not None:
+        parts["stage"] = dataclasses.replace(parts["stage"], tokens=_tokens(parts["stage"].tokens))
+    return Recipe(**{"target": Target(), **parts})
+
+
+def _stage(document: Mapping[str, Any], number: int, count: int, stage: Mapping[str, Any]) -> Recipe:
+    """A stage with what it leaves out taken from the recipe's own sections, key by key."""
+    sections = {name: {**document.get(name, {}), **stage.get(name, {})} for name in SECTIONS}
+    own = {key: stage[key] for key in ("name", "tokens") if key in stage}
+    return _recipe({**sections, "stage": {"number": number, "count": count, **own}})
+
+
+def _stages_violations(stages: Any) -> list[str]:
+    """What is wrong with each stage, and sizes that grow from one to the next."""
+    if not isinstance(stages, list) or not stages:
+        return [f"stages {stages!r} is not a list of stages"]
+    found: list[str] = []
+    least: dict[str, tuple[int, int]] = {}  # size -> the smallest so far, and whose it is
+    for number, stage in enumerate(stages, 1):
+        if not isinstance(stage, Mapping):
+            found.append(f"stage {number}: {stage!r} is not a mapping")
+            continue
+        faults = _unknown_keys(stage, ["name", "tokens", *SECTIONS], "")
+        faults += [] if "target" in stage else ["target is missing"]
+        for name, kind in SECTIONS.items():
+            faults += _section_violations(name, kind, stage[name]) if name in stage else []
+        for key in ("name", "tokens"):
+            if key in stage and (sentence := _value_violation(f"stage.{key}", stage[key])):
+                faults.append(sentence.removeprefix("stage."))
+        target = stage.get("target") if not faults else {}
+        for key, size in (target or {}).items():
+            if key in least and size > least[key][0]:
+                faults.append(f"target.{key} {size} is larger than the {least[key][0]} of stage {least[key][1]}")
+            least[key] = min(least.get(key, (size, number)), (size, number))
+        found += [f"stage {number}: {fault}" for fault in faults]
+    return found
+
+
+def _tokens(value: Any) -> int | None:
+    """A number of tokens as people write it, None where it is no whole number above zero.
+
+    >>> _tokens("40B"), _tokens("2.5e9"), _tokens("1.5K"), _tokens("0.1")
+    (40000000000, 2500000000, 1500, None)
+    """
+    match = _NUMBER.fullmatch(str(value)) if type(value) in (int, float, str) else None
+    if match is None:
+        return None
+    number = Decimal(match[1]) * _SCALE[match[2]]
+    return int(number) if number > 0 and number == number.to_integral_value() else None
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _version_violations(document: Mapping[Any, Any]) -> list[str]:
@@ -179,7 +295,11 @@ def _section_violations(section: str, kind: type, value: Any) -> list[str]:
 
 def _value_violation(key: str, value: Any) -> str | None:
     """What is wrong with one value, or None."""
-    if key.startswith("target.") or key == "experts.num_groups":
+    if key == "stage.name":
+        return None if isinstance(value, str) else f"{key} {value!r} is not a text"
+    if key == "stage.tokens":
+        return None if _tokens(value) else f"{key} {value!r} is not a number of tokens (such as 40B, 2.5e9 or 1000)"
+    if key.startswith(("target.", "stage.")) or key == "experts.num_groups":
         return None if type(value) is int and value > 0 else f"{key} {value!r} is not a positive integer"
     if key == "experts.preserve":
         is_share = type(value) in (int, float) and math.isfinite(value) and 0 <= value < 1

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_slim.cli import add_load_arguments, load_options, run_tool, tool_parser
-from megatron_slim.pruning.commands import run_plan
+from megatron_slim.pruning.commands import add_stage_argument, run_plan
 
 
 def parse_args() -> argparse.Namespace:
@@ -19,6 +19,7 @@ def parse_args() -> argparse.Namespace:
     add_load_arguments(parser, "plan for")
     parser.add_argument("--stats", type=Path, required=True, metavar="FILE", help="from tools/calibrate.py")
     parser.add_argument("--recipe", type=Path, required=True, metavar="YAML", help="what the model is to become")
+    add_stage_argument(parser)
     parser.add_argument("--save", type=Path, required=True, metavar="FILE", help="new file, plan.json")
     return parser.parse_args()
 
@@ -26,6 +27,13 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     arguments = parse_args()
     run_tool(
-        lambda: run_plan(arguments.load, arguments.stats, arguments.recipe, arguments.save, **load_options(arguments)),
+        lambda: run_plan(
+            arguments.load,
+            arguments.stats,
+            arguments.recipe,
+            arguments.save,
+            stage=arguments.stage,
+            **load_options(arguments),
+        ),
         as_json=arguments.json,
     )

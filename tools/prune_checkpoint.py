@@ -20,6 +20,7 @@ from megatron_slim.cli import (
 )
 from megatron_slim.pruning.commands import (
     add_calibration_arguments,
+    add_stage_argument,
     calibration_options,
     refuse_conflicts,
     run_prune,
@@ -32,6 +33,7 @@ def parse_args() -> argparse.Namespace:
     add_load_arguments(parser, "prune")
     parser.add_argument("--save", type=Path, metavar="DIR", help="new directory for the result")
     parser.add_argument("--recipe", type=Path, metavar="YAML", help="what the model is to become")
+    add_stage_argument(parser)
     parser.add_argument("--stats", type=Path, metavar="FILE", help="statistics made before: nothing is measured")
     parser.add_argument("--plan", type=Path, metavar="FILE", help="a plan made before: nothing is measured or decided")
     parser.add_argument("--to", choices=("hf", "torch_dist"), default="hf", help="format of the result")
@@ -49,6 +51,7 @@ def prune(args: argparse.Namespace) -> dict[str, Any]:
         args.save,
         to=args.to,
         recipe_file=args.recipe,
+        stage=args.stage,
         plan_file=args.plan,
         stats_file=args.stats,
         calibration=calibration_options(args) if args.calibration_data else None,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_slim.cli import VERIFICATION, not_negative, positive, say
 from megatron_slim.errors import SlimError
 from megatron_slim.files import refuse_existing
-from megatron_slim.recipe import Recipe, load_recipe
+from megatron_slim.recipe import Recipe, load_recipe, select_stage
 
 if TYPE_CHECKING:
     from megatron_slim.checkpoint.convert import Checkpoint
@@ -76,10 +76,17 @@ def run_calibrate(load: Path, save: Path, options: CalibrationOptions, **reading
     return {"load": str(load), "save": str(save), "sha256": stats.sha256, **stats.metadata}
 
 
-def run_plan(load: Path, stats_file: Path, recipe_file: Path, save: Path, **reading: Any) -> dict[str, Any]:
+def add_stage_argument(parser: argparse.ArgumentParser) -> None:
+    """``--stage``, the same in every tool that follows a recipe."""
+    parser.add_argument("--stage", type=positive, metavar="K", help="stage of a recipe that has stages, from 1")
+
+
+def run_plan(
+    load: Path, stats_file: Path, recipe_file: Path, save: Path, *, stage: int | None = None, **reading: Any
+) -> dict[str, Any]:
     """Make a plan of statistics, write it to a new file; ``reading`` goes to `checkpoint.convert.open_checkpoint`."""
     refuse_existing(save)
-    recipe = load_recipe(recipe_file)
+    recipe = select_stage(load_recipe(recipe_file), stage, where=str(recipe_file))
     from megatron_slim.checkpoint.convert import open_checkpoint
     from megatron_slim.pruning.apply import PrunedCheckpoint
     from megatron_slim.pruning.pipeline import comparison, print_comparison
@@ -101,6 +108,7 @@ def run_prune(
     *,
     to: str,
     recipe_file: Path | None = None,
+    stage: int | None = None,
     plan_file: Path | None = None,
     stats_file: Path | None = None,
     calibration: CalibrationOptions | None = None,
@@ -115,6 +123,7 @@ def run_prune(
         save: new directory for the result; not needed for a dry run.
         to: ``hf`` or ``torch_dist``.
         recipe_file: what is wanted; needed unless there is a plan.
+        stage: which of the recipe's stages, where it has some.
         plan_file: a plan made before; then nothing is measured.
         stats_file: statistics made before; then nothing is measured.
         calibration: data to measure on.
@@ -124,7 +133,7 @@ def run_prune(
     """
     if save is not None and not dry_run:
         refuse_existing(save)
-    recipe = load_recipe(recipe_file) if recipe_file else None
+    recipe = select_stage(load_recipe(recipe_file), stage, where=str(recipe_file)) if recipe_file else None
     from megatron_slim.checkpoint.convert import open_checkpoint
     from megatron_slim.pruning.apply import PrunedCheckpoint
     from megatron_slim.pruning.pipeline import comparison, print_comparison, write_pruned
@@ -240,5 +249,7 @@ def refuse_conflicts(args: argparse.Namespace) -> None:
         raise SlimError("--work-dir without a calibration", fix="leave it out")
     if (args.recipe is None) == (args.plan is None):
         raise SlimError("a plan holds its recipe" if args.plan else "no recipe", fix="give --recipe or --plan")
+    if args.plan is not None and args.stage is not None:
+        raise SlimError("a plan holds its recipe's stage", fix="leave --stage out")
     if args.save is None and not args.dry_run:
         raise SlimError("no output directory", fix="give --save, or --dry-run")

@@ -91,6 +91,7 @@ def markdown(plan: Plan, before: Summary, after: Summary) -> str:
     total = sum(map(len, plan.experts.values()))
     lines += [
         "",
+        *_stage(plan),
         *_period_lost(plan),
         f"- depth: {plan.recipe.depth.method}; layers dropped: {_dropped_layers(plan)}",
         f"- width: {plan.recipe.width.importance}",
@@ -102,6 +103,14 @@ def markdown(plan: Plan, before: Summary, after: Summary) -> str:
         f"- plan {plan.sha256}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _stage(plan: Plan) -> list[str]:
+    stage = plan.recipe.stage
+    if stage is None:
+        return []
+    name, tokens = stage.name and f" ({stage.name})", f"; then {stage.tokens:,} tokens" if stage.tokens else ""
+    return [f"- stage {stage.number} of {stage.count}{name}{tokens}"]
 
 
 def _period_lost(plan: Plan) -> list[str]:
