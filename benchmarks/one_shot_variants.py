@@ -14,6 +14,10 @@ TARGETS = {
     "depth": ("num_layers",),
     "width": ("hidden_size",),
     "experts": ("num_moe_experts", "moe_router_topk"),
+    "expert FFN": ("moe_ffn_hidden_size",),
+    "shared expert FFN": ("moe_shared_expert_intermediate_size",),
+    "query heads": ("num_attention_heads",),
+    "linear value heads": ("linear_num_value_heads",),
 }
 # Axis -> name of the variant -> the sections of its recipe, beside the target.
 VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
@@ -29,7 +33,10 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             for method in ("merge", "partial_preservation")
             for kind in CHOICES["experts.similarity"]
         },
+        "merge, pairwise weights": {"experts": {"method": "merge", "weighting": "pairwise"}},
+        "merge, aligned by weights": {"experts": {"method": "merge", "align": "weights"}},
     },
+    **{axis: {"by activation": {}} for axis in list(TARGETS)[3:]},
 }
 
 

@@ -17,7 +17,16 @@ from megatron_slim.recipe import CHOICES, parse_recipe
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 ONE_SHOT = "benchmarks/one_shot.py"
-TARGET = {"num_layers": 5, "hidden_size": 48, "num_moe_experts": 4, "moe_router_topk": 2}
+TARGET = {
+    "num_layers": 5,
+    "hidden_size": 48,
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 24,
+    "moe_shared_expert_intermediate_size": 24,
+    "num_attention_heads": 2,
+    "linear_num_value_heads": 2,
+}
 RECIPE = {"version": 1, "target": TARGET}
 Tool = Callable[..., Any]
 
@@ -45,7 +54,7 @@ def test_every_method_of_a_recipe_is_compared() -> None:
         used = {getattr(getattr(variant.recipe, section), name) for variant in found}
         assert used == set(choices)
     assert {variant.axis for variant in found} == {*TARGETS, ALL}
-    assert len({(variant.axis, variant.name) for variant in found}) == len(found) == 16
+    assert len({(variant.axis, variant.name) for variant in found}) == len(found) == 22
     depth = next(variant for variant in found if variant.axis == "depth")
     assert depth.recipe.to_dict()["target"] == {"num_layers": 5}
 
@@ -55,10 +64,10 @@ def test_losses_are_those_of_the_tools(tool: Tool, work: Path, tmp_path: Path) -
     outcome = tool(ONE_SHOT, *options(work), "--stats", work / "stats.safetensors", "--save", tmp_path / "table.md")
     assert outcome.code == 0, outcome.stderr
     results = outcome.json
-    assert [line for line in outcome.stderr.splitlines() if line.startswith("[17/17] all together")]
+    assert [line for line in outcome.stderr.splitlines() if line.startswith("[23/23] all together")]
     table = (tmp_path / "table.md").read_text()
-    assert table in outcome.stdout and table.count("\n|") == 2 + 17
-    assert len(results["variants"]) == 16
+    assert table in outcome.stdout and table.count("\n|") == 2 + 23
+    assert len(results["variants"]) == 22
     evaluate = ("tools/evaluate.py", "--data", work / "tokens.npy", "--micro-batch-size", 4, "--json", "--load")
     source = tool(*evaluate, work / "model").json
     assert (results["source"]["loss"], results["source"]["mtp_loss"]) == (source["loss"], source["mtp_loss"])
