@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_slim.cli import VERIFICATION, not_negative, positive, say
-from megatron_slim.errors import SlimError
+from megatron_slim.architecture.parallelism import Layout
+from megatron_slim.cli import VERIFICATION, exit_at_once, not_negative, positive, say
+from megatron_slim.errors import EXIT_USER_ERROR, SlimError
 from megatron_slim.files import refuse_existing
 from megatron_slim.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from megatron_slim.checkpoint.convert import Checkpoint
     from megatron_slim.pruning.plan import Plan
     from megatron_slim.pruning.statistics import Statistics
+
+
+SECONDS_FOR_RANK_0 = 10.0
 
 
 @dataclass(frozen=True)
@@ -53,16 +62,79 @@ def calibration_options(args: argparse.Namespace) -> CalibrationOptions:
     )
 
 
-def run_calibrate(load: Path, save: Path, options: CalibrationOptions, **reading: Any) -> dict[str, Any]:
-    """Measure statistics and write them to a new file; ``reading`` goes to `checkpoint.convert.open_checkpoint`."""
+def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
+    """The parallel sizes, under Megatron's names."""
+    group = parser.add_argument_group(
+        "parallel calibration", "under tools/torchrun.py; processes beyond these sizes are data parallel"
+    )
+    for kind in ("tensor", "pipeline", "expert"):
+        group.add_argument(f"--{kind}-model-parallel-size", type=positive, default=1, help=f"{kind} parallel size")
+
+
+def layout_options(args: argparse.Namespace) -> Layout | None:
+    """The layout that `add_layout_arguments` and the launcher gave; None for a process of its own.
+
+    Raises:
+        SlimError: sizes above 1 and no launcher.
+    """
+    layout = Layout(
+        int(os.environ.get("WORLD_SIZE", "1")),
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.expert_model_parallel_size,
+    )
+    if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
+        return layout
+    if layout != Layout(layout.world):
+        raise SlimError("parallel sizes need processes", fix="start it with tools/torchrun.py --nproc-per-node N")
+    return None
+
+
+def run_calibrate(
+    load: Path, save: Path, options: CalibrationOptions, layout: Layout | None = None, **reading: Any
+) -> dict[str, Any]:
+    """Measure statistics and write them to a new file.
+
+    Args:
+        load: checkpoint to measure, in either format.
+        save: the new file.
+        options: data to measure on.
+        layout: of the model over the processes of a launcher, all of which call this; None streams in one process.
+        reading: how to read ``load``, as `checkpoint.convert.open_checkpoint`.
+
+    Returns:
+        What was written; nothing on ranks other than 0.
+    """
     refuse_existing(save)
     from megatron_slim.checkpoint.convert import open_checkpoint
 
     source = open_checkpoint(load, **reading)
-    stats = _measure(source, options)
+    stats = _measure(source, options) if layout is None else _measure_parallel(source, options, layout)
+    if stats is None:
+        return {}
     stats.save(save)
     say(f"{save}: statistics of {stats.metadata['num_samples']} samples of {stats.metadata['seq_length']} tokens")
     return {"load": str(load), "save": str(save), "sha256": stats.sha256, **stats.metadata}
+
+
+def run_rank(load: Path, save: Path, options: CalibrationOptions, layout: Layout, **reading: Any) -> dict[str, Any]:
+    """`run_calibrate` on one rank of many: a fault is said in one line, and every rank leaves with exit code 2.
+
+    Mostly all ranks find the same fault. Rank 0 says it, and the launcher ends the others; one that is still there
+    some seconds later has found a fault of its own, and says that.
+    """
+    try:
+        results = run_calibrate(load, save, options, layout, **reading)
+    except SlimError as error:
+        if os.environ["RANK"] != "0":
+            time.sleep(SECONDS_FOR_RANK_0)
+        say(f"error: {error}")
+        exit_at_once(EXIT_USER_ERROR)
+    import torch
+
+    torch.distributed.barrier()  # nobody leaves with success before the file is there
+    torch.distributed.destroy_process_group()
+    return results
 
 
 def run_plan(load: Path, stats_file: Path, recipe_file: Path, save: Path, **reading: Any) -> dict[str, Any]:
@@ -174,20 +246,39 @@ def _load_stats(path: Path, source: Checkpoint) -> Statistics:
 
 def _measure(source: Checkpoint, options: CalibrationOptions) -> Statistics:
     from megatron_slim import device
+
+    samples = _read_samples(source, options)
+    device.install()
+    from megatron_slim.pruning.calibrate import calibrate
+
+    say(f"calibrating on {samples.shape[0]} samples of {samples.shape[1]} tokens")
+    return calibrate(source, samples, micro_batch_size=options.micro_batch_size)
+
+
+def _measure_parallel(source: Checkpoint, options: CalibrationOptions, layout: Layout) -> Statistics | None:
+    from megatron_slim import device
+
+    if found := layout.violations(source.shape, seq_length=layout.tp):  # the samples' length is not known yet
+        raise SlimError("; ".join(found), fix="choose other parallel sizes")
+    samples = _read_samples(source, options)
+    device.install()
+    from megatron_slim.pruning.parallel import calibrate_parallel
+
+    if os.environ["RANK"] == "0":
+        say(f"calibrating on {samples.shape[0]} samples of {samples.shape[1]} tokens, {layout.world} processes")
+    return calibrate_parallel(source, samples, layout, micro_batch_size=options.micro_batch_size)
+
+
+def _read_samples(source: Checkpoint, options: CalibrationOptions) -> npt.NDArray[np.int64]:
     from megatron_slim.pruning.samples import read_calibration_samples
 
-    samples = read_calibration_samples(
+    return read_calibration_samples(
         options.data,
         source.shape,
         num_samples=options.num_samples,
         seq_length=options.seq_length,
         seed=options.seed,
     )
-    device.install()
-    from megatron_slim.pruning.calibrate import calibrate
-
-    say(f"calibrating on {samples.shape[0]} samples of {samples.shape[1]} tokens")
-    return calibrate(source, samples, micro_batch_size=options.micro_batch_size)
 
 
 def refuse_conflicts(args: argparse.Namespace) -> None:

@@ -182,9 +182,7 @@ class Reference:
         found[statistics.hidden_key("norm_activation")] = first.numpy()
         found[statistics.hidden_key("norm_activation_l2")] = second.numpy()
         if self.shape.mtp_num_layers:
-            found |= self.block(
-                "mtp.layers.0", self.mtp["input"], self.mtp["output"], self.mtp["moe"], self.mtp["heads"]
-            )
+            found |= self.block("mtp.layers.0", **self.mtp)
         return found
 
 
