@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_slim.architecture.parallelism import Layout
-from megatron_slim.cli import VERIFICATION, exit_at_once, not_negative, positive, say
+from megatron_slim.cli import VERIFICATION, exit_at_once, not_negative, positive, say, user_error
 from megatron_slim.errors import EXIT_USER_ERROR, SlimError
 from megatron_slim.files import refuse_existing
 from megatron_slim.recipe import Recipe, load_recipe
@@ -125,10 +125,13 @@ def run_rank(load: Path, save: Path, options: CalibrationOptions, layout: Layout
     """
     try:
         results = run_calibrate(load, save, options, layout, **reading)
-    except SlimError as error:
+    except Exception as error:
+        fault = user_error(error)
+        if fault is None:
+            raise
         if os.environ["RANK"] != "0":
             time.sleep(SECONDS_FOR_RANK_0)
-        say(f"error: {error}")
+        say(f"error: {fault}")
         exit_at_once(EXIT_USER_ERROR)
     import torch
 
