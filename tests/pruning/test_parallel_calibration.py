@@ -52,20 +52,24 @@ def measure(path: str, samples: np.ndarray, layouts: dict[str, dict[str, int]]) 
     ("ranks", "layouts"), [(2, TWO), pytest.param(4, FOUR, marks=pytest.mark.slow)], ids=["two", "four"]
 )
 def test_every_layout_gives_the_numbers_of_one_process(
-    family: str, ranks: int, layouts: dict[str, dict[str, int]], tmp_path: Path
+    family: str,
+    ranks: int,
+    layouts: dict[str, dict[str, int]],
+    tmp_path: Path,
+    fp64_statistics: Callable[..., dict[str, np.ndarray]],
+    assert_close: Callable[..., None],
 ) -> None:
     """Five samples: neither two data-parallel ranks nor micro-batches of two divide them."""
     shape = SHAPES[family]
     samples = np.random.default_rng(1).integers(0, shape.vocab_size, (5, 24))
     source = HFCheckpoint.open(write_tiny_checkpoint(tmp_path / "hf", shape, dtype=torch.float32))
     expected = calibrate(source, samples, micro_batch_size=2).tensors
+    reference = fp64_statistics(source, samples)
     found = run_distributed(ranks, measure, str(source.path), samples, layouts)
     assert found[0].keys() == layouts.keys() and not any(found[1:])
     for layout, tensors in found[0].items():
-        assert tensors.keys() == expected.keys()
-        for key, values in expected.items():
-            atol = 1e-5 if "similarity" in key else 1e-5 * float(np.abs(values).max()) if key.endswith("ffn") else 0
-            np.testing.assert_allclose(tensors[key], values, rtol=1e-5, atol=atol, err_msg=f"{layout} {key}")
+        assert_close(tensors, expected, layout)
+        assert_close(tensors, reference, layout)
 
 
 def refusal(path: str, samples: np.ndarray, sizes: dict[str, int], broken: str) -> str:
