@@ -15,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_slim.cli import add_load_arguments, load_options, positive, run_tool, tool_parser
-from megatron_slim.pruning.commands import add_calibration_arguments
+from megatron_slim.pruning.calibration_commands import add_calibration_arguments
 
 RECIPE = Path(__file__).resolve().parents[1] / "examples" / "slimqwen" / "recipes" / "demo.yaml"
 

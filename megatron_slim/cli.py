@@ -157,7 +157,7 @@ def run_tool(main: Callable[[], dict[str, Any]], *, as_json: bool) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         raise SystemExit(128 + signal.SIGPIPE) from None
     except Exception as error:
-        fault = _user_error(error)
+        fault = user_error(error)
         if fault is None:
             raise
         with contextlib.suppress(OSError):
@@ -165,7 +165,7 @@ def run_tool(main: Callable[[], dict[str, Any]], *, as_json: bool) -> None:
         raise SystemExit(EXIT_USER_ERROR) from None
 
 
-def _user_error(error: Exception) -> SlimError | None:
+def user_error(error: Exception) -> SlimError | None:
     """The error as one that a user can mend, if it is one."""
     if isinstance(error, SlimError):
         return error

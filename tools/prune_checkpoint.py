@@ -18,13 +18,8 @@ from megatron_slim.cli import (
     tool_parser,
     write_options,
 )
-from megatron_slim.pruning.commands import (
-    add_calibration_arguments,
-    add_stage_argument,
-    calibration_options,
-    refuse_conflicts,
-    run_prune,
-)
+from megatron_slim.pruning.calibration_commands import add_calibration_arguments, calibration_options
+from megatron_slim.pruning.commands import add_stage_argument, refuse_conflicts, run_prune
 
 
 def parse_args() -> argparse.Namespace:

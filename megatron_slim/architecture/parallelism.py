@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from megatron_slim.architecture.shape import ModelShape
 
 
@@ -42,3 +44,36 @@ def layout_violations(
             f"num_query_groups {shape.num_query_groups} neither divides nor is divided by tensor parallel size {tp}"
         )
     return found
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to lay a model out over processes; experts are not split (expert tensor parallel size 1).
+
+    Attributes:
+        world: number of processes.
+        tp: tensor parallel size, with sequence parallelism where it is above 1.
+        pp: pipeline parallel size.
+        ep: expert parallel size.
+    """
+
+    world: int = 1
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+
+    def violations(self, shape: ModelShape, seq_length: int) -> list[str]:
+        """Everything that keeps a model, or sequences of this length, from being laid out like this.
+
+        >>> from megatron_slim.testing import tiny_shape
+        >>> Layout(4, tp=2, pp=4).violations(tiny_shape(), seq_length=7)
+        ['4 processes do not divide into groups of tp 2 x pp 4', 'sequences of 7 tokens do not divide by tp 2']
+        """
+        found = [
+            f"{self.world} processes do not divide into groups of {name} {size} x pp {self.pp}"
+            for name, size in (("tp", self.tp), ("ep", self.ep))
+            if self.world % (size * self.pp)
+        ]
+        if seq_length % self.tp:
+            found.append(f"sequences of {seq_length} tokens do not divide by tp {self.tp}")
+        return found + layout_violations(shape, tp=self.tp, pp=self.pp, ep=self.ep)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_slim.cli import VERIFICATION, not_negative, positive, say
+from megatron_slim.cli import VERIFICATION, positive, say
 from megatron_slim.errors import SlimError
 from megatron_slim.files import refuse_existing
+from megatron_slim.pruning.calibration_commands import CalibrationOptions, measure, opened_work_dir
 from megatron_slim.recipe import Recipe, load_recipe, select_stage
 
 if TYPE_CHECKING:
@@ -20,60 +18,6 @@ if TYPE_CHECKING:
     from megatron_slim.pruning.plan import Plan
     from megatron_slim.pruning.statistics import Statistics
     from megatron_slim.pruning.work_dir import WorkDir
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """Data for calibration and how to read it; see `samples.read_calibration_samples`."""
-
-    data: Path
-    num_samples: int | None
-    seq_length: int | None
-    seed: int
-    micro_batch_size: int | None
-    work_dir: Path | None = None
-
-
-def add_calibration_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """The arguments of calibration, the same in every tool that calibrates."""
-    group = parser.add_argument_group("calibration")
-    group.add_argument(
-        "--calibration-data",
-        type=Path,
-        required=required,
-        metavar="DATA",
-        help="prefix of a Megatron .bin/.idx pair, or a .npy integer matrix [samples, sequence] used as it is",
-    )
-    group.add_argument("--num-samples", type=positive, help="samples, drawn at random (.bin: 1024 if not given)")
-    group.add_argument("--seq-length", type=positive, help="tokens per sample (.bin: at most 4096 if not given)")
-    group.add_argument("--seed", type=not_negative, default=1234, help="seed of the draw")
-    group.add_argument("--micro-batch-size", type=positive, help="samples in one forward pass (about 4096 tokens)")
-    group.add_argument(
-        "--work-dir",
-        type=Path,
-        metavar="DIR",
-        help="keep hidden states here, not in memory, and progress: the same command goes on after a kill",
-    )
-
-
-def calibration_options(args: argparse.Namespace) -> CalibrationOptions:
-    """The options that `add_calibration_arguments` gave."""
-    return CalibrationOptions(
-        args.calibration_data, args.num_samples, args.seq_length, args.seed, args.micro_batch_size, args.work_dir
-    )
-
-
-def run_calibrate(load: Path, save: Path, options: CalibrationOptions, **reading: Any) -> dict[str, Any]:
-    """Measure statistics and write them to a new file; ``reading`` goes to `checkpoint.convert.open_checkpoint`."""
-    refuse_existing(save)
-    from megatron_slim.checkpoint.convert import open_checkpoint
-
-    source = open_checkpoint(load, **reading)
-    with _work_dir(options) as work:
-        stats = _measure(source, options, work)
-        stats.save(save)
-    say(f"{save}: statistics of {stats.metadata['num_samples']} samples of {stats.metadata['seq_length']} tokens")
-    return {"load": str(load), "save": str(save), "sha256": stats.sha256, **stats.metadata}
 
 
 def add_stage_argument(parser: argparse.ArgumentParser) -> None:
@@ -140,7 +84,7 @@ def run_prune(
     from megatron_slim.pruning.plan_reader import load_plan
 
     source = open_checkpoint(load, **(reading or {}))
-    with _work_dir(calibration) as work:
+    with opened_work_dir(calibration) as work:
         if plan_file is not None:
             plan, stats = load_plan(plan_file), None
         else:
@@ -187,7 +131,7 @@ def _decide(
         stats = _load_stats(stats_file, source)
     else:
         assert calibration is not None
-        stats = _measure(source, calibration, work)
+        stats = measure(source, calibration, work)
     return make_plan(recipe, stats, source.shape), stats
 
 
@@ -198,33 +142,6 @@ def _load_stats(path: Path, source: Checkpoint) -> Statistics:
     stats = Statistics.load(path)
     stats.check(source.shape, fingerprint(source), where=str(path))
     return stats
-
-
-def _work_dir(options: CalibrationOptions | None) -> AbstractContextManager[WorkDir | None]:
-    """The work directory of a calibration, if it has one."""
-    if options is None or options.work_dir is None:
-        return contextlib.nullcontext()
-    from megatron_slim.pruning.work_dir import open_work_dir
-
-    return open_work_dir(options.work_dir)
-
-
-def _measure(source: Checkpoint, options: CalibrationOptions, work: WorkDir | None) -> Statistics:
-    from megatron_slim import device
-    from megatron_slim.pruning.samples import read_calibration_samples
-
-    samples = read_calibration_samples(
-        options.data,
-        source.shape,
-        num_samples=options.num_samples,
-        seq_length=options.seq_length,
-        seed=options.seed,
-    )
-    device.install()
-    from megatron_slim.pruning.calibrate import calibrate
-
-    say(f"calibrating on {samples.shape[0]} samples of {samples.shape[1]} tokens")
-    return calibrate(source, samples, micro_batch_size=options.micro_batch_size, work=work)
 
 
 def refuse_conflicts(args: argparse.Namespace) -> None:

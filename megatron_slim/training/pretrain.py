@@ -24,6 +24,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args, parse_args
 from torch import Tensor
 
+from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.layer_specs import build_model, shape_config_fields
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import open_checkpoint
@@ -34,7 +35,7 @@ from megatron_slim.checkpoint.huggingface_writer import carry_files
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.cli import exit_at_once
 from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine
-from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel, HiddenStatesModel
+from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel
 from megatron_slim.errors import EXIT_USER_ERROR, CheckpointError, SlimError
 from megatron_slim.files import new_directory, to_json, write_atomic
 from megatron_slim.training.arguments import install_argv, padded_vocab_size, shape_directory

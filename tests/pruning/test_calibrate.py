@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_slim import device
-from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import CheckpointError, DataError
@@ -22,177 +22,6 @@ from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 device.install()
 
 from megatron_slim.pruning.calibrate import calibrate  # noqa: E402 (megatron is imported after the seam)
-
-
-class Reference:
-    """All statistics, from transformers' fp32 hidden states, in fp64 and without Megatron."""
-
-    def __init__(self, checkpoint: HFCheckpoint, samples: np.ndarray) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self.checkpoint, self.shape = checkpoint, checkpoint.shape
-        self.tokens = torch.from_numpy(samples)
-        self.model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
-        self.seen: dict[str, Tensor] = {}
-        for index, layer in enumerate(self.model.model.layers):
-            for name in ("input_layernorm", "post_attention_layernorm"):
-                self._watch(f"{index}.{name}", getattr(layer, name))
-            self._watch(f"{index}.output", layer)
-            mixer = layer.self_attn.o_proj if hasattr(layer, "self_attn") else layer.linear_attn.out_proj
-            self._watch_input(f"{index}.heads", mixer)
-        self._watch("norm", self.model.model.norm)
-        self._watch("embedding", self.model.model.embed_tokens)
-        with torch.no_grad():
-            self.model(self.tokens, use_cache=False)
-            self.trunk = dict(self.seen)
-            if self.shape.mtp_num_layers:
-                self._run_mtp_block()
-
-    def _watch(self, name: str, module: torch.nn.Module) -> None:
-        def keep(module: Any, args: Any, output: Any) -> None:
-            self.seen[name] = (output[0] if isinstance(output, tuple) else output).detach().double()
-
-        module.register_forward_hook(keep)
-
-    def _watch_input(self, name: str, module: torch.nn.Module) -> None:
-        def keep(module: Any, args: Any) -> None:
-            self.seen[name] = args[0].detach().double()
-
-        module.register_forward_pre_hook(keep)
-
-    def weight(self, name: str) -> Tensor:
-        return self.checkpoint.read(name).double()
-
-    def _norm(self, x: Tensor, name: str) -> Tensor:
-        return torch.nn.functional.rms_norm(x, x.shape[-1:], 1 + self.weight(name), self.shape.layernorm_epsilon)
-
-    def _run_mtp_block(self) -> None:
-        """The MTP block, which transformers has no class for: one of its layers, reloaded, with its experts by hand."""
-        pair = (
-            self._norm(self.seen["embedding"][:, 1:], "mtp.pre_fc_norm_embedding.weight"),
-            self._norm(self.seen["norm"][:, :-1], "mtp.pre_fc_norm_hidden.weight"),
-        )
-        hidden = (torch.cat(pair, -1) @ self.weight("mtp.fc.weight").T).float()
-        index = self.shape.layer_types.index(FULL_ATTENTION)
-        layer = self.model.model.layers[index]
-        self._watch("mtp.attention", layer.self_attn)
-        state = {
-            name: self.checkpoint.read(f"mtp.layers.0.{name}").float()
-            for name in layer.state_dict()
-            if ".experts." not in name
-        }
-        layer.load_state_dict(state, strict=False)
-        length = hidden.shape[1]
-        positions = torch.arange(length)[None]
-        mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
-        rotary = self.model.model.rotary_emb(hidden, positions)
-        layer(hidden, position_embeddings=rotary, attention_mask=mask, position_ids=positions)
-        attention, moe = self.seen["mtp.attention"], self.seen[f"{index}.post_attention_layernorm"]
-        self.mtp = {
-            "before": hidden.double(),
-            "after": hidden.double() + attention + self._moe("mtp.layers.0", moe),
-            "moe": moe,
-            "heads": self.seen[f"{index}.heads"],
-        }
-
-    def _gate_up(self, x: Tensor, prefix: str) -> Tensor:
-        gate, up = (x @ self.weight(f"{prefix}.{name}_proj.weight").T for name in ("gate", "up"))
-        return torch.nn.functional.silu(gate) * up
-
-    def _routing(self, block: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        logits = x @ self.weight(f"{block}.mlp.gate.weight").T
-        probabilities = logits.softmax(-1)
-        chosen = torch.zeros_like(logits, dtype=torch.bool)
-        chosen.scatter_(1, logits.topk(self.shape.moe_router_topk).indices, True)
-        shares = probabilities * chosen / (probabilities * chosen).sum(-1, keepdim=True)
-        return logits, chosen, shares, shares if self.shape.norm_topk_prob else probabilities * chosen
-
-    def _moe(self, block: str, inputs: Tensor) -> Tensor:
-        """What the experts of a block make of their inputs [samples, positions, hidden]."""
-        x = inputs.flatten(0, 1)
-        gates = self._routing(block, x)[3]
-        total = torch.zeros_like(x)
-        for expert in range(self.shape.num_moe_experts):
-            prefix = f"{block}.mlp.experts.{expert}"
-            down = self.weight(f"{prefix}.down_proj.weight")
-            total += gates[:, expert, None] * (self._gate_up(x, prefix) @ down.T)
-        if self.shape.moe_shared_expert_intermediate_size:
-            shared = (
-                self._gate_up(x, f"{block}.mlp.shared_expert")
-                @ self.weight(f"{block}.mlp.shared_expert.down_proj.weight").T
-            )
-            total += (x @ self.weight(f"{block}.mlp.shared_expert_gate.weight").T).sigmoid() * shared
-        return total.view_as(inputs)
-
-    def experts(self, block: str, inputs: Tensor) -> dict[str, np.ndarray]:
-        x = inputs.flatten(0, 1)
-        logits, chosen, shares, gates = self._routing(block, x)
-        count, ffn = self.shape.num_moe_experts, self.shape.moe_ffn_hidden_size
-        reap, norms = torch.zeros(count).double(), torch.zeros(count).double()
-        vectors, neurons = torch.zeros(count, x.shape[1]).double(), torch.zeros(count, ffn).double()
-        for expert in range(count):
-            prefix = f"{block}.mlp.experts.{expert}"
-            inner = self._gate_up(x[chosen[:, expert]], prefix)
-            output = inner @ self.weight(f"{prefix}.down_proj.weight").T
-            if len(inner):
-                lengths = output.square().sum(-1).sqrt()
-                reap[expert] = (gates[chosen[:, expert], expert] * lengths).mean()
-                norms[expert] = lengths.sum() / len(x)
-                vectors[expert], neurons[expert] = output.mean(0), inner.abs().mean(0)
-        found = {
-            statistics.importance_key(block, "frequency"): chosen.double().mean(0).numpy(),
-            statistics.importance_key(block, "soft_logits"): shares.mean(0).numpy(),
-            statistics.importance_key(block, "reap"): reap.numpy(),
-            statistics.importance_key(block, "output_norm"): norms.numpy(),
-            statistics.similarity_key(block, "router_weights"): cosines(self.weight(f"{block}.mlp.gate.weight")),
-            statistics.similarity_key(block, "router_logits"): cosines(logits.T),
-            statistics.similarity_key(block, "expert_vectors"): cosines(vectors),
-            statistics.expert_ffn_key(block): neurons.numpy(),
-        }
-        if self.shape.moe_shared_expert_intermediate_size:
-            shared = self._gate_up(x, f"{block}.mlp.shared_expert")
-            found[statistics.shared_ffn_key(block)] = shared.abs().mean(0).numpy()
-        return found
-
-    def block(self, block: str, before: Tensor, after: Tensor, moe: Tensor, heads: Tensor) -> dict[str, np.ndarray]:
-        kind = self.shape.layer_type(block)
-        dim = self.shape.kv_channels if kind == FULL_ATTENTION else self.shape.linear_value_head_dim
-        lengths = heads.unflatten(-1, (-1, dim)).square().sum(-1).sqrt()
-        pooled, made = before.mean((0, 1)), after.mean((0, 1))
-        each = (before * after).sum(-1) / before.square().sum(-1).sqrt() / after.square().sum(-1).sqrt()
-        return self.experts(block, moe) | {
-            statistics.layer_key(block, "cosine"): (pooled @ made / pooled.norm() / made.norm()).numpy(),
-            statistics.layer_key(block, "block_influence"): (1 - each.mean()).numpy(),
-            statistics.heads_key(block, kind): lengths.mean((0, 1)).numpy(),
-        }
-
-    def all(self) -> dict[str, np.ndarray]:
-        found: dict[str, np.ndarray] = {}
-        sites, seen = ["norm"], self.trunk
-        for layer in range(self.shape.num_layers):
-            before = seen["embedding" if layer == 0 else f"{layer - 1}.output"]
-            moe = seen[f"{layer}.post_attention_layernorm"]
-            found |= self.block(f"model.layers.{layer}", before, seen[f"{layer}.output"], moe, seen[f"{layer}.heads"])
-            sites += [f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm"]
-        means = [seen[site].abs().mean(1) for site in sites]
-        first = sum(mean.mean(0) for mean in means) / self.shape.num_layers
-        second = sum(mean.square().sum(0).sqrt() for mean in means) / self.shape.num_layers
-        found[statistics.hidden_key("norm_activation")] = first.numpy()
-        found[statistics.hidden_key("norm_activation_l2")] = second.numpy()
-        if self.shape.mtp_num_layers:
-            found |= self.block(
-                "mtp.layers.0", self.mtp["input"], self.mtp["output"], self.mtp["moe"], self.mtp["heads"]
-            )
-        return found
-
-
-def cosines(rows: Tensor) -> np.ndarray:
-    lengths = rows.norm(dim=-1, keepdim=True)
-    unit = torch.where(lengths > 0, rows / lengths, torch.zeros_like(rows))
-    return (unit @ unit.T).numpy()
-
 
 SHAPES = {
     "hybrid": tiny_shape(num_layers=5),
@@ -213,34 +42,24 @@ SHAPES = {
 }
 
 
-def tolerance(key: str, values: np.ndarray) -> float:
-    """Absolute tolerance: what passes through zero is compared on its scale.
-
-    That is cosines of random vectors, of scale 1, and the activation of a neuron of an expert that few tokens visit.
-    """
-    if "similarity" in key:
-        return 1e-5
-    return 1e-5 * float(np.abs(values).max()) if key.endswith("experts.ffn") else 0
-
-
 def calibrated(path: Path, shape: ModelShape, samples: np.ndarray, **kwargs: Any) -> tuple[HFCheckpoint, Any]:
     source = HFCheckpoint.open(write_tiny_checkpoint(path, shape, dtype=torch.float32))
     return source, calibrate(source, samples, **kwargs)
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_statistics_equal_fp64_reference(name: str, tmp_path: Path) -> None:
+def test_statistics_equal_fp64_reference(
+    name: str, tmp_path: Path, fp64_statistics: Callable[..., dict[str, np.ndarray]], assert_close: Callable[..., None]
+) -> None:
     shape = SHAPES[name]
     size = (1, 5) if "never" in name else (5, 24)
     samples = np.random.default_rng(1).integers(0, shape.vocab_size, size)
     source, stats = calibrated(tmp_path / "hf", shape, samples, micro_batch_size=2)
     stats.check(shape, fingerprint(source))
-    expected = Reference(source, samples).all()
-    assert stats.tensors.keys() == expected.keys()
+    expected = fp64_statistics(source, samples)
     if "never" in name:
         assert all((expected[statistics.importance_key(b, "reap")] == 0).any() for b in shape.blocks)
-    for key, values in expected.items():
-        np.testing.assert_allclose(stats.tensors[key], values, rtol=1e-5, atol=tolerance(key, values), err_msg=key)
+    assert_close(stats.tensors, expected)
 
 
 def test_batch_size_changes_nothing_but_rounding(tmp_path: Path) -> None:

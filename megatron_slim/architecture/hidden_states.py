@@ -1,0 +1,68 @@
+"""A GPTModel without its losses: it ends with hidden states, the MTP block's too.
+
+Shapes: s sequence (of this rank, under sequence parallelism), b batch, h hidden size, D MTP depths.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+
+class HiddenStatesModel(GPTModel):
+    """A GPTModel that ends with hidden states: [s, b, h], on the last stage [(1 + D) s, b, h], main head first.
+
+    GPTModel itself would compute logits and, with MTP, attach losses to the graph even when it is given no labels.
+    """
+
+    runs_mtp = True
+
+    def _postprocess(self, hidden_states: Tensor, mtp_in_postprocess: bool | None = None, **inputs: Any) -> Tensor:
+        if not (mtp_in_postprocess and self.runs_mtp):
+            return hidden_states
+        names = (
+            "input_ids",
+            "position_ids",
+            "attention_mask",
+            "rotary_pos_emb",
+            "rotary_pos_cos",
+            "rotary_pos_sin",
+            "packed_seq_params",
+            "sequence_len_offset",
+            "padding_mask",
+        )
+        hidden_states = self.mtp(
+            hidden_states=hidden_states, embedding=self.embedding, **{name: inputs[name] for name in names}
+        )
+        return hidden_states
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Weights only.
+
+        The ``_extra_state`` of Transformer Engine's modules (FP8 amax histories, refilled within a few steps) and of
+        the local ones (nothing at all) would tie a checkpoint to the modules that wrote it.
+        """
+        state: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
+        return {
+            # By the checkpoint's name: in the state dict grouped experts call theirs _extra_state, _extra_state1, ...
+            key: LocalNonpersistentObject(value.data) if value.key.endswith("_extra_state") else value
+            for key, value in state.items()
+        }
+
+    @property
+    def mtp_depths(self) -> int:
+        """Number of MTP heads whose hidden states the last stage returns."""
+        return (self.config.mtp_num_layers or 0) if self.runs_mtp else 0
+
+    def heads(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """Hidden states of the main head and of every MTP depth, [s, b, h] each."""
+        return torch.chunk(hidden_states, 1 + self.mtp_depths, dim=0)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Logits [s of the whole sequence, b, columns of this rank] of one head."""
+        logits, _ = self.output_layer(hidden_states)
+        return logits

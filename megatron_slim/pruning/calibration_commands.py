@@ -1,0 +1,196 @@
+"""What tools/calibrate.py does, and what of it tools/prune_checkpoint.py does too: options, data, measuring."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_slim.architecture.parallelism import Layout
+from megatron_slim.cli import exit_at_once, not_negative, positive, say, user_error
+from megatron_slim.errors import EXIT_USER_ERROR, SlimError
+from megatron_slim.files import refuse_existing
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from megatron_slim.checkpoint.convert import Checkpoint
+    from megatron_slim.pruning.statistics import Statistics
+    from megatron_slim.pruning.work_dir import WorkDir
+
+SECONDS_FOR_RANK_0 = 10.0
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """Data for calibration and how to read it; see `samples.read_calibration_samples`."""
+
+    data: Path
+    num_samples: int | None
+    seq_length: int | None
+    seed: int
+    micro_batch_size: int | None
+    work_dir: Path | None = None
+
+
+def add_calibration_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """The arguments of calibration, the same in every tool that calibrates."""
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--calibration-data",
+        type=Path,
+        required=required,
+        metavar="DATA",
+        help="prefix of a Megatron .bin/.idx pair, or a .npy integer matrix [samples, sequence] used as it is",
+    )
+    group.add_argument("--num-samples", type=positive, help="samples, drawn at random (.bin: 1024 if not given)")
+    group.add_argument("--seq-length", type=positive, help="tokens per sample (.bin: at most 4096 if not given)")
+    group.add_argument("--seed", type=not_negative, default=1234, help="seed of the draw")
+    group.add_argument("--micro-batch-size", type=positive, help="samples in one forward pass (about 4096 tokens)")
+    group.add_argument(
+        "--work-dir",
+        type=Path,
+        metavar="DIR",
+        help="keep hidden states here, not in memory, and progress: the same command goes on after a kill",
+    )
+
+
+def calibration_options(args: argparse.Namespace) -> CalibrationOptions:
+    """The options that `add_calibration_arguments` gave."""
+    return CalibrationOptions(
+        args.calibration_data, args.num_samples, args.seq_length, args.seed, args.micro_batch_size, args.work_dir
+    )
+
+
+def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
+    """The parallel sizes, under Megatron's names."""
+    group = parser.add_argument_group(
+        "parallel calibration", "under tools/torchrun.py; processes beyond these sizes are data parallel"
+    )
+    for kind in ("tensor", "pipeline", "expert"):
+        group.add_argument(f"--{kind}-model-parallel-size", type=positive, default=1, help=f"{kind} parallel size")
+
+
+def layout_options(args: argparse.Namespace) -> Layout | None:
+    """The layout that `add_layout_arguments` and the launcher gave; None for a process of its own.
+
+    Raises:
+        SlimError: sizes above 1 and no launcher.
+    """
+    layout = Layout(
+        int(os.environ.get("WORLD_SIZE", "1")),
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.expert_model_parallel_size,
+    )
+    if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
+        return layout
+    if layout != Layout(layout.world):
+        raise SlimError("parallel sizes need processes", fix="start it with tools/torchrun.py --nproc-per-node N")
+    return None
+
+
+def run_calibrate(
+    load: Path, save: Path, options: CalibrationOptions, layout: Layout | None = None, **reading: Any
+) -> dict[str, Any]:
+    """Measure statistics and write them to a new file.
+
+    Args:
+        load: checkpoint to measure, in either format.
+        save: the new file.
+        options: data to measure on.
+        layout: of the model over the processes of a launcher, all of which call this; None streams in one process.
+        reading: how to read ``load``, as `checkpoint.convert.open_checkpoint`.
+
+    Returns:
+        What was written; nothing on ranks other than 0.
+    """
+    refuse_existing(save)
+    from megatron_slim.checkpoint.convert import open_checkpoint
+
+    source = open_checkpoint(load, **reading)
+    with opened_work_dir(options) as work:
+        stats = measure(source, options, work) if layout is None else _measure_parallel(source, options, layout)
+        if stats is None:
+            return {}
+        stats.save(save)
+    say(f"{save}: statistics of {stats.metadata['num_samples']} samples of {stats.metadata['seq_length']} tokens")
+    return {"load": str(load), "save": str(save), "sha256": stats.sha256, **stats.metadata}
+
+
+def run_rank(load: Path, save: Path, options: CalibrationOptions, layout: Layout, **reading: Any) -> dict[str, Any]:
+    """`run_calibrate` on one rank of many: a fault is said in one line, and every rank leaves with exit code 2.
+
+    Mostly all ranks find the same fault. Rank 0 says it, and the launcher ends the others; one that is still there
+    some seconds later has found a fault of its own, and says that.
+    """
+    try:
+        results = run_calibrate(load, save, options, layout, **reading)
+    except Exception as error:
+        fault = user_error(error)
+        if fault is None:
+            raise
+        if os.environ["RANK"] != "0":
+            time.sleep(SECONDS_FOR_RANK_0)
+        say(f"error: {fault}")
+        exit_at_once(EXIT_USER_ERROR)
+    import torch
+
+    torch.distributed.barrier()  # nobody leaves with success before the file is there
+    torch.distributed.destroy_process_group()
+    return results
+
+
+def opened_work_dir(options: CalibrationOptions | None) -> AbstractContextManager[WorkDir | None]:
+    """The work directory of a calibration, if it has one."""
+    if options is None or options.work_dir is None:
+        return contextlib.nullcontext()
+    from megatron_slim.pruning.work_dir import open_work_dir
+
+    return open_work_dir(options.work_dir)
+
+
+def measure(source: Checkpoint, options: CalibrationOptions, work: WorkDir | None) -> Statistics:
+    """Measure in this process; ``work`` as `calibrate.calibrate`."""
+    from megatron_slim import device
+
+    samples = _read_samples(source, options)
+    device.install()
+    from megatron_slim.pruning.calibrate import calibrate
+
+    say(f"calibrating on {samples.shape[0]} samples of {samples.shape[1]} tokens")
+    return calibrate(source, samples, micro_batch_size=options.micro_batch_size, work=work)
+
+
+def _measure_parallel(source: Checkpoint, options: CalibrationOptions, layout: Layout) -> Statistics | None:
+    from megatron_slim import device
+
+    if options.work_dir is not None:
+        raise SlimError("--work-dir is for one process, which streams", fix="leave it out under a launcher")
+    if found := layout.violations(source.shape, seq_length=layout.tp):  # the samples' length is not known yet
+        raise SlimError("; ".join(found), fix="choose other parallel sizes")
+    samples = _read_samples(source, options)
+    device.install()
+    from megatron_slim.pruning.parallel import calibrate_parallel
+
+    if os.environ["RANK"] == "0":
+        say(f"calibrating on {samples.shape[0]} samples of {samples.shape[1]} tokens, {layout.world} processes")
+    return calibrate_parallel(source, samples, layout, micro_batch_size=options.micro_batch_size)
+
+
+def _read_samples(source: Checkpoint, options: CalibrationOptions) -> npt.NDArray[np.int64]:
+    from megatron_slim.pruning.samples import read_calibration_samples
+
+    return read_calibration_samples(
+        options.data,
+        source.shape,
+        num_samples=options.num_samples,
+        seq_length=options.seq_length,
+        seed=options.seed,
+    )
