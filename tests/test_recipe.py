@@ -293,6 +293,7 @@ SHIPPED: dict[str, tuple[ModelShape, list[tuple[float, float]]]] = {
     "slimqwen_24a2b_to_6a1b.yaml": (teacher(num_layers=28, num_moe_experts=256, moe_router_topk=8), [(5.9, 1.1)]),
     "qwen3_moe_30a3b_to_9a2b.yaml": (moe_teacher(), [(9.1, 2.0)]),
     "demo.yaml": (demo_teacher(), []),
+    "demo_every_axis.yaml": (demo_teacher(), []),
 }
 
 
