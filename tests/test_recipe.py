@@ -113,7 +113,7 @@ BAD = {
     "version: true\ntarget: {}": "version True is not supported",
     "version: 1\ntarget: {num_layer: 3}": "unknown key target.num_layer (did you mean 'num_layers'?)",
     "version: 1\ntarget: {}\nexpert: {}": "unknown key expert (did you mean 'experts'?)",
-    "version: 1\ntarget: {}\n7: {}": "unknown key 7 (known: version, target, depth, width, experts, stages, stage)",
+    "version: 1\ntarget: {}\n7: {}": "unknown key 7 (known: version, target, depth, width, experts, search,",
     "version: 1\ntarget: 5": "target 5 is not a mapping",
     "version: 1\ntarget: {}\ndepth:": "depth None is not a mapping",
     "version: 1\ntarget: {num_layers: '3'}": "target.num_layers '3' is not a positive integer",
