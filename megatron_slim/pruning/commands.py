@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,29 @@ class CalibrationOptions:
     seed: int
     micro_batch_size: int | None
     work_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How the candidates of a budget are measured.
+
+    Attributes:
+        losses: of a source, what gives the loss of a plan's result; refuses bad data when it is called.
+        top: how many candidates, the best first.
+    """
+
+    losses: Callable[[Checkpoint], Callable[[Plan], float]]
+    top: int
+
+    def options(self, recipe: Recipe, source: Checkpoint, *, where: str) -> dict[str, Any]:
+        """Arguments of `plan.make_plan`.
+
+        Raises:
+            SlimError: there is nothing to choose between.
+        """
+        if recipe.budget is None:
+            raise SlimError("--search-data, but the recipe has no budget", where=where, fix="leave it out")
+        return {"measure": self.losses(source), "top": self.top}
 
 
 def add_calibration_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -82,7 +105,14 @@ def add_stage_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def run_plan(
-    load: Path, stats_file: Path, recipe_file: Path, save: Path, *, stage: int | None = None, **reading: Any
+    load: Path,
+    stats_file: Path,
+    recipe_file: Path,
+    save: Path,
+    *,
+    stage: int | None = None,
+    measuring: Measuring | None = None,
+    **reading: Any,
 ) -> dict[str, Any]:
     """Make a plan of statistics, write it to a new file; ``reading`` goes to `checkpoint.convert.open_checkpoint`."""
     refuse_existing(save)
@@ -94,7 +124,8 @@ def run_plan(
 
     source = open_checkpoint(load, **reading)
     check_recipe(recipe, source.shape, where=str(recipe_file))
-    plan = make_plan(recipe, _load_stats(stats_file, source), source.shape)
+    options = measuring.options(recipe, source, where=str(recipe_file)) if measuring else {}
+    plan = make_plan(recipe, _load_stats(stats_file, source), source.shape, **options)
     pruned = PrunedCheckpoint(plan, source, check_source=False)
     plan.save(save)
     print_comparison(pruned)
@@ -113,6 +144,7 @@ def run_prune(
     stats_file: Path | None = None,
     calibration: CalibrationOptions | None = None,
     dry_run: bool = False,
+    measuring: Measuring | None = None,
     reading: Mapping[str, Any] | None = None,
     writing: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -128,6 +160,7 @@ def run_prune(
         stats_file: statistics made before; then nothing is measured.
         calibration: data to measure on.
         dry_run: stop at the plan and write nothing.
+        measuring: how the candidates of a budget are measured; None: they are not.
         reading: how to read ``load``, as `checkpoint.convert.open_checkpoint`.
         writing: how to write, as `checkpoint.convert.write_checkpoint`.
     """
@@ -147,7 +180,8 @@ def run_prune(
             assert recipe is not None
             if save is not None and not dry_run:
                 _check_space(recipe, source, save, where=str(recipe_file))
-            plan, stats = _decide(recipe, source, stats_file, calibration, work, where=str(recipe_file))
+            where = str(recipe_file)
+            plan, stats = _decide(recipe, source, stats_file, calibration, work, measuring, where=where)
         pruned = PrunedCheckpoint(plan, source, check_source=plan_file is not None)
         print_comparison(pruned)
         results = {"load": str(load), "plan_sha256": plan.sha256, "dry_run": dry_run, **comparison(pruned)}
@@ -182,18 +216,20 @@ def _decide(
     stats_file: Path | None,
     calibration: CalibrationOptions | None,
     work: WorkDir | None,
+    measuring: Measuring | None,
     *,
     where: str,
 ) -> tuple[Plan, Statistics]:
     from megatron_slim.pruning.plan import check_recipe, make_plan
 
     check_recipe(recipe, source.shape, where=where)
+    options = measuring.options(recipe, source, where=where) if measuring else {}
     if stats_file is not None:
         stats = _load_stats(stats_file, source)
     else:
         assert calibration is not None
         stats = _measure(source, calibration, work)
-    return make_plan(recipe, stats, source.shape), stats
+    return make_plan(recipe, stats, source.shape, **options), stats
 
 
 def _load_stats(path: Path, source: Checkpoint) -> Statistics:
@@ -256,5 +292,7 @@ def refuse_conflicts(args: argparse.Namespace) -> None:
         raise SlimError("a plan holds its recipe" if args.plan else "no recipe", fix="give --recipe or --plan")
     if args.plan is not None and args.stage is not None:
         raise SlimError("a plan holds its recipe's stage", fix="leave --stage out")
+    if args.plan is not None and args.search_data is not None:
+        raise SlimError("a plan holds its sizes", fix="leave --search-data out")
     if args.save is None and not args.dry_run:
         raise SlimError("no output directory", fix="give --save, or --dry-run")

@@ -97,7 +97,7 @@ def test_search_finds_what_brute_force_finds(
     bounds = {key: whole[key] * part if key == "memory_gb" else int(whole[key] * part) for key, part in shares.items()}
     plan = planned(source, stats, dict(bounds))
     expected = brute_force(source.shape, bounds, GRID)
-    assert plan.search is not None and plan.search.count == len(expected) > 3
+    assert plan.search is not None and plan.search.count == len(expected) > 1
     found = [dict(row.sizes) for row in plan.search.candidates]
     assert sorted(map(str, found)) == sorted(map(str, expected))
     for row in plan.search.candidates:
