@@ -17,8 +17,10 @@ from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, M
 from megatron_slim.architecture.table import count_parameters, weights
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import RecipeError
+from megatron_slim.pruning import report
 from megatron_slim.pruning.plan import Plan, check_recipe, make_plan
 from megatron_slim.pruning.plan_reader import PlanError, load_plan, parse_plan
+from megatron_slim.pruning.plan_tables import sections
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import parse_recipe
 from megatron_slim.testing import tiny_shape
@@ -114,6 +116,8 @@ def test_same_bytes_and_back(source: HFCheckpoint, random_stats: Stats, tmp_path
     stats, target = random_stats(source), {"params": counts(source.shape)["params"] // 2}
     plan = planned(source, stats, target)
     assert plan.to_json() == planned(source, stats, target).to_json()
+    (table,) = [part for part in sections(plan, None) if part.title == "Sizes under the budget"]
+    assert table.rows[0][:2] == ("1 chosen", str(plan.target_shape.num_layers)) and len(table.rows) <= 10
     plan.save(tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == plan
     assert planned(source, stats, {"num_layers": 4}).to_dict()["search"] is None
@@ -144,6 +148,8 @@ def test_a_source_within_the_bounds_keeps_everything(method: str, source: HFChec
     plan = planned(source, random_stats(source), {"params": "1B"}, depth={"method": method})
     assert plan.search is not None and plan.search.count == 1 and plan.search.candidates[0].score == 1
     assert plan.target_shape == source.shape
+    sizes = report.summarise(source.shape, 1)
+    assert "the source meets every bound already" in report.markdown(plan, sizes, sizes)
 
 
 def test_out_of_reach_is_refused_with_the_least(source: HFCheckpoint) -> None:
