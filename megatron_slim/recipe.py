@@ -189,6 +189,8 @@ def parse_recipe(document: Any, *, where: str = "recipe") -> Recipe:
     if "stages" in document:
         found += [f"{key} and stages exclude one another" for key in ("target", "stage") if key in document]
         found += _stages_violations(document["stages"], document.get("search"))
+        if "search" in document and not (found or any(parse_budget(stage["target"]) for stage in document["stages"])):
+            found.append(f"search without a bound ({', '.join(BOUNDS)}) in the target of any stage")
     elif "search" in document:
         found += _search_violations(document["search"], document.get("target"))
     if found:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
+from megatron_slim.architecture.shape import FAMILIES, FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
 from megatron_slim.architecture.table import count_parameters, weights
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import RecipeError
@@ -82,6 +82,7 @@ def score(stats: Statistics, sizes: dict[str, int]) -> float:
     return depth * share(tensors["hidden.norm_activation"], sizes["hidden_size"]) * math.fsum(experts) / layers
 
 
+@pytest.mark.parametrize("source", FAMILIES, indirect=True)
 @pytest.mark.parametrize(
     "shares",
     [
@@ -98,7 +99,8 @@ def test_search_finds_what_brute_force_finds(
     whole, stats = counts(source.shape), random_stats(source)
     bounds = {key: whole[key] * part if key == "memory_gb" else int(whole[key] * part) for key, part in shares.items()}
     plan = planned(source, stats, dict(bounds))
-    expected = brute_force(source.shape, bounds, GRID)
+    period = GRID if source.shape.full_attention_interval == 4 else GRID | {"num_layers": list(range(1, 9))}
+    expected = brute_force(source.shape, bounds, period)
     assert plan.search is not None and plan.search.count == len(expected) > 1
     found = [dict(row.sizes) for row in plan.search.candidates]
     assert sorted(map(str, found)) == sorted(map(str, expected))
@@ -173,6 +175,8 @@ def test_out_of_reach_is_refused_with_the_least(source: HFCheckpoint) -> None:
         ({"target": {"params": "1B"}, "search": {"grid": {"moe_ffn_hidden_size": [8]}}}, "is not in search.axes"),
         ({"target": {"params": "1B", "num_layers": 4}, "search": {"axes": ["num_layers"]}}, "which target gives"),
         ({"target": {"num_layers": 4}, "search": {}}, "search without a bound"),
+        ({"stages": [{"target": {"num_layers": 4}}], "search": {}}, "in the target of any stage"),
+        ({"stages": [{"target": {"params": "1B"}, "search": {"axes": ["heads"]}}]}, "stage 1: search.axes 'heads'"),
         (
             {"stages": [{"target": {"params": "1B"}}, {"target": {"params": "2B"}}]},
             "stage 2: target.params 2000000000 is larger than the 1000000000 of stage 1",
@@ -191,6 +195,45 @@ def test_numbers_as_people_write_them() -> None:
         recipe = parse_recipe({"version": 1, "target": {"params": text, "memory_gb": 48}})
         assert recipe.budget is not None and recipe.budget.params == 23_500_000_000
         assert parse_recipe(recipe.to_dict()) == recipe
+
+
+def test_a_stage_has_a_budget_of_its_own() -> None:
+    stages = [{"target": {"num_layers": 6}}, {"target": {"params": "1M"}, "search": {"grid": {"hidden_size": [8]}}}]
+    first, second = parse_recipe({"version": 1, "stages": stages, "search": {"axes": ["hidden_size"]}}).stages
+    assert first.budget is None and second.budget is not None and second.budget.params == 10**6
+    assert second.search.axes == ("hidden_size",) and second.search.grid == {"hidden_size": (8,)}
+    assert parse_recipe(second.to_dict()) == second
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ({"grid": {"hidden_size": [12]}}, "search.grid.hidden_size 12: target.hidden_size 12 is not a multiple of 8"),
+        ({"grid": {"num_moe_experts": [1]}}, "moe_router_topk 2 is larger than num_moe_experts 1"),
+        ({"grid": {"num_layers": [16]}}, "target.num_layers 16 is larger than the source's 8"),
+    ],
+    ids=str,
+)
+def test_sizes_that_no_target_may_have_are_not_searched(search: Any, message: str, source: HFCheckpoint) -> None:
+    recipe = parse_recipe({"version": 1, "target": {"params": "1B"}, "search": search})
+    with pytest.raises(RecipeError) as caught:
+        check_recipe(recipe, source.shape)
+    assert message in str(caught.value)
+
+
+def test_heads_are_searched_where_they_are_named(source: HFCheckpoint, random_stats: Stats) -> None:
+    bounds = {"params": counts(source.shape)["params"] * 9 // 10}
+    axes = ["moe_shared_expert_intermediate_size", "num_attention_heads", "linear_num_value_heads"]
+    plan = planned(source, random_stats(source), dict(bounds), search={"axes": axes})
+    grid = {
+        "moe_shared_expert_intermediate_size": [8, 16, 24, 32],
+        "num_attention_heads": [2, 4],
+        "linear_num_value_heads": [2, 4],
+    }
+    assert plan.search is not None
+    found = [dict(row.sizes) for row in plan.search.candidates]
+    assert sorted(map(str, found)) == sorted(map(str, brute_force(source.shape, bounds, grid)))
+    assert parse_plan(plan.to_dict()) == plan
 
 
 def test_the_least_loss_wins_where_losses_are_measured(source: HFCheckpoint, random_stats: Stats) -> None:
