@@ -9,16 +9,25 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import re
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
-from decimal import Decimal
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron_slim.errors import RecipeError
+from megatron_slim.recipe_budget import (
+    BOUNDS,
+    Budget,
+    Search,
+    bound_violation,
+    parse_budget,
+    parse_search,
+    search_violations,
+    unknown_keys,
+    whole_number,
+)
 
 VERSION = 1
 
@@ -104,6 +113,8 @@ class Recipe:
         stage: of a schedule, where it is one.
         stages: the recipes of a progressive schedule; then `select_stage` gives the one to follow, and ``target`` is
             empty.
+        budget: bounds, given in ``target``, that the sizes it leaves out are searched under.
+        search: how they are searched.
     """
 
     target: Target
@@ -112,19 +123,23 @@ class Recipe:
     experts: Experts = Experts()
     stage: Stage | None = None
     stages: tuple[Recipe, ...] = ()
+    budget: Budget | None = None
+    search: Search = field(default_factory=Search)
 
     def to_dict(self) -> dict[str, Any]:
         """As a version 1 document, all defaults filled in; of a recipe to follow, not of a schedule."""
         assert not self.stages, "a plan follows one stage"
         sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
         sections["target"] = _given(sections["target"])
+        if self.budget is not None:
+            sections["target"] |= _given(dataclasses.asdict(self.budget))
+            sections["search"] = self.search.to_dict()
         stage = {} if self.stage is None else {"stage": _given(dataclasses.asdict(self.stage))}
         return {"version": VERSION, **sections, **stage}
 
 
 SECTIONS: dict[str, type] = {"target": Target, "depth": Depth, "width": Width, "experts": Experts}
-_NUMBER = re.compile(r"(\d{1,30}(?:\.\d{1,30})?(?:[eE]\+?\d{1,2})?)([KMBT]?)")
-_SCALE = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_BOUNDS = tuple(("target", bound) for bound in BOUNDS)
 CHOICES = {
     "depth.method": ("last", "adjacent_cosine", "block_influence"),
     "width.importance": ("norm_activation", "norm_activation_l2"),
@@ -161,7 +176,7 @@ def parse_recipe(document: Any, *, where: str = "recipe") -> Recipe:
         kind = type(document).__name__
         raise RecipeError(f"a recipe is a mapping, not {kind}", where=where, fix="start it with 'version: 1'")
     found = _version_violations(document)
-    found += _unknown_keys(document, ["version", *SECTIONS, "stages", "stage"], "")
+    found += unknown_keys(document, ["version", *SECTIONS, "search", "stages", "stage"], "")
     if "target" not in document and "stages" not in document:
         found.append("target is missing (or stages)")
     for section, schema in SECTIONS.items():
@@ -173,7 +188,11 @@ def parse_recipe(document: Any, *, where: str = "recipe") -> Recipe:
             found += [f"stage.{key} is missing" for key in ("number", "count") if key not in document["stage"]]
     if "stages" in document:
         found += [f"{key} and stages exclude one another" for key in ("target", "stage") if key in document]
-        found += _stages_violations(document["stages"])
+        found += _stages_violations(document["stages"], document.get("search"))
+        if "search" in document and not (found or any(parse_budget(stage["target"]) for stage in document["stages"])):
+            found.append(f"search without a bound ({', '.join(BOUNDS)}) in the target of any stage")
+    elif "search" in document:
+        found += _search_violations(document["search"], document.get("target"))
     if found:
         raise RecipeError("; ".join(found), where=where)
     stages = document.get("stages", [])
@@ -201,20 +220,41 @@ def select_stage(recipe: Recipe, number: int | None, *, where: str = "recipe") -
 
 def _recipe(sections: Mapping[str, Any]) -> Recipe:
     kinds = {**SECTIONS, "stage": Stage}
-    parts = {name: kind(**sections[name]) for name, kind in kinds.items() if name in sections}
+    parts = {
+        name: kind(**{key: value for key, value in sections[name].items() if (name, key) not in _BOUNDS})
+        for name, kind in kinds.items()
+        if name in sections
+    }
     if parts.get("stage") and parts["stage"].tokens is not None:
-        parts["stage"] = dataclasses.replace(parts["stage"], tokens=_tokens(parts["stage"].tokens))
-    return Recipe(**{"target": Target(), **parts})
+        parts["stage"] = dataclasses.replace(parts["stage"], tokens=whole_number(parts["stage"].tokens))
+    budget = parse_budget(sections.get("target", {}))
+    search = parse_search(sections.get("search", {})) if budget else Search()
+    return Recipe(**{"target": Target(), **parts}, budget=budget, search=search)
 
 
 def _stage(document: Mapping[str, Any], number: int, count: int, stage: Mapping[str, Any]) -> Recipe:
     """A stage with what it leaves out taken from the recipe's own sections, key by key."""
-    sections = {name: {**document.get(name, {}), **stage.get(name, {})} for name in SECTIONS}
+    sections = {name: {**document.get(name, {}), **stage.get(name, {})} for name in (*SECTIONS, "search")}
     own = {key: stage[key] for key in ("name", "tokens") if key in stage}
     return _recipe({**sections, "stage": {"number": number, "count": count, **own}})
 
 
-def _stages_violations(stages: Any) -> list[str]:
+def _search_violations(search: Any, target: Any) -> list[str]:
+    bounded = isinstance(target, Mapping) and any(bound in target for bound in BOUNDS)
+    found = [] if bounded else [f"search without a bound ({', '.join(BOUNDS)}) in target"]
+    return found + search_violations(search, target)
+
+
+def _stage_search_violations(stage: Mapping[str, Any], search: Any) -> list[str]:
+    """What is wrong with how a stage searches; that of the whole schedule is for those of its stages with a bound."""
+    own, whole, target = stage.get("search", {}), search if search is not None else {}, stage.get("target")
+    if not isinstance(own, Mapping) or not isinstance(whole, Mapping):
+        return search_violations(whole if isinstance(own, Mapping) else own, target)
+    bounded = isinstance(target, Mapping) and any(bound in target for bound in BOUNDS)
+    return _search_violations({**whole, **own}, target) if bounded or "search" in stage else []
+
+
+def _stages_violations(stages: Any, search: Any) -> list[str]:
     """What is wrong with each stage, and sizes that grow from one to the next."""
     if not isinstance(stages, list) or not stages:
         return [f"stages {stages!r} is not a list of stages"]
@@ -224,33 +264,23 @@ def _stages_violations(stages: Any) -> list[str]:
         if not isinstance(stage, Mapping):
             found.append(f"stage {number}: {stage!r} is not a mapping")
             continue
-        faults = _unknown_keys(stage, ["name", "tokens", *SECTIONS], "")
+        faults = unknown_keys(stage, ["name", "tokens", *SECTIONS, "search"], "")
         faults += [] if "target" in stage else ["target is missing"]
         for name, kind in SECTIONS.items():
             faults += _section_violations(name, kind, stage[name]) if name in stage else []
         for key in ("name", "tokens"):
             if key in stage and (sentence := _value_violation(f"stage.{key}", stage[key])):
                 faults.append(sentence.removeprefix("stage."))
+        if "search" in stage or search is not None:
+            faults += _stage_search_violations(stage, search)
         target = stage.get("target") if not faults else {}
-        for key, size in (target or {}).items():
+        for key, value in (target or {}).items():
+            size: Any = whole_number(value) if key in ("params", "active_params") else value
             if key in least and size > least[key][0]:
                 faults.append(f"target.{key} {size} is larger than the {least[key][0]} of stage {least[key][1]}")
             least[key] = min(least.get(key, (size, number)), (size, number))
         found += [f"stage {number}: {fault}" for fault in faults]
     return found
-
-
-def _tokens(value: Any) -> int | None:
-    """A number of tokens as people write it, None where it is no whole number above zero.
-
-    >>> _tokens("40B"), _tokens("2.5e9"), _tokens("1.5K"), _tokens("0.1")
-    (40000000000, 2500000000, 1500, None)
-    """
-    match = _NUMBER.fullmatch(str(value)) if type(value) in (int, float, str) else None
-    if match is None:
-        return None
-    number = Decimal(match[1]) * _SCALE[match[2]]
-    return int(number) if number > 0 and number == number.to_integral_value() else None
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,21 +295,12 @@ def _version_violations(document: Mapping[Any, Any]) -> list[str]:
     return [] if supported else [f"version {version!r} is not supported (this release reads version {VERSION})"]
 
 
-def _unknown_keys(mapping: Mapping[Any, Any], known: list[str], prefix: str) -> list[str]:
-    found = []
-    for key in mapping:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-            found.append(f"unknown key {prefix}{key} ({hint})")
-    return found
-
-
 def _section_violations(section: str, kind: type, value: Any) -> list[str]:
     if not isinstance(value, Mapping):
         return [f"{section} {value!r} is not a mapping"]
-    known = [field.name for field in dataclasses.fields(kind)]
-    found = _unknown_keys(value, known, f"{section}.")
+    known = [part.name for part in dataclasses.fields(kind)]
+    known += [key for name, key in _BOUNDS if name == section]
+    found = unknown_keys(value, known, f"{section}.")
     for key in known:
         if key in value and (sentence := _value_violation(f"{section}.{key}", value[key])):
             found.append(sentence)
@@ -295,10 +316,12 @@ def _section_violations(section: str, kind: type, value: Any) -> list[str]:
 
 def _value_violation(key: str, value: Any) -> str | None:
     """What is wrong with one value, or None."""
+    if tuple(key.split(".")) in _BOUNDS:
+        return bound_violation(key, value)
     if key == "stage.name":
         return None if isinstance(value, str) else f"{key} {value!r} is not a text"
     if key == "stage.tokens":
-        return None if _tokens(value) else f"{key} {value!r} is not a number of tokens (such as 40B, 2.5e9 or 1000)"
+        return None if whole_number(value) else f"{key} {value!r} is not a number of tokens (such as 40B, 2.5e9, 1000)"
     if key.startswith(("target.", "stage.")) or key == "experts.num_groups":
         return None if type(value) is int and value > 0 else f"{key} {value!r} is not a positive integer"
     if key == "experts.preserve":

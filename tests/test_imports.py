@@ -16,7 +16,7 @@ PACKAGE = ROOT / "megatron_slim"
 # A module may import from its own layer and from those before it.
 LAYERS = (
     ("errors", "files", "cli", "device", "data", "documents", "tokenizers", "preprocessing"),
-    ("recipe", "architecture"),
+    ("recipe_budget", "recipe", "architecture"),
     ("checkpoint",),
     ("pruning",),
     ("distillation",),
@@ -33,6 +33,7 @@ INSTANT = (
     "megatron_slim.documents",
     "megatron_slim.tokenizers",
     "megatron_slim.recipe",
+    "megatron_slim.recipe_budget",
     "megatron_slim.architecture.axes",
     "megatron_slim.architecture.qwen3_next",
     "megatron_slim.architecture.table",

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_slim.architecture.shape import FAMILIES, ModelShape, lacking, layer_pattern, shape_from_hf_config
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import RecipeError
-from megatron_slim.pruning.plan import check_recipe, target_shape
+from megatron_slim.pruning.plan import check_recipe, space_before_statistics, target_shape
+from megatron_slim.pruning.search import search
+from megatron_slim.pruning.statistics import Statistics, expected_shapes
 from megatron_slim.recipe import Depth, Experts, Recipe, Stage, Target, load_recipe, parse_recipe, select_stage
 
 RECIPES = Path(__file__).parents[1] / "examples" / "slimqwen" / "recipes"
@@ -113,7 +117,7 @@ BAD = {
     "version: true\ntarget: {}": "version True is not supported",
     "version: 1\ntarget: {num_layer: 3}": "unknown key target.num_layer (did you mean 'num_layers'?)",
     "version: 1\ntarget: {}\nexpert: {}": "unknown key expert (did you mean 'experts'?)",
-    "version: 1\ntarget: {}\n7: {}": "unknown key 7 (known: version, target, depth, width, experts, stages, stage)",
+    "version: 1\ntarget: {}\n7: {}": "unknown key 7 (known: version, target, depth, width, experts, search,",
     "version: 1\ntarget: 5": "target 5 is not a mapping",
     "version: 1\ntarget: {}\ndepth:": "depth None is not a mapping",
     "version: 1\ntarget: {num_layers: '3'}": "target.num_layers '3' is not a positive integer",
@@ -284,6 +288,7 @@ def test_stages_never_grow_and_all_that_do_are_listed() -> None:
 
 # Parameters and active parameters of every stage, MTP left out, in billions; the last ones are SlimQwen's (table 6, and
 # its text where they differ).
+BUDGET = "qwen3_next_80a3b_budget_23b.yaml"
 SHIPPED: dict[str, tuple[ModelShape, list[tuple[float, float]]]] = {
     "qwen3_next_80a3b_to_23a2b.yaml": (teacher(), [(23.2, 2.1)]),
     "qwen3_next_80a3b_to_23a2b_depth_first.yaml": (teacher(), [(69.8, 3.5), (23.2, 2.1)]),
@@ -294,6 +299,7 @@ SHIPPED: dict[str, tuple[ModelShape, list[tuple[float, float]]]] = {
     "qwen3_moe_30a3b_to_9a2b.yaml": (moe_teacher(), [(9.1, 2.0)]),
     "demo.yaml": (demo_teacher(), []),
     "demo_every_axis.yaml": (demo_teacher(), []),
+    BUDGET: (teacher(), []),
 }
 
 
@@ -331,3 +337,17 @@ def test_shipped_recipe(name: str) -> None:
     assert [stage.stage.tokens for stage in recipe.stages if stage.stage] == [40 * 10**9, 360 * 10**9][
         : len(recipe.stages)
     ]
+
+
+def test_the_shipped_budget_is_met_in_seconds() -> None:
+    """Of random statistics; the score needs no similarities and, as no neuron goes, no neurons' importances."""
+    recipe, shape, rng = load_recipe(RECIPES / BUDGET), teacher(), np.random.default_rng(0)
+    needed = [item for item in expected_shapes(shape) if ".ffn" not in item[0] and "similarity" not in item[0]]
+    stats = Statistics({key: np.asarray(rng.random(size), dtype=np.float32) for key, size in needed}, {})
+    started = time.monotonic()
+    space = space_before_statistics(recipe, shape)
+    found = search(space, stats, lambda count: tuple(range(count)))
+    assert time.monotonic() - started < 30
+    best = space.model(found.candidates[0].sizes)
+    assert 22.0e9 < by_hand(best, best.num_moe_experts) <= 23.5e9 and by_hand(best, 8) <= 2.2e9
+    assert found.count > 3 and best.moe_router_topk == 8 and best.full_attention_interval == 4

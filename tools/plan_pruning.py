@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_slim.cli import add_load_arguments, load_options, run_tool, tool_parser
+from megatron_slim.evaluation.candidates import add_search_arguments, measuring
 from megatron_slim.pruning.commands import add_stage_argument, run_plan
 
 
@@ -21,6 +22,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--recipe", type=Path, required=True, metavar="YAML", help="what the model is to become")
     add_stage_argument(parser)
     parser.add_argument("--save", type=Path, required=True, metavar="FILE", help="new file, plan.json")
+    add_search_arguments(parser)
     return parser.parse_args()
 
 
@@ -33,6 +35,7 @@ if __name__ == "__main__":
             arguments.recipe,
             arguments.save,
             stage=arguments.stage,
+            measuring=measuring(arguments),
             **load_options(arguments),
         ),
         as_json=arguments.json,

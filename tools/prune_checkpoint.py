@@ -18,6 +18,7 @@ from megatron_slim.cli import (
     tool_parser,
     write_options,
 )
+from megatron_slim.evaluation.candidates import add_search_arguments, measuring
 from megatron_slim.pruning.calibration_commands import add_calibration_arguments, calibration_options
 from megatron_slim.pruning.commands import add_stage_argument, refuse_conflicts, run_prune
 
@@ -35,6 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="measure, plan, print the table, write nothing")
     add_write_arguments(parser)
     add_calibration_arguments(parser, required=False)
+    add_search_arguments(parser)
     return parser.parse_args()
 
 
@@ -51,6 +53,7 @@ def prune(args: argparse.Namespace) -> dict[str, Any]:
         stats_file=args.stats,
         calibration=calibration_options(args) if args.calibration_data else None,
         dry_run=args.dry_run,
+        measuring=measuring(args),
         reading=load_options(args),
         writing=write_options(args),
     )

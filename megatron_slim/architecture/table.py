@@ -5,6 +5,7 @@ Conversion, pruning, parameter counts and memory plans all read this table.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -60,16 +61,21 @@ class ParameterCount:
 
 
 def count_parameters(model: ModelShape, *, include_mtp: bool = True) -> ParameterCount:
-    """Count a model's parameters from the table alone.
+    """Count a model's parameters from the table alone, each row once: equal blocks have equally many.
 
     Active parameters are all but the routed experts that a token does not visit, embeddings and head included.
     """
+    family, blocks = model.family, Counter(model.layer_types)
+    depths = model.mtp_num_layers if include_mtp else 0
+    blocks[FULL_ATTENTION] += depths
+    occurrences = [(family.first_rows, 1), (family.last_rows, 1), (family.mtp_rows, depths)]
+    occurrences += [(family.attention_rows[kind], count) for kind, count in blocks.items()]
+    occurrences.append((family.moe_rows, blocks.total()))
     total = idle = 0
-    for weight in weights(model):
-        if weight.key.startswith("mtp.") and not include_mtp:
-            continue
-        numel = weight.numel(model)
-        total += numel
-        if weight.stacked:
-            idle += numel // model.num_moe_experts * (model.num_moe_experts - model.moe_router_topk)
+    for rows, count in occurrences:
+        for row in rows:
+            numel = row.numel(model) * count
+            total += numel
+            if row.stacked:
+                idle += numel // model.num_moe_experts * (model.num_moe_experts - model.moe_router_topk)
     return ParameterCount(total=total, active=total - idle)

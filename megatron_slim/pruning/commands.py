@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,43 @@ if TYPE_CHECKING:
     from megatron_slim.pruning.work_dir import WorkDir
 
 
+@dataclass(frozen=True)
+class Measuring:
+    """How the candidates of a budget are measured.
+
+    Attributes:
+        losses: of a source, what gives the loss of a plan's result; refuses bad data when it is called.
+        top: how many candidates, the best first.
+    """
+
+    losses: Callable[[Checkpoint], Callable[[Plan], float]]
+    top: int
+
+    def options(self, recipe: Recipe, source: Checkpoint, *, where: str) -> dict[str, Any]:
+        """Arguments of `plan.make_plan`.
+
+        Raises:
+            SlimError: there is nothing to choose between.
+        """
+        if recipe.budget is None:
+            raise SlimError("--search-data, but the recipe has no budget", where=where, fix="leave it out")
+        return {"measure": self.losses(source), "top": self.top}
+
+
 def add_stage_argument(parser: argparse.ArgumentParser) -> None:
     """``--stage``, the same in every tool that follows a recipe."""
     parser.add_argument("--stage", type=positive, metavar="K", help="stage of a recipe that has stages, from 1")
 
 
 def run_plan(
-    load: Path, stats_file: Path, recipe_file: Path, save: Path, *, stage: int | None = None, **reading: Any
+    load: Path,
+    stats_file: Path,
+    recipe_file: Path,
+    save: Path,
+    *,
+    stage: int | None = None,
+    measuring: Measuring | None = None,
+    **reading: Any,
 ) -> dict[str, Any]:
     """Make a plan of statistics, write it to a new file; ``reading`` goes to `checkpoint.convert.open_checkpoint`."""
     refuse_existing(save)
@@ -38,7 +69,8 @@ def run_plan(
 
     source = open_checkpoint(load, **reading)
     check_recipe(recipe, source.shape, where=str(recipe_file))
-    plan = make_plan(recipe, _load_stats(stats_file, source), source.shape)
+    options = measuring.options(recipe, source, where=str(recipe_file)) if measuring else {}
+    plan = make_plan(recipe, _load_stats(stats_file, source), source.shape, **options)
     pruned = PrunedCheckpoint(plan, source, check_source=False)
     plan.save(save)
     print_comparison(pruned)
@@ -57,6 +89,7 @@ def run_prune(
     stats_file: Path | None = None,
     calibration: CalibrationOptions | None = None,
     dry_run: bool = False,
+    measuring: Measuring | None = None,
     reading: Mapping[str, Any] | None = None,
     writing: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -72,6 +105,7 @@ def run_prune(
         stats_file: statistics made before; then nothing is measured.
         calibration: data to measure on.
         dry_run: stop at the plan and write nothing.
+        measuring: how the candidates of a budget are measured; None: they are not.
         reading: how to read ``load``, as `checkpoint.convert.open_checkpoint`.
         writing: how to write, as `checkpoint.convert.write_checkpoint`.
     """
@@ -91,7 +125,8 @@ def run_prune(
             assert recipe is not None
             if save is not None and not dry_run:
                 _check_space(recipe, source, save, where=str(recipe_file))
-            plan, stats = _decide(recipe, source, stats_file, calibration, work, where=str(recipe_file))
+            where = str(recipe_file)
+            plan, stats = _decide(recipe, source, stats_file, calibration, work, measuring, where=where)
         pruned = PrunedCheckpoint(plan, source, check_source=plan_file is not None)
         print_comparison(pruned)
         results = {"load": str(load), "plan_sha256": plan.sha256, "dry_run": dry_run, **comparison(pruned)}
@@ -107,12 +142,17 @@ def _check_space(recipe: Recipe, source: Checkpoint, save: Path, *, where: str) 
     """Refuse a disk without room for the result before hours of calibration; writing looks again, at exact sizes."""
     from megatron_slim.architecture.table import count_parameters
     from megatron_slim.files import check_space
-    from megatron_slim.pruning.plan import check_recipe, target_shape
+    from megatron_slim.pruning.plan import check_recipe, space_before_statistics, target_shape
 
     check_recipe(recipe, source.shape, where=where)
-    layers = range(recipe.target.num_layers or source.shape.num_layers)
+    if recipe.budget is not None:  # which one is not known yet
+        space = space_before_statistics(recipe, source.shape)
+        shapes = [space.model(candidate.sizes) for candidate in space.candidates()]
+    else:
+        layers = range(recipe.target.num_layers or source.shape.num_layers)
+        shapes = [target_shape(recipe, source.shape, tuple(layers))]
     itemsize = min(dtype.itemsize for dtype in source.dtypes.values())
-    check_space(save, count_parameters(target_shape(recipe, source.shape, tuple(layers))).total * itemsize)
+    check_space(save, min(count_parameters(shape).total for shape in shapes) * itemsize)
 
 
 def _decide(
@@ -121,18 +161,20 @@ def _decide(
     stats_file: Path | None,
     calibration: CalibrationOptions | None,
     work: WorkDir | None,
+    measuring: Measuring | None,
     *,
     where: str,
 ) -> tuple[Plan, Statistics]:
     from megatron_slim.pruning.plan import check_recipe, make_plan
 
     check_recipe(recipe, source.shape, where=where)
+    options = measuring.options(recipe, source, where=where) if measuring else {}
     if stats_file is not None:
         stats = _load_stats(stats_file, source)
     else:
         assert calibration is not None
         stats = measure(source, calibration, work)
-    return make_plan(recipe, stats, source.shape), stats
+    return make_plan(recipe, stats, source.shape, **options), stats
 
 
 def _load_stats(path: Path, source: Checkpoint) -> Statistics:
@@ -168,5 +210,7 @@ def refuse_conflicts(args: argparse.Namespace) -> None:
         raise SlimError("a plan holds its recipe" if args.plan else "no recipe", fix="give --recipe or --plan")
     if args.plan is not None and args.stage is not None:
         raise SlimError("a plan holds its recipe's stage", fix="leave --stage out")
+    if args.plan is not None and args.search_data is not None:
+        raise SlimError("a plan holds its sizes", fix="leave --search-data out")
     if args.save is None and not args.dry_run:
         raise SlimError("no output directory", fix="give --save, or --dry-run")

@@ -1,26 +1,29 @@
 """The plan: every decision of a pruning, complete, as JSON that a person can read before a byte moves.
 
 `make_plan` is a pure function of recipe, statistics and source shape; the same three give the same bytes. No tensor is
-needed to make a plan, and nothing but the plan and the tensors to apply it (`pruning.apply`).
+needed to make a plan, and nothing but the plan and the tensors to apply it (`pruning.apply`). (Where the caller has the
+candidates of a budget measured, the plan follows from what that gave too.)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
+from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import RecipeError
 from megatron_slim.files import sha256, write_atomic
 from megatron_slim.pruning import statistics
 from megatron_slim.pruning.experts import ExpertGroup, expert_groups, ranking
 from megatron_slim.pruning.inner_axes import InnerAxes, best, choose
+from megatron_slim.pruning.search import Ranking, Space, resolved, search
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import Recipe
 
@@ -43,6 +46,7 @@ class Plan:
         kept_hidden: source hidden dimensions that survive, ascending.
         experts: per surviving block, under its name in the source, the surviving experts, ascending by base.
         inner: per such block, FFN neurons and attention heads that survive.
+        search: how sizes were found for the recipe's budget; None where it has none.
     """
 
     recipe: Recipe
@@ -54,6 +58,7 @@ class Plan:
     kept_hidden: tuple[int, ...]
     experts: Mapping[str, tuple[ExpertGroup, ...]]
     inner: InnerAxes
+    search: Ranking | None = None
 
     @property
     def source_blocks(self) -> dict[str, str]:
@@ -68,6 +73,7 @@ class Plan:
             "recipe": self.recipe.to_dict(),
             "source": {"sha256": self.source_sha256, "shape": _shape_dict(self.source_shape)},
             "stats": {"sha256": self.stats_sha256},
+            "search": None if self.search is None else self.search.to_dict(),
             "target": {"shape": _shape_dict(self.target_shape)},
             "kept_layers": list(self.kept_layers),
             "kept_hidden": list(self.kept_hidden),
@@ -89,18 +95,47 @@ class Plan:
         write_atomic(path, self.to_json())
 
 
-def make_plan(recipe: Recipe, stats: Statistics, shape: ModelShape) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    stats: Statistics,
+    shape: ModelShape,
+    *,
+    measure: Callable[[Plan], float] | None = None,
+    top: int = 3,
+) -> Plan:
     """Decide what survives.
 
     Args:
         recipe: what is wanted.
         stats: complete statistics of the source (`Statistics.check` passed).
         shape: sizes of the source.
+        measure: loss of a plan's result; of the first ``top`` candidates of a budget the one of the least loss is
+            taken, without it the first (`pruning.search`).
+        top: how many candidates are measured, at most as many as a plan records.
 
     Raises:
         RecipeError: the target is impossible for this source; lists every violation.
     """
     check_recipe(recipe, shape)
+    if recipe.budget is None:
+        return _plan(recipe, stats, shape, None)
+
+    def layers_of(count: int) -> tuple[int, ...]:
+        target = dataclasses.replace(recipe.target, num_layers=count)
+        return _kept_layers(dataclasses.replace(recipe, target=target), stats, shape)
+
+    space = Space(recipe, shape, lambda count: tuple(shape.layer_types[layer] for layer in layers_of(count)))
+    found = search(space, stats, layers_of)
+    if measure is not None:
+        first = range(min(top, len(found.candidates)))
+        found = found.measured(
+            [measure(_plan(recipe, stats, shape, dataclasses.replace(found, chosen=k))) for k in first]
+        )
+    return _plan(recipe, stats, shape, found)
+
+
+def _plan(asked: Recipe, stats: Statistics, shape: ModelShape, found: Ranking | None) -> Plan:
+    recipe = resolved(asked, found)
     kept_layers = _kept_layers(recipe, stats, shape)
     target = target_shape(recipe, shape, kept_layers)
     hidden = stats.tensors[statistics.hidden_key(recipe.width.importance)].astype(np.float64)
@@ -108,7 +143,7 @@ def make_plan(recipe: Recipe, stats: Statistics, shape: ModelShape) -> Plan:
     blocks += [f"mtp.layers.{depth}" for depth in range(shape.mtp_num_layers)]
     experts = {block: _block_groups(recipe, stats, block, target.num_moe_experts) for block in blocks}
     return Plan(
-        recipe=recipe,
+        recipe=asked,
         source_shape=shape,
         target_shape=target,
         source_sha256=stats.metadata["source_sha256"],
@@ -117,6 +152,7 @@ def make_plan(recipe: Recipe, stats: Statistics, shape: ModelShape) -> Plan:
         kept_hidden=best(hidden, target.hidden_size),
         experts=experts,
         inner=choose(stats, experts, shape, target),
+        search=found,
     )
 
 
@@ -156,17 +192,56 @@ def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") ->
         found.append(f"target.num_layers {layers} leaves no full_attention layer")
     sizes = {key: value for key, value in wanted.items() if value is not None and key != "num_layers"}
     found = found or dataclasses.replace(shape, **sizes).violations()
+    if recipe.budget is not None:
+        found = found or _grid_violations(recipe, shape) or space_before_statistics(recipe, shape).violations()
     if found:
         raise RecipeError("; ".join(found), where=where)
 
 
+def _grid_violations(recipe: Recipe, shape: ModelShape) -> list[str]:
+    """Sizes to search, named by the recipe, that would be refused as a target."""
+    found = []
+    for axis in recipe.search.axes:
+        if getattr(shape, axis) == 0:
+            found.append(f"search.axes {axis}: the source has none")
+        for size in recipe.search.grid.get(axis, ()):
+            target = dataclasses.replace(recipe.target, **{axis: size})
+            try:
+                check_recipe(dataclasses.replace(recipe, target=target, budget=None), shape)
+            except RecipeError as error:
+                found.append(f"search.grid.{axis} {size}: {error.what}")
+    return found
+
+
+def space_before_statistics(recipe: Recipe, shape: ModelShape) -> Space:
+    """What a budget leaves to choose from; where statistics choose the layers, as if they chose the smallest."""
+
+    def layer_types(count: int) -> tuple[str, ...]:
+        found = [types for types in _possible_types(recipe, shape, count) if FULL_ATTENTION in types]
+        return min(found, key=lambda types: _of_types(shape, types), default=())
+
+    return Space(recipe, shape, layer_types)
+
+
+def _of_types(shape: ModelShape, types: tuple[str, ...]) -> int:
+    return count_parameters(dataclasses.replace(shape, num_layers=len(types), layer_types=types)).total
+
+
 def _leaves_full_attention(recipe: Recipe, shape: ModelShape, layers: int) -> bool:
     """Whether the method can leave a full-attention layer (by statistics: for some)."""
+    return any(FULL_ATTENTION in types for types in _possible_types(recipe, shape, layers))
+
+
+def _possible_types(recipe: Recipe, shape: ModelShape, layers: int) -> Iterator[tuple[str, ...]]:
+    """Layer types that the method can leave, up to their order."""
+    dropped, types = shape.num_layers - layers, shape.layer_types
     if recipe.depth.method == "block_influence":  # any choice
-        return FULL_ATTENTION in shape.layer_types
-    starts = [layers] if recipe.depth.method == "last" else range(1, layers + 1)
-    dropped = shape.num_layers - layers
-    return any(FULL_ATTENTION in shape.layer_types[:s] + shape.layer_types[s + dropped :] for s in starts)
+        full = types.count(FULL_ATTENTION)
+        for count in range(max(0, full - dropped), min(full, layers) + 1):
+            yield (FULL_ATTENTION,) * count + (LINEAR_ATTENTION,) * (layers - count)
+        return
+    starts = [layers] if recipe.depth.method == "last" or not dropped else range(1, layers + 1)
+    yield from (types[:start] + types[start + dropped :] for start in starts)
 
 
 def _kept_layers(recipe: Recipe, stats: Statistics, shape: ModelShape) -> tuple[int, ...]:

@@ -15,9 +15,11 @@ from megatron_slim.files import read_json
 from megatron_slim.pruning.experts import ExpertGroup
 from megatron_slim.pruning.inner_axes import InnerAxes, index_violations, violations
 from megatron_slim.pruning.plan import VERSION, Plan, target_shape
-from megatron_slim.recipe import parse_recipe
+from megatron_slim.pruning.search import Candidate, Ranking, counted, resolved
+from megatron_slim.recipe import Recipe, parse_recipe
 
-_KEYS = ("version", "recipe", "source", "stats", "target", "kept_layers", "kept_hidden", "experts")
+_KEYS = ("version", "recipe", "source", "stats", "search", "target", "kept_layers", "kept_hidden", "experts")
+_SEARCH = {"count", "chosen", "candidates"}
 _INNER = ("neurons", "shared_neurons", "heads")
 # Weights are shares that sum to 1 up to the rounding of a few hundred additions in float64.
 _SUM_TOLERANCE = 1e-9
@@ -53,7 +55,8 @@ def parse_plan(document: Any, *, where: str = "plan") -> Plan:
     found = index_violations("kept_layers", layers, target.num_layers, source.num_layers)
     found += index_violations("kept_hidden", hidden, target.hidden_size, source.hidden_size)
     _refuse(found, where)
-    if target_shape(recipe, source, tuple(layers)) != target:
+    search = _search(document["search"], recipe, target, where)
+    if target_shape(resolved(recipe, search), source, tuple(layers)) != target:
         raise PlanError("target.shape is not what recipe, source.shape and kept_layers give", where=where)
     plan = Plan(
         recipe=recipe,
@@ -65,6 +68,7 @@ def parse_plan(document: Any, *, where: str = "plan") -> Plan:
         kept_hidden=tuple(hidden),
         experts={},
         inner=InnerAxes(),
+        search=search,
     )
     experts = _experts(document["experts"], plan, where)
     _refuse(violations(document, list(experts), source, target), where)
@@ -88,6 +92,38 @@ def _shape(section: Any, where: str) -> ModelShape:
     shape = ModelShape(**{**value, "layer_types": tuple(map(str, value["layer_types"]))})
     shape.validate(where)
     return shape
+
+
+def _search(value: Any, recipe: Recipe, target: ModelShape, where: str) -> Ranking | None:
+    """The search of a recipe with a budget, what was chosen being the target."""
+    if (value is None) != (recipe.budget is None):
+        raise PlanError("search is given without a budget, or a budget without search", where=where)
+    if recipe.budget is None:
+        return None
+    rows = value.get("candidates") if isinstance(value, Mapping) and set(value) == _SEARCH else None
+    if not isinstance(rows, list) or type(value["count"]) is not int or not 0 < len(rows) <= value["count"]:
+        raise PlanError(f"search is not an object with {', '.join(sorted(_SEARCH))}", where=where)
+    axes = {axis for axis in recipe.search.axes if getattr(recipe.target, axis) is None}
+    _refuse([f"search.candidates {k} {row!r}" for k, row in enumerate(rows) if not _is_candidate(row, axes)], where)
+    if type(value["chosen"]) is not int or not 0 <= value["chosen"] < len(rows):
+        raise PlanError(f"search.chosen {value['chosen']!r} is none of {len(rows)} candidates", where=where)
+    candidates = tuple(Candidate(**row) for row in rows)
+    chosen = candidates[value["chosen"]]
+    if counted(target, chosen.sizes, chosen.score, chosen.loss) != chosen or chosen.over(recipe.budget):
+        raise PlanError("search.chosen is over the recipe's budget, or target.shape has other counts", where=where)
+    return Ranking(value["count"], value["chosen"], candidates)
+
+
+def _is_candidate(row: Any, axes: set[str]) -> bool:
+    if not isinstance(row, Mapping) or set(row) != {part.name for part in dataclasses.fields(Candidate)}:
+        return False
+    sizes = row["sizes"]
+    if not isinstance(sizes, Mapping) or set(sizes) != axes or not all(type(size) is int for size in sizes.values()):
+        return False
+    if type(row["params"]) is not int or type(row["active_params"]) is not int:
+        return False
+    numbers = [row["memory_gb"], row["score"], *([] if row["loss"] is None else [row["loss"]])]
+    return all(type(number) is float for number in numbers)
 
 
 def _hash(section: Any, where: str) -> str:

@@ -42,6 +42,7 @@ def sections(plan: Plan, stats: Statistics | None) -> list[Section]:
     return [
         _size_section(numbers),
         _recipe_section(plan),
+        *_search_section(plan),
         _layer_section(numbers),
         *_axis_sections(plan, stats, numbers),
     ]
@@ -57,6 +58,25 @@ def _recipe_section(plan: Plan) -> Section:
     recipe = {key: value for key, value in plan.recipe.to_dict().items() if isinstance(value, dict)}
     rows = [(f"{section}.{key}", str(value)) for section, keys in recipe.items() for key, value in keys.items()]
     return _section("Recipe", ("", "asked for"), rows)
+
+
+def _search_section(plan: Plan, most: int = 10) -> Iterator[Section]:
+    """The best candidates of a budget, and the one that was chosen."""
+    if plan.search is None:
+        return
+    rows = [
+        (
+            f"{rank}{' chosen' if rank == plan.search.chosen + 1 else ''}",
+            *(f"{size:,}" for size in row.sizes.values()),
+            *(f"{row.params:,}", f"{row.active_params:,}", f"{row.memory_gb:.3g}", f"{row.score:.4f}"),
+            "" if row.loss is None else f"{row.loss:.4f}",
+        )
+        for rank, row in enumerate(plan.search.candidates, start=1)
+        if rank <= most or rank == plan.search.chosen + 1
+    ]
+    columns = ("candidate", *plan.search.candidates[0].sizes, "parameters", "active", "GB in bf16", "score", "loss")
+    note = f"of {plan.search.count} candidates, the best by score; parameters and active without MTP"
+    yield _section("Sizes under the budget", columns, rows, note)
 
 
 def _layer_section(numbers: dict[str, Any]) -> Section:

@@ -93,6 +93,7 @@ def markdown(plan: Plan, before: Summary, after: Summary) -> str:
         "",
         *_stage(plan),
         *_period_lost(plan),
+        *_search(plan),
         f"- depth: {plan.recipe.depth.method}; layers dropped: {_dropped_layers(plan)}",
         f"- width: {plan.recipe.width.importance}",
         f"- experts: {experts.method} by {experts.importance}, similarity by {experts.similarity}, "
@@ -111,6 +112,18 @@ def _stage(plan: Plan) -> list[str]:
         return []
     name, tokens = stage.name and f" ({stage.name})", f"; then {stage.tokens:,} tokens" if stage.tokens else ""
     return [f"- stage {stage.number} of {stage.count}{name}{tokens}"]
+
+
+def _search(plan: Plan) -> list[str]:
+    found = plan.search
+    if found is None:
+        return []
+    chosen = found.candidates[found.chosen]
+    if plan.target_shape == plan.source_shape:
+        return ["- budget: the source meets every bound already, everything is kept"]
+    sizes = ", ".join(f"{axis} {size}" for axis, size in chosen.sizes.items()) or "the sizes given"
+    loss = "" if chosen.loss is None else f", loss {chosen.loss:.4f}, the least of those measured"
+    return [f"- budget: {sizes}; number {found.chosen + 1} of {found.count} by score ({chosen.score:.4f}){loss}"]
 
 
 def _period_lost(plan: Plan) -> list[str]:

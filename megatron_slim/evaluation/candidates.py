@@ -1,0 +1,80 @@
+"""Measuring the first candidates of a budget, for the tools that plan (no torch until it is done)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from megatron_slim.cli import positive, say
+from megatron_slim.errors import SlimError
+
+if TYPE_CHECKING:
+    from megatron_slim.checkpoint.convert import Checkpoint
+    from megatron_slim.pruning.commands import Measuring
+    from megatron_slim.pruning.plan import Plan
+
+DEFAULT_TOP = 3
+
+
+def add_search_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of measuring, the same in every tool that plans."""
+    group = parser.add_argument_group("search under a recipe's budget")
+    group.add_argument(
+        "--search-data",
+        type=Path,
+        metavar="DATA",
+        help="evaluate the best candidates, unwritten and untrained, on this .bin/.idx prefix or .npy matrix, and take "
+        "the one of the least loss",
+    )
+    group.add_argument("--search-samples", type=positive, metavar="N", help="draw so many samples; all if not given")
+    group.add_argument("--search-seq-length", type=positive, metavar="L", help="tokens per sample; needed with .bin")
+    group.add_argument("--search-top", type=positive, metavar="K", help=f"evaluate so many ({DEFAULT_TOP})")
+
+
+def measuring(args: argparse.Namespace) -> Measuring | None:
+    """What `add_search_arguments` gave, None where nothing is to be measured.
+
+    Raises:
+        SlimError: details without data.
+    """
+    details = (args.search_samples, args.search_seq_length, args.search_top)
+    if args.search_data is None:
+        if any(value is not None for value in details):
+            raise SlimError(
+                "--search-samples, --search-seq-length or --search-top without data", fix="give --search-data"
+            )
+        return None
+    from megatron_slim.pruning.commands import Measuring
+
+    def losses(source: Checkpoint) -> Callable[[Plan], float]:
+        return losses_of(source, args.search_data, args.search_samples, args.search_seq_length)
+
+    return Measuring(losses, args.search_top or DEFAULT_TOP)
+
+
+def losses_of(
+    source: Checkpoint, data: Path, num_samples: int | None, seq_length: int | None
+) -> Callable[[Plan], float]:
+    """Reads the data; gives what evaluates the result of a plan: nats per token of the main head.
+
+    Raises:
+        DataError: the data do not fit the model.
+    """
+    from megatron_slim.evaluation.perplexity import read_evaluation_data
+
+    samples = read_evaluation_data(data, source.shape, seq_length=seq_length, num_samples=num_samples)
+
+    def loss(plan: Plan) -> float:
+        from megatron_slim.evaluation.perplexity import evaluate
+        from megatron_slim.pruning.apply import PrunedCheckpoint
+
+        # Evaluation reads sizes and tensors, which a pruned checkpoint gives without being on disk.
+        found = evaluate(cast("Checkpoint", PrunedCheckpoint(plan, source, check_source=False)), samples).loss
+        assert plan.search is not None, "only candidates are measured"
+        sizes = plan.search.candidates[plan.search.chosen].sizes
+        say(f"candidate {', '.join(f'{axis} {size}' for axis, size in sizes.items())}: loss {found:.4f}")
+        return found
+
+    return loss

@@ -1,0 +1,337 @@
+"""Sizes under a budget: which of them are worth a look, and what keeps the most of what was measured.
+
+Candidates are the largest models under the bounds: of a grid of sizes, those that one step more on any axis takes over
+a bound. Smaller ones need no look, as keeping more never scores less.
+
+A candidate's score is the product, over the axes, of the share that it keeps of what the statistics measured there:
+
+    depth     sum of ``block_influence`` of the layers kept / of all
+    width     sum of the recipe's ``width.importance`` of the dimensions kept / of all
+    others    mean over the layers kept of the sum of the importance kept / of all: experts by ``experts.importance``,
+              neurons and heads by theirs; those of each expert, or group of heads, are chosen apart, as in a plan
+
+An axis that keeps everything has share 1, so one number trades axes against one another without weights to tune. It is
+a heuristic: it takes losses on different axes for independent, and equal shares of different importances for equally
+bad, which nothing guarantees. Neurons count for all experts, kept or not; MTP blocks, top-k and merging do not count.
+It ranks candidates well enough to measure only the first few, which is what decides where perplexities are asked for.
+
+Sums run in a fixed order, so that the same statistics give the same scores; ties go to more parameters, then to the
+smaller sizes in the order of the axes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+
+from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.architecture.table import count_parameters
+from megatron_slim.errors import RecipeError
+from megatron_slim.pruning import statistics
+from megatron_slim.pruning.experts import Vector
+from megatron_slim.pruning.inner_axes import EXPERT_FFN, HEADS, SHARED_FFN
+from megatron_slim.pruning.statistics import Statistics
+from megatron_slim.recipe import Recipe
+from megatron_slim.recipe_budget import Budget, Search
+
+LAYERS, HIDDEN, EXPERTS = "num_layers", "hidden_size", "num_moe_experts"
+BF16_BYTES = 2
+MAX_RECORDED = 50
+STEPS = 16  # of an axis, about
+# Sizes are multiples of the first, which kernels like; of the second where that leaves fewer than `FEWEST` sizes.
+MULTIPLES = {HIDDEN: (128, 8), EXPERTS: (8, 1), EXPERT_FFN: (64, 8), SHARED_FFN: (64, 8)}
+FEWEST = 8
+# Layer types that so many layers are left with; empty where the method cannot leave so many.
+TypesOf = Callable[[int], tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model under the bounds.
+
+    Attributes:
+        sizes: of the axes that were searched.
+        params: parameters, MTP left out.
+        active_params: those that one token visits, MTP left out.
+        memory_gb: 2 bytes for each of all weights, MTP's too, in 1e9 bytes.
+        score: see the module's docstring.
+        loss: in nats per token on the data that candidates were evaluated on, None where this one was not.
+    """
+
+    sizes: Mapping[str, int]
+    params: int
+    active_params: int
+    memory_gb: float
+    score: float
+    loss: float | None = None
+
+    def over(self, budget: Budget) -> list[str]:
+        """The bounds that it breaks."""
+        bounds = dataclasses.asdict(budget)
+        return [
+            key for key, bound in bounds.items() if bound is not None and _exact(getattr(self, key)) > _exact(bound)
+        ]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a search found.
+
+    Attributes:
+        count: candidates in all.
+        chosen: which of those recorded became the plan.
+        candidates: the best `MAX_RECORDED`, by score.
+    """
+
+    count: int
+    chosen: int
+    candidates: tuple[Candidate, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As part of a plan document."""
+        rows = [dataclasses.asdict(candidate) | {"sizes": dict(candidate.sizes)} for candidate in self.candidates]
+        return {"count": self.count, "chosen": self.chosen, "candidates": rows}
+
+    def measured(self, losses: Sequence[float]) -> Ranking:
+        """With the losses of the first candidates; the lowest is chosen, of equal ones the first."""
+        rows = [dataclasses.replace(row, loss=loss) for row, loss in zip(self.candidates, losses, strict=False)]
+        rest = self.candidates[len(rows) :]
+        return Ranking(self.count, min(range(len(rows)), key=lambda k: losses[k]), (*rows, *rest))
+
+
+def resolved(recipe: Recipe, ranking: Ranking | None) -> Recipe:
+    """A recipe with the sizes that were chosen in place of its budget."""
+    if ranking is None:
+        return recipe
+    target = dataclasses.replace(recipe.target, **ranking.candidates[ranking.chosen].sizes)
+    return dataclasses.replace(recipe, target=target, budget=None, search=Search())
+
+
+def usual_sizes(axis: str, shape: ModelShape, runs: int = 1) -> list[int]:
+    """The sizes of an axis that are searched unless the recipe names some: ascending, the source's own the last.
+
+    Layers: whole attention periods, single layers where the source has none. Others: multiples of a step, about
+    `STEPS` of them.
+
+    Args:
+        axis: one of `recipe_budget.SEARCHABLE`.
+        shape: sizes of the source.
+        runs: ``experts.num_groups``, which divides every number of experts.
+    """
+    size: int = getattr(shape, axis)
+    if axis == LAYERS:
+        step = shape.full_attention_interval or 1
+    else:
+        groups = {name: shape.sizes[group] for name, _, group in HEADS.values()}
+        coarse, fine = MULTIPLES.get(axis, (groups.get(axis, 1),) * 2)
+        multiple = coarse if size >= FEWEST * coarse else fine
+        multiple = math.lcm(multiple, runs) if axis == EXPERTS else multiple
+        step = max(multiple, size // STEPS // multiple * multiple)
+    return [*range(step, size, step), size]
+
+
+def grid(recipe: Recipe, shape: ModelShape, types_of: TypesOf) -> dict[str, list[int]]:
+    """The sizes of every axis that is searched, ascending."""
+    found = {}
+    for axis in recipe.search.axes:
+        if getattr(recipe.target, axis) is not None:
+            continue
+        named = recipe.search.grid.get(axis)
+        sizes = usual_sizes(axis, shape, recipe.experts.num_groups) if named is None else list(named)
+        if axis == EXPERTS:
+            sizes = [size for size in sizes if size >= (recipe.target.moe_router_topk or shape.moe_router_topk)]
+        if axis == LAYERS:
+            sizes = [size for size in sizes if FULL_ATTENTION in types_of(size)]
+        found[axis] = sizes
+    return found
+
+
+class Space:
+    """The models that a recipe with a budget may give, of this source.
+
+    Args:
+        recipe: with a budget.
+        shape: sizes of the source.
+        types_of: layer types that so many layers are left with.
+    """
+
+    def __init__(self, recipe: Recipe, shape: ModelShape, types_of: TypesOf) -> None:
+        assert recipe.budget is not None, "the caller has looked"
+        self.recipe, self.shape, self.types_of, self.budget = recipe, shape, types_of, recipe.budget
+        self.grid = grid(recipe, shape, types_of)
+
+    def model(self, sizes: Mapping[str, int]) -> ModelShape:
+        """Sizes of the target with these on the axes that are searched."""
+        fixed = {key: value for key, value in dataclasses.asdict(self.recipe.target).items() if value is not None}
+        layers = {**fixed, **sizes}.get(LAYERS, self.shape.num_layers)
+        return dataclasses.replace(self.shape, **fixed | dict(sizes) | {"layer_types": self.types_of(layers)})
+
+    def candidate(self, sizes: Mapping[str, int], score: float = 0.0) -> Candidate:
+        """Counts of such a model."""
+        return counted(self.model(sizes), sizes, score)
+
+    def candidates(self) -> Iterator[Candidate]:
+        """The largest models under the bounds, without scores.
+
+        The last axis goes by bisection, as every size more costs more; the others are walked.
+        """
+        *walked, last = self.grid or {"": [0]}
+        if not last:  # every size is given
+            given = self.candidate({})
+            yield from [] if given.over(self.budget) else [given]
+            return
+        for chosen in itertools.product(*(self.grid[axis] for axis in walked)):
+            found = self._largest(dict(zip(walked, chosen, strict=True)), last)
+            if found is not None and all(more.over(self.budget) for more in self._larger(found, walked)):
+                yield found
+
+    def _largest(self, sizes: Mapping[str, int], axis: str) -> Candidate | None:
+        """With the largest size of one axis that the bounds allow beside these sizes."""
+        least, beyond, found = -1, len(self.grid[axis]), None
+        while beyond - least > 1:
+            middle = (least + beyond) // 2
+            tried = self.candidate({**sizes, axis: self.grid[axis][middle]})
+            if tried.over(self.budget):
+                beyond = middle
+            else:
+                least, found = middle, tried
+        return found
+
+    def _larger(self, found: Candidate, axes: Iterable[str]) -> Iterator[Candidate]:
+        """One step more on each of some axes."""
+        for axis in axes:
+            sizes = self.grid[axis]
+            if found.sizes[axis] < sizes[-1]:
+                yield self.candidate({**found.sizes, axis: sizes[sizes.index(found.sizes[axis]) + 1]})
+
+    def violations(self) -> list[str]:
+        """The bounds that nothing in the grid meets, each with the least that can be reached."""
+        if empty := [axis for axis, sizes in self.grid.items() if not sizes]:
+            return [f"no size of {axis} is left to search" for axis in empty]
+        least = self.candidate({axis: sizes[0] for axis, sizes in self.grid.items()})
+        searched = " and ".join(f"{axis} {size}" for axis, size in least.sizes.items()) or "the sizes given"
+        return [
+            f"target.{key} {getattr(self.budget, key):,} is out of reach: the least, with {searched}, is "
+            f"{getattr(least, key):,} (raise it, or search.axes may name more)"
+            for key in least.over(self.budget)
+        ]
+
+
+def counted(model: ModelShape, sizes: Mapping[str, int], score: float, loss: float | None = None) -> Candidate:
+    """A candidate, counted."""
+    trunk, whole = count_parameters(model, include_mtp=False), count_parameters(model)
+    return Candidate(dict(sizes), trunk.total, trunk.active, BF16_BYTES * whole.total / 1e9, score, loss)
+
+
+def search(space: Space, stats: Statistics, layers_of: Callable[[int], tuple[int, ...]]) -> Ranking:
+    """Rank the candidates.
+
+    Args:
+        space: the models that there are to choose from.
+        stats: complete statistics of the source.
+        layers_of: source layers that survive where so many are kept.
+
+    Raises:
+        RecipeError: nothing meets the bounds.
+    """
+    if found := space.violations():
+        raise RecipeError("; ".join(found), where="target")
+    shares = Shares(space.recipe, stats, space.shape)
+    scored = [
+        dataclasses.replace(row, score=shares.score(space.model(row.sizes), layers_of)) for row in space.candidates()
+    ]
+    scored.sort(key=lambda row: (-row.score, -row.params, tuple(row.sizes.values())))
+    return Ranking(len(scored), 0, tuple(scored[:MAX_RECORDED]))
+
+
+class Shares:
+    """What share of the importance of an axis is kept, by size.
+
+    Args:
+        recipe: says which importances count.
+        stats: complete statistics of the source.
+        shape: sizes of the source.
+    """
+
+    def __init__(self, recipe: Recipe, stats: Statistics, shape: ModelShape) -> None:
+        self._recipe, self._stats, self._shape = recipe, stats, shape
+        self._kept: dict[tuple[str, int], Vector] = {}
+
+    def score(self, target: ModelShape, layers_of: Callable[[int], tuple[int, ...]]) -> float:
+        """Product of the shares that a target keeps."""
+        kept = layers_of(target.num_layers)
+        keys = [statistics.layer_key(block, "block_influence") for block in self._blocks(range(self._shape.num_layers))]
+        influence = [max(0.0, float(self._stats.tensors[key])) for key in keys]  # rounding may take it below zero
+        total = math.fsum(influence)
+        product = math.fsum(influence[layer] for layer in kept) / total if total else len(kept) / len(influence)
+        if target.hidden_size < self._shape.hidden_size:
+            product *= float(self._curve(HIDDEN, 0)[target.hidden_size - 1])
+        for axis in (EXPERTS, EXPERT_FFN, SHARED_FFN, *(size for size, _, _ in HEADS.values())):
+            size: int = getattr(target, axis)
+            if size < getattr(self._shape, axis):
+                layers = [layer for layer in kept if self._has(axis, layer)]
+                each = [float(self._curve(axis, layer)[self._place(axis, size)]) for layer in layers]
+                product *= math.fsum(each) / len(each) if each else 1.0
+        return product
+
+    def _blocks(self, layers: Iterable[int]) -> list[str]:
+        return [f"model.layers.{layer}" for layer in layers]
+
+    def _has(self, axis: str, layer: int) -> bool:
+        """Whether a layer has an axis: heads belong to one type of layers."""
+        kinds = {size: kind for kind, (size, _, _) in HEADS.items()}
+        return kinds.get(axis, self._shape.layer_types[layer]) == self._shape.layer_types[layer]
+
+    def _groups(self, axis: str) -> int:
+        """Groups that an importance falls into, of which each keeps equally many."""
+        groups = {size: self._shape.sizes[group] for size, _, group in HEADS.values()}
+        groups |= {EXPERTS: self._recipe.experts.num_groups, EXPERT_FFN: self._shape.num_moe_experts}
+        return groups.get(axis, 1)
+
+    def _place(self, axis: str, size: int) -> int:
+        per_expert = axis == EXPERT_FFN  # the size is that of every expert, not of all together
+        return (size if per_expert else size // self._groups(axis)) - 1
+
+    def _curve(self, axis: str, layer: int) -> Vector:
+        """Share kept by the best 1, 2, ... of every group."""
+        if (axis, layer) not in self._kept:
+            block = f"model.layers.{layer}"
+            names = {
+                HIDDEN: statistics.hidden_key(self._recipe.width.importance),
+                EXPERTS: statistics.importance_key(block, self._recipe.experts.importance),
+                EXPERT_FFN: statistics.expert_ffn_key(block),
+                SHARED_FFN: statistics.shared_ffn_key(block),
+            }
+            name = names.get(axis) or statistics.heads_key(block, self._shape.layer_types[layer])
+            self._kept[axis, layer] = retained(self._stats.tensors[name].astype(np.float64), self._groups(axis))
+        return self._kept[axis, layer]
+
+
+def retained(importance: Vector, groups: int = 1) -> Vector:
+    """Share of all importance that the best 1, 2, ... of every group have together; all zero counts as all equal.
+
+    Args:
+        importance: of equal groups, one after the other.
+        groups: how many there are.
+
+    >>> retained(np.array([1.0, 3.0, 0.0, 4.0]), 2).tolist()
+    [0.875, 1.0]
+    """
+    each = importance.reshape(groups, -1)
+    if not each.any():
+        each = np.ones_like(each)
+    # Running sums add one after the other, whatever the processor; np.sum adds in an order of its own.
+    best = np.cumsum(-np.sort(-each, axis=1), axis=1)
+    kept: Vector = np.cumsum(best, axis=0)[-1]
+    return kept / kept[-1]
+
+
+def _exact(number: float) -> Decimal:
+    return Decimal(repr(number))

@@ -1,0 +1,123 @@
+"""Budgets in a recipe: upper bounds that sizes are searched under, and what is searched."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+
+# Top-k is not among them: nothing that is measured tells what a smaller one costs.
+SEARCHABLE = (
+    *("num_layers", "hidden_size", "num_moe_experts", "moe_ffn_hidden_size"),
+    *("moe_shared_expert_intermediate_size", "num_attention_heads", "linear_num_value_heads"),
+)
+BOUNDS = ("params", "active_params", "memory_gb")
+_NUMBER = re.compile(r"(\d{1,30}(?:\.\d{1,30})?(?:[eE]\+?\d{1,2})?)([KMBT]?)")
+_SCALE = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Upper bounds of the target; None bounds nothing.
+
+    Attributes:
+        params: parameters, MTP left out.
+        active_params: those that one token visits, MTP left out.
+        memory_gb: 2 bytes for each of all weights, MTP's too, in 1e9 bytes.
+    """
+
+    params: int | None = None
+    active_params: int | None = None
+    memory_gb: float | None = None
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a budget lets the planner choose.
+
+    Attributes:
+        axes: sizes that are searched, as far as the target does not fix them.
+        grid: the sizes that an axis may have, ascending, in place of the usual ones (`pruning.search.usual_sizes`).
+    """
+
+    axes: tuple[str, ...] = ("num_layers", "hidden_size", "num_moe_experts")
+    grid: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a section of a recipe."""
+        return {"axes": list(self.axes), "grid": {axis: list(sizes) for axis, sizes in self.grid.items()}}
+
+
+def whole_number(value: Any) -> int | None:
+    """A number as people write it, None where it is no whole number above zero.
+
+    >>> whole_number("40B"), whole_number("2.5e9"), whole_number("1.5K"), whole_number("0.1")
+    (40000000000, 2500000000, 1500, None)
+    """
+    match = _NUMBER.fullmatch(str(value)) if type(value) in (int, float, str) else None
+    if match is None:
+        return None
+    number = Decimal(match[1]) * _SCALE[match[2]]
+    return int(number) if number > 0 and number == number.to_integral_value() else None
+
+
+def unknown_keys(mapping: Mapping[Any, Any], known: Sequence[str], prefix: str) -> list[str]:
+    """A sentence for each key that is none of the known ones."""
+    return [f"unknown key {prefix}{key} ({_hint(key, known)})" for key in mapping if key not in known]
+
+
+def _hint(name: Any, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def bound_violation(key: str, value: Any) -> str | None:
+    """What is wrong with one bound, or None; its name is the last part of ``key``."""
+    if key.endswith("memory_gb"):
+        holds = type(value) in (int, float) and math.isfinite(value) and value > 0
+        return None if holds else f"{key} {value!r} is not a number of gigabytes above zero"
+    return None if whole_number(value) else f"{key} {value!r} is not a number of parameters (such as 23e9, 23B or 900M)"
+
+
+def parse_budget(target: Mapping[str, Any]) -> Budget | None:
+    """The bounds in a target, None where it has none."""
+    given = {key: target[key] for key in BOUNDS if target.get(key) is not None}
+    numbers = {key: float(value) if key == "memory_gb" else whole_number(value) for key, value in given.items()}
+    return Budget(**numbers) if numbers else None  # type: ignore[arg-type]
+
+
+def search_violations(search: Any, target: Any) -> list[str]:
+    """What is wrong with the section ``search``, beside this target."""
+    if not isinstance(search, Mapping):
+        return [f"search {search!r} is not a mapping"]
+    found = unknown_keys(search, ["axes", "grid"], "search.")
+    axes, grid = search.get("axes", list(Search.axes)), search.get("grid", {})
+    if not isinstance(axes, list) or not axes:
+        return [*found, f"search.axes {axes!r} is not a list of sizes to search"]
+    found += [f"search.axes {axis!r} is unknown ({_hint(axis, SEARCHABLE)})" for axis in axes if axis not in SEARCHABLE]
+    if not found and len(set(axes)) < len(axes):
+        found.append(f"search.axes {axes!r} names a size twice")
+    if not isinstance(grid, Mapping):
+        return [*found, f"search.grid {grid!r} is not a mapping"]
+    named = [*(axes if "axes" in search else ()), *grid] if isinstance(target, Mapping) else []
+    found += [f"search names {axis}, which target gives" for axis in SEARCHABLE if axis in named and axis in target]
+    found += [f"search.grid.{axis} is not in search.axes" for axis in grid if axis not in axes]
+    found += [
+        f"search.grid.{axis} {sizes!r} is not a list of positive integers"
+        for axis, sizes in grid.items()
+        if not isinstance(sizes, list) or not sizes or any(type(size) is not int or size <= 0 for size in sizes)
+    ]
+    return found
+
+
+def parse_search(search: Mapping[str, Any]) -> Search:
+    """A section without violations; axes in the order of `SEARCHABLE`, sizes ascending."""
+    axes, grid = search.get("axes", Search.axes), search.get("grid", {})
+    return Search(
+        tuple(axis for axis in SEARCHABLE if axis in axes),
+        {axis: tuple(sorted(set(grid[axis]))) for axis in SEARCHABLE if axis in grid},
+    )
