@@ -279,3 +279,19 @@ def test_counting_rows_is_counting_parameters(shape: ModelShape, include_mtp: bo
     counted = count_parameters(shape, include_mtp=include_mtp)
     assert counted.total == total.total()
     assert counted.active == total[False] + total[True] * shape.moe_router_topk // shape.num_moe_experts
+
+
+@pytest.mark.parametrize("method", ["adjacent_cosine", "block_influence"])
+def test_bounds_hold_where_statistics_choose_the_layers(method: str, source: HFCheckpoint, random_stats: Stats) -> None:
+    """With the layers that a recipe of the chosen sizes alone would keep."""
+    bound = counts(source.shape)["params"] // 2
+    for seed in range(3):
+        stats = random_stats(source, seed)
+        plan = planned(source, stats, {"params": bound}, depth={"method": method})
+        assert plan.search is not None and counts(plan.target_shape)["params"] <= bound
+        alone = planned(source, stats, dict(plan.search.candidates[0].sizes), depth={"method": method})
+        assert (alone.kept_layers, alone.kept_hidden, alone.experts) == (
+            plan.kept_layers,
+            plan.kept_hidden,
+            plan.experts,
+        )
