@@ -13,13 +13,23 @@ from typing import Any
 
 import numpy as np
 
-from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.pruning import report
 from megatron_slim.pruning.experts import ExpertGroup, Vector, ranking
+from megatron_slim.pruning.inner_axes import HEADS
 from megatron_slim.pruning.plan import Plan
 from megatron_slim.pruning.plan_reader import PlanError
-from megatron_slim.pruning.statistics import LAYER_KINDS, Statistics, hidden_key, importance_key, layer_key
+from megatron_slim.pruning.statistics import (
+    LAYER_KINDS,
+    Statistics,
+    expert_ffn_key,
+    heads_key,
+    hidden_key,
+    importance_key,
+    layer_key,
+    shared_ffn_key,
+)
 
 HIDDEN, EXPERTS = "hidden dimensions", "experts"
 STREAM = "residual stream"
@@ -140,7 +150,26 @@ def ranked_axes(plan: Plan, stats: Statistics | None) -> list[Axis]:
     """Every ranking of a plan, those of one axis one after the other."""
     hidden = _vector(stats, hidden_key(plan.recipe.width.importance))
     stream = Axis(HIDDEN, STREAM, plan.source_shape.hidden_size, plan.kept_hidden, hidden)
-    return [stream, *(block.axis for block in block_experts(plan, stats))]
+    return [stream, *(block.axis for block in block_experts(plan, stats)), *_inner_axes(plan, stats)]
+
+
+def _inner_axes(plan: Plan, stats: Statistics | None) -> Iterator[Axis]:
+    """FFN neurons and heads, where some go; neurons of all surviving experts of a block are one place."""
+    shape = plan.source_shape
+    for block, experts in plan.inner.neurons.items():
+        width, bases = shape.moe_ffn_hidden_size, [group.base for group in plan.experts[block]]
+        kept = tuple(number * width + neuron for number, neurons in enumerate(experts) for neuron in neurons)
+        measured = _vector(stats, expert_ffn_key(block))
+        importance = None if measured is None else measured[bases].reshape(-1)
+        yield Axis("expert neurons", block, len(bases) * width, kept, importance)
+    for block, neurons in plan.inner.shared_neurons.items():
+        measured = _vector(stats, shared_ffn_key(block))
+        yield Axis("shared neurons", block, shape.moe_shared_expert_intermediate_size, neurons, measured)
+    for kind, name in ((FULL_ATTENTION, "query heads"), (LINEAR_ATTENTION, "value heads")):
+        for block, heads in plan.inner.heads.items():
+            if shape.layer_type(block) == kind:
+                size = getattr(shape, HEADS[kind][0])
+                yield Axis(name, block, size, heads, _vector(stats, heads_key(block, kind)))
 
 
 def block_experts(plan: Plan, stats: Statistics | None) -> list[BlockExperts]:

@@ -23,6 +23,7 @@ from megatron_slim.pruning.apply import PrunedCheckpoint
 from megatron_slim.pruning.pipeline import write_pruned
 from megatron_slim.pruning.plan import Plan, check_recipe, make_plan
 from megatron_slim.pruning.plan_reader import parse_plan
+from megatron_slim.pruning.plan_view import ranked_axes
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import parse_recipe
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
@@ -74,6 +75,13 @@ def test_the_most_important_survive_everywhere_apart(wide: HFCheckpoint, random_
         assert plan.inner.shared_neurons.keys() == plan.experts.keys()
         assert {len(neurons) for neurons in plan.inner.shared_neurons.values()} == {20}
     assert parse_plan(json.loads(plan.to_json())) == plan
+    shown = [axis for axis in ranked_axes(plan, stats) if axis.name not in ("hidden dimensions", "experts")]
+    assert {len(axis.kept) / axis.size for axis in shown} <= {24 / 32, 20 / 32, 4 / 6}
+    assert len(shown) == sum(map(len, (plan.inner.neurons, plan.inner.shared_neurons, plan.inner.heads)))
+    neurons = next(axis for axis in shown if axis.name == "expert neurons")
+    group = plan.experts[neurons.place][1]
+    first = stats.tensors[statistics.expert_ffn_key(neurons.place)][group.base, plan.inner.neurons[neurons.place][1][0]]
+    assert neurons.importance is not None and neurons.importance[neurons.kept[24]] == first
 
 
 def _rows(heads: tuple[int, ...], width: int) -> Tensor:
