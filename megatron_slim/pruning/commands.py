@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_slim.cli import VERIFICATION, positive, say
-from megatron_slim.errors import SlimError
+from megatron_slim.errors import RecipeError, SlimError
 from megatron_slim.files import refuse_existing
 from megatron_slim.pruning.calibration_commands import CalibrationOptions, measure, opened_work_dir
 from megatron_slim.recipe import Recipe, load_recipe, select_stage
@@ -61,13 +62,15 @@ def run_plan(
 ) -> dict[str, Any]:
     """Make a plan of statistics, write it to a new file; ``reading`` goes to `checkpoint.convert.open_checkpoint`."""
     refuse_existing(save)
-    recipe = select_stage(load_recipe(recipe_file), stage, where=str(recipe_file))
+    schedule = load_recipe(recipe_file)
+    recipe = select_stage(schedule, stage, where=str(recipe_file))
     from megatron_slim.checkpoint.convert import open_checkpoint
     from megatron_slim.pruning.apply import PrunedCheckpoint
     from megatron_slim.pruning.pipeline import comparison, print_comparison
     from megatron_slim.pruning.plan import check_recipe, make_plan
 
     source = open_checkpoint(load, **reading)
+    _check_stage(schedule, stage, source)
     check_recipe(recipe, source.shape, where=str(recipe_file))
     options = measuring.options(recipe, source, where=str(recipe_file)) if measuring else {}
     plan = make_plan(recipe, _load_stats(stats_file, source), source.shape, **options)
@@ -111,13 +114,16 @@ def run_prune(
     """
     if save is not None and not dry_run:
         refuse_existing(save)
-    recipe = select_stage(load_recipe(recipe_file), stage, where=str(recipe_file)) if recipe_file else None
+    schedule = load_recipe(recipe_file) if recipe_file else None
+    recipe = select_stage(schedule, stage, where=str(recipe_file)) if schedule else None
     from megatron_slim.checkpoint.convert import open_checkpoint
     from megatron_slim.pruning.apply import PrunedCheckpoint
     from megatron_slim.pruning.pipeline import comparison, print_comparison, write_pruned
     from megatron_slim.pruning.plan_reader import load_plan
 
     source = open_checkpoint(load, **(reading or {}))
+    if schedule is not None:
+        _check_stage(schedule, stage, source)
     with opened_work_dir(calibration) as work:
         if plan_file is not None:
             plan, stats = load_plan(plan_file), None
@@ -136,6 +142,24 @@ def run_prune(
         written = write_pruned(pruned, save, to=to, stats=stats, **(writing or {}))
         say(f"{save}: {len(pruned.names)} tensors as {to}, {VERIFICATION[written['verified']]}")
         return results | {"save": str(save), **written}
+
+
+def _check_stage(schedule: Recipe, number: int | None, source: Checkpoint) -> None:
+    """Refuse a source that the stage before cannot have given; sizes that it left to a budget are not known."""
+    named: dict[str, int] = {}
+    for earlier in schedule.stages[: (number or 1) - 1]:
+        named |= {key: size for key, size in dataclasses.asdict(earlier.target).items() if size is not None}
+    found = [
+        f"{key} {getattr(source.shape, key)}, not {size}"
+        for key, size in named.items()
+        if getattr(source.shape, key) != size
+    ]
+    if found:
+        raise RecipeError(
+            f"stage {number} goes on from stage {(number or 1) - 1}, but this has {', '.join(found)}",
+            where=str(source.path),
+            fix="load what training made of the stage before",
+        )
 
 
 def _check_space(recipe: Recipe, source: Checkpoint, save: Path, *, where: str) -> None:
