@@ -294,13 +294,9 @@ def test_stage_after_stage_gives_the_final_sizes(
     assert "- stage 1 of 2 (depth); then 2,000 tokens" in (work / "one" / "pruning_report.md").read_text()
     one = HFCheckpoint.open(work / "one")
     assert one.shape == source.shape.replace(num_layers=6, layer_types=source.shape.layer_types[:6])
+    given = ("--load", source.path, "--recipe", work / "recipe.yaml", "--stats", work / "stats", "--stage", 2)
     for command in ((PRUNE, "--save", work / "late"), (PLAN, "--save", work / "late.json")):
-        late = tool(
-            *command, "--load", source.path, "--recipe", work / "recipe.yaml", "--stats", work / "s", "--stage", 2
-        )
-        assert late.error.endswith(
-            "stage 2 goes on from stage 1, but this has num_layers 8, not 6; load what training made of the stage before"
-        )
+        assert "stage 2 goes on from stage 1, but this has num_layers 8, not 6; load" in tool(*command, *given).error
     random_stats(one).save(work / "stats-of-one")
     assert prune(tool, one, work, "--stage", 2, "--stats", work / "stats-of-one", save="two").code == 0
     two = HFCheckpoint.open(work / "two").shape
