@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megatron_slim.checkpoint.convert import same_bytes
+from megatron_slim.checkpoint import raw_files
 from megatron_slim.checkpoint.huggingface import CONFIG, INDEX, SINGLE, HFCheckpoint
 from megatron_slim.checkpoint.huggingface_writer import specs_of, total_bytes, write_hf_checkpoint
 from megatron_slim.errors import CheckpointError, ShapeError, SlimError
@@ -70,15 +71,18 @@ def preads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def test_rows_whose_gaps_are_smaller_than_a_page_are_read_in_one_go(good: Path, preads: list[int]) -> None:
+def test_rows_that_are_not_far_apart_are_read_in_one_go(
+    good: Path, preads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(raw_files, "MOST_BETWEEN", 32 * 64 * 2)
     checkpoint = HFCheckpoint.open(good)
     name, row_bytes = "model.embed_tokens.weight", 64 * 2
     whole = checkpoint.read(name)
     assert preads == [whole.nbytes]
-    rows = np.array([1, 2, 5, 36, 70, 102, 3, 3, 127])  # 32 rows are a page
+    rows = np.array([1, 2, 5, 36, 70, 102, 3, 3, 127])
     for wanted, spans in (
         (np.arange(0, 128, 2), [127]),
-        (np.array([4, 37]), [1, 1]),
+        (np.array([4, 37]), [1, 1]),  # 32 rows between them: too many
         (np.array([4, 36]), [33]),
         (rows, [36, 33, 1, 1, 1]),
     ):
