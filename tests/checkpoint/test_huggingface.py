@@ -15,8 +15,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megatron_slim.checkpoint.convert import same_bytes
 from megatron_slim.checkpoint import raw_files
+from megatron_slim.checkpoint.convert import same_bytes
 from megatron_slim.checkpoint.huggingface import CONFIG, INDEX, SINGLE, HFCheckpoint
 from megatron_slim.checkpoint.huggingface_writer import specs_of, total_bytes, write_hf_checkpoint
 from megatron_slim.errors import CheckpointError, ShapeError, SlimError
