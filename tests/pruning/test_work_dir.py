@@ -30,6 +30,7 @@ from megatron_slim.pruning.streaming import StreamingForward  # noqa: E402
 
 SHAPE = tiny_shape()
 SAMPLES = np.random.default_rng(0).integers(0, SHAPE.vocab_size, (5, 12))
+THREADS = torch.get_num_threads()
 KILLED = f"exit code -{signal.SIGKILL.value}"
 
 
@@ -48,6 +49,11 @@ def in_files(model: HFCheckpoint, path: Path, samples: np.ndarray = SAMPLES, mic
         return calibrate(model, samples, micro_batch_size=micro_batch_size, work=work).sha256
 
 
+def as_the_tests() -> None:
+    """Compute with as many threads as the tests and tools: sums depend on that in their last bit on some processors."""
+    torch.set_num_threads(THREADS)
+
+
 def killed_at_an_event(model: str, path: str, number: int) -> int:
     """Calibrate and be killed at the n-th operation on the directory; returns how many there were if it is later."""
     events = 0
@@ -60,6 +66,7 @@ def killed_at_an_event(model: str, path: str, number: int) -> int:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
+    as_the_tests()
     in_files(open_checkpoint(model), Path(path))
     return events
 
@@ -82,6 +89,7 @@ def killed_in_a_module(model: str, path: str, module: str, batch: int) -> None:
 
     for name in ("observe", "leave"):
         setattr(_Calibration, name, watched(getattr(_Calibration, name)))
+    as_the_tests()
     in_files(open_checkpoint(model), Path(path))
 
 
@@ -268,5 +276,6 @@ def killed_by_tool(model: str, folder: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     WorkDir.commit = stop  # type: ignore[method-assign]
+    as_the_tests()
     options = CalibrationOptions(Path(folder, "tokens.npy"), None, None, 1234, None, Path(folder, "work"))
     run_calibrate(Path(model), Path(folder, "killed"), options)
