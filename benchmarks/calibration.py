@@ -2,7 +2,8 @@
 """Measure calibration against computing every expert on every token, bare GEMMs, and a loop over pairs of experts.
 
 Both sides of every ratio are timed in turns, in one process, on the same random values, and must give the same numbers.
-What the published 80B model takes on one H200 is estimated from counted operations. See docs/benchmarks.md.
+What the published 80B model takes on one H200 is estimated from counted operations; --published-layers times its layers
+on this machine, GPU or not, and says what the model takes here. See docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--logit-tokens", type=positive, default=8192, help="over which router logits are compared")
     parser.add_argument("--vector-size", type=positive, default=2048, help="of the expert vectors that are compared")
     parser.add_argument("--repeats", type=positive, default=3, help="timed rounds; medians are reported")
+    parser.add_argument(
+        "--published-layers",
+        action="store_true",
+        help="only time one layer of each kind at the published sizes on this machine (7 GB on a CPU)",
+    )
+    parser.add_argument("--layer-tokens", type=positive, default=4096, help="of the one sample that goes through them")
     return parser.parse_args()
 
 
@@ -48,19 +55,14 @@ def medians(contestants: dict[str, Callable[[], Any]], repeats: int) -> dict[str
     return {name: statistics.median(found) for name, found in samples.items()}
 
 
-def expert_pass(args: argparse.Namespace) -> dict[str, Any]:
-    """A layer with everything that calibration listens to, against all experts on all tokens."""
-    import numpy as np
+def moe_layer(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """A layer of random weights, its model's shape, and the generator of the weights."""
     import torch
-    import torch.nn.functional as F
     from megatron.core.transformer.spec_utils import build_module
 
     from benchmarks.models import PUBLISHED, shape_of
     from megatron_slim.architecture.layer_specs import layer_spec
     from megatron_slim.pruning.block import block_config
-    from megatron_slim.pruning.importance import block_statistics
-    from megatron_slim.pruning.recorder import BlockRecorder
-    from megatron_slim.pruning.statistics import importance_key
 
     sizes = {"hidden_size": args.hidden_size, "num_experts": args.experts, "num_experts_per_tok": args.topk}
     shape = shape_of(PUBLISHED | sizes | {"moe_intermediate_size": args.ffn_size})
@@ -69,6 +71,20 @@ def expert_pass(args: argparse.Namespace) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     for parameter in layer.mlp.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
+    return layer, shape, generator
+
+
+def expert_pass(args: argparse.Namespace) -> dict[str, Any]:
+    """A layer with everything that calibration listens to, against all experts on all tokens."""
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    from megatron_slim.pruning.importance import block_statistics
+    from megatron_slim.pruning.recorder import BlockRecorder
+    from megatron_slim.pruning.statistics import importance_key
+
+    layer, shape, generator = moe_layer(args)
     hidden = torch.randn(args.tokens, 1, args.hidden_size, generator=generator)
     found: dict[str, Any] = {}
 
@@ -138,6 +154,44 @@ def similarities(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def published_layers(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of a layer of each kind with everything that calibration listens to, and of the whole model from them."""
+    import torch
+    from megatron.core.transformer.spec_utils import build_module
+
+    from benchmarks.estimate import RATES, SAMPLES, SEQ_LENGTH
+    from benchmarks.models import PUBLISHED, model_bytes, shape_of
+    from megatron_slim.architecture.layer_specs import layer_spec
+    from megatron_slim.device import default_dtype
+    from megatron_slim.pruning.block import block_config, rotary_embedding
+    from megatron_slim.pruning.recorder import BlockRecorder
+
+    shape, dtype, device = shape_of(PUBLISHED), default_dtype(), torch.device(torch.cuda.current_device())
+    config, rotary = block_config(shape, dtype), rotary_embedding(shape, args.layer_tokens)
+    hidden = torch.randn(args.layer_tokens, 1, shape.hidden_size, dtype=dtype, device=device)
+    seconds: dict[str, float] = {}
+    for kind, block in {shape.layer_type(block): block for block in shape.blocks}.items():
+        layer = build_module(layer_spec(kind, config), config=config, layer_number=1).eval()
+        for parameter in layer.parameters():
+            parameter.normal_(0, max(parameter.shape) ** -0.5)
+
+        def one_pass(block: str = block, layer: Any = layer) -> None:
+            BlockRecorder(block, shape, layer)
+            layer(hidden, attention_mask=None, rotary_pos_emb=rotary)
+            torch.cuda.synchronize()
+            for module in layer.modules():  # or the next round would be listened to twice
+                module._forward_hooks.clear()
+                module._forward_pre_hooks.clear()
+
+        seconds |= medians({kind: one_pass}, args.repeats)
+        del layer, one_pass
+    passes = SAMPLES * SEQ_LENGTH / args.layer_tokens
+    computing = passes * sum(seconds[shape.layer_type(block)] for block in shape.blocks)
+    reading = model_bytes(shape) / RATES["disk_bytes_per_second"]
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"measured_80b_minutes": (computing + reading) / 60, "layer_seconds": seconds, "device": name}
+
+
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, estimate and report."""
     from megatron_slim import device
@@ -151,7 +205,10 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     device.init_single_process()
     published = shape_of(PUBLISHED)
     with torch.no_grad():
-        results = expert_pass(args) | similarities(args) | estimate(published, model_bytes(published))
+        if args.published_layers:
+            results = published_layers(args)
+        else:
+            results = expert_pass(args) | similarities(args) | estimate(published, model_bytes(published))
     if not args.json:
         for name, value in results.items():
             if isinstance(value, float):

@@ -295,3 +295,21 @@ def test_calibration(tool: Tool) -> None:
     assert 2 * 2.9e9 < sum(flops[key] for key in ("projections", "routed", "shared_and_router")) / tokens < 2 * 4e9
     assert flops["routed"] / tokens == 2 * 49 * 10 * 3 * 2048 * 512
     assert results["estimate_80b"]["host_gib"]["hidden_states"] == 16
+
+
+def test_published_layers_are_timed(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At sizes that are not the published ones: twice as many blocks of a kind take twice as long."""
+    sizes = {"hidden_size": 64, "num_experts": 16, "moe_intermediate_size": 16, "num_hidden_layers": 4}
+    monkeypatch.setattr(models, "PUBLISHED", models.PUBLISHED | sizes)
+    command = ("benchmarks/calibration.py", "--published-layers", "--layer-tokens", 64, "--repeats", 1, "--json")
+    outcome = tool(*command)
+    assert outcome.code == 0, outcome.stderr
+    seconds, passes = outcome.json["layer_seconds"], 1024 * 4096 / 64
+    computing = passes * (3 * seconds["linear_attention"] + 2 * seconds["full_attention"]) / 60
+    assert computing < outcome.json["measured_80b_minutes"] < computing + 1
+
+
+def test_the_reference_for_expert_statistics_must_be_there(tool: Tool, tmp_path: Path) -> None:
+    outcome = tool("benchmarks/reference_reap.py", "--reap-source", tmp_path)
+    assert outcome.code == 2
+    assert "--reap-source: No module named 'reap'; give the src folder of a checkout of reap" in outcome.error

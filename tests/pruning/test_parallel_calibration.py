@@ -32,6 +32,7 @@ SHAPES = {
 }
 TWO = {"dp2": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "ep2": {"ep": 2}}
 FOUR = {"tp2-ep2": {"tp": 2, "ep": 2}, "pp2-ep2": {"pp": 2, "ep": 2}, "tp2-pp2": {"tp": 2, "pp": 2}}
+EIGHT = {"tp2-pp2-ep2": {"tp": 2, "pp": 2, "ep": 2}, "tp2-pp2-ep4": {"tp": 2, "pp": 2, "ep": 4}, "dp8": {}}
 
 
 def measure(path: str, samples: np.ndarray, layouts: dict[str, dict[str, int]]) -> dict[str, Any]:
@@ -49,7 +50,9 @@ def measure(path: str, samples: np.ndarray, layouts: dict[str, dict[str, int]]) 
 
 @pytest.mark.parametrize("family", SHAPES)
 @pytest.mark.parametrize(
-    ("ranks", "layouts"), [(2, TWO), pytest.param(4, FOUR, marks=pytest.mark.slow)], ids=["two", "four"]
+    ("ranks", "layouts"),
+    [(2, TWO), pytest.param(4, FOUR, marks=pytest.mark.slow), pytest.param(8, EIGHT, marks=pytest.mark.slow)],
+    ids=["two", "four", "eight"],
 )
 def test_every_layout_gives_the_numbers_of_one_process(
     family: str,
