@@ -14,8 +14,9 @@ if __name__ == "__main__":
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # It says in a line what the exception says in full.
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    # The one says in a line what the exception says in full, the other that ranks compute with one thread.
+    for name, level in (("elastic.multiprocessing.api", logging.CRITICAL), ("run", logging.ERROR)):
+        logging.getLogger(f"torch.distributed.{name}").setLevel(level)
     try:
         run.main()
     except ChildFailedError as error:
