@@ -20,6 +20,7 @@ from megatron_slim.distillation.model import TEACHER_MTP
 from megatron_slim.errors import CheckpointError, DataError, SlimError, summarise
 from megatron_slim.files import read_json
 from megatron_slim.training.arguments import padded_vocab_size
+from megatron_slim.training.resume import faults_of, mend_tracker
 
 CHECKED_TOKENS = 1 << 20  # of each data set: another tokenizer's ids show in far fewer
 _DATA_ARGUMENTS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
@@ -63,9 +64,8 @@ def holds_checkpoint(directory: str | None) -> bool:
 
 def _check_start(shape: ModelShape, args: Any) -> None:
     """See that the weights to start from are whole and the student's."""
-    for directory in (args.load, args.save):
-        if holds_checkpoint(directory):
-            iteration_directory(Path(directory))  # refuses a torn tracker, at which Megatron exits with status 0
+    for directory in sorted({path for path in (args.load, args.save) if path is not None}):
+        mend_tracker(Path(directory), rank=args.rank)
     start = _start(args)
     if start is None:
         if args.load is not None and args.exit_on_missing_checkpoint:  # Megatron would exit with status 0
@@ -90,6 +90,8 @@ def _start(args: Any) -> Path | None:
         directory = Path(args.load) / f"iter_{args.ckpt_step:07d}"
         if not directory.is_dir():
             raise CheckpointError("no such directory", where=str(directory), fix="check --ckpt-step")
+        if found := faults_of(directory):
+            raise CheckpointError(f"is incomplete: {summarise(found)}", where=str(directory), fix="check --ckpt-step")
         return directory
     start = args.load if holds_checkpoint(args.load) else args.pretrained_checkpoint
     return None if start is None else Path(start)
