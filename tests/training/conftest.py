@@ -14,7 +14,7 @@ from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkp
 
 SIZES = {"num_layers": 4, "layer_types": ("linear_attention", "full_attention") * 2, "vocab_size": 120}
 FLAGS = (
-    "--mock-data --seq-length 32 --global-batch-size 4 --train-iters 5 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine "
+    "--seq-length 32 --global-batch-size 4 --train-iters 5 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine "
     "--log-interval 1 --tensorboard-log-interval 1 --eval-interval 1000 --eval-iters 1 --save-interval 1000 "
     "--use-distributed-optimizer"
 ).split()
@@ -60,6 +60,7 @@ class Workplace:
         argv += ["--pretrained-checkpoint", str(self.student)] if start else []
         argv += ["--teacher-load", str(self.teacher)] if distil else []
         argv += [] if check_teacher else ["--no-teacher-check"]
+        argv += [] if any("data-path" in flag for flag in flags) else ["--mock-data"]
         return [*argv, *flags]
 
     def log(self, name: str) -> Path:

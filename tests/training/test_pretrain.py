@@ -15,7 +15,7 @@ from megatron_slim.errors import DataError  # noqa: E402
 from megatron_slim.files import read_json, to_json  # noqa: E402
 from megatron_slim.testing import tiny_hf_config, tiny_shape  # noqa: E402
 from megatron_slim.training import pretrain  # noqa: E402
-from megatron_slim.training.data import RepeatedSample, check_token_ids  # noqa: E402
+from megatron_slim.training.data import Repeated, check_token_ids, first_batch  # noqa: E402
 
 
 def test_token_ids_beyond_the_vocabulary_are_refused_in_every_batch() -> None:
@@ -40,5 +40,5 @@ def test_what_export_needs_is_kept_beside_the_checkpoints_once(tmp_path: Path) -
 
 def test_the_first_batch_of_a_dataset_again_and_again() -> None:
     dataset = [{"tokens": torch.tensor([i, i]), "name": "x"} for i in range(2)]
-    batches = RepeatedSample(dataset, 3)
+    batches = Repeated(first_batch(dataset, 3))
     assert next(batches)["tokens"].tolist() == next(batches)["tokens"].tolist() == [[0, 0], [1, 1], [0, 0]]
