@@ -24,7 +24,8 @@ def parse_args() -> argparse.Namespace:
     parser = tool_parser(__doc__.splitlines()[0])
     parser.epilog = (
         "With --json: bit_equal, steps, kills (of each: what, step, seconds until the job had ended, exit_code, "
-        "resumed_from), entries_compared, losses_compared, losses_from_tensorboard, seconds, seconds_per_step, machine."
+        "resumed_from), entries_compared, steps_of_logs_compared, losses_of_tensorboard_compared, seconds, "
+        "seconds_per_step, model, machine."
     )
     parser.add_argument("--dir", type=Path, required=True, metavar="DIR", help="new directory for models and runs")
     parser.add_argument("--steps", type=positive, default=1000, metavar="N")

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -21,19 +20,17 @@ import psutil
 import torch
 
 from benchmarks.report import machine
+from benchmarks.soak_compare import LOGGED, compare
 from megatron_slim import device
 from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
-from megatron_slim.checkpoint.torch_dist_files import METADATA, read_metadata
+from megatron_slim.checkpoint.torch_dist_files import METADATA
 from megatron_slim.errors import SlimError
-from megatron_slim.files import read_json, sha256
+from megatron_slim.files import read_json
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 4
 END_SECONDS = 60.0  # within which a job must have ended after one of its ranks was killed
-TERMS = ("lm loss", "logits distillation loss", "mtp lm loss", "mtp distillation loss", "grad-norm", "kd lambda")
-_NOT_COMPARED = ("common_state", "rng_state", "rerun_state_machine")
-_LOGGED = re.compile(r"iteration +(\d+)/ *\d+ \|.*?(learning rate: .*?)number of skipped")
 
 
 @dataclass
@@ -50,7 +47,8 @@ class Kill:
 def shapes(model: str) -> tuple[ModelShape, ModelShape]:
     """Teacher and student: those of the demo, or the tests'."""
     if model == "tiny":
-        sizes = {"layer_types": ("linear_attention", "full_attention"), "num_layers": 2, "vocab_size": 120}
+        sizes: dict[str, Any] = {"layer_types": ("linear_attention", "full_attention"), "num_layers": 2}
+        sizes["vocab_size"] = 120
         return tiny_shape(**sizes), tiny_shape(**sizes, hidden_size=48, num_moe_experts=4)
     config = read_json(ROOT / "examples/slimqwen/demo_teacher/config.json")
     student = {"num_hidden_layers": 6, "hidden_size": 144, "num_experts": 8, "num_experts_per_tok": 3}
@@ -84,12 +82,30 @@ class Job:
         self._read = self.log.stat().st_size if self.log.exists() else 0
         self._tail = ""
         settings = {
-            **{"TEACHER": args.dir / "teacher", "STUDENT": args.dir / "student", "SAVE": self.save},
-            **{"DATA": args.dir / "data", "VALID_DATA": args.dir / "data", "PP": 2, "EP": 2, "NPROC_PER_NODE": RANKS, "MASTER_PORT": args.port},
-            **{"SEQ_LENGTH": args.seq_length, "MICRO_BATCH_SIZE": 1, "GLOBAL_BATCH_SIZE": 4, "LR": 1e-3},
-            **{"MIN_LR": 1e-4, "LR_WARMUP_ITERS": args.steps // 10, "TRAIN_ITERS": args.steps, "LOG_INTERVAL": 1},
-            **{"SAVE_INTERVAL": args.save_interval, "EVAL_INTERVAL": 10 * args.steps, "EVAL_ITERS": 1},
-            **{"PRECISION": "fp32", "OMP_NUM_THREADS": 1, "PYTHONUNBUFFERED": 1, "PYTHON": sys.executable},
+            "TEACHER": args.dir / "teacher",
+            "STUDENT": args.dir / "student",
+            "SAVE": self.save,
+            "DATA": args.dir / "data",
+            "VALID_DATA": args.dir / "data",
+            "PP": 2,
+            "EP": 2,
+            "NPROC_PER_NODE": RANKS,
+            "MASTER_PORT": args.port,
+            "SEQ_LENGTH": args.seq_length,
+            "MICRO_BATCH_SIZE": 1,
+            "GLOBAL_BATCH_SIZE": 4,
+            "LR": 1e-3,
+            "MIN_LR": 1e-4,
+            "LR_WARMUP_ITERS": args.steps // 10,
+            "TRAIN_ITERS": args.steps,
+            "LOG_INTERVAL": 1,
+            "SAVE_INTERVAL": args.save_interval,
+            "EVAL_INTERVAL": 10 * args.steps,
+            "EVAL_ITERS": 1,
+            "PRECISION": "fp32",
+            "OMP_NUM_THREADS": 1,
+            "PYTHONUNBUFFERED": 1,
+            "PYTHON": sys.executable,
         }
         # Random weights know nothing. Tensorboard is to lose as little as it can. Optimizer state by parameter: by
         # bucket, Megatron saves the padding between parameters too, which is whatever was in memory.
@@ -122,7 +138,7 @@ class Job:
 
     def step(self) -> int:
         """The last step among the new lines of the log, 0 without one."""
-        return max((int(found[1]) for line in self.lines() if (found := _LOGGED.search(line))), default=0)
+        return max((int(found[1]) for line in self.lines() if (found := LOGGED.search(line))), default=0)
 
     def kill(self, what: str) -> tuple[float, int]:
         """Kill one rank, or all processes at once; seconds until the launcher had ended, and its exit code."""
@@ -178,70 +194,6 @@ def finish(args: argparse.Namespace, name: str) -> float:
     return time.monotonic() - begin
 
 
-def contents(directory: Path) -> dict[tuple[Any, ...], str]:
-    """Hash of every piece of a checkpoint as it is stored: weights and optimizer state.
-
-    Not of the common state, which names directories, nor of the generators: a torch data loader draws a number when a
-    run starts or goes on, and nothing in these models draws any.
-    """
-    found = {}
-    for index, info in read_metadata(directory).storage_data.items():
-        if index.fqn.startswith(_NOT_COMPARED):
-            continue
-        with (directory / info.relative_path).open("rb") as file:
-            file.seek(info.offset)
-            found[index.fqn, tuple(index.offset or ())] = sha256(file.read(info.length))
-    return found
-
-
-def logged(log: Path) -> dict[int, set[str]]:
-    """Everything that a log says of each step: learning rate, losses, gradient norm."""
-    found: dict[int, set[str]] = {}
-    for line in log.read_text(errors="replace").splitlines():
-        if match := _LOGGED.search(line):
-            found.setdefault(int(match[1]), set()).add(match[2])
-    return found
-
-
-def scalars(directory: Path) -> dict[tuple[str, int], set[float]]:
-    """What tensorboard got for each term and step, over all starts of a run, in fp32."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    found: dict[tuple[str, int], set[float]] = {}
-    for file in directory.glob("events*"):
-        events = EventAccumulator(str(file), size_guidance={"scalars": 0})
-        events.Reload()
-        for tag in set(TERMS) & set(events.Tags()["scalars"]):
-            for point in events.Scalars(tag):
-                found.setdefault((tag, point.step), set()).add(point.value)
-    return found
-
-
-def compare(args: argparse.Namespace, kills: list[Kill]) -> dict[str, Any]:
-    """See that both runs are one; a step that was done twice must have been the same both times."""
-    last = f"iter_{args.steps:07d}"
-    one, other = contents(args.dir / "whole" / last), contents(args.dir / "killed" / last)
-    if differing := sorted({key[0] for key in one.keys() | other.keys() if one.get(key) != other.get(key)}):
-        raise SlimError(f"{len(differing)} entries differ, {differing[0]} first", where=str(args.dir))
-    texts = [logged(args.dir / f"{name}.log") for name in ("whole", "killed")]
-    # Megatron's second line after a start is the mean of two steps; tensorboard has both.
-    averaged = {kill.resumed_from + 2 for kill in kills}
-    texts = [{step: said for step, said in text.items() if step not in averaged} for text in texts]
-    points = [scalars(args.dir / name / "tensorboard") for name in ("whole", "killed")]
-    for (whole, killed), complete in ((texts, True), (points, False)):
-        differing_steps = [key for key in whole if key in killed and whole[key] != killed[key]]
-        if differing_steps or (complete and whole.keys() != killed.keys()):
-            raise SlimError(f"what was logged differs, first at {differing_steps[:1]}", where=str(args.dir))
-    if texts[0].keys() != set(range(1, args.steps + 1)) - averaged:
-        raise SlimError(f"{len(texts[0])} steps are logged, not {args.steps}", where=str(args.dir))
-    return {
-        "bit_equal": True,
-        "entries_compared": len(one),
-        "losses_compared": sum(len(found) for found in texts[1].values()),
-        "losses_from_tensorboard": len(points[0].keys() & points[1].keys()),
-    }
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The whole benchmark; see `benchmarks.soak`."""
     prepare(args)
@@ -251,7 +203,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         strike(args, "killed", kill)
     finish(args, "killed")
     return {
-        **compare(args, kills),
+        **compare(args.dir, args.steps, averaged={kill.resumed_from + 2 for kill in kills}),
         "steps": args.steps,
         "kills": [asdict(kill) for kill in kills],
         "seconds": round(seconds, 1),

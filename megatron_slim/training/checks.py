@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
 
@@ -15,7 +19,7 @@ from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.checkpoint.distributed import is_torch_dist, iteration_directory
 from megatron_slim.checkpoint.distributed_writer import BACKEND, INTEGRITY, TRACKER
 from megatron_slim.checkpoint.torch_dist_files import METADATA
-from megatron_slim.data import data_prefix, read_stream
+from megatron_slim.data import count_documents, data_prefix, read_stream
 from megatron_slim.distillation.model import TEACHER_MTP
 from megatron_slim.errors import CheckpointError, DataError, SlimError, summarise
 from megatron_slim.files import read_json
@@ -23,6 +27,7 @@ from megatron_slim.training.arguments import padded_vocab_size
 from megatron_slim.training.resume import faults_of, mend_tracker
 
 CHECKED_TOKENS = 1 << 20  # of each data set: another tokenizer's ids show in far fewer
+DEFAULT_SPLIT = "969, 30, 1"  # Megatron's
 _DATA_ARGUMENTS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
 
@@ -195,6 +200,21 @@ def _check_data(args: Any, vocab_size: int) -> None:
                     where=prefix,
                     fix="preprocess with the model's own tokenizer",
                 )
+            if words is args.data_path:
+                _check_split(found, args)
+
+
+def _check_split(prefix: Path, args: Any) -> None:
+    """See that training, validation and test part all get documents: of none, Megatron builds an index for ever."""
+    split = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split or DEFAULT_SPLIT))
+    documents = count_documents(prefix)
+    for part, (name, ends) in enumerate(zip(("training", "validation", "test"), split, strict=True)):
+        if ends is None or (part and not args.eval_iters):
+            continue
+        if round(ends[0] * documents) == round(ends[1] * documents):
+            fix = "give --train-data-path, --valid-data-path and --test-data-path, another --split, or --eval-iters 0"
+            what = f"--split {args.split or DEFAULT_SPLIT} leaves none of its {documents} documents for the {name} part"
+            raise DataError(what, where=str(prefix), fix=fix)
 
 
 def _is_number(word: str) -> bool:

@@ -59,7 +59,7 @@ class FiniteWatch:
         self.add("states", name, vp_stage, torch.linalg.vector_norm(hidden_states.detach(), torch.inf))
 
     def finalize_grads(self, model: list[Any], *args: Any, **kwargs: Any) -> None:
-        """What Megatron does to gradients at the end of an iteration, and `check`; its ``finalize_model_grads_func``."""
+        """Megatron's ``finalize_model_grads_func``: what it does at the end of an iteration, and `check`."""
         finalize_model_grads(model, *args, **kwargs)
         self.check(model)
 

@@ -79,8 +79,11 @@ def mend_tracker(directory: Path, *, rank: int) -> None:
     written = {number: (iterations[number] / METADATA).stat().st_mtime_ns for number in complete}
     if not complete or max(written, key=written.__getitem__) != complete[-1]:
         state = "holds ''" if tracker.is_file() else "is missing"
-        raise CheckpointError(f"{state}, and more than one can be meant" if complete else state,
-                              where=str(tracker), fix=_advice(directory, complete))
+        raise CheckpointError(
+            f"{state}, and more than one can be meant" if complete else state,
+            where=str(tracker),
+            fix=_advice(directory, complete),
+        )
     if rank == 0:
         state = "was empty" if tracker.is_file() else "was missing"
         write_atomic(tracker, str(complete[-1]))
@@ -103,8 +106,9 @@ def _check_named(directory: Path, text: str, iterations: dict[int, Path]) -> Non
     try:
         named = iteration_directory(directory)
         if found := [] if text == RELEASE else faults_of(named):
-            raise CheckpointError(f"names {named.name}, which is incomplete: {summarise(found)}",
-                                  where=str(directory / TRACKER))
+            raise CheckpointError(
+                f"names {named.name}, which is incomplete: {summarise(found)}", where=str(directory / TRACKER)
+            )
     except CheckpointError as error:
         complete = sorted(number for number, path in iterations.items() if not faults_of(path))
         raise CheckpointError(error.what, where=error.where, fix=_advice(directory, complete)) from None

@@ -65,7 +65,9 @@ def tolerance_of(reference: Reference, chunks: Sequence[DistillationModel]) -> f
     """Nats of rounding between the recorded losses and these teachers'."""
     if get_args().fp8:
         return FP8_NATS
-    dtypes = {parameter.dtype for chunk in chunks if chunk.teacher is not None for parameter in chunk.teacher.parameters()}
+    dtypes = {
+        parameter.dtype for chunk in chunks if chunk.teacher is not None for parameter in chunk.teacher.parameters()
+    }
     return FP32_NATS if reference.dtype == "float32" and dtypes <= {torch.float32} else HALF_NATS
 
 
@@ -149,7 +151,7 @@ def judge_difference(nats: float, tolerance: float, where: Path) -> None:
     """
     if not nats <= tolerance:
         raise CheckpointError(
-            f"the teacher's losses differ from those of {REFERENCE} by {nats:.4g} nats a token, {tolerance} is rounding",
+            f"the teacher's losses differ from {REFERENCE} by {nats:.4g} nats a token, {tolerance} is rounding",
             where=str(where),
             fix="its weights are not, or not in the order, of the model that was evaluated: convert or copy it again; "
             "if it was changed on purpose, run tools/evaluate.py --record",

@@ -33,7 +33,10 @@ def train(argv: list[str], log: str) -> None:
     from megatron_slim.training.pretrain import main
 
     sys.argv = ["pretrain", *argv]
-    main(argv)
+    try:
+        main(argv)
+    except SystemExit as exit_:  # how Megatron ends at --exit-interval
+        assert not exit_.code, exit_.code
 
 
 def read_scalars(directory: Path) -> dict[str, list[float]]:

@@ -96,7 +96,14 @@ FAULTS = {
         "gradients are not finite, the losses are; on pipeline stage 2 of 2 (rank 1): "
         "decoder.final_layernorm.weight is nan; ",
     ),
+    "everywhere": (
+        4,
+        "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --micro-batch-size 1",
+        lambda: break_states(0, None, 1),
+        "; first seen in hidden states of the student that leave pipeline stage 1 of 2 (rank 0)",
+    ),
 }
+SLOW = ("teacher", "everywhere")
 
 
 def train_broken(argv: list[str], log: str, fault: str) -> str:
@@ -113,7 +120,9 @@ def train_broken(argv: list[str], log: str, fault: str) -> str:
     return "trained to the end"
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FAULTS]
+)
 def test_all_ranks_leave_and_say_where_it_began(workplace, fault: str) -> None:  # type: ignore[no-untyped-def]
     ranks, flags, _, message = FAULTS[fault]
     argv, log = workplace.argv(fault, *flags.split()), workplace.log(fault)

@@ -51,7 +51,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=[pytest.mark.slow] if "-" in name else []) for name in LAYOUTS]
+    "layout", [pytest.param(name, marks=[pytest.mark.slow] if "pp2" in name else []) for name in LAYOUTS]
 )
 def test_means_are_over_tokens(workplace, whole, data: Path, layout: str) -> None:  # type: ignore[no-untyped-def]
     ranks, flags = LAYOUTS[layout]

@@ -74,7 +74,6 @@ def gone(run: Path) -> None:
     shutil.rmtree(run / "iter_0000010")
 
 
-BEFORE = "10 or 4 or 2"
 # Content of the tracker (None: there is none), what else happened, what the tracker must hold then.
 MENDED: dict[str, tuple[str | None, Callable[[Path], None], str]] = {
     "whole": ("10", nothing, "10"),
@@ -85,18 +84,19 @@ MENDED: dict[str, tuple[str | None, Callable[[Path], None], str]] = {
     "empty, and the newest is half written": ("", half_written, "4"),
     "empty, and the newest lost its end": ("\n", truncated, "4"),
 }
+TO_GO_ON = "; to go on from a complete checkpoint write "
 REFUSED: dict[str, tuple[str | None, Callable[[Path], None], str]] = {
-    "garbage": ("1x", nothing, f"holds '1x', neither 'release' nor a number; to go on from a complete checkpoint write "),
-    "binary": ("\0\0", nothing, "neither 'release' nor a number; to go on"),
-    "names nothing": ("7", nothing, "names iter_0000007, which does not exist; to go on from a complete checkpoint write 2 or 4 or 10 into"),
-    "names what is gone": ("10", gone, "names iter_0000010, which does not exist; to go on from a complete checkpoint write 2 or 4 into"),
+    "garbage": ("1x", nothing, f"holds '1x', neither 'release' nor a number{TO_GO_ON}2 or 4 or 10 into "),
+    "binary": ("\0\0", nothing, f"neither 'release' nor a number{TO_GO_ON}"),
+    "names nothing": ("7", nothing, f"names iter_0000007, which does not exist{TO_GO_ON}2 or 4 or 10 into "),
+    "names what is gone": ("10", gone, f"names iter_0000010, which does not exist{TO_GO_ON}2 or 4 into "),
     "names what is half written": ("10", half_written, "names iter_0000010, which is incomplete: no .metadata"),
-    "names what is truncated": ("10", truncated, "which is incomplete: __0_0.distcp is truncated; to go on from a complete checkpoint write 2 or 4 into"),
-    "names what lost a file": ("10", lost_file, "which is incomplete: __0_0.distcp is missing; to go on"),
-    "empty, and two can be meant": ("", abandoned, "holds '', and more than one can be meant; to go on from a complete checkpoint write 2 or 4 or 10 into"),
-    "missing, and two can be meant": (None, abandoned, "is missing, and more than one can be meant"),
+    "names what is truncated": ("10", truncated, f"incomplete: __0_0.distcp is truncated{TO_GO_ON}2 or 4 into "),
+    "names what lost a file": ("10", lost_file, f"incomplete: __0_0.distcp is missing{TO_GO_ON}2 or 4 into "),
+    "empty, and two can be meant": ("", abandoned, f"holds '', and more than one can be meant{TO_GO_ON}2 or 4 or 10"),
+    "missing, and two can be meant": (None, abandoned, f"is missing, and more than one can be meant{TO_GO_ON}"),
     "empty beside nothing": ("", nothing_complete, "holds ''; no complete checkpoint lies beside it: remove "),
-}  # fmt: skip
+}
 
 
 def prepare(run: Path, content: str | None, change: Callable[[Path], None]) -> None:
