@@ -303,6 +303,18 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
+def die_with_parent() -> None:
+    """Have the kernel kill this process as soon as its parent has died (Linux; elsewhere nothing).
+
+    A rank must not train on when its launcher was killed, beside the job that then goes on from its checkpoints.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, int(signal.SIGKILL))
+
+
 def exit_at_once(code: int) -> NoReturn:
     """End this process without teardown, which would wait for a peer that has left; take its children along.
 

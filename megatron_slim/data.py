@@ -130,6 +130,12 @@ def read_stream(prefix: Path) -> npt.NDArray[Any]:
     return np.memmap(f"{prefix}.bin", dtype=dtype, mode="r")
 
 
+def count_documents(prefix: Path) -> int:
+    """Number of documents of a data set whose index `read_stream` has checked."""
+    with Path(f"{prefix}.idx").open("rb") as stream:
+        return int(_HEADER.unpack(stream.read(_HEADER.size))[3])
+
+
 def _read_index(path: Path) -> tuple[np.dtype[Any], int]:
     """Type of the ids and number of tokens of a data set, whose documents must follow one another in the .bin."""
     with path.open("rb") as stream:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
 
     from megatron_slim.checkpoint.convert import open_checkpoint, write_checkpoint
     from megatron_slim.checkpoint.distributed import is_torch_dist
+    from megatron_slim.checkpoint.reference import carry_reference
 
     source = "torch_dist" if is_torch_dist(args.load) else "hf"
     target = args.to or ("hf" if source == "torch_dist" else "torch_dist")
@@ -52,7 +54,8 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
         raise CheckpointError(f"is a {source} checkpoint already", where=str(args.load), fix="leave --to out")
     checkpoint = open_checkpoint(args.load, **load_options(args))
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    results = write_checkpoint(checkpoint, args.save, to=target, dtype=dtype, **write_options(args))
+    carry = partial(carry_reference, checkpoint, dtype=dtype)
+    results = write_checkpoint(checkpoint, args.save, to=target, dtype=dtype, records=carry, **write_options(args))
     ending = VERIFICATION[results["verified"]]
     say(f"{args.save}: {results['tensors']} tensors, {results['parameters']:,} parameters as {target}, {ending}")
     return {"load": str(args.load), "save": str(args.save), **results}

@@ -34,6 +34,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=not_negative, default=0, help="of the draw")
     parser.add_argument("--micro-batch-size", type=positive, default=1, metavar="N", help="samples in one forward pass")
     parser.add_argument("--dtype", choices=DTYPES, help="if not given, bf16 on a GPU and fp32 on a CPU")
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="keep the losses of the first tokens in slim_reference.json beside the checkpoint: training compares its "
+        "teacher with them before the first step",
+    )
     return parser.parse_args()
 
 
@@ -51,6 +57,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         micro_batch_size=args.micro_batch_size,
         dtype=getattr(torch, DTYPES[args.dtype]) if args.dtype else None,
         seed=args.seed,
+        record=args.record,
         **load_options(args),
     )
     mtp = "".join(f", mtp {depth} {loss:.4f}" for depth, loss in enumerate(results["mtp_loss"], start=1))

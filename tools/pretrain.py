@@ -4,11 +4,18 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_slim.cli import die_with_parent
+
+# Here, where the processes that Megatron starts to write checkpoints come past too: they import this file.
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    die_with_parent()
 
 if __name__ == "__main__":
     from megatron_slim.training.slim_arguments import help_parser

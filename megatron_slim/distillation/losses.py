@@ -159,17 +159,21 @@ class LossWeights:
     mtp_beta: float
 
 
-def _mean_over_depths(terms: tuple[Tensor, ...], loss_mask: Tensor) -> Tensor:
-    """Sum over tokens of the mean over depths, rescaled to the main head's token count.
+def _over_depths(terms: tuple[Tensor, ...], loss_mask: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The mean over depths of sums over tokens, as the loss takes it; and (sum, count) over all depths, for the log.
 
-    Depth k has k tokens fewer than the main head; rescaling makes it weigh the same, as Megatron's own MTP loss does.
+    Of S positions depth k predicts S - k, so it is scaled by S / (S - k): where no token is masked it weighs as much as
+    the main head, as in Megatron. Megatron's own factor comes from the mask of the micro-batch; a constant one makes
+    the loss of a batch the same however it is cut into micro-batches.
     """
-    main_tokens = loss_mask.sum()
-    total = loss_mask.new_zeros(())
+    length = loss_mask.shape[-1]
+    total, log_sum, log_count = (loss_mask.new_zeros(()) for _ in range(3))
     for depth, term in enumerate(terms, start=1):
         mask = shift(loss_mask, depth)
-        total = total + (term * mask).sum() * (main_tokens / mask.sum().clamp(min=1))
-    return total / max(1, len(terms))
+        depth_sum = (term * mask).sum()
+        total = total + depth_sum * (length / max(1, length - depth)) / len(terms)
+        log_sum, log_count = log_sum + depth_sum, log_count + mask.sum()
+    return total, (log_sum.detach(), log_count)
 
 
 def combine(
@@ -186,26 +190,28 @@ def combine(
 
     Returns:
         The sum over tokens (to be divided by the number of tokens), that number, and for the log every term's
-        (sum, count) under the names that Megatron and ModelOpt use.
+        (sum, count) under the names that Megatron and ModelOpt use: sums over micro-batches and ranks of both give the
+        mean over all tokens.
     """
     mask = loss_mask.float()
     tokens = mask.sum()
     has_teacher = losses.kd is not None
     kd_lambda = weights.kd_lambda if has_teacher else 0.0
     terms = {"lm loss": (losses.lm * mask).sum()}
+    report: dict[str, tuple[Tensor, Tensor]] = {}
     total = (1.0 - kd_lambda) * terms["lm loss"]
     if losses.kd is not None and losses.teacher_lm is not None:
         terms["logits distillation loss"] = (losses.kd * mask).sum()
         terms["teacher lm loss"] = (losses.teacher_lm * mask).sum()
         total = total + kd_lambda * terms["logits distillation loss"]
     if losses.mtp_lm:
-        terms["mtp lm loss"] = _mean_over_depths(losses.mtp_lm, mask)
-        mtp = (1.0 - kd_lambda) * terms["mtp lm loss"]
+        mtp_lm, report["mtp lm loss"] = _over_depths(losses.mtp_lm, mask)
+        mtp = (1.0 - kd_lambda) * mtp_lm
         if losses.mtp_kd:
-            terms["mtp distillation loss"] = _mean_over_depths(losses.mtp_kd, mask)
-            mtp = mtp + kd_lambda * terms["mtp distillation loss"]
+            mtp_kd, report["mtp distillation loss"] = _over_depths(losses.mtp_kd, mask)
+            mtp = mtp + kd_lambda * mtp_kd
         total = total + weights.mtp_beta * mtp
-    report = {name: (value.detach(), tokens) for name, value in terms.items()}
+    report |= {name: (value.detach(), tokens) for name, value in terms.items()}
     one = tokens.new_ones(())
     if has_teacher:
         report["kd lambda"] = (one * kd_lambda, one)

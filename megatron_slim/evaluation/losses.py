@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from megatron_slim.checkpoint.reference import SAMPLES
 from megatron_slim.errors import CheckpointError
 from megatron_slim.pruning.streaming import FINAL_NORM, MTP_NORM, StreamingForward
 
@@ -19,9 +22,11 @@ class HeadLosses(StreamingForward):
 
     Attributes:
         losses: that of the main head, then that of each MTP depth.
+        token_losses: those of every token that the main head predicts in the first samples, [samples][sequence - 1].
     """
 
     losses: tuple[float, ...] = ()
+    token_losses: tuple[tuple[float, ...], ...] = ()
 
     def leave(self, module: str) -> None:
         """Measure where a head follows."""
@@ -31,14 +36,20 @@ class HeadLosses(StreamingForward):
     def _loss(self, *, ahead: int) -> float:
         weight = self.weight("lm_head")
         targets = self.samples[:, ahead:]
-        total = 0.0
+        total, kept = 0.0, list[Tensor]()
         for hidden, wanted in zip(self.batches(), targets.split(self.micro_batch_size), strict=True):
             rows = hidden[:, : targets.shape[1]].reshape(-1, self.shape.hidden_size).split(HEAD_ROWS)
             for chunk, ids in zip(rows, wanted.reshape(-1).split(HEAD_ROWS), strict=True):
                 logits = (chunk.to(self.device) @ weight.T).float()
-                total += F.cross_entropy(logits, ids.to(self.device), reduction="none").double().sum().item()
+                found = F.cross_entropy(logits, ids.to(self.device), reduction="none")
+                total += found.double().sum().item()
+                if sum(map(len, kept)) < SAMPLES * targets.shape[1]:
+                    kept.append(found.cpu())
         if not math.isfinite(total):
             raise CheckpointError(
                 "its loss is not finite", where=str(self.checkpoint.path), fix="its weights are broken"
             )
+        if ahead == AHEAD[FINAL_NORM]:
+            by_sample = torch.cat(kept)[: SAMPLES * targets.shape[1]].reshape(-1, targets.shape[1])
+            self.token_losses = tuple(map(tuple, by_sample.tolist()))
         return total / targets.numel()

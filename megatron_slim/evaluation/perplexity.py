@@ -16,6 +16,7 @@ import torch
 from megatron_slim import device
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint, open_checkpoint
+from megatron_slim.checkpoint.reference import Reference
 from megatron_slim.data import Tokens, read_samples
 from megatron_slim.errors import DataError
 from megatron_slim.pruning.samples import check_samples
@@ -29,11 +30,13 @@ class Evaluation:
         loss: mean cross entropy in nats over all predicted tokens.
         tokens: number of tokens predicted by the main head.
         mtp_loss: the same mean for each MTP depth, depth 1 first.
+        token_losses: nats of every predicted token of the first samples, what a `Reference` is made of.
     """
 
     loss: float
     tokens: int
     mtp_loss: tuple[float, ...]
+    token_losses: tuple[tuple[float, ...], ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -74,7 +77,7 @@ def evaluate(
     forward = HeadLosses(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype or device.default_dtype())
     forward.run("evaluating")
     main, *mtp = forward.losses
-    return Evaluation(main, samples.shape[0] * (samples.shape[1] - 1), tuple(mtp))
+    return Evaluation(main, samples.shape[0] * (samples.shape[1] - 1), tuple(mtp), forward.token_losses)
 
 
 def evaluate_checkpoint(
@@ -86,11 +89,12 @@ def evaluate_checkpoint(
     micro_batch_size: int = 1,
     dtype: torch.dtype | None = None,
     seed: int = 0,
+    record: bool = False,
     **reading: Any,
 ) -> dict[str, Any]:
     """Evaluate a Hugging Face or torch_dist directory; what tools/evaluate.py runs.
 
-    ``reading`` goes to `open_checkpoint`.
+    ``record`` writes a `Reference` into ``load``; ``reading`` goes to `open_checkpoint`.
 
     Returns:
         ``loss``, ``perplexity``, ``tokens``, ``mtp_loss`` (a list, depth 1 first), ``samples``, ``seq_length``,
@@ -102,6 +106,8 @@ def evaluate_checkpoint(
     samples = read_evaluation_data(data, checkpoint.shape, seq_length=seq_length, num_samples=num_samples, seed=seed)
     dtype = dtype or device.default_dtype()
     result = evaluate(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype)
+    if record:
+        Reference.of(samples.tolist(), result.token_losses, str(dtype).removeprefix("torch.")).save(load)
     return {
         "loss": result.loss,
         "perplexity": result.perplexity,

@@ -117,6 +117,8 @@ def default_flags() -> list[str]:
     """Flags that this kind of model wants and the command line may override by naming them itself."""
     flags = ["--moe-router-load-balancing-type=global_aux_loss", "--moe-token-dispatcher-type=alltoall"]
     flags += ["--moe-router-dtype=fp32", "--ckpt-format=torch_dist"]
+    # Every token weighs the same, however masks share them out over micro-batches and ranks; NaN is `FiniteWatch`'s.
+    flags += ["--calculate-per-token-loss", "--no-check-for-nan-in-loss-and-grad"]
     return [*flags, *CPU_FLAGS] if not torch.cuda.is_available() else [*flags, "--moe-grouped-gemm"]
 
 

@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
 
@@ -15,13 +19,15 @@ from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.checkpoint.distributed import is_torch_dist, iteration_directory
 from megatron_slim.checkpoint.distributed_writer import BACKEND, INTEGRITY, TRACKER
 from megatron_slim.checkpoint.torch_dist_files import METADATA
-from megatron_slim.data import data_prefix, read_stream
+from megatron_slim.data import count_documents, data_prefix, read_stream
 from megatron_slim.distillation.model import TEACHER_MTP
 from megatron_slim.errors import CheckpointError, DataError, SlimError, summarise
 from megatron_slim.files import read_json
 from megatron_slim.training.arguments import padded_vocab_size
+from megatron_slim.training.resume import faults_of, mend_tracker
 
 CHECKED_TOKENS = 1 << 20  # of each data set: another tokenizer's ids show in far fewer
+DEFAULT_SPLIT = "969, 30, 1"  # Megatron's
 _DATA_ARGUMENTS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
 
@@ -63,9 +69,8 @@ def holds_checkpoint(directory: str | None) -> bool:
 
 def _check_start(shape: ModelShape, args: Any) -> None:
     """See that the weights to start from are whole and the student's."""
-    for directory in (args.load, args.save):
-        if holds_checkpoint(directory):
-            iteration_directory(Path(directory))  # refuses a torn tracker, at which Megatron exits with status 0
+    for directory in sorted({path for path in (args.load, args.save) if path is not None}):
+        mend_tracker(Path(directory), rank=args.rank)
     start = _start(args)
     if start is None:
         if args.load is not None and args.exit_on_missing_checkpoint:  # Megatron would exit with status 0
@@ -90,6 +95,8 @@ def _start(args: Any) -> Path | None:
         directory = Path(args.load) / f"iter_{args.ckpt_step:07d}"
         if not directory.is_dir():
             raise CheckpointError("no such directory", where=str(directory), fix="check --ckpt-step")
+        if found := faults_of(directory):
+            raise CheckpointError(f"is incomplete: {summarise(found)}", where=str(directory), fix="check --ckpt-step")
         return directory
     start = args.load if holds_checkpoint(args.load) else args.pretrained_checkpoint
     return None if start is None else Path(start)
@@ -193,6 +200,21 @@ def _check_data(args: Any, vocab_size: int) -> None:
                     where=prefix,
                     fix="preprocess with the model's own tokenizer",
                 )
+            if words is args.data_path:
+                _check_split(found, args)
+
+
+def _check_split(prefix: Path, args: Any) -> None:
+    """See that training, validation and test part all get documents: of none, Megatron builds an index for ever."""
+    split = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split or DEFAULT_SPLIT))
+    documents = count_documents(prefix)
+    for part, (name, ends) in enumerate(zip(("training", "validation", "test"), split, strict=True)):
+        if ends is None or (part and not args.eval_iters):
+            continue
+        if round(ends[0] * documents) == round(ends[1] * documents):
+            fix = "give --train-data-path, --valid-data-path and --test-data-path, another --split, or --eval-iters 0"
+            what = f"--split {args.split or DEFAULT_SPLIT} leaves none of its {documents} documents for the {name} part"
+            raise DataError(what, where=str(prefix), fix=fix)
 
 
 def _is_number(word: str) -> bool:

@@ -14,6 +14,7 @@ from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
+from megatron_slim.checkpoint.reference import Reference
 from megatron_slim.errors import DataError
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
@@ -100,11 +101,32 @@ def check_token_ids(sample: dict[str, Tensor], vocab_size: int) -> None:
         )
 
 
-class RepeatedSample(Iterator[dict[str, Tensor]]):
-    """An endless iterator over one batch, collated from the first samples of a dataset."""
+def first_batch(dataset: Any, batch_size: int) -> dict[str, Tensor]:
+    """The first samples of a dataset, collated."""
+    batch = torch.utils.data.default_collate([dataset[i % len(dataset)] for i in range(batch_size)])
+    return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
 
-    def __init__(self, dataset: Any, batch_size: int) -> None:
-        self.batch = torch.utils.data.default_collate([dataset[i % len(dataset)] for i in range(batch_size)])
+
+def reference_batch(reference: Reference, batch_size: int, seq_length: int) -> tuple[dict[str, Tensor], Tensor]:
+    """A batch of the recorded samples, cut or padded to the run's length, and the losses [b, s] that belong to it."""
+    batch = {key: torch.zeros(batch_size, seq_length, dtype=torch.int64) for key in ("tokens", "labels")}
+    batch["position_ids"] = torch.arange(seq_length).repeat(batch_size, 1)
+    batch["loss_mask"], losses = torch.zeros(2, batch_size, seq_length)
+    for row in range(batch_size):
+        number = row % len(reference.tokens)
+        ids = torch.tensor(reference.tokens[number][: seq_length + 1])
+        length = len(ids) - 1
+        batch["tokens"][row, :length], batch["labels"][row, :length] = ids[:-1], ids[1:]
+        batch["loss_mask"][row, :length] = 1.0
+        losses[row, :length] = torch.tensor(reference.losses[number][:length])
+    return batch, losses
+
+
+class Repeated(Iterator[dict[str, Tensor]]):
+    """One batch again and again."""
+
+    def __init__(self, batch: dict[str, Tensor]) -> None:
+        self.batch = batch
 
     def __next__(self) -> dict[str, Tensor]:
-        return {key: value for key, value in self.batch.items() if isinstance(value, Tensor)}
+        return dict(self.batch)

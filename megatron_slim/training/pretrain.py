@@ -41,6 +41,7 @@ from megatron_slim.files import new_directory, to_json, write_atomic
 from megatron_slim.training.arguments import install_argv, padded_vocab_size, shape_directory
 from megatron_slim.training.checks import check_run, holds_checkpoint
 from megatron_slim.training.data import Batch, build_datasets, next_batch
+from megatron_slim.training.finite import FiniteWatch
 from megatron_slim.training.slim_arguments import MEGATRON_HELP, add_slim_arguments, loss_schedules
 from megatron_slim.training.teacher_check import check_teacher
 
@@ -56,6 +57,7 @@ class Run:
     mtp_kd_target: str
     student_load: Path | None = None
     chunks: list[DistillationModel] = dataclasses.field(default_factory=list)
+    watch: FiniteWatch = dataclasses.field(default_factory=FiniteWatch)
 
     def model_provider(
         self,
@@ -86,6 +88,7 @@ class Run:
         student.unpadded_vocab_size = self.shape.vocab_size
         if self.teacher_shape is not None:
             student.attach_teacher(self._build_teacher(base, stage), self.mtp_kd_target)
+        student.config.finalize_model_grads_func = self.watch.finalize_grads
         self.chunks.append(student)
         if len(self.chunks) == (args.virtual_pipeline_model_parallel_size or 1):
             self._load_weights()
@@ -129,12 +132,20 @@ class Run:
         """One micro-batch through one stage, and the function that reduces its losses on the last one."""
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
-        batch = self.batch(iterator, get_attr_wrapped_model(model, "vp_stage"))
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        batch = self.batch(iterator, vp_stage)
         timers("batch-generator").stop()
         output = model(batch["tokens"], batch["position_ids"], None, batch["labels"])
-        return output, partial(self.reduce_losses, batch["loss_mask"])
+        label = "" if model.training else "validation "
+        if not get_attr_wrapped_model(model, "post_process"):
+            self.watch.add_states(f"{label}student", vp_stage, output[..., : self.shape.hidden_size])
+            if self.teacher_shape is not None:
+                self.watch.add_states(f"{label}teacher", vp_stage, output[..., self.shape.hidden_size :])
+        return output, partial(self.reduce_losses, batch["loss_mask"], vp_stage, label)
 
-    def reduce_losses(self, loss_mask: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def reduce_losses(
+        self, loss_mask: Tensor | None, vp_stage: int | None, label: str, output: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """SlimQwen eq. 12 with this iteration's lambda and beta, in the form that Megatron's loop wants."""
         args = get_args()
         assert loss_mask is not None
@@ -144,7 +155,8 @@ class Run:
         )
         losses = TokenLosses.unstack(output, has_teacher=self.teacher_shape is not None)
         total, tokens, report = combine(losses, loss_mask, LossWeights(kd_lambda, mtp_beta))
-        _refuse_nonfinite(report)
+        for name, (value, _) in report.items():
+            self.watch.add("loss", f"{label}{name}", vp_stage, value)
         return total, tokens.to(torch.int), {name: torch.stack(pair) for name, pair in report.items()}
 
 
@@ -161,17 +173,6 @@ def load_balancing_fields(config: TransformerConfig) -> dict[str, Any]:
         pairs = zip(kinds, coefficients, strict=True)
         return {"moe_aux_loss_coeff": [c * ranks if kind == "global_aux_loss" else c for kind, c in pairs]}
     return {"moe_aux_loss_coeff": coefficients * ranks if kinds == "global_aux_loss" else coefficients}
-
-
-def _refuse_nonfinite(report: dict[str, tuple[Tensor, Tensor]]) -> None:
-    finite = torch.isfinite(torch.stack([value for value, _ in report.values()])).tolist()
-    if not all(finite):
-        faults = [
-            f"{name} is {value.item()}"
-            for (name, (value, _)), good in zip(report.items(), finite, strict=True)
-            if not good
-        ]
-        raise SlimError("; ".join(faults), where=f"iteration {get_args().curr_iteration}, last pipeline stage")
 
 
 def _plan_run(shape: ModelShape, teacher: ModelShape | None, args: Any) -> Run:
@@ -242,6 +243,7 @@ def main(argv: list[str]) -> None:
             run.forward_step,
             model_provider=run.model_provider,
         )
+        run.watch.check()  # of the last validation
     except CheckpointingException as error:  # all ranks raise it together
         raise CheckpointError(f"refused by Megatron: {error}") from None
     if torch.distributed.is_initialized():

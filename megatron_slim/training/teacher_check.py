@@ -1,4 +1,10 @@
-"""Before the first step: does the teacher know anything of the data? A broken teacher must not train anybody."""
+"""Before the first step: is the teacher the model that it should be? A broken teacher must not train anybody.
+
+Its cross entropy on the run's first batch must be better than guessing: that finds weights that are zero or random, or
+another tokenizer, but not experts or layers in a wrong order, which cost less than all that a model knows. Where losses
+were recorded beside the checkpoint (`checkpoint.reference`) the teacher, as it was loaded and laid out, computes the
+same tokens again, and must give each the same loss up to rounding.
+"""
 
 from __future__ import annotations
 
@@ -14,54 +20,92 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training import get_args
 from torch import Tensor
 
+from megatron_slim.checkpoint.reference import REFERENCE, Reference, read_reference
 from megatron_slim.distillation.losses import TokenLosses
 from megatron_slim.distillation.model import DistillationModel
 from megatron_slim.errors import CheckpointError
-from megatron_slim.training.data import Batch, RepeatedSample
+from megatron_slim.training.data import Batch, Repeated, first_batch, reference_batch
 
 GUESSING = 0.95  # a teacher whose cross entropy is above this share of log V has learnt nothing of use
+# Mean difference per token, in nats, that is still rounding. In fp32 it is some 1e-5; in 16 bits 0.01 to 0.03, routers
+# that decide otherwise included. Two layers exchanged change the tokens of a trained model by tenths of a nat and more.
+FP32_NATS, HALF_NATS, FP8_NATS = 0.003, 0.1, 0.2
+FIX = "check the checkpoint and that the data was tokenised with its tokenizer, or pass --no-teacher-check"
+
+Measure = Callable[[Tensor, Tensor], Tensor]  # teacher's losses [b, s] and loss mask [b, s] to one number
+NextBatch = Callable[[Iterator[Any], int | None], Batch]
 
 
-def check_teacher(
-    chunks: Sequence[DistillationModel],
-    next_batch: Callable[[Iterator[Any], int | None], Batch],
-    dataset: Any,
-    vocab_size: int,
-) -> None:
-    """Compute the teacher's own cross entropy on the first batch, through the pipeline; all ranks raise together.
+def check_teacher(chunks: Sequence[DistillationModel], next_batch: NextBatch, dataset: Any, vocab_size: int) -> None:
+    """Run the teacher once or twice through the pipeline; all ranks raise together.
 
     Args:
         chunks: this rank's virtual pipeline stages, teachers attached.
         next_batch: gives this rank's part of a batch, from an iterator and the virtual stage.
-        dataset: where the batch comes from.
+        dataset: where the first batch comes from.
         vocab_size: of the model.
 
     Raises:
-        CheckpointError: it is not finite, or not better than guessing.
+        CheckpointError: its cross entropy is not finite or no better than guessing, or not what was recorded.
     """
+    args = get_args()
+    where = Path(args.teacher_load)
+    reference = read_reference(where, vocab_size)
+    batch = first_batch(dataset, args.micro_batch_size)
+    judge_teacher(_measured(chunks, next_batch, batch, _mean), vocab_size, where)
+    if reference is not None:
+        batch, losses = reference_batch(reference, args.micro_batch_size, args.seq_length)
+        found = _measured(chunks, next_batch, batch, partial(_mean_difference, losses))
+        judge_difference(found, tolerance_of(reference, chunks), where)
+    elif torch.distributed.get_rank() == 0:
+        print(f"no {REFERENCE} in {where}: its losses are compared with nothing but guessing", flush=True)
+
+
+def tolerance_of(reference: Reference, chunks: Sequence[DistillationModel]) -> float:
+    """Nats of rounding between the recorded losses and these teachers'."""
+    if get_args().fp8:
+        return FP8_NATS
+    dtypes = {
+        parameter.dtype for chunk in chunks if chunk.teacher is not None for parameter in chunk.teacher.parameters()
+    }
+    return FP32_NATS if reference.dtype == "float32" and dtypes <= {torch.float32} else HALF_NATS
+
+
+def _mean(teacher_lm: Tensor, loss_mask: Tensor) -> Tensor:
+    return (teacher_lm * loss_mask).sum() / loss_mask.sum()
+
+
+def _mean_difference(expected: Tensor, teacher_lm: Tensor, loss_mask: Tensor) -> Tensor:
+    return _mean((teacher_lm - expected.to(teacher_lm.device)).abs(), loss_mask)
+
+
+def _measured(
+    chunks: Sequence[DistillationModel], next_batch: NextBatch, batch: dict[str, Tensor], measure: Measure
+) -> float:
+    """What ``measure`` gives on the last stage, the largest of all ranks; infinity where it is not finite."""
 
     def step(iterator: Iterator[Any], model: Any) -> tuple[Tensor, Callable[..., Any]]:
-        batch = next_batch(iterator, model.vp_stage)
-        output = model(batch["tokens"], batch["position_ids"], None, batch["labels"])
-        return output, partial(_teacher_loss, batch["loss_mask"])
+        mine = next_batch(iterator, model.vp_stage)
+        output = model(mine["tokens"], mine["position_ids"], None, mine["labels"])
+        return output, partial(_on_last_stage, measure, mine["loss_mask"])
 
     modes = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
-    found = _run_forward(step, list(chunks), RepeatedSample(dataset, get_args().micro_batch_size))
+    found = _run_forward(step, list(chunks), Repeated(batch))
     for chunk, mode in zip(chunks, modes, strict=True):
         chunk.train(mode)
     # -inf from the stages that saw no loss; NaN would vanish in MAX, so it travels as +inf.
-    loss = found[0].reshape(1).float() if found else torch.full((1,), -math.inf, device=torch.cuda.current_device())
-    loss = torch.where(torch.isnan(loss), torch.full_like(loss, math.inf), loss)
-    torch.distributed.all_reduce(loss, op=torch.distributed.ReduceOp.MAX)
-    judge_teacher(float(loss), vocab_size, get_args().teacher_load)
+    value = found[0].reshape(1).float() if found else torch.full((1,), -math.inf, device=torch.cuda.current_device())
+    value = torch.where(torch.isnan(value), torch.full_like(value, math.inf), value)
+    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
+    return float(value)
 
 
-def _teacher_loss(loss_mask: Tensor | None, output: Tensor, non_loss_data: bool = True) -> Tensor:
+def _on_last_stage(measure: Measure, loss_mask: Tensor | None, output: Tensor, non_loss_data: bool = True) -> Tensor:
     losses = TokenLosses.unstack(output, has_teacher=True)
     assert losses.teacher_lm is not None and loss_mask is not None
-    return (losses.teacher_lm * loss_mask).sum() / loss_mask.sum()
+    return measure(losses.teacher_lm, loss_mask)
 
 
 @torch.no_grad()
@@ -93,7 +137,24 @@ def judge_teacher(loss: float, vocab_size: int, where: Path) -> None:
         raise CheckpointError(
             f"the teacher's cross entropy on the first batch is {loss:.4g}, guessing gives {uniform:.4g}",
             where=str(where),
-            fix="check the checkpoint and that the data was tokenised with its tokenizer, or pass --no-teacher-check",
+            fix=FIX,
         )
     if torch.distributed.get_rank() == 0:
         print(f"teacher lm loss on the first batch: {loss:.6f} (guessing: {uniform:.6f})", flush=True)
+
+
+def judge_difference(nats: float, tolerance: float, where: Path) -> None:
+    """Say how far the teacher's losses are from those recorded, or refuse it.
+
+    Raises:
+        CheckpointError: further than rounding.
+    """
+    if not nats <= tolerance:
+        raise CheckpointError(
+            f"the teacher's losses differ from {REFERENCE} by {nats:.4g} nats a token, {tolerance} is rounding",
+            where=str(where),
+            fix="its weights are not, or not in the order, of the model that was evaluated: convert or copy it again; "
+            "if it was changed on purpose, run tools/evaluate.py --record",
+        )
+    if torch.distributed.get_rank() == 0:
+        print(f"teacher: the losses of {REFERENCE} to {nats:.2g} nats a token", flush=True)

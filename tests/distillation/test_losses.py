@@ -126,8 +126,8 @@ def test_combine_by_hand() -> None:
     mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
     total, tokens, report = combine(token_losses, mask, LossWeights(kd_lambda=0.75, mtp_beta=0.3))
     # Main head: 1+2+3+4+5 = 15 over 5 tokens. MTP: positions 0, 1 of the first sequence and 0 of the second, whose
-    # next-but-one token counts: 1+2+4 = 7 over 3 tokens, as if over 5: 35/3.
-    mtp = 35 / 3
+    # next-but-one token counts: 1+2+4 = 7, times 3/2 because depth 1 predicts 2 of 3 positions.
+    mtp = 7 * 3 / 2
     assert float(tokens) == 5
     expected = 0.25 * 15 + 0.75 * 150 + 0.3 * (0.25 * mtp + 0.75 * 100 * mtp)
     assert float(total) == pytest.approx(expected, rel=1e-6)
@@ -146,10 +146,38 @@ def test_combine_by_hand() -> None:
     )
 
 
+def test_a_batch_weighs_the_same_however_it_is_cut() -> None:
+    """Masks as uneven as they come, one micro-batch without a token: sums of parts are the sums of the whole, in fp64.
+
+    What is logged is then the plain mean over tokens, of every head its own.
+    """
+    generator = torch.Generator().manual_seed(0)
+    terms = torch.rand(6, 4, 9, generator=generator, dtype=torch.float64)
+    lm, kd, teacher_lm, *mtp = terms
+    mask = torch.rand(4, 9, generator=generator) < torch.tensor([0.9, 0.5, 0.1, 0.0])[:, None]
+    weights = LossWeights(kd_lambda=0.75, mtp_beta=0.3)
+
+    def of(rows: slice) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        heads = [head[rows] for head in (lm, kd, teacher_lm, *mtp[:2], mtp[2], mtp[2])]
+        return combine(TokenLosses(*heads[:3], tuple(heads[3:5]), tuple(heads[5:])), mask[rows].float(), weights)
+
+    whole, parts = of(slice(None)), [of(slice(row, row + 1)) for row in range(4)]
+    for found, wanted in ((sum(part[i] for part in parts), whole[i]) for i in (0, 1)):
+        assert float(found) == pytest.approx(float(wanted), rel=1e-12)
+    for name, (value, count) in whole[2].items():
+        summed = [sum(part[2][name][i] for part in parts) for i in (0, 1)]
+        assert float(summed[0] / summed[1]) == pytest.approx(float(value / count), rel=1e-6), name
+    far = [torch.nn.functional.pad(mask, (0, depth))[:, depth:] for depth in (1, 2)]
+    plain = {"lm loss": lm[mask].mean(), "logits distillation loss": kd[mask].mean()}
+    plain["mtp lm loss"] = torch.cat([mtp[0][far[0]], mtp[1][far[1]]]).mean()
+    for name, value in plain.items():
+        assert float(whole[2][name][0] / whole[2][name][1]) == pytest.approx(float(value), rel=1e-6), name
+
+
 def test_without_a_teacher_lambda_is_zero() -> None:
     lm = torch.ones(1, 4)
     total, _, report = combine(TokenLosses(lm, mtp_lm=(lm,)), torch.ones(1, 4), LossWeights(1.0, 0.5))
-    assert float(total) == pytest.approx(4 + 0.5 * 4)
+    assert float(total) == pytest.approx(4 + 0.5 * 4)  # three tokens of four positions, times 4/3
     assert "kd lambda" not in report and "logits distillation loss" not in report
 
 

@@ -23,7 +23,7 @@ from megatron_slim.training.pretrain import main  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"num_layers": 4, "vocab_size": 120, "max_position_embeddings": 64}
-BASE = "--seq-length 32 --micro-batch-size 1 --global-batch-size 2 --train-iters 2 --lr 1e-3"
+BASE = "--seq-length 32 --micro-batch-size 1 --global-batch-size 2 --train-iters 2 --lr 1e-3 --eval-iters 0"
 GIVEN = f"{BASE} --pretrained-checkpoint student --data-path d"
 CASES = {
     "shape by hand": ("--num-layers 3 --vocab-size=5", "--num-layers, --vocab-size cannot be given"),
@@ -54,6 +54,11 @@ CASES = {
     "a file": ("--data-path d.bin", "d.bin: is a file of a data set; name its prefix, d"),
     "ids": ("--data-path big", "big: token id 120 is beyond the vocabulary of 120"),
     "torn data": ("--data-path torn", "torn.bin: truncated"),
+    "no validation part": (
+        "--eval-iters 1 --split 90,5,5 --data-path few",
+        "few: --split 90,5,5 leaves none of its 3 documents for the validation part; give --train-data-path",
+    ),
+    "no training part": ("--split 0.1,9,9 --data-path few", "none of its 3 documents for the training part"),
     "no teacher": ("--teacher-load nowhere", "nowhere: no such directory"),
     "no student": ("--pretrained-checkpoint nowhere", "nowhere: no such directory"),
     "another student": (
@@ -81,6 +86,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         builder = IndexedDatasetBuilder(str(root / f"{name}.bin"), dtype=np.int32)
         builder.add_document(np.full(400, largest), [400])
         builder.finalize(str(root / f"{name}.idx"))
+    builder = IndexedDatasetBuilder(str(root / "few.bin"), dtype=np.int32)
+    for _ in range(3):
+        builder.add_document(np.full(40, 1), [40])
+    builder.finalize(str(root / "few.idx"))
     (root / "torn.bin").write_bytes((root / "torn.bin").read_bytes()[:-4])
     for content in ("x", "", "7"):
         (root / f"run-{content}").mkdir()

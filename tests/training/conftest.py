@@ -14,21 +14,29 @@ from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkp
 
 SIZES = {"num_layers": 4, "layer_types": ("linear_attention", "full_attention") * 2, "vocab_size": 120}
 FLAGS = (
-    "--mock-data --seq-length 32 --global-batch-size 4 --train-iters 5 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine "
+    "--seq-length 32 --global-batch-size 4 --train-iters 5 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine "
     "--log-interval 1 --tensorboard-log-interval 1 --eval-interval 1000 --eval-iters 1 --save-interval 1000 "
     "--use-distributed-optimizer"
 ).split()
 
 
-def train(argv: list[str], log: str) -> None:
-    """Body of one rank."""
+def write_to(log: str) -> None:
+    """Append what this process prints to a file."""
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
+
+
+def train(argv: list[str], log: str) -> None:
+    """Body of one rank."""
+    write_to(log)
     from megatron_slim.training.pretrain import main
 
     sys.argv = ["pretrain", *argv]
-    main(argv)
+    try:
+        main(argv)
+    except SystemExit as exit_:  # how Megatron ends at --exit-interval
+        assert not exit_.code, exit_.code
 
 
 def read_scalars(directory: Path) -> dict[str, list[float]]:
@@ -47,18 +55,25 @@ class Workplace:
     teacher: Path
     student: Path
 
-    def train(
-        self, name: str, ranks: int, *flags: str, distil: bool = True, start: bool = True, check_teacher: bool = False
-    ) -> dict[str, list[float]]:
-        """Train on ``ranks`` processes; what tensorboard got, by tag."""
-        board = self.root / "tensorboard" / name
-        argv = [*FLAGS, "--tensorboard-dir", str(board)]
+    def argv(
+        self, name: str, *flags: str, distil: bool = True, start: bool = True, check_teacher: bool = False
+    ) -> list[str]:
+        """The command line of a run; ``flags`` win over the others."""
+        argv = [*FLAGS, "--tensorboard-dir", str(self.root / "tensorboard" / name)]
         argv += ["--pretrained-checkpoint", str(self.student)] if start else []
         argv += ["--teacher-load", str(self.teacher)] if distil else []
         argv += [] if check_teacher else ["--no-teacher-check"]
-        argv += flags
-        run_distributed(ranks, train, argv, str(self.root / f"{name}.log"), initialise=False)
-        return read_scalars(board)
+        argv += [] if any("data-path" in flag for flag in flags) else ["--mock-data"]
+        return [*argv, *flags]
+
+    def log(self, name: str) -> Path:
+        """What the ranks of a run print."""
+        return self.root / f"{name}.log"
+
+    def train(self, name: str, ranks: int, *flags: str, **options: bool) -> dict[str, list[float]]:
+        """Train on ``ranks`` processes; what tensorboard got, by tag. ``options`` as `argv`."""
+        run_distributed(ranks, train, self.argv(name, *flags, **options), str(self.log(name)), initialise=False)
+        return read_scalars(self.root / "tensorboard" / name)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,19 +11,11 @@ from megatron_slim import device
 
 device.install()
 
-from megatron_slim.errors import DataError, SlimError  # noqa: E402
+from megatron_slim.errors import DataError  # noqa: E402
 from megatron_slim.files import read_json, to_json  # noqa: E402
 from megatron_slim.testing import tiny_hf_config, tiny_shape  # noqa: E402
 from megatron_slim.training import pretrain  # noqa: E402
-from megatron_slim.training.data import RepeatedSample, check_token_ids  # noqa: E402
-
-
-def test_a_term_that_is_not_finite_stops_the_run_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrain, "get_args", lambda: SimpleNamespace(curr_iteration=7))
-    one = torch.tensor(1.0)
-    pretrain._refuse_nonfinite({"lm loss": (one, one), "mtp lm loss": (one, one)})
-    with pytest.raises(SlimError, match=r"^iteration 7, last pipeline stage: mtp lm loss is nan$"):
-        pretrain._refuse_nonfinite({"lm loss": (one, one), "mtp lm loss": (one * torch.nan, one)})
+from megatron_slim.training.data import Repeated, check_token_ids, first_batch  # noqa: E402
 
 
 def test_token_ids_beyond_the_vocabulary_are_refused_in_every_batch() -> None:
@@ -49,5 +40,5 @@ def test_what_export_needs_is_kept_beside_the_checkpoints_once(tmp_path: Path) -
 
 def test_the_first_batch_of_a_dataset_again_and_again() -> None:
     dataset = [{"tokens": torch.tensor([i, i]), "name": "x"} for i in range(2)]
-    batches = RepeatedSample(dataset, 3)
+    batches = Repeated(first_batch(dataset, 3))
     assert next(batches)["tokens"].tolist() == next(batches)["tokens"].tolist() == [[0, 0], [1, 1], [0, 0]]

@@ -14,6 +14,8 @@ from megatron_slim import device
 
 device.install()
 
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: E402
+
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes, torch_dist_to_hf  # noqa: E402
 from megatron_slim.checkpoint.huggingface import HFCheckpoint  # noqa: E402
 from megatron_slim.checkpoint.torch_dist_files import read_metadata  # noqa: E402
@@ -24,6 +26,7 @@ from megatron_slim.testing import random_tensors, tiny_hf_config, tiny_shape  # 
 from megatron_slim.training.teacher_check import judge_teacher  # noqa: E402
 
 TERMS = ("lm loss", "logits distillation loss", "mtp lm loss", "mtp distillation loss", "grad-norm", "kd lambda")
+SCHEDULES = ("kd lambda", "mtp beta", "learning-rate")
 MBS = ("--micro-batch-size", "2")
 
 
@@ -67,8 +70,38 @@ def test_a_resumed_run_is_the_same_run(workplace, tmp_path: Path, layout: str) -
     whole = workplace.train(f"whole-{layout}", ranks, *argv)
     keep_only(save, 3)
     resumed = workplace.train(f"resumed-{layout}", ranks, *argv)
-    for term in TERMS:
+    for term in (*TERMS, *SCHEDULES):
         assert resumed[term] == whole[term][3:], term
+
+
+@pytest.mark.slow
+def test_schedules_and_data_go_on_from_anywhere(workplace, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """In the warm-up, behind it, and what was resumed once more; data are read twice, in another order each time."""
+    builder, rng = IndexedDatasetBuilder(str(tmp_path / "data.bin"), dtype=np.int32), np.random.default_rng(0)
+    for _ in range(9):
+        builder.add_document(rng.integers(0, 119, 40), [40])
+    builder.finalize(str(tmp_path / "data.idx"))
+    data = [word for part in ("train", "valid", "test") for word in (f"--{part}-data-path", str(tmp_path / "data"))]
+    argv = [*MBS, *data, "--train-iters", "7", "--lr-warmup-iters", "3", "--eod-mask-loss"]
+
+    def go_on(name: str, save: Path, *more: str) -> dict[str, list[float]]:
+        return workplace.train(name, 1, *argv, "--save", str(save), "--load", str(save), *more)
+
+    whole = go_on("from-0", tmp_path / "run", "--save-interval", "1")
+    assert all(len(set(whole[term])) == 7 for term in (*TERMS, *SCHEDULES))
+    assert (whole["kd lambda"][-1], whole["mtp beta"][-1]) == pytest.approx((0.75, 0.1))
+    for stop in (2, 4):
+        keep = tmp_path / f"run-{stop}"
+        shutil.copytree(tmp_path / "run", keep)
+        keep_only(keep, stop)
+        more = ["--save-interval", "1", "--exit-interval", "5"] if stop == 4 else ["--save-interval", "1000"]
+        resumed = go_on(f"from-{stop}", keep, *more)
+        if stop == 4:
+            assert len(resumed["lm loss"]) == 1
+            again = go_on("from-5", keep)
+            resumed = {term: values + again[term] for term, values in resumed.items() if term in again}
+        for term in (*TERMS, *SCHEDULES):
+            assert resumed[term] == whole[term][stop:], (stop, term)
 
 
 def test_the_weights_go_on_under_another_layout(workplace, saved) -> None:  # type: ignore[no-untyped-def]

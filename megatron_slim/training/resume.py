@@ -1,0 +1,114 @@
+"""Which checkpoint a run goes on from, however the last one died.
+
+Megatron writes a checkpoint's files, then its ``.metadata``, and when all ranks are done the number into the tracker
+file. That last write truncates the file first, so a run killed between the two leaves an empty tracker (or, at its
+first checkpoint, none) beside a complete checkpoint: Megatron then exits with status 0, or starts anew.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from megatron_slim.checkpoint.distributed import iteration_directory
+from megatron_slim.checkpoint.distributed_writer import BACKEND, RELEASE, TRACKER
+from megatron_slim.checkpoint.torch_dist_files import METADATA, read_metadata
+from megatron_slim.cli import say
+from megatron_slim.errors import CheckpointError, summarise
+from megatron_slim.files import write_atomic
+
+SECONDS_FOR_RANK_0 = 60.0  # to mend, and for a shared file system to show it
+
+
+def faults_of(directory: Path) -> list[str]:
+    """What an iteration's directory lacks of what its own ``.metadata`` lists, optimizer state included."""
+    try:
+        storage = read_metadata(directory).storage_data
+    except CheckpointError as error:
+        return [error.what]
+    if not (directory / BACKEND).is_file():
+        return [f"{BACKEND} is missing"]
+    ends: dict[str, int] = {}
+    for info in storage.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    found = []
+    for name, end in sorted(ends.items()):
+        file = directory / os.path.basename(name)
+        if not file.is_file():
+            found.append(f"{name} is missing")
+        elif file.stat().st_size < end:
+            found.append(f"{name} is truncated")
+    return found
+
+
+def _iterations(directory: Path) -> dict[int, Path]:
+    numbers = {path: path.name.removeprefix("iter_") for path in directory.glob("iter_*") if path.is_dir()}
+    return {int(number): path for path, number in numbers.items() if number.isdecimal()}
+
+
+def _advice(directory: Path, complete: list[int]) -> str:
+    tracker = directory / TRACKER
+    if not complete:
+        return f"no complete checkpoint lies beside it: remove {tracker} to start anew"
+    numbers = " or ".join(map(str, complete))
+    return f"to go on from a complete checkpoint write {numbers} into {tracker}"
+
+
+def mend_tracker(directory: Path, *, rank: int) -> None:
+    """See that a directory's tracker names a complete checkpoint; mend it where there is one way only.
+
+    An empty tracker, or none beside complete iterations, is set to the newest of them, if that is also the one that
+    was written last. All else is refused: nothing but a person, or a disk, leaves it so.
+
+    Args:
+        directory: of ``--load`` or ``--save``; it need not exist.
+        rank: the global rank. Rank 0 mends and says so; the others come to the same conclusion, and wait for it.
+
+    Raises:
+        CheckpointError: the tracker names no complete checkpoint, or none can be chosen for it; says what to do.
+    """
+    tracker, iterations = directory / TRACKER, _iterations(directory)
+    text = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
+    if text:
+        _check_named(directory, text, iterations)
+        return
+    complete = sorted(number for number, path in iterations.items() if not faults_of(path))
+    if not tracker.is_file() and not complete:
+        return  # nothing was ever saved: half a first checkpoint is written over
+    written = {number: (iterations[number] / METADATA).stat().st_mtime_ns for number in complete}
+    if not complete or max(written, key=written.__getitem__) != complete[-1]:
+        state = "holds ''" if tracker.is_file() else "is missing"
+        raise CheckpointError(
+            f"{state}, and more than one can be meant" if complete else state,
+            where=str(tracker),
+            fix=_advice(directory, complete),
+        )
+    if rank == 0:
+        state = "was empty" if tracker.is_file() else "was missing"
+        write_atomic(tracker, str(complete[-1]))
+        say(f"{tracker}: {state}; going on from {iterations[complete[-1]].name}, the last complete checkpoint")
+    else:
+        _wait_for(tracker)
+
+
+def _wait_for(tracker: Path) -> None:
+    """Until rank 0 has mended it: what comes next looks for it."""
+    deadline = time.monotonic() + SECONDS_FOR_RANK_0
+    while not tracker.is_file() or not tracker.read_text().strip():
+        if time.monotonic() > deadline:
+            raise CheckpointError("rank 0 did not mend it", where=str(tracker), fix="see what rank 0 says")
+        time.sleep(0.1)
+
+
+def _check_named(directory: Path, text: str, iterations: dict[int, Path]) -> None:
+    """See that the tracker's content names something complete."""
+    try:
+        named = iteration_directory(directory)
+        if found := [] if text == RELEASE else faults_of(named):
+            raise CheckpointError(
+                f"names {named.name}, which is incomplete: {summarise(found)}", where=str(directory / TRACKER)
+            )
+    except CheckpointError as error:
+        complete = sorted(number for number, path in iterations.items() if not faults_of(path))
+        raise CheckpointError(error.what, where=error.where, fix=_advice(directory, complete)) from None

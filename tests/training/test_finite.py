@@ -1,0 +1,148 @@
+"""NaN anywhere stops a run: on all ranks, at the step where it arose, named by term and pipeline stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import os
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_slim import device
+
+device.install()
+
+from megatron_slim.distillation.losses import TokenLosses  # noqa: E402
+from megatron_slim.distillation.model import DistillationModel  # noqa: E402
+from megatron_slim.errors import SlimError  # noqa: E402
+from megatron_slim.testing import run_distributed  # noqa: E402
+from megatron_slim.training import finite, pretrain  # noqa: E402
+from megatron_slim.training.finite import FiniteWatch  # noqa: E402
+
+AT = 1  # 0-based; Megatron's log calls it iteration 2
+PP2 = "--pipeline-model-parallel-size 2 --micro-batch-size 2"
+VPP2 = f"{PP2} --num-virtual-stages-per-pipeline-rank 2"
+DP2 = "--micro-batch-size 1"
+
+
+def iteration() -> int:
+    return int(getattr(pretrain.get_args(), "curr_iteration", -1))
+
+
+def break_states(first: int, last: int | None, stage: int) -> None:
+    """Some of the hidden states that leave a stage become NaN."""
+    forward = DistillationModel.forward
+
+    def broken(self: DistillationModel, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        if iteration() == AT and not self.post_process and finite._stage(self.vp_stage) == stage:
+            output = output.clone()
+            output[1, 0, first:last] = torch.nan
+        return output
+
+    DistillationModel.forward = broken  # type: ignore[method-assign]
+
+
+def break_term() -> None:
+    """One token's loss of one head is infinite, on one of the data-parallel ranks."""
+    combine = pretrain.combine
+
+    def broken(losses: TokenLosses, *args: Any) -> Any:
+        if iteration() == AT and torch.distributed.get_rank() == 1:
+            term = losses.mtp_lm[0] * 1.0
+            term[0, 3] = torch.inf
+            losses = dataclasses.replace(losses, mtp_lm=(term,))
+        return combine(losses, *args)
+
+    pretrain.combine = broken  # type: ignore[assignment]
+
+
+def break_gradient() -> None:
+    """A gradient on the second stage is NaN while every loss is finite."""
+    provider = pretrain.Run.model_provider
+
+    def broken(self: pretrain.Run, *args: Any, **kwargs: Any) -> DistillationModel:
+        model = provider(self, *args, **kwargs)
+        if model.post_process:
+            weight = model.decoder.final_layernorm.weight
+            weight.register_hook(lambda gradient: gradient * torch.nan if iteration() == AT else gradient)
+        return model
+
+    pretrain.Run.model_provider = broken  # type: ignore[method-assign]
+
+
+FAULTS = {
+    # Ranks, flags, how it breaks, what every rank must say.
+    "student": (
+        2,
+        PP2,
+        lambda: break_states(0, 1, 1),
+        "; first seen in hidden states of the student that leave pipeline stage 1 of 2 (rank 0)",
+    ),
+    "teacher": (
+        2,
+        VPP2,
+        lambda: break_states(-1, None, 2),
+        "; first seen in hidden states of the teacher that leave pipeline stage 2 of 4 (rank 1)",
+    ),
+    "term": (2, DP2, break_term, "mtp lm loss is inf; first seen on pipeline stage 1 of 1 (rank 1)"),
+    "gradient": (
+        2,
+        PP2,
+        break_gradient,
+        "gradients are not finite, the losses are; on pipeline stage 2 of 2 (rank 1): "
+        "decoder.final_layernorm.weight is nan; ",
+    ),
+    "everywhere": (
+        4,
+        "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --micro-batch-size 1",
+        lambda: break_states(0, None, 1),
+        "; first seen in hidden states of the student that leave pipeline stage 1 of 2 (rank 0)",
+    ),
+}
+SLOW = ("teacher", "everywhere")
+
+
+def train_broken(argv: list[str], log: str, fault: str) -> str:
+    """Body of one rank: how its training ends."""
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    FAULTS[fault][2]()
+    sys.argv = ["pretrain", *argv]
+    try:
+        pretrain.main(argv)
+    except SlimError as error:
+        return str(error)
+    return "trained to the end"
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FAULTS]
+)
+def test_all_ranks_leave_and_say_where_it_began(workplace, fault: str) -> None:  # type: ignore[no-untyped-def]
+    ranks, flags, _, message = FAULTS[fault]
+    argv, log = workplace.argv(fault, *flags.split()), workplace.log(fault)
+    said = run_distributed(ranks, train_broken, argv, str(log), fault, timeout=100.0, initialise=False)
+    assert len(set(said)) == 1, said
+    assert said[0].startswith("iteration 2: ") and message in said[0], said[0]
+    assert "iteration        1/" in log.read_text() and "iteration        2/" not in log.read_text()
+
+
+def test_a_running_sum_remembers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many micro-batches one is enough, also where infinities of both signs would cancel."""
+    monkeypatch.setattr(finite, "_stage", lambda vp_stage: 1)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    watch, one = FiniteWatch(), torch.tensor(1.0)
+    for value in (one, one * torch.inf, -one * torch.inf, one):
+        watch.add("loss", "a", None, value)
+        watch.add("loss", "b", None, one)
+    watch.add_states("student", None, torch.tensor([1.0, torch.nan, 2.0], dtype=torch.bfloat16))
+    assert [found.name for found in watch._found()] == ["a", "student"]
+
+
+def test_worked_examples() -> None:
+    assert doctest.testmod(finite).failed == 0

@@ -1,0 +1,61 @@
+"""Uneven loss masks: one token is one token, whichever micro-batch and rank it falls to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_slim import device
+
+device.install()
+
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: E402
+
+TERMS = ("lm loss", "logits distillation loss", "teacher lm loss", "mtp lm loss", "mtp distillation loss", "grad-norm")
+END = 119  # what Megatron's NullTokenizer takes for the end of a document, given 120 ids
+# No load-balancing loss: which tokens it has counted depends on the micro-batches, by design.
+COMMON = "--moe-router-load-balancing-type none --moe-aux-loss-coeff 0 --eod-mask-loss".split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of which some are nothing but ends, so that nearly all of some samples is masked."""
+    prefix, rng = tmp_path_factory.mktemp("masks") / "data", np.random.default_rng(0)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    for number in range(60):
+        document = rng.integers(0, END, 33)
+        document[: (0, 30, 12, 25)[number % 4]] = END
+        builder.add_document(document, [len(document)])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+@pytest.fixture(scope="module")
+def whole(workplace, data: Path) -> dict[str, list[float]]:  # type: ignore[no-untyped-def]
+    """The global batch as one micro-batch on one rank: the mean over its tokens, plainly."""
+    return workplace.train("masks-one", 1, *COMMON, "--micro-batch-size", "4", *paths(data))
+
+
+def paths(data: Path) -> list[str]:
+    return [word for part in ("train", "valid", "test") for word in (f"--{part}-data-path", str(data))]
+
+
+LAYOUTS = {
+    "accumulated": (1, "--micro-batch-size 1"),
+    "dp2": (2, "--micro-batch-size 1"),
+    "pp2": (2, "--micro-batch-size 1 --pipeline-model-parallel-size 2"),
+    "pp2-dp2": (4, "--micro-batch-size 1 --pipeline-model-parallel-size 2"),
+}
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[pytest.mark.slow] if "pp2" in name else []) for name in LAYOUTS]
+)
+def test_means_are_over_tokens(workplace, whole, data: Path, layout: str) -> None:  # type: ignore[no-untyped-def]
+    ranks, flags = LAYOUTS[layout]
+    found = workplace.train(f"masks-{layout}", ranks, *COMMON, *flags.split(), *paths(data))
+    for term in TERMS:  # fp32 sums in another order, amplified by four steps of Adam
+        assert found[term] == pytest.approx(whole[term], rel=1e-5), term
+    assert found["lm loss validation"] == pytest.approx(whole["lm loss validation"], rel=1e-5)
