@@ -1,7 +1,8 @@
 """By what a student's distribution is compared with its teacher's: values and gradients in closed form.
 
 Shapes: n tokens, P = this tensor-parallel rank's columns of the vocabulary, padding left out. q is the student's
-distribution, p the teacher's, both at the temperature; gradients are with respect to the student's logits divided by it.
+distribution, p the teacher's, both at the temperature; gradients are with respect to the student's logits divided by
+it.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ class _Sweep:
     def _learn(
         self, head: int, rows: slice, teacher: Tensor | None, upstream: Upstream | None, gradients: _Gradients | None
     ) -> tuple[Tensor, Tensor]:
-        """lm [n] and kd [n] of some rows of a head; their gradients, if wanted, are added to the others."""
+        """Losses lm [n] and kd [n] of some rows of a head; their gradients, if wanted, are added to the others."""
         hidden, labels = self.hidden[head][rows], self.lesson.labels[head, rows]
         shard, kd_loss, dtype = self.shard, self.lesson.kd, self.student.weight.dtype
         shared = teacher is not None and kd_loss.shares_softmax
@@ -211,7 +211,11 @@ class _Sweep:
         log_sum, log_z = _softmax(logits, shard, q)
         at_label, cross = shard.reduce(torch.stack([at_label, cross]))
         kd = log_z - cross if shared else torch.zeros_like(cross)
-        direction, size, share = teacher, -1.0, float(shared)  # d logits = q (a + share b) - a onehot + direction size b
+        direction, size, share = (
+            teacher,
+            -1.0,
+            float(shared),
+        )  # d logits = q (a + share b) - a onehot + direction size b
         if teacher is not None and not shared:
             log_q = _log_softmax(logits.float(), shard, kd_loss.temperature)
             kd, direction = kd_loss.divergence(log_q, teacher, shard)

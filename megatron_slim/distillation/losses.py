@@ -231,8 +231,6 @@ def gradients_of_total(
     terms = 3 + 2 * depths if has_teacher else 1 + depths
     with torch.enable_grad():
         stacked = loss_mask.new_zeros((terms, *loss_mask.shape), dtype=torch.float32).requires_grad_()
-        total, _, _ = combine(
-            TokenLosses.unstack(stacked, has_teacher=has_teacher), loss_mask, weights, position_ids
-        )
+        total, _, _ = combine(TokenLosses.unstack(stacked, has_teacher=has_teacher), loss_mask, weights, position_ids)
         (gradient,) = torch.autograd.grad(total, stacked)
     return TokenLosses.unstack(gradient, has_teacher=has_teacher)

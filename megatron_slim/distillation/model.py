@@ -130,9 +130,7 @@ class DistillationModel(HiddenStatesModel):
         return copied
 
     @torch.no_grad()
-    def _targets(
-        self, teacher_hidden: Tensor | None, batch: int
-    ) -> tuple[tuple[Target, ...], OutputLayer | None]:
+    def _targets(self, teacher_hidden: Tensor | None, batch: int) -> tuple[tuple[Target, ...], OutputLayer | None]:
         """What each head learns from.
 
         Depth k at position i predicts token i + 1 + k: that is the teacher's own MTP head at position i, or its main

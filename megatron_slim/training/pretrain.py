@@ -35,6 +35,7 @@ from megatron_slim.checkpoint.huggingface import read_config
 from megatron_slim.checkpoint.huggingface_writer import carry_files
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.cli import exit_at_once
+from megatron_slim.distillation.divergences import KDLoss
 from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine, gradients_of_total
 from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel
 from megatron_slim.errors import EXIT_USER_ERROR, CheckpointError, SlimError
@@ -42,7 +43,7 @@ from megatron_slim.files import new_directory, to_json, write_atomic
 from megatron_slim.training.arguments import install_argv, padded_vocab_size, shape_directory
 from megatron_slim.training.checks import check_run, holds_checkpoint
 from megatron_slim.training.data import Batch, build_datasets, next_batch
-from megatron_slim.training.slim_arguments import MEGATRON_HELP, add_slim_arguments, loss_schedules
+from megatron_slim.training.slim_arguments import MEGATRON_HELP, TOP_K, add_slim_arguments, loss_schedules
 from megatron_slim.training.teacher_check import check_teacher
 
 SECONDS_FOR_RANK_0 = 10.0
@@ -85,6 +86,8 @@ class Run:
         )
         assert isinstance(student, DistillationModel)
         student.unpadded_vocab_size = self.shape.vocab_size
+        student.kd_loss = KDLoss(args.kd_loss, args.kd_temperature, args.kd_top_k or TOP_K)
+        student.loss_chunk = args.loss_chunk_size
         if self.teacher_shape is not None:
             student.attach_teacher(self._build_teacher(base, stage), self.mtp_kd_target)
         self.chunks.append(student)
@@ -106,7 +109,7 @@ class Run:
         teacher = build_model(
             self.teacher_shape,
             dataclasses.replace(base, **(shape_config_fields(self.teacher_shape) | forward_only)),
-            padded_vocab_size=padded_vocab_size(self.teacher_shape),
+            padded_vocab_size=padded_vocab_size(self.shape),  # a rank's columns are those of the student
             model_class=HiddenStatesModel,
             **stage,
         )
@@ -157,7 +160,9 @@ class Run:
         args = get_args()
         assert loss_mask is not None
         depths, has_teacher = self.shape.mtp_num_layers, self.teacher_shape is not None
-        gradients = gradients_of_total(loss_mask, _loss_weights(), depths, position_ids, has_teacher=has_teacher).stack()
+        gradients = gradients_of_total(
+            loss_mask, _loss_weights(), depths, position_ids, has_teacher=has_teacher
+        ).stack()
         if not args.calculate_per_token_loss:
             gradients = gradients / (loss_mask.sum().to(torch.int).clamp(min=1) * get_num_microbatches())
         # The schedules read the first chunk's config, and Megatron's loop writes there.

@@ -116,7 +116,9 @@ def ours(
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
     assert found.keys() == expected.keys()
     for name, wanted in expected.items():
-        torch.testing.assert_close(found[name].double(), wanted, **(tolerance or CLOSE), msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            found[name].double(), wanted, **(tolerance or CLOSE), msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 @pytest.mark.parametrize("kd", KINDS, ids=lambda kd: f"{kd.kind}-{kd.temperature}")
@@ -158,7 +160,10 @@ def test_a_rank_with_padding_alone() -> None:
     """Its columns count nowhere, and nothing it does with none of them fails."""
     example, nothing = Example(), VocabShard(V, 0, None)
     for kd in KINDS:
-        layer, teacher = OutputLayer(example.weight.requires_grad_(), nothing), OutputLayer(example.teacher_weight, nothing)
+        layer, teacher = (
+            OutputLayer(example.weight.requires_grad_(), nothing),
+            OutputLayer(example.teacher_weight, nothing),
+        )
         hidden = [each.clone().requires_grad_() for each in example.hidden]
         lesson = Lesson(example.labels, targets(example, None), teacher, kd, 4)
         fused_losses(layer, hidden, lesson, (example.upstream[0], example.upstream[1]))
@@ -188,7 +193,6 @@ def test_what_ddp_gets_in_place_of_a_gradient(tied: bool) -> None:
 def test_backward_refuses_another_gradient_than_was_announced() -> None:
     example = Example()
     hidden = [each.requires_grad_() for each in example.hidden]
-    lesson = Lesson(example.labels, targets(example, None), None, KDLoss(), 4)
     lesson = Lesson(example.labels, (Target(None, ((0, 0), (1, 0))),), None, KDLoss(), 4)
     ones, zeros = torch.ones(2, ROWS), torch.zeros(2, ROWS)
     layer = OutputLayer(example.weight, VocabShard.of(None, PADDED, V))
