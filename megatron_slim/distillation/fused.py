@@ -190,9 +190,9 @@ class _Sweep:
         logits = layer.logits(hidden.to(dtype), self._buffer("logits", n, dtype))
         out = self._buffer("teacher", n)
         at_label, _, _ = shard.at_labels(logits, labels)
-        log_sum, log_z = _softmax(logits, shard, out)
+        log_sum, log_z = shard.softmax(logits, out)
         if not kd.shares_softmax:
-            _log_softmax(out.copy_(logits), shard, kd.temperature)
+            shard.log_softmax_(out.copy_(logits), kd.temperature)
         elif shard.ranks > 1:
             out.mul_((log_sum - log_z).exp_()[:, None])
         return out, log_z - shard.reduce(at_label)
@@ -208,7 +208,7 @@ class _Sweep:
         q = self._buffer("student", hidden.shape[0])
         at_label, column, mine = shard.at_labels(logits, labels)
         cross = torch.mul(logits, teacher, out=q).sum(-1) if shared else torch.zeros_like(at_label)
-        log_sum, log_z = _softmax(logits, shard, q)
+        log_sum, log_z = shard.softmax(logits, q)
         at_label, cross = shard.reduce(torch.stack([at_label, cross]))
         kd = log_z - cross if shared else torch.zeros_like(cross)
         direction, size, share = (
@@ -217,7 +217,7 @@ class _Sweep:
             float(shared),
         )  # d logits = q (a + share b) - a onehot + direction size b
         if teacher is not None and not shared:
-            log_q = _log_softmax(logits.float(), shard, kd_loss.temperature)
+            log_q = shard.log_softmax_(logits.float(), kd_loss.temperature)
             kd, direction = kd_loss.divergence(log_q, teacher, shard)
             kd, size = kd * kd_loss.temperature**2, kd_loss.temperature
         if upstream is not None and gradients is not None:
@@ -230,19 +230,3 @@ class _Sweep:
             d_logits = q if dtype == q.dtype else logits.copy_(q)
             gradients.add(head, rows, d_logits, hidden, self.student.weight)
         return log_z - at_label, kd
-
-
-def _softmax(logits: Tensor, shard: VocabShard, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax [n, valid] over this rank's columns into ``out``; log of the sum of exponentials [n], its and of all."""
-    torch.softmax(logits, -1, dtype=torch.float32, out=out)
-    if shard.valid:
-        log_sum = logits.amax(-1).float() - out.amax(-1).log_()
-    else:
-        log_sum = out.new_full(out.shape[:1], -torch.inf)
-    return log_sum, torch.logsumexp(shard.gather(log_sum), 0)
-
-
-def _log_softmax(logits: Tensor, shard: VocabShard, temperature: float) -> Tensor:
-    """Log-probabilities [n, valid] at a temperature, of all ranks' columns; in place."""
-    logits.div_(temperature)
-    return logits.sub_(torch.logsumexp(shard.gather(torch.logsumexp(logits, -1)), 0)[:, None])

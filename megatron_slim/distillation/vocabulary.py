@@ -64,3 +64,25 @@ class VocabShard:
         if self.valid == 0:
             return torch.zeros_like(labels, dtype=torch.float32), column, mine
         return logits.gather(-1, column[..., None])[..., 0].float() * mine, column, mine
+
+    def softmax(self, logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Softmax over this rank's columns alone; times exp(first - second result) it is that over all columns.
+
+        Args:
+            logits: [n, valid].
+            out: where the softmax goes, [n, valid] in fp32.
+
+        Returns:
+            log of the sum of exponentials [n] of this rank's columns, and of all.
+        """
+        torch.softmax(logits.float(), -1, out=out)
+        if self.valid:
+            log_sum = logits.amax(-1).float() - out.amax(-1).log_()
+        else:
+            log_sum = out.new_full(out.shape[:1], -torch.inf)
+        return log_sum, torch.logsumexp(self.gather(log_sum), 0)
+
+    def log_softmax_(self, logits: Tensor, temperature: float) -> Tensor:
+        """Log-probabilities [n, valid] at a temperature of fp32 logits, over all ranks' columns, in their place."""
+        logits.div_(temperature)
+        return logits.sub_(torch.logsumexp(self.gather(torch.logsumexp(logits, -1)), 0)[:, None])
