@@ -61,8 +61,3 @@ class HiddenStatesModel(GPTModel):
     def heads(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """Hidden states of the main head and of every MTP depth, [s, b, h] each."""
         return torch.chunk(hidden_states, 1 + self.mtp_depths, dim=0)
-
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """Logits [s of the whole sequence, b, columns of this rank] of one head."""
-        logits, _ = self.output_layer(hidden_states)
-        return logits

@@ -1,5 +1,7 @@
 """Per-token loss terms of distillation, and their sum (SlimQwen eq. 12).
 
+`lm_and_kd_loss`, from whole logits, is what `fused` is tested against; nothing else uses it.
+
 Shapes: s sequence, b batch, V vocabulary (unpadded), P = this tensor-parallel rank's columns of the padded vocabulary.
 """
 
@@ -12,26 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class VocabShard:
-    """Which columns of the vocabulary this tensor-parallel rank holds; padding columns come last and never count."""
-
-    start: int
-    valid: int
-    group: dist.ProcessGroup | None
-
-    @staticmethod
-    def of(group: dist.ProcessGroup | None, columns: int, vocab_size: int) -> VocabShard:
-        """The shard of a rank that holds ``columns`` of the padded vocabulary."""
-        start = columns * (dist.get_rank(group) if group is not None else 0)
-        return VocabShard(start, min(columns, max(0, vocab_size - start)), group)
-
-    def reduce(self, value: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-        """All-reduce in place over the ranks that share the vocabulary."""
-        if self.group is not None and dist.get_world_size(self.group) > 1:
-            dist.all_reduce(value, op=op, group=self.group)
-        return value
+from megatron_slim.distillation.vocabulary import VocabShard
 
 
 def _softmax(logits: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,16 +28,6 @@ def _softmax(logits: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]
     return valid, probabilities, top + total.log()
 
 
-def _at_labels(valid: Tensor, labels: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's part of the labels' logits (zero where another rank holds the label), local columns, ownership."""
-    column = labels - shard.start
-    mine = (column >= 0) & (column < shard.valid)
-    column = column.masked_fill(~mine, 0)
-    if shard.valid == 0:
-        return torch.zeros_like(labels, dtype=valid.dtype), column, mine
-    return valid.gather(-1, column[..., None])[..., 0] * mine, column, mine
-
-
 class _LanguageModelLoss(torch.autograd.Function):
     """Cross entropy with the label and, with a teacher, with the teacher's distribution.
 
@@ -66,14 +39,14 @@ class _LanguageModelLoss(torch.autograd.Function):
         ctx: Any, student: Tensor, teacher: Tensor | None, labels: Tensor, shard: VocabShard
     ) -> tuple[Tensor, Tensor, Tensor]:
         valid, p_student, log_z = _softmax(student, shard)
-        at_label, column, mine = _at_labels(valid, labels, shard)
+        at_label, column, mine = shard.at_labels(valid, labels)
         if teacher is None:
             p_teacher = torch.empty(0)
             lm = log_z - shard.reduce(at_label)
             kd, teacher_lm = torch.zeros_like(lm), torch.zeros_like(lm)
         else:
             teacher_valid, p_teacher, teacher_log_z = _softmax(teacher, shard)
-            teacher_at_label, _, _ = _at_labels(teacher_valid, labels, shard)
+            teacher_at_label, _, _ = shard.at_labels(teacher_valid, labels)
             sums = shard.reduce(torch.stack([at_label, (p_teacher * valid).sum(-1), teacher_at_label]))
             lm, kd, teacher_lm = log_z - sums[0], log_z - sums[1], teacher_log_z - sums[2]
         ctx.save_for_backward(p_student, p_teacher, column, mine)
@@ -159,7 +132,36 @@ class LossWeights:
     mtp_beta: float
 
 
-def _over_depths(terms: tuple[Tensor, ...], loss_mask: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def mtp_mask(loss_mask: Tensor, depth: int, position_ids: Tensor | None = None) -> Tensor:
+    """Where the prediction of MTP depth ``depth`` counts.
+
+    At position i that is token i + 1 + depth. It counts if all predictions of the main head on the way there count, and
+    if it is in the document of position i as far as position ids tell. Megatron's own MTP loss looks at the main head's
+    prediction of that one token alone: from the end of a document it learns the second token of the next one.
+
+    >>> mtp_mask(torch.tensor([[1, 1, 0, 1, 1, 1]]), 1).tolist()
+    [[1, 0, 0, 1, 1, 0]]
+
+    Args:
+        loss_mask: [b, s], 1 where the main head's prediction counts; with ``--eod-mask-loss`` 0 at a document's end.
+        depth: 1 and up.
+        position_ids: [b, s] or [1, s]; with ``--reset-position-ids`` they start again at every document.
+
+    Returns:
+        [b, s], of the loss mask's type.
+    """
+    mask = loss_mask
+    for ahead in range(1, depth + 1):
+        mask = mask * shift(loss_mask, ahead)
+    if position_ids is None:
+        return mask
+    predicted = torch.cat([position_ids[:, 1:], position_ids[:, -1:] + 1], dim=1)  # positions of the main head's tokens
+    return mask * (shift(predicted, depth) == position_ids + depth + 1)
+
+
+def _over_depths(
+    terms: tuple[Tensor, ...], loss_mask: Tensor, position_ids: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The mean over depths of sums over tokens, as the loss takes it; and (sum, count) over all depths, for the log.
 
     Of S positions depth k predicts S - k, so it is scaled by S / (S - k): where no token is masked it weighs as much as
@@ -169,7 +171,7 @@ def _over_depths(terms: tuple[Tensor, ...], loss_mask: Tensor) -> tuple[Tensor, 
     length = loss_mask.shape[-1]
     total, log_sum, log_count = (loss_mask.new_zeros(()) for _ in range(3))
     for depth, term in enumerate(terms, start=1):
-        mask = shift(loss_mask, depth)
+        mask = mtp_mask(loss_mask, depth, position_ids)
         depth_sum = (term * mask).sum()
         total = total + depth_sum * (length / max(1, length - depth)) / len(terms)
         log_sum, log_count = log_sum + depth_sum, log_count + mask.sum()
@@ -177,7 +179,7 @@ def _over_depths(terms: tuple[Tensor, ...], loss_mask: Tensor) -> tuple[Tensor, 
 
 
 def combine(
-    losses: TokenLosses, loss_mask: Tensor, weights: LossWeights
+    losses: TokenLosses, loss_mask: Tensor, weights: LossWeights, position_ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """SlimQwen eq. 12 over one micro-batch.
 
@@ -187,6 +189,7 @@ def combine(
         losses: terms of every token.
         loss_mask: [b, s], 1 where the main head's token counts.
         weights: lambda and beta.
+        position_ids: [b, s] or [1, s], which tell the documents of a sequence apart for `mtp_mask`.
 
     Returns:
         The sum over tokens (to be divided by the number of tokens), that number, and for the log every term's
@@ -205,10 +208,10 @@ def combine(
         terms["teacher lm loss"] = (losses.teacher_lm * mask).sum()
         total = total + kd_lambda * terms["logits distillation loss"]
     if losses.mtp_lm:
-        mtp_lm, report["mtp lm loss"] = _over_depths(losses.mtp_lm, mask)
+        mtp_lm, report["mtp lm loss"] = _over_depths(losses.mtp_lm, mask, position_ids)
         mtp = (1.0 - kd_lambda) * mtp_lm
         if losses.mtp_kd:
-            mtp_kd, report["mtp distillation loss"] = _over_depths(losses.mtp_kd, mask)
+            mtp_kd, report["mtp distillation loss"] = _over_depths(losses.mtp_kd, mask, position_ids)
             mtp = mtp + kd_lambda * mtp_kd
         total = total + weights.mtp_beta * mtp
     report |= {name: (value.detach(), tokens) for name, value in terms.items()}
@@ -218,3 +221,24 @@ def combine(
     if losses.mtp_lm:
         report["mtp beta"] = (one * weights.mtp_beta, one)
     return total, tokens, report
+
+
+def gradients_of_total(
+    loss_mask: Tensor,
+    weights: LossWeights,
+    depths: int,
+    position_ids: Tensor | None = None,
+    *,
+    has_teacher: bool,
+) -> TokenLosses:
+    """What the sum that `combine` returns changes by with each term of each token.
+
+    It is the gradient that backward brings them but for a common factor; `combine` is linear, so it is known before
+    the terms are.
+    """
+    terms = 3 + 2 * depths if has_teacher else 1 + depths
+    with torch.enable_grad():
+        stacked = loss_mask.new_zeros((terms, *loss_mask.shape), dtype=torch.float32).requires_grad_()
+        total, _, _ = combine(TokenLosses.unstack(stacked, has_teacher=has_teacher), loss_mask, weights, position_ids)
+        (gradient,) = torch.autograd.grad(total, stacked)
+    return TokenLosses.unstack(gradient, has_teacher=has_teacher)

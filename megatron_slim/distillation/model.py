@@ -13,11 +13,18 @@ from __future__ import annotations
 import copy
 
 import torch
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
-from megatron_slim.distillation.losses import TokenLosses, lm_and_kd_loss, shift
+from megatron_slim.distillation.divergences import KDLoss
+from megatron_slim.distillation.fused import Lesson, OutputLayer, Target, default_chunk, fused_losses
+from megatron_slim.distillation.losses import TokenLosses, shift
+from megatron_slim.distillation.vocabulary import VocabShard
 
 TEACHER_MTP, TEACHER_MAIN = "teacher-mtp", "teacher-main"
 
@@ -29,6 +36,8 @@ class DistillationModel(HiddenStatesModel):
     teacher: HiddenStatesModel | None = None
     mtp_kd_target: str = TEACHER_MTP
     unpadded_vocab_size: int = 0
+    kd_loss: KDLoss = KDLoss()
+    loss_chunk: int | None = None  # rows whose logits are in memory at once; None: what suits the device
 
     def attach_teacher(self, teacher: HiddenStatesModel, mtp_kd_target: str) -> None:
         """Put a frozen teacher of the same pipeline stage beside the student.
@@ -61,6 +70,7 @@ class DistillationModel(HiddenStatesModel):
         position_ids: Tensor | None,
         attention_mask: Tensor | None,
         labels: Tensor | None = None,
+        expected: TokenLosses | None = None,
     ) -> Tensor:
         """Run this stage of both models.
 
@@ -69,6 +79,8 @@ class DistillationModel(HiddenStatesModel):
             position_ids: [b, s], as input_ids.
             attention_mask: as for GPTModel.
             labels: [b, s], on the last stage.
+            expected: gradients that backward will bring each of the returned terms, where they are known already:
+                logits are then computed once instead of twice (`fused_losses`).
 
         Returns:
             [s, b, student h + teacher h]; on the last stage `TokenLosses.stack`, [terms, b, s].
@@ -80,40 +92,67 @@ class DistillationModel(HiddenStatesModel):
                 teacher_hidden = self.teacher(input_ids, position_ids, attention_mask)
         if self.post_process:
             assert labels is not None
-            return self._token_losses(hidden, teacher_hidden, labels).stack()
+            return self._token_losses(hidden, teacher_hidden, labels, expected).stack()
         return hidden if teacher_hidden is None else torch.cat([hidden, teacher_hidden.to(hidden.dtype)], dim=-1)
 
-    def _token_losses(self, hidden: Tensor, teacher_hidden: Tensor | None, labels: Tensor) -> TokenLosses:
-        main, *mtp = self.heads(hidden)
-        targets = self._teacher_logits(teacher_hidden)
-        lm, kd, teacher_lm = self._head_loss(main, targets[0], labels)
-        by_depth = [
-            self._head_loss(head, targets[depth], shift(labels, depth))[:2] for depth, head in enumerate(mtp, start=1)
-        ]
-        mtp_lm, mtp_kd = tuple(terms[0] for terms in by_depth), tuple(terms[1] for terms in by_depth)
-        if teacher_hidden is None:
-            return TokenLosses(lm, mtp_lm=mtp_lm)
-        return TokenLosses(lm, kd, teacher_lm, mtp_lm, mtp_kd)
-
-    def _head_loss(self, head: Tensor, target: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss terms [b, s] of one head of the student; labels [b, s], target logits [s, b, P]."""
-        terms = lm_and_kd_loss(
-            self.logits(head), target, labels.transpose(0, 1), self.unpadded_vocab_size, self.pg_collection.tp
+    def _token_losses(
+        self, hidden: Tensor, teacher_hidden: Tensor | None, labels: Tensor, expected: TokenLosses | None
+    ) -> TokenLosses:
+        heads = [_rows(self._whole_input(head)) for head in self.heads(hidden)]
+        depths = range(len(heads))
+        shifted = torch.stack([_rows(shift(labels, depth).transpose(0, 1)) for depth in depths])
+        targets, teacher = self._targets(teacher_hidden, batch=labels.shape[0])
+        chunk = self.loss_chunk or default_chunk(hidden.device)
+        upstream = None if expected is None else _upstream(expected)
+        terms = fused_losses(
+            self._output_weights(self), heads, Lesson(shifted, targets, teacher, self.kd_loss, chunk), upstream
         )
-        lm, kd, teacher_lm = (term.transpose(0, 1).contiguous() for term in terms)
-        return lm, kd, teacher_lm
+        lm, kd, teacher_lm = (term.unflatten(-1, (-1, labels.shape[0])).transpose(-1, -2) for term in terms)
+        if teacher is None:
+            return TokenLosses(lm[0], mtp_lm=tuple(lm[1:]))
+        return TokenLosses(lm[0], kd[0], teacher_lm, tuple(lm[1:]), tuple(kd[1:]))
+
+    def _output_weights(self, model: HiddenStatesModel) -> OutputLayer:
+        """A model's output layer, its parameters ready to be read."""
+        layer = model.output_layer
+        # The layer's own forward, before which DDP waits for parameters that are still gathered, is not called.
+        for wait in layer._forward_pre_hooks.values():
+            wait(layer, ())
+        weight = model.shared_embedding_or_output_weight() if layer.weight is None else layer.weight
+        return OutputLayer(weight, VocabShard.of(self.pg_collection.tp, len(weight), self.unpadded_vocab_size))
+
+    def _whole_input(self, hidden: Tensor) -> Tensor:
+        """Hidden states [s, b, h] of the whole sequence, whose gradient is then summed over tensor-parallel ranks."""
+        if self.output_layer.sequence_parallel:
+            whole: Tensor = gather_from_sequence_parallel_region(hidden, group=self.pg_collection.tp)
+            return whole
+        copied: Tensor = copy_to_tensor_model_parallel_region(hidden, group=self.pg_collection.tp)
+        return copied
 
     @torch.no_grad()
-    def _teacher_logits(self, teacher_hidden: Tensor | None) -> list[Tensor | None]:
-        """Target logits [s, b, P] of the main head and of each of the student's MTP depths.
+    def _targets(self, teacher_hidden: Tensor | None, batch: int) -> tuple[tuple[Target, ...], OutputLayer | None]:
+        """What each head learns from.
 
         Depth k at position i predicts token i + 1 + k: that is the teacher's own MTP head at position i, or its main
-        head at position i + k. The last k positions, which have no target, are masked out of the loss.
+        head at position i + k, k times the batch size rows further on, whose logits then serve all heads.
         """
+        numbers = range(1 + self.mtp_depths)
         if self.teacher is None or teacher_hidden is None:
-            return [None] * (1 + self.mtp_depths)
-        heads = self.teacher.heads(teacher_hidden)
-        main = self.teacher.logits(heads[0])
-        if self.mtp_kd_target == TEACHER_MTP:
-            return [main, *(self.teacher.logits(head) for head in heads[1 : 1 + self.mtp_depths])]
-        return [main, *(torch.roll(main, -depth, dims=0) for depth in range(1, 1 + self.mtp_depths))]
+            return (Target(None, tuple((number, 0) for number in numbers)),), None
+        heads = [_rows(self._whole_input(head)) for head in self.teacher.heads(teacher_hidden)]
+        layer = self._output_weights(self.teacher)
+        if self.mtp_kd_target == TEACHER_MAIN:
+            return (Target(heads[0], tuple((number, number * batch) for number in numbers)),), layer
+        return tuple(Target(heads[number], ((number, 0),)) for number in numbers), layer
+
+
+def _rows(values: Tensor) -> Tensor:
+    """Sequence and batch in one dimension: [s, b, ...] -> [s b, ...]."""
+    return values.flatten(0, 1)
+
+
+def _upstream(expected: TokenLosses) -> tuple[Tensor, Tensor]:
+    """Gradients [heads, s b] of lm and of kd."""
+    lm = torch.stack([expected.lm, *expected.mtp_lm])
+    kd = torch.zeros_like(lm) if expected.kd is None else torch.stack([expected.kd, *expected.mtp_kd])
+    return lm.transpose(1, 2).flatten(1), kd.transpose(1, 2).flatten(1)

@@ -24,6 +24,7 @@ from megatron_slim.distillation.model import TEACHER_MTP
 from megatron_slim.errors import CheckpointError, DataError, SlimError, summarise
 from megatron_slim.files import read_json
 from megatron_slim.training.arguments import padded_vocab_size
+from megatron_slim.training.loss_checks import loss_violations
 from megatron_slim.training.resume import faults_of, mend_tracker
 
 CHECKED_TOKENS = 1 << 20  # of each data set: another tokenizer's ids show in far fewer
@@ -47,6 +48,7 @@ def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
     teacher = open_checkpoint(args.teacher_load).shape if args.teacher_load is not None else None
     small = [f"{name} parallel size {size} is not positive" for name, size in _sizes(args).items() if size < 1]
     found = small or _process_violations(args) + _model_violations("student", shape, args)
+    found += loss_violations(shape, args)
     if teacher is not None and not small:
         found += _model_violations("teacher", teacher, args) + _pair_violations(shape, teacher, args)
     if found:
@@ -176,8 +178,9 @@ def _pair_violations(shape: ModelShape, teacher: ModelShape, args: Any) -> list[
     found = []
     if teacher.vocab_size != shape.vocab_size:
         found.append(f"teacher: vocabulary {teacher.vocab_size}, the student has {shape.vocab_size}")
-    if args.mtp_kd_target == TEACHER_MTP and shape.mtp_num_layers and not teacher.mtp_num_layers:
-        found.append("teacher: no MTP head for --mtp-kd-target teacher-mtp; use teacher-main")
+    if args.mtp_kd_target == TEACHER_MTP and teacher.mtp_num_layers < shape.mtp_num_layers:
+        heads = f"{teacher.mtp_num_layers or 'no'} MTP head"
+        found.append(f"teacher: {heads} for --mtp-kd-target teacher-mtp; use teacher-main")
     return found
 
 

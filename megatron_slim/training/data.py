@@ -35,7 +35,7 @@ def dataset_config() -> GPTDatasetConfig:
         mmap_bin_files=args.mmap_bin_files,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         tokenizer=get_tokenizer(),
-        reset_position_ids=False,
+        reset_position_ids=args.reset_position_ids,
         reset_attention_mask=False,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=False,

@@ -17,6 +17,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.enums import ModelType
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers, pretrain
@@ -34,7 +35,8 @@ from megatron_slim.checkpoint.huggingface import read_config
 from megatron_slim.checkpoint.huggingface_writer import carry_files
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.cli import exit_at_once
-from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine
+from megatron_slim.distillation.divergences import KDLoss
+from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine, gradients_of_total
 from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel
 from megatron_slim.errors import EXIT_USER_ERROR, CheckpointError, SlimError
 from megatron_slim.files import new_directory, to_json, write_atomic
@@ -42,7 +44,7 @@ from megatron_slim.training.arguments import install_argv, padded_vocab_size, sh
 from megatron_slim.training.checks import check_run, holds_checkpoint
 from megatron_slim.training.data import Batch, build_datasets, next_batch
 from megatron_slim.training.finite import FiniteWatch
-from megatron_slim.training.slim_arguments import MEGATRON_HELP, add_slim_arguments, loss_schedules
+from megatron_slim.training.slim_arguments import MEGATRON_HELP, TOP_K, add_slim_arguments, loss_schedules
 from megatron_slim.training.teacher_check import check_teacher
 
 SECONDS_FOR_RANK_0 = 10.0
@@ -86,6 +88,8 @@ class Run:
         )
         assert isinstance(student, DistillationModel)
         student.unpadded_vocab_size = self.shape.vocab_size
+        student.kd_loss = KDLoss(args.kd_loss, args.kd_temperature, args.kd_top_k or TOP_K)
+        student.loss_chunk = args.loss_chunk_size
         if self.teacher_shape is not None:
             student.attach_teacher(self._build_teacher(base, stage), self.mtp_kd_target)
         student.config.finalize_model_grads_func = self.watch.finalize_grads
@@ -108,7 +112,7 @@ class Run:
         teacher = build_model(
             self.teacher_shape,
             dataclasses.replace(base, **(shape_config_fields(self.teacher_shape) | forward_only)),
-            padded_vocab_size=padded_vocab_size(self.teacher_shape),
+            padded_vocab_size=padded_vocab_size(self.shape),  # a rank's columns are those of the student
             model_class=HiddenStatesModel,
             **stage,
         )
@@ -135,29 +139,54 @@ class Run:
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
         batch = self.batch(iterator, vp_stage)
         timers("batch-generator").stop()
-        output = model(batch["tokens"], batch["position_ids"], None, batch["labels"])
+        loss_mask, position_ids = batch["loss_mask"], batch["position_ids"]
+        last = get_attr_wrapped_model(model, "post_process")
+        expected = self.expected_gradients(loss_mask, position_ids) if last and torch.is_grad_enabled() else None
+        output = model(batch["tokens"], position_ids, None, batch["labels"], expected=expected)
         label = "" if model.training else "validation "
-        if not get_attr_wrapped_model(model, "post_process"):
+        if not last:
             self.watch.add_states(f"{label}student", vp_stage, output[..., : self.shape.hidden_size])
             if self.teacher_shape is not None:
                 self.watch.add_states(f"{label}teacher", vp_stage, output[..., self.shape.hidden_size :])
-        return output, partial(self.reduce_losses, batch["loss_mask"], vp_stage, label)
+        return output, partial(self.reduce_losses, loss_mask, position_ids, vp_stage, label)
 
     def reduce_losses(
-        self, loss_mask: Tensor | None, vp_stage: int | None, label: str, output: Tensor
+        self, loss_mask: Tensor | None, position_ids: Tensor | None, vp_stage: int | None, label: str, output: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """SlimQwen eq. 12 with this iteration's lambda and beta, in the form that Megatron's loop wants."""
-        args = get_args()
         assert loss_mask is not None
-        kd_lambda, mtp_beta = (
-            schedule.at(getattr(args, "curr_iteration", args.iteration), args.train_iters)
-            for schedule in loss_schedules(args)
-        )
         losses = TokenLosses.unstack(output, has_teacher=self.teacher_shape is not None)
-        total, tokens, report = combine(losses, loss_mask, LossWeights(kd_lambda, mtp_beta))
+        total, tokens, report = combine(losses, loss_mask, _loss_weights(), position_ids)
         for name, (value, _) in report.items():
             self.watch.add("loss", f"{label}{name}", vp_stage, value)
         return total, tokens.to(torch.int), {name: torch.stack(pair) for name, pair in report.items()}
+
+    def expected_gradients(self, loss_mask: Tensor | None, position_ids: Tensor | None) -> TokenLosses:
+        """What Megatron's schedules will bring each term that `reduce_losses` is given.
+
+        They divide its sum by the number of tokens (unless all are to be averaged over) and of micro-batches, and
+        multiply it by the loss scale.
+        """
+        args = get_args()
+        assert loss_mask is not None
+        depths, has_teacher = self.shape.mtp_num_layers, self.teacher_shape is not None
+        gradients = gradients_of_total(
+            loss_mask, _loss_weights(), depths, position_ids, has_teacher=has_teacher
+        ).stack()
+        if not args.calculate_per_token_loss:
+            gradients = gradients / (loss_mask.sum().to(torch.int).clamp(min=1) * get_num_microbatches())
+        # The schedules read the first chunk's config, and Megatron's loop writes there.
+        if (scale := self.chunks[0].config.grad_scale_func) is not None:
+            gradients = scale(gradients)
+        return TokenLosses.unstack(gradients, has_teacher=has_teacher)
+
+
+def _loss_weights() -> LossWeights:
+    """Lambda and beta of this iteration."""
+    args = get_args()
+    iteration = getattr(args, "curr_iteration", args.iteration)
+    kd_lambda, mtp_beta = (schedule.at(iteration, args.train_iters) for schedule in loss_schedules(args))
+    return LossWeights(kd_lambda, mtp_beta)
 
 
 def load_balancing_fields(config: TransformerConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from megatron_slim.cli import ToolParser
 from megatron_slim.distillation.schedule import SHAPES, Schedule
 
 MEGATRON_HELP = "--help-megatron"
+TOP_K = 64
 
 
 def help_parser() -> argparse.ArgumentParser:
@@ -43,6 +44,28 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         choices=("teacher-mtp", "teacher-main"),
         help="What an MTP head learns from: the teacher's MTP head, or its main head further on. "
         "Default: the teacher's MTP head where it has one.",
+    )
+    group.add_argument(
+        "--kd-loss",
+        choices=("forward-kl", "reverse-kl", "jsd", "top-k"),
+        default="forward-kl",
+        help="What distillation minimises, for main and MTP heads; docs/distillation.md has the formulas.",
+    )
+    group.add_argument(
+        "--kd-temperature",
+        type=float,
+        default=1.0,
+        help="T of both softmaxes in the distillation loss, which is multiplied by T^2. LM losses are at 1.",
+    )
+    group.add_argument(
+        "--kd-top-k",
+        type=int,
+        help=f"With --kd-loss top-k: how many of the teacher's tokens count one by one. Default: {TOP_K}.",
+    )
+    group.add_argument(
+        "--loss-chunk-size",
+        type=int,
+        help="Tokens whose logits are in memory at once. Default: 256 on a CPU, 1024 on a GPU.",
     )
     for name, shape, start, end in (("kd-lambda", "linear", 1.0, 0.75), ("mtp-beta", "cosine", 0.3, 0.1)):
         group.add_argument(f"--{name}-schedule", choices=sorted(SHAPES), default=shape, help="SlimQwen section 3.3.")

@@ -104,7 +104,7 @@ def test_lm_and_mtp_losses_and_gradients_are_megatrons(
 def logits_of(model: GPTModel, batch: dict[str, Tensor]) -> list[Tensor]:
     """fp64 logits [b, s, V] of every head of a model."""
     hidden = model(batch["tokens"], batch["position_ids"], None)
-    return [model.logits(head).transpose(0, 1).double()[..., :101] for head in model.heads(hidden)]
+    return [model.output_layer(head)[0].transpose(0, 1).double()[..., :101] for head in model.heads(hidden)]
 
 
 def cross_entropy(log_p: Tensor, target: Tensor) -> Tensor:

@@ -49,6 +49,21 @@ CASES = {
         "student: --seq-length 65 is above max_position_embeddings 64; "
         "teacher: --seq-length 65 is above max_position_embeddings 32",
     ),
+    "kd flags": (
+        "--kd-loss jsd --kd-temperature 0 --kd-top-k 121 --loss-chunk-size 0",
+        "--kd-temperature 0 is not positive; --kd-top-k has no effect on --kd-loss jsd; use --kd-loss top-k; "
+        "--kd-top-k 121 is not between 1 and the vocabulary's 120; --kd-loss and --kd-temperature need a teacher; "
+        "give --teacher-load; --loss-chunk-size 0 is not positive",
+    ),
+    "without effect": (
+        "--reset-attention-mask --mtp-detach-heads",
+        "--mtp-detach-heads is not supported: the output layer learns from all heads; --reset-attention-mask is not "
+        "supported: attention sees the whole sequence",
+    ),
+    "document ends": (
+        "--eod-mask-loss",
+        "--eod-mask-loss and --reset-position-ids need the id that ends a document; give --null-tokenizer-eod-id",
+    ),
     "no data there": ("--data-path nowhere", "nowhere: no such data"),
     "one of many": ("--data-path 1 d 2 nowhere", "nowhere: no such data"),
     "a file": ("--data-path d.bin", "d.bin: is a file of a data set; name its prefix, d"),

@@ -15,6 +15,8 @@ LAYOUTS = {
     "dp2": (2, 1, ""),
     "pp2-ep2": (4, 1, f"{PP2} {EP2}"),
     "vpp2": (2, 2, f"{PP2} --num-virtual-stages-per-pipeline-rank 2"),
+    # Buckets so small that the output layer has one of its own, gathered while earlier layers compute.
+    "dp2-overlap": (2, 1, "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 5000"),
     "per-token": (2, 1, "--calculate-per-token-loss"),
 }
 TERMS = (

@@ -179,6 +179,26 @@ def test_bf16_follows_fp32(workplace, reference) -> None:  # type: ignore[no-unt
         assert found[term] == pytest.approx(reference[term], rel=2**-8), term
 
 
+def test_fp16_follows_fp32(workplace, reference) -> None:  # type: ignore[no-untyped-def]
+    """The loss scale reaches the output layer's gradient, which is made before backward, under interleaving too."""
+    flags = "--fp16 --initial-loss-scale 1024 --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"
+    found = workplace.train("fp16", 2, *MBS, *flags.split())
+    for term in TERMS[:4]:
+        assert found[term] == pytest.approx(reference[term], rel=2**-10), term
+    assert found["grad-norm"][0] == pytest.approx(reference["grad-norm"][0], rel=2**-8)
+
+
+def test_other_distillation_losses_are_layout_free(workplace, reference) -> None:  # type: ignore[no-untyped-def]
+    flags = "--kd-loss top-k --kd-top-k 8 --kd-temperature 2 --mtp-kd-target teacher-main --loss-chunk-size 7"
+    one = workplace.train("top-k", 1, *MBS, *flags.split())
+    tp2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+    two = workplace.train("top-k-tp2", 2, *MBS, *flags.split(), *tp2.split())
+    assert one["lm loss"][0] == reference["lm loss"][0]
+    assert one["logits distillation loss"][0] != reference["logits distillation loss"][0]
+    for term in TERMS:
+        assert two[term] == pytest.approx(one[term], rel=1e-5), term
+
+
 def test_mtp_can_learn_from_the_teachers_main_head(workplace, reference) -> None:  # type: ignore[no-untyped-def]
     one = workplace.train("teacher-main", 1, *MBS, "--mtp-kd-target", "teacher-main")
     two = workplace.train(

@@ -1,0 +1,118 @@
+"""By what a student's distribution is compared with its teacher's: values and gradients in closed form.
+
+Shapes: n tokens, P = this tensor-parallel rank's columns of the vocabulary, padding left out. q is the student's
+distribution, p the teacher's, both at the temperature; gradients are with respect to the student's logits divided by
+it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megatron_slim.distillation.vocabulary import VocabShard
+
+FORWARD_KL, REVERSE_KL, JSD, TOP_K = "forward-kl", "reverse-kl", "jsd", "top-k"
+Divergence = Callable[[Tensor, Tensor, VocabShard], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class KDLoss:
+    """What distillation minimises, per token.
+
+    With temperature T, q = softmax(student logits / T), p = softmax(teacher logits / T), and the loss is T^2 times
+
+    - ``forward-kl``: the cross entropy H(p, q), whose gradient is that of KL(p || q);
+    - ``reverse-kl``: KL(q || p) (MiniLLM, arXiv 2306.08543);
+    - ``jsd``: KL(p || m) / 2 + KL(q || m) / 2 with m = (p + q) / 2 (GKD, arXiv 2306.13649, beta 0.5);
+    - ``top-k``: the cross entropy over k + 1 events, the teacher's k most probable tokens and the rest as one.
+
+    T^2 keeps the size of gradients as T grows (Hinton et al., arXiv 1503.02531). The language-model losses and the
+    teacher's own cross entropy are at temperature 1 whatever T is.
+
+    Attributes:
+        kind: one of the names above.
+        temperature: T > 0.
+        top_k: k >= 1, for ``top-k`` alone.
+    """
+
+    kind: str = FORWARD_KL
+    temperature: float = 1.0
+    top_k: int = 64
+
+    @property
+    def shares_softmax(self) -> bool:
+        """Whether the softmax of the language-model loss is all that the gradient needs of the student."""
+        return self.kind == FORWARD_KL and self.temperature == 1.0
+
+    @property
+    def divergence(self) -> Divergence:
+        """The function of log q and log p, [n, P] each, that gives values [n] and gradients [n, P].
+
+        It may overwrite log q, and leaves log p alone.
+        """
+        return partial(top_k, k=self.top_k) if self.kind == TOP_K else DIVERGENCES[self.kind]
+
+
+def forward_kl(log_q: Tensor, log_p: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """H(p, q); its gradient is q - p."""
+    p = log_p.exp()
+    value = shard.reduce(-(p * log_q).sum(-1))
+    return value, log_q.exp_().sub_(p)
+
+
+def reverse_kl(log_q: Tensor, log_p: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """KL(q || p); its gradient is q (log q/p - KL)."""
+    ratio = log_q - log_p
+    q = log_q.exp_()
+    value = shard.reduce((q * ratio).sum(-1))
+    return value, ratio.sub_(value[:, None]).mul_(q)
+
+
+def jsd(log_q: Tensor, log_p: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Jensen-Shannon divergence; its gradient is q (log q/m - KL(q || m)) / 2."""
+    log_m = torch.logaddexp(log_q, log_p).sub_(math.log(2))
+    from_teacher = (log_p.exp() * (log_p - log_m)).sum(-1)
+    ratio = log_q - log_m
+    q = log_q.exp_()
+    sums = shard.reduce(torch.stack([from_teacher, (q * ratio).sum(-1)]))
+    return sums.mean(0), ratio.sub_(sums[1][:, None]).mul_(q).mul_(0.5)
+
+
+def top_k(log_q: Tensor, log_p: Tensor, shard: VocabShard, *, k: int) -> tuple[Tensor, Tensor]:
+    """Cross entropy over the teacher's k most probable tokens and the rest of the vocabulary as one event.
+
+    Its gradient is q - p on those tokens and q (1 - p_rest / q_rest) on each of the rest.
+    """
+    columns, mine = _most_probable(log_p, k, shard)
+    p, q = log_p.exp(), log_q.exp()
+    p_at, q_at = p.gather(1, columns), q.gather(1, columns)
+    value_at = torch.where(mine, p_at * log_q.gather(1, columns), 0.0).sum(-1)
+    # Sums over the rest itself: 1 - (sum over the k) would lose all digits where the k have nearly everything.
+    p.scatter_(1, columns, p_at.masked_fill(mine, 0.0))
+    q.scatter_(1, columns, q_at.masked_fill(mine, 0.0))
+    at, p_rest, q_rest = shard.reduce(torch.stack([value_at, p.sum(-1), q.sum(-1)]))
+    q_rest = q_rest.clamp_(min=torch.finfo(q_rest.dtype).tiny)
+    q.mul_((1.0 - p_rest / q_rest)[:, None])
+    q.scatter_(1, columns, torch.where(mine, q_at - p_at, q.gather(1, columns)))
+    return -at - p_rest * q_rest.log(), q
+
+
+def _most_probable(log_p: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """This rank's k (or all its) most probable columns [n, <= k], and which are among the k of the whole vocabulary."""
+    values, columns = log_p.topk(min(k, log_p.shape[-1]))
+    padded = torch.nn.functional.pad(values, (0, k - values.shape[-1]), value=-math.inf)
+    # Every rank chooses from the same k values of each rank, so that all agree, on ties too.
+    of_all = shard.gather(padded)
+    ranks, n, _ = of_all.shape
+    of_all = of_all.transpose(0, 1).reshape(n, ranks * k)
+    chosen = torch.zeros_like(of_all, dtype=torch.bool).scatter_(1, of_all.topk(k).indices, True)
+    return columns, chosen[:, shard.rank * k :][:, : values.shape[-1]]
+
+
+DIVERGENCES: dict[str, Divergence] = {FORWARD_KL: forward_kl, REVERSE_KL: reverse_kl, JSD: jsd}

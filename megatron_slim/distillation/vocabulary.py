@@ -1,0 +1,88 @@
+"""A vocabulary shared out over tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Which columns of the vocabulary this tensor-parallel rank holds; padding columns come last and never count."""
+
+    start: int
+    valid: int
+    group: dist.ProcessGroup | None
+
+    @staticmethod
+    def of(group: dist.ProcessGroup | None, columns: int, vocab_size: int) -> VocabShard:
+        """The shard of a rank that holds ``columns`` of the padded vocabulary."""
+        start = columns * (0 if group is None else dist.get_rank(group))
+        return VocabShard(start, min(columns, max(0, vocab_size - start)), group)
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks that share the vocabulary."""
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        """Index of this rank among them."""
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    def reduce(self, value: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """All-reduce in place over the ranks that share the vocabulary."""
+        if self.ranks > 1:
+            dist.all_reduce(value, op=op, group=self.group)
+        return value
+
+    def gather(self, value: Tensor) -> Tensor:
+        """The values of all ranks that share the vocabulary, [ranks, ...], the same on each."""
+        if self.ranks == 1:
+            return value[None]
+        of_all = [torch.empty_like(value) for _ in range(self.ranks)]
+        dist.all_gather(of_all, value.contiguous(), group=self.group)
+        return torch.stack(of_all)
+
+    def at_labels(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's part of the labels' logits, zero where another rank holds the label.
+
+        Args:
+            logits: [..., valid].
+            labels: token ids [...].
+
+        Returns:
+            logits [...] in fp32, the labels' columns on this rank [...], and whether they are on it [...].
+        """
+        column = labels - self.start
+        mine = (column >= 0) & (column < self.valid)
+        column = column.masked_fill(~mine, 0)
+        if self.valid == 0:
+            return torch.zeros_like(labels, dtype=torch.float32), column, mine
+        return logits.gather(-1, column[..., None])[..., 0].float() * mine, column, mine
+
+    def softmax(self, logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Softmax over this rank's columns alone; times exp(first - second result) it is that over all columns.
+
+        Args:
+            logits: [n, valid].
+            out: where the softmax goes, [n, valid] in fp32.
+
+        Returns:
+            log of the sum of exponentials [n] of this rank's columns, and of all.
+        """
+        torch.softmax(logits.float(), -1, out=out)
+        if self.valid:
+            log_sum = logits.amax(-1).float() - out.amax(-1).log_()
+        else:
+            log_sum = out.new_full(out.shape[:1], -torch.inf)
+        return log_sum, torch.logsumexp(self.gather(log_sum), 0)
+
+    def log_softmax_(self, logits: Tensor, temperature: float) -> Tensor:
+        """Log-probabilities [n, valid] at a temperature of fp32 logits, over all ranks' columns, in their place."""
+        logits.div_(temperature)
+        return logits.sub_(torch.logsumexp(self.gather(torch.logsumexp(logits, -1)), 0)[:, None])

@@ -1,0 +1,51 @@
+"""Which arguments of the losses do not go together, or would be without effect."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from megatron_slim.architecture.shape import ModelShape
+
+# Flags of Megatron that its own output layer, losses or batches would heed, and why ours do not.
+_WITHOUT_EFFECT = {
+    "defer_embedding_wgrad_compute": "the output layer's gradient comes with the loss, chunk by chunk",
+    "fp16_lm_cross_entropy": "losses are computed in fp32",
+    "mtp_detach_heads": "the output layer learns from all heads",
+    "use_mup": "logits are not scaled",
+    "reset_attention_mask": "attention sees the whole sequence",
+    "dataloader_inter_document_masking": "attention sees the whole sequence",
+    "sft": "samples are those of a GPT dataset",
+}
+
+
+def loss_violations(shape: ModelShape, args: Any) -> list[str]:
+    """What is wrong with the arguments of the losses, in sentences.
+
+    Args:
+        shape: sizes of the student.
+        args: Megatron's arguments and ours, as parsed.
+    """
+    found = [
+        f"--{name.replace('_', '-')} is not supported: {why}"
+        for name, why in _WITHOUT_EFFECT.items()
+        if getattr(args, name, False)
+    ]
+    if not (math.isfinite(args.kd_temperature) and args.kd_temperature > 0):
+        found.append(f"--kd-temperature {args.kd_temperature:g} is not positive")
+    if args.kd_top_k is not None:
+        if args.kd_loss != "top-k":
+            found.append(f"--kd-top-k has no effect on --kd-loss {args.kd_loss}; use --kd-loss top-k")
+        if not 1 <= args.kd_top_k <= shape.vocab_size:
+            found.append(f"--kd-top-k {args.kd_top_k} is not between 1 and the vocabulary's {shape.vocab_size}")
+    if args.teacher_load is None and (args.kd_loss, args.kd_temperature) != ("forward-kl", 1.0):
+        found.append("--kd-loss and --kd-temperature need a teacher; give --teacher-load")
+    if args.loss_chunk_size is not None and args.loss_chunk_size < 1:
+        found.append(f"--loss-chunk-size {args.loss_chunk_size} is not positive")
+    if (args.eod_mask_loss or args.reset_position_ids) and args.null_tokenizer_eod_id is None:
+        # Megatron would take the last id of the vocabulary.
+        found.append(
+            "--eod-mask-loss and --reset-position-ids need the id that ends a document; give --null-tokenizer-eod-id, "
+            "mostly config.json's eos_token_id"
+        )
+    return found
