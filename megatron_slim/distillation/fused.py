@@ -70,7 +70,7 @@ Upstream = tuple[Tensor, Tensor]  # gradients of lm and kd, [heads, T] each
 
 def default_chunk(device: torch.device) -> int:
     """Rows that keep matrix products busy without the re-reading of ``main_grad`` showing (measured)."""
-    return 256 if device.type == "cpu" else 1024
+    return 512 if device.type == "cpu" else 1024
 
 
 def fused_losses(
@@ -203,20 +203,17 @@ class _Sweep:
         """Losses lm [n] and kd [n] of some rows of a head; their gradients, if wanted, are added to the others."""
         hidden, labels = self.hidden[head][rows], self.lesson.labels[head, rows]
         shard, kd_loss, dtype = self.shard, self.lesson.kd, self.student.weight.dtype
-        shared = teacher is not None and kd_loss.shares_softmax
         logits = self.student.logits(hidden, self._buffer("logits", hidden.shape[0], dtype))
         q = self._buffer("student", hidden.shape[0])
         at_label, column, mine = shard.at_labels(logits, labels)
-        cross = torch.mul(logits, teacher, out=q).sum(-1) if shared else torch.zeros_like(at_label)
+        p = teacher if kd_loss.shares_softmax else None
+        cross = torch.zeros_like(at_label) if p is None else torch.mul(logits, p, out=q).sum(-1)
         log_sum, log_z = shard.softmax(logits, q)
         at_label, cross = shard.reduce(torch.stack([at_label, cross]))
-        kd = log_z - cross if shared else torch.zeros_like(cross)
-        direction, size, share = (
-            teacher,
-            -1.0,
-            float(shared),
-        )  # d logits = q (a + share b) - a onehot + direction size b
-        if teacher is not None and not shared:
+        kd = torch.zeros_like(cross) if p is None else log_z - cross
+        # d logits = q (a + share b) - a onehot + direction size b
+        direction, size, share = p, -1.0, float(p is not None)
+        if teacher is not None and p is None:
             log_q = shard.log_softmax_(logits.float(), kd_loss.temperature)
             kd, direction = kd_loss.divergence(log_q, teacher, shard)
             kd, size = kd * kd_loss.temperature**2, kd_loss.temperature

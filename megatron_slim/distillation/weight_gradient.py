@@ -21,7 +21,7 @@ class WeightGradient:
 
     def __init__(self, weight: Tensor) -> None:
         self.weight: Any = weight
-        self.in_main_grad = hasattr(weight, "grad_added_to_main_grad") and not hasattr(weight, "__fsdp_param__")
+        self.in_main_grad = hasattr(self.weight, "grad_added_to_main_grad") and not hasattr(weight, "__fsdp_param__")
         self.total: Tensor | None = None
         if self.in_main_grad:
             self.total = self.weight.main_grad
@@ -36,7 +36,7 @@ class WeightGradient:
         if total.dtype == d_logits.dtype:
             total.addmm_(d_logits.t(), hidden)
         elif total.is_cuda:
-            torch.addmm(total, d_logits.t(), hidden, out_dtype=total.dtype, out=total)  # type: ignore[call-overload]
+            torch.addmm(total, d_logits.t(), hidden, out_dtype=total.dtype, out=total)
         else:
             for part, columns in zip(total.split(ROWS), d_logits.split(ROWS, dim=1), strict=True):
                 part.add_(columns.t() @ hidden)

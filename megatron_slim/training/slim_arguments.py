@@ -65,7 +65,7 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     group.add_argument(
         "--loss-chunk-size",
         type=int,
-        help="Tokens whose logits are in memory at once. Default: 256 on a CPU, 1024 on a GPU.",
+        help="Tokens whose logits are in memory at once. Default: 512 on a CPU, 1024 on a GPU.",
     )
     for name, shape, start, end in (("kd-lambda", "linear", 1.0, 0.75), ("mtp-beta", "cosine", 0.3, 0.1)):
         group.add_argument(f"--{name}-schedule", choices=sorted(SHAPES), default=shape, help="SlimQwen section 3.3.")
