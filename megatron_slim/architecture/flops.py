@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
@@ -130,11 +131,17 @@ class Work:
 
     def of_stage(self, start: int, stop: int) -> float:
         """Of the layers from ``start`` up to ``stop`` on one stage."""
-        return sum(self.layers[start:stop]) + sum(self.first_layers[start : min(stop, start + self.first)])
+        again = min(stop, start + self.first)
+        return self.prefix[stop] - self.prefix[start] + self._first_prefix[again] - self._first_prefix[start]
 
+    @cached_property
     def prefix(self) -> list[float]:
-        """Of the first n layers, for every n from 0."""
+        """Of the first n layers, for every n from 0, without ``first_layers``."""
         return [0.0, *accumulate(self.layers)]
+
+    @cached_property
+    def _first_prefix(self) -> list[float]:
+        return [0.0, *accumulate(self.first_layers or (0.0,) * len(self.layers))]
 
 
 def _blocks(shape: ModelShape, seq_length: int, kernels: Kernels) -> Iterator[dict[str, float]]:

@@ -42,7 +42,9 @@ from megatron_slim.training.arguments import install_argv, padded_vocab_size, sh
 from megatron_slim.training.checks import check_run, holds_checkpoint
 from megatron_slim.training.data import Batch, build_datasets, next_batch
 from megatron_slim.training.slim_arguments import MEGATRON_HELP, add_slim_arguments, loss_schedules
+from megatron_slim.training.stage_layout import plan_stages
 from megatron_slim.training.teacher_check import check_teacher
+from megatron_slim.training.teacher_config import teacher_config
 
 SECONDS_FOR_RANK_0 = 10.0
 
@@ -55,6 +57,7 @@ class Run:
     teacher_shape: ModelShape | None
     mtp_kd_target: str
     student_load: Path | None = None
+    teacher_layout: str | None = None
     chunks: list[DistillationModel] = dataclasses.field(default_factory=list)
 
     def model_provider(
@@ -101,16 +104,16 @@ class Run:
 
     def _build_teacher(self, base: TransformerConfig, stage: dict[str, Any]) -> HiddenStatesModel:
         assert self.teacher_shape is not None
-        forward_only = {"recompute_granularity": None, "perform_initialization": False}
+        args = get_args()
         teacher = build_model(
             self.teacher_shape,
-            dataclasses.replace(base, **(shape_config_fields(self.teacher_shape) | forward_only)),
+            teacher_config(self.teacher_shape, base, layout=self.teacher_layout, dtype=args.teacher_dtype),
             padded_vocab_size=padded_vocab_size(self.teacher_shape),
             model_class=HiddenStatesModel,
             **stage,
         )
         assert isinstance(teacher, HiddenStatesModel)
-        return teacher.to(base.params_dtype)
+        return teacher.to(teacher.config.params_dtype)
 
     def datasets_provider(self, num_samples: tuple[int, Any, Any], vp_stage: int | None = None) -> list[Any]:
         """Build the datasets; before the first step, see that the teacher knows something of them."""
@@ -174,9 +177,8 @@ def _refuse_nonfinite(report: dict[str, tuple[Tensor, Tensor]]) -> None:
         raise SlimError("; ".join(faults), where=f"iteration {get_args().curr_iteration}, last pipeline stage")
 
 
-def _plan_run(shape: ModelShape, teacher: ModelShape | None, args: Any) -> Run:
-    target = args.mtp_kd_target or (TEACHER_MTP if teacher is None or teacher.mtp_num_layers else TEACHER_MAIN)
-    return Run(shape, teacher, target, _hugging_face_start(args))
+def _mtp_kd_target(teacher: ModelShape | None, args: Any) -> str:
+    return args.mtp_kd_target or (TEACHER_MTP if teacher is None or teacher.mtp_num_layers else TEACHER_MAIN)
 
 
 def _hugging_face_start(args: Any) -> Path | None:
@@ -227,9 +229,15 @@ def main(argv: list[str]) -> None:
         return
     source = shape_directory(argv)
     shape = install_argv(argv)
-    teacher = check_run(shape, parse_args(add_slim_arguments))
+    parsed = parse_args(add_slim_arguments)
+    teacher = check_run(shape, parsed)
+    target = _mtp_kd_target(teacher, parsed)
+    layout = plan_stages(shape, teacher, parsed, teacher_runs_mtp=target == TEACHER_MTP and shape.mtp_num_layers > 0)
+    if parsed.rank == 0 and parsed.pipeline_model_parallel_size > 1:
+        print(layout.table(), flush=True)
+    sys.argv[1:] = layout.command_line(sys.argv[1:])
     args = _validated_arguments()
-    run = _plan_run(shape, teacher, args)
+    run = Run(shape, teacher, target, _hugging_face_start(args), layout.teacher)
     if args.save and args.rank == 0:
         keep_hf_files(source, Path(args.save))
     provider = partial(run.datasets_provider)
