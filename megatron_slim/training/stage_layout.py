@@ -1,4 +1,4 @@
-"""Pipeline stages of a run: what was asked for, checked, as Megatron's layouts of student and teacher, and as a table."""
+"""Pipeline stages of a run: what was asked for, checked, as Megatron's layouts of both models, and as a table."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.cli import ToolParser
 from megatron_slim.errors import SlimError
 
+TARGET = 1.05  # slowest rank over the mean that needs no explanation
+AUTO = "--pipeline-layout auto"
 VIRTUAL_FLAGS = ("--num-virtual-stages-per-pipeline-rank", "--num-layers-per-virtual-pipeline-stage")
 # Megatron's other ways to divide unevenly speak of one model; the teacher would get the student's numbers.
 _ONE_MODEL_ONLY = (
@@ -57,15 +59,22 @@ class StageLayout:
         counts = zip(stages.student_layers, stages.teacher_layers, stages.model_loads(), strict=True)
         for stage, (student, teacher, (own, taught)) in enumerate(counts):
             at = f"{stage % stages.ranks}.{stage // stages.ranks}"
-            rows.append(
-                f"{at:>5} {student:>15} {teacher:>15} {own / mean:>8.3f} {taught / mean:>8.3f} {(own + taught) / mean:>6.3f}"
-            )
+            shares = f"{own / mean:>8.3f} {taught / mean:>8.3f} {(own + taught) / mean:>6.3f}"
+            rows.append(f"{at:>5} {student:>15} {teacher:>15} {shares}")
         head = f"{'stage':>5} {'student layers':>15} {'teacher layers':>15} {'student':>8} {'teacher':>8} {'sum':>6}"
         title = f"pipeline stages (rank.virtual; {self.chosen}), operations per token over the mean of the ranks:"
-        slowest = f"slowest rank over the mean: {stages.slowest_over_mean:.3f}"
-        if stages.floor > 1.0:
-            slowest += f"; no layout is below {stages.floor:.3f}: heads, MTP blocks and loss stay on the last rank"
-        return "\n".join([title, head, *rows, slowest])
+        return "\n".join(
+            [title, head, *rows, f"slowest rank over the mean: {stages.slowest_over_mean:.3f}{self._why()}"]
+        )
+
+    def _why(self) -> str:
+        """What keeps the ranks from being even, where they are not."""
+        if self.stages.slowest_over_mean <= TARGET:
+            return ""
+        if self.stages.floor > TARGET:
+            floor = f"{self.stages.floor:.3f}"
+            return f" (no layout is below {floor}: heads, MTP blocks and loss stay together on the last rank)"
+        return " (single layers are too much for less)" if self.chosen == AUTO else f" ({AUTO} would balance them)"
 
 
 def virtual_stages(shape: ModelShape, args: Any) -> int:
@@ -183,7 +192,7 @@ def plan_stages(shape: ModelShape, teacher: ModelShape | None, args: Any, *, tea
             raise SlimError(f"{shape.num_layers} layers do not fill the pipeline", fix="use fewer stages")
         own = layout_string(stages.student_layers, shape.mtp_num_layers)
         other = layout_string(stages.teacher_layers, teacher.mtp_num_layers) if teacher else None
-        return StageLayout(stages, own, other, "--pipeline-layout auto")
+        return StageLayout(stages, own, other, AUTO)
     counts = _counts("student", shape, args)
     teacher_counts = _counts("teacher", teacher, args) if teacher else (0,) * len(counts)
     stages = Stages(ranks, student, taught, counts, teacher_counts)

@@ -295,3 +295,11 @@ def test_calibration(tool: Tool) -> None:
     assert 2 * 2.9e9 < sum(flops[key] for key in ("projections", "routed", "shared_and_router")) / tokens < 2 * 4e9
     assert flops["routed"] / tokens == 2 * 49 * 10 * 3 * 2048 * 512
     assert results["estimate_80b"]["host_gib"]["hidden_states"] == 16
+
+
+def test_pipeline_layout(tool: Tool) -> None:
+    outcome = tool("benchmarks/pipeline_layout.py", "--json")
+    assert outcome.code == 0, outcome.stderr
+    assert outcome.json["slowest_over_mean"] <= 1.05
+    four = outcome.json["layouts"]["23A2B PP4"]
+    assert four["even"] > 1.5 and sum(four["student_layers"]) == 36 and sum(four["teacher_layers"]) == 48

@@ -59,7 +59,7 @@ def test_a_run_goes_on_in_other_stages(uneven, alone, balanced, tmp_path: Path) 
 
 
 def test_the_dtype_of_the_teacher_is_its_own(uneven, alone) -> None:  # type: ignore[no-untyped-def]
-    """The teacher's own loss tells how it was computed: as alone in that dtype, across stages, whatever the student's."""
+    """Its own loss tells how it was computed: as alone in that dtype, across stages, whatever the student's is."""
     short, term = (*MBS, "--train-iters", "2"), "teacher lm loss"
     narrow = uneven.train("bf16", 1, *short, "--bf16")
     beside_fp32 = uneven.train("teacher-bf16", 2, *short, *AUTO, "--teacher-dtype", "bf16")
