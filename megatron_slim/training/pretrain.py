@@ -23,6 +23,7 @@ from megatron.training import get_args, get_timers, pretrain
 from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args, parse_args
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.layer_specs import build_model, shape_config_fields
@@ -252,6 +253,13 @@ def main(argv: list[str]) -> None:
         )
     except CheckpointingException as error:  # all ranks raise it together
         raise CheckpointError(f"refused by Megatron: {error}") from None
+    except CheckpointException as error:  # as above, out of the ranks' common plan to read
+        reasons = [reason for reason, _ in error.failures.values()]
+        if not all(isinstance(reason, CheckpointingException) for reason in reasons):
+            raise
+        fix = "the optimizer goes on in the layout it was saved in, or with --dist-ckpt-optim-fully-reshardable (given "
+        fix += "when it was saved) in any; --no-load-optim starts it afresh"
+        raise CheckpointError(f"refused by Megatron: {reasons[0]}", fix=fix) from None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
