@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_slim.architecture.flops import block_flops
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
-from megatron_slim.architecture.table import weights
 
 SAMPLES, SEQ_LENGTH = 1024, 4096
-GDN_CHUNK = 64
 # Assumptions. Peaks are those of an H200 (bf16 dense, fp64 tensor cores, HBM3e); the shares of them are guesses.
 RATES = {
     "bf16_flops_per_second": 989e12,
@@ -25,23 +24,13 @@ RATES = {
 def flops_per_token(shape: ModelShape) -> dict[str, float]:
     """Multiplications and additions of a forward pass per token; embedding, norms and the heads are left out."""
     found = dict.fromkeys(("projections", "routed", "shared_and_router", "attention", "delta_rule"), 0.0)
-    for weight in weights(shape):
-        if not weight.block or len(weight.sources[0].shape(shape)) != 2:
-            continue
-        flops = 2.0 * weight.numel(shape)
-        if weight.stacked:
-            found["routed"] += flops * shape.moe_router_topk / shape.num_moe_experts
-        else:
-            found["shared_and_router" if ".mlp." in weight.key else "projections"] += flops
     for block in shape.blocks:
-        if shape.layer_type(block) == FULL_ATTENTION:
-            # Scores and their product with the values, over half of the positions (causal).
-            found["attention"] += 2 * SEQ_LENGTH * shape.num_attention_heads * shape.kv_channels
-        else:
-            key, value = shape.linear_key_head_dim, shape.linear_value_head_dim
-            within_chunk = 2 * GDN_CHUNK * (3 * key + 3 * value)
-            with_state = 2 * 3 * key * value
-            found["delta_rule"] += shape.linear_num_value_heads * (within_chunk + with_state)
+        kind = shape.layer_type(block)
+        flops = block_flops(shape, kind, SEQ_LENGTH)
+        found["projections"] += flops["projections"]
+        found["routed"] += flops["experts"]
+        found["shared_and_router"] += flops["shared_experts"] + flops["router"]
+        found["attention" if kind == FULL_ATTENTION else "delta_rule"] += flops["core_attn"]
     return found
 
 

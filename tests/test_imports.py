@@ -35,6 +35,8 @@ INSTANT = (
     "megatron_slim.recipe",
     "megatron_slim.recipe_budget",
     "megatron_slim.architecture.axes",
+    "megatron_slim.architecture.flops",
+    "megatron_slim.architecture.pipeline_layout",
     "megatron_slim.architecture.qwen3_next",
     "megatron_slim.architecture.table",
     "megatron_slim.architecture.shape",

@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from megatron_slim.architecture.shape import ModelShape
 
 
-def layout_violations(
-    shape: ModelShape, *, tp: int = 1, pp: int = 1, vpp: int = 1, ep: int = 1, etp: int = 1
-) -> list[str]:
+def layout_violations(shape: ModelShape, *, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 1) -> list[str]:
     """Everything that keeps a model from being laid out like this, one sentence each.
 
     Args:
         shape: sizes of the model.
         tp: tensor parallel size.
-        pp: pipeline parallel size.
-        vpp: virtual stages per pipeline rank.
+        pp: pipeline parallel size, for equally many layers to each stage.
         ep: expert parallel size.
         etp: tensor parallel size inside an expert.
 
@@ -26,8 +23,9 @@ def layout_violations(
     num_layers 4 does not divide into 3 pipeline stages
     num_moe_experts 8 does not divide by expert parallel size 5
     """
-    stages = f"{pp} pipeline stages" if vpp == 1 else f"{pp} x {vpp} virtual pipeline stages"
-    found = [f"num_layers {shape.num_layers} does not divide into {stages}"] if shape.num_layers % (pp * vpp) else []
+    found = (
+        [f"num_layers {shape.num_layers} does not divide into {pp} pipeline stages"] if shape.num_layers % pp else []
+    )
     divided = {
         "num_attention_heads": ("tensor", tp),
         "linear_num_key_heads": ("tensor", tp),

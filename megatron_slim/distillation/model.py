@@ -3,7 +3,8 @@
 The model that Megatron's schedules see is the student. It carries its teacher as a plain attribute, not as a submodule:
 DDP, the optimizer, precision wrappers and checkpoints see the student's parameters alone. Between pipeline stages the
 hidden states of both travel side by side on the last axis, so the schedules must think that the hidden size is the sum;
-they read it from ``model.config``, which is therefore a copy of the student's config with that one field changed.
+they read it from ``model.config``, which is therefore a copy of the student's config with that one field changed. A
+teacher of another dtype sends the bytes of its hidden states as numbers of the student's: nothing is rounded.
 
 Shapes: s sequence (of this rank, under sequence parallelism), b batch, h hidden size, D MTP depths.
 """
@@ -27,6 +28,11 @@ from megatron_slim.distillation.losses import TokenLosses, shift
 from megatron_slim.distillation.vocabulary import VocabShard
 
 TEACHER_MTP, TEACHER_MAIN = "teacher-mtp", "teacher-main"
+
+
+def _between_stages(config: TransformerConfig) -> torch.dtype:
+    """What a model's hidden states are in where its stages meet: fp32 for a residual stream in fp32."""
+    return torch.float32 if config.fp32_residual_connection else config.params_dtype
 
 
 class DistillationModel(HiddenStatesModel):
@@ -53,16 +59,26 @@ class DistillationModel(HiddenStatesModel):
         self.mtp_kd_target = mtp_kd_target
         self.student_hidden_size = self.config.hidden_size
         self.config = copy.copy(self.config)
-        self.config.hidden_size = self.student_hidden_size + teacher.config.hidden_size
+        teacher_bytes = teacher.config.hidden_size * _between_stages(teacher.config).itemsize
+        self.config.hidden_size += teacher_bytes // _between_stages(self.config).itemsize
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
-        """Take what the previous stage sent: [s, b, student h + teacher h]."""
+        """Take what the previous stage sent: [s, b, student h + teacher h in numbers of the student's dtype]."""
         received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         if self.teacher is None or received is None:
             super().set_input_tensor(received)
             return
-        super().set_input_tensor(received[..., : self.student_hidden_size])
-        self.teacher.set_input_tensor(received[..., self.student_hidden_size :].detach())
+        states = self.states_between_stages(received)
+        super().set_input_tensor(states["student"])
+        self.teacher.set_input_tensor(states["teacher"])
+
+    def states_between_stages(self, joined: Tensor) -> dict[str, Tensor]:
+        """Hidden states [s, b, h] of each model, from what one stage sends to the next; the teacher's without graph."""
+        if self.teacher is None:
+            return {"student": joined}
+        teacher_bytes = joined[..., self.student_hidden_size :].detach().contiguous()
+        teacher = teacher_bytes.view(_between_stages(self.teacher.config))
+        return {"student": joined[..., : self.student_hidden_size], "teacher": teacher}
 
     def forward(
         self,
@@ -83,7 +99,8 @@ class DistillationModel(HiddenStatesModel):
                 logits are then computed once instead of twice (`fused_losses`).
 
         Returns:
-            [s, b, student h + teacher h]; on the last stage `TokenLosses.stack`, [terms, b, s].
+            [s, b, student h + teacher h in numbers of the student's dtype]; on the last stage `TokenLosses.stack`,
+            [terms, b, s].
         """
         hidden = super().forward(input_ids, position_ids, attention_mask)
         teacher_hidden = None
@@ -93,7 +110,7 @@ class DistillationModel(HiddenStatesModel):
         if self.post_process:
             assert labels is not None
             return self._token_losses(hidden, teacher_hidden, labels, expected).stack()
-        return hidden if teacher_hidden is None else torch.cat([hidden, teacher_hidden.to(hidden.dtype)], dim=-1)
+        return hidden if teacher_hidden is None else torch.cat([hidden, teacher_hidden.view(hidden.dtype)], dim=-1)
 
     def _token_losses(
         self, hidden: Tensor, teacher_hidden: Tensor | None, labels: Tensor, expected: TokenLosses | None

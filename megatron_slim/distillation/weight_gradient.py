@@ -19,9 +19,10 @@ class WeightGradient:
     with ``--gradient-accumulation-fusion``.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight: Any = weight
-        self.in_main_grad = hasattr(self.weight, "grad_added_to_main_grad") and not hasattr(weight, "__fsdp_param__")
+    def __init__(self, weight: Any) -> None:
+        """``weight``: a parameter [P, H], with or without what Megatron's DDP adds to it."""
+        self.weight = weight
+        self.in_main_grad = hasattr(weight, "grad_added_to_main_grad") and not hasattr(weight, "__fsdp_param__")
         self.total: Tensor | None = None
         if self.in_main_grad:
             self.total = self.weight.main_grad

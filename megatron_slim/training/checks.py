@@ -26,6 +26,7 @@ from megatron_slim.files import read_json
 from megatron_slim.training.arguments import padded_vocab_size
 from megatron_slim.training.loss_checks import loss_violations
 from megatron_slim.training.resume import faults_of, mend_tracker
+from megatron_slim.training.stage_layout import layer_violations, stage_violations
 
 CHECKED_TOKENS = 1 << 20  # of each data set: another tokenizer's ids show in far fewer
 DEFAULT_SPLIT = "969, 30, 1"  # Megatron's
@@ -47,7 +48,7 @@ def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
     """
     teacher = open_checkpoint(args.teacher_load).shape if args.teacher_load is not None else None
     small = [f"{name} parallel size {size} is not positive" for name, size in _sizes(args).items() if size < 1]
-    found = small or _process_violations(args) + _model_violations("student", shape, args)
+    found = small or _process_violations(args) + stage_violations(args) + _model_violations("student", shape, args)
     found += loss_violations(shape, args)
     if teacher is not None and not small:
         found += _model_violations("teacher", teacher, args) + _pair_violations(shape, teacher, args)
@@ -136,7 +137,7 @@ def _check_manifest(directory: Path) -> None:
 
 
 def _sizes(args: Any) -> dict[str, int]:
-    """Parallel sizes under the names of `layout_violations`, ``vpp`` apart."""
+    """Parallel sizes under the names of `layout_violations`."""
     tp = args.tensor_model_parallel_size
     etp = args.expert_tensor_parallel_size or tp
     return {"tp": tp, "pp": args.pipeline_model_parallel_size, "ep": args.expert_model_parallel_size, "etp": etp}
@@ -157,15 +158,8 @@ def _process_violations(args: Any) -> list[str]:
     return found
 
 
-def _virtual_stages(shape: ModelShape, args: Any) -> int:
-    if args.num_virtual_stages_per_pipeline_rank is not None:
-        return int(args.num_virtual_stages_per_pipeline_rank)
-    layers = args.num_layers_per_virtual_pipeline_stage
-    return 1 if layers is None else max(1, shape.num_layers // args.pipeline_model_parallel_size // layers)
-
-
 def _model_violations(name: str, shape: ModelShape, args: Any) -> list[str]:
-    found = layout_violations(shape, vpp=_virtual_stages(shape, args), **_sizes(args))
+    found = layer_violations(name, shape, args) + layout_violations(shape, **_sizes(args) | {"pp": 1})
     rows, tp = padded_vocab_size(shape), args.tensor_model_parallel_size
     if rows % tp:
         found.append(f"{rows} rows of the padded vocabulary do not divide by tensor parallel size {tp}")
@@ -181,6 +175,11 @@ def _pair_violations(shape: ModelShape, teacher: ModelShape, args: Any) -> list[
     if args.mtp_kd_target == TEACHER_MTP and teacher.mtp_num_layers < shape.mtp_num_layers:
         heads = f"{teacher.mtp_num_layers or 'no'} MTP head"
         found.append(f"teacher: {heads} for --mtp-kd-target teacher-mtp; use teacher-main")
+    narrow = args.teacher_dtype in ("bf16", "fp16") and not (args.bf16 or args.fp16)
+    if narrow and teacher.hidden_size % 2 and args.pipeline_model_parallel_size > 1:
+        found.append(
+            f"teacher: hidden_size {teacher.hidden_size} in 16 bits does not fill numbers of 32 between stages"
+        )
     return found
 
 

@@ -24,6 +24,7 @@ from megatron.training import get_args, get_timers, pretrain
 from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args, parse_args
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.layer_specs import build_model, shape_config_fields
@@ -45,7 +46,9 @@ from megatron_slim.training.checks import check_run, holds_checkpoint
 from megatron_slim.training.data import Batch, build_datasets, next_batch
 from megatron_slim.training.finite import FiniteWatch
 from megatron_slim.training.slim_arguments import MEGATRON_HELP, TOP_K, add_slim_arguments, loss_schedules
+from megatron_slim.training.stage_layout import plan_stages
 from megatron_slim.training.teacher_check import check_teacher
+from megatron_slim.training.teacher_config import teacher_config
 
 SECONDS_FOR_RANK_0 = 10.0
 
@@ -58,6 +61,7 @@ class Run:
     teacher_shape: ModelShape | None
     mtp_kd_target: str
     student_load: Path | None = None
+    teacher_layout: str | None = None
     chunks: list[DistillationModel] = dataclasses.field(default_factory=list)
     watch: FiniteWatch = dataclasses.field(default_factory=FiniteWatch)
 
@@ -108,16 +112,16 @@ class Run:
 
     def _build_teacher(self, base: TransformerConfig, stage: dict[str, Any]) -> HiddenStatesModel:
         assert self.teacher_shape is not None
-        forward_only = {"recompute_granularity": None, "perform_initialization": False}
+        args = get_args()
         teacher = build_model(
             self.teacher_shape,
-            dataclasses.replace(base, **(shape_config_fields(self.teacher_shape) | forward_only)),
+            teacher_config(self.teacher_shape, base, layout=self.teacher_layout, dtype=args.teacher_dtype),
             padded_vocab_size=padded_vocab_size(self.shape),  # a rank's columns are those of the student
             model_class=HiddenStatesModel,
             **stage,
         )
         assert isinstance(teacher, HiddenStatesModel)
-        return teacher.to(base.params_dtype)
+        return teacher.to(teacher.config.params_dtype)
 
     def datasets_provider(self, num_samples: tuple[int, Any, Any], vp_stage: int | None = None) -> list[Any]:
         """Build the datasets; before the first step, see that the teacher knows something of them."""
@@ -145,9 +149,8 @@ class Run:
         output = model(batch["tokens"], position_ids, None, batch["labels"], expected=expected)
         label = "" if model.training else "validation "
         if not last:
-            self.watch.add_states(f"{label}student", vp_stage, output[..., : self.shape.hidden_size])
-            if self.teacher_shape is not None:
-                self.watch.add_states(f"{label}teacher", vp_stage, output[..., self.shape.hidden_size :])
+            for name, states in get_attr_wrapped_model(model, "states_between_stages")(output).items():
+                self.watch.add_states(f"{label}{name}", vp_stage, states)
         return output, partial(self.reduce_losses, loss_mask, position_ids, vp_stage, label)
 
     def reduce_losses(
@@ -204,9 +207,9 @@ def load_balancing_fields(config: TransformerConfig) -> dict[str, Any]:
     return {"moe_aux_loss_coeff": coefficients * ranks if kinds == "global_aux_loss" else coefficients}
 
 
-def _plan_run(shape: ModelShape, teacher: ModelShape | None, args: Any) -> Run:
-    target = args.mtp_kd_target or (TEACHER_MTP if teacher is None or teacher.mtp_num_layers else TEACHER_MAIN)
-    return Run(shape, teacher, target, _hugging_face_start(args))
+def _mtp_kd_target(shape: ModelShape, teacher: ModelShape | None, args: Any) -> str:
+    enough = teacher is None or teacher.mtp_num_layers >= shape.mtp_num_layers
+    return args.mtp_kd_target or (TEACHER_MTP if enough else TEACHER_MAIN)
 
 
 def _hugging_face_start(args: Any) -> Path | None:
@@ -257,9 +260,15 @@ def main(argv: list[str]) -> None:
         return
     source = shape_directory(argv)
     shape = install_argv(argv)
-    teacher = check_run(shape, parse_args(add_slim_arguments))
+    parsed = parse_args(add_slim_arguments)
+    teacher = check_run(shape, parsed)
+    target = _mtp_kd_target(shape, teacher, parsed)
+    layout = plan_stages(shape, teacher, parsed, teacher_runs_mtp=target == TEACHER_MTP and shape.mtp_num_layers > 0)
+    if parsed.rank == 0 and parsed.pipeline_model_parallel_size > 1:
+        print(layout.table(), flush=True)
+    sys.argv[1:] = layout.command_line(sys.argv[1:])
     args = _validated_arguments()
-    run = _plan_run(shape, teacher, args)
+    run = Run(shape, teacher, target, _hugging_face_start(args), layout.teacher)
     if args.save and args.rank == 0:
         keep_hf_files(source, Path(args.save))
     provider = partial(run.datasets_provider)
@@ -275,6 +284,13 @@ def main(argv: list[str]) -> None:
         run.watch.check()  # of the last validation
     except CheckpointingException as error:  # all ranks raise it together
         raise CheckpointError(f"refused by Megatron: {error}") from None
+    except CheckpointException as error:  # as above, out of the ranks' common plan to read
+        reasons = [reason for reason, _ in error.failures.values()]
+        if not all(isinstance(reason, CheckpointingException) for reason in reasons):
+            raise
+        fix = "the optimizer goes on in the layout it was saved in, or with --dist-ckpt-optim-fully-reshardable (given "
+        fix += "when it was saved) in any; --no-load-optim starts it afresh"
+        raise CheckpointError(f"refused by Megatron: {reasons[0]}", fix=fix) from None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -40,6 +40,23 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="Teacher checkpoint, Hugging Face or torch_dist. Without it the run is plain LM + MTP-LM training.",
     )
     group.add_argument(
+        "--teacher-dtype",
+        choices=("fp32", "bf16", "fp16"),
+        help="What the teacher's weights are kept and used in. Default: as the student's (--bf16, --fp16).",
+    )
+    group.add_argument(
+        "--pipeline-layout",
+        choices=("even", "auto"),
+        default="even",
+        help="How layers are divided into pipeline stages: equally many to each, as Megatron does, or so that no stage "
+        "is much slower than the mean; each model has stages of its own. Explicit ones: "
+        "--pipeline-model-parallel-layout for the student and --teacher-pipeline-layout.",
+    )
+    group.add_argument(
+        "--teacher-pipeline-layout",
+        help="The teacher's stages as --pipeline-model-parallel-layout has them: 'Ettt|ttt|tmL'. Default: even ones.",
+    )
+    group.add_argument(
         "--mtp-kd-target",
         choices=("teacher-mtp", "teacher-main"),
         help="What an MTP head learns from: the teacher's MTP head, or its main head further on. "

@@ -313,3 +313,11 @@ def test_the_reference_for_expert_statistics_must_be_there(tool: Tool, tmp_path:
     outcome = tool("benchmarks/reference_reap.py", "--reap-source", tmp_path)
     assert outcome.code == 2
     assert "--reap-source: No module named 'reap'; give the src folder of a checkout of reap" in outcome.error
+
+
+def test_pipeline_layout(tool: Tool) -> None:
+    outcome = tool("benchmarks/pipeline_layout.py", "--json")
+    assert outcome.code == 0, outcome.stderr
+    assert outcome.json["slowest_over_mean"] <= 1.05
+    four = outcome.json["layouts"]["23A2B PP4"]
+    assert four["even"] > 1.5 and sum(four["student_layers"]) == 36 and sum(four["teacher_layers"]) == 48

@@ -25,13 +25,55 @@ ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"num_layers": 4, "vocab_size": 120, "max_position_embeddings": 64}
 BASE = "--seq-length 32 --micro-batch-size 1 --global-batch-size 2 --train-iters 2 --lr 1e-3 --eval-iters 0"
 GIVEN = f"{BASE} --pretrained-checkpoint student --data-path d"
+PP4 = "--pipeline-model-parallel-size 4"
 CASES = {
     "shape by hand": ("--num-layers 3 --vocab-size=5", "--num-layers, --vocab-size cannot be given"),
     "another vocabulary": ("--teacher-load odd", "teacher: vocabulary 130, the student has 120"),
     "pipeline": (
         "--teacher-load odd --pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 3",
-        "student: num_layers 4 does not divide into 4 x 3 virtual pipeline stages; "
-        "teacher: num_layers 3 does not divide into 4 x 3 virtual pipeline stages",
+        "student: num_layers 4 does not divide into 4 x 3 virtual pipeline stages (--pipeline-layout auto needs no "
+        "division); teacher: num_layers 3 does not divide into 4 x 3 virtual pipeline stages",
+    ),
+    "auto and few layers": (
+        f"--pipeline-layout auto {PP4} --num-virtual-stages-per-pipeline-rank 2",
+        "student: num_layers 4 is fewer than the 6 inner ones of 4 x 2 virtual pipeline stages",
+    ),
+    "auto and explicit": (
+        f"--pipeline-layout auto {PP4} --pipeline-model-parallel-layout Et|t|t|tmL",
+        "--pipeline-layout auto chooses the stages itself",
+    ),
+    "virtual stages by layers": (
+        f"--pipeline-layout auto {PP4} --num-layers-per-virtual-pipeline-stage 1",
+        "wants --num-virtual-stages-per-pipeline-rank, not",
+    ),
+    "stages of one model": (
+        f"{PP4} --decoder-first-pipeline-num-layers 1",
+        "--decoder-first-pipeline-num-layers does not say what the teacher's stages hold; use --pipeline-layout auto",
+    ),
+    "layout in other words": (f"{PP4} --pipeline-model-parallel-layout Ex|t|t|mL", "'Ex|t|t|mL' is not of E, t, m, L"),
+    "stages of a layout": (
+        f"{PP4} --pipeline-model-parallel-layout Etttt|mL",
+        "student: layout 'Etttt|mL' has 2 stages",
+    ),
+    "layers of a layout": (
+        f"{PP4} --pipeline-model-parallel-layout Et|t|t|mL",
+        "student: layout 'Et|t|t|mL' has 3 layers, the model 4",
+    ),
+    "MTP block apart": (
+        f"{PP4} --pipeline-model-parallel-layout Ett|tt|m|L",
+        "student: layout 'Ett|tt|m|L' does not begin with E and end with mL: heads and MTP blocks share a stage",
+    ),
+    "nothing to train": (
+        f"{PP4} --pipeline-model-parallel-layout Etttt|||mL",
+        "student: layout 'Etttt|||mL' has a stage without a layer",
+    ),
+    "the teacher's layout": (
+        f"--teacher-load odd {PP4} --teacher-pipeline-layout Ett|||mL",
+        "teacher: layout 'Ett|||mL' has 2 layers, the model 3",
+    ),
+    "a layout for nobody": (
+        f"{PP4} --teacher-pipeline-layout Etttt|||mL",
+        "--teacher-pipeline-layout without a teacher",
     ),
     "tensor": (
         "--teacher-load teacher --tensor-model-parallel-size 3",
@@ -156,8 +198,8 @@ def test_the_command_says_one_line(files: Path, options: str, message: str) -> N
 
 def test_every_violation_of_a_layout() -> None:
     shape = tiny_shape()
-    assert layout_violations(shape, tp=2, pp=2, vpp=2, ep=8, etp=4) == []
-    found = layout_violations(shape, tp=3, pp=3, vpp=2, ep=3, etp=5)
+    assert layout_violations(shape, tp=2, pp=2, ep=8, etp=4) == []
+    found = layout_violations(shape, tp=3, pp=3, ep=3, etp=5)
     assert [sentence.split()[0] for sentence in found] == [
         "num_layers",
         "num_attention_heads",

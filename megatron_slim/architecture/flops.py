@@ -1,0 +1,191 @@
+"""Multiplications and additions of a model per token, counted from the architecture table (no torch).
+
+A matrix of n elements costs 2 n operations a token forward, and twice that backward (one product for the input's
+gradient, one for the weight's). Norms, activations, softmax and the embedding's lookup are left out: a few operations a
+number, where every product costs a few thousand. What does not follow from the table are the two products of full
+attention, which grow with the sequence, and the gated delta rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.architecture.weight import Weight
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """How the operations without weights are computed.
+
+    Attributes:
+        delta_rule_chunk: positions that the gated delta rule takes at once (arXiv 2412.06464).
+        skips_masked: attention leaves out the half of the scores that the causal mask hides.
+    """
+
+    delta_rule_chunk: int
+    skips_masked: bool
+
+
+FUSED = Kernels(delta_rule_chunk=64, skips_masked=True)  # Transformer Engine and flash-linear-attention
+TORCH = Kernels(delta_rule_chunk=32, skips_masked=False)  # the plain modules of a CPU
+
+
+def _products(rows: tuple[Weight, ...], shape: ModelShape) -> float:
+    """Operations of the rows that are matrices; of the routed experts, those that a token visits."""
+    total = 0.0
+    for row in rows:
+        if len(row.dims) > 1:
+            visited = shape.moe_router_topk / shape.num_moe_experts if row.stacked else 1.0
+            total += 2.0 * row.numel(shape) * visited
+    return total
+
+
+def _delta_rule(shape: ModelShape, chunk: int) -> float:
+    """Products within a chunk (scores, solved values and keys, outputs), then those with the state."""
+    key, value = shape.linear_key_head_dim, shape.linear_value_head_dim
+    return shape.linear_num_value_heads * (2.0 * chunk * (3 * key + 2 * value) + 6.0 * key * value)
+
+
+def block_flops(shape: ModelShape, kind: str, seq_length: int, kernels: Kernels = FUSED) -> dict[str, float]:
+    """Forward operations per token of one transformer block, by what does them.
+
+    Args:
+        shape: sizes of the model.
+        kind: the block's layer type.
+        seq_length: positions of a sequence, which attention's share grows with.
+        kernels: how attention and delta rule are computed.
+
+    Returns:
+        ``projections`` of attention or Gated DeltaNet, ``core_attn`` between them, ``router``, ``experts``,
+        ``shared_experts``.
+    """
+    family = shape.family
+    parts: dict[str, tuple[Weight, ...]] = {
+        "projections": family.attention_rows[kind],
+        "router": tuple(row for row in family.moe_rows if ".router." in row.key),
+        "experts": tuple(row for row in family.moe_rows if row.stacked),
+        "shared_experts": tuple(row for row in family.moe_rows if ".shared_experts." in row.key),
+    }
+    found = {name: _products(rows, shape) for name, rows in parts.items()}
+    if kind == FULL_ATTENTION:
+        scores = 4.0 * seq_length * shape.num_attention_heads * shape.kv_channels
+        found["core_attn"] = scores / 2 if kernels.skips_masked else scores
+    else:
+        found["core_attn"] = _delta_rule(shape, kernels.delta_rule_chunk)
+    return found
+
+
+def head_flops(shape: ModelShape) -> float:
+    """Forward operations per token of the output layer, once."""
+    return _products(shape.family.last_rows, shape)
+
+
+def mtp_flops(shape: ModelShape) -> float:
+    """Forward operations per token of what an MTP block has beside its transformer block and the output layer."""
+    return _products(shape.family.mtp_rows, shape)
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Megatron's options of recomputation, by the names of `TransformerConfig`."""
+
+    granularity: str | None = None
+    method: str | None = None
+    num_layers: int = 1
+    modules: tuple[str, ...] = ()
+
+    def again(self, block: dict[str, float]) -> float:
+        """Operations of a block that the backward pass repeats."""
+        if self.granularity == "full":
+            return sum(block.values())
+        if self.granularity != "selective":
+            return 0.0
+        parts = set(self.modules) | ({"router", "experts", "shared_experts"} if "moe" in self.modules else set())
+        return sum(flops for name, flops in block.items() if name in parts)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations per token of one training step of one model, as pipeline stages share them.
+
+    Attributes:
+        layers: of each decoder layer.
+        first_layers: what is added for each layer that is among the first ``first`` of its stage.
+        first: for how many layers of a stage.
+        last: of what stays on the last stage: heads and MTP blocks.
+    """
+
+    layers: tuple[float, ...]
+    last: float
+    first_layers: tuple[float, ...] = ()
+    first: int = 0
+
+    @property
+    def total(self) -> float:
+        """Of the whole model, without ``first_layers``, which depend on the layout."""
+        return sum(self.layers) + self.last
+
+    def of_stage(self, start: int, stop: int) -> float:
+        """Of the layers from ``start`` up to ``stop`` on one stage."""
+        again = min(stop, start + self.first)
+        return self.prefix[stop] - self.prefix[start] + self._first_prefix[again] - self._first_prefix[start]
+
+    @cached_property
+    def prefix(self) -> list[float]:
+        """Of the first n layers, for every n from 0, without ``first_layers``."""
+        return [0.0, *accumulate(self.layers)]
+
+    @cached_property
+    def _first_prefix(self) -> list[float]:
+        return [0.0, *accumulate(self.first_layers or (0.0,) * len(self.layers))]
+
+
+def _blocks(shape: ModelShape, seq_length: int, kernels: Kernels) -> Iterator[dict[str, float]]:
+    kinds = {kind: block_flops(shape, kind, seq_length, kernels) for kind in shape.family.attention_rows}
+    return (kinds[kind] for kind in shape.layer_types)
+
+
+def student_work(
+    shape: ModelShape, seq_length: int, kernels: Kernels = FUSED, recompute: Recompute = Recompute()
+) -> Work:
+    """Forward and backward, three times the forward operations, and what is recomputed.
+
+    Args:
+        shape: sizes of the student.
+        seq_length: positions of a sequence.
+        kernels: how attention and delta rule are computed.
+        recompute: what the backward pass computes again. MTP blocks know no method "block" (Megatron skips them).
+    """
+    blocks = list(_blocks(shape, seq_length, kernels))
+    again = tuple(recompute.again(block) for block in blocks)
+    by_block = recompute.granularity == "full" and recompute.method == "block"
+    mtp_block = block_flops(shape, FULL_ATTENTION, seq_length, kernels)
+    projection = mtp_flops(shape)
+    mtp = 3.0 * (projection + sum(mtp_block.values()))
+    if not by_block:  # under full recomputation the projection lies inside the checkpoint
+        mtp += recompute.again(mtp_block) + (projection if recompute.granularity == "full" else 0.0)
+    depths = shape.mtp_num_layers
+    last = 3.0 * head_flops(shape) * (1 + depths) + depths * mtp
+    thrice = tuple(3.0 * sum(block.values()) for block in blocks)
+    if by_block:
+        return Work(thrice, last, first_layers=again, first=recompute.num_layers)
+    return Work(tuple(once + more for once, more in zip(thrice, again, strict=True)), last)
+
+
+def teacher_work(shape: ModelShape, seq_length: int, kernels: Kernels = FUSED, *, runs_mtp: bool) -> Work:
+    """The forward pass alone.
+
+    Args:
+        shape: sizes of the teacher.
+        seq_length: positions of a sequence.
+        kernels: how attention and delta rule are computed.
+        runs_mtp: the student's MTP heads learn from the teacher's, and not from its main head.
+    """
+    depths = shape.mtp_num_layers if runs_mtp else 0
+    mtp = mtp_flops(shape) + sum(block_flops(shape, FULL_ATTENTION, seq_length, kernels).values())
+    layers = tuple(sum(block.values()) for block in _blocks(shape, seq_length, kernels))
+    return Work(layers, head_flops(shape) * (1 + depths) + depths * mtp)

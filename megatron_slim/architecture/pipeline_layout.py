@@ -1,0 +1,228 @@
+"""Which layers of student and teacher each pipeline stage holds, so that none is much slower than the mean (no torch).
+
+The hidden states of both models travel side by side, so each has stages of its own: contiguous, in order, the embedding
+on the first, heads, MTP blocks and loss on the last. Stage c of P x V virtual ones lies on rank c modulo P.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise, permutations
+
+from megatron_slim.architecture.flops import Work
+
+SKEWS = (1.0, 0.5, 2.0)  # of what interleaved stages start from
+NEAR = 1.01  # slowest rank over the mean that is as good as even
+NO_TEACHER = Work((), 0.0)
+Counts = tuple[int, ...]
+# Layers of student and teacher that a trial of `_improved` moves from one stage to another.
+MOVES = ((1, 0), (0, 1), (1, -1), (1, -2), (1, -3))
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Layers of each virtual stage, in the order of the forward pass.
+
+    Attributes:
+        ranks: pipeline parallel size.
+        student: operations of the student.
+        teacher: operations of the teacher.
+        student_layers: the student's layers on each stage.
+        teacher_layers: the teacher's.
+    """
+
+    ranks: int
+    student: Work
+    teacher: Work
+    student_layers: Counts
+    teacher_layers: Counts
+
+    def model_loads(self) -> list[tuple[float, float]]:
+        """Operations per token of student and teacher on each virtual stage."""
+        models = ((self.student, self.student_layers), (self.teacher, self.teacher_layers))
+        own, taught = (_loads(work, counts) for work, counts in models)
+        return list(zip(own, taught, strict=True))
+
+    def rank_loads(self) -> list[float]:
+        """Operations per token of each rank, over all its virtual stages."""
+        each = [sum(both) for both in self.model_loads()]
+        return [sum(each[rank :: self.ranks]) for rank in range(self.ranks)]
+
+    @property
+    def slowest_over_mean(self) -> float:
+        """What balancing can gain at most: 1.0 is even."""
+        loads = self.rank_loads()
+        return max(loads) * self.ranks / sum(loads)
+
+    @property
+    def floor(self) -> float:
+        """What no layout goes below: heads, MTP blocks and loss stay together, and no stage is without the student."""
+        loads, virtual = self.rank_loads(), len(self.student_layers) // self.ranks
+        least = self.student.last + self.teacher.last + (virtual - 1) * min(self.student.layers)
+        return max(1.0, least * self.ranks / sum(loads))
+
+
+def _loads(work: Work, counts: Counts) -> list[float]:
+    ends = [0, *accumulate(counts)]
+    loads = [work.of_stage(start, stop) for start, stop in pairwise(ends)]
+    loads[-1] += work.last
+    return loads
+
+
+def even_layers(num_layers: int, stages: int) -> Counts:
+    """Megatron's own division; the number of layers must divide by that of stages."""
+    assert num_layers % stages == 0
+    return (num_layers // stages,) * stages
+
+
+def balanced(student: Work, teacher: Work | None, ranks: int, virtual: int = 1) -> Stages | None:
+    """Stages whose slowest rank does the least.
+
+    Without interleaving that is exact, but for `NEAR`: the smallest limit is found (by bisection) that stages of both
+    models, filled together, can keep. Interleaved, stages are filled towards an equal share of every rank. Both are
+    then improved by moving layers of one or both models from any stage to any other while that helps.
+
+    Args:
+        student: operations of the student, every stage of which holds something: a layer, embedding or loss.
+        teacher: operations of the teacher, stages of which may be empty; None without a teacher.
+        ranks: pipeline parallel size.
+        virtual: virtual stages of a rank.
+
+    Returns:
+        The same for the same arguments; None when the student has too few layers.
+    """
+    best = None
+    for start in _starts(student, teacher or NO_TEACHER, ranks, virtual):
+        stages = _improved(start)
+        best = min(best or stages, stages, key=_badness)
+        if NEAR < best.slowest_over_mean <= best.floor + 1e-9:
+            break  # the last rank is the slowest with nothing that could be taken from it
+    return best
+
+
+def _starts(student: Work, teacher: Work, ranks: int, virtual: int) -> Iterator[Stages]:
+    """Stages that each model would have alone; then stages of both, filled together."""
+    if teacher.layers:
+        own, taught = (
+            _tightest(work, NO_TEACHER, _shares(work, NO_TEACHER, ranks, virtual)) for work in (student, teacher)
+        )
+        if own and taught:
+            yield Stages(ranks, student, teacher, own[0], taught[0])
+    shares = [_shares(student, teacher, ranks, virtual, skew) for skew in SKEWS]
+    for share in [[1.0] * ranks] if virtual == 1 else shares:
+        if together := _tightest(student, teacher, share):
+            yield Stages(ranks, student, teacher, *together)
+
+
+def _shares(student: Work, teacher: Work, ranks: int, virtual: int, skew: float = 1.0) -> list[float]:
+    """What each virtual stage should do: ranks alike as far as possible.
+
+    Of a rank's virtual stages, each should do ``skew`` times what the one before does.
+    """
+    total, last = student.total + teacher.total, student.last + teacher.last
+    layers_of_last = max(0.0, total / ranks - last)
+    others = (total - last - layers_of_last) / max(1, ranks - 1)
+    parts = [skew**stage for stage in range(virtual)]
+    share = [
+        (layers_of_last if rank == ranks - 1 else others) * part / sum(parts) for part in parts for rank in range(ranks)
+    ]
+    share[-1] += last
+    return [max(part, min(student.layers)) for part in share]
+
+
+def _tightest(student: Work, teacher: Work, share: Sequence[float]) -> tuple[Counts, Counts] | None:
+    """Stages within the smallest multiple of ``share`` that leaves room for all layers."""
+    low, high = 0.0, (student.total + sum(student.first_layers) + teacher.total) / min(share)
+    found = _filled(student, teacher, [high * part for part in share])
+    while found and high - low > 1e-7 * high:
+        middle = (low + high) / 2
+        if within := _filled(student, teacher, [middle * part for part in share]):
+            high, found = middle, within
+        else:
+            low = middle
+    return found
+
+
+def _filled(student: Work, teacher: Work, caps: Sequence[float]) -> tuple[Counts, Counts] | None:
+    """Stages that do at most ``caps`` each, None where there are none.
+
+    After every stage and for every number of the student's layers in it and before it, only the largest number of the
+    teacher's that fits is kept: whatever can be completed from fewer can be completed from more.
+    """
+    ahead, layers, final = teacher.prefix, len(student.layers), len(caps) - 1
+    reached: dict[int, tuple[int, int]] = {0: (0, 0)}  # the student's layers -> the teacher's, where the stage started
+    steps = []
+    for stage, cap in enumerate(caps):
+        here: dict[int, tuple[int, int]] = {}
+        room = cap - (student.last + teacher.last if stage == final else 0.0)
+        for start, (taught, _) in reached.items():
+            for stop in range(start + (0 < stage < final), layers + 1):
+                left = room - student.of_stage(start, stop)
+                if left < 0:
+                    break
+                most = bisect_right(ahead, ahead[taught] + left * (1 + 1e-12)) - 1
+                if stop not in here or most > here[stop][0]:
+                    here[stop] = (most, start)
+        reached = here
+        steps.append(here)
+    if reached.get(layers, (-1, 0))[0] != len(teacher.layers):
+        return None
+    return _counts(steps, layers)
+
+
+def _counts(steps: list[dict[int, tuple[int, int]]], layers: int) -> tuple[Counts, Counts]:
+    """The stages that led to all layers, backwards through what `_filled` reached."""
+    student, taught = [], []
+    for here in reversed(steps):
+        most, start = here[layers]
+        student.append(layers - start)
+        taught.append(most)
+        layers = start
+    return tuple(reversed(student)), tuple(stop - start for start, stop in pairwise([0, *reversed(taught)]))
+
+
+def _badness(stages: Stages) -> tuple[float, ...]:
+    """Slowest rank beyond `NEAR`; unevenness of the student over ranks, of ranks, of virtual stages; rounded."""
+    loads = stages.model_loads()
+    student = [sum(own for own, _ in loads[rank :: stages.ranks]) for rank in range(stages.ranks)]
+    parts = (student, stages.rank_loads(), [own + taught for own, taught in loads])
+    mean = sum(student) / len(student)
+    squares = (sum((load / mean) ** 2 for load in part) for part in parts)
+    return tuple(round(value, 9) for value in (max(NEAR, stages.slowest_over_mean), *squares))
+
+
+def _improved(stages: Stages) -> Stages:
+    """Move layers between stages as long as that helps; the first move that helps is taken.
+
+    What fills the memory of a rank is its share of the student, so that comes right after the slowest rank.
+    """
+    best, seen, tried = stages, _badness(stages), None
+    while tried != seen:
+        tried = seen
+        for other in _neighbours(len(best.student_layers)):
+            moved = _moved(best, *other)
+            if moved is not None and (now := _badness(moved)) < seen:
+                best, seen = moved, now
+    return best
+
+
+def _neighbours(stages: int) -> Iterator[tuple[int, int, int, int]]:
+    for source, target in permutations(range(stages), 2):
+        for student, teacher in MOVES:
+            yield source, target, student, teacher
+
+
+def _moved(stages: Stages, source: int, target: int, student: int, teacher: int) -> Stages | None:
+    """Stages with so many layers of each model on ``target`` instead of ``source``; None where there are none left."""
+    counts = []
+    for layers, moved, keep in ((stages.student_layers, student, 1), (stages.teacher_layers, teacher, 0)):
+        changed = list(layers)
+        changed[source] -= moved
+        changed[target] += moved
+        inner = changed[1:-1]
+        if min(changed) < 0 or (inner and min(inner) < keep):
+            return None
+        counts.append(tuple(changed))
+    return Stages(stages.ranks, stages.student, stages.teacher, *counts)

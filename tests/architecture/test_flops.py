@@ -1,0 +1,147 @@
+"""Operations counted from the table, against PyTorch's counter on the modules that run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_slim import device
+
+device.install()
+
+from megatron_slim.architecture.flops import (  # noqa: E402
+    FUSED,
+    TORCH,
+    Recompute,
+    block_flops,
+    head_flops,
+    mtp_flops,
+    student_work,
+    teacher_work,
+)
+from megatron_slim.architecture.gated_delta_net import chunk_gated_delta_rule  # noqa: E402
+from megatron_slim.architecture.layer_specs import build_model, transformer_config  # noqa: E402
+from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape  # noqa: E402
+from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine  # noqa: E402
+from megatron_slim.distillation.model import TEACHER_MTP, DistillationModel, HiddenStatesModel  # noqa: E402
+from megatron_slim.testing import tiny_shape  # noqa: E402
+
+LENGTH, BATCH = 64, 2
+SIZES = {"num_layers": 2, "layer_types": (LINEAR_ATTENTION, FULL_ATTENTION), "hidden_size": 128}
+STUDENT = tiny_shape(**SIZES)
+TEACHER = tiny_shape(**{**SIZES, "hidden_size": 160}, num_moe_experts=16, moe_router_topk=3)
+
+
+def build(shape: ModelShape, model_class: type[HiddenStatesModel], **fields: object) -> HiddenStatesModel:
+    device.init_single_process()
+    quiet = {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0}
+    model = build_model(shape, transformer_config(shape, **quiet, **fields), model_class=model_class)
+    assert isinstance(model, HiddenStatesModel)
+    return model
+
+
+def tokens() -> dict[str, torch.Tensor]:
+    stream = torch.randint(0, 120, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    position_ids = torch.arange(LENGTH)[None].expand(BATCH, -1)
+    return {"input_ids": stream[:, :-1], "labels": stream[:, 1:], "position_ids": position_ids}
+
+
+def per_token(counter: FlopCounterMode, name: str = "Global") -> float:
+    counts = dict(counter.get_flop_counts()[name])
+    # PyTorch counts the gradients of a convolution of single channels as if every channel saw all others.
+    grouped = counts.pop(torch.ops.aten.convolution_backward, 0)
+    return (sum(counts.values()) + (2 * counts[torch.ops.aten.convolution] if grouped else 0)) / (BATCH * LENGTH)
+
+
+@pytest.fixture(scope="module")
+def forward() -> FlopCounterMode:
+    """One forward pass of the student, both heads."""
+    model, batch = build(STUDENT, HiddenStatesModel), tokens()
+    with FlopCounterMode(display=False) as counter:
+        hidden = model(batch["input_ids"], batch["position_ids"], None)
+        for head in model.heads(hidden):
+            model.logits(head)
+    return counter
+
+
+def test_full_attention_is_counted_exactly(forward: FlopCounterMode) -> None:
+    found = block_flops(STUDENT, FULL_ATTENTION, LENGTH, TORCH)
+    assert per_token(forward, "HiddenStatesModel.decoder.layers.1") == sum(found.values())
+    attention = per_token(forward, "HiddenStatesModel.decoder.layers.1.self_attention.core_attention")
+    assert attention == found["core_attn"] == 2 * block_flops(STUDENT, FULL_ATTENTION, LENGTH, FUSED)["core_attn"]
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_experts_are_counted_exactly(forward: FlopCounterMode, layer: int) -> None:
+    found = block_flops(STUDENT, STUDENT.layer_types[layer], LENGTH, TORCH)
+    at = f"HiddenStatesModel.decoder.layers.{layer}.mlp"
+    for name in ("router", "experts", "shared_experts"):
+        assert per_token(forward, f"{at}.{name}") == found[name] > 0, name
+
+
+def test_gated_delta_net(forward: FlopCounterMode) -> None:
+    """Exact but for the convolution, which runs over three padding positions more."""
+    found = block_flops(STUDENT, LINEAR_ATTENTION, LENGTH, TORCH)
+    counted = per_token(forward, "HiddenStatesModel.decoder.layers.0.self_attention")
+    assert counted == pytest.approx(found["projections"] + found["core_attn"], rel=2e-3)
+
+
+def test_the_delta_rule_alone() -> None:
+    """With the chunk of the kernel that runs; other head counts and sizes of keys and values."""
+    shape = tiny_shape(linear_num_value_heads=6, linear_key_head_dim=32, linear_value_head_dim=48)
+    made = [torch.randn(BATCH, LENGTH, 6, size) for size in (32, 32, 48)]
+    decay, write = torch.rand(2, BATCH, LENGTH, 6)
+    with FlopCounterMode(display=False) as counter:
+        chunk_gated_delta_rule(*made, -decay, write)
+    # 5 %: the inverse of a chunk's triangle is no product, and a kernel may order the products otherwise.
+    expected = block_flops(shape, LINEAR_ATTENTION, LENGTH, TORCH)["core_attn"]
+    assert per_token(counter) == pytest.approx(expected, rel=0.05)
+
+
+def test_heads_and_mtp_block(forward: FlopCounterMode) -> None:
+    assert per_token(forward, "HiddenStatesModel.output_layer") == 2 * head_flops(STUDENT)
+    block = block_flops(STUDENT, FULL_ATTENTION, LENGTH, TORCH)
+    assert per_token(forward, "HiddenStatesModel.mtp") == mtp_flops(STUDENT) + sum(block.values())
+
+
+def test_the_table_of_a_family_without_delta_net_and_shared_experts() -> None:
+    shape = tiny_shape("qwen3_moe", num_layers=2)
+    model, batch = build(shape, HiddenStatesModel), tokens()
+    with FlopCounterMode(display=False) as counter:
+        model.logits(model(batch["input_ids"], batch["position_ids"], None))
+    assert per_token(counter) == teacher_work(shape, LENGTH, TORCH, runs_mtp=True).total
+
+
+RECOMPUTE = {
+    "none": {},
+    "core attention": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "experts": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
+}
+
+
+@pytest.mark.filterwarnings("ignore:recompute_method == 'block'")
+@pytest.mark.parametrize("name", RECOMPUTE)
+def test_a_training_step_of_teacher_and_student(name: str) -> None:
+    """Forward, backward and recomputation of the student beside the teacher's forward pass."""
+    fields, batch = RECOMPUTE[name], tokens()
+    student = build(STUDENT, DistillationModel, **fields)
+    assert isinstance(student, DistillationModel)
+    student.unpadded_vocab_size = STUDENT.vocab_size
+    student.attach_teacher(build(TEACHER, HiddenStatesModel), TEACHER_MTP)
+    with FlopCounterMode(display=False) as counter:
+        stacked = student(batch["input_ids"], batch["position_ids"], None, batch["labels"])
+        losses = TokenLosses.unstack(stacked, has_teacher=True)
+        combine(losses, torch.ones(BATCH, LENGTH), LossWeights(0.8, 0.3))[0].backward()
+    recompute = Recompute(
+        granularity=fields.get("recompute_granularity"),
+        method=fields.get("recompute_method"),
+        num_layers=fields.get("recompute_num_layers", 1),
+        modules=tuple(fields.get("recompute_modules", ())),
+    )
+    work = student_work(STUDENT, LENGTH, TORCH, recompute)
+    whole = work.of_stage(0, 2) + work.last + teacher_work(TEACHER, LENGTH, TORCH, runs_mtp=True).total
+    # 1 %: the backward pass of the delta rule is not exactly twice its forward pass. Recomputing is 2 % and more.
+    assert per_token(counter) == pytest.approx(whole, rel=0.01)
