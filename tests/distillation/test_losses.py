@@ -167,7 +167,9 @@ def test_a_batch_weighs_the_same_however_it_is_cut() -> None:
     for name, (value, count) in whole[2].items():
         summed = [sum(part[2][name][i] for part in parts) for i in (0, 1)]
         assert float(summed[0] / summed[1]) == pytest.approx(float(value / count), rel=1e-6), name
-    far = [torch.nn.functional.pad(mask, (0, depth))[:, depth:] for depth in (1, 2)]
+    # A depth counts where the main head does at this position and at all on the way (`mtp_mask`).
+    ahead = [mask, *(torch.nn.functional.pad(mask, (0, depth))[:, depth:] for depth in (1, 2))]
+    far = [ahead[0] & ahead[1], ahead[0] & ahead[1] & ahead[2]]
     plain = {"lm loss": lm[mask].mean(), "logits distillation loss": kd[mask].mean()}
     plain["mtp lm loss"] = torch.cat([mtp[0][far[0]], mtp[1][far[1]]]).mean()
     for name, value in plain.items():
