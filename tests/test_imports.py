@@ -15,7 +15,7 @@ PACKAGE = ROOT / "megatron_slim"
 
 # A module may import from its own layer and from those before it.
 LAYERS = (
-    ("errors", "files", "cli", "device", "data", "documents", "tokenizers", "preprocessing"),
+    ("errors", "files", "cli", "linear_attention", "device", "data", "documents", "tokenizers", "preprocessing"),
     ("recipe_budget", "recipe", "architecture"),
     ("checkpoint",),
     ("pruning",),
