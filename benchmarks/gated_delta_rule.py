@@ -198,7 +198,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         for name, value in results.items():
             print(f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}")
-    settings = {name: value for name, value in vars(args).items() if isinstance(value, int | list)}
+    settings = {name: value for name, value in vars(args).items() if type(value) in (int, list)}
     return {**results, "seconds": seconds, "relative_errors": errors, **settings, "machine": machine(Path(__file__))}
 
 

@@ -20,6 +20,7 @@ from megatron_slim.errors import SlimError
 
 STUDENT = {"num_hidden_layers": 36, "hidden_size": 1536, "num_experts": 256, "num_experts_per_tok": 8}
 BYTES = 2  # bf16
+PARTS = 6
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,7 +30,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--micro-batches", type=positive, nargs="+", default=[32, 16, 64, 128], metavar="M")
     parser.add_argument("--virtual-stages", type=positive, nargs="+", default=[1, 2, 4], metavar="V")
     parser.add_argument(
-        "--teacher-over-student", type=float, nargs="+", default=[1.0, 3.0], metavar="T", help="beside the counted ratio"
+        "--teacher-over-student",
+        type=float,
+        nargs="+",
+        default=[1.0, 3.0],
+        metavar="T",
+        help="beside the counted ratio",
     )
     parser.add_argument("--steps", type=positive, default=4, help="simulated once nothing changes from one to the next")
     parser.add_argument("--micro-batch-tokens", type=positive, default=4096, help="for the memory of hidden states")
@@ -47,8 +53,8 @@ def forward_flops(config: dict[str, Any]) -> tuple[float, float]:
     return trunk, sum(flops_per_token(shape).values()) - trunk + heads
 
 
-def stage_costs(p: int, v: int, t: float | None, even: bool) -> dict[str, list[float]]:
-    """Seconds of every stage, in units of the student's forward pass over all of them, divided by p.
+def stage_costs(p: int, v: int, t: float | None, even: bool) -> tuple[list[float], list[float], list[float]]:
+    """Forward, backward and teacher's seconds of every stage, in units of the student's forward pass over all of them, divided by p.
 
     Args:
         p: pipeline-parallel size.
@@ -69,43 +75,83 @@ def stage_costs(p: int, v: int, t: float | None, even: bool) -> dict[str, list[f
         return [p * trunk / whole / stages] * (stages - 1) + [p * (trunk / stages + last) / whole]
 
     forward = spread(*student)
-    return {
-        "forward": forward,
-        "backward": [2 * each for each in forward],
-        "teacher": spread(*(scale * each for each in teacher)),
-    }
+    return forward, [2 * each for each in forward], spread(*(scale * each for each in teacher))
 
 
-def best_ahead(inline: Pipeline, steps: int, parts: int) -> tuple[Outcome, dict[str, int]]:
-    """The quickest of the schedules whose teacher runs ahead, at most a step's micro-batches."""
+def quickest_ahead(inline: Pipeline, parts: int, steps: int) -> dict[str, Any]:
+    """The best of the schedules whose teacher runs ahead by at most a step, its stages cut into ``parts``."""
     m = inline.micro_batches
-    found = [
-        (simulate(replace(inline, ahead=ahead, lead=lead, parts=parts), steps), {"ahead": ahead, "lead": lead})
-        for ahead in sorted({m // 4, m // 2, m, 2 * m} - {0})
-        for lead in sorted({0, 1, inline.ranks // 2, inline.ranks, m // 2})
+    candidates = [
+        replace(inline, ahead=ahead, lead=lead, parts=parts)
+        for ahead in sorted({max(1, m // 2), m})
+        for lead in (0, 1, inline.ranks)
     ]
-    return min(found, key=lambda pair: (round(pair[0].seconds, 9), pair[0].held))
+    outcomes = [(simulate(each, steps), each) for each in candidates]
+    best, schedule = min(outcomes, key=lambda pair: (round(pair[0].seconds, 9), pair[0].held))
+    return {
+        "seconds": best.seconds,
+        "idle": best.idle,
+        "ahead": schedule.ahead,
+        "lead": schedule.lead,
+        "held_micro_batches": best.held,
+    }
 
 
 def compare(p: int, m: int, v: int, t: float | None, even: bool, args: argparse.Namespace) -> dict[str, Any]:
-    """A row: the inline schedule, and what running ahead makes of it, in whole stages and in pieces of a sixth."""
-    inline = Pipeline(p, m, **stage_costs(p, v, t, even), virtual=v)
+    """A row: the teacher inline, ahead in whole stages, and ahead in sixths of a stage, a layer of 48 over 8 ranks."""
+    from benchmarks.models import PUBLISHED
+
+    inline = Pipeline(p, m, *stage_costs(p, v, t, even), virtual=v)
     base = simulate(inline, args.steps)
-    row: dict[str, Any] = {
-        "p": p,
-        "m": m,
-        "v": v,
-        "t": sum(inline.teacher) / sum(inline.forward),
-        "even": even,
+    found = {"whole": quickest_ahead(inline, 1, args.steps), "in_parts": quickest_ahead(inline, PARTS, args.steps)}
+    sizes = {"p": p, "m": m, "v": v, "t": sum(inline.teacher) / sum(inline.forward), "even_stages": even}
+    gigabytes = args.micro_batch_tokens * PUBLISHED["hidden_size"] * BYTES / 1e9
+    return {
+        **sizes,
         "inline_seconds": base.seconds,
         "inline_idle": base.idle,
-        # All of the teacher's pass for a step, then the student's, as when hidden states are cached ahead.
-        "no_bubble_over_inline": (1 - base.idle),
+        "ahead_over_inline": found["whole"]["seconds"] / base.seconds,
+        "ahead_in_parts_over_inline": found["in_parts"]["seconds"] / base.seconds,
+        "held_gb": max(each["held_micro_batches"] for each in found.values()) * gigabytes,
+        "bound_over_inline": least_seconds(inline, args.steps) / base.seconds,
+        "schedules": found,
     }
-    for name, parts in (("ahead", 1), ("ahead_in_parts", 6)):
-        outcome, chosen = best_ahead(inline, args.steps, parts)
-        row[f"{name}_over_inline"] = outcome.seconds / base.seconds
-        row[f"{name}_schedule"] = chosen
-        row[f"{name}_held"] = outcome.held
-        row[f"{name}_held_gb"] = outcome.held * args.micro_batch_tokens * 2048 * BYTES / 1e9
-    return row
+
+
+def least_seconds(inline: Pipeline, steps: int) -> float:
+    """No schedule is quicker than the rank with most to do, nor than a student whose teacher takes no time."""
+    costs = [f + b + t for f, b, t in zip(inline.forward, inline.backward, inline.teacher, strict=True)]
+    busiest = max(sum(costs[rank :: inline.ranks]) for rank in range(inline.ranks))
+    alone = simulate(replace(inline, teacher=[0.0] * inline.stages), steps)
+    return max(inline.micro_batches * busiest, alone.seconds)
+
+
+def cases(args: argparse.Namespace) -> list[tuple[int, int, int, float | None, bool]]:
+    """The first of every list is the case in question; the others are changed one at a time."""
+    p, m, v = args.pipeline_size[0], args.micro_batches[0], args.virtual_stages[0]
+    found: list[tuple[int, int, int, float | None, bool]] = [(p, m, v, None, True), (p, m, v, None, False)]
+    found += [(p, m, each, None, True) for each in args.virtual_stages[1:]]
+    found += [(p, each, v, None, True) for each in args.micro_batches[1:]]
+    found += [(each, m, v, None, True) for each in args.pipeline_size[1:]]
+    return found + [(p, m, v, each, True) for each in args.teacher_over_student]
+
+
+def benchmark(args: argparse.Namespace) -> dict[str, Any]:
+    """Simulate every case and report."""
+    for p, m, v, _, _ in cases(args):
+        if v > 1 and m % p:
+            raise SlimError(f"{m} micro-batches with virtual stages over {p} ranks", fix="choose a multiple")
+    rows = [compare(*case, args) for case in cases(args)]
+    keys = ("ahead_over_inline", "ahead_in_parts_over_inline", "bound_over_inline", "held_gb")
+    results = {key: rows[0][key] for key in keys} | {"cases": rows}
+    if not args.json:
+        columns = [key for key, value in rows[0].items() if isinstance(value, int | float)]
+        print(" | ".join(columns))
+        for row in rows:
+            print(" | ".join(f"{row[key]:.3g}" for key in columns))
+    return results
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    run_tool(lambda: benchmark(arguments), as_json=arguments.json)

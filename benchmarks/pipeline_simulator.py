@@ -56,7 +56,7 @@ class Pipeline:
 
     @property
     def stages(self) -> int:
-        """p * v."""
+        """All of them, p * v."""
         return self.ranks * self.virtual
 
     def seconds(self, task: Task) -> float:
@@ -163,7 +163,9 @@ class Simulation:
             return math.inf, None
         behind = rank.begun[TEACHER] < (rank.begun[FORWARD] + self.pipeline.lead) * self.pipeline.parts
         teacher_first = teacher < student or (teacher == student and behind)
-        return (teacher, rank.teacher[rank.next_teacher]) if teacher_first else (student, rank.student[rank.next_student])
+        return (
+            (teacher, rank.teacher[rank.next_teacher]) if teacher_first else (student, rank.student[rank.next_student])
+        )
 
     def _start(self, rank: Rank, tasks: list[Task], number: int) -> float:
         if number == len(tasks):

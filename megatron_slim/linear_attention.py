@@ -51,7 +51,8 @@ def causal_conv1d(
     width, documents = weight.shape[1], []
     for start, stop in _documents(x.shape[1], cu_seqlens):
         padded = F.pad(x[:, start:stop], (0, 0, width - 1, 0))
-        documents.append(sum(padded[:, tap : tap + stop - start] * weight[:, tap] for tap in range(width)))
+        taps = [padded[:, tap : tap + stop - start] * weight[:, tap] for tap in range(width)]
+        documents.append(sum(taps[1:], taps[0]))
     convolved = torch.cat(documents, 1)
     return F.silu(convolved if bias is None else convolved + bias), None
 

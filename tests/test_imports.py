@@ -48,7 +48,10 @@ INSTANT = (
 HEAVY = ("torch", "transformers", "megatron", "nltk", "sentencepiece", "matplotlib")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py")) + sorted((ROOT / "examples").rglob("*.py"))
-TOOLS += [ROOT / "benchmarks" / name for name in ("convert.py", "convert_80b.py", "load_all.py", "one_shot.py")]
+TOOLS += [
+    ROOT / "benchmarks" / f"{name}.py"
+    for name in "convert convert_80b gated_delta_rule load_all one_shot pipeline_schedules".split()
+]
 
 
 def part_of(path: Path) -> str:
