@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
+from megatron_slim import linear_attention
+
 _CPU = torch.device("cpu")
 _FACTORIES = (
     "arange as_tensor asarray empty empty_like empty_strided eye full full_like linspace logspace ones ones_like rand "
@@ -310,7 +312,7 @@ class FusedAdam(torch.optim.Optimizer):
 def _patch_core() -> None:
     import megatron.core.optimizer as optimizer
     from megatron.core.optimizer import distrib_optimizer
-    from megatron.core.ssm.gated_delta_net import common as gated_delta_net
+    from megatron.core.ssm.gated_delta_net import common, gdn
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
 
@@ -330,12 +332,10 @@ def _patch_core() -> None:
     def move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
-    def l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-        return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
-
     token_dispatcher.maybe_move_tensor_to_cpu = move_to_cpu
-    # Its constructor asks for flash-linear-attention, whose kernels are Triton; our subclass brings the others.
-    gated_delta_net.HAVE_FLA, gated_delta_net.l2norm = True, l2norm
+    # In place of flash-linear-attention, whose kernels are Triton. Ours are deterministic in either mode.
+    common.HAVE_FLA, common.l2norm, gdn.causal_conv1d = True, linear_attention.l2norm, linear_attention.causal_conv1d
+    gdn.chunk_gated_delta_rule = gdn.torch_chunk_gated_delta_rule = linear_attention.chunk_gated_delta_rule
 
 
 def _patch_training() -> None:

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "megatron_slim"
 
 # A module may import from its own layer and from those before it.
 LAYERS = (
-    ("errors", "files", "cli", "device", "data", "documents", "tokenizers", "preprocessing"),
+    ("errors", "files", "cli", "linear_attention", "device", "data", "documents", "tokenizers", "preprocessing"),
     ("recipe_budget", "recipe", "architecture"),
     ("checkpoint",),
     ("pruning",),
@@ -50,7 +50,10 @@ INSTANT = (
 HEAVY = ("torch", "transformers", "megatron", "nltk", "sentencepiece", "matplotlib")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py")) + sorted((ROOT / "examples").rglob("*.py"))
-TOOLS += [ROOT / "benchmarks" / name for name in ("convert.py", "convert_80b.py", "load_all.py", "one_shot.py")]
+TOOLS += [
+    ROOT / "benchmarks" / f"{name}.py"
+    for name in "convert convert_80b gated_delta_rule load_all one_shot pipeline_schedules".split()
+]
 
 
 def part_of(path: Path) -> str:

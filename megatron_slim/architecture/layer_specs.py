@@ -30,7 +30,6 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import nn
 
-from megatron_slim.architecture.gated_delta_net import TorchGatedDeltaNet
 from megatron_slim.architecture.local_modules import LocalBackend
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
 from megatron_slim.errors import ShapeError
@@ -143,7 +142,7 @@ def _full_attention(backend: BackendSpecProvider) -> ModuleSpec:
 
 def _linear_attention(backend: BackendSpecProvider) -> ModuleSpec:
     return ModuleSpec(
-        module=GatedDeltaNet if torch.cuda.is_available() else TorchGatedDeltaNet,
+        module=GatedDeltaNet,
         submodules=GatedDeltaNetSubmodules(
             in_proj=backend.column_parallel_layer_norm_linear(),
             out_norm=type("PlainNorm", (_PlainNorm,), {"backend": backend}),

@@ -1,0 +1,207 @@
+#!/usr/bin/env python3
+"""Measure the gated delta rule in plain PyTorch against Megatron's and transformers', and all against fp64.
+
+Forward and backward of all three are timed in turns, in one process, on the same values. See docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.calibration import medians
+from megatron_slim.cli import positive, run_tool, tool_parser
+from megatron_slim.errors import SlimError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Rule = Callable[..., tuple[Tensor, Tensor | None]]
+OURS, MEGATRON, TRANSFORMERS = "package", "megatron", "transformers"
+NAMES = ("output", "d_query", "d_key", "d_value", "d_g", "d_beta")
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = tool_parser(__doc__.splitlines()[0])
+    parser.add_argument("--seq-length", type=positive, default=2048, help="of the comparison")
+    parser.add_argument(
+        "--key-heads", type=positive, default=16, help="as published; each serves equally many value heads"
+    )
+    parser.add_argument("--value-heads", type=positive, default=32, help="as published")
+    parser.add_argument("--head-dim", type=positive, default=128, help="of keys and values, as published")
+    parser.add_argument(
+        "--error-heads", type=positive, default=4, help="value heads, evenly chosen, compared with fp64"
+    )
+    parser.add_argument(
+        "--scaling-lengths", type=positive, nargs="+", default=[1024, 2048, 4096, 8192], help="of the package alone"
+    )
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--repeats", type=positive, default=3, help="timed rounds; medians are reported")
+    return parser.parse_args()
+
+
+def inputs(length: int, args: argparse.Namespace) -> list[Tensor]:
+    """Query, key, value, g and beta as a Gated DeltaNet makes them, [1, T, H, ...].
+
+    Heads forget at rates from 0.001 to 16 per position, evenly spread in the logarithm: Megatron initialises to 1 to
+    16, where a state is gone after a position, which would leave nothing of the recurrence to be measured.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(1, length, *shape, generator=generator)
+
+    query, key = (
+        F.normalize(random(args.key_heads, args.head_dim), dim=-1).repeat_interleave(
+            args.value_heads // args.key_heads, dim=2
+        )
+        for _ in range(2)
+    )
+    value = random(args.value_heads, args.head_dim)
+    g = -torch.logspace(-3, math.log10(16), args.value_heads) * F.softplus(random(args.value_heads) + 1)
+    return [x.requires_grad_() for x in (query, key, value, g, random(args.value_heads).sigmoid())]
+
+
+def step_by_step(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, None]:
+    """The rule as it is defined, a position at a time; 64 positions are recomputed at once in the backward pass."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    def positions(state: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = []
+        for q, k, v, decay, write in zip(*(part.unbind(1) for part in parts), strict=True):
+            state = state * decay.exp()[..., None, None]
+            error = v - (state * k[..., None]).sum(-2)
+            state = state + k[..., None] * (write[..., None] * error)[..., None, :]
+            outputs.append((state * q[..., None]).sum(-2) * q.shape[-1] ** -0.5)
+        return torch.stack(outputs, 1), state
+
+    state = query.new_zeros(*query.shape[::2], key.shape[-1], value.shape[-1])
+    outputs = []
+    for parts in zip(*(x.split(64, 1) for x in (query, key, value, g, beta)), strict=True):
+        output, state = checkpoint(positions, state, *parts, use_reentrant=False)
+        outputs.append(output)
+    return torch.cat(outputs, 1), None
+
+
+def rules() -> dict[str, Rule]:
+    """The three implementations, all called as Megatron calls them."""
+    from megatron_slim import device, linear_attention
+
+    device.install()
+    from megatron.core.ssm.gated_delta_net import torch_chunk_gated_delta_rule
+    from transformers.models.qwen3_next import modeling_qwen3_next
+
+    # What transformers runs where flash-linear-attention is not there, even if it is.
+    theirs = modeling_qwen3_next.torch_chunk_gated_delta_rule
+    return {
+        OURS: linear_attention.chunk_gated_delta_rule,
+        MEGATRON: torch_chunk_gated_delta_rule,
+        TRANSFORMERS: getattr(theirs, "__wrapped__", theirs),
+    }
+
+
+def value_and_gradients(rule: Rule, values: list[Tensor], weights: Tensor) -> list[Tensor]:
+    """Output, and the gradients of its product with ``weights``."""
+    import torch
+
+    query, key, value, g, beta = values
+    output, _ = rule(query, key, value, g=g, beta=beta)
+    return [output.detach(), *torch.autograd.grad(output, values, weights.to(output.dtype))]
+
+
+def weights_like(value: Tensor) -> Tensor:
+    """Random, and the same for the same shape."""
+    import torch
+
+    return torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
+
+
+def relative_errors(implementations: dict[str, Rule], args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Norm of the difference from fp64 over the norm, of the output and of every gradient."""
+    stride = max(1, args.value_heads // args.error_heads)
+    values = [x[:, :, ::stride].detach().requires_grad_() for x in inputs(args.seq_length, args)]
+    weights = weights_like(values[2])
+    exact = value_and_gradients(step_by_step, [x.detach().double().requires_grad_() for x in values], weights)
+    return {
+        name: {
+            part: float((found.double() - reference).norm() / reference.norm())
+            for part, found, reference in zip(NAMES, value_and_gradients(rule, values, weights), exact, strict=True)
+        }
+        for name, rule in implementations.items()
+    }
+
+
+def speed(implementations: dict[str, Rule], args: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of forward and backward, and of our forward alone under `torch.no_grad`."""
+    import torch
+
+    values = inputs(args.seq_length, args)
+    weights = weights_like(values[2])
+    contestants: dict[str, Callable[[], Any]] = {
+        name: functools.partial(value_and_gradients, rule, values, weights) for name, rule in implementations.items()
+    }
+    contestants[f"{OURS}_forward_only"] = lambda: torch.no_grad()(implementations[OURS])(*values)
+    return medians(contestants, args.repeats)
+
+
+def backward_scaling(rule: Rule, args: argparse.Namespace) -> dict[str, Any]:
+    """Median seconds of the backward pass at every length, and the power of the length that fits them best."""
+    import torch
+
+    seconds = {}
+    for length in args.scaling_lengths:
+        values, samples = inputs(length, args), []
+        for _ in range(args.repeats + 1):
+            output, _ = rule(*values)
+            weights = torch.ones_like(output)
+            started = time.perf_counter()
+            torch.autograd.grad(output, values, weights)
+            samples.append(time.perf_counter() - started)
+        seconds[length] = statistics.median(samples[1:])
+    x, y = [math.log(length) for length in seconds], [math.log(each) for each in seconds.values()]
+    slope = statistics.linear_regression(x, y).slope if len(x) > 1 else math.nan
+    return {"backward_seconds": {str(length): each for length, each in seconds.items()}, "backward_exponent": slope}
+
+
+def benchmark(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure and report."""
+    import torch
+
+    from benchmarks.report import machine
+
+    if args.value_heads % args.key_heads:
+        raise SlimError(f"{args.value_heads} value heads over {args.key_heads} key heads", fix="choose a multiple")
+    torch.set_num_threads(args.threads)
+    implementations = rules()
+    seconds = speed(implementations, args)
+    errors = relative_errors(implementations, args)
+    results = {
+        "speedup_over_megatron": seconds[MEGATRON] / seconds[OURS],
+        "speedup_over_transformers": seconds[TRANSFORMERS] / seconds[OURS],
+        "relative_error": max(errors[OURS].values()),
+        **backward_scaling(implementations[OURS], args),
+    }
+    if not args.json:
+        for name, value in results.items():
+            print(f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}")
+    settings = {name: value for name, value in vars(args).items() if type(value) in (int, list)}
+    return {**results, "seconds": seconds, "relative_errors": errors, **settings, "machine": machine(Path(__file__))}
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    run_tool(lambda: benchmark(arguments), as_json=arguments.json)
