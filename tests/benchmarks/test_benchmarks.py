@@ -321,3 +321,19 @@ def test_pipeline_layout(tool: Tool) -> None:
     assert outcome.json["slowest_over_mean"] <= 1.05
     four = outcome.json["layouts"]["23A2B PP4"]
     assert four["even"] > 1.5 and sum(four["student_layers"]) == 36 and sum(four["teacher_layers"]) == 48
+
+
+@pytest.mark.slow
+def test_a_step_of_distillation(tool: Tool) -> None:
+    command = "--seq-length 32 --micro-batch-size 1 --vocab-size 256 --iterations 1 --repeats 1 --json"
+    outcome = tool("benchmarks/kd_step.py", *command.split())
+    assert outcome.code == 0, outcome.stderr
+    results = outcome.json
+    assert len(results["samples"]["kd"]) == len(results["samples"]["lm"]) == 1
+    assert results["kd_over_lm"] == results["seconds"]["kd"] / results["seconds"]["lm"]
+    assert results["flop_floor"] == 1 + results["teacher_over_student_forward"] / 3 > 1.4
+
+
+def test_a_step_that_cannot_be_is_an_error(tool: Tool) -> None:
+    outcome = tool("benchmarks/kd_step.py", "--repeats", 1, "--extra=--no-such-flag")
+    assert outcome.code == 2 and "a run ended with exit code 2: " in outcome.error and "no-such-flag" in outcome.error
