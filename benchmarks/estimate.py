@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_slim.architecture.flops import block_flops
-from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.architecture.shape import ModelShape
 
 SAMPLES, SEQ_LENGTH = 1024, 4096
 # Assumptions. Peaks are those of an H200 (bf16 dense, fp64 tensor cores, HBM3e); the shares of them are guesses.
@@ -25,12 +25,12 @@ def flops_per_token(shape: ModelShape) -> dict[str, float]:
     """Multiplications and additions of a forward pass per token; embedding, norms and the heads are left out."""
     found = dict.fromkeys(("projections", "routed", "shared_and_router", "attention", "delta_rule"), 0.0)
     for block in shape.blocks:
-        kind = shape.layer_type(block)
-        flops = block_flops(shape, kind, SEQ_LENGTH)
+        flops = block_flops(shape, shape.layer_type(block), SEQ_LENGTH)
         found["projections"] += flops["projections"]
         found["routed"] += flops["experts"]
         found["shared_and_router"] += flops["shared_experts"] + flops["router"]
-        found["attention" if kind == FULL_ATTENTION else "delta_rule"] += flops["core_attn"]
+        found["attention"] += flops.get("core_attn", 0.0)
+        found["delta_rule"] += flops.get("delta_rule", 0.0)
     return found
 
 

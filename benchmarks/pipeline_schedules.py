@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.pipeline_simulator import Outcome, Pipeline, simulate
+from benchmarks.pipeline_simulator import Pipeline, simulate
 from megatron_slim.cli import positive, run_tool, tool_parser
 from megatron_slim.errors import SlimError
 
@@ -27,7 +27,7 @@ def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = tool_parser(__doc__.splitlines()[0])
     parser.add_argument("--pipeline-size", type=positive, nargs="+", default=[8, 4, 16], metavar="P")
-    parser.add_argument("--micro-batches", type=positive, nargs="+", default=[32, 16, 64, 128], metavar="M")
+    parser.add_argument("--micro-batches", type=positive, nargs="+", default=[32, 16, 64], metavar="M")
     parser.add_argument("--virtual-stages", type=positive, nargs="+", default=[1, 2, 4], metavar="V")
     parser.add_argument(
         "--teacher-over-student",
@@ -54,7 +54,7 @@ def forward_flops(config: dict[str, Any]) -> tuple[float, float]:
 
 
 def stage_costs(p: int, v: int, t: float | None, even: bool) -> tuple[list[float], list[float], list[float]]:
-    """Forward, backward and teacher's seconds of every stage, in units of the student's forward pass over all of them, divided by p.
+    """Seconds of every stage forward, backward and of the teacher; a rank's forward pass takes 1 on average.
 
     Args:
         p: pipeline-parallel size.
@@ -81,13 +81,13 @@ def stage_costs(p: int, v: int, t: float | None, even: bool) -> tuple[list[float
 def quickest_ahead(inline: Pipeline, parts: int, steps: int) -> dict[str, Any]:
     """The best of the schedules whose teacher runs ahead by at most a step, its stages cut into ``parts``."""
     m = inline.micro_batches
-    candidates = [
+    schedules = [
         replace(inline, ahead=ahead, lead=lead, parts=parts)
-        for ahead in sorted({max(1, m // 2), m})
+        for ahead in (max(1, m // 2), m)
         for lead in (0, 1, inline.ranks)
     ]
-    outcomes = [(simulate(each, steps), each) for each in candidates]
-    best, schedule = min(outcomes, key=lambda pair: (round(pair[0].seconds, 9), pair[0].held))
+    outcomes = [(simulate(each, steps), each) for each in schedules]
+    best, schedule = min(outcomes, key=lambda pair: round(pair[0].seconds, 9))
     return {
         "seconds": best.seconds,
         "idle": best.idle,

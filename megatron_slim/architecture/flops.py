@@ -1,9 +1,9 @@
 """Multiplications and additions of a model per token, counted from the architecture table (no torch).
 
 A matrix of n elements costs 2 n operations a token forward, and twice that backward (one product for the input's
-gradient, one for the weight's). Norms, activations, softmax and the embedding's lookup are left out: a few operations a
-number, where every product costs a few thousand. What does not follow from the table are the two products of full
-attention, which grow with the sequence, and the gated delta rule.
+gradient, one for the weight's). Norms, activations, softmax, the convolution of single channels and the embedding's
+lookup are left out: a few operations a number, where every product costs a few thousand. What does not follow from the
+table are the two products of full attention, which grow with the sequence, and the gated delta rule.
 """
 
 from __future__ import annotations
@@ -23,31 +23,36 @@ class Kernels:
 
     Attributes:
         delta_rule_chunk: positions that the gated delta rule takes at once (arXiv 2412.06464).
+        solves_keys: it applies the inverse of a chunk's triangle to keys as to values, so that chunks can be prepared
+            before their state is known.
         skips_masked: attention leaves out the half of the scores that the causal mask hides.
     """
 
     delta_rule_chunk: int
+    solves_keys: bool
     skips_masked: bool
 
 
-FUSED = Kernels(delta_rule_chunk=64, skips_masked=True)  # Transformer Engine and flash-linear-attention
-TORCH = Kernels(delta_rule_chunk=32, skips_masked=False)  # the plain modules of a CPU
+# Transformer Engine and flash-linear-attention, and the plain modules of a CPU.
+FUSED = Kernels(delta_rule_chunk=64, solves_keys=True, skips_masked=True)
+TORCH = Kernels(delta_rule_chunk=32, solves_keys=False, skips_masked=False)
 
 
 def _products(rows: tuple[Weight, ...], shape: ModelShape) -> float:
     """Operations of the rows that are matrices; of the routed experts, those that a token visits."""
     total = 0.0
     for row in rows:
-        if len(row.dims) > 1:
+        if len(row.dims) > 1 and "conv1d" not in row.key:
             visited = shape.moe_router_topk / shape.num_moe_experts if row.stacked else 1.0
             total += 2.0 * row.numel(shape) * visited
     return total
 
 
-def _delta_rule(shape: ModelShape, chunk: int) -> float:
-    """Products within a chunk (scores, solved values and keys, outputs), then those with the state."""
+def _delta_rule(shape: ModelShape, kernels: Kernels) -> float:
+    """Products within a chunk (scores of keys and queries, errors, outputs, solved keys), then those with the state."""
     key, value = shape.linear_key_head_dim, shape.linear_value_head_dim
-    return shape.linear_num_value_heads * (2.0 * chunk * (3 * key + 2 * value) + 6.0 * key * value)
+    within_chunk = 2.0 * kernels.delta_rule_chunk * ((3 if kernels.solves_keys else 2) * key + 2 * value)
+    return shape.linear_num_value_heads * (within_chunk + 6.0 * key * value)
 
 
 def block_flops(shape: ModelShape, kind: str, seq_length: int, kernels: Kernels = FUSED) -> dict[str, float]:
@@ -60,8 +65,8 @@ def block_flops(shape: ModelShape, kind: str, seq_length: int, kernels: Kernels 
         kernels: how attention and delta rule are computed.
 
     Returns:
-        ``projections`` of attention or Gated DeltaNet, ``core_attn`` between them, ``router``, ``experts``,
-        ``shared_experts``.
+        ``projections`` of attention or Gated DeltaNet, ``core_attn`` or ``delta_rule`` between them, ``router``,
+        ``experts``, ``shared_experts``.
     """
     family = shape.family
     parts: dict[str, tuple[Weight, ...]] = {
@@ -75,7 +80,7 @@ def block_flops(shape: ModelShape, kind: str, seq_length: int, kernels: Kernels 
         scores = 4.0 * seq_length * shape.num_attention_heads * shape.kv_channels
         found["core_attn"] = scores / 2 if kernels.skips_masked else scores
     else:
-        found["core_attn"] = _delta_rule(shape, kernels.delta_rule_chunk)
+        found["delta_rule"] = _delta_rule(shape, kernels)
     return found
 
 

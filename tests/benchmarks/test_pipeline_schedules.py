@@ -59,7 +59,9 @@ def test_a_teacher_ahead_is_between_its_bounds(teacher: float) -> None:
         assert least <= outcome.seconds + 1e-9
         assert outcome.held <= ahead
     # Cut finely, it leaves little of the bubble, which is 3 of 11 micro-batches.
-    fine = simulate(replace(inline, ahead=8, parts=16))
+    fine = min(
+        (simulate(replace(inline, ahead=8, lead=lead, parts=16)) for lead in (0, 1)), key=lambda each: each.seconds
+    )
     assert fine.seconds < least * 1.07 < base.seconds
 
 
