@@ -21,10 +21,10 @@ class WeightGradient:
 
     def __init__(self, weight: Tensor) -> None:
         self.weight: Any = weight
-        self.in_main_grad = hasattr(self.weight, "grad_added_to_main_grad") and not hasattr(weight, "__fsdp_param__")
+        self.in_main_grad = hasattr(weight, "grad_added_to_main_grad") and not hasattr(weight, "__fsdp_param__")
         self.total: Tensor | None = None
         if self.in_main_grad:
-            self.total = self.weight.main_grad
+            self.total = getattr(weight, "main_grad", None)
         elif weight.requires_grad:
             self.total = torch.zeros_like(weight, dtype=torch.float32)
 
