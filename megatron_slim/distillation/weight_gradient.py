@@ -19,12 +19,13 @@ class WeightGradient:
     with ``--gradient-accumulation-fusion``.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight: Any = weight
+    def __init__(self, weight: Any) -> None:
+        """``weight``: a parameter [P, H], with or without what Megatron's DDP adds to it."""
+        self.weight = weight
         self.in_main_grad = hasattr(weight, "grad_added_to_main_grad") and not hasattr(weight, "__fsdp_param__")
         self.total: Tensor | None = None
         if self.in_main_grad:
-            self.total = getattr(weight, "main_grad", None)
+            self.total = self.weight.main_grad
         elif weight.requires_grad:
             self.total = torch.zeros_like(weight, dtype=torch.float32)
 
