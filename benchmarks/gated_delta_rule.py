@@ -162,18 +162,18 @@ def backward_scaling(rule: Rule, args: argparse.Namespace) -> dict[str, Any]:
     """Median seconds of the backward pass at every length, and the power of the length that fits them best."""
     import torch
 
-    seconds = {}
-    for length in args.scaling_lengths:
-        values, samples = inputs(length, args), []
-        for _ in range(args.repeats + 1):
-            output, _ = rule(*values)
+    values = {length: inputs(length, args) for length in args.scaling_lengths}
+    samples: dict[int, list[float]] = {length: [] for length in values}
+    for _ in range(args.repeats + 1):  # in turns, so that what drifts on the machine hits every length
+        for length, tensors in values.items():
+            output, _ = rule(*tensors)
             weights = torch.ones_like(output)
             started = time.perf_counter()
-            torch.autograd.grad(output, values, weights)
-            samples.append(time.perf_counter() - started)
-        seconds[length] = statistics.median(samples[1:])
+            torch.autograd.grad(output, tensors, weights)
+            samples[length].append(time.perf_counter() - started)
+    seconds = {length: statistics.median(found[1:]) for length, found in samples.items()}
     x, y = [math.log(length) for length in seconds], [math.log(each) for each in seconds.values()]
-    slope = statistics.linear_regression(x, y).slope if len(x) > 1 else math.nan
+    slope = statistics.linear_regression(x, y).slope if len(x) > 1 else None  # of one point there is none
     return {"backward_seconds": {str(length): each for length, each in seconds.items()}, "backward_exponent": slope}
 
 

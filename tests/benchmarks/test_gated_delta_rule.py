@@ -36,5 +36,10 @@ def test_gated_delta_rule(tool: Tool) -> None:
         assert max(errors.values()) < 1e-3
 
 
+def test_one_length_has_no_exponent(tool: Tool) -> None:
+    results = tool(SCRIPT, *TINY.removesuffix(" 256 --repeats 1").split(), "--repeats", 1, "--json").json
+    assert results["backward_exponent"] is None and results["backward_seconds"].keys() == {"64"}
+
+
 def test_heads_that_do_not_divide(tool: Tool) -> None:
     assert "4 value heads over 3 key heads" in tool(SCRIPT, "--key-heads", 3, "--value-heads", 4).error
