@@ -14,9 +14,10 @@ device.install()
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: E402
 
 TERMS = ("lm loss", "logits distillation loss", "teacher lm loss", "mtp lm loss", "mtp distillation loss", "grad-norm")
-END = 119  # what Megatron's NullTokenizer takes for the end of a document, given 120 ids
+END = 119  # ends a document
 # No load-balancing loss: which tokens it has counted depends on the micro-batches, by design.
 COMMON = "--moe-router-load-balancing-type none --moe-aux-loss-coeff 0 --eod-mask-loss".split()
+COMMON += ["--null-tokenizer-eod-id", str(END)]
 
 
 @pytest.fixture(scope="module")
