@@ -61,7 +61,7 @@ def iteration_seconds(models: Path, args: argparse.Namespace, *, distil: bool) -
     command += ["--mock-data", "--pretrained-checkpoint", models / "student", "--no-teacher-check"]
     command += ["--seq-length", args.seq_length, "--micro-batch-size", args.micro_batch_size]
     command += ["--global-batch-size", args.micro_batch_size, "--train-iters", WARM_UP + args.iterations]
-    command += "--lr 1e-4 --eval-iters 0 --log-interval 1 --use-distributed-optimizer".split()
+    command += "--lr 1e-4 --eval-interval 1000 --eval-iters 0 --log-interval 1 --use-distributed-optimizer".split()
     command += ["--teacher-load", models / "teacher"] if distil else []
     command += args.extra.split()
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ, check=False)

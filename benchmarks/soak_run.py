@@ -110,7 +110,8 @@ class Job:
         # Random weights know nothing. Tensorboard is to lose as little as it can. Optimizer state by parameter: by
         # bucket, Megatron saves the padding between parameters too, which is whatever was in memory.
         flags = ["--no-teacher-check", "--tensorboard-queue-size", "1", "--tensorboard-log-interval", "1"]
-        flags += ["--eod-mask-loss", "--dist-ckpt-optim-fully-reshardable"]
+        end = shapes(args.model)[1].vocab_size - 1  # a token like others, which sets the loss mask at random
+        flags += ["--eod-mask-loss", "--null-tokenizer-eod-id", str(end), "--dist-ckpt-optim-fully-reshardable"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 ["bash", str(ROOT / "examples/slimqwen/pretrain_distill.sh"), *flags],

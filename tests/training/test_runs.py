@@ -83,6 +83,7 @@ def test_schedules_and_data_go_on_from_anywhere(workplace, tmp_path: Path) -> No
     builder.finalize(str(tmp_path / "data.idx"))
     data = [word for part in ("train", "valid", "test") for word in (f"--{part}-data-path", str(tmp_path / "data"))]
     argv = [*MBS, *data, "--train-iters", "7", "--lr-warmup-iters", "3", "--eod-mask-loss"]
+    argv += ["--null-tokenizer-eod-id", "119"]
 
     def go_on(name: str, save: Path, *more: str) -> dict[str, list[float]]:
         return workplace.train(name, 1, *argv, "--save", str(save), "--load", str(save), *more)
