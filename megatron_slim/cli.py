@@ -306,7 +306,7 @@ def _duration(seconds: float) -> str:
 def die_with_parent() -> None:
     """Have the kernel kill this process as soon as its parent has died (Linux; elsewhere nothing).
 
-    A rank must not train on when its launcher was killed, beside the job that then goes on from its checkpoints.
+    A rank must not train on, nor a process write on, beside the job that is started again when its parent was killed.
     """
     if sys.platform == "linux":
         import ctypes

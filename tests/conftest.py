@@ -34,6 +34,18 @@ class Outcome:
         return line.removeprefix("error: ")
 
 
+@pytest.fixture(scope="session")
+def tiny_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of two layers as the release of a torch_dist checkpoint; to be copied, not changed."""
+    from megatron_slim.checkpoint.convert import hf_to_torch_dist
+    from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
+
+    root = tmp_path_factory.mktemp("tiny")
+    write_tiny_checkpoint(root / "hf", tiny_shape(num_layers=2, layer_types=("linear_attention", "full_attention")))
+    hf_to_torch_dist(root / "hf", root / "dist")
+    return root / "dist" / "release"
+
+
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """``tool("tools/x.py", "--flag", value)``."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_slim.checkpoint.units import UNIT_BYTES, Source, Unit
-from megatron_slim.cli import byte_progress
+from megatron_slim.cli import byte_progress, die_with_parent
 from megatron_slim.errors import CheckpointError, SlimError
 
 T = TypeVar("T")
@@ -31,7 +31,6 @@ REPORT_BYTES = 16 << 20
 READERS = 2  # threads of a process
 READ_AHEAD_BYTES = 2 * UNIT_BYTES  # or one unit, if that is larger
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's mallopt
-PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal to get when the parent dies
 
 
 class Writer(Protocol):
@@ -211,7 +210,7 @@ def _work(run: Callable[[int, Callable[[int], None]], Any], number: int, pipe: C
     for signum in (signal.SIGINT, signal.SIGHUP):  # the terminal sends them to all; the parent ends us
         signal.signal(signum, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     if os.getppid() != parent:  # it died before that
         os._exit(1)
     torch.set_num_threads(1)

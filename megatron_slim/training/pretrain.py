@@ -145,26 +145,36 @@ class Run:
         timers("batch-generator").stop()
         loss_mask, position_ids = batch["loss_mask"], batch["position_ids"]
         last = get_attr_wrapped_model(model, "post_process")
-        expected = self.expected_gradients(loss_mask, position_ids) if last and torch.is_grad_enabled() else None
+        weights, expected = _loss_weights(), None
+        if last and torch.is_grad_enabled():
+            expected = self.expected_gradients(loss_mask, weights, position_ids)
         output = model(batch["tokens"], position_ids, None, batch["labels"], expected=expected)
         label = "" if model.training else "validation "
         if not last:
             for name, states in get_attr_wrapped_model(model, "states_between_stages")(output).items():
                 self.watch.add_states(f"{label}{name}", vp_stage, states)
-        return output, partial(self.reduce_losses, loss_mask, position_ids, vp_stage, label)
+        return output, partial(self.reduce_losses, loss_mask, weights, position_ids, vp_stage, label)
 
     def reduce_losses(
-        self, loss_mask: Tensor | None, position_ids: Tensor | None, vp_stage: int | None, label: str, output: Tensor
+        self,
+        loss_mask: Tensor | None,
+        weights: LossWeights,
+        position_ids: Tensor | None,
+        vp_stage: int | None,
+        label: str,
+        output: Tensor,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """SlimQwen eq. 12 with this iteration's lambda and beta, in the form that Megatron's loop wants."""
         assert loss_mask is not None
         losses = TokenLosses.unstack(output, has_teacher=self.teacher_shape is not None)
-        total, tokens, report = combine(losses, loss_mask, _loss_weights(), position_ids)
+        total, tokens, report = combine(losses, loss_mask, weights, position_ids)
         for name, (value, _) in report.items():
             self.watch.add("loss", f"{label}{name}", vp_stage, value)
         return total, tokens.to(torch.int), {name: torch.stack(pair) for name, pair in report.items()}
 
-    def expected_gradients(self, loss_mask: Tensor | None, position_ids: Tensor | None) -> TokenLosses:
+    def expected_gradients(
+        self, loss_mask: Tensor | None, weights: LossWeights, position_ids: Tensor | None
+    ) -> TokenLosses:
         """What Megatron's schedules will bring each term that `reduce_losses` is given.
 
         They divide its sum by the number of tokens (unless all are to be averaged over) and of micro-batches, and
@@ -173,9 +183,7 @@ class Run:
         args = get_args()
         assert loss_mask is not None
         depths, has_teacher = self.shape.mtp_num_layers, self.teacher_shape is not None
-        gradients = gradients_of_total(
-            loss_mask, _loss_weights(), depths, position_ids, has_teacher=has_teacher
-        ).stack()
+        gradients = gradients_of_total(loss_mask, weights, depths, position_ids, has_teacher=has_teacher).stack()
         if not args.calculate_per_token_loss:
             gradients = gradients / (loss_mask.sum().to(torch.int).clamp(min=1) * get_num_microbatches())
         # The schedules read the first chunk's config, and Megatron's loop writes there.

@@ -13,28 +13,19 @@ from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks.soak_compare import compare
 from benchmarks.soak_run import plan_kills
-from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint
+from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.errors import SlimError
-from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 LINE = (
     "iteration {0:8d}/ 4 | consumed samples: 1 | learning rate: 1.0 | lm loss: {1} | number of skipped iterations: 0\n"
 )
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("soak")
-    write_tiny_checkpoint(root / "hf", tiny_shape(num_layers=2, layer_types=("linear_attention", "full_attention")))
-    hf_to_torch_dist(root / "hf", root / "dist")
-    return root / "dist" / "release"
-
-
 @pytest.fixture
-def runs(checkpoint: Path, tmp_path: Path) -> Path:
+def runs(tiny_release: Path, tmp_path: Path) -> Path:
     """Four steps; the second run was killed in the third, went on from the first, and logged the mean of 2 and 3."""
     for name, steps in (("whole", [1, 2, 3, 4]), ("killed", [1, 2, 2, 3, 4])):
-        shutil.copytree(checkpoint, tmp_path / name / "iter_0000004")
+        shutil.copytree(tiny_release, tmp_path / name / "iter_0000004")
         (tmp_path / f"{name}.log").write_text("".join(LINE.format(step, step / 2) for step in steps))
         with SummaryWriter(str(tmp_path / name / "tensorboard")) as writer:
             for step in steps:
@@ -83,8 +74,8 @@ def write_another(runs: Path) -> None:
         (write_another, r"what tensorboard got differs, \('lm loss', 2\) first"),
     ],
 )
-def test_not_one_run(runs: Path, checkpoint: Path, change: Callable[[Path], None], message: str) -> None:
-    shutil.copytree(checkpoint.parent / "hf", runs / "hf")
+def test_not_one_run(runs: Path, tiny_release: Path, change: Callable[[Path], None], message: str) -> None:
+    shutil.copytree(tiny_release.parent / "hf", runs / "hf")
     change(runs)
     with pytest.raises(SlimError, match=message):
         compare(runs, 4, averaged={3})

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from megatron_slim.distillation.divergences import FORWARD_KL, JSD, REVERSE_KL, TOP_K, KDLoss
 from megatron_slim.distillation.fused import Lesson, OutputLayer, Target, fused_losses
-from megatron_slim.distillation.losses import lm_and_kd_loss
 from megatron_slim.distillation.vocabulary import VocabShard
 from megatron_slim.testing import run_distributed
+from tests.distillation.reference import lm_and_kd_loss
 
 V, ROWS, WIDTH, TEACHER_WIDTH, K = 37, 11, 5, 7, 4
 PADDED, TEACHER_PADDED = 48, 60

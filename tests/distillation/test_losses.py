@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from megatron_slim.distillation import losses
-from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine, lm_and_kd_loss, shift
+from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine, shift
+from megatron_slim.distillation.vocabulary import VocabShard
 from megatron_slim.testing import run_distributed
+from tests.distillation.reference import _softmax, lm_and_kd_loss
 
 V, PADDED, TOKENS = 37, 48, 11
 
@@ -80,9 +82,9 @@ def test_vocabulary_shared_over_ranks(ranks: int) -> None:
 
 
 def test_a_rank_with_padding_alone() -> None:
-    shard = losses.VocabShard.of(None, 16, 37)
+    shard = VocabShard.of(None, 16, 37)
     assert (shard.start, shard.valid) == (0, 16)
-    valid, probabilities, _ = losses._softmax(torch.zeros(3, 16), losses.VocabShard(48, 0, None))
+    valid, probabilities, _ = _softmax(torch.zeros(3, 16), VocabShard(48, 0, None))
     assert valid.shape == probabilities.shape == (3, 0)
 
 

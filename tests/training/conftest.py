@@ -39,6 +39,20 @@ def train(argv: list[str], log: str) -> None:
         assert not exit_.code, exit_.code
 
 
+def refusal(argv: list[str], log: str) -> str:
+    """Body of one rank: what its training ends with, nothing if it goes to its end."""
+    write_to(log)
+    from megatron_slim.errors import SlimError
+    from megatron_slim.training.pretrain import main
+
+    sys.argv = ["pretrain", *argv]
+    try:
+        main(argv)
+    except SlimError as error:
+        return str(error)
+    return ""
+
+
 def read_scalars(directory: Path) -> dict[str, list[float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
-import os
-import sys
 from typing import Any
 
 import pytest
@@ -17,7 +15,6 @@ device.install()
 
 from megatron_slim.distillation.losses import TokenLosses  # noqa: E402
 from megatron_slim.distillation.model import DistillationModel  # noqa: E402
-from megatron_slim.errors import SlimError  # noqa: E402
 from megatron_slim.testing import run_distributed  # noqa: E402
 from megatron_slim.training import finite, pretrain  # noqa: E402
 from megatron_slim.training.finite import FiniteWatch  # noqa: E402
@@ -109,16 +106,10 @@ SLOW = ("teacher", "everywhere")
 
 def train_broken(argv: list[str], log: str, fault: str) -> str:
     """Body of one rank: how its training ends."""
-    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(stream, 1)
-    os.dup2(stream, 2)
+    from tests.training.conftest import refusal
+
     FAULTS[fault][2]()
-    sys.argv = ["pretrain", *argv]
-    try:
-        pretrain.main(argv)
-    except SlimError as error:
-        return str(error)
-    return "trained to the end"
+    return refusal(argv, log)
 
 
 @pytest.mark.parametrize(

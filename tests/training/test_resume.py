@@ -15,28 +15,18 @@ from megatron_slim import device
 
 device.install()
 
-from megatron_slim.checkpoint.convert import hf_to_torch_dist  # noqa: E402
 from megatron_slim.errors import CheckpointError  # noqa: E402
-from megatron_slim.testing import tiny_shape, write_tiny_checkpoint  # noqa: E402
 from megatron_slim.training import resume  # noqa: E402
 from megatron_slim.training.resume import mend_tracker  # noqa: E402
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
-@pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("resume")
-    write_tiny_checkpoint(root / "hf", tiny_shape(num_layers=2, layer_types=("linear_attention", "full_attention")))
-    hf_to_torch_dist(root / "hf", root / "dist")
-    return root / "dist" / "release"
-
-
 @pytest.fixture
-def run(release: Path, tmp_path: Path) -> Path:
+def run(tiny_release: Path, tmp_path: Path) -> Path:
     """A run that saved at 2, 4 and 10, in that order."""
     for when, number in enumerate((2, 4, 10)):
-        shutil.copytree(release, tmp_path / f"iter_{number:07d}")
+        shutil.copytree(tiny_release, tmp_path / f"iter_{number:07d}")
         os.utime(tmp_path / f"iter_{number:07d}" / ".metadata", (1000 + when, 1000 + when))
     (tmp_path / TRACKER).write_text("10")
     return tmp_path

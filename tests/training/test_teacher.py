@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ device.install()
 from megatron_slim.checkpoint.huggingface import HFCheckpoint  # noqa: E402
 from megatron_slim.checkpoint.huggingface_writer import specs_of, write_hf_checkpoint  # noqa: E402
 from megatron_slim.checkpoint.reference import REFERENCE, Reference, read_reference  # noqa: E402
-from megatron_slim.errors import CheckpointError, SlimError  # noqa: E402
+from megatron_slim.errors import CheckpointError  # noqa: E402
 from megatron_slim.evaluation.perplexity import evaluate_checkpoint  # noqa: E402
 from megatron_slim.testing import random_tensors, run_distributed, tiny_hf_config  # noqa: E402
 from megatron_slim.training.data import reference_batch  # noqa: E402
@@ -68,17 +67,11 @@ def teachers(workplace, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 def train_gullible(argv: list[str], log: str) -> str:
     """Body of one rank: random weights guess, which is not what is tested here."""
-    from megatron_slim.training import pretrain, teacher_check
-    from tests.training.conftest import write_to
+    from megatron_slim.training import teacher_check
+    from tests.training.conftest import refusal
 
-    write_to(log)
     teacher_check.GUESSING = 2.0
-    sys.argv = ["pretrain", *argv]
-    try:
-        pretrain.main(argv)
-    except SlimError as error:
-        return str(error)
-    return ""
+    return refusal(argv, log)
 
 
 VPP2 = "--micro-batch-size 2 --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"
