@@ -23,7 +23,7 @@ from megatron_slim.cli import positive, run_tool, tool_parser
 BLOCK = "model.layers.0"
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = tool_parser(__doc__.splitlines()[0])
     parser.add_argument("--experts", type=positive, default=512, help="experts of the MoE layer")
@@ -40,16 +40,20 @@ def parse_args() -> argparse.Namespace:
         help="only time one layer of each kind at the published sizes on this machine (7 GB on a CPU)",
     )
     parser.add_argument("--layer-tokens", type=positive, default=4096, help="of the one sample that goes through them")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def medians(contestants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of every function, run in turns after one round that is not timed."""
+    """Median seconds of every function, run in turns after one round that is not timed, until the GPU is done too."""
+    import torch
+
+    finish = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(repeats + 1):
         for name, function in contestants.items():
             started = time.perf_counter()
             function()
+            finish()
             if number:
                 samples[name].append(time.perf_counter() - started)
     return {name: statistics.median(found) for name, found in samples.items()}
@@ -154,8 +158,13 @@ def similarities(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def published_layers(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of a layer of each kind with everything that calibration listens to, and of the whole model from them."""
+def published_layers(args: argparse.Namespace, **changes: Any) -> dict[str, Any]:
+    """Seconds of a layer of each kind with everything that calibration listens to, and of the whole model from them.
+
+    Args:
+        args: the command line.
+        changes: keys of config.json that are not to be the published ones.
+    """
     import torch
     from megatron.core.transformer.spec_utils import build_module
 
@@ -166,19 +175,18 @@ def published_layers(args: argparse.Namespace) -> dict[str, Any]:
     from megatron_slim.pruning.block import block_config, rotary_embedding
     from megatron_slim.pruning.recorder import BlockRecorder
 
-    shape, dtype, device = shape_of(PUBLISHED), default_dtype(), torch.device(torch.cuda.current_device())
+    shape, dtype, device = shape_of(PUBLISHED | changes), default_dtype(), torch.device(torch.cuda.current_device())
     config, rotary = block_config(shape, dtype), rotary_embedding(shape, args.layer_tokens)
     hidden = torch.randn(args.layer_tokens, 1, shape.hidden_size, dtype=dtype, device=device)
     seconds: dict[str, float] = {}
     for kind, block in {shape.layer_type(block): block for block in shape.blocks}.items():
-        layer = build_module(layer_spec(kind, config), config=config, layer_number=1).eval()
+        layer = build_module(layer_spec(kind, config), config=config, layer_number=1).cuda().eval()
         for parameter in layer.parameters():
             parameter.normal_(0, max(parameter.shape) ** -0.5)
 
         def one_pass(block: str = block, layer: Any = layer) -> None:
             BlockRecorder(block, shape, layer)
             layer(hidden, attention_mask=None, rotary_pos_emb=rotary)
-            torch.cuda.synchronize()
             for module in layer.modules():  # or the next round would be listened to twice
                 module._forward_hooks.clear()
                 module._forward_pre_hooks.clear()

@@ -7,6 +7,7 @@ Forward and backward of all three are timed in turns, in one process, on the sam
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import math
 import statistics
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Rule = Callable[..., tuple[Tensor, Tensor | None]]
-OURS, MEGATRON, TRANSFORMERS = "package", "megatron", "transformers"
+OURS, MEGATRON, TRANSFORMERS, FLA = "package", "megatron", "transformers", "fla"
 NAMES = ("output", "d_query", "d_key", "d_value", "d_g", "d_beta")
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = tool_parser(__doc__.splitlines()[0])
     parser.add_argument("--seq-length", type=positive, default=2048, help="of the comparison")
@@ -46,8 +47,11 @@ def parse_args() -> argparse.Namespace:
         "--scaling-lengths", type=positive, nargs="+", default=[1024, 2048, 4096, 8192], help="of the package alone"
     )
     parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="on a GPU in bf16, as training there, and fla beside"
+    )
     parser.add_argument("--repeats", type=positive, default=3, help="timed rounds; medians are reported")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def inputs(length: int, args: argparse.Namespace) -> list[Tensor]:
@@ -72,7 +76,11 @@ def inputs(length: int, args: argparse.Namespace) -> list[Tensor]:
     )
     value = random(args.value_heads, args.head_dim)
     g = -torch.logspace(-3, math.log10(16), args.value_heads) * F.softplus(random(args.value_heads) + 1)
-    return [x.requires_grad_() for x in (query, key, value, g, random(args.value_heads).sigmoid())]
+    beta = random(args.value_heads).sigmoid()
+    if args.device == "cpu":
+        return [x.requires_grad_() for x in (query, key, value, g, beta)]
+    narrow = [x.to("cuda", torch.bfloat16) for x in (query, key, value, beta)]
+    return [x.requires_grad_() for x in (*narrow[:3], g.cuda(), narrow[3])]
 
 
 def step_by_step(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, None]:
@@ -97,8 +105,8 @@ def step_by_step(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Ten
     return torch.cat(outputs, 1), None
 
 
-def rules() -> dict[str, Rule]:
-    """The three implementations, all called as Megatron calls them."""
+def rules(device_type: str = "cpu") -> dict[str, Rule]:
+    """The implementations that there are, all called as Megatron calls them."""
     from megatron_slim import device, linear_attention
 
     device.install()
@@ -107,11 +115,17 @@ def rules() -> dict[str, Rule]:
 
     # What transformers runs where flash-linear-attention is not there, even if it is.
     theirs = modeling_qwen3_next.torch_chunk_gated_delta_rule
-    return {
+    found: dict[str, Rule] = {
         OURS: linear_attention.chunk_gated_delta_rule,
         MEGATRON: torch_chunk_gated_delta_rule,
         TRANSFORMERS: getattr(theirs, "__wrapped__", theirs),
     }
+    if device_type == "cuda":
+        with contextlib.suppress(ImportError):
+            from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+            found[FLA] = chunk_gated_delta_rule
+    return found
 
 
 def value_and_gradients(rule: Rule, values: list[Tensor], weights: Tensor) -> list[Tensor]:
@@ -127,7 +141,7 @@ def weights_like(value: Tensor) -> Tensor:
     """Random, and the same for the same shape."""
     import torch
 
-    return torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
+    return torch.randn(value.shape, generator=torch.Generator().manual_seed(1)).to(value.device)
 
 
 def relative_errors(implementations: dict[str, Rule], args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -168,8 +182,12 @@ def backward_scaling(rule: Rule, args: argparse.Namespace) -> dict[str, Any]:
         for length, tensors in values.items():
             output, _ = rule(*tensors)
             weights = torch.ones_like(output)
+            if output.is_cuda:
+                torch.cuda.synchronize()
             started = time.perf_counter()
             torch.autograd.grad(output, tensors, weights)
+            if output.is_cuda:
+                torch.cuda.synchronize()
             samples[length].append(time.perf_counter() - started)
     seconds = {length: statistics.median(found[1:]) for length, found in samples.items()}
     x, y = [math.log(length) for length in seconds], [math.log(each) for each in seconds.values()]
@@ -185,14 +203,17 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.value_heads % args.key_heads:
         raise SlimError(f"{args.value_heads} value heads over {args.key_heads} key heads", fix="choose a multiple")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SlimError("no GPU", where="--device cuda", fix="leave it out")
     torch.set_num_threads(args.threads)
-    implementations = rules()
+    implementations = rules(args.device)
     seconds = speed(implementations, args)
     errors = relative_errors(implementations, args)
     results = {
         "speedup_over_megatron": seconds[MEGATRON] / seconds[OURS],
         "speedup_over_transformers": seconds[TRANSFORMERS] / seconds[OURS],
         "relative_error": max(errors[OURS].values()),
+        **({"fla_speedup_over_package": seconds[OURS] / seconds[FLA]} if FLA in seconds else {}),
         **backward_scaling(implementations[OURS], args),
     }
     if not args.json:

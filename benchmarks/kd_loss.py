@@ -30,7 +30,7 @@ COUNTED_CHUNKS = (256, 512, 1024)  # for which memory at FULL is counted; 1024 i
 LM, KD = 0.25, 0.75  # weights of the terms
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line; hidden sizes default to the published ones on a GPU, and to a quarter of them on a CPU."""
     parser = tool_parser(__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -40,7 +40,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--teacher-hidden", type=positive, help="default: 512, on a GPU 2048")
     parser.add_argument("--chunk", type=positive, help="tokens of a chunk; default: as in training")
     parser.add_argument("--repeats", type=positive, default=5, help="timed rounds; medians are reported")
-    args = parser.parse_args()
+    parser.add_argument("--no-liger", action="store_true", help="do not compare with Liger, even if it is installed")
+    args = parser.parse_args(argv)
     small = {"tokens": 2048, "vocab": 32768, "hidden": 384, "teacher_hidden": 512}
     for name, value in (small if args.device == "cpu" else FULL).items():
         if getattr(args, name) is None:
@@ -239,6 +240,12 @@ def liger(case: Case) -> dict[str, Callable[[], Any]] | None:
     return {"liger": run_theirs, "ours": run_ours}
 
 
+def compare_with_liger(both: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Any]:
+    """Time what `liger` gave."""
+    seconds = medians(both, repeats)
+    return {"liger_seconds": seconds, "speedup_over_liger": seconds["liger"] / seconds["ours"]}
+
+
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Measure and report."""
     import torch
@@ -260,7 +267,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         "fused_ce": lambda: fused(case, args.chunk, distil=False),
     }
     memory = {name: peak_above(function, args.device) for name, function in ways.items()}
-    seconds = medians({name: _finished(function, args.device) for name, function in ways.items()}, args.repeats)
+    seconds = medians(ways, args.repeats)
     results: dict[str, Any] = {
         "time_over_naive": seconds["fused"] / seconds["naive"],
         "time_over_naive_teacher_main": seconds["fused_teacher_main"] / seconds["naive"],
@@ -271,9 +278,10 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     if memory["naive"] and memory["fused"] is not None:  # 0 where what was freed before is enough: tiny cases
         results["memory_over_naive"] = memory["fused"] / memory["naive"]
     results |= full_vocabulary(*COUNTED_CHUNKS)
-    if both := liger(case):
-        results["liger_seconds"] = medians({k: _finished(f, args.device) for k, f in both.items()}, args.repeats)
-        results["speedup_over_liger"] = results["liger_seconds"]["liger"] / results["liger_seconds"]["ours"]
+    if args.no_liger:
+        results["liger"] = "not compared"
+    elif both := liger(case):
+        results |= compare_with_liger(both, args.repeats)
     else:
         results["liger"] = "not installed: not compared"
     if not args.json:
@@ -284,18 +292,6 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
             print(f"{name}: {value:.3f} s" + (f", {peak / 1e6:.0f} MB" if peak is not None else ""))
     where = {"threads": torch.get_num_threads(), "machine": machine(Path())}
     return {**results, "seconds": seconds, "peak_bytes": memory, "device": args.device, **where}
-
-
-def _finished(function: Callable[[], Any], device: str) -> Callable[[], Any]:
-    """The function, done when it returns."""
-    import torch
-
-    def run() -> None:
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return run
 
 
 if __name__ == "__main__":

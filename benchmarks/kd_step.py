@@ -8,57 +8,86 @@ floor is what the operations alone would cost: 1 + teacher forward / (3 x studen
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.models import PUBLISHED, shape_of
+from benchmarks.processes import free_port
+from megatron_slim.architecture.flops import FUSED, TORCH, Kernels, student_work, teacher_work
 from megatron_slim.cli import positive, run_tool, tool_parser
 from megatron_slim.errors import SlimError
 
 ROOT = Path(__file__).resolve().parents[1]
-# Published 80A3B -> 23A2B at an eighth of the widths and a sixth of the layers, fewer experts, the same top-k.
+# Published 80A3B -> 23A2B, fewer experts, the same top-k: for a CPU at an eighth of the widths and a sixth of the
+# layers; for one GPU at the published widths, a period of layers of each.
 _HEADS = {"head_dim": 32, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
 _EXPERTS = {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
-TEACHER = {"hidden_size": 256, "num_hidden_layers": 8, "num_experts": 64, "num_experts_per_tok": 10}
-STUDENT = {"hidden_size": 192, "num_hidden_layers": 6, "num_experts": 32, "num_experts_per_tok": 8}
+_EIGHTH = {**_HEADS, **_EXPERTS, "vocab_size": 18_992, "num_experts_per_tok": 10}
+SIZES: dict[str, dict[str, dict[str, int]]] = {
+    "eighth": {
+        "teacher": _EIGHTH | {"hidden_size": 256, "num_hidden_layers": 8, "num_experts": 64},
+        "student": _EIGHTH | {"hidden_size": 192, "num_hidden_layers": 6, "num_experts": 32, "num_experts_per_tok": 8},
+    },
+    "published": {
+        "teacher": {"hidden_size": 2048, "num_hidden_layers": 4, "num_experts": 32, "num_experts_per_tok": 10},
+        "student": {"hidden_size": 1536, "num_hidden_layers": 4, "num_experts": 16, "num_experts_per_tok": 8},
+    },
+}
 _TYPES = ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 2
 WARM_UP = 2  # iterations that are not counted: the first ones allocate
 _SECONDS = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = tool_parser(__doc__.splitlines()[0])
     parser.add_argument("--seq-length", type=positive, default=1024, help="tokens of a sample")
     parser.add_argument("--micro-batch-size", type=positive, default=2, help="samples of a forward pass")
-    parser.add_argument("--vocab-size", type=positive, default=18_992, help="an eighth of the published one")
+    parser.add_argument("--widths", choices=SIZES, default="eighth", help="of both models, against the published ones")
+    parser.add_argument("--vocab-size", type=positive, help="default: as the widths")
     parser.add_argument("--iterations", type=positive, default=5, help=f"of a run, after {WARM_UP} that do not count")
     parser.add_argument("--repeats", type=positive, default=3, help="runs of each kind; the medians are compared")
     parser.add_argument("--extra", default="", help="further arguments of tools/pretrain.py, for both")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def shapes(vocab_size: int) -> dict[str, Any]:
+def shapes(widths: str, vocab_size: int | None = None) -> dict[str, Any]:
     """Teacher and student."""
-    base = PUBLISHED | _HEADS | _EXPERTS | {"vocab_size": vocab_size, "max_position_embeddings": 8192}
+    base = PUBLISHED | {"max_position_embeddings": 8192}
+    given = {} if vocab_size is None else {"vocab_size": vocab_size}
     return {
-        name: shape_of(base | sizes | {"layer_types": _TYPES[: sizes["num_hidden_layers"]]})
-        for name, sizes in (("teacher", TEACHER), ("student", STUDENT))
+        name: shape_of(base | sizes | given | {"layer_types": _TYPES[: sizes["num_hidden_layers"]]})
+        for name, sizes in SIZES[widths].items()
     }
 
 
-def iteration_seconds(models: Path, args: argparse.Namespace, *, distil: bool) -> list[float]:
-    """Seconds of every counted iteration of one run."""
-    command = [sys.executable, ROOT / "tools/torchrun.py", "--nproc-per-node", 1, ROOT / "tools/pretrain.py"]
-    command += ["--mock-data", "--pretrained-checkpoint", models / "student", "--no-teacher-check"]
+def write_models(directory: Path, models: Mapping[str, Any]) -> None:
+    """Checkpoints of random weights."""
+    from megatron_slim.testing import write_tiny_checkpoint
+
+    for name, shape in models.items():
+        write_tiny_checkpoint(directory / name, shape, seed=len(name))
+
+
+def train(models: Path, args: argparse.Namespace, *, distil: bool) -> str:
+    """What one run of training prints.
+
+    Raises:
+        SlimError: it failed.
+    """
+    command = [sys.executable, ROOT / "tools/torchrun.py", "--nproc-per-node", 1, "--master-port", free_port()]
+    command += [ROOT / "tools/pretrain.py", "--mock-data", "--pretrained-checkpoint", models / "student"]
+    command += ["--no-teacher-check"]
     command += ["--seq-length", args.seq_length, "--micro-batch-size", args.micro_batch_size]
     command += ["--global-batch-size", args.micro_batch_size, "--train-iters", WARM_UP + args.iterations]
     command += "--lr 1e-4 --eval-interval 1000 --eval-iters 0 --log-interval 1 --use-distributed-optimizer".split()
@@ -66,30 +95,43 @@ def iteration_seconds(models: Path, args: argparse.Namespace, *, distil: bool) -
     command += args.extra.split()
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ, check=False)
     if done.returncode:
+        print("" if args.json else f"{done.stdout}\n{done.stderr}", end="", flush=True)
         raise SlimError(f"a run ended with exit code {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
-    found = [float(each) / 1000 for each in _SECONDS.findall(done.stdout)]
-    assert len(found) == WARM_UP + args.iterations, done.stdout
+    return done.stdout
+
+
+def iteration_seconds(models: Path, args: argparse.Namespace, *, distil: bool) -> list[float]:
+    """Seconds of every counted iteration of one run."""
+    output = train(models, args, distil=distil)
+    found = [float(each) / 1000 for each in _SECONDS.findall(output)]
+    assert len(found) == WARM_UP + args.iterations, output
     return found[WARM_UP:]
+
+
+def kernels() -> Kernels:
+    """How the runs compute what has no weights, by what is installed here."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    delta = FUSED if cuda and importlib.util.find_spec("fla") else TORCH
+    attention = FUSED if cuda and importlib.util.find_spec("transformer_engine") else TORCH
+    return Kernels(delta.delta_rule_chunk, delta.solves_keys, attention.skips_masked)
 
 
 def floor(teacher: Any, student: Any, seq_length: int) -> dict[str, float]:
     """The least that a distilling step costs, in steps of LM training, by operations alone."""
-    from megatron_slim.architecture.flops import TORCH, student_work, teacher_work
-
-    forward = student_work(student, seq_length, TORCH).total / 3
-    ratio = teacher_work(teacher, seq_length, TORCH, runs_mtp=True).total / forward
+    used = kernels()
+    forward = student_work(student, seq_length, used).total / 3
+    ratio = teacher_work(teacher, seq_length, used, runs_mtp=True).total / forward
     return {"teacher_over_student_forward": ratio, "flop_floor": 1 + ratio / 3}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Both kinds of run, in turns."""
-    from megatron_slim.testing import write_tiny_checkpoint
-
-    models = shapes(args.vocab_size)
+    models = shapes(args.widths, args.vocab_size)
     samples: dict[str, list[float]] = {"lm": [], "kd": []}
     with tempfile.TemporaryDirectory() as folder:
-        for name, shape in models.items():
-            write_tiny_checkpoint(Path(folder, name), shape, seed=len(name))
+        write_models(Path(folder), models)
         for _ in range(args.repeats):
             for kind, found in samples.items():
                 found += iteration_seconds(Path(folder), args, distil=kind == "kd")

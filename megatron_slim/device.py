@@ -1,6 +1,7 @@
 """The CPU seam: all that lets Megatron-Core run without a GPU, and the only place that patches a library.
 
-On a machine with CUDA `install` only mends two faults of Megatron (the dataset helpers and the padding of buckets).
+On a machine with CUDA `install` only mends two faults of Megatron (the dataset helpers and the padding of buckets), and
+puts our own where the optimizer of Transformer Engine or apex, or flash-linear-attention, is not installed.
 Without CUDA the word "cuda" comes to mean the CPU for the whole process: tensor factories, ``.cuda()`` and ``.to()``,
 the CUDA generator, streams and events. The real Megatron-Core modules then run, over gloo; only kernels differ.
 """
@@ -36,7 +37,7 @@ _installed = False
 def install() -> None:
     """Make this process able to run Megatron-Core; call it before anything of ``megatron`` is imported.
 
-    Idempotent. Where CUDA is available only the dataset helpers and the padding of buckets are touched.
+    Idempotent. Where CUDA is available nothing is touched that is there.
     """
     global _installed
     if _installed:
@@ -52,6 +53,8 @@ def install() -> None:
         _replace_streams()
         _patch_core()
         _patch_training()
+    _stand_in_for_optimizer()
+    _stand_in_for_linear_attention()
     _use_built_dataset_helpers()
     _count_bucket_padding()
 
@@ -267,6 +270,8 @@ def _replace_streams() -> None:
 class FusedAdam(torch.optim.Optimizer):
     """AdamW, or Adam with L2 regularisation, with the state layout of Apex's and Transformer Engine's FusedAdam.
 
+    It stands in for them where neither is installed, on any device.
+
     The step count is in the parameter groups and the state is ``exp_avg`` and ``exp_avg_sq`` alone, which is what
     Megatron's distributed optimizer saves and restores; with `torch.optim.AdamW` it cannot resume.
     """
@@ -310,19 +315,8 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 def _patch_core() -> None:
-    import megatron.core.optimizer as optimizer
-    from megatron.core.optimizer import distrib_optimizer
-    from megatron.core.ssm.gated_delta_net import common, gdn
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
-
-    optimizer.Adam = distrib_optimizer.Adam = FusedAdam
-    optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
-    # fp32 parameters are their own main parameters: restoring them in place needs autograd off.
-    sharded = distrib_optimizer.DistributedOptimizer
-    restore = torch.no_grad()(sharded._set_main_param_and_optimizer_states)
-    sharded._set_main_param_and_optimizer_states = restore
 
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
@@ -333,7 +327,30 @@ def _patch_core() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = move_to_cpu
-    # In place of flash-linear-attention, whose kernels are Triton. Ours are deterministic in either mode.
+
+
+def _stand_in_for_optimizer() -> None:
+    """`FusedAdam` where Megatron would take torch's Adam, with which the distributed optimizer cannot resume."""
+    import megatron.core.optimizer as optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    if torch.cuda.is_available() and distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    optimizer.Adam = distrib_optimizer.Adam = FusedAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+    # fp32 parameters are their own main parameters: restoring them in place needs autograd off.
+    sharded = distrib_optimizer.DistributedOptimizer
+    restore = torch.no_grad()(sharded._set_main_param_and_optimizer_states)
+    sharded._set_main_param_and_optimizer_states = restore
+
+
+def _stand_in_for_linear_attention() -> None:
+    """In place of flash-linear-attention, whose kernels are Triton. Ours are deterministic in either mode."""
+    from megatron.core.ssm.gated_delta_net import common, gdn
+
+    if torch.cuda.is_available() and common.HAVE_FLA:
+        return
     common.HAVE_FLA, common.l2norm, gdn.causal_conv1d = True, linear_attention.l2norm, linear_attention.causal_conv1d
     gdn.chunk_gated_delta_rule = gdn.torch_chunk_gated_delta_rule = linear_attention.chunk_gated_delta_rule
 

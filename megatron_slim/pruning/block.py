@@ -51,7 +51,7 @@ def build_block(checkpoint: Checkpoint, block: str, config: TransformerConfig) -
                     name = _parameter_name(weight, expert, parameters)
                     parameters.pop(name).copy_(to_megatron(weight, shape, checkpoint.read, expert=expert))
     assert not parameters, f"{block}: nothing loads {sorted(parameters)}"
-    return layer.eval()
+    return layer.cuda().eval()  # Megatron makes some parameters on the host
 
 
 def _parameter_name(weight: Weight, expert: int | None, parameters: Mapping[str, torch.nn.Parameter]) -> str:

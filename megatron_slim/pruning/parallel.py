@@ -112,7 +112,7 @@ def _load(checkpoint: Checkpoint, config: TransformerConfig) -> HiddenStatesMode
     )
     assert isinstance(model, HiddenStatesModel)
     load_hf_weights(model, checkpoint)
-    return model.eval()
+    return model.cuda().eval()  # Megatron makes some parameters on the host
 
 
 def _listen(model: HiddenStatesModel, shape: ModelShape) -> tuple[dict[str, Recorder], dict[str, Tensor]]:

@@ -11,14 +11,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_slim.architecture.layer_specs import shape_config_fields
 from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
 from megatron_slim.checkpoint.distributed_writer import HF_DIR
 from megatron_slim.checkpoint.huggingface import CONFIG, INDEX, SINGLE, HFCheckpoint, read_config
 from megatron_slim.cli import ToolParser
 from megatron_slim.errors import SlimError
+from megatron_slim.training.libraries import kernel_flags
 
 VOCAB_MULTIPLE = 128  # one padded vocabulary for every tensor parallel size that divides it
 
@@ -99,27 +98,13 @@ def _as_words(flags: Mapping[str, Any]) -> Iterator[str]:
             yield from [flag] if value is True else [flag, str(value)]
 
 
-# What Megatron turns on by default and a CPU lacks, or (loader processes) has no cores to spare for.
-CPU_FLAGS = (
-    "--transformer-impl=local",
-    "--distributed-backend=gloo",
-    "--no-gradient-accumulation-fusion",
-    "--no-masked-softmax-fusion",
-    "--no-persist-layer-norm",
-    "--no-rope-fusion",
-    "--no-bias-swiglu-fusion",
-    "--no-bias-dropout-fusion",
-    "--num-workers=0",
-)
-
-
 def default_flags() -> list[str]:
     """Flags that this kind of model wants and the command line may override by naming them itself."""
     flags = ["--moe-router-load-balancing-type=global_aux_loss", "--moe-token-dispatcher-type=alltoall"]
     flags += ["--moe-router-dtype=fp32", "--ckpt-format=torch_dist"]
     # Every token weighs the same, however masks share them out over micro-batches and ranks; NaN is `FiniteWatch`'s.
     flags += ["--calculate-per-token-loss", "--no-check-for-nan-in-loss-and-grad"]
-    return [*flags, *CPU_FLAGS] if not torch.cuda.is_available() else [*flags, "--moe-grouped-gemm"]
+    return [*flags, *kernel_flags()]
 
 
 def complete_argv(argv: list[str]) -> tuple[list[str], ModelShape]:
