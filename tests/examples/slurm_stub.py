@@ -2,8 +2,8 @@
 
 Called as ``sbatch``, ``srun`` or ``scontrol`` (links to this file), with the state of the one job in ``$SLURM_STUB``.
 Kept from the real ones: sbatch runs a copy of the script in a spool directory; signals of ``--signal=B:`` reach the
-batch shell alone; srun kills its tasks when it gets SIGTERM, takes the highest exit code, gives tasks ``--wait`` seconds
-after the first has ended, and passes no standard output but through ``--output``.
+batch shell alone; srun kills its tasks when it gets SIGTERM, takes the highest exit code, gives tasks ``--wait``
+seconds after the first has ended, and passes no standard output but through ``--output``.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def sbatch(words: list[str]) -> int:
     spool.mkdir(exist_ok=True)
     shutil.copy(script, spool / "slurm_script")
     (STATE / "options").write_text("\n".join(f"{name}={value}" for name, value in options.items()))
-    for restart in range(10):
+    for restart in range(int(os.environ.get("STUB_STARTS", "10"))):
         (STATE / "requeued").unlink(missing_ok=True)
-        (STATE / "state").write_text("RUNNING")
+        (STATE / "state").write_text(os.environ.get("STUB_STATE", "RUNNING"))
         environment = {
             "SLURM_JOB_ID": JOB,
             "SLURM_JOB_NUM_NODES": options["--nodes"],
@@ -62,7 +62,7 @@ def sbatch(words: list[str]) -> int:
         (STATE / f"code-{restart}").write_text(str(code))
         if not (STATE / "requeued").exists():
             return code
-    return 1
+    return 0
 
 
 def srun(words: list[str]) -> int:

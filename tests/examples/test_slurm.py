@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -135,13 +136,70 @@ def test_wrong_settings_are_one_line(slurm: dict[str, str], variables: dict[str,
     assert line.startswith("error: ") and fault in line
 
 
-def write_data(directory: Path) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+# What a launcher does, in place of Python; the last words of each case are what the job must come to.
+LAUNCHERS = {
+    "saves": "signal_the_job; wait_for_term; echo $((START * 10 + 5)) >$SAVE/latest_checkpointed_iteration.txt; exit 0",
+    "tells Slurm's signal": "echo 'exiting program after receiving SIGTERM.'; exit 0",
+    "dies of it": "signal_the_job; wait_for_term; exit 1",
+    "is refused": "signal_the_job; wait_for_term; exit 2",
+    "crashes": "exit 1",
+    "ends": "exit 0",
+}
+LAUNCHER = """#!/bin/bash
+START=${{SLURM_RESTART_COUNT:-0}}
+signal_the_job() {{ [[ $SLURM_NODEID != 0 ]] || kill -{signal} "$(cat "$SLURM_STUB/batch.pid")"; }}
+wait_for_term() {{ [[ $SLURM_NODEID == 0 ]] || return 0; trap : TERM; sleep 20 & wait $!; kill $!; }}
+if [[ $START -ge {ends} ]]; then exit 0; fi
+{body}
+"""
 
-    numbers, builder = np.random.default_rng(0), IndexedDatasetBuilder(str(directory / "data.bin"), dtype=np.int32)
-    for _ in range(400):
-        builder.add_document(numbers.integers(0, 96, 33), [33])
-    builder.finalize(str(directory / "data.idx"))
+
+@pytest.mark.parametrize(
+    ("launcher", "variables", "codes", "says"),
+    [
+        ("saves", {}, [0, 0, 0], "ended with code 0 at checkpoint 15"),
+        ("saves", {"signal": "TERM"}, [0, 0, 0], "ended with code 0 at checkpoint 15"),
+        ("saves", {"STUB_STATE": "CANCELLED"}, [0], "left as it is"),
+        ("saves", {"STUB_STATE": "COMPLETING"}, [0], "left as it is"),
+        ("tells Slurm's signal", {}, [0, 0, 0], "ended with code 0"),
+        ("dies of it", {"ends": "9"}, [0, 0, 1], "error: 3 starts without a new checkpoint"),
+        ("is refused", {}, [2], "ended with code 2"),
+        ("crashes", {}, [1], "ended with code 1"),
+        ("ends", {}, [0], "ended with code 0"),
+    ],
+)
+def test_what_is_run_again(
+    slurm: dict[str, str], tmp_path: Path, launcher: str, variables: dict[str, str], codes: list[int], says: str
+) -> None:
+    python = tmp_path / "python"
+    options = {"signal": "USR1", "ends": "2"} | variables
+    python.write_text(LAUNCHER.format(body=LAUNCHERS[launcher], signal=options["signal"], ends=options["ends"]))
+    python.chmod(0o755)
+    training = {"SAVE": str(tmp_path / "run"), "DATA": "a", "STUDENT": "b", "NNODES": "2", "LAUNCHER": "slurm"}
+    done = script(slurm | training | variables | {"PYTHON": str(python), "STUB_WAIT": "1"})
+    state = Path(slurm["SLURM_STUB"])
+    assert done.returncode == codes[-1], done.stderr
+    assert [int((state / f"code-{start}").read_text()) for start in range(len(codes))] == codes
+    assert not (state / f"code-{len(codes)}").exists()
+    assert says in (state / f"output-{len(codes) - 1}").read_text()
+
+
+def test_storage_that_is_not_shared(tmp_path: Path) -> None:
+    node = (ROOT / "examples/slimqwen/slurm_node.sh").read_text().replace("{1..30}", "{1..1}")
+    (tmp_path / "node.sh").write_text(node)
+    command = ["bash", str(tmp_path / "node.sh"), "/nowhere/1.ready", "python3"]
+    done = subprocess.run(command, env=os.environ | {"SLURM_NODEID": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "SAVE must be on shared storage" in done.stderr
+
+
+def write_data(prefix: Path) -> None:
+    """400 documents of 33 tokens, as Megatron lays them out."""
+    documents, tokens = 400, np.random.default_rng(0).integers(0, 96, (400, 33)).astype(np.int32)
+    tokens.tofile(f"{prefix}.bin")
+    head = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 4, documents, documents + 1)
+    lengths, starts = np.full(documents, 33, np.int32), np.arange(documents, dtype=np.int64) * 132
+    boundaries = np.arange(documents + 1, dtype=np.int64)
+    Path(f"{prefix}.idx").write_bytes(head + lengths.tobytes() + starts.tobytes() + boundaries.tobytes())
 
 
 @contextlib.contextmanager
@@ -151,7 +209,7 @@ def submitted(slurm: dict[str, str], tmp_path: Path, *arguments: str, **more: st
     model.mkdir()
     shape = tiny_shape(num_layers=1, layer_types=("full_attention",), mtp_num_layers=0, hidden_size=32, vocab_size=96)
     (model / "config.json").write_text(to_json(tiny_hf_config(shape)))
-    write_data(tmp_path)
+    write_data(tmp_path / "data")
     small = {
         "SEQ_LENGTH": "32",
         "GLOBAL_BATCH_SIZE": "2",
@@ -159,8 +217,13 @@ def submitted(slurm: dict[str, str], tmp_path: Path, *arguments: str, **more: st
         "EVAL_ITERS": "0",
         "LOG_INTERVAL": "1",
     }
-    variables = {"SAVE": str(tmp_path / "run"), "DATA": str(tmp_path / "data"), "HF_CONFIG": str(model), "TP": "1"}
-    environment = slurm | small | variables | {"NNODES": "2", "LAUNCHER": "slurm", "PYTHONUNBUFFERED": "1"} | more
+    variables = {
+        "SAVE": str(tmp_path / "run"),
+        "DATA": str(tmp_path / "data"),
+        "HF_CONFIG": str(model),
+        "LOG_INTERVAL": "1",
+    }
+    environment = slurm | small | variables | {"NNODES": "2", "LAUNCHER": "slurm", "TRAIN_ITERS": "4000"} | more
     command = ["bash", str(SCRIPT), "--split", "1,0,0", *arguments]
     batch = subprocess.Popen(command, cwd=tmp_path, env=environment)
     try:
@@ -180,28 +243,42 @@ def wait_for(batch: subprocess.Popen[bytes], log: Path, pattern: str) -> None:
         time.sleep(0.05)
 
 
+def stop(batch: subprocess.Popen[bytes], slurm: dict[str, str], logs: Path) -> None:
+    """Let it train for some steps; then the signal."""
+    wait_for(batch, logs / "4242-0.log", r"iteration +3/")
+    os.kill(int((Path(slurm["SLURM_STUB"]) / "batch.pid").read_text()), signal.SIGUSR1)
+
+
 def iterations(log: Path) -> list[int]:
     return [int(number) for number in re.findall(r"iteration +(\d+)/", log.read_text())]
 
 
-def test_a_job_saves_at_the_signal_and_goes_on_when_it_runs_again(slurm: dict[str, str], tmp_path: Path) -> None:
-    """Two nodes, USR1 as Slurm sends it before the end of the time: saved, requeued; resumed, finished, left alone."""
+def test_a_job_of_two_nodes_saves_at_the_signal(slurm: dict[str, str], tmp_path: Path) -> None:
+    """USR1, as Slurm sends it before the end of the time, while both nodes train."""
     state, logs = Path(slurm["SLURM_STUB"]), tmp_path / "run/logs"
-    with submitted(slurm, tmp_path, "--exit-interval", "400", TRAIN_ITERS="4000", LR_WARMUP_ITERS="1") as batch:
-        wait_for(batch, logs / "4242-0.log", r"iteration +3/")
-        os.kill(int((state / "batch.pid").read_text()), signal.SIGUSR1)
+    with submitted(slurm, tmp_path, STUB_STARTS="1") as batch:
+        stop(batch, slurm, logs)
         assert batch.wait(timeout=150) == 0
-    first, second = (iterations(logs / f"4242-{start}.log") for start in (0, 1))
-    assert second[0] == first[-1] + 1 and second[-1] == 400
-    assert (tmp_path / "run/latest_checkpointed_iteration.txt").read_text() == "400"
-    outputs = [(state / f"output-{start}").read_text() for start in (0, 1)]
-    assert f"ended with code 0 at checkpoint {first[-1]}" in outputs[0] and "to be run again" in outputs[0]
-    assert f"start 2 on 2 nodes, the first is localhost; from checkpoint {first[-1]}" in outputs[1]
-    assert "to be run again" not in outputs[1]
-    assert [(state / f"code-{start}").read_text() for start in (0, 1)] == ["0", "0"]
+    done = iterations(logs / "4242-0.log")[-1]
+    assert (tmp_path / "run/latest_checkpointed_iteration.txt").read_text() == str(done)
+    assert f"ended with code 0 at checkpoint {done}" in (state / "output-0").read_text()
+    assert (state / "requeued").exists() and (state / "code-0").read_text() == "0"
     assert {"0", "1"} == {line.split(":")[0] for line in (logs / "4242-0.log").read_text().splitlines()}
     assert not list(logs.glob("*.ready"))
     assert "--signal=B:USR1@600" in (state / "options").read_text().splitlines()
+
+
+@pytest.mark.slow
+def test_a_job_that_runs_again_goes_on(slurm: dict[str, str], tmp_path: Path) -> None:
+    state, logs = Path(slurm["SLURM_STUB"]), tmp_path / "run/logs"
+    with submitted(slurm, tmp_path, "--exit-interval", "200") as batch:
+        stop(batch, slurm, logs)
+        assert batch.wait(timeout=150) == 0
+    first, second = (iterations(logs / f"4242-{start}.log") for start in (0, 1))
+    assert second[0] == first[-1] + 1 and second[-1] == 200
+    output = (state / "output-1").read_text()
+    assert f"start 2 on 2 nodes, the first is localhost; from checkpoint {first[-1]}" in output
+    assert "ended with code 0 at checkpoint 200" in output and "to be run again" not in output
 
 
 @pytest.mark.slow
@@ -217,7 +294,7 @@ def test_a_failing_job_is_not_run_again(slurm: dict[str, str], tmp_path: Path) -
 @pytest.mark.slow
 def test_a_dead_rank_ends_all_nodes(slurm: dict[str, str], tmp_path: Path) -> None:
     log = tmp_path / "run/logs/4242-0.log"
-    with submitted(slurm, tmp_path, TRAIN_ITERS="100000", STUB_WAIT="5") as batch:
+    with submitted(slurm, tmp_path, STUB_WAIT="5") as batch:
         wait_for(batch, log, r"iteration +3/")
         ranks = [p for p in psutil.Process(batch.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
         ranks[0].kill()
