@@ -1,14 +1,37 @@
 #!/usr/bin/env bash
-# Train or distil on this node (torchrun), on several (NNODES, NODE_RANK, MASTER_ADDR), or on a CPU; the same command.
+# Train or distil: on this node (torchrun, GPUs or CPU), on several by hand (NNODES, NODE_RANK, MASTER_ADDR), or as a
+# Slurm job. The same script and recipe; docs/cluster.md has the whole story.
 #
 #   TEACHER=teacher-hf STUDENT=pruned SAVE=run DATA=corpus_text_document bash examples/slimqwen/pretrain_distill.sh
+#   ... SETTINGS=h100_64 LAUNCHER=slurm bash examples/slimqwen/pretrain_distill.sh      submits itself
+#   ... SETTINGS=h100_64 sbatch --nodes 8 --gpus-per-node 8 examples/slimqwen/pretrain_distill.sh
 #
-# Arguments go to Megatron as they are and win over what is set here. DRY_RUN=1 prints the command and does nothing.
+# Arguments go to Megatron as they are and win over what is set here. DRY_RUN=1 prints the commands and does nothing.
+#SBATCH --job-name=slim
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@600
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 fail() { echo "error: $*" >&2; exit 2; }
+
+# Slurm runs a copy of the script that it keeps elsewhere; then the job was submitted from the repository, or ROOT is set.
+root=${ROOT:-$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)}
+[[ -f $root/tools/torchrun.py ]] || root=${SLURM_SUBMIT_DIR:-}
+[[ -f $root/tools/torchrun.py ]] || fail "ROOT is not set; it is the repository's directory, on storage that all nodes see"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+
+# Layout and batch for a number of GPUs, from a file that is a list of defaults: the environment wins over it.
+SETTINGS=${SETTINGS:-}
+settings_args=()
+if [[ -n $SETTINGS ]]; then
+  [[ -f $SETTINGS ]] || SETTINGS=$root/examples/slimqwen/settings/$SETTINGS.sh
+  [[ -f $SETTINGS ]] || fail "$SETTINGS: no such settings; there are $(cd "$root/examples/slimqwen/settings" && echo *.sh)"
+  # shellcheck source=examples/slimqwen/settings/h100_64.sh
+  source "$SETTINGS"
+fi
 
 # What to train. STUDENT: a checkpoint to start from, torch_dist or Hugging Face. Without one, HF_CONFIG: a directory
 # whose config.json gives the shape of a student with random weights. Without TEACHER it is plain LM + MTP-LM training.
@@ -26,12 +49,15 @@ VALID_DATA=${VALID_DATA:-} # the same, for validation; without it a part of DATA
 TP=${TP:-1}
 PP=${PP:-1}
 EP=${EP:-1}
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+gpus=${SLURM_GPUS_ON_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)}
 NPROC_PER_NODE=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : TP * PP * EP))}
 NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 MASTER_PORT=${MASTER_PORT:-29500}
+# slurm: one launcher on each node of a job. In a step of a job this script already is what runs on a node.
+LAUNCHER=${LAUNCHER:-$([[ -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]] && echo slurm || echo torchrun)}
+[[ $LAUNCHER == torchrun || $LAUNCHER == slurm ]] || fail "LAUNCHER=$LAUNCHER: it is torchrun or slurm"
 
 # SlimQwen, 400B-token setting.
 SEQ_LENGTH=${SEQ_LENGTH:-4096}
@@ -46,6 +72,14 @@ EVAL_INTERVAL=${EVAL_INTERVAL:-1000}
 EVAL_ITERS=${EVAL_ITERS:-10}
 LOG_INTERVAL=${LOG_INTERVAL:-10}
 PRECISION=${PRECISION:-$([[ $gpus -gt 0 ]] && echo bf16 || echo fp32)}
+
+if [[ $LAUNCHER == slurm ]]; then
+  # shellcheck source=examples/slimqwen/slurm.sh
+  source "$root/examples/slimqwen/slurm.sh"
+  slurm_prepare "$@"
+elif [[ ${SLURM_STEP_NUM_NODES:-1} -gt 1 && $NNODES == 1 ]]; then
+  fail "srun started this on $SLURM_STEP_NUM_NODES nodes; start it once, in the job, and it starts them (LAUNCHER=slurm)"
+fi
 
 read -r -a data <<<"$DATA"
 read -r -a valid_data <<<"$VALID_DATA"
@@ -68,21 +102,42 @@ args=(
 )
 if [[ $TP -gt 1 ]]; then args+=(--sequence-parallel); fi
 if [[ $PRECISION == bf16 ]]; then args+=(--bf16); fi
+if [[ $LAUNCHER == slurm ]]; then args+=(--exit-signal-handler); fi
 if [[ -n $STUDENT ]]; then args+=(--pretrained-checkpoint "$STUDENT"); fi
 if [[ -n $HF_CONFIG ]]; then args+=(--hf-config "$HF_CONFIG"); fi
 if [[ -n $TEACHER ]]; then args+=(--teacher-load "$TEACHER"); fi
 
-command=(
-  "${PYTHON:-python3}" "$root/tools/torchrun.py"
-  --nproc-per-node "$NPROC_PER_NODE" --nnodes "$NNODES" --node-rank "$NODE_RANK"
-  --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"
-  "$root/tools/pretrain.py" "${args[@]}" "$@"
+# Variables that ranks need, beside those of the environment. One hardware queue makes kernels start in the order in
+# which they were launched, by which tensor parallelism overlaps up to Hopper (Megatron insists on it); Blackwell has
+# another way, and there, as for overlapped all-to-all of experts, streams should not wait for each other.
+compute_capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 || true)
+if [[ " ${settings_args[*]} $* " == *" --overlap-moe-expert-parallel-comm "* || ($TP -gt 1 && ${compute_capability%%.*} -ge 10) ]]; then
+  export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-32}
+elif [[ $TP -gt 1 ]]; then
+  export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+if [[ $gpus -gt 0 || $LAUNCHER == slurm ]]; then
+  export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+  # Experts get another number of tokens in every step; blocks that can grow do not fragment memory.
+  export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+  # Kernels that Triton compiles: a home directory shared by all nodes is slow, and their compilers race.
+  export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-$UID}
+fi
+
+python=${PYTHON:-python3}
+job=(
+  --nproc-per-node "$NPROC_PER_NODE" --nnodes "$NNODES" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"
+  "$root/tools/pretrain.py" "${args[@]}" "${settings_args[@]}" "$@"
 )
+if [[ $LAUNCHER == slurm ]]; then
+  slurm_run
+  exit
+fi
+command=("$python" "$root/tools/torchrun.py" --node-rank "$NODE_RANK" "${job[@]}")
 if [[ ${DRY_RUN:-0} == 1 ]]; then
   printf '%q ' "${command[@]}"
   echo
   exit 0
 fi
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "${command[@]}"
