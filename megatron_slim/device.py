@@ -314,6 +314,13 @@ class FusedAdam(torch.optim.Optimizer):
         parameter.addcdiv_(mean, scale, value=-group["lr"] / (1 - beta1**step))
 
 
+def _refill_storage(emptied: torch.Tensor, recomputed: torch.Tensor) -> None:
+    """Give a tensor whose memory was released its content again, for all who hold it or a view of it."""
+    storage, source = emptied.untyped_storage(), recomputed.untyped_storage()
+    storage.resize_(source.nbytes())
+    storage.copy_(source)
+
+
 def _patch_core() -> None:
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
@@ -322,6 +329,11 @@ def _patch_core() -> None:
     random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
     # Drawing from the one generator there is changes the CPU's state by design.
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+    # Recomputation that discards outputs asks Transformer Engine about FP8, and compiles a C++ extension.
+    random.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)
+    random.activation_recompute_forward = random.fp8_autocast = lambda **_: contextlib.nullcontext()
+    random._get_share_storage = lambda: _refill_storage
 
     def move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
