@@ -102,9 +102,9 @@ class HiddenDistillation(nn.Module):
         self.sums: dict[LayerPair, Tensor] = {}
         config = student.config
         self.tp = student.pg_collection.tp if config.sequence_parallel else None
-        self.projections = nn.ModuleDict(
-            {_key(pair): Projection(student, teacher, seed + number) for number, pair in self._numbered(config)}
-        )
+        # A seed for each pair that is the same in whatever stage it lies.
+        seeds = {pair: seed + pair[0] + pair[1] * config.num_layers for pair in self.pairs}
+        self.projections = nn.ModuleDict({_key(pair): Projection(student, teacher, seeds[pair]) for pair in self.pairs})
         self._now: _MicroBatch | None = None
         # Full recomputation runs a layer first without graph and again in backward, by when other micro-batches have
         # come in. Schedules go back through micro-batches in the order in which they came.
@@ -114,11 +114,6 @@ class HiddenDistillation(nn.Module):
             own[pair[0]].register_forward_hook(partial(self._learn, pair))
         for layer in {layer for _, layer in self.pairs}:
             others[layer].register_forward_hook(partial(self._keep, layer))
-
-    def _numbered(self, config: Any) -> Iterator[tuple[int, LayerPair]]:
-        """Pairs and a number for each that is the same in whatever stage it lies."""
-        for own, other in self.pairs:
-            yield other * config.num_layers + own, (own, other)
 
     @contextlib.contextmanager
     def lesson(self, lesson: HiddenLesson | None) -> Iterator[None]:

@@ -92,7 +92,7 @@ def _check_start(shape: ModelShape, args: Any) -> None:
             raise CheckpointError("holds no checkpoint", where=args.load, fix="check --load")
         return
     checkpoint = open_checkpoint(start, args.hf_config if is_torch_dist(Path(start)) else None)
-    if args.load is not None and start.is_relative_to(args.load):
+    if args.load is not None and (args.ckpt_step or holds_checkpoint(args.load)):
         check_projections(checkpoint, args)
     found = checkpoint.shape
     differing = [
