@@ -30,6 +30,9 @@ from megatron_slim.errors import CheckpointError, summarise
 
 # What Megatron saves beside the weights; none of it describes the model.
 _NOT_WEIGHTS = ("optimizer", "chained_", "opt_param_scheduler", "rng_state", "rerun_state_machine")
+# What hidden-state distillation has learned beside the model: projections that the run needs to go on, and nobody else.
+HIDDEN_KD = "hidden_kd."
+_NOT_THE_MODEL = (*_NOT_WEIGHTS, HIDDEN_KD)
 
 
 def iteration_directory(path: Path) -> Path:
@@ -69,6 +72,7 @@ class DistCheckpoint:
         names: every Hugging Face tensor name, in the order of the architecture table.
         dtypes: type of every Hugging Face tensor by name.
         num_ignored: entries that are not weights (optimizer, random state, ...).
+        left_out: names of tensors that training learned and that are no part of the model, `HIDDEN_KD`.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class DistCheckpoint:
         tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
         self._entries = {key: tensors[key] for weight in self.weights for key, _ in split_keys(weight, shape)}
         self.num_ignored = len(metadata.state_dict_metadata) - len(self._entries)
+        self.left_out = tuple(sorted(key for key in tensors if key.startswith(HIDDEN_KD)))
         self.allow_nonfinite = allow_nonfinite
         self.pieces = locate_pieces(path, self._entries, metadata.storage_data)
         self._longest = {key: max(piece.sizes[0] for piece in pieces) for key, pieces in self.pieces.items()}
@@ -218,7 +223,7 @@ def _check_against_table(
     tensors = {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
     faults = {
         "missing weights": [key for key in table if key not in tensors],
-        "unknown weights": [key for key in tensors if key not in table and not key.startswith(_NOT_WEIGHTS)],
+        "unknown weights": [key for key in tensors if key not in table and not key.startswith(_NOT_THE_MODEL)],
         "wrong shapes": [
             f"{key} {list(tensors[key].size)}, config.json says {list(extents)}"
             for key, (weight, extents) in table.items()

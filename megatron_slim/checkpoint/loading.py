@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.convert import Checkpoint
-from megatron_slim.checkpoint.distributed import DistCheckpoint
+from megatron_slim.checkpoint.distributed import HIDDEN_KD, DistCheckpoint
 from megatron_slim.checkpoint.layout import split_keys, to_megatron
 from megatron_slim.errors import CheckpointError, summarise
 
@@ -54,6 +54,8 @@ def load_hf_weights(models: nn.Module | Sequence[nn.Module], checkpoint: Checkpo
         models: a model, or the list of its virtual pipeline stages; wrappers (DDP, Float16Module) are looked through.
         checkpoint: where the weights come from.
 
+    What hidden-state distillation learns beside the model stays as it is.
+
     Raises:
         CheckpointError: the model has a weight that the checkpoint lacks, or the checkpoint one that no rank has.
     """
@@ -89,7 +91,8 @@ def _load_stage(model: nn.Module, regions: _Regions) -> set[str]:
 
     state = model.sharded_state_dict()  # type: ignore[operator]
     apply_factories(state)
-    shards = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
+    tensors = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
+    shards = [shard for shard in tensors if not shard.key.startswith(HIDDEN_KD)]
     if unknown := sorted({shard.key for shard in shards} - regions.table.keys()):
         raise CheckpointError(
             f"{len(unknown)} weights of the model are not in the checkpoint: {summarise(unknown)}",
@@ -100,8 +103,9 @@ def _load_stage(model: nn.Module, regions: _Regions) -> set[str]:
         _fill(shard, regions)
         filled[shard.data.untyped_storage().data_ptr()] += shard.data.numel()
     expected: Counter[int] = Counter()
-    for parameter in model.parameters():
-        expected[parameter.untyped_storage().data_ptr()] += parameter.numel()
+    for name, parameter in model.named_parameters():
+        if not name.startswith(HIDDEN_KD):
+            expected[parameter.untyped_storage().data_ptr()] += parameter.numel()
     assert filled == expected, "sharded_state_dict does not cover the model's parameters exactly once"
     return {shard.key for shard in shards}
 

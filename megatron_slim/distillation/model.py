@@ -11,7 +11,10 @@ Shapes: s sequence (of this rank, under sequence parallelism), b batch, h hidden
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.mappings import (
@@ -24,6 +27,8 @@ from torch import Tensor
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.distillation.divergences import KDLoss
 from megatron_slim.distillation.fused import Lesson, OutputLayer, Target, default_chunk, fused_losses
+from megatron_slim.distillation.hidden import HiddenDistillation, HiddenLesson, layers_of
+from megatron_slim.distillation.layer_pairs import LayerPair
 from megatron_slim.distillation.losses import TokenLosses, shift
 from megatron_slim.distillation.vocabulary import VocabShard
 
@@ -45,6 +50,10 @@ class DistillationModel(HiddenStatesModel):
     kd_loss: KDLoss = KDLoss()
     loss_chunk: int | None = None  # rows whose logits are in memory at once; None: what suits the device
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.hidden_kd: HiddenDistillation | None = None  # a submodule where there is one: its projections are learned
+
     def attach_teacher(self, teacher: HiddenStatesModel, mtp_kd_target: str) -> None:
         """Put a frozen teacher of the same pipeline stage beside the student.
 
@@ -61,6 +70,20 @@ class DistillationModel(HiddenStatesModel):
         self.config = copy.copy(self.config)
         teacher_bytes = teacher.config.hidden_size * _between_stages(teacher.config).itemsize
         self.config.hidden_size += teacher_bytes // _between_stages(self.config).itemsize
+
+    def attach_hidden_distillation(self, pairs: Sequence[LayerPair], kind: str, seed: int) -> None:
+        """Let layers of this stage learn from the teacher's layers of this stage.
+
+        Args:
+            pairs: those of the whole model; no pair lies in two stages.
+            kind: of the loss, as `hidden.token_losses`.
+            seed: of the projections.
+        """
+        here = [pair for pair in pairs if pair[0] in layers_of(self)]
+        if here:
+            assert self.teacher is not None
+            share = 1.0 / len(pairs)
+            self.hidden_kd = HiddenDistillation(self, self.teacher, here, kind=kind, seed=seed, share=share)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Take what the previous stage sent: [s, b, student h + teacher h in numbers of the student's dtype]."""
@@ -87,6 +110,7 @@ class DistillationModel(HiddenStatesModel):
         attention_mask: Tensor | None,
         labels: Tensor | None = None,
         expected: TokenLosses | None = None,
+        hidden_lesson: HiddenLesson | None = None,
     ) -> Tensor:
         """Run this stage of both models.
 
@@ -97,16 +121,19 @@ class DistillationModel(HiddenStatesModel):
             labels: [b, s], on the last stage.
             expected: gradients that backward will bring each of the returned terms, where they are known already:
                 logits are then computed once instead of twice (`fused_losses`).
+            hidden_lesson: in a training step, for the layers that learn from the teacher's; None, they do not.
 
         Returns:
             [s, b, student h + teacher h in numbers of the student's dtype]; on the last stage `TokenLosses.stack`,
             [terms, b, s].
         """
-        hidden = super().forward(input_ids, position_ids, attention_mask)
         teacher_hidden = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                teacher_hidden = self.teacher(input_ids, position_ids, attention_mask)
+        with contextlib.nullcontext() if self.hidden_kd is None else self.hidden_kd.lesson(hidden_lesson):
+            # The teacher first: layers of the student may learn from its.
+            if self.teacher is not None:
+                with torch.no_grad():
+                    teacher_hidden = self.teacher(input_ids, position_ids, attention_mask)
+            hidden = super().forward(input_ids, position_ids, attention_mask)
         if self.post_process:
             assert labels is not None
             return self._token_losses(hidden, teacher_hidden, labels, expected).stack()

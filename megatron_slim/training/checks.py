@@ -24,6 +24,7 @@ from megatron_slim.distillation.model import TEACHER_MTP
 from megatron_slim.errors import CheckpointError, DataError, SlimError, summarise
 from megatron_slim.files import read_json
 from megatron_slim.training.arguments import padded_vocab_size
+from megatron_slim.training.hidden_kd import check_projections, hidden_violations
 from megatron_slim.training.libraries import library_violations
 from megatron_slim.training.loss_checks import loss_violations
 from megatron_slim.training.resume import faults_of, mend_tracker
@@ -50,7 +51,7 @@ def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
     teacher = open_checkpoint(args.teacher_load).shape if args.teacher_load is not None else None
     small = [f"{name} parallel size {size} is not positive" for name, size in _sizes(args).items() if size < 1]
     found = small or _process_violations(args) + stage_violations(args) + _model_violations("student", shape, args)
-    found += loss_violations(shape, args) + library_violations(args)
+    found += loss_violations(shape, args) + library_violations(args) + hidden_violations(shape, teacher, args)
     if teacher is not None and not small:
         found += _model_violations("teacher", teacher, args) + _pair_violations(shape, teacher, args)
     if found:
@@ -71,6 +72,17 @@ def holds_checkpoint(directory: str | None) -> bool:
     return directory is not None and (Path(directory) / TRACKER).exists()
 
 
+def starts_by_ourselves(args: Any) -> bool:
+    """Whether the student's weights do not come through Megatron.
+
+    That is a ``--pretrained-checkpoint`` in Hugging Face's format, and any where projections are to be learned, which
+    Megatron would look for in it. Like Megatron's own, it counts only as long as ``--load`` holds no checkpoint.
+    """
+    path = args.pretrained_checkpoint
+    ours = path is not None and (bool(args.hidden_kd_layers) or not is_torch_dist(Path(path)))
+    return ours and not holds_checkpoint(args.load)
+
+
 def _check_start(shape: ModelShape, args: Any) -> None:
     """See that the weights to start from are whole and the student's."""
     for directory in sorted({path for path in (args.load, args.save) if path is not None}):
@@ -80,7 +92,10 @@ def _check_start(shape: ModelShape, args: Any) -> None:
         if args.load is not None and args.exit_on_missing_checkpoint:  # Megatron would exit with status 0
             raise CheckpointError("holds no checkpoint", where=args.load, fix="check --load")
         return
-    found = open_checkpoint(start, args.hf_config if is_torch_dist(Path(start)) else None).shape
+    checkpoint = open_checkpoint(start, args.hf_config if is_torch_dist(Path(start)) else None)
+    if args.load is not None and (args.ckpt_step or holds_checkpoint(args.load)):
+        check_projections(checkpoint, args)
+    found = checkpoint.shape
     differing = [
         f"{name} {size}, not {shape.sizes[name]}" for name, size in found.sizes.items() if size != shape.sizes[name]
     ]
@@ -107,13 +122,16 @@ def _start(args: Any) -> Path | None:
 
 
 def _check_integrity(args: Any) -> None:
-    """See that --verify-integrity verifies all: Megatron what it loads itself, and we, on one rank, the teacher."""
-    for path in filter(None, (_start(args), args.teacher_load)):
-        if is_torch_dist(path):
-            _check_manifest(iteration_directory(path))
-    if args.teacher_load is not None and is_torch_dist(args.teacher_load) and args.rank == 0:
+    """See that --verify-integrity verifies all: Megatron what it loads itself, and we, on one rank, what we do."""
+    start = _start(args)
+    for path in filter(None, (start, args.teacher_load)):
+        if not is_torch_dist(path):
+            continue
+        _check_manifest(iteration_directory(path))
+        if args.rank != 0 or (path == start and not starts_by_ourselves(args)):
+            continue
         try:
-            verify_integrity_manifest(str(iteration_directory(args.teacher_load)))
+            verify_integrity_manifest(str(iteration_directory(path)))
         except CheckpointingException as error:
             raise CheckpointError(str(error)) from None
 

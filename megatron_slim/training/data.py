@@ -53,9 +53,11 @@ def build_datasets(num_samples: tuple[int, int | None, int | None]) -> list[Any]
 
 
 def next_batch(
-    iterator: Iterator[dict[str, Tensor]] | None, vocab_size: int, vp_stage: int | None, *, tokens_on_last_stage: bool
+    iterator: Iterator[dict[str, Tensor]] | None, vocab_size: int, vp_stage: int | None, *, whole: bool
 ) -> Batch:
     """This rank's part of the next micro-batch; None for what its pipeline stage does not need.
+
+    Without ``whole`` that is tokens and positions on the first stage, labels and mask on the last, nothing between.
 
     Raises:
         DataError: a token id is outside the vocabulary.
@@ -63,7 +65,7 @@ def next_batch(
     args = get_args()
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-    if not (first or last):
+    if not (first or last or whole):
         return dict.fromkeys(BATCH_KEYS)
     batch: dict[str, Any] = {}
     if parallel_state.get_tensor_model_parallel_rank() == 0:
@@ -71,7 +73,7 @@ def next_batch(
         sample = next(iterator)
         check_token_ids(sample, vocab_size)
         batch = {key: sample[key].cuda(non_blocking=True) for key in BATCH_KEYS}
-    whole: Batch = get_batch_on_this_tp_rank(
+    mine: Batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=False,
         is_hybrid_cp=False,
@@ -82,12 +84,12 @@ def next_batch(
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=last and tokens_on_last_stage,
+        mtp_on_this_rank=whole,  # so called, it is all of the batch
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
         is_pipeline_first_stage=first,
         is_pipeline_last_stage=last,
     )
-    return whole
+    return mine
 
 
 def check_token_ids(sample: dict[str, Tensor], vocab_size: int) -> None:

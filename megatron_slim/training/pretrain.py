@@ -42,9 +42,10 @@ from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, Distilla
 from megatron_slim.errors import EXIT_USER_ERROR, CheckpointError, SlimError
 from megatron_slim.files import new_directory, to_json, write_atomic
 from megatron_slim.training.arguments import install_argv, padded_vocab_size, shape_directory
-from megatron_slim.training.checks import check_run, holds_checkpoint
+from megatron_slim.training.checks import check_run, starts_by_ourselves
 from megatron_slim.training.data import Batch, build_datasets, next_batch
 from megatron_slim.training.finite import FiniteWatch
+from megatron_slim.training.hidden_kd import HiddenLog, check_stages, hidden_lesson
 from megatron_slim.training.libraries import missing_libraries
 from megatron_slim.training.slim_arguments import MEGATRON_HELP, TOP_K, add_slim_arguments, loss_schedules
 from megatron_slim.training.stage_layout import plan_stages
@@ -65,6 +66,7 @@ class Run:
     teacher_layout: str | None = None
     chunks: list[DistillationModel] = dataclasses.field(default_factory=list)
     watch: FiniteWatch = dataclasses.field(default_factory=FiniteWatch)
+    hidden_log: HiddenLog = dataclasses.field(default_factory=partial(HiddenLog, ()))
 
     def model_provider(
         self,
@@ -97,19 +99,26 @@ class Run:
         student.loss_chunk = args.loss_chunk_size
         if self.teacher_shape is not None:
             student.attach_teacher(self._build_teacher(base, stage), self.mtp_kd_target)
-        student.config.finalize_model_grads_func = self.watch.finalize_grads
+            student.attach_hidden_distillation(self.hidden_log.pairs, args.hidden_kd_loss, args.seed)
+        student.config.finalize_model_grads_func = self.finalize_grads
         self.chunks.append(student)
         if len(self.chunks) == (args.virtual_pipeline_model_parallel_size or 1):
             self._load_weights()
         return student
 
+    def finalize_grads(self, *args: Any, **kwargs: Any) -> None:
+        """Megatron's ``finalize_model_grads_func``: the end of an iteration."""
+        self.hidden_log.finish(self.chunks, self.watch)
+        self.watch.finalize_grads(*args, **kwargs)
+
     def _load_weights(self) -> None:
-        """Fill the teacher, and the student where it starts from a Hugging Face directory; all chunks are built."""
+        """Fill the teacher, and the student where Megatron does not; all chunks are built."""
         if self.teacher_shape is not None:
             teachers = [chunk.teacher for chunk in self.chunks if chunk.teacher is not None]
             load_hf_weights(teachers, open_checkpoint(get_args().teacher_load))
         if self.student_load is not None:
-            load_hf_weights(self.chunks, open_checkpoint(self.student_load))
+            config = get_args().hf_config if is_torch_dist(self.student_load) else None
+            load_hf_weights(self.chunks, open_checkpoint(self.student_load, config))
 
     def _build_teacher(self, base: TransformerConfig, stage: dict[str, Any]) -> HiddenStatesModel:
         assert self.teacher_shape is not None
@@ -134,9 +143,11 @@ class Run:
         return datasets
 
     def batch(self, iterator: Iterator[Any], vp_stage: int | None) -> Batch:
-        """What this stage needs of the next micro-batch; MTP blocks need the tokens on the last stage."""
+        """What this stage needs of the next micro-batch: MTP blocks the tokens, layers that learn the loss mask."""
         has_mtp = bool(self.shape.mtp_num_layers or (self.teacher_shape and self.teacher_shape.mtp_num_layers))
-        return next_batch(iterator, self.shape.vocab_size, vp_stage, tokens_on_last_stage=has_mtp)
+        chunk = self.chunks[vp_stage or 0]
+        whole = (chunk.post_process and has_mtp) or chunk.hidden_kd is not None
+        return next_batch(iterator, self.shape.vocab_size, vp_stage, whole=whole)
 
     def forward_step(self, iterator: Iterator[Any], model: Any) -> tuple[Tensor, Callable[..., Any]]:
         """One micro-batch through one stage, and the function that reduces its losses on the last one."""
@@ -150,7 +161,8 @@ class Run:
         weights, expected = _loss_weights(), None
         if last and torch.is_grad_enabled():
             expected = self.expected_gradients(loss_mask, weights, position_ids)
-        output = model(batch["tokens"], position_ids, None, batch["labels"], expected=expected)
+        lesson = hidden_lesson(self.chunks[vp_stage or 0], loss_mask)
+        output = model(batch["tokens"], position_ids, None, batch["labels"], expected=expected, hidden_lesson=lesson)
         label = "" if model.training else "validation "
         if not last:
             for name, states in get_attr_wrapped_model(model, "states_between_stages")(output).items():
@@ -172,7 +184,10 @@ class Run:
         total, tokens, report = combine(losses, loss_mask, weights, position_ids)
         for name, (value, _) in report.items():
             self.watch.add("loss", f"{label}{name}", vp_stage, value)
-        return total, tokens.to(torch.int), {name: torch.stack(pair) for name, pair in report.items()}
+        logged = {name: torch.stack(pair) for name, pair in report.items()}
+        if self.hidden_log.pairs and not label:
+            logged |= self.hidden_log.report(tokens)
+        return total, tokens.to(torch.int), logged
 
     def expected_gradients(
         self, loss_mask: Tensor | None, weights: LossWeights, position_ids: Tensor | None
@@ -222,16 +237,11 @@ def _mtp_kd_target(shape: ModelShape, teacher: ModelShape | None, args: Any) -> 
     return args.mtp_kd_target or (TEACHER_MTP if enough else TEACHER_MAIN)
 
 
-def _hugging_face_start(args: Any) -> Path | None:
-    """Where the student's weights come from if not through Megatron: a Hugging Face ``--pretrained-checkpoint``.
-
-    Like Megatron with its own format, it counts only as long as ``--load`` holds no checkpoint to resume from.
-    """
-    if args.pretrained_checkpoint is None or is_torch_dist(Path(args.pretrained_checkpoint)):
+def _own_start(args: Any) -> Path | None:
+    """Where the student's weights come from if not through Megatron, which then does not look there."""
+    if not starts_by_ourselves(args):
         return None
     path, args.pretrained_checkpoint = Path(args.pretrained_checkpoint), None
-    if holds_checkpoint(args.load):
-        return None
     args.exit_on_missing_checkpoint = False  # Megatron does not see where the weights come from
     return path
 
@@ -280,8 +290,9 @@ def main(argv: list[str]) -> None:
     if parsed.rank == 0 and parsed.pipeline_model_parallel_size > 1:
         print(layout.table(), flush=True)
     sys.argv[1:] = layout.command_line(sys.argv[1:])
+    check_stages(parsed.hidden_kd_layers, layout.stages)
     args = _validated_arguments()
-    run = Run(shape, teacher, target, _hugging_face_start(args), layout.teacher)
+    run = Run(shape, teacher, target, _own_start(args), layout.teacher, hidden_log=HiddenLog(args.hidden_kd_layers))
     if args.save and args.rank == 0:
         keep_hf_files(source, Path(args.save))
     provider = partial(run.datasets_provider)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_slim.cli import ToolParser
+from megatron_slim.distillation.layer_pairs import FLAG, parse_layer_pairs
 from megatron_slim.distillation.schedule import SHAPES, Schedule
 
 MEGATRON_HELP = "--help-megatron"
@@ -85,15 +87,39 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="Tokens whose logits are in memory at once. Default: 512 on a CPU, 1024 on a GPU.",
     )
     for name, shape, start, end in (("kd-lambda", "linear", 1.0, 0.75), ("mtp-beta", "cosine", 0.3, 0.1)):
-        group.add_argument(f"--{name}-schedule", choices=sorted(SHAPES), default=shape, help="SlimQwen section 3.3.")
-        group.add_argument(f"--{name}-start", type=float, default=start)
-        group.add_argument(f"--{name}-end", type=float, default=end)
+        _add_schedule(group, name, shape, start, end, "SlimQwen section 3.3.")
+    group.add_argument(
+        FLAG,
+        type=parse_layer_pairs,
+        default=(),
+        metavar="S:T,...",
+        help="Layers of the student, and for each a layer of the teacher from whose hidden states it learns through a "
+        "learned projection; both from 0, as in model.layers.N, and in one pipeline stage. Default: none.",
+    )
+    group.add_argument(
+        "--hidden-kd-loss",
+        choices=("cosine", "mse"),
+        default="cosine",
+        help="What that minimises: 1 - cosine, or the mean of squared differences.",
+    )
+    _add_schedule(group, "hidden-kd-weight", "constant", 1.0, 1.0, "What that loss is multiplied by.")
     group.add_argument(
         "--no-teacher-check",
         action="store_true",
         help="Train even if the teacher's cross entropy on the first batch is no better than guessing.",
     )
     return parser
+
+
+def _add_schedule(group: Any, name: str, shape: str, start: float, end: float, about: str) -> None:
+    group.add_argument(f"--{name}-schedule", choices=sorted(SHAPES), default=shape, help=about)
+    group.add_argument(f"--{name}-start", type=float, default=start)
+    group.add_argument(f"--{name}-end", type=float, default=end)
+
+
+def hidden_schedule(args: argparse.Namespace) -> Schedule:
+    """Schedule of the weight of hidden-state distillation."""
+    return Schedule(args.hidden_kd_weight_schedule, args.hidden_kd_weight_start, args.hidden_kd_weight_end)
 
 
 def loss_schedules(args: argparse.Namespace) -> tuple[Schedule, Schedule]:

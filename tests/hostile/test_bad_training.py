@@ -97,6 +97,21 @@ CASES = {
         "--kd-top-k 121 is not between 1 and the vocabulary's 120; --kd-loss and --kd-temperature need a teacher; "
         "give --teacher-load; --loss-chunk-size 0 is not positive",
     ),
+    "hidden states of nobody": (
+        "--hidden-kd-layers 0:1",
+        "--hidden-kd-layers needs a teacher; give --teacher-load",
+    ),
+    "hidden states of no layer": (
+        "--hidden-kd-loss mse",
+        "--hidden-kd-* has no effect without --hidden-kd-layers",
+    ),
+    "layers that are not there": (
+        "--teacher-load teacher --hidden-kd-layers 4:1,1:4,1:9,0:0,0:0 --hidden-kd-weight-end -1 "
+        "--cuda-graph-impl local",
+        "--hidden-kd-weight-end -1 is not a weight: it must be finite and not negative; --cuda-graph-impl cannot be "
+        "combined with --hidden-kd-layers; --hidden-kd-layers names 0:0 2 times; --hidden-kd-layers: the student has "
+        "layers 0 to 3, not 4; --hidden-kd-layers: the teacher has layers 0 to 3, not 4, 9",
+    ),
     "without effect": (
         "--reset-attention-mask --mtp-detach-heads",
         "--mtp-detach-heads is not supported: the output layer learns from all heads; --reset-attention-mask is not "
@@ -167,6 +182,31 @@ def test_refused(files: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         main(argv)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert sorted(files.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "--hidden-kd-layers 0:1,1:3",
+            "--hidden-kd-layers: layers of a pair lie in different pipeline stages: 1:3 (stages 1 and 2 of 2; stage 1 "
+            "has layers 0-1 of the student, 0-1 of the teacher); choose layers of one stage, or other stages by",
+        ),
+        (
+            "--hidden-kd-layers 0:2 --num-virtual-stages-per-pipeline-rank 2",
+            "0:2 (stages 1 and 3 of 4; stage 1 has layers 0-0 of the student, 0-0 of the teacher)",
+        ),
+    ],
+)
+def test_layers_of_two_stages(files: Path, options: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(files)
+    for name, value in {"MASTER_ADDR": "localhost", "WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    argv = f"{GIVEN} --teacher-load teacher --pipeline-model-parallel-size 2 {options}".split()
+    monkeypatch.setattr(sys, "argv", ["pretrain", *argv])
+    with pytest.raises(SlimError) as caught:
+        main(argv)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

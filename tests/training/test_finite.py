@@ -13,6 +13,7 @@ from megatron_slim import device
 
 device.install()
 
+from megatron_slim.distillation import hidden  # noqa: E402
 from megatron_slim.distillation.losses import TokenLosses  # noqa: E402
 from megatron_slim.distillation.model import DistillationModel  # noqa: E402
 from megatron_slim.testing import run_distributed  # noqa: E402
@@ -72,6 +73,21 @@ def break_gradient() -> None:
     pretrain.Run.model_provider = broken  # type: ignore[method-assign]
 
 
+def break_hidden_loss() -> None:
+    """One token's loss of a pair of layers is infinite on the first stage, its gradient is not."""
+    losses = hidden.token_losses
+
+    def broken(projected: Any, target: Any, kind: str) -> Any:
+        found = losses(projected, target, kind)
+        if iteration() == AT and torch.distributed.get_rank() == 0:
+            much = torch.zeros_like(found)
+            much[3, 0] = torch.inf
+            found = found + much
+        return found
+
+    hidden.token_losses = broken  # type: ignore[assignment]
+
+
 FAULTS = {
     # Ranks, flags, how it breaks, what every rank must say.
     "student": (
@@ -93,6 +109,12 @@ FAULTS = {
         break_gradient,
         "gradients are not finite, the losses are; on pipeline stage 2 of 2 (rank 1): "
         "decoder.final_layernorm.weight is nan; ",
+    ),
+    "hidden states": (
+        2,
+        f"{PP2} --hidden-kd-layers 0:1,2:2",
+        break_hidden_loss,
+        "hidden distillation loss 0:1 is inf; first seen on pipeline stage 1 of 2 (rank 0)",
     ),
     "everywhere": (
         4,
