@@ -168,10 +168,10 @@ def published_layers(args: argparse.Namespace, **changes: Any) -> dict[str, Any]
     import torch
     from megatron.core.transformer.spec_utils import build_module
 
-    from benchmarks.estimate import RATES, SAMPLES, SEQ_LENGTH
     from benchmarks.models import PUBLISHED, model_bytes, shape_of
     from megatron_slim.architecture.layer_specs import layer_spec
     from megatron_slim.device import default_dtype
+    from megatron_slim.planning.preparation import ASSUMED, SAMPLES, SEQ_LENGTH
     from megatron_slim.pruning.block import block_config, rotary_embedding
     from megatron_slim.pruning.recorder import BlockRecorder
 
@@ -195,9 +195,28 @@ def published_layers(args: argparse.Namespace, **changes: Any) -> dict[str, Any]
         del layer, one_pass
     passes = SAMPLES * SEQ_LENGTH / args.layer_tokens
     computing = passes * sum(seconds[shape.layer_type(block)] for block in shape.blocks)
-    reading = model_bytes(shape) / RATES["disk_bytes_per_second"]
+    reading = model_bytes(shape) / ASSUMED["disk_bytes_per_second"]
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return {"measured_80b_minutes": (computing + reading) / 60, "layer_seconds": seconds, "device": name}
+
+
+def estimate() -> dict[str, Any]:
+    """The published model on one H200: minutes and host memory, with everything that went into them."""
+    from megatron_slim.architecture.published import QWEN3_NEXT_80A3B
+    from megatron_slim.planning.preparation import ASSUMED, calibration
+
+    found = calibration(QWEN3_NEXT_80A3B.shape)
+    return {
+        "estimate_80b_minutes": found.minutes,
+        "estimate_80b_host_gib": found.host,
+        "estimate_80b_host_gib_with_work_dir": found.host_with_work_dir,
+        "estimate_80b": {
+            "flops": found.flops,
+            "seconds": found.seconds,
+            "host_gib": found.host_gib,
+            "assumed": ASSUMED,
+        },
+    }
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
@@ -207,16 +226,12 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     device.install()
     import torch
 
-    from benchmarks.estimate import estimate
-    from benchmarks.models import PUBLISHED, model_bytes, shape_of
-
     device.init_single_process()
-    published = shape_of(PUBLISHED)
     with torch.no_grad():
         if args.published_layers:
             results = published_layers(args)
         else:
-            results = expert_pass(args) | similarities(args) | estimate(published, model_bytes(published))
+            results = expert_pass(args) | similarities(args) | estimate()
     if not args.json:
         for name, value in results.items():
             if isinstance(value, float):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from megatron_slim.architecture.published import QWEN3_NEXT_80A3B
 from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
 from megatron_slim.architecture.table import count_parameters, hf_tensors, weights
 from megatron_slim.errors import SlimError
@@ -23,48 +24,7 @@ MAX_SHARD_BYTES = 4_000_000_000
 RECIPES = Path(__file__).resolve().parents[1] / "examples" / "slimqwen" / "recipes"
 RECIPE = RECIPES / "qwen3_next_80a3b_to_23a2b.yaml"
 
-# config.json of Qwen3-Next-80B-A3B: no layer_types, and nothing that says there is an MTP block.
-PUBLISHED: dict[str, Any] = {
-    "architectures": ["Qwen3NextForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "decoder_sparse_step": 1,
-    "eos_token_id": 151645,
-    "full_attention_interval": 4,
-    "head_dim": 256,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "initializer_range": 0.02,
-    "intermediate_size": 5120,
-    "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 128,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-    "linear_value_head_dim": 128,
-    "max_position_embeddings": 262144,
-    "mlp_only_layers": [],
-    "model_type": "qwen3_next",
-    "moe_intermediate_size": 512,
-    "norm_topk_prob": True,
-    "num_attention_heads": 16,
-    "num_experts": 512,
-    "num_experts_per_tok": 10,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 2,
-    "output_router_logits": False,
-    "partial_rotary_factor": 0.25,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 10000000,
-    "router_aux_loss_coef": 0.001,
-    "shared_expert_intermediate_size": 512,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "use_cache": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
+PUBLISHED = QWEN3_NEXT_80A3B.config
 _SCALED_WITH_HIDDEN = (
     "head_dim linear_key_head_dim linear_value_head_dim moe_intermediate_size shared_expert_intermediate_size"
 ).split()

@@ -44,8 +44,8 @@ def parse_args() -> argparse.Namespace:
 
 def forward_flops(config: dict[str, Any]) -> tuple[float, float]:
     """Per token, of the transformer blocks that a pipeline is divided into, and of MTP blocks and heads."""
-    from benchmarks.estimate import flops_per_token
     from benchmarks.models import shape_of
+    from megatron_slim.planning.preparation import flops_per_token
 
     shape = shape_of(config)
     trunk = sum(flops_per_token(replace(shape, mtp_num_layers=0)).values())

@@ -11,19 +11,11 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-FORWARD, BACKWARD, TEACHER, OPTIMIZER = "forward", "backward", "teacher", "optimizer"
+from megatron_slim.planning.schedule import BACKWARD, FORWARD, Task, one_forward_one_backward
+
+TEACHER, OPTIMIZER = "teacher", "optimizer"
 SETTLING = 4  # steps
-
-
-class Task(NamedTuple):
-    """Work that is not interrupted; ``batch`` counts micro-batches through all steps."""
-
-    kind: str
-    batch: int
-    stage: int
-    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,23 +58,6 @@ class Pipeline:
         if task.kind == BACKWARD:
             return self.backward[task.stage]
         return self.forward[task.stage] + (self.teacher[task.stage] if self.ahead is None else 0.0)
-
-
-def one_forward_one_backward(pipeline: Pipeline, rank: int) -> Iterator[Task]:
-    """A rank's forward and backward passes of one step, in Megatron's order."""
-    p, v, total = pipeline.ranks, pipeline.virtual, pipeline.micro_batches * pipeline.virtual
-
-    def task(kind: str, number: int) -> Task:
-        chunk = number // p % v
-        stage = rank + p * (chunk if kind == FORWARD else v - 1 - chunk)
-        return Task(kind, number if v == 1 else number // (p * v) * p + number % p, stage)
-
-    warm_up = min(total, p - rank - 1 if v == 1 else 2 * (p - rank - 1) + (v - 1) * p)
-    yield from (task(FORWARD, number) for number in range(warm_up))
-    for number in range(warm_up, total):
-        yield task(FORWARD, number)
-        yield task(BACKWARD, number - warm_up)
-    yield from (task(BACKWARD, number) for number in range(total - warm_up, total))
 
 
 @dataclass
@@ -144,8 +119,8 @@ class Simulation:
         return Outcome(seconds, 1 - work / seconds, self.most_held)
 
     def _student(self, rank: int, steps: int) -> list[Task]:
-        once = list(one_forward_one_backward(self.pipeline, rank))
-        m = self.pipeline.micro_batches
+        p, m = self.pipeline, self.pipeline.micro_batches
+        once = list(one_forward_one_backward(p.ranks, m, p.virtual, rank))
         return [task._replace(batch=task.batch + step * m) for step in range(steps) for task in once]
 
     def _teacher(self, rank: int, steps: int) -> list[Task]:

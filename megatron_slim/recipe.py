@@ -115,6 +115,8 @@ class Recipe:
             empty.
         budget: bounds, given in ``target``, that the sizes it leaves out are searched under.
         search: how they are searched.
+        source: the model it was written for, for planning without one: a name in `architecture.published.MODELS`, or
+            a directory with a config.json, relative to the recipe; "" where it says none. Pruning takes any model.
     """
 
     target: Target
@@ -125,6 +127,7 @@ class Recipe:
     stages: tuple[Recipe, ...] = ()
     budget: Budget | None = None
     search: Search = field(default_factory=Search)
+    source: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As a version 1 document, all defaults filled in; of a recipe to follow, not of a schedule."""
@@ -135,7 +138,8 @@ class Recipe:
             sections["target"] |= _given(dataclasses.asdict(self.budget))
             sections["search"] = self.search.to_dict()
         stage = {} if self.stage is None else {"stage": _given(dataclasses.asdict(self.stage))}
-        return {"version": VERSION, **sections, **stage}
+        source = {"source": self.source} if self.source else {}
+        return {"version": VERSION, **source, **sections, **stage}
 
 
 SECTIONS: dict[str, type] = {"target": Target, "depth": Depth, "width": Width, "experts": Experts}
@@ -176,7 +180,9 @@ def parse_recipe(document: Any, *, where: str = "recipe") -> Recipe:
         kind = type(document).__name__
         raise RecipeError(f"a recipe is a mapping, not {kind}", where=where, fix="start it with 'version: 1'")
     found = _version_violations(document)
-    found += unknown_keys(document, ["version", *SECTIONS, "search", "stages", "stage"], "")
+    found += unknown_keys(document, ["version", "source", *SECTIONS, "search", "stages", "stage"], "")
+    if "source" in document and (not isinstance(document["source"], str) or not document["source"].strip()):
+        found.append(f"source {document['source']!r} is neither a model's name nor a directory")
     if "target" not in document and "stages" not in document:
         found.append("target is missing (or stages)")
     for section, schema in SECTIONS.items():
@@ -229,14 +235,16 @@ def _recipe(sections: Mapping[str, Any]) -> Recipe:
         parts["stage"] = dataclasses.replace(parts["stage"], tokens=whole_number(parts["stage"].tokens))
     budget = parse_budget(sections.get("target", {}))
     search = parse_search(sections.get("search", {})) if budget else Search()
-    return Recipe(**{"target": Target(), **parts}, budget=budget, search=search)
+    source = sections.get("source", "")
+    return Recipe(**{"target": Target(), **parts}, budget=budget, search=search, source=source)
 
 
 def _stage(document: Mapping[str, Any], number: int, count: int, stage: Mapping[str, Any]) -> Recipe:
     """A stage with what it leaves out taken from the recipe's own sections, key by key."""
     sections = {name: {**document.get(name, {}), **stage.get(name, {})} for name in (*SECTIONS, "search")}
     own = {key: stage[key] for key in ("name", "tokens") if key in stage}
-    return _recipe({**sections, "stage": {"number": number, "count": count, **own}})
+    source = {"source": document["source"]} if "source" in document else {}
+    return _recipe({**sections, **source, "stage": {"number": number, "count": count, **own}})
 
 
 def _search_violations(search: Any, target: Any) -> list[str]:

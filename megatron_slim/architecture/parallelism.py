@@ -6,6 +6,13 @@ from dataclasses import dataclass
 
 from megatron_slim.architecture.shape import ModelShape
 
+VOCAB_MULTIPLE = 128  # one padded vocabulary for every tensor parallel size that divides it
+
+
+def padded_vocab_size(shape: ModelShape) -> int:
+    """Rows of embedding and output layer in training, the same under every tensor parallel size up to 128."""
+    return -(-shape.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
 
 def layout_violations(shape: ModelShape, *, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 1) -> list[str]:
     """Everything that keeps a model from being laid out like this, one sentence each.

@@ -185,12 +185,13 @@ def _counts(steps: list[dict[int, tuple[int, int]]], layers: int) -> tuple[Count
 
 def _badness(stages: Stages) -> tuple[float, ...]:
     """Slowest rank beyond `NEAR`; unevenness of the student over ranks, of ranks, of virtual stages; rounded."""
-    loads = stages.model_loads()
-    student = [sum(own for own, _ in loads[rank :: stages.ranks]) for rank in range(stages.ranks)]
-    parts = (student, stages.rank_loads(), [own + taught for own, taught in loads])
-    mean = sum(student) / len(student)
+    loads, ranks = stages.model_loads(), stages.ranks
+    each = [own + taught for own, taught in loads]
+    student = [sum(own for own, _ in loads[rank::ranks]) for rank in range(ranks)]
+    parts = (student, [sum(each[rank::ranks]) for rank in range(ranks)], each)
+    slowest, mean = max(parts[1]) * ranks / sum(parts[1]), sum(student) / ranks
     squares = (sum((load / mean) ** 2 for load in part) for part in parts)
-    return tuple(round(value, 9) for value in (max(NEAR, stages.slowest_over_mean), *squares))
+    return tuple(round(value, 9) for value in (max(NEAR, slowest), *squares))
 
 
 def _improved(stages: Stages) -> Stages:

@@ -19,13 +19,6 @@ from megatron_slim.cli import ToolParser
 from megatron_slim.errors import SlimError
 from megatron_slim.training.libraries import kernel_flags
 
-VOCAB_MULTIPLE = 128  # one padded vocabulary for every tensor parallel size that divides it
-
-
-def padded_vocab_size(shape: ModelShape) -> int:
-    """Rows of embedding and output layer in training, the same under every tensor parallel size up to 128."""
-    return -(-shape.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
 
 def shape_directory(argv: list[str]) -> Path:
     """Directory whose config.json describes the student.

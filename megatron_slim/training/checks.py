@@ -13,7 +13,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
 
-from megatron_slim.architecture.parallelism import layout_violations
+from megatron_slim.architecture.parallelism import layout_violations, padded_vocab_size
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.checkpoint.distributed import is_torch_dist, iteration_directory
@@ -23,7 +23,6 @@ from megatron_slim.data import count_documents, data_prefix, read_stream
 from megatron_slim.distillation.model import TEACHER_MTP
 from megatron_slim.errors import CheckpointError, DataError, SlimError, summarise
 from megatron_slim.files import read_json
-from megatron_slim.training.arguments import padded_vocab_size
 from megatron_slim.training.hidden_kd import check_projections, hidden_violations
 from megatron_slim.training.libraries import library_violations
 from megatron_slim.training.loss_checks import loss_violations

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.layer_specs import build_model, shape_config_fields
+from megatron_slim.architecture.parallelism import padded_vocab_size
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.checkpoint.distributed import is_torch_dist
@@ -41,7 +42,7 @@ from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine,
 from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel
 from megatron_slim.errors import EXIT_USER_ERROR, CheckpointError, SlimError
 from megatron_slim.files import new_directory, to_json, write_atomic
-from megatron_slim.training.arguments import install_argv, padded_vocab_size, shape_directory
+from megatron_slim.training.arguments import install_argv, shape_directory
 from megatron_slim.training.checks import check_run, starts_by_ourselves
 from megatron_slim.training.data import Batch, build_datasets, next_batch
 from megatron_slim.training.finite import FiniteWatch

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks.pipeline_schedules import stage_costs
-from benchmarks.pipeline_simulator import FORWARD, Pipeline, one_forward_one_backward, simulate
+from benchmarks.pipeline_simulator import Pipeline, simulate
+from megatron_slim.planning.schedule import FORWARD, one_forward_one_backward
 
 Tool = Callable[..., Any]
 SCRIPT = "benchmarks/pipeline_schedules.py"
@@ -36,7 +37,7 @@ def test_bubbles_in_closed_form(p: int, m: int, v: int) -> None:
 @pytest.mark.parametrize(("p", "m", "v"), [(3, 5, 1), (4, 8, 2), (2, 2, 3)])
 def test_every_rank_runs_its_stages_once(p: int, m: int, v: int) -> None:
     for rank in range(p):
-        order = list(one_forward_one_backward(even(p, m, v), rank))
+        order = list(one_forward_one_backward(p, m, v, rank))
         forward, backward = ([t for t in order if (t.kind == FORWARD) == wanted] for wanted in (True, False))
         every = {(batch, rank + p * chunk) for batch in range(m) for chunk in range(v)}
         for tasks in (forward, backward):

@@ -1,0 +1,113 @@
+"""Published models whose sizes recipes can name as their source (no torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
+
+
+@dataclass(frozen=True)
+class Published:
+    """A model's config.json, and what that does not say.
+
+    Attributes:
+        config: as it lies beside the weights.
+        mtp_num_layers: MTP blocks among the tensors.
+    """
+
+    config: dict[str, Any]
+    mtp_num_layers: int
+
+    @property
+    def shape(self) -> ModelShape:
+        """Its sizes."""
+        return shape_from_hf_config(self.config, mtp_num_layers=self.mtp_num_layers)
+
+
+# No layer_types, and nothing that says there is an MTP block.
+QWEN3_NEXT_80A3B = Published(
+    {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "decoder_sparse_step": 1,
+        "eos_token_id": 151645,
+        "full_attention_interval": 4,
+        "head_dim": 256,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 5120,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_value_head_dim": 128,
+        "max_position_embeddings": 262144,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_next",
+        "moe_intermediate_size": 512,
+        "norm_topk_prob": True,
+        "num_attention_heads": 16,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 2,
+        "output_router_logits": False,
+        "partial_rotary_factor": 0.25,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 10000000,
+        "router_aux_loss_coef": 0.001,
+        "shared_expert_intermediate_size": 512,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    mtp_num_layers=1,
+)
+QWEN3_30A3B = Published(
+    {
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    mtp_num_layers=0,
+)
+# The base of SlimQwen's study of experts, which `qwen3_next_80a3b_to_24a2b.yaml` makes of the 80A3B model.
+SLIMQWEN_24A2B = Published(
+    QWEN3_NEXT_80A3B.config | {"num_hidden_layers": 28, "num_experts": 256, "num_experts_per_tok": 8}, mtp_num_layers=1
+)
+
+MODELS = {
+    "Qwen3-Next-80B-A3B": QWEN3_NEXT_80A3B,
+    "Qwen3-30B-A3B": QWEN3_30A3B,
+    "SlimQwen-24A2B": SLIMQWEN_24A2B,
+}

@@ -1,0 +1,161 @@
+"""Bytes that a forward pass keeps for backward, counted tensor by tensor (no torch).
+
+`FUSED` kernels are Transformer Engine's, flash attention's and flash-linear-attention's, read from their sources;
+`TORCH` are the plain modules of a CPU, where tests count what autograd really saves. Tensor parallelism comes with
+sequence parallelism, so that every rank keeps 1 / tp of everything. Routed tokens are shared out evenly.
+
+Letters: h hidden, q queries, k keys of a token in full attention, f hidden neurons of an expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_slim.architecture.flops import FUSED, Kernels, Recompute
+from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+
+FP32 = 4
+INDEX = 8  # int64
+DELTA_RULE_BLOCK = 64  # columns of the triangle that fla keeps per token and head
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One micro-batch on one rank.
+
+    Attributes:
+        seq_length: tokens of a sample.
+        samples: of the micro-batch.
+        tp: tensor parallel size.
+        width: bytes of an activation.
+        kernels: `FUSED` or `TORCH`.
+        imbalance: routed tokens of the rank with most of them over the mean.
+    """
+
+    seq_length: int
+    samples: int = 1
+    tp: int = 1
+    width: int = 2
+    kernels: Kernels = FUSED
+    imbalance: float = 1.0
+
+    @property
+    def share(self) -> float:
+        """Tokens over tp."""
+        return self.seq_length * self.samples / self.tp
+
+    @property
+    def fused(self) -> bool:
+        """Kernels of a GPU."""
+        return self.kernels.skips_masked
+
+
+def _norm(size: float, of: Pass) -> float:
+    """A norm over ``size``: a fused one keeps its input and the root, ours input and normalised input in fp32."""
+    return (of.width if of.fused else 2 * FP32) * size + FP32
+
+
+def _norm_and_output(size: float, of: Pass) -> float:
+    """A norm whose output is kept too, by what it goes into."""
+    return _norm(size, of) + of.width * size
+
+
+def _full_attention(shape: ModelShape, of: Pass) -> float:
+    """Bytes a token, of all tensor-parallel ranks together."""
+    w, heads, groups = of.width, shape.num_attention_heads, shape.num_query_groups
+    q, k = heads * shape.kv_channels, groups * shape.kv_channels
+    gate = (FP32 + w) * q if shape.family.attention_output_gate else 0.0  # its sigmoid, and what is multiplied by it
+    if of.fused:
+        projected = w * (q * (2 if shape.family.attention_output_gate else 1) + 2 * k)
+        rotated = w * (q + k) + FP32 * (heads + groups)  # and the roots of their norms
+        return projected + rotated + (w * q + FP32 * heads) + gate
+    normed = 2 * FP32 * (q + k) + FP32 * (heads + groups)
+    rotation = 4 * w * shape.rotary_dim
+    softmax = FP32 + w if w < FP32 else FP32  # and the same rounded
+    scores = of.seq_length * (heads * softmax + of.samples**-1)  # and one mask for all samples
+    return normed + rotation + 3 * w * q + scores + (gate + w * q if gate else w * q)
+
+
+def _linear_attention(shape: ModelShape, of: Pass) -> float:
+    """Likewise, of Gated DeltaNet."""
+    w, heads, dim = of.width, shape.linear_num_value_heads, shape.linear_key_head_dim
+    keys, values = shape.linear_num_key_heads * dim, heads * shape.linear_value_head_dim
+    channels = 2 * keys + values
+    convolved = 2 * w * channels  # before and after
+    normed = w * 2 * keys + w * 2 * shape.linear_num_key_heads
+    rule = w * (2 * heads * dim + values) + FP32 * heads  # every value head has its queries and keys, and a decay
+    decays = 2 * FP32 * heads + w * heads
+    gated = 2 * FP32 * values + w * values + w * values  # gate and its silu in fp32, what it multiplies, the product
+    if of.fused:
+        triangle = w * DELTA_RULE_BLOCK * heads
+        output = w * values + FP32 * heads  # also the input of the norm
+        return convolved + normed + rule + decays + triangle + output + gated
+    chunk = of.kernels.delta_rule_chunk
+    state = FP32 * heads * dim * shape.linear_value_head_dim / chunk
+    within = FP32 * (heads * 3 * chunk + values)  # similarities of queries and keys, the inverse; the errors
+    return convolved + normed + rule + decays + state + within + 2 * FP32 * values + FP32 * heads + gated
+
+
+def attention_bytes(shape: ModelShape, kind: str, of: Pass) -> float:
+    """What attention or Gated DeltaNet keeps, its norm included."""
+    core = _full_attention(shape, of) if kind == FULL_ATTENTION else _linear_attention(shape, of)
+    return of.share * (_norm_and_output(shape.hidden_size, of) + core)
+
+
+def moe_norm_bytes(shape: ModelShape, of: Pass) -> float:
+    """What the norm before the experts keeps, which is outside of what ``moe`` recomputes."""
+    return of.share * _norm_and_output(shape.hidden_size, of)
+
+
+def moe_bytes(shape: ModelShape, of: Pass) -> float:
+    """What router, routed experts and the shared one keep."""
+    w, h, f, topk = of.width, shape.hidden_size, shape.moe_ffn_hidden_size, shape.moe_router_topk
+    # Scores and their order over all experts (Megatron sorts the whole routing map), and the choice.
+    router = (FP32 + INDEX) * shape.num_moe_experts + topk * (FP32 + 3 * INDEX)
+    # A gated MLP keeps [gate; up] and their product; unfused also its silu, the other factor and the unweighted product.
+    routed = topk * (w * h + FP32 + w * f * (3 if of.fused else 6)) * of.imbalance
+    shared = 0.0
+    if ffn := shape.moe_shared_expert_intermediate_size:
+        shared = w * ffn * (3 if of.fused else 5) + w * (h + 1)
+    return of.share * (router + routed + shared)
+
+
+def block_bytes(shape: ModelShape, kind: str, of: Pass, recompute: Recompute = Recompute()) -> float:
+    """What a transformer block keeps.
+
+    Args:
+        shape: sizes of the model.
+        kind: the block's layer type.
+        of: the micro-batch.
+        recompute: full, only the block's input is left; of modules, ``moe`` is counted.
+    """
+    if recompute.granularity == "full":
+        return of.share * of.width * shape.hidden_size
+    moe = 0.0 if "moe" in recompute.modules else moe_bytes(shape, of)
+    return attention_bytes(shape, kind, of) + moe_norm_bytes(shape, of) + moe
+
+
+def mtp_bytes(shape: ModelShape, of: Pass, recompute: Recompute = Recompute()) -> float:
+    """What an MTP block keeps: two norms, their outputs side by side, a block of full attention, a norm."""
+    if recompute.granularity == "full":
+        return of.share * of.width * 2 * shape.hidden_size
+    joined = 2 * of.width * shape.hidden_size
+    norms = 3 * _norm(shape.hidden_size, of)
+    return of.share * (norms + joined) + block_bytes(shape, FULL_ATTENTION, of, recompute)
+
+
+def stage_bytes(
+    shape: ModelShape, start: int, stop: int, of: Pass, recompute: Recompute = Recompute(), *, is_last: bool
+) -> float:
+    """What the layers from ``start`` up to ``stop`` keep of one micro-batch, heads left out."""
+    kinds = {kind: block_bytes(shape, kind, of, recompute) for kind in set(shape.layer_types[start:stop])}
+    found = sum(kinds[kind] for kind in shape.layer_types[start:stop])
+    if is_last:
+        found += of.share * _norm(shape.hidden_size, of)
+        found += shape.mtp_num_layers * mtp_bytes(shape, of, recompute)
+    return found
+
+
+def largest_block_bytes(shape: ModelShape, of: Pass) -> float:
+    """Of the block that keeps most: what a forward pass without gradients, or the backward pass, has in use at once."""
+    return max(block_bytes(shape, kind, of) for kind in set(shape.layer_types))

@@ -1,0 +1,266 @@
+"""Parameter memory of every distinct rank of a layout, from the modules that training itself builds.
+
+A process of its own parses the flags as training does, joins a world of any size whose communication is fake (torch's
+``fake`` backend), and lets training's model provider build each pipeline rank's modules on the meta device. Megatron's
+own rules then lay their parameters out in buffers. Ranks that differ in tensor, expert or data-parallel rank alone hold
+equally much.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_slim.architecture.pipeline_layout import Stages
+from megatron_slim.architecture.shape import ModelShape, shape_to_hf_config
+from megatron_slim.planning.flags import megatron_arguments
+from megatron_slim.planning.layouts import Settings, TrainLayout
+from megatron_slim.planning.memory import GRADIENT, MAIN_COPY, MOMENTS, Memory
+from megatron_slim.planning.parameters import Count
+
+
+@dataclass(frozen=True)
+class BuiltRank:
+    """What one pipeline rank holds.
+
+    Attributes:
+        memory: static memory; of the data-parallel rank with most of the optimizer's state.
+        student: elements of parameters.
+        teacher: likewise.
+    """
+
+    memory: Memory
+    student: Count
+    teacher: Count
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to build: models, their layout and stages, and the run."""
+
+    student: ModelShape
+    teacher: ModelShape | None
+    layout: TrainLayout
+    stages: Stages
+    settings: Settings
+
+
+def prepare() -> None:
+    """Import what building needs, which takes seconds, before processes fork."""
+    if "torch" not in sys.modules:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is to be allocated, and a fork must find CUDA untouched
+    from megatron_slim import device
+
+    device.install()
+    import megatron_slim.training.pretrain  # noqa: F401
+
+
+def build_ranks(request: Request, *, processes: int | None = None) -> list[BuiltRank]:
+    """Build every pipeline rank of a layout on the meta device; `prepare` comes first.
+
+    Args:
+        request: a layout that is allowed.
+        processes: to build in; default, one per core, at most four.
+    """
+    ranks = range(request.layout.pp)
+    wanted = processes or min(4, os.cpu_count() or 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, which here hold no locks
+        pool = multiprocessing.get_context("fork").Pool(min(wanted, len(ranks)), _start, (request,))
+    with pool:
+        return pool.map(_build_rank, ranks, chunksize=1)
+
+
+_state: dict[str, Any] = {}
+
+
+def _start(request: Request) -> None:
+    """Parse the flags; once per process."""
+    quiet = os.open(os.devnull, os.O_WRONLY)  # Megatron prints all arguments, and more
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_slim.training.arguments import complete_argv
+    from megatron_slim.training.slim_arguments import add_slim_arguments
+    from megatron_slim.training.stage_layout import layout_string
+
+    layout, stages = request.layout, request.stages
+    os.environ.update(WORLD_SIZE=str(layout.gpus), RANK="0", LOCAL_RANK="0")
+    teacher_layout = None
+    with tempfile.TemporaryDirectory() as folder:
+        config = shape_to_hf_config(request.student, {})
+        Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
+        argv = ["--hf-config", folder, "--mock-data", "--lr", "1e-4"]
+        argv += megatron_arguments(layout, request.settings, tokens=1)
+        argv += ["--use-cpu-initialization"]  # which leaves it to the default device where weights lie
+        if layout.pp > 1:
+            # The stages themselves: "auto" counts with the kernels of the machine it runs on.
+            argv = _without(argv, {"--pipeline-layout": 1, "--num-virtual-stages-per-pipeline-rank": 1})
+            own = layout_string(stages.student_layers, request.student.mtp_num_layers)
+            argv.append(f"--pipeline-model-parallel-layout={own}")
+            if request.teacher is not None:
+                teacher_layout = layout_string(stages.teacher_layers, request.teacher.mtp_num_layers)
+        flags, _ = complete_argv(argv)
+        sys.argv[1:] = [*flags, *argv]
+        args = parse_and_validate_args(add_slim_arguments)
+    args.perform_initialization = False
+    _state.update(request=request, args=args, teacher_layout=teacher_layout)
+
+
+def _without(argv: list[str], flags: dict[str, int]) -> list[str]:
+    """Arguments without some flags, each with so many values."""
+    found, skip = [], 0
+    for word in argv:
+        if word in flags:
+            skip = 1 + flags[word]
+        if skip:
+            skip -= 1
+        else:
+            found.append(word)
+    return found
+
+
+@contextlib.contextmanager
+def _on_meta() -> Iterator[None]:
+    """Whatever is made, wherever it is asked for, has no memory."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class _Meta(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = dict(kwargs or {})
+            if kwargs.get("device") is not None:
+                kwargs["device"] = "meta"
+            return func(*args, **kwargs)
+
+    with _Meta(), torch.device("meta"):
+        yield
+
+
+@contextlib.contextmanager
+def _world(layout: TrainLayout, rank: int) -> Iterator[None]:
+    """Megatron's parallel state as a rank of the whole world sees it."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.gpus)  # type: ignore[no-untyped-call]
+    try:
+        parallel_state.initialize_model_parallel(
+            layout.tp,
+            layout.pp,
+            layout.vpp if layout.vpp > 1 else None,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=1,
+            create_gloo_process_groups=False,
+        )
+        model_parallel_cuda_manual_seed(1)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def _build_rank(rank: int) -> BuiltRank:
+    """Build one pipeline rank, all its virtual stages."""
+    from megatron.core import parallel_state as state
+
+    from megatron_slim.training.pretrain import Run
+
+    class WithoutWeights(Run):
+        def _load_weights(self) -> None:
+            """There are none."""
+
+    request: Request = _state["request"]
+    layout = request.layout
+    # What an MTP head learns from changes no parameter.
+    run = WithoutWeights(request.student, request.teacher, "teacher-main", None, _state["teacher_layout"])
+    with _world(layout, rank * (layout.gpus // layout.pp)):
+        with _on_meta():
+            for chunk in range(layout.vpp):
+                at = {"vp_stage": chunk if layout.vpp > 1 else None}
+                first, last = (
+                    ask(ignore_virtual=False, **at)
+                    for ask in (state.is_pipeline_first_stage, state.is_pipeline_last_stage)
+                )
+                run.model_provider(first, last, **at)
+        return _summed(run.chunks, layout)
+
+
+def _summed(chunks: list[Any], layout: TrainLayout) -> BuiltRank:
+    """Memory of built chunks, laid out in buffers as Megatron's DDP and distributed optimizer would."""
+    student, teacher, memory = Count(), Count(), Memory()
+    for chunk in chunks:
+        memory = _added(memory, _buffers(list(chunk.parameters()), layout))
+        student += _count(chunk.parameters())
+        other = sum(each.nbytes for each in chunk.buffers())
+        taught = 0
+        if chunk.teacher is not None:
+            teacher += _count(chunk.teacher.parameters())
+            taught = sum(each.nbytes for each in (*chunk.teacher.parameters(), *chunk.teacher.buffers()))
+        memory = _added(memory, Memory(weights=other, teacher=taught))
+    return BuiltRank(memory, student, teacher)
+
+
+def _count(parameters: Any) -> Count:
+    found = Count()
+    for each in parameters:
+        dense = getattr(each, "allreduce", True)
+        found += Count(each.numel(), 0) if dense else Count(0, each.numel())
+    return found
+
+
+def _added(one: Memory, other: Memory) -> Memory:
+    fields = ("weights", "gradients", "optimizer", "teacher")
+    return Memory(**{name: getattr(one, name) + getattr(other, name) for name in fields})
+
+
+def _buffers(parameters: list[Any], layout: TrainLayout) -> Memory:
+    """Weights, gradients and optimizer state of one chunk."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    args = _state["args"]
+    config = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=args.accumulate_allreduce_grads_in_fp32,
+        pad_buckets_for_high_nccl_busbw=args.ddp_pad_buckets_for_high_nccl_busbw,
+    )
+    trained = [each for each in parameters if each.requires_grad]
+    full = DistributedOptimizer.compute_full_param_layout(
+        trained, None, layout.dp, config, expert_data_parallel_world_size=layout.expert_dp
+    )
+    found = Memory()
+    for key, buffer in full.layouts.items():
+        padded = sum(stop - start for start, stop in buffer.bucket_indices)
+        narrow = key.param_dtype.itemsize < MAIN_COPY
+        shards = layout.expert_dp if key.is_expert_parallel else layout.dp
+        state = (MOMENTS + MAIN_COPY * narrow) * _largest_shard(buffer, shards)
+        gradients = (key.grad_dtype.itemsize if key.grad_dtype is not None else GRADIENT) * padded
+        found = _added(found, Memory(key.param_dtype.itemsize * padded, gradients, state))
+    return found
+
+
+def _largest_shard(buffer: Any, shards: int) -> int:
+    """Elements of parameters in the fullest of a buffer's shards: every bucket is divided evenly, padding included."""
+    own = [0] * shards
+    for start, stop, number in buffer.param_index_map.values():
+        first, last = buffer.bucket_indices[number]
+        size = (last - first) // shards
+        while start < stop:
+            shard = (start - first) // size
+            until = min(stop, first + (shard + 1) * size)
+            own[shard] += until - start
+            start = until
+    return max(own)

@@ -1,0 +1,185 @@
+"""What tools/plan_parallelism.py does."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_slim.cli import positive, progress, say
+from megatron_slim.errors import SlimError
+from megatron_slim.planning import report
+from megatron_slim.planning.hardware import GPUS, parse_assumptions
+from megatron_slim.planning.layouts import RECOMPUTE, Settings, Wanted
+from megatron_slim.planning.memory import rank_counts, rank_memory
+from megatron_slim.planning.search import TOO_LARGE, Candidate, Found, Job, Rejected, Search, why_too_large
+from megatron_slim.planning.sources import Asked, Models, find_models
+from megatron_slim.recipe_budget import whole_number
+
+TOKENS = "400B"  # SlimQwen section 3.2
+SCRIPT = Settings()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the tool."""
+    models = parser.add_argument_group("models")
+    student = models.add_mutually_exclusive_group(required=True)
+    student.add_argument("--recipe", type=Path, metavar="YAML", help="what is pruned, and to what")
+    student.add_argument("--plan", type=Path, metavar="FILE", help="plan.json of a pruning, which knows both models")
+    student.add_argument("--hf-config", type=Path, metavar="DIR", help="whose config.json gives the student")
+    models.add_argument("--stage", type=positive, metavar="K", help="of a recipe with stages")
+    models.add_argument("--teacher-config", type=Path, metavar="DIR", help="whose config.json gives the teacher")
+    models.add_argument("--no-teacher", action="store_true", help="plan training without one")
+
+    hardware = parser.add_argument_group("hardware")
+    hardware.add_argument("--gpus", type=positive, required=True, metavar="N", help="how many in all")
+    hardware.add_argument("--gpu-type", choices=sorted(GPUS), default="h100", help="of which kind")
+    hardware.add_argument("--gpus-per-node", type=positive, metavar="N", help="that NVLink connects (default: 8)")
+    hardware.add_argument(
+        "--assume",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="replace an assumption, such as gemm=0.5; docs/planning.md lists them",
+    )
+
+    run = parser.add_argument_group("the run")
+    run.add_argument("--tokens", metavar="T", help=f"to train: 400B, 4e10 (default: the stage's, else {TOKENS})")
+    run.add_argument("--seq-length", type=positive, metavar="S", help=f"tokens of a sample (default: {SCRIPT.seq_length})")
+    run.add_argument("--global-batch-size", type=positive, default=SCRIPT.global_batch, help="samples of a step")
+    run.add_argument("--precision", choices=("bf16", "fp32"), default=SCRIPT.precision, help="of weights")
+    run.add_argument("--kd-loss", choices=("forward-kl", "reverse-kl", "jsd", "top-k"), default=SCRIPT.kd_loss, help="loss")
+    run.add_argument("--loss-chunk-size", type=positive, default=SCRIPT.loss_chunk, help="tokens of a chunk of logits")
+
+    search = parser.add_argument_group("what is tried", "each takes several values; default: powers of two")
+    for flag, what in (
+        ("--tp", "tensor parallel sizes"),
+        ("--pp", "pipeline parallel sizes"),
+        ("--vpp", "virtual stages of a pipeline rank"),
+        ("--ep", "expert parallel sizes"),
+        ("--micro-batch-size", "samples of a forward pass"),
+    ):
+        search.add_argument(flag, type=positive, nargs="+", default=(), metavar="N", help=what)
+    search.add_argument("--recompute", choices=tuple(RECOMPUTE), nargs="+", default=(), help="what is recomputed")
+
+    parser.add_argument("--top", type=positive, default=10, metavar="N", help="layouts to show")
+    parser.add_argument("--build", type=int, default=1, metavar="N", help="of these, whose modules are built")
+
+
+def run_plan(args: argparse.Namespace) -> dict[str, Any]:
+    """Plan, print unless ``--json`` is given, and return everything.
+
+    Raises:
+        SlimError: nothing fits, or what is asked for makes no sense.
+    """
+    if args.build < 0:
+        raise SlimError(f"--build {args.build} is negative")
+    models, job, tokens, notes = _job(args)
+    wanted = Wanted(args.tp, args.pp, args.vpp, args.ep, args.micro_batch_size, args.recompute)
+    search = Search(job)
+    found = search.run(wanted, lambda layouts: progress(layouts, "layouts"))
+    built = _build(found, job, min(args.build, args.top))
+    if not found.ranked:
+        raise _nothing(found, job)
+    if not args.json:
+        source = models.source if models.source is not None else None
+        report.print_plan(found, job, tokens, args.top, built, notes, source)
+    entries = [
+        report.candidate_entry(each, job, tokens, built=each.layout.name in built) for each in found.ranked[: args.top]
+    ]
+    return {
+        "gpus": job.gpus,
+        "gpu": dataclasses.asdict(job.gpu),
+        "student": report.model_entry(job.student),
+        "teacher": report.model_entry(job.teacher),
+        "tokens": tokens,
+        "settings": {key: value for key, value in dataclasses.asdict(job.settings).items() if key != "kernels"},
+        "assumed": dataclasses.asdict(job.assumed),
+        "notes": list(notes),
+        "fit": len(found.ranked),
+        "ranked": entries,
+        "rejected": report.rejected_entry(found),
+        "build_seconds": built,
+        "preparation": report.preparation_entry(models.source, job) if models.source is not None else None,
+    }
+
+
+def _job(args: argparse.Namespace) -> tuple[Models, Job, int, list[str]]:
+    gpu, notes = GPUS[args.gpu_type], list[str]()
+    if args.gpus_per_node is not None:
+        gpu = replace(gpu, per_node=args.gpus_per_node)
+    if args.gpus > gpu.per_node and args.gpus % gpu.per_node:
+        fix = "give a multiple, or --gpus-per-node"
+        raise SlimError(f"--gpus {args.gpus} are no whole nodes of {gpu.per_node}", fix=fix)
+    assumed = parse_assumptions(args.assume)
+    if args.tokens is not None and whole_number(args.tokens) is None:
+        raise SlimError(f"--tokens {args.tokens!r} is not a number of tokens (such as 40B, 2.5e9, 1000)")
+    asked = Asked(args.recipe, args.stage, args.plan, args.hf_config, args.teacher_config, args.no_teacher)
+    models = find_models(asked)
+    notes += models.notes
+    tokens = whole_number(args.tokens or "") or models.tokens or whole_number(TOKENS)
+    assert tokens is not None
+    shapes = [each for each in (models.student, models.teacher) if each is not None]
+    longest = min(each.max_position_embeddings for each in shapes)
+    if args.seq_length is None and longest < SCRIPT.seq_length:
+        notes.append(f"samples of {longest} tokens, as many as the model has positions")
+    settings = Settings(
+        seq_length=args.seq_length or min(SCRIPT.seq_length, longest),
+        global_batch=args.global_batch_size,
+        precision=args.precision,
+        kd_loss=args.kd_loss,
+        loss_chunk=args.loss_chunk_size,
+    )
+    return models, Job(models.student, models.teacher, settings, args.gpus, gpu, assumed), tokens, notes
+
+
+def _build(found: Found, job: Job, count: int) -> dict[str, float]:
+    """Put the static memory of the modules themselves in place of the table's, for the best layouts.
+
+    Returns:
+        Seconds that building took, by the layout's name.
+    """
+    if not count or not found.ranked:
+        return {}
+    from megatron_slim.planning.build import Request, build_ranks, prepare
+
+    say(f"building the modules of {'the best layout' if count == 1 else f'the best {count} layouts'}")
+    prepare()
+    seconds: dict[str, float] = {}
+    position = 0
+    while position < min(count, len(found.ranked)):
+        candidate = found.ranked[position]
+        layout, stages = candidate.layout, candidate.stages
+        started = time.monotonic()
+        ranks = build_ranks(Request(job.student, job.teacher, layout, stages, job.settings))
+        seconds[layout.name] = time.monotonic() - started
+        counted = [rank_counts(job.student, stages.student_layers, layout)]
+        counted += [rank_counts(job.teacher, stages.teacher_layers, layout)]
+        for rank, own, taught in zip(ranks, *counted, strict=True):
+            assert (rank.student.total, rank.teacher.total) == (own.total, taught.total), "the table and the modules differ"
+        static = [rank.memory for rank in ranks]
+        memory = rank_memory(job.student, job.teacher, layout, stages, job.settings, job.assumed, static)
+        if max(each.total for each in memory) > job.gpu.memory:  # by the padding of its buffers
+            worst = max(each.total for each in memory)
+            found.rejected.append(Rejected(layout, why_too_large(memory), TOO_LARGE, worst))
+            del found.ranked[position]
+            continue
+        found.ranked[position] = Candidate(layout, stages, memory, candidate.step)
+        position += 1
+    return seconds
+
+
+def _nothing(found: Found, job: Job) -> SlimError:
+    """Why nothing fits, with what comes nearest."""
+    where = f"{job.gpus} x {job.gpu.name} of {job.gpu.memory / 1e9:.0f} GB"
+    nearest = found.nearest
+    if nearest is not None:
+        over = (nearest.needed - job.gpu.memory) / 1e9
+        fix = "take more or larger GPUs, shorter samples, or try other sizes (--tp, --pp, --ep)"
+        miss = f"the nearest miss is {nearest.layout.name}, {over:.1f} GB too much: {nearest.why}"
+        return SlimError(f"no layout fits on {where}; {miss}", fix=fix)
+    reasons = [f"{reason} ({count})" for reason, count in found.reasons().most_common(3)]
+    return SlimError(f"no layout is allowed on {where}: {'; '.join(reasons)}", fix="try other sizes")

@@ -1,0 +1,82 @@
+"""A layout as what is pasted in front of and behind ``examples/slimqwen/pretrain_distill.sh`` (no torch)."""
+
+from __future__ import annotations
+
+import math
+import shlex
+
+from megatron_slim.planning.layouts import RECOMPUTE, Settings, TrainLayout
+
+SCRIPT = "examples/slimqwen/pretrain_distill.sh"
+TO_FILL_IN = {"TEACHER": "teacher", "STUDENT": "pruned", "SAVE": "run", "DATA": "corpus_text_document"}
+
+
+def iterations(settings: Settings, tokens: int) -> int:
+    """Steps that see at least so many tokens."""
+    return math.ceil(tokens / (settings.global_batch * settings.seq_length))
+
+
+def variables(layout: TrainLayout, settings: Settings, tokens: int, per_node: int) -> dict[str, str]:
+    """Environment variables of the script."""
+    nodes = max(1, layout.gpus // per_node)
+    found = {
+        "NNODES": nodes,
+        "NPROC_PER_NODE": layout.gpus // nodes,
+        "TP": layout.tp,
+        "PP": layout.pp,
+        "EP": layout.ep,
+        "SEQ_LENGTH": settings.seq_length,
+        "MICRO_BATCH_SIZE": layout.micro_batch,
+        "GLOBAL_BATCH_SIZE": settings.global_batch,
+        "TRAIN_ITERS": iterations(settings, tokens),
+        "PRECISION": settings.precision,
+    }
+    return {name: str(value) for name, value in found.items()}
+
+
+def arguments(layout: TrainLayout, settings: Settings) -> list[str]:
+    """Arguments behind the script's name."""
+    found = ["--expert-tensor-parallel-size", "1"]
+    if layout.pp > 1:
+        found += ["--pipeline-layout", "auto"]
+    if layout.vpp > 1:
+        found += ["--num-virtual-stages-per-pipeline-rank", str(layout.vpp)]
+    recompute = RECOMPUTE[layout.recompute]
+    if recompute.granularity is not None:
+        found += ["--recompute-granularity", recompute.granularity]
+    if recompute.modules:
+        found += ["--recompute-modules", *recompute.modules]
+    if recompute.method is not None:
+        found += ["--recompute-method", recompute.method, "--recompute-num-layers", str(recompute.num_layers)]
+    if settings.kd_loss != "forward-kl":
+        found += ["--kd-loss", settings.kd_loss]
+    if settings.loss_chunk != Settings.loss_chunk:
+        found += ["--loss-chunk-size", str(settings.loss_chunk)]
+    return found
+
+
+def megatron_arguments(layout: TrainLayout, settings: Settings, tokens: int) -> list[str]:
+    """What the script makes of both for Megatron, as far as models and their buffers depend on it."""
+    given = {
+        "--tensor-model-parallel-size": layout.tp,
+        "--pipeline-model-parallel-size": layout.pp,
+        "--expert-model-parallel-size": layout.ep,
+        "--seq-length": settings.seq_length,
+        "--micro-batch-size": layout.micro_batch,
+        "--global-batch-size": settings.global_batch,
+        "--train-iters": iterations(settings, tokens),
+    }
+    found = [word for flag, value in given.items() for word in (flag, str(value))]
+    found += ["--use-distributed-optimizer"]
+    found += ["--sequence-parallel"] if layout.tp > 1 else []
+    found += ["--bf16"] if settings.precision == "bf16" else []
+    return found + arguments(layout, settings)
+
+
+def command(layout: TrainLayout, settings: Settings, tokens: int, per_node: int, *, has_teacher: bool = True) -> str:
+    """The whole, to paste into a shell at the root of the checkout; models and data are to be filled in."""
+    words = [f"{name}={value}" for name, value in variables(layout, settings, tokens, per_node).items()]
+    fill = [f"{name}={value}" for name, value in TO_FILL_IN.items() if has_teacher or name != "TEACHER"]
+    first, second = words[:5], words[5:]
+    lines = [" ".join(fill), " ".join(first), " ".join(second)]
+    return " \\\n  ".join([*lines, f"bash {SCRIPT} {shlex.join(arguments(layout, settings))}"])

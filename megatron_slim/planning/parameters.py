@@ -1,0 +1,81 @@
+"""Parameters that a rank holds, counted from the architecture table (no torch).
+
+`build` counts those of the modules themselves; this is for the many layouts that are looked at on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from megatron_slim.architecture.parallelism import padded_vocab_size
+from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.architecture.weight import Weight
+
+
+@dataclass(frozen=True)
+class Count:
+    """Elements of parameters on one rank: ``expert`` ones have data-parallel groups of their own."""
+
+    dense: int = 0
+    expert: int = 0
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.dense + other.dense, self.expert + other.expert)
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.dense + self.expert
+
+
+class Counter:
+    """Counts parts of one model, as one rank of a layout holds them."""
+
+    def __init__(self, shape: ModelShape, tp: int, ep: int) -> None:
+        """Set up for a model under tensor and expert parallelism, experts not split."""
+        self.shape = shape.replace(vocab_size=padded_vocab_size(shape))
+        self.tp, self.ep = tp, ep
+        family = shape.family
+        self.blocks = {
+            kind: self._rows((*rows, *family.moe_rows)) for kind, rows in family.attention_rows.items()
+        }
+        self.first, self.last = self._rows(family.first_rows), self._rows(family.last_rows)
+        self.mtp = self._rows(family.mtp_rows) + self.blocks[FULL_ATTENTION]
+
+    def _rows(self, rows: Iterable[Weight]) -> Count:
+        found = Count()
+        for row in rows:
+            numel = row.numel(self.shape)
+            if row.stacked:
+                found += Count(expert=numel // self.ep)
+            else:
+                found += Count(dense=numel if row.tp_dim is None else numel // self.tp)
+        return found
+
+    def stage(self, start: int, stop: int, *, is_first: bool, is_last: bool) -> Count:
+        """Of a pipeline stage with the layers from ``start`` up to ``stop``.
+
+        An MTP block on another stage than the first has an embedding of its own there, a copy of the first one's.
+        """
+        found = Count()
+        for kind in self.shape.layer_types[start:stop]:
+            found += self.blocks[kind]
+        if is_first:
+            found += self.first
+        if is_last:
+            found += self.last
+            for _ in range(self.shape.mtp_num_layers):
+                found += self.mtp
+            if self.shape.mtp_num_layers and not is_first:
+                found += self.first
+        return found
+
+    def stages(self, layers: Sequence[int]) -> list[Count]:
+        """Of every virtual stage, in the order of the forward pass, by how many layers it holds."""
+        found, start = [], 0
+        for number, count in enumerate(layers):
+            ends = {"is_first": number == 0, "is_last": number == len(layers) - 1}
+            found.append(self.stage(start, start + count, **ends))
+            start += count
+        return found

@@ -1,0 +1,124 @@
+"""Pipeline schedules as Megatron runs them: 1F1B and interleaved 1F1B (arXiv 2104.04473), no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+FORWARD, BACKWARD = "forward", "backward"
+SETTLED = 4  # micro-batches a rank after which nothing changes from one to the next but where the step ends
+
+
+class Task(NamedTuple):
+    """Work that is not interrupted; ``batch`` counts micro-batches, ``stage`` the virtual stages of all ranks."""
+
+    kind: str
+    batch: int
+    stage: int
+    part: int = 0
+
+
+def one_forward_one_backward(ranks: int, micro_batches: int, virtual: int, rank: int) -> Iterator[Task]:
+    """A rank's forward and backward passes of one step, in Megatron's order.
+
+    Args:
+        ranks: pipeline parallel size p.
+        micro_batches: m of a step, with ``virtual`` above 1 a multiple of ``ranks``.
+        virtual: stages of a rank, v.
+        rank: whose.
+    """
+    p, v, total = ranks, virtual, micro_batches * virtual
+
+    def task(kind: str, number: int) -> Task:
+        chunk = number // p % v
+        stage = rank + p * (chunk if kind == FORWARD else v - 1 - chunk)
+        return Task(kind, number if v == 1 else number // (p * v) * p + number % p, stage)
+
+    warm_up = min(total, p - rank - 1 if v == 1 else 2 * (p - rank - 1) + (v - 1) * p)
+    yield from (task(FORWARD, number) for number in range(warm_up))
+    for number in range(warm_up, total):
+        yield task(FORWARD, number)
+        yield task(BACKWARD, number - warm_up)
+    yield from (task(BACKWARD, number) for number in range(total - warm_up, total))
+
+
+def settled(ranks: int, micro_batches: int) -> int:
+    """As many micro-batches as show everything that more of them would, a multiple of ``ranks`` if all are."""
+    return min(micro_batches, SETTLED * ranks)
+
+
+def most_held(ranks: int, micro_batches: int, virtual: int, held: Sequence[float]) -> list[float]:
+    """What each rank holds at its fullest for backward passes to come.
+
+    Args:
+        ranks: pipeline parallel size.
+        micro_batches: of a step.
+        virtual: stages of a rank.
+        held: what one micro-batch leaves on each virtual stage.
+
+    >>> most_held(4, 8, 1, [1.0, 1.0, 1.0, 1.0])
+    [4.0, 3.0, 2.0, 1.0]
+    """
+    found = []
+    for rank in range(ranks):
+        now = most = 0.0
+        for task in one_forward_one_backward(ranks, settled(ranks, micro_batches), virtual, rank):
+            now += held[task.stage] if task.kind == FORWARD else -held[task.stage]
+            most = max(most, now)
+        found.append(most)
+    return found
+
+
+def step_seconds(
+    ranks: int, micro_batches: int, virtual: int, forward: Sequence[float], backward: Sequence[float], send: float = 0.0
+) -> float:
+    """Seconds from the first forward pass of a step to its last backward pass.
+
+    Args:
+        ranks: pipeline parallel size.
+        micro_batches: of a step.
+        virtual: stages of a rank.
+        forward: seconds of a micro-batch on each virtual stage, the teacher's included.
+        backward: likewise.
+        send: seconds to the next stage. Interleaved, only what waits for it is delayed; without, also the sender,
+            because Megatron then overlaps nothing.
+
+    >>> step_seconds(2, 4, 1, [1.0, 1.0], [2.0, 2.0])
+    15.0
+    """
+    busy = send if virtual == 1 and ranks > 1 else 0.0
+    send = send if ranks > 1 else 0.0
+    few, last = settled(ranks, micro_batches), ranks * virtual - 1
+    times = {FORWARD: forward, BACKWARD: backward}
+    tasks = [list(one_forward_one_backward(ranks, few, virtual, rank)) for rank in range(ranks)]
+    ends: dict[Task, float] = {}
+    free, position = [0.0] * ranks, [0] * ranks
+    waiting = True
+    while waiting:
+        waiting = False
+        for rank, own in enumerate(tasks):
+            while position[rank] < len(own):
+                task = own[position[rank]]
+                ready = _ready(task, last, ends, send)
+                if ready is None:
+                    break
+                free[rank] = ends[task] = max(free[rank], ready) + times[task.kind][task.stage] + busy
+                position[rank] += 1
+                waiting = True
+    assert all(position[rank] == len(own) for rank, own in enumerate(tasks)), "the schedule came to a standstill"
+    both = [there + back + 2 * busy for there, back in zip(forward, backward, strict=True)]
+    slowest = max(sum(both[rank::ranks]) for rank in range(ranks))
+    return max(free) + (micro_batches - few) * slowest
+
+
+def _ready(task: Task, last: int, ends: dict[Task, float], send: float) -> float | None:
+    """When what a task needs is there; None: not known yet."""
+    if task.kind == FORWARD:
+        if task.stage == 0:
+            return 0.0
+        end = ends.get(task._replace(stage=task.stage - 1))
+    elif task.stage == last:
+        return ends.get(task._replace(kind=FORWARD))
+    else:
+        end = ends.get(task._replace(stage=task.stage + 1))
+    return None if end is None else end + send

@@ -1,0 +1,128 @@
+"""Which models a run would train: sizes of teacher and student from a recipe, a plan or config.json files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_slim.architecture.published import MODELS
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.errors import RecipeError, SlimError
+from megatron_slim.pruning.plan import check_recipe, space_before_statistics, target_shape
+from megatron_slim.pruning.plan_reader import load_plan
+from megatron_slim.pruning.search import Ranking, resolved
+from megatron_slim.recipe import Recipe, load_recipe, select_stage
+
+
+@dataclass(frozen=True)
+class Models:
+    """What is trained and what teaches it.
+
+    Attributes:
+        student: its sizes.
+        teacher: None for training without one.
+        source: what the student is pruned from; None where nothing says.
+        tokens: that the recipe wants trained; None where it does not say.
+        notes: what was assumed on the way.
+    """
+
+    student: ModelShape
+    teacher: ModelShape | None
+    source: ModelShape | None
+    tokens: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Where sizes come from, as on the command line; what is None was not given."""
+
+    recipe: Path | None = None
+    stage: int | None = None
+    plan: Path | None = None
+    hf_config: Path | None = None
+    teacher_config: Path | None = None
+    no_teacher: bool = False
+
+
+def find_models(asked: Asked) -> Models:
+    """Sizes of both models.
+
+    Raises:
+        SlimError: nothing says what the student is, or what teaches it; or it cannot be made of its source.
+    """
+    if asked.plan is not None:
+        plan = load_plan(asked.plan)
+        tokens = plan.recipe.stage.tokens if plan.recipe.stage else None
+        found = Models(plan.target_shape, plan.source_shape, plan.source_shape, tokens)
+    elif asked.recipe is not None:
+        found = _of_recipe(asked.recipe, asked)
+    else:
+        assert asked.hf_config is not None, "the command line wants one of them"
+        found = Models(_read(asked.hf_config), None, None)
+    teacher = _read(asked.teacher_config) if asked.teacher_config is not None else found.teacher
+    if asked.no_teacher:
+        teacher = None
+    elif teacher is None:
+        fix = "give --teacher-config DIR, or --no-teacher for training without one"
+        raise SlimError("nothing says what the teacher is", fix=fix)
+    if teacher is not None and teacher.vocab_size != found.student.vocab_size:
+        raise SlimError(f"teacher: vocabulary {teacher.vocab_size}, the student has {found.student.vocab_size}")
+    return Models(found.student, teacher, found.source, found.tokens, found.notes)
+
+
+def _read(directory: Path) -> ModelShape:
+    from megatron_slim.training.arguments import read_shape
+
+    return read_shape(directory)
+
+
+def _of_recipe(file: Path, asked: Asked) -> Models:
+    if asked.hf_config is not None:
+        raise SlimError("--hf-config and --recipe both say what the student is", fix="leave one out")
+    whole = load_recipe(file)
+    recipe = select_stage(whole, asked.stage, where=str(file))
+    origin, source = _source(recipe, file, asked.teacher_config)
+    notes = [f"sizes of the source from {origin}"]
+    earlier = whole.stages[: recipe.stage.number - 1] if recipe.stage else ()
+    pruned = before = source
+    for step in [*earlier, recipe]:
+        before = pruned
+        pruned, more = _pruned(step, before, file)
+        notes += more
+    tokens = recipe.stage.tokens if recipe.stage else None
+    return Models(pruned, source, before, tokens, tuple(notes))
+
+
+def _source(recipe: Recipe, file: Path, teacher_config: Path | None) -> tuple[str, ModelShape]:
+    """What the recipe prunes, and where that is said; without a word of its own, the teacher."""
+    if recipe.source in MODELS:
+        return f"the published {recipe.source}", MODELS[recipe.source].shape
+    if recipe.source:
+        directory = file.parent / recipe.source
+        if not directory.is_dir():
+            known = ", ".join(MODELS)
+            what = f"source {recipe.source!r} is no directory here, and none of {known}"
+            raise RecipeError(what, where=str(file), fix="name one of them, or a directory with a config.json")
+        return str(directory), _read(directory)
+    if teacher_config is not None:
+        return str(teacher_config), _read(teacher_config)
+    fix = f"add 'source: NAME' ({', '.join(MODELS)}, or a directory), or give --teacher-config DIR"
+    raise RecipeError("says nothing of the model that it prunes", where=str(file), fix=fix)
+
+
+def _pruned(recipe: Recipe, source: ModelShape, file: Path) -> tuple[ModelShape, list[str]]:
+    """What a recipe makes of a model, as far as that is known before anything is measured."""
+    check_recipe(recipe, source, where=str(file))
+    notes = []
+    if recipe.budget is not None:
+        found = list(space_before_statistics(recipe, source).candidates())
+        best = max(found, key=lambda candidate: (candidate.params, candidate.active_params))
+        sizes = " and ".join(f"{axis} {size}" for axis, size in best.sizes.items()) or "the sizes given"
+        notes.append(f"the largest student within the budget: {sizes} (pruning may choose another: give its --plan)")
+        recipe = resolved(recipe, Ranking(len(found), 0, (best,)))
+    layers = recipe.target.num_layers or source.num_layers
+    if recipe.depth.method != "last" and layers < source.num_layers:
+        notes.append(f"depth {recipe.depth.method}: counted as if the first {layers} layers stayed")
+    return target_shape(recipe, source, tuple(range(layers))), notes
+
