@@ -384,6 +384,29 @@ def _use_built_dataset_helpers() -> None:
     utils.compile_helpers = lambda: None
 
 
+def before_training_steps(hook: Callable[[], None]) -> None:
+    """Have Megatron's loop call ``hook`` on every rank right before the pipeline schedule of a training step.
+
+    Nothing else that the loop calls is reached by all ranks there: within a schedule later stages are waiting already.
+    """
+    import megatron.training.training as training
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    @functools.wraps(get_forward_backward_func)
+    def with_hook(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        schedule = get_forward_backward_func(*args, **kwargs)
+
+        @functools.wraps(schedule)
+        def run(*, forward_only: bool, **arguments: Any) -> Any:
+            if not forward_only:
+                hook()
+            return schedule(forward_only=forward_only, **arguments)
+
+        return run
+
+    training.get_forward_backward_func = with_hook
+
+
 def _count_bucket_padding() -> None:
     """Save the optimizer's buckets with the padding at their end.
 

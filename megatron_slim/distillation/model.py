@@ -6,6 +6,9 @@ hidden states of both travel side by side on the last axis, so the schedules mus
 they read it from ``model.config``, which is therefore a copy of the student's config with that one field changed. A
 teacher of another dtype sends the bytes of its hidden states as numbers of the student's: nothing is rounded.
 
+A teacher may also have computed ahead (`training.teacher_ahead`): in training mode the student then has the pipeline to
+itself, and is given the teacher's last hidden states; in evaluation mode the teacher runs beside it as before.
+
 Shapes: s sequence (of this rank, under sequence parallelism), b batch, h hidden size, D MTP depths.
 """
 
@@ -30,6 +33,7 @@ from megatron_slim.distillation.fused import Lesson, OutputLayer, Target, defaul
 from megatron_slim.distillation.hidden import HiddenDistillation, HiddenLesson, layers_of
 from megatron_slim.distillation.layer_pairs import LayerPair
 from megatron_slim.distillation.losses import TokenLosses, shift
+from megatron_slim.distillation.offload import OffloadedWeights
 from megatron_slim.distillation.vocabulary import VocabShard
 
 TEACHER_MTP, TEACHER_MAIN = "teacher-mtp", "teacher-main"
@@ -45,6 +49,8 @@ class DistillationModel(HiddenStatesModel):
 
     config: TransformerConfig
     teacher: HiddenStatesModel | None = None
+    teacher_ahead: bool = False
+    teacher_weights: OffloadedWeights | None = None
     mtp_kd_target: str = TEACHER_MTP
     unpadded_vocab_size: int = 0
     kd_loss: KDLoss = KDLoss()
@@ -54,22 +60,46 @@ class DistillationModel(HiddenStatesModel):
         super().__init__(*args, **kwargs)
         self.hidden_kd: HiddenDistillation | None = None  # a submodule where there is one: its projections are learned
 
-    def attach_teacher(self, teacher: HiddenStatesModel, mtp_kd_target: str) -> None:
+    def attach_teacher(self, teacher: HiddenStatesModel, mtp_kd_target: str, *, ahead: bool = False) -> None:
         """Put a frozen teacher of the same pipeline stage beside the student.
 
         Args:
             teacher: built for the same parallel layout; any layers, widths and experts.
             mtp_kd_target: what an MTP head learns from, `TEACHER_MTP` or `TEACHER_MAIN`.
+            ahead: in training mode `forward` does not run it, and is given its hidden states.
         """
         teacher.requires_grad_(False).eval()
         teacher.runs_mtp = mtp_kd_target == TEACHER_MTP and self.mtp_depths > 0
         # Past nn.Module's own __setattr__, which would register it as a submodule.
         object.__setattr__(self, "teacher", teacher)
-        self.mtp_kd_target = mtp_kd_target
+        self.mtp_kd_target, self.teacher_ahead = mtp_kd_target, ahead
         self.student_hidden_size = self.config.hidden_size
         self.config = copy.copy(self.config)
-        teacher_bytes = teacher.config.hidden_size * _between_stages(teacher.config).itemsize
-        self.config.hidden_size += teacher_bytes // _between_stages(self.config).itemsize
+        self.train(self.training)
+
+    def offload_teacher(self) -> None:
+        """Keep the teacher's weights in host memory unless it runs; not its output layer's, which the losses need."""
+        assert self.teacher is not None and self.teacher_ahead
+        losses = [self.teacher.output_layer] if self.post_process else []
+        self.teacher_weights = OffloadedWeights(self.teacher, but=losses)
+        self.train(self.training)
+
+    @property
+    def beside(self) -> HiddenStatesModel | None:
+        """The teacher if it runs in the student's forward pass."""
+        return None if self.teacher_ahead and self.training else self.teacher
+
+    def train(self, mode: bool = True) -> DistillationModel:
+        """Set training or evaluation mode, of which a teacher that computes ahead runs beside the student in one."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.config.hidden_size = self.student_hidden_size
+            if self.beside is not None:
+                teacher_bytes = self.teacher.config.hidden_size * _between_stages(self.teacher.config).itemsize
+                self.config.hidden_size += teacher_bytes // _between_stages(self.config).itemsize
+        if self.teacher_weights is not None:
+            self.teacher_weights.drop() if self.beside is None else self.teacher_weights.load()
+        return self
 
     def attach_hidden_distillation(self, pairs: Sequence[LayerPair], kind: str, seed: int) -> None:
         """Let layers of this stage learn from the teacher's layers of this stage.
@@ -88,19 +118,19 @@ class DistillationModel(HiddenStatesModel):
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Take what the previous stage sent: [s, b, student h + teacher h in numbers of the student's dtype]."""
         received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
-        if self.teacher is None or received is None:
+        if self.beside is None or received is None:
             super().set_input_tensor(received)
             return
         states = self.states_between_stages(received)
         super().set_input_tensor(states["student"])
-        self.teacher.set_input_tensor(states["teacher"])
+        self.beside.set_input_tensor(states["teacher"])
 
     def states_between_stages(self, joined: Tensor) -> dict[str, Tensor]:
         """Hidden states [s, b, h] of each model, from what one stage sends to the next; the teacher's without graph."""
-        if self.teacher is None:
+        if self.beside is None:
             return {"student": joined}
         teacher_bytes = joined[..., self.student_hidden_size :].detach().contiguous()
-        teacher = teacher_bytes.view(_between_stages(self.teacher.config))
+        teacher = teacher_bytes.view(_between_stages(self.beside.config))
         return {"student": joined[..., : self.student_hidden_size], "teacher": teacher}
 
     def forward(
@@ -111,6 +141,7 @@ class DistillationModel(HiddenStatesModel):
         labels: Tensor | None = None,
         expected: TokenLosses | None = None,
         hidden_lesson: HiddenLesson | None = None,
+        teacher_hidden: Tensor | None = None,
     ) -> Tensor:
         """Run this stage of both models.
 
@@ -122,20 +153,20 @@ class DistillationModel(HiddenStatesModel):
             expected: gradients that backward will bring each of the returned terms, where they are known already:
                 logits are then computed once instead of twice (`fused_losses`).
             hidden_lesson: in a training step, for the layers that learn from the teacher's; None, they do not.
+            teacher_hidden: on the last stage, where the teacher computed ahead: what it ends with.
 
         Returns:
             [s, b, student h + teacher h in numbers of the student's dtype]; on the last stage `TokenLosses.stack`,
             [terms, b, s].
         """
-        teacher_hidden = None
         with contextlib.nullcontext() if self.hidden_kd is None else self.hidden_kd.lesson(hidden_lesson):
             # The teacher first: layers of the student may learn from its.
-            if self.teacher is not None:
+            if self.beside is not None:
                 with torch.no_grad():
-                    teacher_hidden = self.teacher(input_ids, position_ids, attention_mask)
+                    teacher_hidden = self.beside(input_ids, position_ids, attention_mask)
             hidden = super().forward(input_ids, position_ids, attention_mask)
         if self.post_process:
-            assert labels is not None
+            assert labels is not None and (teacher_hidden is None) == (self.teacher is None)
             return self._token_losses(hidden, teacher_hidden, labels, expected).stack()
         return hidden if teacher_hidden is None else torch.cat([hidden, teacher_hidden.view(hidden.dtype)], dim=-1)
 

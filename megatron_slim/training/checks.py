@@ -28,6 +28,7 @@ from megatron_slim.training.libraries import library_violations
 from megatron_slim.training.loss_checks import loss_violations
 from megatron_slim.training.resume import faults_of, mend_tracker
 from megatron_slim.training.stage_layout import layer_violations, stage_violations
+from megatron_slim.training.teacher_ahead import ahead_violations
 
 CHECKED_TOKENS = 1 << 20  # of each data set: another tokenizer's ids show in far fewer
 DEFAULT_SPLIT = "969, 30, 1"  # Megatron's
@@ -50,7 +51,7 @@ def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
     teacher = open_checkpoint(args.teacher_load).shape if args.teacher_load is not None else None
     small = [f"{name} parallel size {size} is not positive" for name, size in _sizes(args).items() if size < 1]
     found = small or _process_violations(args) + stage_violations(args) + _model_violations("student", shape, args)
-    found += loss_violations(shape, args) + library_violations(args) + hidden_violations(shape, teacher, args)
+    found += loss_violations(shape, args) + library_violations(args) + hidden_violations(shape, teacher, args) + ahead_violations(args)
     if teacher is not None and not small:
         found += _model_violations("teacher", teacher, args) + _pair_violations(shape, teacher, args)
     if found:

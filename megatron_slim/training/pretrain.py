@@ -26,6 +26,7 @@ from megatron.training.arguments import add_megatron_arguments, parse_and_valida
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_slim import device
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.layer_specs import build_model, shape_config_fields
 from megatron_slim.architecture.parallelism import padded_vocab_size
@@ -50,6 +51,7 @@ from megatron_slim.training.hidden_kd import HiddenLog, check_stages, hidden_les
 from megatron_slim.training.libraries import missing_libraries
 from megatron_slim.training.slim_arguments import MEGATRON_HELP, TOP_K, add_slim_arguments, loss_schedules
 from megatron_slim.training.stage_layout import plan_stages
+from megatron_slim.training.teacher_ahead import TeacherAhead, check_host_memory, held_bytes
 from megatron_slim.training.teacher_check import check_teacher
 from megatron_slim.training.teacher_config import teacher_config
 
@@ -68,6 +70,7 @@ class Run:
     chunks: list[DistillationModel] = dataclasses.field(default_factory=list)
     watch: FiniteWatch = dataclasses.field(default_factory=FiniteWatch)
     hidden_log: HiddenLog = dataclasses.field(default_factory=partial(HiddenLog, ()))
+    ahead: TeacherAhead | None = None
 
     def model_provider(
         self,
@@ -99,7 +102,7 @@ class Run:
         student.kd_loss = KDLoss(args.kd_loss, args.kd_temperature, args.kd_top_k or TOP_K)
         student.loss_chunk = args.loss_chunk_size
         if self.teacher_shape is not None:
-            student.attach_teacher(self._build_teacher(base, stage), self.mtp_kd_target)
+            student.attach_teacher(self._build_teacher(base, stage), self.mtp_kd_target, ahead=self.ahead is not None)
             student.attach_hidden_distillation(self.hidden_log.pairs, args.hidden_kd_loss, args.seed)
         student.config.finalize_model_grads_func = self.finalize_grads
         self.chunks.append(student)
@@ -117,6 +120,8 @@ class Run:
         if self.teacher_shape is not None:
             teachers = [chunk.teacher for chunk in self.chunks if chunk.teacher is not None]
             load_hf_weights(teachers, open_checkpoint(get_args().teacher_load))
+            for chunk in self.chunks if get_args().teacher_offload else ():
+                chunk.offload_teacher()
         if self.student_load is not None:
             config = get_args().hf_config if is_torch_dist(self.student_load) else None
             load_hf_weights(self.chunks, open_checkpoint(self.student_load, config))
@@ -138,6 +143,8 @@ class Run:
     def datasets_provider(self, num_samples: tuple[int, Any, Any], vp_stage: int | None = None) -> list[Any]:
         """Build the datasets; before the first step, see that the teacher knows something of them."""
         datasets = build_datasets(num_samples)
+        if self.ahead is not None:
+            self.ahead.datasets.append(datasets[0])
         last_chunk = vp_stage is None or vp_stage == len(self.chunks) - 1
         if self.teacher_shape is not None and not get_args().no_teacher_check and last_chunk:
             check_teacher(self.chunks, self.batch, datasets[0], self.shape.vocab_size)
@@ -162,8 +169,14 @@ class Run:
         weights, expected = _loss_weights(), None
         if last and torch.is_grad_enabled():
             expected = self.expected_gradients(loss_mask, weights, position_ids)
-        lesson = hidden_lesson(self.chunks[vp_stage or 0], loss_mask)
-        output = model(batch["tokens"], position_ids, None, batch["labels"], expected=expected, hidden_lesson=lesson)
+        lessons: dict[str, Any] = {
+            "expected": expected,
+            "hidden_lesson": hidden_lesson(self.chunks[vp_stage or 0], loss_mask),
+        }
+        if last and model.training and self.ahead is not None:
+            assert batch["labels"] is not None
+            lessons["teacher_hidden"] = self.ahead.take(batch["labels"])
+        output = model(batch["tokens"], position_ids, None, batch["labels"], **lessons)
         label = "" if model.training else "validation "
         if not last:
             for name, states in get_attr_wrapped_model(model, "states_between_stages")(output).items():
@@ -287,13 +300,18 @@ def main(argv: list[str]) -> None:
         for line in missing_libraries():
             print(line, flush=True)
     target = _mtp_kd_target(shape, teacher, parsed)
-    layout = plan_stages(shape, teacher, parsed, teacher_runs_mtp=target == TEACHER_MTP and shape.mtp_num_layers > 0)
+    runs_mtp = target == TEACHER_MTP and shape.mtp_num_layers > 0
+    layout = plan_stages(shape, teacher, parsed, teacher_runs_mtp=runs_mtp)
     if parsed.rank == 0 and parsed.pipeline_model_parallel_size > 1:
         print(layout.table(), flush=True)
     sys.argv[1:] = layout.command_line(sys.argv[1:])
     check_stages(parsed.hidden_kd_layers, layout.stages)
     args = _validated_arguments()
     run = Run(shape, teacher, target, _own_start(args), layout.teacher, hidden_log=HiddenLog(args.hidden_kd_layers))
+    if teacher is not None and args.teacher_ahead:
+        check_host_memory(held_bytes(teacher, args, teacher.mtp_num_layers if runs_mtp else 0), args)
+        run.ahead = TeacherAhead(run.chunks, run.batch, run.watch)
+        device.before_training_steps(run.ahead.before_step)
     if args.save and args.rank == 0:
         keep_hf_files(source, Path(args.save))
     provider = partial(run.datasets_provider)

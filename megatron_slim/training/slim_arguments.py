@@ -47,6 +47,19 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="What the teacher's weights are kept and used in. Default: as the student's (--bf16, --fp16).",
     )
     group.add_argument(
+        "--teacher-ahead",
+        type=int,
+        default=0,
+        metavar="ITERATIONS",
+        help="Let the teacher compute the batches of so many iterations in one forward pass, before the first of them, "
+        "and keep its last hidden states in host memory. 0: beside the student, in its own forward pass.",
+    )
+    group.add_argument(
+        "--teacher-offload",
+        action="store_true",
+        help="With --teacher-ahead: the teacher's weights are in host memory but during its pass and validation.",
+    )
+    group.add_argument(
         "--pipeline-layout",
         choices=("even", "auto"),
         default="even",

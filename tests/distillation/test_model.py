@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,11 +49,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HFCheckpo
     return found
 
 
-def build(checkpoint: HFCheckpoint, model_class: type[GPTModel], padded_vocab_size: int = PADDED) -> GPTModel:
+def build(
+    checkpoint: HFCheckpoint, model_class: type[GPTModel], padded_vocab_size: int = PADDED, **stage: Any
+) -> GPTModel:
     # No load balancing: its loss is attached to the graph behind the back of a comparison.
     config = transformer_config(checkpoint.shape, moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0)
-    model = build_model(checkpoint.shape, config, padded_vocab_size=padded_vocab_size, model_class=model_class)
-    load_hf_weights(model, checkpoint)
+    model = build_model(checkpoint.shape, config, padded_vocab_size=padded_vocab_size, model_class=model_class, **stage)
+    if model.post_process:  # a stage by itself is not all of the checkpoint, and keeps its random weights
+        load_hf_weights(model, checkpoint)
     if isinstance(model, DistillationModel):
         model.unpadded_vocab_size = checkpoint.shape.vocab_size
     return model
@@ -163,6 +167,77 @@ def test_the_teacher_is_no_part_of_the_student(checkpoints: dict[str, HFCheckpoi
     assert student.config.hidden_size == hidden_size + teacher.config.hidden_size
     assert student.decoder.config.hidden_size == hidden_size
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+
+
+def side_by_side(checkpoints: dict[str, HFCheckpoint], **options: Any) -> DistillationModel:
+    """Student and teacher; as ``post_process=False`` has it, a stage that ends before the heads."""
+    ahead = options.pop("ahead", False)
+    student = build(checkpoints["student"], DistillationModel, **options)
+    teacher = build(checkpoints["teacher"], HiddenStatesModel, **options)
+    assert isinstance(student, DistillationModel) and isinstance(teacher, HiddenStatesModel)
+    student.attach_teacher(teacher, TEACHER_MTP, ahead=ahead)
+    return student
+
+
+def saved_for_backward(model: DistillationModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    """What a stage ends with, and how many bytes autograd keeps."""
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(batch["tokens"], batch["position_ids"], None)
+    return output, sum(sizes.values())
+
+
+def test_a_teacher_leaves_nothing_for_backward(checkpoints: dict[str, HFCheckpoint], batch: dict[str, Tensor]) -> None:
+    """No tensor of its forward pass is kept, and what comes back in its place between stages is not computed with."""
+    both = side_by_side(checkpoints, post_process=False)
+    alone = build(checkpoints["student"], DistillationModel, post_process=False)
+    assert isinstance(alone, DistillationModel)
+    alone.load_state_dict(both.state_dict())
+    (hidden, kept), (joined, kept_beside) = (saved_for_backward(model, batch) for model in (alone, both))
+    assert kept_beside == kept > 0
+    upstream = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
+    hidden.backward(upstream)
+    joined.backward(torch.cat([upstream, torch.full_like(joined[..., hidden.shape[-1] :], torch.nan)], dim=-1))
+    found, wanted = gradients(both), gradients(alone)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    # What a later stage sends back for the teacher: zeros, without anything having been computed.
+    received = joined.detach().requires_grad_()
+    states = both.states_between_stages(received)
+    assert not states["teacher"].requires_grad and states["teacher"].grad_fn is None
+    states["student"].sum().backward()
+    assert received.grad is not None and not received.grad[..., hidden.shape[-1] :].any()
+
+
+def test_a_teacher_that_computed_ahead(checkpoints: dict[str, HFCheckpoint], batch: dict[str, Tensor]) -> None:
+    """Training, the student has the pipeline to itself and the same losses; in evaluation it is as ever."""
+    inputs = (batch["tokens"], batch["position_ids"], None, batch["labels"])
+    beside, ahead = side_by_side(checkpoints), side_by_side(checkpoints, ahead=True)
+    joint = beside.config.hidden_size
+    assert ahead.config.hidden_size == ahead.decoder.config.hidden_size == joint - 64
+    teacher = ahead.teacher
+    assert teacher is not None
+    weights = {name: parameter.clone() for name, parameter in teacher.named_parameters()}
+    with torch.no_grad():
+        states = teacher(*inputs[:3])
+    wanted = beside(*inputs)
+    ahead.offload_teacher()
+    away = {name: parameter.data_ptr() for name, parameter in teacher.named_parameters()}
+    assert torch.equal(ahead(*inputs, teacher_hidden=states), wanted)
+    with pytest.raises(AssertionError):
+        ahead(*inputs)
+    ahead.eval()
+    assert ahead.config.hidden_size == joint and torch.equal(ahead(*inputs), wanted)
+    here = {name: parameter.data_ptr() for name, parameter in teacher.named_parameters()}
+    assert {name for name in away if away[name] == here[name]} == {"output_layer.weight"}
+    ahead.train()
+    assert ahead.config.hidden_size == joint - 64
+    assert {name: parameter.data_ptr() for name, parameter in teacher.named_parameters()} == away
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in teacher.named_parameters())
 
 
 def test_a_checkpoint_holds_weights_alone(checkpoints: dict[str, HFCheckpoint]) -> None:
