@@ -351,6 +351,7 @@ def _stand_in_for_optimizer() -> None:
     optimizer.Adam = distrib_optimizer.Adam = FusedAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+    distrib_optimizer.USING_TE_OPTIMIZER = False
     # fp32 parameters are their own main parameters: restoring them in place needs autograd off.
     sharded = distrib_optimizer.DistributedOptimizer
     restore = torch.no_grad()(sharded._set_main_param_and_optimizer_states)

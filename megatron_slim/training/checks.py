@@ -23,6 +23,7 @@ from megatron_slim.data import count_documents, data_prefix, read_stream
 from megatron_slim.distillation.model import TEACHER_MTP
 from megatron_slim.errors import CheckpointError, DataError, SlimError, summarise
 from megatron_slim.files import read_json
+from megatron_slim.training.fp8_checks import fp8_violations
 from megatron_slim.training.hidden_kd import check_projections, hidden_violations
 from megatron_slim.training.libraries import library_violations
 from megatron_slim.training.loss_checks import loss_violations
@@ -51,7 +52,8 @@ def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
     teacher = open_checkpoint(args.teacher_load).shape if args.teacher_load is not None else None
     small = [f"{name} parallel size {size} is not positive" for name, size in _sizes(args).items() if size < 1]
     found = small or _process_violations(args) + stage_violations(args) + _model_violations("student", shape, args)
-    found += loss_violations(shape, args) + library_violations(args) + hidden_violations(shape, teacher, args) + ahead_violations(args)
+    found += loss_violations(shape, args) + library_violations(args) + ahead_violations(args)
+    found += hidden_violations(shape, teacher, args) + ([] if small else fp8_violations(shape, teacher, args))
     if teacher is not None and not small:
         found += _model_violations("teacher", teacher, args) + _pair_violations(shape, teacher, args)
     if found:
@@ -194,7 +196,9 @@ def _pair_violations(shape: ModelShape, teacher: ModelShape, args: Any) -> list[
     if args.mtp_kd_target == TEACHER_MTP and teacher.mtp_num_layers < shape.mtp_num_layers:
         heads = f"{teacher.mtp_num_layers or 'no'} MTP head"
         found.append(f"teacher: {heads} for --mtp-kd-target teacher-mtp; use teacher-main")
-    narrow = args.teacher_dtype in ("bf16", "fp16") and not (args.bf16 or args.fp16)
+    if args.tp_comm_overlap:
+        found.append("--tp-comm-overlap has buffers of the student's size alone; leave it out beside a teacher")
+    narrow = args.teacher_dtype in ("bf16", "fp16", "fp8") and not (args.bf16 or args.fp16)
     if narrow and teacher.hidden_size % 2 and args.pipeline_model_parallel_size > 1:
         found.append(
             f"teacher: hidden_size {teacher.hidden_size} in 16 bits does not fill numbers of 32 between stages"

@@ -129,9 +129,10 @@ class Run:
     def _build_teacher(self, base: TransformerConfig, stage: dict[str, Any]) -> HiddenStatesModel:
         assert self.teacher_shape is not None
         args = get_args()
+        dtype, recipe = args.teacher_dtype, args.teacher_fp8_recipe
         teacher = build_model(
             self.teacher_shape,
-            teacher_config(self.teacher_shape, base, layout=self.teacher_layout, dtype=args.teacher_dtype),
+            teacher_config(self.teacher_shape, base, layout=self.teacher_layout, dtype=dtype, fp8_recipe=recipe),
             padded_vocab_size=padded_vocab_size(self.shape),  # a rank's columns are those of the student
             model_class=HiddenStatesModel,
             **stage,

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_slim.architecture.fp8_sizes import TEACHER_RECIPES
 from megatron_slim.cli import ToolParser
 from megatron_slim.distillation.layer_pairs import FLAG, parse_layer_pairs
 from megatron_slim.distillation.schedule import SHAPES, Schedule
@@ -43,8 +44,15 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     )
     group.add_argument(
         "--teacher-dtype",
-        choices=("fp32", "bf16", "fp16"),
-        help="What the teacher's weights are kept and used in. Default: as the student's (--bf16, --fp16).",
+        choices=("fp32", "bf16", "fp16", "fp8"),
+        help="What the teacher's weights are kept and used in; fp8: kept in bf16, multiplied in FP8. Default: as the "
+        "student's (--bf16, --fp16, --fp8-format).",
+    )
+    group.add_argument(
+        "--teacher-fp8-recipe",
+        choices=TEACHER_RECIPES,
+        help="Scaling of a teacher in FP8. Default: --fp8-recipe, or tensorwise if that is delayed, which needs "
+        "backward passes.",
     )
     group.add_argument(
         "--teacher-ahead",

@@ -63,11 +63,10 @@ def check_teacher(chunks: Sequence[DistillationModel], next_batch: NextBatch, da
 
 def tolerance_of(reference: Reference, chunks: Sequence[DistillationModel]) -> float:
     """Nats of rounding between the recorded losses and these teachers'."""
-    if get_args().fp8:
+    teachers = [chunk.teacher for chunk in chunks if chunk.teacher is not None]
+    if any(teacher.config.fp8 for teacher in teachers):
         return FP8_NATS
-    dtypes = {
-        parameter.dtype for chunk in chunks if chunk.teacher is not None for parameter in chunk.teacher.parameters()
-    }
+    dtypes = {parameter.dtype for teacher in teachers for parameter in teacher.parameters()}
     return FP32_NATS if reference.dtype == "float32" and dtypes <= {torch.float32} else HALF_NATS
 
 

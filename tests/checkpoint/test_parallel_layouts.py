@@ -23,7 +23,7 @@ from megatron_slim.files import read_json
 from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-STUBS = Path(__file__).parent / "stubs"
+STUBS = ROOT / "tests" / "stubs"
 # (tensor, pipeline, virtual pipeline, expert, expert tensor) parallel sizes; the rest of the ranks is data parallel.
 ONE_RANK = (1, 1, None, 1, 1)
 LAYOUTS = [ONE_RANK, (2, 2, None, 1, 2), (2, 1, None, 2, 2), (2, 1, None, 4, 1), (1, 2, 2, 2, 1), (1, 4, None, 1, 1)]

@@ -1,8 +1,9 @@
-"""Stands in for Transformer Engine, which a CPU cannot have, where only the names and shapes of parameters matter.
+"""Stands in for Transformer Engine, which a CPU cannot have.
 
-With this directory on PYTHONPATH Megatron-Core takes its Transformer Engine path, and its own classes and its own
-``sharded_state_dict`` say what a model built of Transformer Engine's modules asks of a checkpoint. The modules in
-`pytorch` hold the parameters of the real ones and compute nothing; every other name exists and means nothing.
+With this directory on PYTHONPATH Megatron-Core takes its Transformer Engine path. The modules in `pytorch` have the
+parameters, arguments and results of the real ones, computed in full precision by torch; an FP8 region (`pytorch.fp8`)
+refuses the dimensions that the real one refuses, uses weights as they were when they were last quantised, and notes
+what ran in it. Every other name exists and means nothing.
 """
 
 from __future__ import annotations

@@ -1,0 +1,172 @@
+"""Which sizes a model may have where Transformer Engine multiplies in FP8.
+
+A layer multiplies [rows, inputs] by [outputs, inputs]^T, each rank its part. Tensor cores read FP8 in 16 bytes: the
+dimension that is summed over must be a multiple of 16. Forward that is the inputs; backward the outputs (gradient of
+the inputs) and the rows (gradient of the weight). A dimension that only counts results must be a multiple of 8, as
+results have 2 bytes. ``mxfp8`` quantises 32 numbers at a time along both dimensions, and every tensor must consist of
+whole blocks. ``blockwise`` pads its blocks of 128, so nothing but the 16 is required. (Transformer Engine 2.20:
+``assert_dim_for_fp8_exec``, ``CanonicalizeGemmInput``, ``MXFP8Quantizer``.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_slim.architecture.family import FULL_ATTENTION, LINEAR_ATTENTION
+from megatron_slim.architecture.parallelism import layout_violations
+from megatron_slim.architecture.shape import ModelShape
+
+RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+TEACHER_RECIPES = tuple(recipe for recipe in RECIPES if recipe != "delayed")
+REACH = 2048  # how far from a size allowed ones are looked for
+
+
+@dataclass(frozen=True)
+class Side:
+    """Inputs or outputs of a layer that is multiplied in FP8.
+
+    Attributes:
+        layer: its name.
+        field: the size of the shape that would be changed.
+        total: inputs or outputs of all ranks.
+        ways: ranks that share them.
+        inputs: whether they are inputs, which the forward pass sums over.
+    """
+
+    layer: str
+    field: str
+    total: int
+    ways: int
+    inputs: bool
+
+    def unit(self, recipe: str, *, trained: bool) -> int:
+        """What each rank's part must be a multiple of."""
+        if recipe == "mxfp8":
+            return 32
+        # Megatron asks 16 of in_proj's outputs before they are shared out, trained or not: not worth a case of its own.
+        return 16 if self.inputs or trained or self.ways == 1 else 8
+
+    def fits(self, recipe: str, *, trained: bool) -> bool:
+        """Whether every rank's part is such a multiple."""
+        return self.total % (self.ways * self.unit(recipe, trained=trained)) == 0
+
+    def __str__(self) -> str:
+        ranks = f" on each of {self.ways} ranks" if self.ways > 1 else ""
+        return f"{self.layer} has {self.total / self.ways:g} {'inputs' if self.inputs else 'outputs'}{ranks}"
+
+
+def fp8_sides(shape: ModelShape, *, tp: int = 1, etp: int = 1) -> Iterator[Side]:
+    """Every different dimension of a model's FP8 layers.
+
+    Router, gate of the shared expert, embedding, output layer, norms, convolution and delta rule stay in bf16 or fp32.
+    """
+    yield Side("every layer", "hidden_size", shape.hidden_size, 1, True)
+    if shape.mtp_num_layers:
+        yield Side("eh_proj of the MTP block", "hidden_size", shape.hidden_size, tp, False)
+    if FULL_ATTENTION in shape.layer_types or shape.mtp_num_layers:
+        queries = shape.num_attention_heads * shape.kv_channels
+        gated = 2 if shape.family.attention_output_gate else 1
+        rows = gated * queries + 2 * shape.num_query_groups * shape.kv_channels
+        yield Side("linear_qkv", "num_attention_heads", rows, tp, False)
+        yield Side("linear_proj", "num_attention_heads", queries, tp, True)
+    if LINEAR_ATTENTION in shape.layer_types:
+        keys = shape.linear_num_key_heads * shape.linear_key_head_dim
+        values = shape.linear_num_value_heads * shape.linear_value_head_dim
+        rows = 2 * keys + 2 * values + 2 * shape.linear_num_value_heads  # q, k; v, z; beta, alpha
+        yield Side("in_proj of Gated DeltaNet", "linear_num_value_heads", rows, tp, False)
+        yield Side("out_proj of Gated DeltaNet", "linear_num_value_heads", values, tp, True)
+    yield Side("linear_fc1 of experts", "moe_ffn_hidden_size", 2 * shape.moe_ffn_hidden_size, etp, False)
+    yield Side("linear_fc2 of experts", "moe_ffn_hidden_size", shape.moe_ffn_hidden_size, etp, True)
+    if shared := shape.moe_shared_expert_intermediate_size:
+        field = "moe_shared_expert_intermediate_size"
+        yield Side("linear_fc1 of the shared expert", field, 2 * shared, tp, False)
+        yield Side("linear_fc2 of the shared expert", field, shared, tp, True)
+
+
+def size_violations(shape: ModelShape, recipe: str, *, tp: int = 1, etp: int = 1, trained: bool = True) -> list[str]:
+    """Everything that keeps a model from running in FP8, one sentence for each size, with the nearest allowed ones.
+
+    Args:
+        shape: sizes of the model.
+        recipe: one of `RECIPES`.
+        tp: tensor parallel size.
+        etp: tensor parallel size inside an expert.
+        trained: it has a backward pass.
+
+    >>> from megatron_slim.testing import tiny_shape
+    >>> for sentence in size_violations(tiny_shape(linear_num_value_heads=8, moe_ffn_hidden_size=40), "delayed"):
+    ...     print(sentence)
+    linear_fc2 of experts has 40 inputs, no multiple of 16: moe_ffn_hidden_size 40 would have to be 32 or 48
+    """
+    known = {*shape.violations(), *layout_violations(shape, tp=tp, etp=etp)}
+
+    def misfits(candidate: ModelShape, tp: int, etp: int) -> dict[str, list[Side]]:
+        found: dict[str, list[Side]] = {}
+        for side in fp8_sides(candidate, tp=tp, etp=etp):
+            if not side.fits(recipe, trained=trained):
+                found.setdefault(side.field, []).append(side)
+        return found
+
+    sentences, found = [], misfits(shape, tp, etp)
+    divisors = [size for size in range(1, tp) if tp % size == 0]
+    smaller = max((size for size in divisors if not misfits(shape, size, min(etp, size))), default=0)
+    for field, sides in found.items():
+
+        def allows(value: int, field: str = field) -> bool:
+            change: dict[str, Any] = {field: value}
+            candidate = dataclasses.replace(shape, **change)
+            if field in misfits(candidate, tp, etp):
+                return False
+            return known >= {*candidate.violations(), *layout_violations(candidate, tp=tp, etp=etp)}
+
+        value, what = getattr(shape, field), " and ".join(map(str, sides))
+        unit = max(side.unit(recipe, trained=trained) for side in sides)
+        fixes = [f"{field} {value} would have to be {near}"] if (near := _either(_nearest(value, allows))) else []
+        fixes += [f"tensor parallel size {smaller} would do"] if smaller else []
+        sentences.append(f"{what}, no multiple of {unit}" + (f": {', or '.join(fixes)}" if fixes else ""))
+    return sentences
+
+
+def row_violations(
+    seq_length: int, micro_batch_size: int, recipe: str, *, ranks: int = 1, trained: bool = True
+) -> list[str]:
+    """What keeps micro-batches from running in FP8; tokens of experts are padded by Megatron.
+
+    Args:
+        seq_length: tokens of a sequence.
+        micro_batch_size: sequences of a micro-batch.
+        recipe: one of `RECIPES`.
+        ranks: tensor-parallel ranks that share a sequence (sequence parallelism); each quantises its own part.
+        trained: there is a backward pass.
+
+    >>> row_violations(100, 1, "mxfp8")
+    ['a micro-batch of 100 tokens is no multiple of 32: --seq-length 100 would have to be 96 or 128']
+    >>> row_violations(100, 4, "delayed")
+    []
+    """
+    whole = 32 if recipe == "mxfp8" else 16 if trained else 8
+    unit = math.lcm(whole, ranks * (32 if recipe == "mxfp8" else 8))
+
+    def allows(length: int) -> bool:
+        return length * micro_batch_size % unit == 0
+
+    if allows(seq_length):
+        return []
+    near = _either(_nearest(seq_length, allows))
+    fix = f": --seq-length {seq_length} would have to be {near}" if near else ""
+    return [f"a micro-batch of {seq_length * micro_batch_size} tokens is no multiple of {unit}{fix}"]
+
+
+def _nearest(value: int, allows: Callable[[int], bool]) -> Iterator[int]:
+    """The next smaller and the next larger size that is allowed, as far as there is one within reach."""
+    for candidates in (range(value - 1, max(0, value - REACH), -1), range(value + 1, value + REACH)):
+        yield from itertools.islice(filter(allows, candidates), 1)
+
+
+def _either(values: Iterable[int]) -> str:
+    return " or ".join(map(str, values))
