@@ -1,0 +1,47 @@
+"""docs/troubleshooting.md has every message that the package can end with, and none that it cannot."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs/troubleshooting.md"
+ERRORS = {"SlimError", "RecipeError", "CheckpointError", "DataError"}
+FOREIGN = {"Watchdog caught collective operation timeout", "CUDA out of memory", "iteration 7: lm loss is nan, ..."}
+
+
+def _templates(node: ast.expr) -> Iterator[str]:
+    """A string as it stands in the code, with ... for what is filled in; both sides of a choice."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    elif isinstance(node, ast.JoinedStr):
+        yield "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
+    elif isinstance(node, ast.IfExp):
+        yield from _templates(node.body)
+        yield from _templates(node.orelse)
+    elif isinstance(node, ast.BinOp):
+        for left in _templates(node.left):
+            yield from (left + right for right in _templates(node.right))
+    else:
+        yield "..."
+
+
+def _calls() -> Iterator[ast.Call]:
+    for folder in ("megatron_slim", "tools"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ERRORS:
+                    yield node
+
+
+def test_every_message_is_explained_and_every_explanation_has_its_message() -> None:
+    """Messages that are put together elsewhere (lists of faults) are explained as a kind, and not compared."""
+    messages = {template for call in _calls() if call.args for template in _templates(call.args[0])}
+    messages = {template for template in messages if re.search("[a-z]{2}", template)}
+    first_columns = (line.split("|")[1] for line in PAGE.read_text().splitlines() if line.startswith("| "))
+    explained = {span for column in first_columns for span in re.findall(r"`([^`]+)`", column)} - FOREIGN
+    assert sorted(messages - explained) == []
+    assert sorted(explained - messages) == []
