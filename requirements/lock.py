@@ -7,11 +7,14 @@ gets; dev.txt and gpu.txt what these extras add. Transformer Engine and apex com
 
 from __future__ import annotations
 
-import ast
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_slim.doctor.packages import declared
 
 HERE = Path(__file__).resolve().parent
 OWN = re.compile(r"(torch|triton|numpy|setuptools|nvidia-.*|cuda-.*)==")  # of NVIDIA's image
@@ -19,16 +22,6 @@ NOT_LOCKED = ("transformer-engine",)
 COMMAND = "uv pip compile - --no-config --generate-hashes --no-annotate --no-header --python-version 3.12".split()
 PLATFORM = ["--python-platform", "x86_64-manylinux_2_28"]  # hashes are those of all files of a version
 HEADER = "# Made by requirements/lock.py from setup.py; {what}.\n"
-
-
-def declared() -> dict[str, list[str]]:
-    """Requirements of setup.py: "" for all machines, else by extra."""
-    tree = ast.parse((HERE.parent / "setup.py").read_text(encoding="utf-8"))
-    (call,) = [
-        node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setup"
-    ]
-    found = {word.arg: word.value for word in call.keywords if word.arg in ("install_requires", "extras_require")}
-    return {"": ast.literal_eval(found["install_requires"])} | ast.literal_eval(found["extras_require"])
 
 
 def resolve(wanted: list[str], constraints: Path | None = None) -> list[str]:
