@@ -24,10 +24,10 @@ endif
 
 SCRIPTS = .ci/run $(shell find . -name '*.sh' -not -path './.venv/*' -not -path './runs/*')
 
-.PHONY: help venv demo test test-all lint clean
+.PHONY: help venv demo test test-all lint lock clean
 
 help:
-	@echo "make venv | demo | test | test-all | lint | clean"
+	@echo "make venv | demo | test | test-all | lint | lock | clean"
 
 venv: $(READY)
 
@@ -54,6 +54,10 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(BIN)shellcheck $(SCRIPTS)
+
+# Versions and hashes of the images, after a change in setup.py; needs uv.
+lock:
+	$(PY) requirements/lock.py
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis ./*.egg-info

@@ -22,6 +22,7 @@ LAYERS = (
     ("distillation",),
     ("training",),
     ("evaluation",),
+    ("doctor",),
     ("testing", "testing_preload"),
 )
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
@@ -31,6 +32,8 @@ INSTANT = (
     "megatron_slim.cli",
     "megatron_slim.data",
     "megatron_slim.documents",
+    "megatron_slim.doctor.machine",
+    "megatron_slim.doctor.preflight",
     "megatron_slim.tokenizers",
     "megatron_slim.recipe",
     "megatron_slim.recipe_budget",

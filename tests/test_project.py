@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
+import megatron_slim
 from megatron_slim import device
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,14 +47,61 @@ def test_tested_versions_are_installed(requirement: Requirement) -> None:
     assert requirement.specifier.contains(version(requirement.name).split("+")[0])
 
 
-def test_image_installs_the_tested_ranges_and_leaves_its_own_packages_alone() -> None:
+def pins(name: str) -> dict[str, str]:
+    """Of a file in requirements/: names to versions; every one has its hashes."""
+    entries = re.split(r"\n(?=[^ #])", (ROOT / "requirements" / name).read_text())[1:]
+    assert entries and all("==" in entry and "--hash=sha256:" in entry for entry in entries)
+    return dict(entry.split()[0].split("==") for entry in entries)
+
+
+def test_images_install_what_setup_allows() -> None:
+    """One truth: what setup.py declares is pinned once, inside its ranges; each image gets all of it."""
+    files = {name: pins(name) for name in ("image.txt", "base.txt", "dev.txt", "gpu.txt")}
+    every = [name for found in files.values() for name in found]
+    assert len(every) == len(set(every))
+    extras = setup_keyword("extras_require")
+    for declared, places in (
+        (REQUIREMENTS, ("image.txt", "base.txt")),
+        (DEVELOPMENT, ("dev.txt",)),
+        ([Requirement(line) for line in extras["gpu"]], ("gpu.txt",)),
+    ):
+        found = {name: pinned for place in places for name, pinned in files[place].items()}
+        for requirement in declared:
+            if requirement.name != "transformer-engine":  # of NVIDIA's image
+                assert requirement.specifier.contains(found[canonicalize_name(requirement.name)]), requirement
+
+
+def test_the_gpu_image_keeps_its_own_packages() -> None:
     text = (ROOT / "Dockerfile").read_text()
-    quoted = [Requirement(line) for line in re.findall(r'"([A-Za-z][\w.-]*[<>=]=?[^"]*)"', text)]
-    tested = {requirement.name: requirement.specifier for requirement in REQUIREMENTS}
-    assert quoted and all(tested[requirement.name] == requirement.specifier for requirement in quoted)
-    from_image = {"torch", "megatron-core", "numpy"}
-    assert {requirement.name for requirement in quoted} == tested.keys() - from_image
-    assert f"--no-deps megatron-core=={version('megatron-core')}" in text
+    gpu = text[text.index("AS gpu") :]
+    assert "image.txt" not in gpu and "base.txt" in gpu and "gpu.txt" in gpu
+    own = ("torch", "triton", "numpy", "apex", "transformer-engine", "flash-attn", "nvidia-nccl-cu13")
+    assert not {*own} & (pins("base.txt").keys() | pins("gpu.txt").keys())
+    (pattern,) = re.findall(r"grep -iE '(.+)'", gpu)
+    for name in own:  # what the build compares before and after
+        assert re.match(pattern, f"{name}=="), name
+    assert not re.match(pattern, "transformers==")
+
+
+def test_dockerfile() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    commands = re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE)).splitlines()
+    installs = [line for line in commands if line.startswith("RUN") and "pip install" in line]
+    assert all("--require-hashes" in line or "-e ." in line for line in installs)
+    assert all("--mount=type=cache" in line or "--no-cache-dir" in line for line in installs)
+    assert re.findall(r"^FROM (\S+) AS", text, re.MULTILINE) == [
+        "python:${PYTHON_TAG}",
+        "nvcr.io/nvidia/pytorch:${NGC_TAG}",
+    ]
+    assert text.count("\nUSER 1000:1000\n") == 2 and text.count("chmod -R a+rX") == 2
+    labels = re.findall(r'org\.opencontainers\.image\.version="(.+)"', text)
+    assert labels == [megatron_slim.__version__] * 2
+
+
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="no hadolint")
+def test_hadolint() -> None:
+    done = subprocess.run(["hadolint", "-t", "style", "Dockerfile"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("path", WITH_DOCTESTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -65,8 +114,11 @@ def test_examples_in_docstrings(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SHELL_SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_shell_scripts_stop_at_the_first_error(path: Path) -> None:
-    assert os.access(path, os.X_OK)
     text = path.read_text()
+    if text.startswith("# shellcheck shell=bash "):  # sourced by a script
+        assert not os.access(path, os.X_OK)
+        return
+    assert os.access(path, os.X_OK)
     assert text.startswith("#!/usr/bin/env bash\n") and "set -euo pipefail" in text
 
 

@@ -2,7 +2,7 @@
 # What srun starts on each node of a job, in its container: slurm_node.sh READY PYTHON ARGUMENTS...
 #
 # READY is a file that the job has just written on shared storage. The first node's launcher leaves its process id there:
-# a signal to it reaches all ranks and nothing else, while those that Slurm sends also hit loader and writer processes.
+# a signal to it reaches all ranks and nothing else, while what Slurm sends also hits the processes that write checkpoints.
 set -euo pipefail
 ready=$1 python=$2
 shift 2

@@ -343,12 +343,13 @@ def run_from_command_line() -> None:
     """`main`, with a `SlimError` as one line on stderr and exit code 2.
 
     Mostly all ranks find the same fault. Rank 0 says it, and the launcher ends the others; one that is still there
-    some seconds later has found a fault of its own, and says that.
+    some seconds later has found a fault of its own, or is on another node, and says it. Of a node's ranks the first
+    comes before the others.
     """
     try:
         main(sys.argv[1:])
     except SlimError as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(SECONDS_FOR_RANK_0)
+            time.sleep(SECONDS_FOR_RANK_0 * (1 if os.environ.get("LOCAL_RANK") == "0" else 1.5))
         print(f"error: {error}", file=sys.stderr, flush=True)
         exit_at_once(EXIT_USER_ERROR)

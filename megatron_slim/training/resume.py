@@ -55,15 +55,11 @@ def _advice(directory: Path, complete: list[int]) -> str:
     return f"to go on from a complete checkpoint write {numbers} into {tracker}"
 
 
-def mend_tracker(directory: Path, *, rank: int) -> None:
-    """See that a directory's tracker names a complete checkpoint; mend it where there is one way only.
+def missing_in_tracker(directory: Path) -> int | None:
+    """The iteration that a directory's tracker ought to name and does not; None if there is nothing to mend.
 
-    An empty tracker, or none beside complete iterations, is set to the newest of them, if that is also the one that
-    was written last. All else is refused: nothing but a person, or a disk, leaves it so.
-
-    Args:
-        directory: of ``--load`` or ``--save``; it need not exist.
-        rank: the global rank. Rank 0 mends and says so; the others come to the same conclusion, and wait for it.
+    An empty tracker, or none beside complete iterations, ought to name the newest of them, if that is also the one
+    that was written last. All else is refused: nothing but a person, or a disk, leaves it so.
 
     Raises:
         CheckpointError: the tracker names no complete checkpoint, or none can be chosen for it; says what to do.
@@ -72,10 +68,10 @@ def mend_tracker(directory: Path, *, rank: int) -> None:
     text = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
     if text:
         _check_named(directory, text, iterations)
-        return
+        return None
     complete = sorted(number for number, path in iterations.items() if not faults_of(path))
     if not tracker.is_file() and not complete:
-        return  # nothing was ever saved: half a first checkpoint is written over
+        return None  # nothing was ever saved: half a first checkpoint is written over
     written = {number: (iterations[number] / METADATA).stat().st_mtime_ns for number in complete}
     if not complete or max(written, key=written.__getitem__) != complete[-1]:
         state = "holds ''" if tracker.is_file() else "is missing"
@@ -84,10 +80,28 @@ def mend_tracker(directory: Path, *, rank: int) -> None:
             where=str(tracker),
             fix=_advice(directory, complete),
         )
+    return complete[-1]
+
+
+def mend_tracker(directory: Path, *, rank: int) -> None:
+    """See that a directory's tracker names a complete checkpoint; mend it where there is one way only.
+
+    Args:
+        directory: of ``--load`` or ``--save``; it need not exist.
+        rank: the global rank. Rank 0 mends and says so; the others come to the same conclusion, and wait for it.
+
+    Raises:
+        CheckpointError: as `missing_in_tracker`.
+    """
+    number = missing_in_tracker(directory)
+    if number is None:
+        return
+    tracker = directory / TRACKER
     if rank == 0:
         state = "was empty" if tracker.is_file() else "was missing"
-        write_atomic(tracker, str(complete[-1]))
-        say(f"{tracker}: {state}; going on from {iterations[complete[-1]].name}, the last complete checkpoint")
+        write_atomic(tracker, str(number))
+        name = _iterations(directory)[number].name
+        say(f"{tracker}: {state}; going on from {name}, the last complete checkpoint")
     else:
         _wait_for(tracker)
 

@@ -52,7 +52,7 @@ def test_dry_run_prints_the_command() -> None:
     assert done.returncode == 0, done.stderr
     words = done.stdout.split()
     command = " ".join(words)
-    assert "tools/torchrun.py --nproc-per-node 4 " in command
+    assert "tools/torchrun.py --node-rank 0 --nproc-per-node 4 " in command
     assert "--data-path 0.3 a 0.7 b --split" in command
     assert "--sequence-parallel --bf16 --pretrained-checkpoint pruned --teacher-load big" in command
     assert words[-2:] == ["--lr", "1"] and "--lr 4e-4" in command  # what is given by hand comes last and wins
@@ -61,7 +61,7 @@ def test_dry_run_prints_the_command() -> None:
 def test_separate_validation_data() -> None:
     done = run(TRAIN, DRY_RUN="1", SAVE="run", DATA="a", VALID_DATA="b", HF_CONFIG="config", NNODES="4", NODE_RANK="3")
     assert "--train-data-path a --valid-data-path b --test-data-path b" in done.stdout
-    assert "--nnodes 4 --node-rank 3" in done.stdout and "--hf-config config" in done.stdout
+    assert "--node-rank 3 " in done.stdout and "--nnodes 4 " in done.stdout and "--hf-config config" in done.stdout
 
 
 def test_the_demo_spares_a_directory_that_is_not_its_own(tmp_path: Path) -> None:

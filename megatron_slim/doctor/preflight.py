@@ -1,0 +1,155 @@
+"""What a run will be given - data, student, teacher, place to save in - looked at before it is started."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_slim.data import count_documents, data_prefix, read_stream
+from megatron_slim.doctor.findings import NOTE, OK, PROBLEM, Finding, good_or, refused
+from megatron_slim.doctor.machine import GIB, storage
+from megatron_slim.errors import DataError, SlimError
+
+if TYPE_CHECKING:
+    from megatron_slim.architecture.shape import ModelShape
+
+CHECKED_TOKENS = 1 << 20  # of each end of a data set
+BYTES_PER_PARAMETER = 14  # of a checkpoint of training in bf16: the weight, and three numbers of the optimizer in fp32
+
+
+def preflight(
+    data: Sequence[Path], checkpoint: Path | None, teacher: Path | None, save: Path | None, *, nodes: int
+) -> Iterator[Finding]:
+    """Look at what was given, in this order; a checkpoint may be one to start from or the directory of a run.
+
+    Args:
+        data: prefixes of .bin/.idx pairs.
+        checkpoint: of the student.
+        teacher: its checkpoint.
+        save: where the run will save.
+        nodes: on how many machines it will run.
+    """
+    shapes: dict[str, ModelShape] = {}
+    for name, path in (("checkpoint", checkpoint), ("teacher", teacher)):
+        if path is not None:
+            yield from _model(name, path, shapes)
+            if path.exists():
+                yield storage(name, path, nodes=nodes)
+    if len(shapes) == 2:
+        yield from _pair(shapes["checkpoint"], shapes["teacher"])
+    vocabulary = min((shape.vocab_size for shape in shapes.values()), default=None)
+    for prefix in data:
+        yield _data(prefix, vocabulary)
+        if prefix.parent.exists():
+            yield storage(f"data {prefix.name}", prefix.parent, nodes=nodes)
+    if save is not None:
+        yield from _save(save, shapes.get("checkpoint"), nodes)
+
+
+def _model(name: str, path: Path, shapes: dict[str, ModelShape]) -> Iterator[Finding]:
+    """Open it as training does: names, sizes and types of all tensors, not their values."""
+    from megatron_slim.architecture.table import count_parameters
+    from megatron_slim.checkpoint.convert import open_checkpoint
+    from megatron_slim.checkpoint.reference import REFERENCE
+    from megatron_slim.training.resume import missing_in_tracker
+
+    try:
+        number = missing_in_tracker(path)
+        if number is not None:
+            yield Finding(
+                name, NOTE, f"its tracker is torn; {number} is the last complete checkpoint", "training mends it"
+            )
+            return
+        shape = open_checkpoint(path).shape
+    except SlimError as error:
+        yield refused(name, error)
+        return
+    shapes[name] = shape
+    count = count_parameters(shape, include_mtp=False)
+    found = f"{shape.model_type}, {shape.num_layers} layers, {count.total / 1e9:.2f}B parameters, "
+    yield Finding(name, OK, found + f"{count.active / 1e9:.2f}B active, vocabulary {shape.vocab_size}: complete")
+    if name == "teacher":
+        there = (path / REFERENCE).is_file()
+        fix = "tools/evaluate.py --record, so that training knows the teacher by its losses"
+        yield good_or(NOTE, "teacher's losses", there, "recorded" if there else "not recorded", fix)
+
+
+def _pair(student: ModelShape, teacher: ModelShape) -> Iterator[Finding]:
+    if student.vocab_size != teacher.vocab_size:
+        found = f"teacher {teacher.vocab_size}, student {student.vocab_size}"
+        yield Finding(
+            "vocabularies", PROBLEM, found, "logits are compared token by token: prune the student from its teacher"
+        )
+    if teacher.mtp_num_layers < student.mtp_num_layers:
+        found = f"teacher {teacher.mtp_num_layers}, student {student.mtp_num_layers}"
+        yield Finding("MTP heads", NOTE, found, "the student's learns from the teacher's main head")
+
+
+def _data(prefix: Path, vocabulary: int | None) -> Finding:
+    name = f"data {prefix.name}"
+    try:
+        found = data_prefix(prefix)
+        stream = read_stream(found)
+        largest = int(max(stream[:CHECKED_TOKENS].max(), stream[-CHECKED_TOKENS:].max()))
+        if vocabulary is not None and largest >= vocabulary:
+            fix = "preprocess with the model's own tokenizer"
+            raise DataError(f"token id {largest} is beyond the vocabulary of {vocabulary}", where=str(prefix), fix=fix)
+    except SlimError as error:
+        return refused(name, error)
+    return Finding(
+        name, OK, f"{len(stream):,} tokens in {count_documents(found):,} documents, largest id seen {largest}"
+    )
+
+
+def _save(save: Path, shape: ModelShape | None, nodes: int) -> Iterator[Finding]:
+    """Whether it can be written, what a run would go on from, and whether a checkpoint will fit."""
+    from megatron_slim.training.resume import missing_in_tracker
+
+    existing = next(path for path in (save, *save.absolute().parents) if path.exists())
+    yield _writable(existing)
+    yield storage("save", existing, nodes=nodes)
+    try:
+        number = missing_in_tracker(save)
+        tracker = save / "latest_checkpointed_iteration.txt"
+        if number is not None:
+            yield Finding("resume", NOTE, f"torn tracker: training will go on from {number}", "")
+        elif tracker.is_file():
+            yield Finding("resume", OK, f"a run will go on from iteration {tracker.read_text().strip()}")
+        else:
+            yield Finding("resume", OK, "nothing saved yet: a run will start")
+    except SlimError as error:
+        yield refused("resume", error)
+    if shape is not None:
+        from megatron_slim.architecture.table import count_parameters
+
+        need = count_parameters(shape).total * BYTES_PER_PARAMETER
+        free = shutil.disk_usage(existing).free
+        found = f"a checkpoint takes {need / GIB:.1f} GiB, {free / GIB:.0f} GiB are free"
+        fix = "make room: all checkpoints of a run are kept"
+        yield (
+            Finding("room", PROBLEM if free < need else NOTE, found, fix)
+            if free < 3 * need
+            else Finding("room", OK, found)
+        )
+
+
+def _writable(directory: Path) -> Finding:
+    """Write, flush and rename a small file, as a checkpoint is."""
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=".doctor", dir=directory)
+        try:
+            os.write(descriptor, b"x")
+            os.fsync(descriptor)
+            os.rename(name, f"{name}.2")
+            name = f"{name}.2"
+        finally:
+            os.close(descriptor)
+            os.unlink(name)
+    except OSError as error:
+        fix = "give another directory, or ask for the right to write"
+        return Finding("save", PROBLEM, f"{directory}: {(error.strerror or str(error)).lower()}", fix)
+    return Finding("save", OK, f"{directory} can be written")
