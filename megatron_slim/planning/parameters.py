@@ -37,9 +37,7 @@ class Counter:
         self.shape = shape.replace(vocab_size=padded_vocab_size(shape))
         self.tp, self.ep = tp, ep
         family = shape.family
-        self.blocks = {
-            kind: self._rows((*rows, *family.moe_rows)) for kind, rows in family.attention_rows.items()
-        }
+        self.blocks = {kind: self._rows((*rows, *family.moe_rows)) for kind, rows in family.attention_rows.items()}
         self.first, self.last = self._rows(family.first_rows), self._rows(family.last_rows)
         self.mtp = self._rows(family.mtp_rows) + self.blocks[FULL_ATTENTION]
 

@@ -125,4 +125,3 @@ def _pruned(recipe: Recipe, source: ModelShape, file: Path) -> tuple[ModelShape,
     if recipe.depth.method != "last" and layers < source.num_layers:
         notes.append(f"depth {recipe.depth.method}: counted as if the first {layers} layers stayed")
     return target_shape(recipe, source, tuple(range(layers))), notes
-

@@ -20,6 +20,7 @@ from megatron_slim.checkpoint.huggingface import CONFIG, INDEX, SINGLE, HFCheckp
 from megatron_slim.cli import ToolParser
 from megatron_slim.errors import SlimError
 
+
 def shape_directory(argv: list[str]) -> Path:
     """Directory whose config.json describes the student.
 
