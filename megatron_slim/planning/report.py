@@ -183,9 +183,13 @@ def _table(ranked: Sequence[Candidate], job: Job, tokens: int, *, wide: bool) ->
             f"{step.bubble:.0%}",
             f"{step.tokens_per_gpu:,.0f}",
             f"{step.mfu:.1%}",
-            f"{days(step, job, tokens):,.1f}",
+            _days(days(step, job, tokens)),
         )
     return table
+
+
+def _days(value: float) -> str:
+    return f"{value:,.1f}" if value >= 1 else f"{value:.2f}"
 
 
 def _print_reasons(console: Any, found: Found, top: int) -> None:

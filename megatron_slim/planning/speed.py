@@ -254,7 +254,7 @@ def step(
     return Step(
         seconds=seconds,
         pipeline=pipeline,
-        bubble=(pipeline - mean.total) / seconds,
+        bubble=max(0.0, pipeline - mean.total) / seconds,  # of one rank, rounding alone is left
         data_parallel=communicated,
         optimizer=updated,
         busy=mean,
