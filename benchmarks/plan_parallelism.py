@@ -42,7 +42,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     models = find_models(Asked(recipe=RECIPE))
     prepare()  # imports, which every training process has to wait for too
-    plans = {}
+    plans: dict[str, dict[str, Any]] = {}
     for gpus in args.gpus:
         settings = Settings(global_batch=max(1024, gpus))
         job = Job(models.student, models.teacher, settings, gpus, GPUS[args.gpu_type])

@@ -45,7 +45,7 @@ def requested(layout: TrainLayout, student: ModelShape, teacher: ModelShape | No
     ("family", "layout"),
     [
         ("qwen3_next", TrainLayout(2048, tp=2, pp=2, vpp=2, ep=4)),
-        ("qwen3_next", TrainLayout(8, tp=4, pp=2)),
+        ("qwen3_next", TrainLayout(8, tp=2, pp=2)),
         ("qwen3_moe", TrainLayout(64, tp=2, pp=4, ep=8)),
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
@@ -76,7 +76,7 @@ def allocated(argv: list[str], log: str) -> dict[str, int]:
     os.dup2(stream, 1)
     os.dup2(stream, 2)
     from megatron.training import training
-    from megatron.training.utils import unwrap_model
+    from megatron.core.utils import unwrap_model
 
     from megatron_slim.training.pretrain import main
 

@@ -247,3 +247,19 @@ def test_help_is_instant_and_search_imports_no_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+
+
+def test_a_plan_knows_both_models(tmp_path: Path) -> None:
+    from benchmarks.models import write_statistics
+    from megatron_slim.pruning.plan import make_plan
+    from megatron_slim.pruning.statistics import Statistics
+    from megatron_slim.recipe import parse_recipe
+    from megatron_slim.testing import write_tiny_checkpoint
+
+    shape = tiny_shape()
+    write_tiny_checkpoint(tmp_path / "teacher", shape)
+    write_statistics(tmp_path / "teacher", tmp_path / "stats")
+    recipe = parse_recipe({"version": 1, "source": "teacher", "target": {"num_moe_experts": 4}})
+    make_plan(recipe, Statistics.load(tmp_path / "stats"), shape).save(tmp_path / "plan.json")
+    found = find_models(Asked(plan=tmp_path / "plan.json"))
+    assert found.teacher == found.source == shape and found.student.num_moe_experts == 4
