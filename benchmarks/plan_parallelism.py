@@ -28,6 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--pp", type=positive, nargs="+", default=[8], metavar="N", help="what is built: the best with it"
     )
+    parser.add_argument("--ep", type=positive, nargs="+", default=[], metavar="N", help="likewise; default: all")
     parser.add_argument("--processes", type=positive, default=2, help="to build in")
     return parser.parse_args()
 
@@ -47,7 +48,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         settings = Settings(global_batch=max(1024, gpus))
         job = Job(models.student, models.teacher, settings, gpus, GPUS[args.gpu_type])
         started = time.monotonic()
-        found = Search(job).run(Wanted(pp=args.pp))
+        found = Search(job).run(Wanted(pp=args.pp, ep=args.ep))
         searched = time.monotonic() - started
         if not found.ranked:
             raise SlimError(f"nothing fits on {gpus} GPUs", fix="--pp, --gpu-type")

@@ -75,8 +75,8 @@ def allocated(argv: list[str], log: str) -> dict[str, int]:
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
-    from megatron.training import training
     from megatron.core.utils import unwrap_model
+    from megatron.training import training
 
     from megatron_slim.training.pretrain import main
 
