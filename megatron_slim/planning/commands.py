@@ -89,8 +89,7 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
     if not found.ranked:
         raise _nothing(found, job)
     if not args.json:
-        source = models.source if models.source is not None else None
-        report.print_plan(found, job, tokens, args.top, built, notes, source)
+        report.print_plan(found, job, tokens, args.top, built, notes, models.source)
     entries = [
         report.candidate_entry(each, job, tokens, built=each.layout.name in built) for each in found.ranked[: args.top]
     ]
