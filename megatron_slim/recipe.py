@@ -180,7 +180,7 @@ def parse_recipe(document: Any, *, where: str = "recipe") -> Recipe:
         kind = type(document).__name__
         raise RecipeError(f"a recipe is a mapping, not {kind}", where=where, fix="start it with 'version: 1'")
     found = _version_violations(document)
-    found += unknown_keys(document, ["version", "source", *SECTIONS, "search", "stages", "stage"], "")
+    found += unknown_keys(document, ["version", *SECTIONS, "search", "stages", "stage", "source"], "")
     if "source" in document and (not isinstance(document["source"], str) or not document["source"].strip()):
         found.append(f"source {document['source']!r} is neither a model's name nor a directory")
     if "target" not in document and "stages" not in document:

@@ -21,6 +21,7 @@ LAYERS = (
     ("pruning",),
     ("distillation",),
     ("training",),
+    ("planning",),
     ("evaluation",),
     ("doctor",),
     ("testing", "testing_preload"),
@@ -49,13 +50,18 @@ INSTANT = (
     "megatron_slim.pruning.plan_plots",
     "megatron_slim.pruning.plan_page",
     "megatron_slim.training.slim_arguments",
+    "megatron_slim.architecture.parallelism",
+    "megatron_slim.architecture.published",
+    "megatron_slim.planning.build",
+    "megatron_slim.planning.commands",
+    "megatron_slim.planning.sources",
 )
 HEAVY = ("torch", "transformers", "megatron", "nltk", "sentencepiece", "matplotlib")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py")) + sorted((ROOT / "examples").rglob("*.py"))
 TOOLS += [
     ROOT / "benchmarks" / f"{name}.py"
-    for name in "convert convert_80b gated_delta_rule load_all one_shot pipeline_schedules".split()
+    for name in "convert convert_80b gated_delta_rule load_all one_shot pipeline_schedules plan_parallelism".split()
 ]
 
 

@@ -1,4 +1,4 @@
-"""Published models whose sizes recipes can name as their source (no torch)."""
+"""Models whose sizes recipes can name as their source (no torch)."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
 
 FP32 = 4
 INDEX = 8  # int64
+NOTHING = Recompute()
 DELTA_RULE_BLOCK = 64  # columns of the triangle that fla keeps per token and head
 
 
@@ -112,7 +113,7 @@ def moe_bytes(shape: ModelShape, of: Pass) -> float:
     w, h, f, topk = of.width, shape.hidden_size, shape.moe_ffn_hidden_size, shape.moe_router_topk
     # Scores and their order over all experts (Megatron sorts the whole routing map), and the choice.
     router = (FP32 + INDEX) * shape.num_moe_experts + topk * (FP32 + 3 * INDEX)
-    # A gated MLP keeps [gate; up] and their product; unfused also its silu, the other factor and the unweighted product.
+    # A gated MLP keeps [gate; up] and their product; unfused also the silu, the other factor, the unweighted product.
     routed = topk * (w * h + FP32 + w * f * (3 if of.fused else 6)) * of.imbalance
     shared = 0.0
     if ffn := shape.moe_shared_expert_intermediate_size:
@@ -120,7 +121,7 @@ def moe_bytes(shape: ModelShape, of: Pass) -> float:
     return of.share * (router + routed + shared)
 
 
-def block_bytes(shape: ModelShape, kind: str, of: Pass, recompute: Recompute = Recompute()) -> float:
+def block_bytes(shape: ModelShape, kind: str, of: Pass, recompute: Recompute = NOTHING) -> float:
     """What a transformer block keeps.
 
     Args:
@@ -135,7 +136,7 @@ def block_bytes(shape: ModelShape, kind: str, of: Pass, recompute: Recompute = R
     return attention_bytes(shape, kind, of) + moe_norm_bytes(shape, of) + moe
 
 
-def mtp_bytes(shape: ModelShape, of: Pass, recompute: Recompute = Recompute()) -> float:
+def mtp_bytes(shape: ModelShape, of: Pass, recompute: Recompute = NOTHING) -> float:
     """What an MTP block keeps: two norms, their outputs side by side, a block of full attention, a norm."""
     if recompute.granularity == "full":
         return of.share * of.width * 2 * shape.hidden_size
@@ -145,7 +146,7 @@ def mtp_bytes(shape: ModelShape, of: Pass, recompute: Recompute = Recompute()) -
 
 
 def stage_bytes(
-    shape: ModelShape, start: int, stop: int, of: Pass, recompute: Recompute = Recompute(), *, is_last: bool
+    shape: ModelShape, start: int, stop: int, of: Pass, recompute: Recompute = NOTHING, *, is_last: bool
 ) -> float:
     """What the layers from ``start`` up to ``stop`` keep of one micro-batch, heads left out."""
     kinds = {kind: block_bytes(shape, kind, of, recompute) for kind in set(shape.layer_types[start:stop])}

@@ -155,7 +155,7 @@ def _world(layout: TrainLayout, rank: int) -> Iterator[None]:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.gpus)  # type: ignore[no-untyped-call]
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.gpus)
     try:
         parallel_state.initialize_model_parallel(
             layout.tp,

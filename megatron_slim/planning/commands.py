@@ -48,10 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     run = parser.add_argument_group("the run")
     run.add_argument("--tokens", metavar="T", help=f"to train: 400B, 4e10 (default: the stage's, else {TOKENS})")
-    run.add_argument("--seq-length", type=positive, metavar="S", help=f"tokens of a sample (default: {SCRIPT.seq_length})")
+    run.add_argument(
+        "--seq-length", type=positive, metavar="S", help=f"tokens of a sample (default: {SCRIPT.seq_length})"
+    )
     run.add_argument("--global-batch-size", type=positive, default=SCRIPT.global_batch, help="samples of a step")
     run.add_argument("--precision", choices=("bf16", "fp32"), default=SCRIPT.precision, help="of weights")
-    run.add_argument("--kd-loss", choices=("forward-kl", "reverse-kl", "jsd", "top-k"), default=SCRIPT.kd_loss, help="loss")
+    run.add_argument(
+        "--kd-loss", choices=("forward-kl", "reverse-kl", "jsd", "top-k"), default=SCRIPT.kd_loss, help="loss"
+    )
     run.add_argument("--loss-chunk-size", type=positive, default=SCRIPT.loss_chunk, help="tokens of a chunk of logits")
 
     search = parser.add_argument_group("what is tried", "each takes several values; default: powers of two")
@@ -85,8 +89,7 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
     if not found.ranked:
         raise _nothing(found, job)
     if not args.json:
-        source = models.source if models.source is not None else None
-        report.print_plan(found, job, tokens, args.top, built, notes, source)
+        report.print_plan(found, job, tokens, args.top, built, notes, models.source)
     entries = [
         report.candidate_entry(each, job, tokens, built=each.layout.name in built) for each in found.ranked[: args.top]
     ]
@@ -159,7 +162,9 @@ def _build(found: Found, job: Job, count: int) -> dict[str, float]:
         counted = [rank_counts(job.student, stages.student_layers, layout)]
         counted += [rank_counts(job.teacher, stages.teacher_layers, layout)]
         for rank, own, taught in zip(ranks, *counted, strict=True):
-            assert (rank.student.total, rank.teacher.total) == (own.total, taught.total), "the table and the modules differ"
+            assert (rank.student.total, rank.teacher.total) == (own.total, taught.total), (
+                "the table and the modules differ"
+            )
         static = [rank.memory for rank in ranks]
         memory = rank_memory(job.student, job.teacher, layout, stages, job.settings, job.assumed, static)
         if max(each.total for each in memory) > job.gpu.memory:  # by the padding of its buffers
@@ -181,5 +186,5 @@ def _nothing(found: Found, job: Job) -> SlimError:
         fix = "take more or larger GPUs, shorter samples, or try other sizes (--tp, --pp, --ep)"
         miss = f"the nearest miss is {nearest.layout.name}, {over:.1f} GB too much: {nearest.why}"
         return SlimError(f"no layout fits on {where}; {miss}", fix=fix)
-    reasons = [f"{reason} ({count})" for reason, count in found.reasons().most_common(3)]
+    reasons = [f"{reason} ({count})" for reason, count in found.reasons()[:3]]
     return SlimError(f"no layout is allowed on {where}: {'; '.join(reasons)}", fix="try other sizes")

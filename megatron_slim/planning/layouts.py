@@ -106,7 +106,9 @@ class TrainLayout:
             batch = f"{self.micro_batch} a micro-batch x DP {self.dp}"
             found.append(f"a global batch of {settings.global_batch} does not divide by {batch}")
         elif self.vpp > 1 and self.micro_batches(settings) % self.pp:
-            found.append(f"interleaving needs micro-batches ({self.micro_batches(settings)}) in multiples of PP {self.pp}")
+            found.append(
+                f"interleaving needs micro-batches ({self.micro_batches(settings)}) in multiples of PP {self.pp}"
+            )
         if self.vpp > 1 and self.pp == 1:
             found.append("virtual stages need a pipeline")
         if student.num_layers < self.pp * self.vpp - 2:
@@ -157,4 +159,6 @@ class Wanted:
         )
         for tp, pp, vpp, ep, micro_batch, recompute in product(*axes):
             if vpp == 1 or pp > 1 or self.vpp:
-                yield replace(TrainLayout(gpus), tp=tp, pp=pp, vpp=vpp, ep=ep, micro_batch=micro_batch, recompute=recompute)
+                yield replace(
+                    TrainLayout(gpus), tp=tp, pp=pp, vpp=vpp, ep=ep, micro_batch=micro_batch, recompute=recompute
+                )

@@ -1,7 +1,7 @@
-"""Memory of a training run on each pipeline rank: weights, gradients, optimizer, teacher, activations, losses (no torch).
+"""Memory of a training run on each pipeline rank: what is static, activations, losses (no torch).
 
-What is static follows Megatron's buffers: parameters in the run's precision, gradients in fp32 (``main_grad``), and with
-the distributed optimizer, of the own share alone, a main copy in fp32 (of 16-bit weights) and Adam's two moments.
+What is static follows Megatron's buffers: parameters in the run's precision, gradients in fp32 (``main_grad``), and
+with the distributed optimizer, of the own share alone, a main copy in fp32 (of 16-bit weights) and Adam's two moments.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def least_static(student: ModelShape, teacher: ModelShape | None, layout: TrainL
     """What no stages go below on the fullest rank: everything, shared out evenly."""
 
     def spread(shape: ModelShape | None) -> Count:
-        whole = rank_counts(shape, [shape.num_layers], TrainLayout(1, tp=layout.tp, ep=layout.ep))[0] if shape else Count()
+        whole = (
+            rank_counts(shape, [shape.num_layers], TrainLayout(1, tp=layout.tp, ep=layout.ep))[0] if shape else Count()
+        )
         return Count(whole.dense // layout.pp, whole.expert // layout.pp)
 
     return static_memory(spread(student), spread(teacher), layout, settings).total
@@ -150,7 +152,5 @@ def rank_memory(
     for rank, (own, activations) in enumerate(zip(static, fullest, strict=True)):
         loss = loss_bytes(student, teacher, layout, settings) if rank == layout.pp - 1 else 0.0
         lost = assumed.overhead_gib * GIB + assumed.fragmentation * (activations + working + loss)
-        found.append(
-            Memory(own.weights, own.gradients, own.optimizer, own.teacher, activations, working, loss, lost)
-        )
+        found.append(Memory(own.weights, own.gradients, own.optimizer, own.teacher, activations, working, loss, lost))
     return found

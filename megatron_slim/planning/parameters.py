@@ -12,6 +12,8 @@ from megatron_slim.architecture.parallelism import padded_vocab_size
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
 from megatron_slim.architecture.weight import Weight
 
+FINAL_NORM = "decoder.final_layernorm.weight"
+
 
 @dataclass(frozen=True)
 class Count:
@@ -37,10 +39,10 @@ class Counter:
         self.shape = shape.replace(vocab_size=padded_vocab_size(shape))
         self.tp, self.ep = tp, ep
         family = shape.family
-        self.blocks = {
-            kind: self._rows((*rows, *family.moe_rows)) for kind, rows in family.attention_rows.items()
-        }
-        self.first, self.last = self._rows(family.first_rows), self._rows(family.last_rows)
+        self.blocks = {kind: self._rows((*rows, *family.moe_rows)) for kind, rows in family.attention_rows.items()}
+        self.first = self._rows(family.first_rows)
+        self.norm = self._rows(row for row in family.last_rows if row.key == FINAL_NORM)
+        self.output = self._rows(row for row in family.last_rows if row.key != FINAL_NORM)
         self.mtp = self._rows(family.mtp_rows) + self.blocks[FULL_ATTENTION]
 
     def _rows(self, rows: Iterable[Weight]) -> Count:
@@ -57,6 +59,7 @@ class Counter:
         """Of a pipeline stage with the layers from ``start`` up to ``stop``.
 
         An MTP block on another stage than the first has an embedding of its own there, a copy of the first one's.
+        Beside an MTP block, Megatron puts the final norm where the last layer is, and else on the last stage.
         """
         found = Count()
         for kind in self.shape.layer_types[start:stop]:
@@ -64,11 +67,14 @@ class Counter:
         if is_first:
             found += self.first
         if is_last:
-            found += self.last
+            found += self.output
             for _ in range(self.shape.mtp_num_layers):
                 found += self.mtp
             if self.shape.mtp_num_layers and not is_first:
                 found += self.first
+        holds_last_layer = start < stop == self.shape.num_layers
+        if holds_last_layer if self.shape.mtp_num_layers else is_last:
+            found += self.norm
         return found
 
     def stages(self, layers: Sequence[int]) -> list[Count]:

@@ -19,8 +19,8 @@ ASSUMED = {
     "disk_bytes_per_second": 3e9,
     "host_gib_of_interpreter_and_cuda": 4.0,
 }
-# Measured on 2 cores over the published 80B layout (docs/benchmarks.md): seconds for each GB of the source, verified, and
-# GB of memory at the peak, which does not grow with the model.
+# Measured on 2 cores over the published 80B layout (docs/benchmarks.md): seconds for each GB of the source, verified,
+# and GB of memory at the peak, which does not grow with the model.
 CONVERSION = {
     "convert to torch_dist": (364 / 162.6, 1.03),
     "prune to Hugging Face": (138 / 162.6, 0.80),

@@ -82,7 +82,7 @@ def rejected_entry(found: Found) -> dict[str, Any]:
     nearest = found.nearest
     return {
         "count": len(found.rejected),
-        "reasons": dict(found.reasons().most_common()),
+        "reasons": dict(found.reasons()),
         "nearest": None if nearest is None else {"name": nearest.layout.name, "why": nearest.why},
         "layouts": [{"name": each.layout.name, "kind": each.kind, "why": each.why} for each in found.rejected],
         "need_less_recomputation": found.spared,
@@ -107,7 +107,13 @@ def preparation_entry(source: ModelShape, job: Job) -> dict[str, Any]:
 
 
 def print_plan(
-    found: Found, job: Job, tokens: int, top: int, built: Mapping[str, float], notes: Sequence[str], source: ModelShape | None
+    found: Found,
+    job: Job,
+    tokens: int,
+    top: int,
+    built: Mapping[str, float],
+    notes: Sequence[str],
+    source: ModelShape | None,
 ) -> None:
     """Tables and flags, as wide as the terminal allows."""
     from rich.console import Console
@@ -136,7 +142,9 @@ def print_plan(
     }
     console.print(f"  memory  {', '.join(f'{name} {value / 1e9:.1f}' for name, value in parts.items())} GB")
     if best.layout.name in built:
-        console.print(f"  weights, gradients, optimizer: from the modules of every rank ({built[best.layout.name]:.1f} s)")
+        console.print(
+            f"  weights, gradients, optimizer: from the modules of every rank ({built[best.layout.name]:.1f} s)"
+        )
     if source is not None:
         console.print(f"  before  {_preparation(source, job)}")
     console.print("\nto paste, with your own TEACHER, STUDENT, SAVE and DATA:\n")
@@ -175,21 +183,27 @@ def _table(ranked: Sequence[Candidate], job: Job, tokens: int, *, wide: bool) ->
             f"{step.bubble:.0%}",
             f"{step.tokens_per_gpu:,.0f}",
             f"{step.mfu:.1%}",
-            f"{days(step, job, tokens):,.1f}",
+            _days(days(step, job, tokens)),
         )
     return table
 
 
+def _days(value: float) -> str:
+    return f"{value:,.1f}" if value >= 1 else f"{value:.2f}"
+
+
 def _print_reasons(console: Any, found: Found, top: int) -> None:
     more = max(0, len(found.ranked) - top)
-    console.print(f"\n{more} more fit, {len(found.rejected)} are out ({found.spared} were not needed: less is recomputed):")
+    console.print(
+        f"\n{more} more fit, {len(found.rejected)} are out ({found.spared} were not needed: less is recomputed):"
+    )
     reasons = found.reasons()
-    for reason, count in reasons.most_common(SHOWN_REASONS):
+    for reason, count in reasons[:SHOWN_REASONS]:
+        said = f"as {reason}"
         if reason == TOO_LARGE and found.nearest is not None:
-            nearest = found.nearest
-            reason = f"{TOO_LARGE}; nearest {nearest.layout.name}: {nearest.why}"
-        console.print(f"  {count:>5}  {reason}")
-    if rest := sum(count for _, count in reasons.most_common()[SHOWN_REASONS:]):
+            said = f"{TOO_LARGE}; nearest {found.nearest.layout.name}: {found.nearest.why}"
+        console.print(f"  {count:>5}  {said}")
+    if rest := sum(count for _, count in reasons[SHOWN_REASONS:]):
         console.print(f"  {rest:>5}  other reasons (--json has them all)")
 
 

@@ -86,11 +86,22 @@ def step_seconds(
     >>> step_seconds(2, 4, 1, [1.0, 1.0], [2.0, 2.0])
     15.0
     """
+    few = settled(ranks, micro_batches)
+    found = _simulated(ranks, few, virtual, forward, backward, send)
+    if few == micro_batches:
+        return found
+    pace = (found - _simulated(ranks, few - ranks, virtual, forward, backward, send)) / ranks
+    return found + (micro_batches - few) * pace
+
+
+def _simulated(
+    ranks: int, micro_batches: int, virtual: int, forward: Sequence[float], backward: Sequence[float], send: float
+) -> float:
+    """All tasks in turn, each as early as its rank and what it waits for allow."""
     busy = send if virtual == 1 and ranks > 1 else 0.0
     send = send if ranks > 1 else 0.0
-    few, last = settled(ranks, micro_batches), ranks * virtual - 1
-    times = {FORWARD: forward, BACKWARD: backward}
-    tasks = [list(one_forward_one_backward(ranks, few, virtual, rank)) for rank in range(ranks)]
+    last, times = ranks * virtual - 1, {FORWARD: forward, BACKWARD: backward}
+    tasks = [list(one_forward_one_backward(ranks, micro_batches, virtual, rank)) for rank in range(ranks)]
     ends: dict[Task, float] = {}
     free, position = [0.0] * ranks, [0] * ranks
     waiting = True
@@ -106,9 +117,7 @@ def step_seconds(
                 position[rank] += 1
                 waiting = True
     assert all(position[rank] == len(own) for rank, own in enumerate(tasks)), "the schedule came to a standstill"
-    both = [there + back + 2 * busy for there, back in zip(forward, backward, strict=True)]
-    slowest = max(sum(both[rank::ranks]) for rank in range(ranks))
-    return max(free) + (micro_batches - few) * slowest
+    return max(free)
 
 
 def _ready(task: Task, last: int, ends: dict[Task, float], send: float) -> float | None:

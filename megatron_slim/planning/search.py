@@ -1,7 +1,8 @@
-"""Which layouts fit and how fast they should be: tried from the cheapest check to the dearest, then ranked (no torch)."""
+"""Which layouts fit and how fast they should be: the cheapest check first, then ranked (no torch)."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,7 @@ class Job:
     settings: Settings
     gpus: int
     gpu: Gpu
-    assumed: Assumptions = Assumptions()
+    assumed: Assumptions = field(default_factory=Assumptions)
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Rejected:
 
 
 NOT_ALLOWED, TOO_LARGE = "not allowed", "does not fit"
+_NUMBER = re.compile(r"[TPE]P \d+|\d+")
 
 
 @dataclass
@@ -100,11 +102,19 @@ class Found:
     @property
     def nearest(self) -> Rejected | None:
         """Of those that do not fit, the one that needs least."""
-        return min((each for each in self.rejected if each.kind == TOO_LARGE), key=lambda each: each.needed, default=None)
+        return min(
+            (each for each in self.rejected if each.kind == TOO_LARGE), key=lambda each: each.needed, default=None
+        )
 
-    def reasons(self) -> Counter[str]:
-        """How many layouts every reason keeps out."""
-        return Counter(each.why if each.kind == NOT_ALLOWED else TOO_LARGE for each in self.rejected)
+    def reasons(self) -> list[tuple[str, int]]:
+        """An example of each kind of reason, numbers apart, and how many layouts it keeps out; the most first."""
+        examples: dict[str, str] = {}
+        counts = Counter[str]()
+        for each in self.rejected:
+            kind = _NUMBER.sub("N", each.why) if each.kind == NOT_ALLOWED else TOO_LARGE
+            examples.setdefault(kind, each.why if each.kind == NOT_ALLOWED else TOO_LARGE)
+            counts[kind] += 1
+        return [(examples[kind], count) for kind, count in counts.most_common()]
 
 
 class Search:
@@ -140,7 +150,9 @@ class Search:
             return Rejected(layout, violations[0], NOT_ALLOWED)
         least = least_static(job.student, job.teacher, layout, job.settings) + job.assumed.overhead_gib * GIB
         if least > job.gpu.memory:
-            return Rejected(layout, f"weights, gradients and optimizer alone are {least / 1e9:.0f} GB", TOO_LARGE, least)
+            return Rejected(
+                layout, f"weights, gradients and optimizer alone are {least / 1e9:.0f} GB", TOO_LARGE, least
+            )
         stages = self.stages(layout)
         if stages is None:
             return Rejected(layout, f"too few layers for PP{layout.pp} VPP{layout.vpp}", NOT_ALLOWED)

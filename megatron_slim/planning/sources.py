@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def _of_recipe(file: Path, asked: Asked) -> Models:
     whole = load_recipe(file)
     recipe = select_stage(whole, asked.stage, where=str(file))
     origin, source = _source(recipe, file, asked.teacher_config)
-    notes = [f"sizes of the source from {origin}"]
+    notes = [f"pruned from {origin}"]
     earlier = whole.stages[: recipe.stage.number - 1] if recipe.stage else ()
     pruned = before = source
     for step in [*earlier, recipe]:
@@ -97,14 +98,14 @@ def _of_recipe(file: Path, asked: Asked) -> Models:
 def _source(recipe: Recipe, file: Path, teacher_config: Path | None) -> tuple[str, ModelShape]:
     """What the recipe prunes, and where that is said; without a word of its own, the teacher."""
     if recipe.source in MODELS:
-        return f"the published {recipe.source}", MODELS[recipe.source].shape
+        return recipe.source, MODELS[recipe.source].shape
     if recipe.source:
         directory = file.parent / recipe.source
         if not directory.is_dir():
             known = ", ".join(MODELS)
             what = f"source {recipe.source!r} is no directory here, and none of {known}"
             raise RecipeError(what, where=str(file), fix="name one of them, or a directory with a config.json")
-        return str(directory), _read(directory)
+        return os.path.normpath(directory), _read(directory)
     if teacher_config is not None:
         return str(teacher_config), _read(teacher_config)
     fix = f"add 'source: NAME' ({', '.join(MODELS)}, or a directory), or give --teacher-config DIR"
@@ -125,4 +126,3 @@ def _pruned(recipe: Recipe, source: ModelShape, file: Path) -> tuple[ModelShape,
     if recipe.depth.method != "last" and layers < source.num_layers:
         notes.append(f"depth {recipe.depth.method}: counted as if the first {layers} layers stayed")
     return target_shape(recipe, source, tuple(range(layers))), notes
-

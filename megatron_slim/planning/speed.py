@@ -96,10 +96,12 @@ class Cost:
 
     def tensor(self, passes: int) -> float:
         """So many all-gathers or reduce-scatters of the hidden states of all tokens."""
-        return passes * self._collective(self.of.share * self.layout.tp * self.of.width * self.shape.hidden_size, self.layout.tp)
+        return passes * self._collective(
+            self.of.share * self.layout.tp * self.of.width * self.shape.hidden_size, self.layout.tp
+        )
 
     def all_to_all(self) -> float:
-        """Dispatch of routed tokens to their experts, or their way back; within a node over NVLink, beyond by network."""
+        """Dispatch of routed tokens to their experts, or their way back; NVLink within a node, the network beyond."""
         ep, node = self.layout.ep, self.gpu.per_node
         if ep == 1:
             return 0.0
@@ -130,7 +132,9 @@ class Cost:
     def moe(self, passes: int) -> Seconds:
         """Router, experts, shared expert."""
         flops, assumed = self.kinds[FULL_ATTENTION], self.assumed
-        compute = self._product(flops["experts"] * self.of.imbalance, assumed.grouped_gemm, self.counts[FULL_ATTENTION].expert, passes)
+        compute = self._product(
+            flops["experts"] * self.of.imbalance, assumed.grouped_gemm, self.counts[FULL_ATTENTION].expert, passes
+        )
         compute += passes * (flops["shared_experts"] + flops["router"]) * self.of.share / self.gpu.bf16 / assumed.gemm
         kept = moe_bytes(self.shape, self.of) + moe_norm_bytes(self.shape, self.of)
         shared = self.tensor(1 + passes) if self.shape.moe_shared_expert_intermediate_size else 0.0
@@ -233,7 +237,7 @@ def step(
     taught = Cost(teacher, layout, settings, gpu, assumed) if teacher is not None else None
     each = stage_seconds(cost, taught, stages, teacher_runs_mtp=runs_mtp)
     count, nbytes = layout.micro_batches(settings), received_bytes(student, teacher, cost.of)
-    near = layout.gpus // layout.pp < gpu.per_node
+    near = layout.gpus <= gpu.per_node  # else some stage's next one is on another node
     rate = gpu.nvlink * assumed.nvlink if near else gpu.network * assumed.network
     send = LATENCY + nbytes / rate if layout.pp > 1 else 0.0
     times = [forward.total for forward, _ in each], [backward.total for _, backward in each]
@@ -250,7 +254,7 @@ def step(
     return Step(
         seconds=seconds,
         pipeline=pipeline,
-        bubble=(pipeline - mean.total) / seconds,
+        bubble=max(0.0, pipeline - mean.total) / seconds,  # of one rank, rounding alone is left
         data_parallel=communicated,
         optimizer=updated,
         busy=mean,

@@ -1,0 +1,168 @@
+"""Static memory: counted from the table, built on the meta device, and as a real run allocates it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_slim import device
+
+device.install()
+
+from megatron_slim.architecture.flops import TORCH  # noqa: E402
+from megatron_slim.architecture.shape import ModelShape  # noqa: E402
+from megatron_slim.planning import flags  # noqa: E402
+from megatron_slim.planning.build import BuiltRank, Request, build_ranks, prepare  # noqa: E402
+from megatron_slim.planning.hardware import GPUS  # noqa: E402
+from megatron_slim.planning.layouts import Settings, TrainLayout  # noqa: E402
+from megatron_slim.planning.memory import rank_counts, static_memory  # noqa: E402
+from megatron_slim.planning.search import Candidate, Job, Search  # noqa: E402
+from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkpoint  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = ("weights", "gradients", "optimizer", "teacher")
+
+
+def build(request: Request) -> list[BuiltRank]:
+    """Body of a process without a parallel state of its own."""
+    prepare()
+    return build_ranks(request, processes=2)
+
+
+def requested(layout: TrainLayout, student: ModelShape, teacher: ModelShape | None, settings: Settings) -> Request:
+    found = Search(Job(student, teacher, settings, layout.gpus, GPUS["h100"])).look_at(layout)
+    assert isinstance(found, Candidate), found
+    return Request(student, teacher, layout, found.stages, settings)
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("qwen3_next", TrainLayout(2048, tp=2, pp=2, vpp=2, ep=4)),
+        ("qwen3_next", TrainLayout(8, tp=2, pp=2)),
+        ("qwen3_moe", TrainLayout(64, tp=2, pp=4, ep=8)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_modules_have_what_the_table_says(family: str, layout: TrainLayout) -> None:
+    """Of every pipeline rank of worlds of any size, embedding's copy beside the MTP block included."""
+    teacher = tiny_shape(family, vocab_size=120, num_layers=8, num_query_groups=4)
+    student = tiny_shape(family, vocab_size=120, hidden_size=48, num_query_groups=4)
+    settings = Settings(seq_length=32, global_batch=2048)
+    request = requested(layout, student, teacher, settings)
+    (ranks,) = run_distributed(1, build, request, initialise=False)
+    own = rank_counts(student, request.stages.student_layers, layout)
+    taught = rank_counts(teacher, request.stages.teacher_layers, layout)
+    assert [rank.teacher.total for rank in ranks] == [count.total for count in taught]
+    assert [rank.student.total for rank in ranks] == [count.total for count in own]
+    if layout.ep > 1:  # experts of one group are data parallel like all else
+        assert [rank.student for rank in ranks] == own
+    for rank, one, other in zip(ranks, own, taught, strict=True):
+        counted = static_memory(one, other, layout, settings)
+        assert 0 <= rank.memory.teacher - counted.teacher < 1000  # counters of routed tokens
+        # Megatron pads every parameter to 64 elements and every buffer to shares of 128.
+        assert counted.weights <= rank.memory.weights <= 1.2 * counted.weights
+
+
+def allocated(argv: list[str], log: str) -> dict[str, int]:
+    """Body of one rank of a real run: bytes of what it holds after its last step."""
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    from megatron.core.utils import unwrap_model
+    from megatron.training import training
+
+    from megatron_slim.training.pretrain import main
+
+    kept: list[Any] = []
+    setup = training.setup_model_and_optimizer
+
+    def remember(*args: Any, **kwargs: Any) -> Any:
+        kept.append(setup(*args, **kwargs))
+        return kept[0]
+
+    training.setup_model_and_optimizer = remember
+    sys.argv = ["pretrain", *argv]
+    main(argv)
+    chunks, optimizer, _ = kept[0]
+    buffers = [each for chunk in chunks for each in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    state = []
+    for one in optimizer.chained_optimizers:
+        state += [group for groups in one.shard_fp32_from_float16_groups for group in groups if group is not None]
+        state += [value for values in one.optimizer.state.values() for value in values.values() if value.dim()]
+    models = unwrap_model(chunks)
+    teachers = [model.teacher for model in models if model.teacher is not None]
+    inside = {each.param_data.untyped_storage().data_ptr() for each in buffers}
+    outside = [each for model in models for each in model.parameters() if _storage(each) not in inside]
+    assert not outside, "a parameter outside of DDP's buffers"
+    return {
+        "weights": _nbytes([each.param_data for each in buffers] + [b for model in models for b in model.buffers()]),
+        "gradients": _nbytes([each.grad_data for each in buffers]),
+        "optimizer": _nbytes(state),
+        "teacher": _nbytes([each for teacher in teachers for each in (*teacher.parameters(), *teacher.buffers())]),
+    }
+
+
+def _storage(tensor: Any) -> int:
+    return int(tensor.untyped_storage().data_ptr())
+
+
+def _nbytes(tensors: list[Any]) -> int:
+    return sum({_storage(each): each.untyped_storage().nbytes() for each in tensors}.values())
+
+
+def pasted(request: Request, models: Path, tmp_path: Path) -> list[str]:
+    """Arguments of the training tool as the script makes them of what the planner prints."""
+    layout, settings = request.layout, request.settings
+    tokens = 2 * settings.global_batch * settings.seq_length
+    given = flags.variables(layout, settings, tokens, per_node=8)
+    given |= {"TEACHER": str(models / "teacher"), "STUDENT": str(models / "student"), "SAVE": str(tmp_path / "run")}
+    given |= {"DATA": "corpus", "EVAL_ITERS": "0", "LR_WARMUP_ITERS": "1", "DRY_RUN": "1"}
+    script = ["bash", str(ROOT / flags.SCRIPT), *flags.arguments(layout, settings), "--no-teacher-check"]
+    done = subprocess.run(script, env=os.environ | given, capture_output=True, text=True, check=True)
+    words = shlex.split(done.stdout)
+    assert words[words.index("--nproc-per-node") + 1] == str(layout.gpus)
+    argv = words[words.index(next(word for word in words if word.endswith("tools/pretrain.py"))) + 1 :]
+    planned = flags.megatron_arguments(layout, settings, tokens)
+    assert {each for each in planned if each.startswith("--")} <= set(argv)
+    for flag in ("--data-path", "--split", "--tensorboard-dir"):
+        del argv[argv.index(flag) : argv.index(flag) + 2]
+    return [*argv, "--mock-data"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    [
+        (TrainLayout(8, tp=2, pp=2, ep=2), "bf16"),
+        pytest.param(TrainLayout(8, pp=2, vpp=2, ep=4, recompute="full"), "fp32", marks=pytest.mark.slow),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_a_run_allocates_what_was_planned(layout: TrainLayout, precision: str, tmp_path: Path) -> None:
+    """The flags that the planner prints, through the script, really start; 8 ranks hold what it said, within 1%."""
+    teacher = tiny_shape(vocab_size=120, num_layers=8, hidden_size=96)
+    student = tiny_shape(vocab_size=120, num_layers=6)
+    for name, shape in (("teacher", teacher), ("student", student)):
+        write_tiny_checkpoint(tmp_path / name, shape)
+    # "auto" counts with the kernels of the machine that trains.
+    settings = Settings(seq_length=32, global_batch=8, precision=precision, kernels=TORCH)
+    request = requested(layout, student, teacher, settings)
+    argv = pasted(request, tmp_path, tmp_path)
+    (ranks,) = run_distributed(1, build, request, initialise=False)
+    found = run_distributed(8, allocated, argv, str(tmp_path / "log"), initialise=False)
+    for rank, planned in enumerate(ranks):
+        of_stage = found[4 * rank : 4 * rank + 4]
+        for part in PARTS:
+            most = max(each[part] for each in of_stage)
+            assert getattr(planned.memory, part) == pytest.approx(most, rel=0.01), (rank, part)
+
+
+def test_benchmark(tool: Any) -> None:
+    outcome = tool("benchmarks/plan_parallelism.py", "--help")
+    assert outcome.code == 0 and "--processes" in outcome.stdout
