@@ -2,7 +2,8 @@
 """Measure what distillation costs: a step with teacher and four loss terms over a step of LM training, and the floor.
 
 Both are runs of tools/pretrain.py on the same student, in turns; what counts is Megatron's own time per iteration. The
-floor is what the operations alone would cost: 1 + teacher forward / (3 x student forward). See docs/benchmarks.md.
+floor is what the operations alone would cost: 1 + teacher forward / (3 x student forward). With --teacher-ahead
+also what a teacher costs that computes ahead, its weights on the host meanwhile. See docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=positive, default=18_992, help="an eighth of the published one")
     parser.add_argument("--iterations", type=positive, default=5, help=f"of a run, after {WARM_UP} that do not count")
     parser.add_argument("--repeats", type=positive, default=3, help="runs of each kind; the medians are compared")
+    parser.add_argument("--teacher-ahead", type=positive, metavar="K", help="measure blocks of K iterations, too")
     parser.add_argument("--extra", default="", help="further arguments of tools/pretrain.py, for both")
     return parser.parse_args()
 
@@ -55,21 +57,25 @@ def shapes(vocab_size: int) -> dict[str, Any]:
     }
 
 
-def iteration_seconds(models: Path, args: argparse.Namespace, *, distil: bool) -> list[float]:
-    """Seconds of every counted iteration of one run."""
+def iteration_seconds(models: Path, args: argparse.Namespace, kind: str) -> list[float]:
+    """Seconds of every counted iteration of one run; where the teacher computes ahead, means over its blocks."""
+    block = args.teacher_ahead if kind == "ahead" else 1
+    warm_up = -(-WARM_UP // block) * block
+    iterations = warm_up + -(-args.iterations // block) * block
     command = [sys.executable, ROOT / "tools/torchrun.py", "--nproc-per-node", 1, ROOT / "tools/pretrain.py"]
     command += ["--mock-data", "--pretrained-checkpoint", models / "student", "--no-teacher-check"]
     command += ["--seq-length", args.seq_length, "--micro-batch-size", args.micro_batch_size]
-    command += ["--global-batch-size", args.micro_batch_size, "--train-iters", WARM_UP + args.iterations]
+    command += ["--global-batch-size", args.micro_batch_size, "--train-iters", iterations]
     command += "--lr 1e-4 --eval-interval 1000 --eval-iters 0 --log-interval 1 --use-distributed-optimizer".split()
-    command += ["--teacher-load", models / "teacher"] if distil else []
+    command += ["--teacher-load", models / "teacher"] if kind != "lm" else []
+    command += ["--teacher-ahead", block, "--teacher-offload"] if kind == "ahead" else []
     command += args.extra.split()
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ, check=False)
     if done.returncode:
         raise SlimError(f"a run ended with exit code {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
     found = [float(each) / 1000 for each in _SECONDS.findall(done.stdout)]
-    assert len(found) == WARM_UP + args.iterations, done.stdout
-    return found[WARM_UP:]
+    assert len(found) == iterations, done.stdout
+    return [statistics.mean(found[start : start + block]) for start in range(warm_up, iterations, block)]
 
 
 def floor(teacher: Any, student: Any, seq_length: int) -> dict[str, float]:
@@ -82,19 +88,22 @@ def floor(teacher: Any, student: Any, seq_length: int) -> dict[str, float]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Both kinds of run, in turns."""
+    """All kinds of run, in turns."""
     from megatron_slim.testing import write_tiny_checkpoint
 
     models = shapes(args.vocab_size)
-    samples: dict[str, list[float]] = {"lm": [], "kd": []}
+    kinds = ("lm", "kd", "ahead") if args.teacher_ahead else ("lm", "kd")
+    samples: dict[str, list[float]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as folder:
         for name, shape in models.items():
             write_tiny_checkpoint(Path(folder, name), shape, seed=len(name))
         for _ in range(args.repeats):
             for kind, found in samples.items():
-                found += iteration_seconds(Path(folder), args, distil=kind == "kd")
+                found += iteration_seconds(Path(folder), args, kind)
     seconds = {kind: statistics.median(found) for kind, found in samples.items()}
     results: dict[str, Any] = {"kd_over_lm": seconds["kd"] / seconds["lm"]}
+    if args.teacher_ahead:
+        results["ahead_over_kd"] = seconds["ahead"] / seconds["kd"]
     results |= floor(models["teacher"], models["student"], args.seq_length)
     results["over_floor"] = results["kd_over_lm"] / results["flop_floor"]
     if not args.json:
