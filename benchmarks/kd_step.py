@@ -2,7 +2,8 @@
 """Measure what distillation costs: a step with teacher and four loss terms over a step of LM training, and the floor.
 
 Both are runs of tools/pretrain.py on the same student, in turns; what counts is Megatron's own time per iteration. The
-floor is what the operations alone would cost: 1 + teacher forward / (3 x student forward). See docs/benchmarks.md.
+floor is what the operations alone would cost: 1 + teacher forward / (3 x student forward). With --teacher-ahead
+also what a teacher costs that computes ahead, its weights on the host meanwhile. See docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
     },
 }
 _TYPES = ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 2
+LM, KD, AHEAD = KINDS = ("lm", "kd", "ahead")
 WARM_UP = 2  # iterations that are not counted: the first ones allocate
 _SECONDS = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
 
@@ -57,6 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=positive, help="default: as the widths")
     parser.add_argument("--iterations", type=positive, default=5, help=f"of a run, after {WARM_UP} that do not count")
     parser.add_argument("--repeats", type=positive, default=3, help="runs of each kind; the medians are compared")
+    parser.add_argument("--teacher-ahead", type=positive, metavar="K", help="measure blocks of K iterations, too")
     parser.add_argument("--extra", default="", help="further arguments of tools/pretrain.py, for both")
     return parser.parse_args(argv)
 
@@ -79,8 +82,8 @@ def write_models(directory: Path, models: Mapping[str, Any]) -> None:
         write_tiny_checkpoint(directory / name, shape, seed=len(name))
 
 
-def train(models: Path, args: argparse.Namespace, *, distil: bool) -> str:
-    """What one run of training prints.
+def train(models: Path, args: argparse.Namespace, kind: str, iterations: int) -> str:
+    """What one run of training prints; its kind is one of `KINDS`.
 
     Raises:
         SlimError: it failed.
@@ -89,9 +92,10 @@ def train(models: Path, args: argparse.Namespace, *, distil: bool) -> str:
     command += [ROOT / "tools/pretrain.py", "--mock-data", "--pretrained-checkpoint", models / "student"]
     command += ["--no-teacher-check"]
     command += ["--seq-length", args.seq_length, "--micro-batch-size", args.micro_batch_size]
-    command += ["--global-batch-size", args.micro_batch_size, "--train-iters", WARM_UP + args.iterations]
+    command += ["--global-batch-size", args.micro_batch_size, "--train-iters", iterations]
     command += "--lr 1e-4 --eval-interval 1000 --eval-iters 0 --log-interval 1 --use-distributed-optimizer".split()
-    command += ["--teacher-load", models / "teacher"] if distil else []
+    command += ["--teacher-load", models / "teacher"] if kind != LM else []
+    command += ["--teacher-ahead", args.teacher_ahead, "--teacher-offload"] if kind == AHEAD else []
     command += args.extra.split()
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ, check=False)
     if done.returncode:
@@ -100,12 +104,15 @@ def train(models: Path, args: argparse.Namespace, *, distil: bool) -> str:
     return done.stdout
 
 
-def iteration_seconds(models: Path, args: argparse.Namespace, *, distil: bool) -> list[float]:
-    """Seconds of every counted iteration of one run."""
-    output = train(models, args, distil=distil)
+def iteration_seconds(models: Path, args: argparse.Namespace, kind: str) -> list[float]:
+    """Seconds of every counted iteration of one run; where the teacher computes ahead, means over its blocks."""
+    block = args.teacher_ahead if kind == AHEAD else 1
+    warm_up = -(-WARM_UP // block) * block
+    iterations = warm_up + -(-args.iterations // block) * block
+    output = train(models, args, kind, iterations)
     found = [float(each) / 1000 for each in _SECONDS.findall(output)]
-    assert len(found) == WARM_UP + args.iterations, output
-    return found[WARM_UP:]
+    assert len(found) == iterations, output
+    return [statistics.mean(found[start : start + block]) for start in range(warm_up, iterations, block)]
 
 
 def kernels() -> Kernels:
@@ -127,16 +134,18 @@ def floor(teacher: Any, student: Any, seq_length: int) -> dict[str, float]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Both kinds of run, in turns."""
+    """All kinds of run, in turns."""
     models = shapes(args.widths, args.vocab_size)
-    samples: dict[str, list[float]] = {"lm": [], "kd": []}
+    samples: dict[str, list[float]] = {kind: [] for kind in (KINDS if args.teacher_ahead else KINDS[:-1])}
     with tempfile.TemporaryDirectory() as folder:
         write_models(Path(folder), models)
         for _ in range(args.repeats):
             for kind, found in samples.items():
-                found += iteration_seconds(Path(folder), args, distil=kind == "kd")
+                found += iteration_seconds(Path(folder), args, kind)
     seconds = {kind: statistics.median(found) for kind, found in samples.items()}
     results: dict[str, Any] = {"kd_over_lm": seconds["kd"] / seconds["lm"]}
+    if args.teacher_ahead:
+        results["ahead_over_kd"] = seconds["ahead"] / seconds["kd"]
     results |= floor(models["teacher"], models["student"], args.seq_length)
     results["over_floor"] = results["kd_over_lm"] / results["flop_floor"]
     if not args.json:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Simulate pipeline schedules of distillation: the teacher inline, against a teacher that fills the bubbles.
+"""Simulate pipeline schedules of distillation: the teacher inline, against one that runs ahead in blocks or bubbles.
 
 What stages cost is counted from the published model and its 23A2B student. See docs/benchmarks.md.
 """
@@ -37,6 +37,7 @@ def parse_args() -> argparse.Namespace:
         metavar="T",
         help="beside the counted ratio",
     )
+    parser.add_argument("--block", type=positive, default=4, metavar="K", help="steps of --teacher-ahead")
     parser.add_argument("--steps", type=positive, default=4, help="simulated once nothing changes from one to the next")
     parser.add_argument("--micro-batch-tokens", type=positive, default=4096, help="for the memory of hidden states")
     return parser.parse_args()
@@ -103,6 +104,8 @@ def compare(p: int, m: int, v: int, t: float | None, even: bool, args: argparse.
 
     inline = Pipeline(p, m, *stage_costs(p, v, t, even), virtual=v)
     base = simulate(inline, args.steps)
+    # Every so many steps look the same.
+    block = simulate(replace(inline, ahead=args.block * m, block=args.block), args.block)
     found = {"whole": quickest_ahead(inline, 1, args.steps), "in_parts": quickest_ahead(inline, PARTS, args.steps)}
     sizes = {"p": p, "m": m, "v": v, "t": sum(inline.teacher) / sum(inline.forward), "even_stages": even}
     gigabytes = args.micro_batch_tokens * PUBLISHED["hidden_size"] * BYTES / 1e9
@@ -110,6 +113,7 @@ def compare(p: int, m: int, v: int, t: float | None, even: bool, args: argparse.
         **sizes,
         "inline_seconds": base.seconds,
         "inline_idle": base.idle,
+        "block_over_inline": block.seconds / base.seconds,
         "ahead_over_inline": found["whole"]["seconds"] / base.seconds,
         "ahead_in_parts_over_inline": found["in_parts"]["seconds"] / base.seconds,
         "held_gb": max(each["held_micro_batches"] for each in found.values()) * gigabytes,
@@ -142,7 +146,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         if v > 1 and m % p:
             raise SlimError(f"{m} micro-batches with virtual stages over {p} ranks", fix="choose a multiple")
     rows = [compare(*case, args) for case in cases(args)]
-    keys = ("ahead_over_inline", "ahead_in_parts_over_inline", "bound_over_inline", "held_gb")
+    keys = ("block_over_inline", "ahead_over_inline", "ahead_in_parts_over_inline", "bound_over_inline", "held_gb")
     results = {key: rows[0][key] for key in keys} | {"cases": rows}
     if not args.json:
         columns = [key for key, value in rows[0].items() if isinstance(value, int | float)]

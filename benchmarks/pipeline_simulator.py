@@ -1,8 +1,8 @@
 """Pipeline schedules of a student with a frozen teacher, as events: who computes what when, and what is waited for.
 
 1F1B and interleaved 1F1B (arXiv 2104.04473) in the order in which Megatron runs them. The teacher's forward pass is
-either a part of the student's (inline), or work of its own that fills what would be idle, also of the step before:
-a teacher that does not learn need not wait for the optimizer. Sending takes no time.
+either a part of the student's (inline), or work of its own: before the first of a block of steps, or filling what would
+be idle, also of the step before (a teacher that does not learn need not wait for the optimizer). Sending takes no time.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class Pipeline:
         virtual: stages of a rank, v.
         ahead: how many micro-batches the teacher may be ahead of the student; None runs it inline.
         lead: a rank prefers the teacher's work while it is less ahead than this, the student's from there on.
+        block: steps whose teacher's work is done in one go before the first of them, of which ``ahead`` must be the
+            micro-batches; 0 lets it fill what is idle.
         parts: into how many tasks the teacher's work on a stage can be cut, as between layers.
         optimizer: seconds between the last backward of a step and the first forward of the next.
     """
@@ -43,6 +45,7 @@ class Pipeline:
     virtual: int = 1
     ahead: int | None = None
     lead: int = 0
+    block: int = 0
     parts: int = 1
     optimizer: float = 0.0
 
@@ -62,7 +65,7 @@ class Pipeline:
 
 @dataclass
 class Rank:
-    """What is left to do on a rank, in order, and when it is free."""
+    """What is left to do on a rank, in order, and when it is free; a teacher's blocks are in the student's work."""
 
     student: list[Task]
     teacher: list[Task]
@@ -119,13 +122,19 @@ class Simulation:
         return Outcome(seconds, 1 - work / seconds, self.most_held)
 
     def _student(self, rank: int, steps: int) -> list[Task]:
-        p, m = self.pipeline, self.pipeline.micro_batches
+        p, m, block = self.pipeline, self.pipeline.micro_batches, self.pipeline.block
         once = list(one_forward_one_backward(p.ranks, m, p.virtual, rank))
-        return [task._replace(batch=task.batch + step * m) for step in range(steps) for task in once]
+        tasks: list[Task] = []
+        for step in range(steps):
+            if block and step % block == 0:
+                whole = one_forward_one_backward(p.ranks, block * m, p.virtual, rank)
+                tasks += [Task(TEACHER, t.batch + step * m, t.stage) for t in whole if t.kind == FORWARD]
+            tasks += [task._replace(batch=task.batch + step * m) for task in once]
+        return tasks
 
     def _teacher(self, rank: int, steps: int) -> list[Task]:
         """In the order of the student's forward passes."""
-        if self.pipeline.ahead is None:
+        if self.pipeline.ahead is None or self.pipeline.block:
             return []
         forwards = [task for task in self._student(rank, steps) if task.kind == FORWARD]
         return [Task(TEACHER, t.batch, t.stage, part) for t in forwards for part in range(self.pipeline.parts)]
@@ -150,6 +159,8 @@ class Simulation:
     def _awaited(self, task: Task) -> Iterator[Task]:
         last, p = self.pipeline.stages - 1, self.pipeline
         if task.kind == TEACHER:
+            if p.block and (step := task.batch // p.micro_batches // p.block * p.block):
+                yield Task(OPTIMIZER, step - 1, 0)
             if task.part:
                 yield task._replace(part=task.part - 1)
             elif task.stage:
@@ -170,14 +181,16 @@ class Simulation:
         p, last = self.pipeline, self.pipeline.stages - 1
         rank.free = self.end[task] = start + p.seconds(task)
         rank.begun[task.kind] += 1
-        if task.kind == TEACHER:
+        if task.kind == TEACHER and not p.block:
             rank.next_teacher += 1
+        else:
+            rank.next_student += 1
+        if task.kind == TEACHER:
             if not task.part and task.stage:
                 self.held[(task.stage - 1) % p.ranks] -= 1
             if task.part == p.parts - 1:
                 self._hold(task.stage % p.ranks)
             return
-        rank.next_student += 1
         if p.ahead is not None and task.kind == FORWARD and task.stage == last:
             self.held[last % p.ranks] -= 1
         step = task.batch // p.micro_batches

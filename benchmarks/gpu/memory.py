@@ -76,7 +76,9 @@ def _training(setting: Setting, found: Found) -> None:
     args = kd_step_benchmark.parse_args([*sizes.split(), "--iterations", "1", "--repeats", "1", extra])
     models = kd_step_benchmark.shapes(args.widths, args.vocab_size)
     kd_step_benchmark.write_models(setting.work, models)
-    output = kd_step_benchmark.train(setting.work, args, distil=True)
+    output = kd_step_benchmark.train(
+        setting.work, args, kd_step_benchmark.KD, kd_step_benchmark.WARM_UP + args.iterations
+    )
     print(output)
     allocated, most = last_report(output)
     expected = static_bytes(models["teacher"], models["student"], _precision(setting))

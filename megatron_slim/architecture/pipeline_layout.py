@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise, permutations
 
 from megatron_slim.architecture.flops import Work
@@ -100,6 +100,26 @@ def balanced(student: Work, teacher: Work | None, ranks: int, virtual: int = 1) 
         if NEAR < best.slowest_over_mean <= best.floor + 1e-9:
             break  # the last rank is the slowest with nothing that could be taken from it
     return best
+
+
+def balanced_apart(student: Work, teacher: Work, losses: float, ranks: int, virtual: int = 1) -> Stages | None:
+    """Stages of which each model's are even by themselves, for a teacher that computes ahead of its student.
+
+    Args:
+        student: operations of the student.
+        teacher: operations of the teacher, ``losses`` included.
+        losses: those of its output layer, which are part of the student's step then.
+        ranks: pipeline parallel size.
+        virtual: virtual stages of a rank.
+
+    Returns:
+        None when one of them has too few layers.
+    """
+    own = balanced(replace(student, last=student.last + losses), None, ranks, virtual)
+    taught = balanced(replace(teacher, last=teacher.last - losses), None, ranks, virtual)
+    if own is None or taught is None:
+        return None
+    return Stages(ranks, student, teacher, own.student_layers, taught.student_layers)
 
 
 def _starts(student: Work, teacher: Work, ranks: int, virtual: int) -> Iterator[Stages]:

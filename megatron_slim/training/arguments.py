@@ -20,7 +20,6 @@ from megatron_slim.errors import SlimError
 from megatron_slim.training.libraries import kernel_flags
 
 
-
 def shape_directory(argv: list[str]) -> Path:
     """Directory whose config.json describes the student.
 

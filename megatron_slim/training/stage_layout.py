@@ -8,8 +8,15 @@ from typing import Any
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-from megatron_slim.architecture.flops import FUSED, TORCH, Recompute, Work, student_work, teacher_work
-from megatron_slim.architecture.pipeline_layout import NO_TEACHER, Counts, Stages, balanced, even_layers
+from megatron_slim.architecture.flops import FUSED, TORCH, Recompute, Work, head_flops, student_work, teacher_work
+from megatron_slim.architecture.pipeline_layout import (
+    NO_TEACHER,
+    Counts,
+    Stages,
+    balanced,
+    balanced_apart,
+    even_layers,
+)
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.cli import ToolParser
 from megatron_slim.errors import SlimError
@@ -187,7 +194,12 @@ def plan_stages(shape: ModelShape, teacher: ModelShape | None, args: Any, *, tea
     student, taught = _works(shape, teacher, args, teacher_runs_mtp)
     ranks = args.pipeline_model_parallel_size
     if args.pipeline_layout == "auto" and ranks > 1:
-        stages = balanced(student, taught, ranks, virtual_stages(shape, args))
+        virtual = virtual_stages(shape, args)
+        if teacher and args.teacher_ahead:
+            losses = head_flops(teacher) * (1 + (teacher.mtp_num_layers if teacher_runs_mtp else 0))
+            stages = balanced_apart(student, taught, losses, ranks, virtual)
+        else:
+            stages = balanced(student, taught, ranks, virtual)
         if stages is None:
             raise SlimError(f"{shape.num_layers} layers do not fill the pipeline", fix="use fewer stages")
         own = layout_string(stages.student_layers, shape.mtp_num_layers)

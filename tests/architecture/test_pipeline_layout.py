@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations_with_replacement, pairwise
 
 import pytest
 
 from megatron_slim.architecture.flops import Work, student_work, teacher_work
-from megatron_slim.architecture.pipeline_layout import NEAR, Counts, Stages, balanced, even_layers
+from megatron_slim.architecture.pipeline_layout import (
+    NEAR,
+    NO_TEACHER,
+    Counts,
+    Stages,
+    balanced,
+    balanced_apart,
+    even_layers,
+)
 from megatron_slim.architecture.shape import ModelShape, layer_pattern
 from megatron_slim.testing import tiny_shape
 
@@ -107,3 +116,15 @@ def test_a_student_that_does_not_fill_the_pipeline() -> None:
     assert balanced(student, None, ranks=6) is None
     found = balanced(student, None, ranks=5)
     assert found is not None and found.student_layers == (0, 1, 1, 1, 0) and found.teacher_layers == (0,) * 5
+
+
+def test_a_teacher_that_computes_ahead_is_even_by_itself() -> None:
+    """Its output layer is computed with in the student's step."""
+    student, teacher = works("23A2")
+    losses = teacher.last / 2
+    found = balanced_apart(student, teacher, losses, ranks=4)
+    assert found is not None
+    for work, moved, layers in ((student, losses, found.student_layers), (teacher, -losses, found.teacher_layers)):
+        alone = Stages(4, replace(work, last=work.last + moved), NO_TEACHER, layers, (0,) * 4)
+        assert alone.slowest_over_mean <= 1.06  # of 13 layers one is 8%
+    assert balanced_apart(student, Work((1.0,), 0.0), 0.0, ranks=4) is None

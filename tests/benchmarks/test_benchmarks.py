@@ -325,11 +325,14 @@ def test_pipeline_layout(tool: Tool) -> None:
 
 @pytest.mark.slow
 def test_a_step_of_distillation(tool: Tool) -> None:
-    command = "--seq-length 32 --micro-batch-size 1 --vocab-size 256 --iterations 1 --repeats 1 --json"
+    command = (
+        "--seq-length 32 --micro-batch-size 1 --vocab-size 256 --iterations 1 --repeats 1 --json --teacher-ahead 2"
+    )
     outcome = tool("benchmarks/kd_step.py", *command.split())
     assert outcome.code == 0, outcome.stderr
     results = outcome.json
     assert len(results["samples"]["kd"]) == len(results["samples"]["lm"]) == 1
+    assert results["ahead_over_kd"] == results["seconds"]["ahead"] / results["seconds"]["kd"]
     assert results["kd_over_lm"] == results["seconds"]["kd"] / results["seconds"]["lm"]
     assert results["flop_floor"] == 1 + results["teacher_over_student_forward"] / 3 > 1.4
 

@@ -71,6 +71,15 @@ def test_a_teacher_ahead_of_a_single_rank_gains_nothing() -> None:
     assert simulate(replace(alone, ahead=4)).seconds == pytest.approx(simulate(alone).seconds) == 4 * 4.5
 
 
+@pytest.mark.parametrize(("p", "m", "k", "teacher"), [(4, 8, 1, 1.0), (8, 32, 4, 1.5), (2, 3, 5, 3.0)])
+def test_a_block_in_closed_form(p: int, m: int, k: int, teacher: float) -> None:
+    """(p-1) t to fill the pipeline once, k m t, and k steps of the student, the first of which finds it filled."""
+    step = 3 * (m + p - 1)
+    outcome = simulate(even(p, m, teacher=teacher, ahead=k * m, block=k), 2 * k)
+    assert outcome.seconds == pytest.approx(((p - 1 + k * m) * teacher + k * step - (p - 1)) / k)
+    assert outcome.held == k * m
+
+
 def test_costs_are_those_of_the_published_models() -> None:
     """8.5 GFLOPs of the teacher for a token and 4.8 of the student, heads and MTP blocks included."""
     forward, backward, teacher = stage_costs(8, 1, None, even=True)
@@ -89,6 +98,7 @@ def test_pipeline_schedules(tool: Tool) -> None:
     assert [(row["p"], row["m"], row["v"]) for row in results["cases"]] == [(2, 4, 1), (2, 4, 1), (2, 4, 2), (2, 4, 1)]
     for row in results["cases"]:
         assert row["bound_over_inline"] <= row["ahead_in_parts_over_inline"] + 1e-9
+        assert row["bound_over_inline"] <= row["block_over_inline"] + 1e-9 <= 1.1
         assert row["held_gb"] <= 4 * 4096 * 2048 * 2 / 1e9 + 1e-9
     refused = tool(SCRIPT, "--pipeline-size", 4, "--micro-batches", 6, "--virtual-stages", 2)
     assert "6 micro-batches with virtual stages over 4 ranks" in refused.error

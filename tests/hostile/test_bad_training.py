@@ -117,6 +117,11 @@ CASES = {
         "--mtp-detach-heads is not supported: the output layer learns from all heads; --reset-attention-mask is not "
         "supported: attention sees the whole sequence",
     ),
+    "teacher ahead": (
+        "--teacher-ahead 2 --phase-transition-iterations 1",
+        "--teacher-ahead without a teacher; give --teacher-load; --teacher-ahead does not go with "
+        "--phase-transition-iterations: batches are found by the number of samples consumed since the start",
+    ),
     "document ends": (
         "--eod-mask-loss",
         "--eod-mask-loss and --reset-position-ids need the id that ends a document; give --null-tokenizer-eod-id",

@@ -13,6 +13,7 @@ from megatron_slim import device
 
 device.install()
 
+from megatron_slim.architecture.hidden_states import HiddenStatesModel  # noqa: E402
 from megatron_slim.distillation import hidden  # noqa: E402
 from megatron_slim.distillation.losses import TokenLosses  # noqa: E402
 from megatron_slim.distillation.model import DistillationModel  # noqa: E402
@@ -42,6 +43,19 @@ def break_states(first: int, last: int | None, stage: int) -> None:
         return output
 
     DistillationModel.forward = broken  # type: ignore[method-assign]
+
+
+def break_teacher() -> None:
+    """What the teacher's first stage ends with becomes NaN, wherever it runs."""
+    forward = HiddenStatesModel.forward
+
+    def broken(self: HiddenStatesModel, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        if iteration() == AT and not self.post_process and not isinstance(self, DistillationModel):
+            output = output.index_fill(0, torch.tensor([3]), torch.nan)
+        return output
+
+    HiddenStatesModel.forward = broken  # type: ignore[method-assign]
 
 
 def break_term() -> None:
@@ -102,6 +116,12 @@ FAULTS = {
         lambda: break_states(-1, None, 2),
         "; first seen in hidden states of the teacher that leave pipeline stage 2 of 4 (rank 1)",
     ),
+    "teacher ahead": (
+        2,
+        f"{PP2} --teacher-ahead 1",
+        break_teacher,
+        "; first seen in hidden states of the teacher that leave pipeline stage 1 of 2 (rank 0)",
+    ),
     "term": (2, DP2, break_term, "mtp lm loss is inf; first seen on pipeline stage 1 of 1 (rank 1)"),
     "gradient": (
         2,
@@ -123,7 +143,7 @@ FAULTS = {
         "; first seen in hidden states of the student that leave pipeline stage 1 of 2 (rank 0)",
     ),
 }
-SLOW = ("teacher", "everywhere")
+SLOW = ("teacher", "teacher ahead", "everywhere")
 
 
 def train_broken(argv: list[str], log: str, fault: str) -> str:
