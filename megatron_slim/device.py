@@ -1,7 +1,7 @@
 """The CPU seam: all that lets Megatron-Core run without a GPU, and the only place that patches a library.
 
 On a machine with CUDA `install` only mends two faults of Megatron (the dataset helpers and the padding of buckets), and
-puts our own where the optimizer of Transformer Engine or apex, or flash-linear-attention, is not installed.
+fills in for flash-linear-attention and for a fused Adam where these are not installed.
 Without CUDA the word "cuda" comes to mean the CPU for the whole process: tensor factories, ``.cuda()`` and ``.to()``,
 the CUDA generator, streams and events. The real Megatron-Core modules then run, over gloo; only kernels differ.
 """
@@ -37,7 +37,8 @@ _installed = False
 def install() -> None:
     """Make this process able to run Megatron-Core; call it before anything of ``megatron`` is imported.
 
-    Idempotent. Where CUDA is available nothing is touched that is there.
+    Idempotent. Where CUDA is available only the dataset helpers, the padding of buckets and what is not installed are
+    touched.
     """
     global _installed
     if _installed:
@@ -51,10 +52,12 @@ def install() -> None:
         _redirect_generator()
         _replace_device_queries()
         _replace_streams()
+        _use_torch_delta_rule()
+        _use_torch_adam()
         _patch_core()
         _patch_training()
-    _stand_in_for_optimizer()
-    _stand_in_for_linear_attention()
+    else:
+        _fill_in_for_missing_libraries()
     _use_built_dataset_helpers()
     _count_bucket_padding()
 
@@ -270,8 +273,6 @@ def _replace_streams() -> None:
 class FusedAdam(torch.optim.Optimizer):
     """AdamW, or Adam with L2 regularisation, with the state layout of Apex's and Transformer Engine's FusedAdam.
 
-    It stands in for them where neither is installed, on any device.
-
     The step count is in the parameter groups and the state is ``exp_avg`` and ``exp_avg_sq`` alone, which is what
     Megatron's distributed optimizer saves and restores; with `torch.optim.AdamW` it cannot resume.
     """
@@ -321,6 +322,45 @@ def _refill_storage(emptied: torch.Tensor, recomputed: torch.Tensor) -> None:
     storage.copy_(source)
 
 
+def _use_torch_delta_rule() -> None:
+    """In place of flash-linear-attention, whose kernels are Triton. Ours are deterministic in either mode."""
+    from megatron.core.ssm.gated_delta_net import common, gdn
+
+    common.HAVE_FLA, common.l2norm, gdn.causal_conv1d = True, linear_attention.l2norm, linear_attention.causal_conv1d
+    gdn.chunk_gated_delta_rule = gdn.torch_chunk_gated_delta_rule = linear_attention.chunk_gated_delta_rule
+
+
+def _use_torch_adam() -> None:
+    import megatron.core.optimizer as optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    optimizer.Adam = distrib_optimizer.Adam = FusedAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+    distrib_optimizer.USING_TE_OPTIMIZER = False
+    # fp32 parameters are their own main parameters: restoring them in place needs autograd off.
+    sharded = distrib_optimizer.DistributedOptimizer
+    restore = torch.no_grad()(sharded._set_main_param_and_optimizer_states)
+    sharded._set_main_param_and_optimizer_states = restore
+
+
+def _fill_in_for_missing_libraries() -> None:
+    """On a GPU: Megatron stops without the one, and cannot resume without the other. Said once, by rank 0."""
+    import megatron.core.optimizer as optimizer
+    from megatron.core.ssm.gated_delta_net import common
+
+    said = []
+    if not common.HAVE_FLA:
+        _use_torch_delta_rule()
+        said.append("flash-linear-attention is not installed: Gated DeltaNet runs in PyTorch, many times slower")
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        _use_torch_adam()
+        said.append("neither Transformer Engine nor Apex is installed: Adam updates one parameter at a time")
+    if os.environ.get("RANK", "0") == "0":
+        for sentence in said:
+            print(f"note: {sentence} (tools/doctor.py)", file=sys.stderr, flush=True)
+
+
 def _patch_core() -> None:
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
@@ -339,33 +379,6 @@ def _patch_core() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = move_to_cpu
-
-
-def _stand_in_for_optimizer() -> None:
-    """`FusedAdam` where Megatron would take torch's Adam, with which the distributed optimizer cannot resume."""
-    import megatron.core.optimizer as optimizer
-    from megatron.core.optimizer import distrib_optimizer
-
-    if torch.cuda.is_available() and distrib_optimizer.HAVE_APEX_OR_TE:
-        return
-    optimizer.Adam = distrib_optimizer.Adam = FusedAdam
-    optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
-    distrib_optimizer.USING_TE_OPTIMIZER = False
-    # fp32 parameters are their own main parameters: restoring them in place needs autograd off.
-    sharded = distrib_optimizer.DistributedOptimizer
-    restore = torch.no_grad()(sharded._set_main_param_and_optimizer_states)
-    sharded._set_main_param_and_optimizer_states = restore
-
-
-def _stand_in_for_linear_attention() -> None:
-    """In place of flash-linear-attention, whose kernels are Triton. Ours are deterministic in either mode."""
-    from megatron.core.ssm.gated_delta_net import common, gdn
-
-    if torch.cuda.is_available() and common.HAVE_FLA:
-        return
-    common.HAVE_FLA, common.l2norm, gdn.causal_conv1d = True, linear_attention.l2norm, linear_attention.causal_conv1d
-    gdn.chunk_gated_delta_rule = gdn.torch_chunk_gated_delta_rule = linear_attention.chunk_gated_delta_rule
 
 
 def _patch_training() -> None:

@@ -61,7 +61,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py")) + sorted((ROOT / "examples").rglob("*.py"))
 TOOLS += [
     ROOT / "benchmarks" / f"{name}.py"
-    for name in "convert convert_80b gated_delta_rule load_all one_shot pipeline_schedules plan_parallelism".split()
+    for name in (
+        "convert convert_80b gated_delta_rule gpu/run_all load_all one_shot pipeline_schedules plan_parallelism"
+    ).split()
 ]
 
 

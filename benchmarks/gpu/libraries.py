@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks import gated_delta_rule
-from benchmarks.gpu.hide import hide
+from benchmarks.gpu.hide import compile_nothing, hide
 from benchmarks.gpu.machine import need
 from benchmarks.gpu.parity import BF16_GRADIENT, BF16_LOSSES, our_logits, reference_logits, tiny_model, token_errors
 from benchmarks.gpu.parts import Check, Found, NotRun, Setting
@@ -46,6 +46,7 @@ def transformer_engine(setting: Setting) -> Found:
         raise NotRun("its modules need a GPU")
     need("Transformer Engine")
     hide(["fla"])  # or transformers would use it in what is to be the reference
+    compile_nothing()
     from megatron_slim import device
 
     device.init_single_process()

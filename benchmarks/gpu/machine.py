@@ -54,7 +54,7 @@ def machine(setting: Setting) -> Found:
         details["memory_gib"] = round(properties.total_memory / 2**30, 1)
         details["compute_capability"] = f"{properties.major}.{properties.minor}"
         details["CUDA"] = torch.version.cuda
-        details["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        details["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     return Found(details=details)
 
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.gpu.hide import LIBRARIES, hide
+from benchmarks.gpu.hide import LIBRARIES, compile_nothing, hide
 from benchmarks.gpu.parts import Check, Found, NotRun, Setting
 from benchmarks.gpu.training_runs import SIZES, STEPS, TERMS, Losses, narrow_checks, train, worst, write_models
 
@@ -89,6 +89,7 @@ def token_errors(found: Tensor, expected: Tensor) -> Tensor:
 def parity(setting: Setting) -> Found:
     """Logits and training in plain PyTorch: no Transformer Engine, no apex, no flash-linear-attention."""
     hide(LIBRARIES)
+    compile_nothing()
     from megatron_slim import device
 
     device.init_single_process()

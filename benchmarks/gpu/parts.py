@@ -89,6 +89,7 @@ class Outcome:
         state: `PASSED`, `FAILED`, `MISSING` or `NOT_RUN`.
         why: one line, "" where it passed.
         seconds: of the whole process.
+        device: what it ran on.
         checks: as `Check`, as dictionaries.
         details: everything else that was measured.
     """
@@ -96,6 +97,7 @@ class Outcome:
     state: str
     why: str = ""
     seconds: float = 0.0
+    device: str = ""
     checks: list[dict[str, Any]] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -139,7 +141,7 @@ PARTS = {
     "calibration": Part("Calibration, a layer of each kind at the published sizes", "speed", "calibration"),
     "kd_step": Part("A step of distillation against one of LM training", "speed", "kd_step"),
     "resume": Part("Going on from a checkpoint", "parity", "resume"),
-    "conversion": Part("Conversion of two layers at the published sizes", "conversion", "conversion"),
+    "conversion": Part("Conversion of a layer of each kind at the published sizes", "conversion", "conversion"),
     "liger": Part("Fused losses against Liger's", "speed", "liger"),
     "te": Part("Transformer Engine against Megatron's own layers", "libraries", "transformer_engine"),
     "fp8": Part("FP8 training against bf16", "libraries", "fp8"),

@@ -27,7 +27,7 @@ from benchmarks.gpu.parts import FAILED, NOT_RUN, PARTS, PASSED, Outcome
 from benchmarks.gpu.tables import markdown, summary, write_tables
 from megatron_slim.cli import positive, run_tool, say, tool_parser
 from megatron_slim.errors import SlimError, one_line
-from megatron_slim.files import to_json
+from megatron_slim.files import read_json, to_json
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = ROOT / "docs" / "gpu.md"
@@ -117,9 +117,28 @@ class Kit:
             self.outcomes[name] = self._part(name, device)
             if name == "machine":
                 device = self._device(self.outcomes[name])
+            self.outcomes[name].device = self.name
             (self.args.dir / f"{name}.json").write_text(to_json(plain(asdict(self.outcomes[name]))), encoding="utf-8")
             say(summary({name: self.outcomes[name]}))
         return self.outcomes
+
+    @property
+    def name(self) -> str:
+        """The device, tiny sizes told apart."""
+        machine = self.outcomes["machine"].details
+        tiny = self.args.quick or not machine["gpus"]
+        return f"{machine['device']}{', tiny sizes' if tiny else ''}"
+
+    def known(self) -> dict[str, Outcome]:
+        """These outcomes, and those of earlier runs on such a device that lie in the same directory."""
+        found = {}
+        for name in PARTS:
+            file = self.args.dir / f"{name}.json"
+            if name in self.outcomes:
+                found[name] = self.outcomes[name]
+            elif file.exists() and (earlier := Outcome(**read_json(file))).device == self.name:
+                found[name] = earlier
+        return found
 
     def _device(self, machine: Outcome) -> str:
         """The device on which parts run, now that it is known what there is."""
@@ -161,11 +180,12 @@ def plain(value: Any) -> Any:
 
 def accept(args: argparse.Namespace) -> dict[str, Any]:
     """Run the kit and write its tables."""
-    outcomes = Kit(args).run()
+    kit = Kit(args)
+    outcomes = kit.run()
     cuda = bool(outcomes["machine"].details["gpus"])
     out = args.out or (TABLES if cuda and not args.quick else None)
     if out is not None:
-        write_tables(out, markdown(outcomes, quick=args.quick or not cuda))
+        write_tables(out, markdown(kit.known(), quick=args.quick or not cuda))
     if not args.json:
         print(summary(outcomes))
         print(f"tables: {out}" if out is not None else "tables are written of a GPU, or with --out")

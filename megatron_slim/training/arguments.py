@@ -11,13 +11,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
+
 from megatron_slim.architecture.layer_specs import shape_config_fields
 from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
 from megatron_slim.checkpoint.distributed_writer import HF_DIR
 from megatron_slim.checkpoint.huggingface import CONFIG, INDEX, SINGLE, HFCheckpoint, read_config
 from megatron_slim.cli import ToolParser
 from megatron_slim.errors import SlimError
-from megatron_slim.training.libraries import kernel_flags
 
 
 def shape_directory(argv: list[str]) -> Path:
@@ -91,13 +94,33 @@ def _as_words(flags: Mapping[str, Any]) -> Iterator[str]:
             yield from [flag] if value is True else [flag, str(value)]
 
 
+# What Megatron turns on by default and cannot do without Transformer Engine; without Apex's kernel (for the output
+# layer, whose gradient is ours, but Megatron's class asks); on a CPU, which has no cores to spare for loaders.
+LOCAL_FLAGS = (
+    "--transformer-impl=local",
+    "--no-masked-softmax-fusion",
+    "--no-persist-layer-norm",
+    "--no-rope-fusion",
+)
+NO_GRADIENT_KERNEL = "--no-gradient-accumulation-fusion"
+CPU_FLAGS = (
+    "--distributed-backend=gloo",
+    "--no-bias-swiglu-fusion",
+    "--no-bias-dropout-fusion",
+    "--num-workers=0",
+)
+
+
 def default_flags() -> list[str]:
     """Flags that this kind of model wants and the command line may override by naming them itself."""
     flags = ["--moe-router-load-balancing-type=global_aux_loss", "--moe-token-dispatcher-type=alltoall"]
     flags += ["--moe-router-dtype=fp32", "--ckpt-format=torch_dist"]
     # Every token weighs the same, however masks share them out over micro-batches and ranks; NaN is `FiniteWatch`'s.
     flags += ["--calculate-per-token-loss", "--no-check-for-nan-in-loss-and-grad"]
-    return [*flags, *kernel_flags()]
+    gpu = torch.cuda.is_available()
+    flags += ["--moe-grouped-gemm"] if gpu and HAVE_TE else LOCAL_FLAGS
+    flags += [] if gpu and _grad_accum_fusion_available else [NO_GRADIENT_KERNEL]
+    return flags if gpu else [*flags, *CPU_FLAGS]
 
 
 def complete_argv(argv: list[str]) -> tuple[list[str], ModelShape]:

@@ -25,8 +25,8 @@ from megatron_slim.errors import CheckpointError, DataError, SlimError, summaris
 from megatron_slim.files import read_json
 from megatron_slim.training.fp8_checks import fp8_violations
 from megatron_slim.training.hidden_kd import check_projections, hidden_violations
-from megatron_slim.training.libraries import library_violations
 from megatron_slim.training.loss_checks import loss_violations
+from megatron_slim.training.missing_libraries import library_violations
 from megatron_slim.training.resume import faults_of, mend_tracker
 from megatron_slim.training.stage_layout import layer_violations, stage_violations
 from megatron_slim.training.teacher_ahead import ahead_violations
@@ -52,7 +52,7 @@ def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
     teacher = open_checkpoint(args.teacher_load).shape if args.teacher_load is not None else None
     small = [f"{name} parallel size {size} is not positive" for name, size in _sizes(args).items() if size < 1]
     found = small or _process_violations(args) + stage_violations(args) + _model_violations("student", shape, args)
-    found += loss_violations(shape, args) + library_violations(args) + ahead_violations(args)
+    found += loss_violations(shape, args) + ahead_violations(args)
     found += hidden_violations(shape, teacher, args) + ([] if small else fp8_violations(shape, teacher, args))
     if teacher is not None and not small:
         found += _model_violations("teacher", teacher, args) + _pair_violations(shape, teacher, args)
@@ -167,6 +167,7 @@ def _sizes(args: Any) -> dict[str, int]:
 def _process_violations(args: Any) -> list[str]:
     sizes = _sizes(args)
     found = ["--context-parallel-size above 1 is not supported"] if args.context_parallel_size > 1 else []
+    found += library_violations(args)
     for names in (("tp", "pp"), ("etp", "ep", "pp")):
         ranks = 1
         for name in names:

@@ -48,7 +48,7 @@ from megatron_slim.training.checks import check_run, starts_by_ourselves
 from megatron_slim.training.data import Batch, build_datasets, next_batch
 from megatron_slim.training.finite import FiniteWatch
 from megatron_slim.training.hidden_kd import HiddenLog, check_stages, hidden_lesson
-from megatron_slim.training.libraries import missing_libraries
+from megatron_slim.training.missing_libraries import library_note
 from megatron_slim.training.slim_arguments import MEGATRON_HELP, TOP_K, add_slim_arguments, loss_schedules
 from megatron_slim.training.stage_layout import plan_stages
 from megatron_slim.training.teacher_ahead import TeacherAhead, check_host_memory, held_bytes
@@ -297,9 +297,8 @@ def main(argv: list[str]) -> None:
     shape = install_argv(argv)
     parsed = parse_args(add_slim_arguments)
     teacher = check_run(shape, parsed)
-    if parsed.rank == 0:
-        for line in missing_libraries():
-            print(line, flush=True)
+    if parsed.rank == 0 and (note := library_note()) is not None:
+        print(note, file=sys.stderr, flush=True)
     target = _mtp_kd_target(shape, teacher, parsed)
     runs_mtp = target == TEACHER_MTP and shape.mtp_num_layers > 0
     layout = plan_stages(shape, teacher, parsed, teacher_runs_mtp=runs_mtp)
