@@ -102,6 +102,17 @@ CASES = {
         "--mtp-detach-heads is not supported: the output layer learns from all heads; --reset-attention-mask is not "
         "supported: attention sees the whole sequence",
     ),
+    "fp8 without its library": ("--fp8-format hybrid --bf16", "FP8 needs Transformer Engine, which is not installed"),
+    "a teacher in fp8 without it": ("--teacher-load teacher --teacher-dtype fp8", "FP8 needs Transformer Engine"),
+    "a recipe for nobody": (
+        "--teacher-load teacher --teacher-dtype bf16 --teacher-fp8-recipe mxfp8",
+        "--teacher-fp8-recipe needs a teacher in FP8; give --teacher-load and --teacher-dtype fp8",
+    ),
+    "fp8 output layer": ("--fp8-output-proj", "--fp8-output-proj is not supported: the output layer is part of the"),
+    "buffers of one model": (
+        "--teacher-load teacher --tp-comm-overlap",
+        "--tp-comm-overlap has buffers of",
+    ),
     "document ends": (
         "--eod-mask-loss",
         "--eod-mask-loss and --reset-position-ids need the id that ends a document; give --null-tokenizer-eod-id",
