@@ -122,3 +122,39 @@ def test_fused_adam_resumes_exactly() -> None:
     step(optimizer, parameter, 2)
     step(other, resumed, 2)
     assert torch.equal(parameter, resumed)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_gpu_without_its_libraries(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str
+) -> None:
+    """What runs instead of flash-linear-attention and of a fused Adam, and that rank 0 says so."""
+    import megatron.core.optimizer as optimizer
+    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.ssm.gated_delta_net import common, gdn
+
+    from megatron_slim import linear_attention
+
+    monkeypatch.setenv("RANK", rank)
+    device._fill_in_for_missing_libraries()
+    assert capsys.readouterr().err == ""  # nothing is missing
+    for module, name, value in (
+        (common, "HAVE_FLA", False),
+        (common, "l2norm", None),
+        (gdn, "causal_conv1d", None),
+        (gdn, "chunk_gated_delta_rule", None),
+        (gdn, "torch_chunk_gated_delta_rule", None),
+        (optimizer, "Adam", torch.optim.AdamW),
+        (optimizer, "USING_PYTORCH_OPTIMIZER", True),
+        (distrib_optimizer, "Adam", torch.optim.Adam),
+        (distrib_optimizer, "HAVE_APEX_OR_TE", False),
+        (distrib_optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states", lambda self: None),
+    ):
+        monkeypatch.setattr(module, name, value)
+    device._fill_in_for_missing_libraries()
+    assert common.HAVE_FLA and common.l2norm is linear_attention.l2norm
+    assert gdn.chunk_gated_delta_rule is linear_attention.chunk_gated_delta_rule
+    assert optimizer.Adam is distrib_optimizer.Adam is device.FusedAdam and not optimizer.USING_PYTORCH_OPTIMIZER
+    device._fill_in_for_missing_libraries()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == (2 if rank == "0" else 0) and all(line.startswith("note: ") for line in said)

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_slim.architecture.fp8_sizes import RECIPES, size_violations
+from megatron_slim.architecture.parallelism import layout_violations
 from megatron_slim.pruning import report
 from megatron_slim.pruning.plan import Plan
 from megatron_slim.pruning.plan_view import Axis, ranked_axes, summary
@@ -45,6 +47,7 @@ def sections(plan: Plan, stats: Statistics | None) -> list[Section]:
         *_search_section(plan),
         _layer_section(numbers),
         *_axis_sections(plan, stats, numbers),
+        _fp8_section(plan),
     ]
 
 
@@ -52,6 +55,18 @@ def _size_section(numbers: dict[str, Any]) -> Section:
     rows = report.rows(numbers["before"], numbers["after"])
     renamed = [("bytes in bf16" if label == report.LABELS["bytes"] else label, *cells) for label, *cells in rows]
     return _section("Sizes", ("", "before", "after", "left"), renamed)
+
+
+def _fp8_section(plan: Plan) -> Section:
+    """Where the result could be trained in FP8; a hint, for in bf16 every size can."""
+    shape = plan.target_shape
+    columns = [tp for tp in (1, 2, 4, 8) if not layout_violations(shape, tp=tp, etp=1)]
+    rows = []
+    for recipe in RECIPES:
+        fits = [not size_violations(shape, recipe, tp=tp) for tp in columns]
+        rows.append((recipe, *("fits" if fit else "no" for fit in fits)))
+    reasons = [sentence for recipe in ("tensorwise", "mxfp8") for sentence in size_violations(shape, recipe)[:1]]
+    return _section("Training in FP8", ("recipe", *(f"tp {tp}" for tp in columns)), rows, "".join(reasons[:1]))
 
 
 def _recipe_section(plan: Plan) -> Section:

@@ -14,10 +14,9 @@ from megatron_slim.architecture.shape import ModelShape
 FP8 = "fp8"
 # What weights are kept and used in; layers of a teacher in FP8 multiply FP8 copies of weights in bf16.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, FP8: torch.bfloat16}
-WITHOUT_FP8 = {
+_WITHOUT_FP8 = {
     "fp8": None,
     "fp8_param": False,
-    "fp4": None,
     # Megatron refuses to pad for a quantisation that is off.
     "moe_router_padding_for_fp8": False,
     "moe_router_padding_for_quantization": False,
@@ -68,14 +67,15 @@ def teacher_config(
         "perform_initialization": False,
         "pipeline_model_parallel_layout": layout,
     }
-    if dtype is not None:
-        kept = DTYPES[dtype]
-        fields |= {"fp16": kept == torch.float16, "bf16": kept == torch.bfloat16, **WITHOUT_FP8}
-        fields |= dict.fromkeys(("params_dtype", "pipeline_dtype", "autocast_dtype"), kept)
-        # Without 16 bits there is no narrower residual stream to widen.
-        fields["fp32_residual_connection"] = run.fp32_residual_connection and dtype != "fp32"
     recipe = teacher_recipe(dtype, fp8_recipe, getattr(run.fp8_recipe, "value", run.fp8_recipe) if run.fp8 else None)
     if recipe is not None:
         # In the forward pass both formats are e4m3.
         fields |= {"fp8": run.fp8 or "e4m3", "fp8_recipe": recipe}
+    if dtype is not None:
+        kept = DTYPES[dtype]
+        fields |= {"fp16": kept == torch.float16, "bf16": kept == torch.bfloat16, "fp4": None}
+        fields |= {} if recipe else _WITHOUT_FP8
+        fields |= dict.fromkeys(("params_dtype", "pipeline_dtype", "autocast_dtype"), kept)
+        # Without 16 bits there is no narrower residual stream to widen.
+        fields["fp32_residual_connection"] = run.fp32_residual_connection and dtype != "fp32"
     return dataclasses.replace(run, **fields)

@@ -122,6 +122,17 @@ CASES = {
         "--teacher-ahead without a teacher; give --teacher-load; --teacher-ahead does not go with "
         "--phase-transition-iterations: batches are found by the number of samples consumed since the start",
     ),
+    "fp8 without its library": ("--fp8-format hybrid --bf16", "FP8 needs Transformer Engine, which is not installed"),
+    "a teacher in fp8 without it": ("--teacher-load teacher --teacher-dtype fp8", "FP8 needs Transformer Engine"),
+    "a recipe for nobody": (
+        "--teacher-load teacher --teacher-dtype bf16 --teacher-fp8-recipe mxfp8",
+        "--teacher-fp8-recipe needs a teacher in FP8; give --teacher-load and --teacher-dtype fp8",
+    ),
+    "fp8 output layer": ("--fp8-output-proj", "--fp8-output-proj is not supported: the output layer is part of the"),
+    "buffers of one model": (
+        "--teacher-load teacher --tp-comm-overlap",
+        "--tp-comm-overlap has buffers of",
+    ),
     "document ends": (
         "--eod-mask-loss",
         "--eod-mask-loss and --reset-position-ids need the id that ends a document; give --null-tokenizer-eod-id",

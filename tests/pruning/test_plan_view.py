@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_slim.architecture.fp8_sizes import RECIPES, size_violations
 from megatron_slim.architecture.shape import FAMILIES
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
@@ -85,6 +86,13 @@ def test_tables_hold_the_same_numbers(plan_for: Callable[..., Plan], stats: Stat
     numbers = summary(plan, stats)["experts"][0]
     assert first["importance"] == f"{numbers['importance_share']:.1%}"
     assert (first["kept"], first["absorbed"], first["dropped"], first["largest"]) == ("4", "0", "4", "1")
+    fp8 = tables["Training in FP8"]
+    assert fp8.columns[:2] == ("recipe", "tp 1") and [row[0] for row in fp8.rows] == list(RECIPES)
+    for recipe, *cells in fp8.rows:
+        ranks = [int(column.removeprefix("tp ")) for column in fp8.columns[1:]]
+        found = [size_violations(plan.target_shape, recipe, tp=tp) for tp in ranks]
+        assert cells == ["no" if faults else "fits" for faults in found], recipe
+    assert fp8.note and fp8.note in size_violations(plan.target_shape, "tensorwise")
 
 
 def test_without_statistics_what_they_tell_is_left_out(tool: Tool, work: Path, plan_for: Callable[..., Plan]) -> None:
