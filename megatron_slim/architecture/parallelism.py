@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from megatron_slim.architecture.shape import ModelShape
 
 
-def layout_violations(shape: ModelShape, *, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 1) -> list[str]:
+def layout_violations(
+    shape: ModelShape, *, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 1, cp: int = 1
+) -> list[str]:
     """Everything that keeps a model from being laid out like this, one sentence each.
 
     Args:
@@ -16,6 +18,7 @@ def layout_violations(shape: ModelShape, *, tp: int = 1, pp: int = 1, ep: int = 
         pp: pipeline parallel size, for equally many layers to each stage.
         ep: expert parallel size.
         etp: tensor parallel size inside an expert.
+        cp: context parallel size.
 
     >>> from megatron_slim.testing import tiny_shape
     >>> for sentence in layout_violations(tiny_shape(), pp=3, ep=5):
@@ -28,8 +31,9 @@ def layout_violations(shape: ModelShape, *, tp: int = 1, pp: int = 1, ep: int = 
     )
     divided = {
         "num_attention_heads": ("tensor", tp),
-        "linear_num_key_heads": ("tensor", tp),
-        "linear_num_value_heads": ("tensor", tp),
+        # Gated DeltaNet needs whole sequences, so that context-parallel ranks exchange them for heads.
+        "linear_num_key_heads": ("tensor times context" if cp > 1 else "tensor", tp * cp),
+        "linear_num_value_heads": ("tensor times context" if cp > 1 else "tensor", tp * cp),
         "moe_shared_expert_intermediate_size": ("tensor", tp),
         "num_moe_experts": ("expert", ep),
         "moe_ffn_hidden_size": ("expert tensor", etp),

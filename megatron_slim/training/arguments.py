@@ -20,12 +20,13 @@ from megatron_slim.checkpoint.huggingface import CONFIG, INDEX, SINGLE, HFCheckp
 from megatron_slim.cli import ToolParser
 from megatron_slim.errors import SlimError
 
-VOCAB_MULTIPLE = 128  # one padded vocabulary for every tensor parallel size that divides it
 
+def padded_vocab_size(shape: ModelShape, multiple: int = 128) -> int:
+    """Rows of embedding and output layer in training, the same under every tensor parallel size that divides them.
 
-def padded_vocab_size(shape: ModelShape) -> int:
-    """Rows of embedding and output layer in training, the same under every tensor parallel size up to 128."""
-    return -(-shape.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    Megatron would pad to ``multiple`` times the tensor parallel size.
+    """
+    return -(-shape.vocab_size // multiple) * multiple
 
 
 def shape_directory(argv: list[str]) -> Path:
@@ -86,7 +87,6 @@ def model_flags(shape: ModelShape) -> dict[str, Any]:
         "rotary_base": int(shape.rotary_base),
         "rotary_percent": shape.rotary_percent,
         "vocab_size": shape.vocab_size,
-        "make_vocab_size_divisible_by": 1,
         "tokenizer_type": "NullTokenizer",
     }
     return {f"--{_OTHER_NAMES.get(name, name).replace('_', '-')}": value for name, value in fields.items()}
@@ -116,7 +116,8 @@ CPU_FLAGS = (
 def default_flags() -> list[str]:
     """Flags that this kind of model wants and the command line may override by naming them itself."""
     flags = ["--moe-router-load-balancing-type=global_aux_loss", "--moe-token-dispatcher-type=alltoall"]
-    flags += ["--moe-router-dtype=fp32", "--ckpt-format=torch_dist"]
+    # Without an interval Megatron fails, also where there is no validation (--eval-iters 0).
+    flags += ["--moe-router-dtype=fp32", "--ckpt-format=torch_dist", "--eval-interval=1000"]
     # Every token weighs the same, however masks share them out over micro-batches and ranks; NaN is `FiniteWatch`'s.
     flags += ["--calculate-per-token-loss", "--no-check-for-nan-in-loss-and-grad"]
     return [*flags, *CPU_FLAGS] if not torch.cuda.is_available() else [*flags, "--moe-grouped-gemm"]
