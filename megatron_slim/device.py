@@ -109,6 +109,7 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("pin_memory", None)  # which is for copies to a GPU
         device = kwargs.get("device")
         if device is not None and (_is_cuda(device) or type(device) is int):
             kwargs["device"] = _CPU

@@ -1,15 +1,21 @@
-"""Norms and the norm-then-project module for machines without Transformer Engine, under its parameter names."""
+"""What machines without Transformer Engine lack, under its parameter names: norms, norm-then-project, attention."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+
+from megatron_slim.architecture.context_parallel import positions_of
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float, *, zero_centered: bool) -> Tensor:
@@ -58,8 +64,39 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
         return output
 
 
+class LocalAttention(DotProductAttention):
+    """Megatron's attention, and under context parallelism that of this rank's queries to the keys of all.
+
+    Keys and values are gathered whole, so that their memory does not shrink with the context parallel size as it does
+    with Transformer Engine.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        whole = copy.copy(config)
+        whole.context_parallel_size = 1  # others are refused there
+        super().__init__(whole, *args, **kwargs)
+        self.context_parallel = config.context_parallel_size > 1
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Attend causally: query, key and value [s, b, heads, head dim] of this rank's part of the sequence."""
+        if self.context_parallel:
+            group = self.pg_collection.cp
+            key, value = (gather_from_sequence_parallel_region(each, group=group) for each in (key, value))
+            ranks, length = dist.get_world_size(group), len(key)
+            of_keys = torch.cat([positions_of(rank, ranks, length) for rank in range(ranks)])
+            attention_mask = of_keys[None, :] > positions_of(dist.get_rank(group), ranks, length)[:, None]
+        context: Tensor = super().forward(query, key, value, attention_mask, *args, **kwargs)
+        return context
+
+
 class LocalBackend(LocalSpecProvider):
-    """Megatron-Core's local backend with norms that may be zero-centred."""
+    """Megatron-Core's local backend with norms that may be zero-centred, and attention that may be shared out."""
+
+    def core_attention(self) -> type:
+        """The module that attends."""
+        return LocalAttention
 
     def fuse_layernorm_and_linear(self) -> bool:
         """Yes: `column_parallel_layer_norm_linear`."""

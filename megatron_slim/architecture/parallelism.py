@@ -9,12 +9,17 @@ from megatron_slim.architecture.shape import ModelShape
 VOCAB_MULTIPLE = 128  # one padded vocabulary for every tensor parallel size that divides it
 
 
-def padded_vocab_size(shape: ModelShape) -> int:
-    """Rows of embedding and output layer in training, the same under every tensor parallel size up to 128."""
-    return -(-shape.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+def padded_vocab_size(shape: ModelShape, multiple: int = VOCAB_MULTIPLE) -> int:
+    """Rows of embedding and output layer in training, the same under every tensor parallel size that divides them.
+
+    Megatron would pad to ``multiple`` times the tensor parallel size.
+    """
+    return -(-shape.vocab_size // multiple) * multiple
 
 
-def layout_violations(shape: ModelShape, *, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 1) -> list[str]:
+def layout_violations(
+    shape: ModelShape, *, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 1, cp: int = 1
+) -> list[str]:
     """Everything that keeps a model from being laid out like this, one sentence each.
 
     Args:
@@ -23,6 +28,7 @@ def layout_violations(shape: ModelShape, *, tp: int = 1, pp: int = 1, ep: int = 
         pp: pipeline parallel size, for equally many layers to each stage.
         ep: expert parallel size.
         etp: tensor parallel size inside an expert.
+        cp: context parallel size.
 
     >>> from megatron_slim.testing import tiny_shape
     >>> for sentence in layout_violations(tiny_shape(), pp=3, ep=5):
@@ -35,8 +41,9 @@ def layout_violations(shape: ModelShape, *, tp: int = 1, pp: int = 1, ep: int = 
     )
     divided = {
         "num_attention_heads": ("tensor", tp),
-        "linear_num_key_heads": ("tensor", tp),
-        "linear_num_value_heads": ("tensor", tp),
+        # Gated DeltaNet needs whole sequences, so that context-parallel ranks exchange them for heads.
+        "linear_num_key_heads": ("tensor times context" if cp > 1 else "tensor", tp * cp),
+        "linear_num_value_heads": ("tensor times context" if cp > 1 else "tensor", tp * cp),
         "moe_shared_expert_intermediate_size": ("tensor", tp),
         "num_moe_experts": ("expert", ep),
         "moe_ffn_hidden_size": ("expert tensor", etp),

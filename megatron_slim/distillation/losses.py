@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_slim.architecture.context_parallel import own_part
+
 
 def shift(values: Tensor, depth: int) -> Tensor:
     """Values ``depth`` positions further on along the last dimension, zeros behind the end.
@@ -81,7 +83,7 @@ def mtp_mask(loss_mask: Tensor, depth: int, position_ids: Tensor | None = None) 
 
 
 def _over_depths(
-    terms: tuple[Tensor, ...], loss_mask: Tensor, position_ids: Tensor | None
+    terms: tuple[Tensor, ...], loss_mask: Tensor, position_ids: Tensor | None, positions: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The mean over depths of sums over tokens, as the loss takes it; and (sum, count) over all depths, for the log.
 
@@ -92,7 +94,7 @@ def _over_depths(
     length = loss_mask.shape[-1]
     total, log_sum, log_count = (loss_mask.new_zeros(()) for _ in range(3))
     for depth, term in enumerate(terms, start=1):
-        mask = mtp_mask(loss_mask, depth, position_ids)
+        mask = own_part(mtp_mask(loss_mask, depth, position_ids), positions)
         depth_sum = (term * mask).sum()
         total = total + depth_sum * (length / max(1, length - depth)) / len(terms)
         log_sum, log_count = log_sum + depth_sum, log_count + mask.sum()
@@ -100,7 +102,11 @@ def _over_depths(
 
 
 def combine(
-    losses: TokenLosses, loss_mask: Tensor, weights: LossWeights, position_ids: Tensor | None = None
+    losses: TokenLosses,
+    loss_mask: Tensor,
+    weights: LossWeights,
+    position_ids: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """SlimQwen eq. 12 over one micro-batch.
 
@@ -111,13 +117,15 @@ def combine(
         loss_mask: [b, s], 1 where the main head's token counts.
         weights: lambda and beta.
         position_ids: [b, s] or [1, s], which tell the documents of a sequence apart for `mtp_mask`.
+        positions: where in the sequence the terms are, under context parallelism; masks are those of the whole.
 
     Returns:
         The sum over tokens (to be divided by the number of tokens), that number, and for the log every term's
         (sum, count) under the names that Megatron and ModelOpt use: sums over micro-batches and ranks of both give the
         mean over all tokens.
     """
-    mask = loss_mask.float()
+    whole_mask = loss_mask.float()
+    mask = own_part(whole_mask, positions)
     tokens = mask.sum()
     has_teacher = losses.kd is not None
     kd_lambda = weights.kd_lambda if has_teacher else 0.0
@@ -129,10 +137,10 @@ def combine(
         terms["teacher lm loss"] = (losses.teacher_lm * mask).sum()
         total = total + kd_lambda * terms["logits distillation loss"]
     if losses.mtp_lm:
-        mtp_lm, report["mtp lm loss"] = _over_depths(losses.mtp_lm, mask, position_ids)
+        mtp_lm, report["mtp lm loss"] = _over_depths(losses.mtp_lm, whole_mask, position_ids, positions)
         mtp = (1.0 - kd_lambda) * mtp_lm
         if losses.mtp_kd:
-            mtp_kd, report["mtp distillation loss"] = _over_depths(losses.mtp_kd, mask, position_ids)
+            mtp_kd, report["mtp distillation loss"] = _over_depths(losses.mtp_kd, whole_mask, position_ids, positions)
             mtp = mtp + kd_lambda * mtp_kd
         total = total + weights.mtp_beta * mtp
     report |= {name: (value.detach(), tokens) for name, value in terms.items()}
@@ -149,6 +157,7 @@ def gradients_of_total(
     weights: LossWeights,
     depths: int,
     position_ids: Tensor | None = None,
+    positions: Tensor | None = None,
     *,
     has_teacher: bool,
 ) -> TokenLosses:
@@ -159,7 +168,9 @@ def gradients_of_total(
     """
     terms = 3 + 2 * depths if has_teacher else 1 + depths
     with torch.enable_grad():
-        stacked = loss_mask.new_zeros((terms, *loss_mask.shape), dtype=torch.float32).requires_grad_()
-        total, _, _ = combine(TokenLosses.unstack(stacked, has_teacher=has_teacher), loss_mask, weights, position_ids)
+        shape = own_part(loss_mask, positions).shape
+        stacked = loss_mask.new_zeros((terms, *shape), dtype=torch.float32).requires_grad_()
+        losses = TokenLosses.unstack(stacked, has_teacher=has_teacher)
+        total, _, _ = combine(losses, loss_mask, weights, position_ids, positions)
         (gradient,) = torch.autograd.grad(total, stacked)
     return TokenLosses.unstack(gradient, has_teacher=has_teacher)

@@ -9,7 +9,7 @@ teacher of another dtype sends the bytes of its hidden states as numbers of the 
 A teacher may also have computed ahead (`training.teacher_ahead`): in training mode the student then has the pipeline to
 itself, and is given the teacher's last hidden states; in evaluation mode the teacher runs beside it as before.
 
-Shapes: s sequence (of this rank, under sequence parallelism), b batch, h hidden size, D MTP depths.
+Shapes: S sequence, s that of this rank (under sequence and context parallelism), b batch, h hidden size, D MTP depths.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.multi_token_prediction import roll_tensor
 from torch import Tensor
 
+from megatron_slim.architecture.context_parallel import own_part, own_positions
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.distillation.divergences import KDLoss
 from megatron_slim.distillation.fused import Lesson, OutputLayer, Target, default_chunk, fused_losses
@@ -146,10 +148,10 @@ class DistillationModel(HiddenStatesModel):
         """Run this stage of both models.
 
         Args:
-            input_ids: [b, s], on the first stage and where the MTP block is.
-            position_ids: [b, s], as input_ids.
+            input_ids: [b, S], on the first stage and where the MTP block is.
+            position_ids: [b, S], as input_ids.
             attention_mask: as for GPTModel.
-            labels: [b, s], on the last stage.
+            labels: [b, S], on the last stage.
             expected: gradients that backward will bring each of the returned terms, where they are known already:
                 logits are then computed once instead of twice (`fused_losses`).
             hidden_lesson: in a training step, for the layers that learn from the teacher's; None, they do not.
@@ -159,6 +161,9 @@ class DistillationModel(HiddenStatesModel):
             [s, b, student h + teacher h in numbers of the student's dtype]; on the last stage `TokenLosses.stack`,
             [terms, b, s].
         """
+        input_ids, position_ids = (
+            ids if ids is None else own_part(ids, self._positions(ids)) for ids in (input_ids, position_ids)
+        )
         with contextlib.nullcontext() if self.hidden_kd is None else self.hidden_kd.lesson(hidden_lesson):
             # The teacher first: layers of the student may learn from its.
             if self.beside is not None:
@@ -174,8 +179,9 @@ class DistillationModel(HiddenStatesModel):
         self, hidden: Tensor, teacher_hidden: Tensor | None, labels: Tensor, expected: TokenLosses | None
     ) -> TokenLosses:
         heads = [_rows(self._whole_input(head)) for head in self.heads(hidden)]
-        depths = range(len(heads))
-        shifted = torch.stack([_rows(shift(labels, depth).transpose(0, 1)) for depth in depths])
+        depths, positions = range(len(heads)), self._positions(labels)
+        own = (own_part(shift(labels, depth), positions) for depth in depths)
+        shifted = torch.stack([_rows(each.transpose(0, 1)) for each in own])
         targets, teacher = self._targets(teacher_hidden, batch=labels.shape[0])
         chunk = self.loss_chunk or default_chunk(hidden.device)
         upstream = None if expected is None else _upstream(expected)
@@ -186,6 +192,10 @@ class DistillationModel(HiddenStatesModel):
         if teacher is None:
             return TokenLosses(lm[0], mtp_lm=tuple(lm[1:]))
         return TokenLosses(lm[0], kd[0], teacher_lm, tuple(lm[1:]), tuple(kd[1:]))
+
+    def _positions(self, whole: Tensor) -> Tensor | None:
+        """Positions of this rank's part of a sequence [..., S] under context parallelism; None for all."""
+        return own_positions(self.pg_collection.cp, whole.shape[-1])
 
     def _output_weights(self, model: HiddenStatesModel) -> OutputLayer:
         """A model's output layer, its parameters ready to be read."""
@@ -214,11 +224,14 @@ class DistillationModel(HiddenStatesModel):
         numbers = range(1 + self.mtp_depths)
         if self.teacher is None or teacher_hidden is None:
             return (Target(None, tuple((number, 0) for number in numbers)),), None
-        heads = [_rows(self._whole_input(head)) for head in self.teacher.heads(teacher_hidden)]
+        heads = [self._whole_input(head) for head in self.teacher.heads(teacher_hidden)]
         layer = self._output_weights(self.teacher)
         if self.mtp_kd_target == TEACHER_MAIN:
-            return (Target(heads[0], tuple((number, number * batch) for number in numbers)),), layer
-        return tuple(Target(heads[number], ((number, 0),)) for number in numbers), layer
+            if self.config.context_parallel_size == 1:
+                return (Target(_rows(heads[0]), tuple((number, number * batch) for number in numbers)),), layer
+            for number in numbers[1:]:  # what is further on is on another rank: it comes, and logits are made again
+                heads[number:] = [roll_tensor(heads[number - 1], dims=0, cp_group=self.pg_collection.cp)[0]]
+        return tuple(Target(_rows(heads[number]), ((number, 0),)) for number in numbers), layer
 
 
 def _rows(values: Tensor) -> Tensor:

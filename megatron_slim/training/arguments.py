@@ -81,7 +81,6 @@ def model_flags(shape: ModelShape) -> dict[str, Any]:
         "rotary_base": int(shape.rotary_base),
         "rotary_percent": shape.rotary_percent,
         "vocab_size": shape.vocab_size,
-        "make_vocab_size_divisible_by": 1,
         "tokenizer_type": "NullTokenizer",
     }
     return {f"--{_OTHER_NAMES.get(name, name).replace('_', '-')}": value for name, value in fields.items()}
@@ -114,7 +113,8 @@ CPU_FLAGS = (
 def default_flags() -> list[str]:
     """Flags that this kind of model wants and the command line may override by naming them itself."""
     flags = ["--moe-router-load-balancing-type=global_aux_loss", "--moe-token-dispatcher-type=alltoall"]
-    flags += ["--moe-router-dtype=fp32", "--ckpt-format=torch_dist"]
+    # Without an interval Megatron fails, also where there is no validation (--eval-iters 0).
+    flags += ["--moe-router-dtype=fp32", "--ckpt-format=torch_dist", "--eval-interval=1000"]
     # Every token weighs the same, however masks share them out over micro-batches and ranks; NaN is `FiniteWatch`'s.
     flags += ["--calculate-per-token-loss", "--no-check-for-nan-in-loss-and-grad"]
     gpu = torch.cuda.is_available()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,9 @@ def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
     """
     teacher = open_checkpoint(args.teacher_load).shape if args.teacher_load is not None else None
     small = [f"{name} parallel size {size} is not positive" for name, size in _sizes(args).items() if size < 1]
+    for name in ("eval_interval", "make_vocab_size_divisible_by"):
+        if getattr(args, name) < 1:
+            small.append(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive")
     found = small or _process_violations(args) + stage_violations(args) + _model_violations("student", shape, args)
     found += loss_violations(shape, args) + ahead_violations(args)
     found += hidden_violations(shape, teacher, args) + ([] if small else fp8_violations(shape, teacher, args))
@@ -161,14 +165,14 @@ def _sizes(args: Any) -> dict[str, int]:
     """Parallel sizes under the names of `layout_violations`."""
     tp = args.tensor_model_parallel_size
     etp = args.expert_tensor_parallel_size or tp
-    return {"tp": tp, "pp": args.pipeline_model_parallel_size, "ep": args.expert_model_parallel_size, "etp": etp}
+    sizes = {"tp": tp, "pp": args.pipeline_model_parallel_size, "ep": args.expert_model_parallel_size, "etp": etp}
+    return sizes | {"cp": args.context_parallel_size}
 
 
 def _process_violations(args: Any) -> list[str]:
     sizes = _sizes(args)
-    found = ["--context-parallel-size above 1 is not supported"] if args.context_parallel_size > 1 else []
-    found += library_violations(args)
-    for names in (("tp", "pp"), ("etp", "ep", "pp")):
+    found = library_violations(args)
+    for names in (("tp", "cp", "pp") if sizes["cp"] > 1 else ("tp", "pp"), ("etp", "ep", "pp")):
         ranks = 1
         for name in names:
             ranks *= sizes[name]
@@ -177,12 +181,38 @@ def _process_violations(args: Any) -> list[str]:
             found.append(f"{args.world_size} processes do not divide into groups of {product}")
     if args.sequence_parallel and args.seq_length is not None and args.seq_length % sizes["tp"]:
         found.append(f"--seq-length {args.seq_length} does not divide by tensor parallel size {sizes['tp']}")
+    return found + _context_violations(args, sizes["tp"], sizes["cp"]) + _expert_violations(args, sizes)
+
+
+def _context_violations(args: Any, tp: int, cp: int) -> list[str]:
+    """What is wrong with context parallelism, whose ranks have two chunks of a sequence each."""
+    found = []
+    parts = cp * math.lcm(2, tp if args.sequence_parallel else 1)
+    if cp > 1 and args.seq_length is not None and args.seq_length % parts:
+        found.append(f"--seq-length {args.seq_length} does not divide by {parts} (context parallel size {cp})")
+    if args.hybrid_context_parallel:
+        found.append("--hybrid-context-parallel is not supported: samples are whole sequences of one length")
+    if isinstance(args.cp_comm_type, list) and len(args.cp_comm_type) > 1 and args.teacher_load is not None:
+        found.append("--cp-comm-type by layer does not say what the teacher's layers use; give one for all")
+    return found
+
+
+def _expert_violations(args: Any, sizes: dict[str, int]) -> list[str]:
+    """What Megatron's MoE layers, or gloo, cannot do."""
+    found = []
+    if sizes["tp"] > 1 and not args.sequence_parallel:
+        found.append("tensor parallelism of MoE layers needs --sequence-parallel in training")
+    if sizes["etp"] > 1 and sizes["ep"] > 1 and args.distributed_backend == "gloo":
+        found.append(
+            f"expert tensor parallel size {sizes['etp']} with expert parallel size {sizes['ep']} gathers unequal "
+            "numbers of tokens, which gloo cannot; give --expert-tensor-parallel-size 1"
+        )
     return found
 
 
 def _model_violations(name: str, shape: ModelShape, args: Any) -> list[str]:
     found = layer_violations(name, shape, args) + layout_violations(shape, **_sizes(args) | {"pp": 1})
-    rows, tp = padded_vocab_size(shape), args.tensor_model_parallel_size
+    rows, tp = padded_vocab_size(shape, args.make_vocab_size_divisible_by), args.tensor_model_parallel_size
     if rows % tp:
         found.append(f"{rows} rows of the padded vocabulary do not divide by tensor parallel size {tp}")
     if args.seq_length is not None and args.seq_length > shape.max_position_embeddings:

@@ -17,7 +17,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.enums import ModelType
-from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers, pretrain
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_slim import device
+from megatron_slim.architecture.context_parallel import own_positions
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.layer_specs import build_model, shape_config_fields
 from megatron_slim.architecture.parallelism import padded_vocab_size
@@ -93,7 +93,7 @@ class Run:
         student = build_model(
             self.shape,
             dataclasses.replace(base, **(shape_config_fields(self.shape) | load_balancing_fields(base))),
-            padded_vocab_size=padded_vocab_size(self.shape),
+            padded_vocab_size=padded_vocab_size(self.shape, args.make_vocab_size_divisible_by),
             model_class=DistillationModel,
             **stage,
         )
@@ -133,7 +133,8 @@ class Run:
         teacher = build_model(
             self.teacher_shape,
             teacher_config(self.teacher_shape, base, layout=self.teacher_layout, dtype=dtype, fp8_recipe=recipe),
-            padded_vocab_size=padded_vocab_size(self.shape),  # a rank's columns are those of the student
+            # The student's rows: then a rank has the same columns of both vocabularies.
+            padded_vocab_size=padded_vocab_size(self.shape, args.make_vocab_size_divisible_by),
             model_class=HiddenStatesModel,
             **stage,
         )
@@ -196,7 +197,7 @@ class Run:
         """SlimQwen eq. 12 with this iteration's lambda and beta, in the form that Megatron's loop wants."""
         assert loss_mask is not None
         losses = TokenLosses.unstack(output, has_teacher=self.teacher_shape is not None)
-        total, tokens, report = combine(losses, loss_mask, weights, position_ids)
+        total, tokens, report = combine(losses, loss_mask, weights, position_ids, _own_positions(loss_mask))
         for name, (value, _) in report.items():
             self.watch.add("loss", f"{label}{name}", vp_stage, value)
         logged = {name: torch.stack(pair) for name, pair in report.items()}
@@ -209,19 +210,24 @@ class Run:
     ) -> TokenLosses:
         """What Megatron's schedules will bring each term that `reduce_losses` is given.
 
-        They divide its sum by the number of tokens (unless all are to be averaged over) and of micro-batches, and
-        multiply it by the loss scale.
+        That of its sum times the loss scale: with ``--calculate-per-token-loss``, which is always on, they divide by
+        the number of tokens when all micro-batches are done.
         """
-        args = get_args()
         assert loss_mask is not None
         depths, has_teacher = self.shape.mtp_num_layers, self.teacher_shape is not None
-        gradients = gradients_of_total(loss_mask, weights, depths, position_ids, has_teacher=has_teacher).stack()
-        if not args.calculate_per_token_loss:
-            gradients = gradients / (loss_mask.sum().to(torch.int).clamp(min=1) * get_num_microbatches())
+        positions = _own_positions(loss_mask)
+        gradients = gradients_of_total(
+            loss_mask, weights, depths, position_ids, positions, has_teacher=has_teacher
+        ).stack()
         # The schedules read the first chunk's config, and Megatron's loop writes there.
         if (scale := self.chunks[0].config.grad_scale_func) is not None:
             gradients = scale(gradients)
         return TokenLosses.unstack(gradients, has_teacher=has_teacher)
+
+
+def _own_positions(whole: Tensor) -> Tensor | None:
+    """Positions of this rank's part of a sequence [..., S] under context parallelism; None for all."""
+    return own_positions(parallel_state.get_context_parallel_group(), whole.shape[-1])
 
 
 def _loss_weights() -> LossWeights:
@@ -281,7 +287,9 @@ class _PlainHelp(argparse.HelpFormatter):
 def _validated_arguments() -> Any:
     """Megatron's arguments after its own validation, which asserts."""
     try:
-        return parse_and_validate_args(add_slim_arguments)
+        args = parse_and_validate_args(add_slim_arguments)
+        core_transformer_config_from_args(args)  # validates more, and would do so after all else was set up
+        return args
     except (AssertionError, ValueError) as error:
         what = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
         raise SlimError(f"Megatron refuses the arguments: {what}") from None

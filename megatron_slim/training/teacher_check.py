@@ -20,6 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training import get_args
 from torch import Tensor
 
+from megatron_slim.architecture.context_parallel import own_positions
 from megatron_slim.checkpoint.reference import REFERENCE, Reference, read_reference
 from megatron_slim.distillation.losses import TokenLosses
 from megatron_slim.distillation.model import DistillationModel
@@ -104,7 +105,19 @@ def _measured(
 def _on_last_stage(measure: Measure, loss_mask: Tensor | None, output: Tensor, non_loss_data: bool = True) -> Tensor:
     losses = TokenLosses.unstack(output, has_teacher=True)
     assert losses.teacher_lm is not None and loss_mask is not None
-    return measure(losses.teacher_lm, loss_mask)
+    return measure(_whole_sequence(losses.teacher_lm, loss_mask.shape[-1]), loss_mask)
+
+
+def _whole_sequence(values: Tensor, length: int) -> Tensor:
+    """Values [b, length] from those that each context-parallel rank has."""
+    group = parallel_state.get_context_parallel_group()
+    positions = own_positions(group, length)
+    if positions is None:
+        return values
+    whole = values.new_zeros(len(values), length)
+    whole[:, positions] = values
+    torch.distributed.all_reduce(whole, group=group)
+    return whole
 
 
 @torch.no_grad()

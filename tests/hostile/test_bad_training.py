@@ -85,7 +85,31 @@ CASES = {
     ),
     "processes": ("--pipeline-model-parallel-size 2", "1 processes do not divide into groups of tp 1 x pp 2"),
     "size 0": ("--tensor-model-parallel-size 0", "tp parallel size 0 is not positive"),
-    "context parallel": ("--context-parallel-size 2", "--context-parallel-size above 1 is not supported"),
+    "context parallel": (
+        "--context-parallel-size 4 --seq-length 36 --hybrid-context-parallel",
+        "1 processes do not divide into groups of tp 1 x cp 4 x pp 1; --seq-length 36 does not divide by 8 (context "
+        "parallel size 4); --hybrid-context-parallel is not supported: samples are whole sequences of one length; "
+        "student: linear_num_key_heads 2 does not divide by tensor times context parallel size 4",
+    ),
+    "experts without sequence parallelism": (
+        "--tensor-model-parallel-size 2",
+        "tensor parallelism of MoE layers needs --sequence-parallel",
+    ),
+    "experts in parts on gloo": (
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2",
+        "expert tensor parallel size 2 with expert parallel size 2 gathers unequal numbers of tokens, which gloo "
+        "cannot; give --expert-tensor-parallel-size 1",
+    ),
+    "no interval": ("--eval-interval 0", "--eval-interval 0 is not positive"),
+    "no rows": ("--make-vocab-size-divisible-by 0", "--make-vocab-size-divisible-by 0 is not positive"),
+    "odd rows": (
+        "--make-vocab-size-divisible-by 1 --tensor-model-parallel-size 7",
+        "student: 120 rows of the padded vocabulary do not divide by tensor parallel size 7",
+    ),
+    "Megatron's own, later": (
+        "--recompute-granularity selective --recompute-modules moe_act",
+        "Megatron refuses the arguments: moe_act in recompute_modules is only supported with moe_grouped_gemm",
+    ),
     "long": (
         "--teacher-load odd --seq-length 65",
         "student: --seq-length 65 is above max_position_embeddings 64; "

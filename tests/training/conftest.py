@@ -105,8 +105,9 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     """Student and teacher of five layers and seven, of other types: no number of stages divides either."""
     root = tmp_path_factory.mktemp("uneven")
     kinds = SIZES["layer_types"]
-    teacher = tiny_shape(layer_types=("linear_attention", *kinds, *kinds[:2]), vocab_size=120, moe_router_topk=3)
-    student = tiny_shape(layer_types=(*kinds, kinds[0]), vocab_size=120, hidden_size=48, num_moe_experts=4)
+    sizes = {"vocab_size": 120, "linear_num_key_heads": 4}
+    teacher = tiny_shape(layer_types=("linear_attention", *kinds, *kinds[:2]), moe_router_topk=3, **sizes)
+    student = tiny_shape(layer_types=(*kinds, kinds[0]), hidden_size=48, num_moe_experts=4, **sizes)
     write_tiny_checkpoint(root / "teacher", teacher, seed=1, dtype=torch.float32)
     write_tiny_checkpoint(root / "student", student, seed=3, dtype=torch.float32)
     return Workplace(root, root / "teacher", root / "student")

@@ -46,6 +46,7 @@ def paths(data: Path) -> list[str]:
 LAYOUTS = {
     "accumulated": (1, "--micro-batch-size 1"),
     "dp2": (2, "--micro-batch-size 1"),
+    "cp2": (2, "--micro-batch-size 1 --context-parallel-size 2"),
     "pp2": (2, "--micro-batch-size 1 --pipeline-model-parallel-size 2"),
     "pp2-dp2": (4, "--micro-batch-size 1 --pipeline-model-parallel-size 2"),
 }

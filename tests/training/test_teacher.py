@@ -79,6 +79,7 @@ ONE = "--micro-batch-size 2"
 RUNS = [
     ("dist", 2, VPP2, ""),
     ("layers", 1, ONE, "nats a token, 0.003 is rounding"),
+    ("same", 2, f"{ONE} --context-parallel-size 2", ""),
     pytest.param("same", 1, f"{ONE} --bf16", "", marks=pytest.mark.slow),
     pytest.param("layers", 2, f"{VPP2} --bf16", "nats a token, 0.1 is rounding", marks=pytest.mark.slow),
     pytest.param("experts", 1, ONE, "nats a token, 0.003 is rounding", marks=pytest.mark.slow),
