@@ -12,6 +12,8 @@ Shapes: s sequence (of this rank, under sequence parallelism), b batch, h hidden
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from megatron.core.tensor_parallel.mappings import (
@@ -44,6 +46,7 @@ class DistillationModel(HiddenStatesModel):
     unpadded_vocab_size: int = 0
     kd_loss: KDLoss = KDLoss()
     loss_chunk: int | None = None  # rows whose logits are in memory at once; None: what suits the device
+    timed_losses: Callable[[], AbstractContextManager[None]] = nullcontext  # around output layers and losses
 
     def attach_teacher(self, teacher: HiddenStatesModel, mtp_kd_target: str) -> None:
         """Put a frozen teacher of the same pipeline stage beside the student.
@@ -121,9 +124,9 @@ class DistillationModel(HiddenStatesModel):
         targets, teacher = self._targets(teacher_hidden, batch=labels.shape[0])
         chunk = self.loss_chunk or default_chunk(hidden.device)
         upstream = None if expected is None else _upstream(expected)
-        terms = fused_losses(
-            self._output_weights(self), heads, Lesson(shifted, targets, teacher, self.kd_loss, chunk), upstream
-        )
+        lesson = Lesson(shifted, targets, teacher, self.kd_loss, chunk)
+        with self.timed_losses():
+            terms = fused_losses(self._output_weights(self), heads, lesson, upstream)
         lm, kd, teacher_lm = (term.unflatten(-1, (-1, labels.shape[0])).transpose(-1, -2) for term in terms)
         if teacher is None:
             return TokenLosses(lm[0], mtp_lm=tuple(lm[1:]))

@@ -26,6 +26,7 @@ from megatron_slim.files import read_json
 from megatron_slim.training.arguments import padded_vocab_size
 from megatron_slim.training.loss_checks import loss_violations
 from megatron_slim.training.resume import faults_of, mend_tracker
+from megatron_slim.training.run_log import logging_violations
 from megatron_slim.training.stage_layout import layer_violations, stage_violations
 
 CHECKED_TOKENS = 1 << 20  # of each data set: another tokenizer's ids show in far fewer
@@ -49,7 +50,7 @@ def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
     teacher = open_checkpoint(args.teacher_load).shape if args.teacher_load is not None else None
     small = [f"{name} parallel size {size} is not positive" for name, size in _sizes(args).items() if size < 1]
     found = small or _process_violations(args) + stage_violations(args) + _model_violations("student", shape, args)
-    found += loss_violations(shape, args)
+    found += loss_violations(shape, args) + logging_violations(args)
     if teacher is not None and not small:
         found += _model_violations("teacher", teacher, args) + _pair_violations(shape, teacher, args)
     if found:

@@ -45,6 +45,7 @@ from megatron_slim.training.arguments import install_argv, padded_vocab_size, sh
 from megatron_slim.training.checks import check_run, holds_checkpoint
 from megatron_slim.training.data import Batch, build_datasets, next_batch
 from megatron_slim.training.finite import FiniteWatch
+from megatron_slim.training.run_log import RunLog, run_constants, schedule_stage
 from megatron_slim.training.slim_arguments import MEGATRON_HELP, TOP_K, add_slim_arguments, loss_schedules
 from megatron_slim.training.stage_layout import plan_stages
 from megatron_slim.training.teacher_check import check_teacher
@@ -60,6 +61,7 @@ class Run:
     shape: ModelShape
     teacher_shape: ModelShape | None
     mtp_kd_target: str
+    log: RunLog
     student_load: Path | None = None
     teacher_layout: str | None = None
     chunks: list[DistillationModel] = dataclasses.field(default_factory=list)
@@ -96,11 +98,17 @@ class Run:
         student.loss_chunk = args.loss_chunk_size
         if self.teacher_shape is not None:
             student.attach_teacher(self._build_teacher(base, stage), self.mtp_kd_target)
-        student.config.finalize_model_grads_func = self.watch.finalize_grads
+        student.config.finalize_model_grads_func = self.finalize_grads
+        self.log.watch(student)
         self.chunks.append(student)
         if len(self.chunks) == (args.virtual_pipeline_model_parallel_size or 1):
             self._load_weights()
         return student
+
+    def finalize_grads(self, *args: Any, **kwargs: Any) -> None:
+        """Megatron's ``finalize_model_grads_func``: the end of an iteration but for the optimizer's step."""
+        self.watch.finalize_grads(*args, **kwargs)
+        self.log.end_iteration()
 
     def _load_weights(self) -> None:
         """Fill the teacher, and the student where it starts from a Hugging Face directory; all chunks are built."""
@@ -148,7 +156,9 @@ class Run:
         weights, expected = _loss_weights(), None
         if last and torch.is_grad_enabled():
             expected = self.expected_gradients(loss_mask, weights, position_ids)
-        output = model(batch["tokens"], position_ids, None, batch["labels"], expected=expected)
+        with self.log.clock.forward(vp_stage):
+            output = model(batch["tokens"], position_ids, None, batch["labels"], expected=expected)
+        self.log.clock.watch_backward(output, vp_stage)
         label = "" if model.training else "validation "
         if not last:
             for name, states in get_attr_wrapped_model(model, "states_between_stages")(output).items():
@@ -170,7 +180,10 @@ class Run:
         total, tokens, report = combine(losses, loss_mask, weights, position_ids)
         for name, (value, _) in report.items():
             self.watch.add("loss", f"{label}{name}", vp_stage, value)
-        return total, tokens.to(torch.int), {name: torch.stack(pair) for name, pair in report.items()}
+        logged = {name: torch.stack(pair) for name, pair in report.items()}
+        if not label:
+            self.log.losses.add(logged)
+        return total, tokens.to(torch.int), logged
 
     def expected_gradients(
         self, loss_mask: Tensor | None, weights: LossWeights, position_ids: Tensor | None
@@ -271,12 +284,16 @@ def main(argv: list[str]) -> None:
     parsed = parse_args(add_slim_arguments)
     teacher = check_run(shape, parsed)
     target = _mtp_kd_target(shape, teacher, parsed)
-    layout = plan_stages(shape, teacher, parsed, teacher_runs_mtp=target == TEACHER_MTP and shape.mtp_num_layers > 0)
+    runs_mtp = target == TEACHER_MTP and shape.mtp_num_layers > 0
+    layout = plan_stages(shape, teacher, parsed, teacher_runs_mtp=runs_mtp)
+    stage = schedule_stage(parsed.pretrained_checkpoint)
     if parsed.rank == 0 and parsed.pipeline_model_parallel_size > 1:
         print(layout.table(), flush=True)
     sys.argv[1:] = layout.command_line(sys.argv[1:])
     args = _validated_arguments()
-    run = Run(shape, teacher, target, _hugging_face_start(args), layout.teacher)
+    constants = run_constants(shape, teacher, args, teacher_runs_mtp=runs_mtp, stage=stage)
+    log = RunLog(shape, _loss_weights, constants)
+    run = Run(shape, teacher, target, log, _hugging_face_start(args), layout.teacher)
     if args.save and args.rank == 0:
         keep_hf_files(source, Path(args.save))
     provider = partial(run.datasets_provider)
