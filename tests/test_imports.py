@@ -36,6 +36,7 @@ INSTANT = (
     "megatron_slim.recipe_budget",
     "megatron_slim.architecture.axes",
     "megatron_slim.architecture.flops",
+    "megatron_slim.architecture.gpus",
     "megatron_slim.architecture.pipeline_layout",
     "megatron_slim.architecture.qwen3_next",
     "megatron_slim.architecture.table",
@@ -45,6 +46,9 @@ INSTANT = (
     "megatron_slim.pruning.plan_view",
     "megatron_slim.pruning.plan_plots",
     "megatron_slim.pruning.plan_page",
+    "megatron_slim.training.run_figures",
+    "megatron_slim.training.run_plots",
+    "megatron_slim.training.run_view",
     "megatron_slim.training.slim_arguments",
 )
 HEAVY = ("torch", "transformers", "megatron", "nltk", "sentencepiece", "matplotlib")

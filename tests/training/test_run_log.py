@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import sys
 import time
@@ -25,6 +26,7 @@ from megatron_slim.distillation.losses import LossWeights  # noqa: E402
 from megatron_slim.distillation.model import TEACHER_MTP, DistillationModel, HiddenStatesModel  # noqa: E402
 from megatron_slim.errors import SlimError  # noqa: E402
 from megatron_slim.files import to_json  # noqa: E402
+from megatron_slim.recipe import Stage  # noqa: E402
 from megatron_slim.testing import run_distributed, tiny_shape  # noqa: E402
 from megatron_slim.training import pretrain, run_log  # noqa: E402
 from megatron_slim.training.meters import StageClock, weights_of_terms  # noqa: E402
@@ -67,9 +69,22 @@ def count_rows(counts: list[dict[tuple[str, int], int]]) -> None:
     pretrain.Run.finalize_grads = finalizing  # type: ignore[method-assign]
 
 
+WANDB = """
+import json, pathlib
+lines = pathlib.Path(__file__).with_name("logged")
+def init(**options): pass
+def log(values, step): lines.open("a").write(json.dumps([values, step], default=float) + "\\n")
+def finish(): pass
+class config:
+    update = staticmethod(lambda values: None)
+"""
+
+
 def train_and_count(argv: list[str], log: str, result: str) -> None:
-    """Body of one rank alone."""
+    """Body of one rank alone, with a module in place of wandb that keeps what it is given."""
     write_to(log)
+    Path(result).with_name("wandb.py").write_text(WANDB)
+    sys.path.insert(0, str(Path(result).parent))
     counts: list[dict[tuple[str, int], int]] = []
     count_rows(counts)
     sys.argv = ["pretrain", *argv]
@@ -97,9 +112,16 @@ def train_with_a_slow_stage(argv: list[str], log: str) -> None:
 def one(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[float]], Any]:
     """What one rank tells, and rows per expert and step as they were counted."""
     counted = tmp_path_factory.mktemp("counted") / "counts"
-    argv = workplace.argv("told", "--micro-batch-size", "1", *FLAGS.split())
+    # As many sequences go by at once as in the other layout, in which two ranks have one each.
+    wandb = ("--wandb-project", "p", "--wandb-exp-name", "n", "--wandb-save-dir", str(counted.parent))
+    argv = workplace.argv("told", "--micro-batch-size", "2", *FLAGS.split(), *wandb)
     run_distributed(1, train_and_count, argv, str(workplace.log("told")), str(counted), initialise=False)
-    return read_scalars(workplace.root / "tensorboard" / "told"), pickle.loads(counted.read_bytes())
+    told = read_scalars(workplace.root / "tensorboard" / "told")
+    logged = [json.loads(text) for text in (counted.parent / "logged").read_text().splitlines()]
+    assert [step for values, step in logged if "slim/throughput/seconds_per_iteration" in values] == [2, 4, 6]
+    ours = {tag: value for values, step in logged if step == 2 for tag, value in values.items() if "slim/" in tag}
+    assert ours == pytest.approx({tag: values[0] for tag, values in told.items() if tag in ours}, rel=1e-6)
+    return told, pickle.loads(counted.read_bytes())
 
 
 @pytest.fixture(scope="module")
@@ -344,14 +366,10 @@ def test_arguments_of_the_log() -> None:
 
 def test_the_stage_of_a_schedule_comes_from_its_plan(tmp_path: Path) -> None:
     assert schedule_stage(None) is None and schedule_stage(str(tmp_path)) is None
-    recipe = {
-        "version": 1,
-        "target": {"num_layers": 4},
-        "stage": {"number": 2, "count": 3, "name": "rest", "tokens": 9},
-    }
+    stage = {"number": 2, "count": 3, "name": "rest", "tokens": 9}
+    recipe = {"version": 1, "target": {"num_layers": 4}, "stage": stage}
     (tmp_path / "plan.json").write_text(to_json({"recipe": recipe}))
-    stage = schedule_stage(str(tmp_path))
-    assert stage is not None and (stage.number, stage.count, stage.tokens) == (2, 3, 9)
+    assert schedule_stage(str(tmp_path)) == Stage(**stage)
     (tmp_path / "plan.json").write_text("[]")
     with pytest.raises(SlimError, match=r"plan\.json: recipe: a recipe is a mapping"):
         schedule_stage(str(tmp_path))
