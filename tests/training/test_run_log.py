@@ -6,6 +6,7 @@ import json
 import pickle
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ from megatron_slim.errors import SlimError  # noqa: E402
 from megatron_slim.files import to_json  # noqa: E402
 from megatron_slim.recipe import Stage  # noqa: E402
 from megatron_slim.testing import run_distributed, tiny_shape  # noqa: E402
-from megatron_slim.training import pretrain, run_log  # noqa: E402
+from megatron_slim.training import meters, pretrain, run_log  # noqa: E402
 from megatron_slim.training.meters import StageClock, weights_of_terms  # noqa: E402
 from megatron_slim.training.run_figures import BACKWARD, KINDS, LOSSES, STUDENT, TEACHER, TERMS  # noqa: E402
 from megatron_slim.training.run_log import RunLog, logging_violations, run_constants, schedule_stage  # noqa: E402
@@ -159,7 +160,8 @@ def test_every_layout_tells_the_same(one: Any, many: dict[str, list[float]]) -> 
     assert all(tag.endswith(("stage_2", "rank_2")) for tag in differing), differing
     for stage in (1, 2):
         for kind in ("student_forward", "teacher_forward", "backward", "total"):
-            assert len(many[f"slim/stage_seconds/{kind}/stage_{stage}"]) == STEPS // INTERVAL
+            told_of = many[f"slim/stage_seconds/{kind}/stage_{stage}"]
+            assert len(told_of) == STEPS // INTERVAL and min(told_of) > 0
     assert "slim/stage_seconds/losses/stage_1" not in many and min(many["slim/stage_seconds/losses/stage_2"]) > 0
 
 
@@ -173,6 +175,17 @@ def test_waiting_is_not_computing(many: dict[str, list[float]]) -> None:
         assert forward[number] > 2 * PAUSE and slow[number] > other[number]
         assert taught[number] + 2 * PAUSE < slow[number]
     assert set(many["slim/pipeline/slowest_rank"]) == {1.0}
+
+
+@pytest.mark.slow
+def test_interleaved_stages_are_told_apart(workplace: Workplace, one: Any) -> None:
+    layout = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --micro-batch-size 2"
+    found = workplace.train("told-vpp2", 2, *layout.split(), *FLAGS.split())
+    for stage in range(1, 5):
+        assert min(found[f"slim/stage_seconds/backward/stage_{stage}"]) > 0
+        assert (f"slim/stage_seconds/losses/stage_{stage}" in found) == (stage == 4)
+    for tag in [tag for tag in found if tag.startswith("slim/experts")]:
+        assert found[tag] == pytest.approx(one[0][tag], rel=1e-7), tag
 
 
 def test_losses_are_of_the_whole_interval(one: Any) -> None:
@@ -301,41 +314,63 @@ def distilling() -> DistillationModel:
     return student
 
 
+@dataclass
+class Event:
+    """A CUDA event on a device whose time is set by hand."""
+
+    at: float
+
+    def synchronize(self) -> None:
+        """It has passed."""
+
+    def elapsed_time(self, end: Event) -> float:
+        return (end.at - self.at) * 1000.0
+
+
 def test_the_clock_tells_parts_apart(distilling: DistillationModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each part made slower by its own time, of which the others get nothing."""
-    pauses = {STUDENT: 0.1, TEACHER: 0.2, LOSSES: 0.3, BACKWARD: 0.4}
-    targets = distilling._output_weights
+    """Time passes in one place of each part; two micro-batches, and a pass of validation that does not count."""
+    now, weights = [0.0], distilling._output_weights
+    parts = {STUDENT: 1.0, TEACHER: 2.0, LOSSES: 4.0, BACKWARD: 8.0}
 
-    def slow_losses(model: HiddenStatesModel) -> Any:
+    def passes(kind: str) -> Any:
+        def hook(*_: Any) -> None:
+            now[0] += parts[kind]
+
+        return hook
+
+    def slow_weights(model: HiddenStatesModel) -> Any:
         if model is distilling:
-            time.sleep(pauses[LOSSES])
-        return targets(model)
+            now[0] += parts[LOSSES]
+        return weights(model)
 
-    monkeypatch.setattr(distilling, "_output_weights", slow_losses)
-    distilling.decoder.register_forward_hook(lambda *_: time.sleep(pauses[STUDENT]))
+    monkeypatch.setattr(meters, "_now", lambda: Event(now[0]))
+    monkeypatch.setattr(distilling, "_output_weights", slow_weights)
+    distilling.decoder.register_forward_hook(passes(STUDENT))
     assert distilling.teacher is not None
-    distilling.teacher.decoder.register_forward_hook(lambda *_: time.sleep(pauses[TEACHER]))
-    distilling.embedding.word_embeddings.weight.register_hook(lambda _: time.sleep(pauses[BACKWARD]))
+    distilling.teacher.decoder.register_forward_hook(passes(TEACHER))
+    # The last gradient of all.
+    distilling.embedding.word_embeddings.weight.register_post_accumulate_grad_hook(passes(BACKWARD))
     clock = StageClock()
     clock.watch(distilling)
     tokens = torch.randint(0, 120, (1, 33), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(32)[None]
 
     def step() -> torch.Tensor:
-        with clock.forward(None):
+        with clock.forward(1):
             output = distilling(tokens[:, :-1], positions, None, tokens[:, 1:])
-        clock.watch_backward(output, None)
+        clock.watch_backward(output, 1)
+        now[0] += 100.0  # waiting, which nothing gets
         return output
 
-    with torch.no_grad():  # validation
+    with torch.no_grad():
         step()
-    step().sum().backward()
+    for _ in range(2):
+        step().sum().backward()
+        now[0] += 100.0
     clock.end_iteration()
-    found = dict(zip(KINDS, clock.take(1)[0].tolist(), strict=True))
-    for kind, pause in pauses.items():
-        # Without a pause none of them takes 20 ms; a busy machine may be slower, but not by the time of another part.
-        assert pause <= found[kind] < pause + 0.095, found
-    assert clock.take(1).sum() == 0
+    first, second = clock.take(2).tolist()
+    assert not any(first) and dict(zip(KINDS, second, strict=True)) == {kind: 2 * time for kind, time in parts.items()}
+    assert clock.take(2).sum() == 0
 
 
 def test_arguments_of_the_log() -> None:
