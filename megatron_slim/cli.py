@@ -290,13 +290,13 @@ def _lines(description: str, total: int) -> Iterator[Callable[[int], None]]:
         now = monotonic()
         if finished and now - said >= _LINE_SECONDS:
             said, speed = now, finished / (now - started)
-            left = _duration((total - finished) / speed)
+            left = duration((total - finished) / speed)
             say(f"{description}: {finished / 1e9:.1f} of {total / 1e9:.1f} GB, {speed / 1e9:.2f} GB/s, {left} left")
 
     yield advance
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """A time as a person says it: 50 s, 4 min, 2.5 h."""
     if seconds < 60:
         return f"{seconds:.0f} s"

@@ -217,7 +217,7 @@ def test_progress_in_a_log_is_a_line_every_half_minute(
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (60, "1 min"), (9000, "2.5 h")])
 def test_durations(seconds: float, text: str) -> None:
-    assert cli._duration(seconds) == text
+    assert cli.duration(seconds) == text
 
 
 def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ class DistillationModel(HiddenStatesModel):
     unpadded_vocab_size: int = 0
     kd_loss: KDLoss = KDLoss()
     loss_chunk: int | None = None  # rows whose logits are in memory at once; None: what suits the device
+    timed_losses: Callable[[], AbstractContextManager[None]] = nullcontext  # around output layers and losses
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -185,9 +187,9 @@ class DistillationModel(HiddenStatesModel):
         targets, teacher = self._targets(teacher_hidden, batch=labels.shape[0])
         chunk = self.loss_chunk or default_chunk(hidden.device)
         upstream = None if expected is None else _upstream(expected)
-        terms = fused_losses(
-            self._output_weights(self), heads, Lesson(shifted, targets, teacher, self.kd_loss, chunk), upstream
-        )
+        lesson = Lesson(shifted, targets, teacher, self.kd_loss, chunk)
+        with self.timed_losses():
+            terms = fused_losses(self._output_weights(self), heads, lesson, upstream)
         lm, kd, teacher_lm = (term.unflatten(-1, (-1, labels.shape[0])).transpose(-1, -2) for term in terms)
         if teacher is None:
             return TokenLosses(lm[0], mtp_lm=tuple(lm[1:]))

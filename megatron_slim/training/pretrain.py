@@ -49,6 +49,7 @@ from megatron_slim.training.data import Batch, build_datasets, next_batch
 from megatron_slim.training.finite import FiniteWatch
 from megatron_slim.training.hidden_kd import HiddenLog, check_stages, hidden_lesson
 from megatron_slim.training.missing_libraries import library_note
+from megatron_slim.training.run_log import RunLog, run_constants, schedule_stage
 from megatron_slim.training.slim_arguments import MEGATRON_HELP, TOP_K, add_slim_arguments, loss_schedules
 from megatron_slim.training.stage_layout import plan_stages
 from megatron_slim.training.teacher_ahead import TeacherAhead, check_host_memory, held_bytes
@@ -65,6 +66,7 @@ class Run:
     shape: ModelShape
     teacher_shape: ModelShape | None
     mtp_kd_target: str
+    log: RunLog
     student_load: Path | None = None
     teacher_layout: str | None = None
     chunks: list[DistillationModel] = dataclasses.field(default_factory=list)
@@ -105,15 +107,17 @@ class Run:
             student.attach_teacher(self._build_teacher(base, stage), self.mtp_kd_target, ahead=self.ahead is not None)
             student.attach_hidden_distillation(self.hidden_log.pairs, args.hidden_kd_loss, args.seed)
         student.config.finalize_model_grads_func = self.finalize_grads
+        self.log.watch(student)
         self.chunks.append(student)
         if len(self.chunks) == (args.virtual_pipeline_model_parallel_size or 1):
             self._load_weights()
         return student
 
     def finalize_grads(self, *args: Any, **kwargs: Any) -> None:
-        """Megatron's ``finalize_model_grads_func``: the end of an iteration."""
+        """Megatron's ``finalize_model_grads_func``: the end of an iteration but for the optimizer's step."""
         self.hidden_log.finish(self.chunks, self.watch)
         self.watch.finalize_grads(*args, **kwargs)
+        self.log.end_iteration()
 
     def _load_weights(self) -> None:
         """Fill the teacher, and the student where Megatron does not; all chunks are built."""
@@ -178,7 +182,9 @@ class Run:
         if last and model.training and self.ahead is not None:
             assert batch["labels"] is not None
             lessons["teacher_hidden"] = self.ahead.take(batch["labels"])
-        output = model(batch["tokens"], position_ids, None, batch["labels"], **lessons)
+        with self.log.clock.forward(vp_stage):
+            output = model(batch["tokens"], position_ids, None, batch["labels"], **lessons)
+        self.log.clock.watch_backward(output, vp_stage)
         label = "" if model.training else "validation "
         if not last:
             for name, states in get_attr_wrapped_model(model, "states_between_stages")(output).items():
@@ -201,6 +207,8 @@ class Run:
         for name, (value, _) in report.items():
             self.watch.add("loss", f"{label}{name}", vp_stage, value)
         logged = {name: torch.stack(pair) for name, pair in report.items()}
+        if not label:
+            self.log.losses.add(logged)
         if self.hidden_log.pairs and not label:
             logged |= self.hidden_log.report(tokens)
         return total, tokens.to(torch.int), logged
@@ -310,12 +318,16 @@ def main(argv: list[str]) -> None:
     target = _mtp_kd_target(shape, teacher, parsed)
     runs_mtp = target == TEACHER_MTP and shape.mtp_num_layers > 0
     layout = plan_stages(shape, teacher, parsed, teacher_runs_mtp=runs_mtp)
+    stage = schedule_stage(parsed.pretrained_checkpoint)
     if parsed.rank == 0 and parsed.pipeline_model_parallel_size > 1:
         print(layout.table(), flush=True)
     sys.argv[1:] = layout.command_line(sys.argv[1:])
     check_stages(parsed.hidden_kd_layers, layout.stages)
     args = _validated_arguments()
-    run = Run(shape, teacher, target, _own_start(args), layout.teacher, hidden_log=HiddenLog(args.hidden_kd_layers))
+    constants = run_constants(shape, teacher, args, teacher_runs_mtp=runs_mtp, stage=stage)
+    log = RunLog(shape, _loss_weights, constants)
+    hidden_log = HiddenLog(args.hidden_kd_layers)
+    run = Run(shape, teacher, target, log, _own_start(args), layout.teacher, hidden_log=hidden_log)
     if teacher is not None and args.teacher_ahead:
         check_host_memory(held_bytes(teacher, args, teacher.mtp_num_layers if runs_mtp else 0), args)
         run.ahead = TeacherAhead(run.chunks, run.batch, run.watch)

@@ -125,6 +125,12 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     )
     _add_schedule(group, "hidden-kd-weight", "constant", 1.0, 1.0, "What that loss is multiplied by.")
     group.add_argument(
+        "--peak-tflops",
+        type=float,
+        help="Dense peak of one GPU in 1e12 operations per second, of which the log says what part is used (MFU). "
+        "Default: what the data sheet of an A100, H100, H200 or B200 says for bf16, or FP8; others, and CPUs: none.",
+    )
+    group.add_argument(
         "--no-teacher-check",
         action="store_true",
         help="Train even if the teacher's cross entropy on the first batch is no better than guessing.",

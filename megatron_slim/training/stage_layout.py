@@ -8,7 +8,16 @@ from typing import Any
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-from megatron_slim.architecture.flops import FUSED, TORCH, Recompute, Work, head_flops, student_work, teacher_work
+from megatron_slim.architecture.flops import (
+    FUSED,
+    TORCH,
+    Kernels,
+    Recompute,
+    Work,
+    head_flops,
+    student_work,
+    teacher_work,
+)
 from megatron_slim.architecture.pipeline_layout import (
     NO_TEACHER,
     Counts,
@@ -213,8 +222,13 @@ def plan_stages(shape: ModelShape, teacher: ModelShape | None, args: Any, *, tea
     return StageLayout(stages, explicit[0], explicit[1], chosen)
 
 
+def kernels_of(args: Any) -> Kernels:
+    """How a run computes what has no weights."""
+    return TORCH if args.transformer_impl == "local" else FUSED
+
+
 def _works(shape: ModelShape, teacher: ModelShape | None, args: Any, teacher_runs_mtp: bool) -> tuple[Work, Work]:
-    kernels = TORCH if args.transformer_impl == "local" else FUSED
+    kernels = kernels_of(args)
     length = args.seq_length or shape.max_position_embeddings
     selective = args.recompute_activations or args.recompute_granularity == "selective"
     recompute = Recompute(

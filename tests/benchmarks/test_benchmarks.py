@@ -337,6 +337,16 @@ def test_a_step_of_distillation(tool: Tool) -> None:
     assert results["flop_floor"] == 1 + results["teacher_over_student_forward"] / 3 > 1.4
 
 
+def test_cost_of_the_log(tool: Tool) -> None:
+    command = "--seq-length 32 --micro-batches 2 --vocab-size 256 --iterations 2 --json"
+    outcome = tool("benchmarks/run_log.py", *command.split())
+    assert outcome.code == 0, outcome.stderr
+    results, parts = outcome.json, outcome.json["parts_seconds_per_step"]
+    assert parts.keys() == {"_now", "_add_part", "watch_backward", "count experts", "add", "end_iteration"}
+    assert results["log_seconds_per_step"] == pytest.approx(sum(parts.values()), rel=1e-12)
+    assert 0 < results["log_over_step"] == results["log_seconds_per_step"] / results["step_seconds"]
+
+
 def test_a_step_that_cannot_be_is_an_error(tool: Tool) -> None:
     outcome = tool("benchmarks/kd_step.py", "--repeats", 1, "--extra=--no-such-flag")
     assert outcome.code == 2 and "a run ended with exit code 2: " in outcome.error and "no-such-flag" in outcome.error

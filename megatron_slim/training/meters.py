@@ -1,0 +1,208 @@
+"""What one rank measures as it trains: compute time, tokens per expert, loss terms.
+
+Nothing here synchronises with the device or with other ranks: sums stay on the device, and time is what lies between
+two CUDA events, which are read at the end of an iteration, when the device has done its work anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from megatron_slim.distillation.losses import LossWeights
+from megatron_slim.distillation.model import DistillationModel
+from megatron_slim.training.run_figures import (
+    BACKWARD,
+    KD,
+    KINDS,
+    LM,
+    LOSSES,
+    MTP_KD,
+    MTP_LM,
+    STUDENT,
+    TEACHER,
+    TEACHER_LM,
+    TERMS,
+)
+
+
+def weights_of_terms(weights: LossWeights, *, has_teacher: bool) -> dict[str, float]:
+    """What each term of SlimQwen eq. 12 is multiplied by.
+
+    >>> weights_of_terms(LossWeights(kd_lambda=0.75, mtp_beta=0.2), has_teacher=True)["mtp lm loss"]
+    0.05
+    """
+    kd, beta = weights.kd_lambda if has_teacher else 0.0, weights.mtp_beta
+    return {LM: 1.0 - kd, KD: kd, TEACHER_LM: 0.0, MTP_LM: beta * (1.0 - kd), MTP_KD: beta * kd}
+
+
+def _now() -> Any:
+    """An event on the current stream; on a CPU, the time (`device.py`)."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Work of one kind on one virtual stage, from one event to another."""
+
+    chunk: int
+    kind: str
+    start: Any
+    end: Any
+    within: str | None = None
+
+
+@dataclass
+class StageClock:
+    """Seconds that this rank computes, by virtual stage and kind; what it waits for between stages is not in it."""
+
+    seconds: dict[tuple[int, str], float] = field(default_factory=dict)
+    _spans: list[_Span] = field(default_factory=list)
+    _chunk: int | None = None
+
+    def watch(self, chunk: DistillationModel) -> None:
+        """Tell what a stage's forward pass spends on the teacher and on the losses."""
+        chunk.timed_losses = self._losses
+        if chunk.teacher is None:
+            return
+        teacher: list[Any] = []
+        chunk.teacher.register_forward_pre_hook(lambda *_: teacher.append(_now()))
+        chunk.teacher.register_forward_hook(lambda *_: self._add_part(TEACHER, teacher.pop()))
+
+    @contextlib.contextmanager
+    def forward(self, vp_stage: int | None) -> Iterator[None]:
+        """Around the forward pass of a training step; validation is not timed."""
+        if not torch.is_grad_enabled():
+            yield
+            return
+        self._chunk, start = vp_stage or 0, _now()
+        try:
+            yield
+        finally:
+            self._spans.append(_Span(self._chunk, STUDENT, start, _now()))
+            self._chunk = None
+
+    @contextlib.contextmanager
+    def _losses(self) -> Iterator[None]:
+        start = _now()
+        yield
+        self._add_part(LOSSES, start)
+
+    def _add_part(self, kind: str, start: Any) -> None:
+        if self._chunk is not None:
+            self._spans.append(_Span(self._chunk, kind, start, _now(), within=STUDENT))
+
+    def watch_backward(self, output: Tensor, vp_stage: int | None) -> None:
+        """Time the backward pass from when a stage's output gets its gradient to when nothing is left to do."""
+        if not output.requires_grad:
+            return
+
+        def begin(_: Tensor) -> None:
+            start = _now()
+
+            def end() -> None:
+                self._spans.append(_Span(vp_stage or 0, BACKWARD, start, _now()))
+
+            # As DistributedDataParallel: called once, after the backward pass, on the stream that it was started on.
+            torch.autograd.Variable._execution_engine.queue_callback(end)  # type: ignore[attr-defined]
+
+        output.register_hook(begin)
+
+    def end_iteration(self) -> None:
+        """Read the events, of which the device must have passed the last."""
+        for span in self._spans:
+            span.end.synchronize()  # has passed: returns at once
+            seconds = span.start.elapsed_time(span.end) / 1000.0
+            self._add(span.chunk, span.kind, seconds)
+            if span.within is not None:
+                self._add(span.chunk, span.within, -seconds)
+        self._spans.clear()
+
+    def _add(self, chunk: int, kind: str, seconds: float) -> None:
+        self.seconds[chunk, kind] = self.seconds.get((chunk, kind), 0.0) + seconds
+
+    def take(self, chunks: int) -> Tensor:
+        """Seconds [chunks, kinds] since this was called last."""
+        found = [[self.seconds.get((chunk, kind), 0.0) for kind in KINDS] for chunk in range(chunks)]
+        self.seconds.clear()
+        return torch.tensor(found, dtype=torch.float64)
+
+
+@dataclass
+class ExpertCounter:
+    """Tokens that this rank sent to each expert of each layer of the student, the layers of MTP blocks last.
+
+    Counted from the router's map of tokens to experts: Megatron's own counters are kept for some ways of load balancing
+    only, and in the parameters' dtype, where numbers above 256 are rounded in bf16.
+    """
+
+    counts: dict[int, Tensor] = field(default_factory=dict)
+
+    def watch(self, chunk: DistillationModel) -> None:
+        """Count in all layers of a stage."""
+        for module in chunk.modules():
+            if isinstance(module, TopKRouter):
+                layer = module.layer_number - 1 + (chunk.config.num_layers if module.is_mtp_layer else 0)
+                device = torch.cuda.current_device()
+                self.counts[layer] = torch.zeros(module.num_experts, dtype=torch.int64, device=device)
+                module.register_forward_hook(self._hook(layer))
+
+    def _hook(self, layer: int) -> Any:
+        def count(_module: Any, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+            # Not in validation, and of the two forward passes of recomputation in the second.
+            if torch.is_grad_enabled():
+                self.counts[layer] += output[1].sum(dim=0)
+
+        return count
+
+    def take(self, layers: int, experts: int) -> Tensor:
+        """Counts [layers, experts] since this was called last, on the device; zeros for the layers of other ranks."""
+        found = torch.zeros(layers, experts, dtype=torch.float64, device=torch.cuda.current_device())
+        for layer, counts in self.counts.items():
+            found[layer] += counts
+            counts.zero_()
+        return found
+
+
+@dataclass
+class LossSums:
+    """Of every loss term, over this rank's tokens: its sum, their number, and the sum times the term's weight.
+
+    Attributes:
+        weights: of this iteration.
+    """
+
+    totals: Tensor | None = None
+    _current: Tensor | None = None
+
+    def add(self, report: Mapping[str, Tensor]) -> None:
+        """One micro-batch: (sum, count) by name, what else the log carries among them."""
+        none = torch.zeros(2, device=torch.cuda.current_device())
+        pairs = torch.stack([report[name].float() if name in report else none for name in TERMS])
+        self._current = pairs if self._current is None else self._current + pairs
+
+    def end_iteration(self, weights: Mapping[str, float]) -> None:
+        """Add up what came with the weights of this iteration."""
+        if self._current is None:
+            return
+        if self.totals is None:
+            self.totals = torch.zeros(len(TERMS), 3, dtype=torch.float64, device=self._current.device)
+        self.totals[:, :2] += self._current
+        for row, name in enumerate(TERMS):
+            self.totals[row, 2].add_(self._current[row, 0], alpha=weights[name])
+        self._current = None
+
+    def take(self) -> Tensor:
+        """Sum, count and weighted sum [terms, 3] since this was called last, on the device."""
+        found, self.totals = self.totals, None
+        if found is None:
+            return torch.zeros(len(TERMS), 3, dtype=torch.float64, device=torch.cuda.current_device())
+        return found

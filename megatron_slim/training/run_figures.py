@@ -1,0 +1,268 @@
+"""What a run tells, computed from what its ranks have measured over a logging interval (no torch).
+
+Everything is a mean over the interval. Tags are those of tensorboard; docs/training.md says what each of them means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_slim.cli import duration
+
+Floats = NDArray[np.float64]
+Figures = dict[str, float]
+
+# What a stage computes. The student's forward pass is what of a stage's is neither the teacher's nor the losses', which
+# are the output layers of both models, the loss terms and their gradients (`distillation/fused.py`).
+STUDENT, TEACHER, LOSSES, BACKWARD = KINDS = ("student forward", "teacher forward", "losses", "backward")
+# Loss terms by their names in the log.
+LM, KD, TEACHER_LM, MTP_LM, MTP_KD = TERMS = (
+    "lm loss",
+    "logits distillation loss",
+    "teacher lm loss",
+    "mtp lm loss",
+    "mtp distillation loss",
+)
+_SHORT = {LM: "lm", KD: "kd", MTP_LM: "mtp_lm", MTP_KD: "mtp_kd"}
+
+
+@dataclass(frozen=True)
+class RunConstants:
+    """What stays the same over a run.
+
+    Attributes:
+        ranks: processes, one per GPU.
+        pipeline: pipeline stages, each of ``chunks`` virtual ones.
+        chunks: virtual stages of a rank.
+        layers: decoder layers of the student, before the MTP blocks in what is counted per layer.
+        seq_length: tokens of a sample.
+        iterations: of the whole run.
+        flops: operations per token of a training step by model, ``student`` and ``teacher``, without recomputation.
+        peaks: operations per second of a GPU by model; without an entry there is no utilisation.
+        stage: the stage of a progressive schedule that the run is, in words; and its tokens, where a recipe gives them.
+    """
+
+    ranks: int
+    pipeline: int
+    chunks: int
+    layers: int
+    seq_length: int
+    iterations: int
+    flops: Mapping[str, float]
+    peaks: Mapping[str, float] = field(default_factory=dict)
+    stage: str = ""
+    stage_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What all ranks measured over the iterations since the last log.
+
+    Attributes:
+        iterations: how many.
+        samples: of the global batches.
+        seconds: without validation and saving.
+        pipeline_rank: of every rank, [ranks].
+        peak_bytes: of every rank's memory, [ranks].
+        computing: seconds of every rank, [ranks, chunks, kinds].
+        losses: sum, number of tokens and sum times weight of every term, [terms, 3].
+        tokens_per_expert: [layers and MTP blocks, experts].
+        kd_lambda: of the last iteration; None without a teacher.
+        mtp_beta: likewise; None without an MTP head.
+    """
+
+    iterations: int
+    samples: int
+    seconds: float
+    pipeline_rank: Floats
+    peak_bytes: Floats
+    computing: Floats
+    losses: Floats
+    tokens_per_expert: Floats
+    kd_lambda: float | None = None
+    mtp_beta: float | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        iteration: that has just been done.
+        samples: of all iterations so far, those of earlier starts too.
+        elapsed: seconds since this process began to train.
+        per_iteration: seconds of an iteration since then, validation and saving included; None while there is only one.
+    """
+
+    iteration: int
+    samples: int
+    elapsed: float
+    per_iteration: float | None
+
+    def remaining(self, iterations: int) -> float | None:
+        """Seconds until all ``iterations`` are done."""
+        return None if self.per_iteration is None else (iterations - self.iteration) * self.per_iteration
+
+
+def throughput(run: RunConstants, interval: Interval) -> Figures:
+    """Tokens and operations per second and GPU; of the peak, the part that each model uses (MFU, arXiv 2204.02311)."""
+    rate = interval.samples * run.seq_length / interval.seconds / run.ranks
+    found = {
+        "throughput/tokens_per_second_per_gpu": rate,
+        "throughput/seconds_per_iteration": interval.seconds / interval.iterations,
+    }
+    for model, flops in run.flops.items():
+        found[f"throughput/{model}_tflops_per_gpu"] = rate * flops / 1e12
+        if model in run.peaks:
+            found[f"mfu/{model}"] = rate * flops / run.peaks[model]
+    if run.peaks:
+        found["mfu/total"] = sum(value for tag, value in found.items() if tag.startswith("mfu/"))
+    return found
+
+
+def _of_stage(run: RunConstants, interval: Interval, rank: int) -> Floats:
+    """Which ranks hold a stage's parts: every tensor and data parallel rank has some of it."""
+    mine: Floats = np.flatnonzero(interval.pipeline_rank == rank)
+    return mine
+
+
+def stages(run: RunConstants, interval: Interval) -> Figures:
+    """Seconds per iteration that a stage computes (mean over its ranks), and how even the pipeline is."""
+    found: Figures = {}
+    loads = []
+    for rank in range(run.pipeline):
+        computing = interval.computing[_of_stage(run, interval, rank)] / interval.iterations
+        loads.append(computing.sum(axis=(1, 2)).mean())
+        for chunk in range(run.chunks):
+            stage = f"stage_{chunk * run.pipeline + rank + 1}"
+            for kind, seconds in zip(KINDS, computing[:, chunk].mean(axis=0), strict=True):
+                if seconds or kind == BACKWARD:
+                    found[f"stage_seconds/{kind.replace(' ', '_')}/{stage}"] = float(seconds)
+            found[f"stage_seconds/total/{stage}"] = float(computing[:, chunk].sum(axis=1).mean())
+    found["pipeline/slowest_over_mean"] = float(max(loads) / np.mean(loads))
+    found["pipeline/slowest_rank"] = 1.0 + int(np.argmax(loads))
+    found["pipeline/computing"] = float(np.mean(loads)) * interval.iterations / interval.seconds
+    slowest = interval.computing.sum(axis=(1, 2)).max() / interval.iterations
+    found["pipeline/slowest_process_over_mean"] = float(slowest / np.mean(loads))
+    return found
+
+
+def memory(run: RunConstants, interval: Interval) -> Figures:
+    """Peak memory of the rank of each pipeline stage that has the most, in GB."""
+    return {
+        f"memory_gb/pipeline_rank_{rank + 1}": float(interval.peak_bytes[_of_stage(run, interval, rank)].max()) / 1e9
+        for rank in range(run.pipeline)
+    }
+
+
+def layer_name(run: RunConstants, layer: int) -> str:
+    """A layer's name in tags, counted from 1; MTP blocks apart."""
+    return f"layer_{layer + 1:02d}" if layer < run.layers else f"mtp_{layer - run.layers + 1}"
+
+
+def experts(run: RunConstants, interval: Interval) -> Figures:
+    """Of every layer: tokens of the busiest expert over the mean, and the fraction of experts without a token."""
+    found: Figures = {}
+    counts = interval.tokens_per_expert
+    uneven = counts.max(axis=1) / np.maximum(counts.mean(axis=1), 1e-300)
+    idle = (counts == 0).mean(axis=1)
+    for layer in range(len(counts)):
+        found[f"experts/max_over_mean/{layer_name(run, layer)}"] = float(uneven[layer])
+        found[f"experts/without_tokens/{layer_name(run, layer)}"] = float(idle[layer])
+    found["experts/max_over_mean"] = float(uneven.mean())
+    found["experts/without_tokens"] = float(idle.mean())
+    return found
+
+
+def losses(interval: Interval) -> Figures:
+    """KD over LM, and what each term contributes to the loss of eq. 12."""
+    means, shares = {}, {}
+    for name, (total, count, weighted) in zip(TERMS, interval.losses, strict=True):
+        if count > 0:
+            means[name] = float(total / count)
+            shares[name] = float(weighted / count)
+    whole = sum(shares.values())
+    found = {
+        f"loss/share_{short}": shares[name] / whole for name, short in _SHORT.items() if name in shares and whole > 0
+    }
+    for name in ("kd_lambda", "mtp_beta"):
+        if (value := getattr(interval, name)) is not None:
+            found[f"loss/{name}"] = value
+    if KD in means and means[LM] > 0:
+        found["loss/kd_over_lm"] = means[KD] / means[LM]
+    if MTP_KD in means and means[MTP_LM] > 0:
+        found["loss/mtp_kd_over_mtp_lm"] = means[MTP_KD] / means[MTP_LM]
+    return found
+
+
+def progress(run: RunConstants, done: Progress) -> Figures:
+    """Part of the run, tokens, elapsed and remaining time."""
+    tokens = done.samples * run.seq_length
+    found = {"progress/fraction": done.iteration / run.iterations, "progress/tokens": float(tokens)}
+    found["progress/elapsed_seconds"] = done.elapsed
+    remaining = done.remaining(run.iterations)
+    if remaining is not None:
+        found["progress/remaining_seconds"] = remaining
+    if run.stage_tokens:
+        found["progress/fraction_of_stage_tokens"] = tokens / run.stage_tokens
+    return found
+
+
+def figures(run: RunConstants, interval: Interval, done: Progress) -> Figures:
+    """All of it, by tag."""
+    found = throughput(run, interval) | stages(run, interval) | memory(run, interval) | experts(run, interval)
+    return {f"slim/{tag}": value for tag, value in (found | losses(interval) | progress(run, done)).items()}
+
+
+def amount(number: float) -> str:
+    """A number with a unit of thousands.
+
+    >>> amount(1_234), amount(4.0e10)
+    ('1.23K', '40.0B')
+    """
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:#.3g}".rstrip(".") + unit
+    return f"{number:.4g}"
+
+
+def line(run: RunConstants, found: Mapping[str, float], done: Progress) -> str:
+    """The figures that a person looks at, on one line."""
+    return " | ".join(_parts(run, {tag.removeprefix("slim/"): value for tag, value in found.items()}, done))
+
+
+def _parts(run: RunConstants, found: Mapping[str, float], done: Progress) -> Iterator[str]:
+    tokens = amount(done.samples * run.seq_length)
+    of = "" if run.stage_tokens is None else f" of {amount(run.stage_tokens)}"
+    name = f" ({run.stage})" if run.stage else ""
+    yield f"slim {done.iteration}/{run.iterations} ({found['progress/fraction']:.1%}){name}"
+    yield f"{tokens}{of} tokens, {amount(found['throughput/tokens_per_second_per_gpu'])} tokens/s/GPU"
+    if run.peaks:
+        used = " + ".join(f"{model} {found[f'mfu/{model}']:.1%}" for model in run.flops if model in run.peaks)
+        yield f"MFU {used}"
+    else:
+        rates = (f"{model} {found[f'throughput/{model}_tflops_per_gpu']:.3g}" for model in run.flops)
+        yield f"TFLOP/s/GPU {' + '.join(rates)}"
+    if run.pipeline > 1:
+        slowest = f"{found['pipeline/slowest_over_mean']:.2f} (rank {found['pipeline/slowest_rank']:.0f})"
+        yield f"stages: slowest/mean {slowest}, computing {found['pipeline/computing']:.0%}"
+    largest = max(range(1, run.pipeline + 1), key=lambda rank: found[f"memory_gb/pipeline_rank_{rank}"])
+    where = f" (stage {largest})" if run.pipeline > 1 else ""
+    yield f"memory {found[f'memory_gb/pipeline_rank_{largest}']:.3g} GB{where}"
+    layers = {tag: value for tag, value in found.items() if tag.startswith("experts/max_over_mean/")}
+    worst = max(layers, key=lambda tag: layers[tag])
+    idle = f"{found['experts/without_tokens']:.1%} without tokens"
+    yield f"experts: max/mean {layers[worst]:.2f} ({worst.split('/')[-1].replace('_', ' ')}), {idle}"
+    if "loss/kd_over_lm" in found:
+        shares = {name: value for name, value in found.items() if name.startswith("loss/share_")}
+        said = ", ".join(f"{name.removeprefix('loss/share_')} {value:.0%}" for name, value in shares.items())
+        yield f"KD/LM {found['loss/kd_over_lm']:.3f}, of the loss {said}"
+    schedules = (f"{name} {found[f'loss/{name}']:.3f}" for name in ("kd_lambda", "mtp_beta") if f"loss/{name}" in found)
+    if said := ", ".join(schedules):
+        yield said
+    remaining = done.remaining(run.iterations)
+    yield f"elapsed {duration(done.elapsed)}, left {'?' if remaining is None else duration(remaining)}"

@@ -1,0 +1,198 @@
+"""What a run tells: measured on every rank, added up once per ``--log-interval``, told by the rank that logs.
+
+Megatron has one hook per iteration, ``finalize_model_grads_func``, between the backward passes and the optimizer. An
+interval therefore ends there; it is as long as Megatron's own, and one optimizer step earlier.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.training import get_args, get_tensorboard_writer, get_timers, get_wandb_writer
+
+from megatron_slim.architecture.flops import student_work, teacher_work
+from megatron_slim.architecture.gpus import peak_flops
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.distillation.losses import LossWeights
+from megatron_slim.distillation.model import DistillationModel
+from megatron_slim.files import read_json
+from megatron_slim.pruning.pipeline import PLAN
+from megatron_slim.recipe import Stage, parse_recipe
+from megatron_slim.training.meters import ExpertCounter, LossSums, StageClock, weights_of_terms
+from megatron_slim.training.run_figures import KINDS, Interval, Progress, RunConstants, figures, line
+from megatron_slim.training.stage_layout import kernels_of
+
+
+def logging_violations(args: Any) -> list[str]:
+    """What is wrong with the arguments of the log, in sentences."""
+    found = []
+    if args.log_throughput:
+        found.append(
+            "--log-throughput is not supported: Megatron's count of operations knows neither the teacher nor Gated "
+            "DeltaNet; TFLOP/s and MFU of both models are in the log without it"
+        )
+    if args.peak_tflops is not None and not (math.isfinite(args.peak_tflops) and args.peak_tflops > 0):
+        found.append(f"--peak-tflops {args.peak_tflops:g} is not positive")
+    if not args.wandb_project:
+        return found
+    if find_spec("wandb") is None:
+        found.append("--wandb-project needs wandb, which is not installed; pip install wandb, or leave the flag out")
+    if not args.wandb_exp_name:
+        found.append("--wandb-project needs --wandb-exp-name")
+    if not args.tensorboard_dir:
+        found.append("--wandb-project needs --tensorboard-dir: Megatron writes to wandb what it writes to tensorboard")
+    if not (args.wandb_save_dir or args.save):
+        found.append("--wandb-project needs --wandb-save-dir or --save, where its files go")
+    return found
+
+
+def schedule_stage(checkpoint: str | None) -> Stage | None:
+    """The stage of a progressive schedule whose pruning made the checkpoint that a run starts from."""
+    plan = None if checkpoint is None else Path(checkpoint) / PLAN
+    if plan is None or not plan.is_file():
+        return None
+    document = read_json(plan)
+    where = f"{plan}: recipe"
+    return parse_recipe(document.get("recipe") if isinstance(document, dict) else None, where=where).stage
+
+
+def run_constants(
+    shape: ModelShape, teacher: ModelShape | None, args: Any, *, teacher_runs_mtp: bool, stage: Stage | None = None
+) -> RunConstants:
+    """What the figures of a run are relative to; ``args`` are Megatron's, validated."""
+    kernels, device = kernels_of(args), torch.cuda.get_device_name()
+    flops = {"student": student_work(shape, args.seq_length, kernels).total}
+    fp8 = {"student": bool(args.fp8), "teacher": bool(args.fp8) and args.teacher_dtype is None}
+    if teacher is not None:
+        flops["teacher"] = teacher_work(teacher, args.seq_length, kernels, runs_mtp=teacher_runs_mtp).total
+    if args.peak_tflops is not None:
+        peaks = dict.fromkeys(flops, args.peak_tflops * 1e12)
+    elif args.bf16 or args.fp16:
+        known = {model: peak_flops(device, fp8=fp8[model]) for model in flops}
+        peaks = {model: peak for model, peak in known.items() if peak is not None}
+    else:
+        peaks = {}  # in fp32 tensor cores are not used unless somebody asks for TF32
+    return RunConstants(
+        ranks=args.world_size,
+        pipeline=args.pipeline_model_parallel_size,
+        chunks=args.virtual_pipeline_model_parallel_size or 1,
+        layers=shape.num_layers,
+        seq_length=args.seq_length,
+        iterations=args.train_iters,
+        flops=flops,
+        peaks=peaks,
+        stage="" if stage is None else f"stage {stage.number} of {stage.count}{stage.name and f', {stage.name}'}",
+        stage_tokens=None if stage is None else stage.tokens,
+    )
+
+
+def _training_seconds() -> float:
+    """Seconds that this process has trained, without validation and saving: Megatron's own timer."""
+    timer = get_timers()("interval-time")
+    timer.elapsed(reset=False)  # brings active_time() up to date
+    return float(timer.active_time())
+
+
+@dataclass
+class RunLog:
+    """What one rank has measured since the last log.
+
+    Attributes:
+        shape: of the student.
+        weights: gives lambda and beta of the iteration.
+        constants: of the run.
+    """
+
+    shape: ModelShape
+    weights: Callable[[], LossWeights]
+    constants: RunConstants
+    training_seconds: Callable[[], float] = _training_seconds
+    wall: Callable[[], float] = time.monotonic
+    clock: StageClock = field(default_factory=StageClock)
+    experts: ExpertCounter = field(default_factory=ExpertCounter)
+    losses: LossSums = field(default_factory=LossSums)
+    _iterations: int = 0
+    _samples: int = 0
+    _seconds: float = 0.0
+    _started: float = field(init=False)
+    _first: tuple[int, float] | None = None
+
+    def __post_init__(self) -> None:
+        self._started = self.wall()
+
+    def watch(self, chunk: DistillationModel) -> None:
+        """Measure a stage of the model, its teacher attached."""
+        self.clock.watch(chunk)
+        self.experts.watch(chunk)
+
+    def end_iteration(self) -> None:
+        """Every rank calls it when the backward passes are done; logs where an interval ends."""
+        args, weights = get_args(), self.weights()
+        iteration = args.curr_iteration + 1
+        self.clock.end_iteration()
+        self.losses.end_iteration(weights_of_terms(weights, has_teacher="teacher" in self.constants.flops))
+        batch = args.micro_batch_size * args.data_parallel_size * get_num_microbatches()
+        self._iterations, self._samples = self._iterations + 1, self._samples + batch
+        self._first = self._first or (iteration, self.wall())
+        if iteration % args.log_interval == 0:
+            interval = self._gather(weights)
+            if args.rank == args.world_size - 1:  # where Megatron logs
+                self._tell(interval, self._progress(iteration, args.consumed_train_samples + batch))
+
+    def _progress(self, iteration: int, samples: int) -> Progress:
+        assert self._first is not None
+        first, at = self._first
+        now = self.wall()
+        mean = (now - at) / (iteration - first) if iteration > first else None
+        return Progress(iteration, samples, now - self._started, mean)
+
+    def _gather(self, weights: LossWeights) -> Interval:
+        """One sum over all ranks of what each of them has, in slots of its own where it is not to be added up."""
+        run, rank = self.constants, get_args().rank
+        device = torch.cuda.current_device()
+        of_rank = torch.zeros(run.ranks, 2 + run.chunks * len(KINDS), dtype=torch.float64)
+        of_rank[rank, 0] = parallel_state.get_pipeline_model_parallel_rank()
+        of_rank[rank, 1] = torch.cuda.max_memory_allocated()
+        of_rank[rank, 2:] = self.clock.take(run.chunks).flatten()
+        layers = run.layers + self.shape.mtp_num_layers
+        counts = self.experts.take(layers, self.shape.num_moe_experts)
+        parts = [of_rank.to(device), self.losses.take(), counts]
+        whole = torch.cat([part.flatten() for part in parts])
+        torch.distributed.all_reduce(whole)
+        ranks, losses, tokens = (
+            found.view(part.shape).numpy()
+            for found, part in zip(whole.cpu().split([part.numel() for part in parts]), parts, strict=True)
+        )
+        seconds = self.training_seconds()
+        interval = Interval(
+            iterations=self._iterations,
+            samples=self._samples,
+            seconds=seconds - self._seconds,
+            pipeline_rank=ranks[:, 0],
+            peak_bytes=ranks[:, 1],
+            computing=ranks[:, 2:].reshape(run.ranks, run.chunks, len(KINDS)),
+            losses=losses,
+            tokens_per_expert=tokens,
+            kd_lambda=weights.kd_lambda if "teacher" in run.flops else None,
+            mtp_beta=weights.mtp_beta if self.shape.mtp_num_layers else None,
+        )
+        self._iterations, self._samples, self._seconds = 0, 0, seconds
+        return interval
+
+    def _tell(self, interval: Interval, done: Progress) -> None:
+        found = figures(self.constants, interval, done)
+        print(line(self.constants, found, done), flush=True)
+        writer, wandb = get_tensorboard_writer(), get_wandb_writer()
+        for tag, value in found.items() if writer else ():
+            writer.add_scalar(tag, value, done.iteration)
+        if wandb:
+            wandb.log(found, done.iteration)

@@ -1,0 +1,102 @@
+"""A run as one picture: losses, throughput, time of stages, balance of experts (no torch)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from megatron_slim.training.run_view import LOSSES, PARTS, Series, layers, stages
+
+DPI = 110
+MAX_LABELS = 24  # along an axis; more would overlap
+STYLES = {"lm loss": "-", "logits distillation loss": "-", "teacher lm loss": ":"}
+
+
+def picture(run: Series) -> bytes:
+    """PNG bytes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(13, 8.5), layout="constrained")
+    _losses(axes[0, 0], run)
+    _throughput(axes[0, 1], run)
+    _stages(axes[1, 0], run)
+    _experts(figure, axes[1, 1], run)
+    for over_time in (axes[0, 0], axes[0, 1], axes[1, 1]):
+        over_time.xaxis.set_major_locator(MaxNLocator(integer=True))
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=DPI, format="png", metadata={"Software": None})
+    pyplot.close(figure)
+    return stream.getvalue()
+
+
+def _curve(axes: Any, points: Mapping[int, float], label: str, **style: Any) -> Any:
+    steps = sorted(points)
+    marker = "." if len(steps) < 40 else None
+    (drawn,) = axes.plot(steps, [points[step] for step in steps], label=label, marker=marker, **style)
+    return drawn
+
+
+def _losses(axes: Any, run: Series) -> None:
+    for name in LOSSES:
+        if name in run:
+            _curve(axes, run[name], name, linestyle=STYLES.get(name, "--"), linewidth=1.3)
+    axes.set(title="Loss terms", xlabel="iteration", ylabel="nats per token")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+
+
+def _throughput(axes: Any, run: Series) -> None:
+    """Tokens per second on the left, and what the models make of the hardware on the right."""
+    rate = _curve(axes, run["slim/throughput/tokens_per_second_per_gpu"], "tokens/s/GPU", color="tab:blue")
+    axes.set(title="Throughput", xlabel="iteration", ylabel="tokens/s/GPU")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    other, drawn = axes.twinx(), [rate]
+    known = any(tag.startswith("slim/mfu/") for tag in run)
+    for model, colour in (("student", "tab:orange"), ("teacher", "tab:green")):
+        tag = f"slim/mfu/{model}" if known else f"slim/throughput/{model}_tflops_per_gpu"
+        if tag in run:
+            points = {step: value * (100 if known else 1) for step, value in run[tag].items()}
+            drawn.append(_curve(other, points, model, color=colour, linestyle="--"))
+    other.set_ylabel("model FLOP utilisation, %" if known else "TFLOP/s/GPU")
+    other.set_ylim(bottom=0)
+    axes.legend(handles=drawn, fontsize="small", loc="lower right")
+
+
+def _stages(axes: Any, run: Series) -> None:
+    """Seconds of each stage at the last log, part upon part, and their mean."""
+    found = stages(run)
+    names, below = list(found), np.zeros(len(found))
+    for part in PARTS:
+        seconds = np.array([found[name].get(part, 0.0) for name in names])
+        if seconds.any():
+            axes.bar(names, seconds, bottom=below, label=part.replace("_", " "), width=0.7)
+            below = below + seconds
+    axes.axhline(below.mean(), color="black", linestyle=":", linewidth=1, label="mean")
+    axes.set_xticks(range(0, len(names), -(-len(names) // MAX_LABELS)))
+    axes.set(title="What stages compute, at the last log", xlabel="virtual stage", ylabel="seconds per iteration")
+    axes.set_ylim(top=1.3 * below.max())
+    axes.legend(fontsize="small", ncols=3, loc="upper center")
+
+
+def _experts(figure: Any, axes: Any, run: Series) -> None:
+    """Maximum over mean of every layer, in time."""
+    found = layers(run, "max_over_mean")
+    steps = sorted(set().union(*found.values()))
+    values = np.array([[points.get(step, np.nan) for step in steps] for points in found.values()])
+    edges = np.array([steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1), *steps])
+    drawn = axes.pcolormesh(edges, np.arange(len(found) + 1), values, cmap="magma_r", vmin=1.0)
+    every = -(-len(found) // MAX_LABELS)
+    rows = range(0, len(found), every)
+    labels = [list(found)[row].replace("layer_", "").replace("mtp_", "MTP ") for row in rows]
+    axes.set_yticks([row + 0.5 for row in rows], labels, fontsize="small")
+    axes.invert_yaxis()
+    axes.set(title="Tokens of the busiest expert over the mean", xlabel="iteration", ylabel="layer")
+    figure.colorbar(drawn, ax=axes)

@@ -1,0 +1,152 @@
+"""What tools/show_run.py does: the scalars of a run read back, as tables and as a picture (no torch)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_slim.errors import SlimError
+from megatron_slim.files import refuse_existing, write_atomic
+from megatron_slim.training.run_figures import KD, KINDS, LM, MTP_KD, MTP_LM, TEACHER_LM
+
+LOSSES = (LM, KD, TEACHER_LM, MTP_LM, MTP_KD)
+FIGURES = (
+    "throughput/tokens_per_second_per_gpu",
+    "throughput/student_tflops_per_gpu",
+    "throughput/teacher_tflops_per_gpu",
+    "mfu/student",
+    "mfu/teacher",
+    "pipeline/slowest_over_mean",
+    "pipeline/computing",
+    "experts/max_over_mean",
+    "experts/without_tokens",
+    "loss/kd_over_lm",
+)
+PARTS = tuple(kind.replace(" ", "_") for kind in KINDS)
+TERMINAL_WIDTH = 120  # where standard output is no terminal
+
+Series = Mapping[str, Mapping[int, float]]  # value by iteration, by tag
+
+
+def read_run(directory: Path) -> dict[str, dict[int, float]]:
+    """Scalars of a run, all its starts together; what was done again counts as it was done last.
+
+    Args:
+        directory: ``--tensorboard-dir`` of the run, or what lies above it (``SAVE`` of pretrain_distill.sh).
+
+    Raises:
+        SlimError: there are none.
+    """
+    events = directory / "tensorboard" if (directory / "tensorboard").is_dir() else directory
+    if not any(events.glob("*tfevents*")):
+        raise SlimError("no tensorboard events of a run", where=str(events), fix="give SAVE or the --tensorboard-dir")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(events), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    found: dict[str, dict[int, float]] = {}
+    for tag in accumulator.Tags()["scalars"]:
+        points = sorted(accumulator.Scalars(tag), key=lambda point: float(point.wall_time))
+        found[tag] = {int(point.step): float(point.value) for point in points}
+    if not any(tag.startswith("slim/") for tag in found):
+        raise SlimError("the events hold nothing of slim/", where=str(events), fix="was it another program's run?")
+    return found
+
+
+def stages(run: Series) -> dict[str, dict[str, float]]:
+    """Of every virtual stage, at the last log: seconds per iteration by part."""
+    found: dict[str, dict[str, float]] = {}
+    for tag, points in run.items():
+        if match := re.fullmatch(r"slim/stage_seconds/(\w+)/stage_(\d+)", tag):
+            part, stage = match.groups()
+            found.setdefault(stage, {})[part] = points[max(points)]
+    return dict(sorted(found.items(), key=lambda item: int(item[0])))
+
+
+def layers(run: Series, what: str) -> dict[str, Mapping[int, float]]:
+    """A figure of experts, ``max_over_mean`` or ``without_tokens``, by layer: the trunk's, then the MTP blocks."""
+    prefix = f"slim/experts/{what}/"
+    found = {tag.removeprefix(prefix): points for tag, points in run.items() if tag.startswith(prefix)}
+    return dict(sorted(found.items(), key=lambda item: (not item[0].startswith("layer"), len(item[0]), item[0])))
+
+
+def summary(run: Series) -> dict[str, Any]:
+    """What ``--json`` prints: first, last, least and most of every curve, and stages and experts at the last log."""
+    curves = {
+        name: {
+            "first": points[min(points)],
+            "last": points[max(points)],
+            "least": min(points.values()),
+            "most": max(points.values()),
+        }
+        for name in (*LOSSES, *FIGURES)
+        if (points := run.get(name) or run.get(f"slim/{name}"))
+    }
+    last = {
+        what: {name: points[max(points)] for name, points in layers(run, what).items()}
+        for what in ("max_over_mean", "without_tokens")
+    }
+    memory = {
+        tag.rpartition("_")[2]: points[max(points)]
+        for tag, points in run.items()
+        if tag.startswith("slim/memory_gb/pipeline_rank_")
+    }
+    progress = {
+        tag.removeprefix("slim/progress/"): points[max(points)]
+        for tag, points in run.items()
+        if tag.startswith("slim/progress/")
+    }
+    return {
+        "iteration": max(run["slim/progress/fraction"]),
+        "progress": progress,
+        "curves": curves,
+        "stages": stages(run),
+        "memory_gb": memory,
+        "experts": last,
+    }
+
+
+def print_tables(found: Mapping[str, Any]) -> None:
+    """The summary on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if Console().is_terminal else TERMINAL_WIDTH)
+    table = Table("", "first", "last", "least", "most", title=f"iteration {found['iteration']}")
+    for name, curve in found["curves"].items():
+        table.add_row(name, *(f"{value:.5g}" for value in curve.values()))
+    parts = Table("stage", *PARTS, "total", title="seconds per iteration")
+    for stage, seconds in found["stages"].items():
+        parts.add_row(stage, *(f"{seconds[part]:.4g}" if part in seconds else "" for part in (*PARTS, "total")))
+    experts = Table("layer", "max/mean", "without tokens", title="experts, the most uneven layers")
+    uneven, idle = found["experts"]["max_over_mean"], found["experts"]["without_tokens"]
+    for name in sorted(uneven, key=uneven.__getitem__, reverse=True)[:8]:
+        experts.add_row(name, f"{uneven[name]:.3f}", f"{idle[name]:.1%}")
+    for each in (table, parts, experts):
+        for column in each.columns[1:]:
+            column.justify = "right"
+        console.print(each)
+
+
+def run_show(directory: Path, *, save: Path | None = None) -> dict[str, Any]:
+    """Print a run; with ``save``, draw it into a new PNG file.
+
+    Returns:
+        `summary`, with the picture's path.
+
+    Raises:
+        SlimError: no run, or ``save`` exists.
+    """
+    if save is not None:
+        refuse_existing(save)
+    run = read_run(directory)
+    found = summary(run)
+    print_tables(found)
+    if save is None:
+        return found
+    from megatron_slim.training.run_plots import picture
+
+    write_atomic(save, picture(run))
+    return {**found, "picture": str(save)}
