@@ -35,7 +35,7 @@ VALIDATION = [f"{term} validation" for term in TERMS[:5]]
 
 
 def test_one_rank_is_the_same_bit_for_bit(workplace, reference, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Validation too; and going on from within a block, whose batches then belong to another one."""
+    """Validation, too; and going on from within a block, whose batches then belong to another one."""
     save = ("--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "2")
     found = workplace.train("ahead", 1, *MBS, *OFFLOAD, *save)
     assert "hidden states of 3 iterations take" in (workplace.root / "ahead.log").read_text()
@@ -89,8 +89,8 @@ def test_other_losses_documents_and_data_in_epochs(workplace, tmp_path: Path) ->
 def test_stages_and_dtype_of_the_teacher_are_its_own(uneven) -> None:  # type: ignore[no-untyped-def]
     flags = (*MBS, *"--pipeline-model-parallel-size 2 --pipeline-layout auto --teacher-dtype bf16".split())
     beside, ahead = uneven.train("own", 2, *flags), uneven.train("own-ahead", 2, *flags, *AHEAD)
-    for term in TERMS:
-        assert ahead[term] == beside[term], term
+    for term in TERMS:  # stages differ, and with them the order in which the gradients' norm is summed
+        assert ahead[term] == pytest.approx(beside[term], rel=1e-6), term
 
 
 def parsed(*flags: str, **megatrons: Any) -> argparse.Namespace:
