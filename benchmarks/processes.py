@@ -69,7 +69,8 @@ def run(
     Raises:
         SlimError: it failed; holds the end of its standard error.
     """
-    environment, peak = os.environ | {"PYTHONPATH": str(ROOT)}, [0]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment, peak = os.environ | {"PYTHONPATH": path}, [0]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         started = time.monotonic()
         process = subprocess.Popen(command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=environment)

@@ -25,7 +25,7 @@ def hide(libraries: Iterable[str]) -> None:
 
 
 def compile_nothing() -> None:
-    """Let Megatron compile nothing in this process: that takes half a minute, and its results are rounded less."""
+    """Let Megatron compile nothing in this process: it takes half a minute, and rounds less often."""
     assert "torch" not in sys.modules, "torch is imported already"
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
 

@@ -52,7 +52,8 @@ def reference_logits(directory: Path) -> Tensor:
     from transformers import AutoModelForCausalLM
 
     torch.backends.cudnn.allow_tf32 = False  # its convolution would be
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **plain)
     with torch.no_grad():
         logits: Tensor = model.to("cuda").eval()(tokens()).logits
     return logits

@@ -101,10 +101,12 @@ class Kit:
         self.args, self.started = args, time.monotonic()
         self.outcomes: dict[str, Outcome] = {}
         # What tests set, and what the seam sets in this process, is not for parts.
-        self.environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        self.environment = os.environ | {"PYTHONPATH": path}
         self.environment.pop("TORCHDYNAMO_DISABLE", None)
         # NVIDIA's images turn TF32 on for products in fp32, which keeps 10 bits of 23.
         self.environment |= {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0", "NVIDIA_TF32_OVERRIDE": "0"}
+        self.environment["HF_HUB_OFFLINE"] = "1"
         if args.device == "cpu":
             self.environment["CUDA_VISIBLE_DEVICES"] = ""
         args.dir.mkdir(parents=True, exist_ok=True)

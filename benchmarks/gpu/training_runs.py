@@ -53,18 +53,16 @@ def train(
     ranks: int = 1,
     hidden: Sequence[str] = tuple(LIBRARIES),
     on_cpu: bool = False,
-    compiled: bool = False,
 ) -> Losses:
     """Train the student of `write_models` for `STEPS` steps with all four losses.
 
     Args:
-        setting: its work directory holds the models and gets the run's log.
+        setting: its work directory holds the models and gets the run's tensorboard.
         name: of the run.
         flags: further ones; they win over `FLAGS`.
         ranks: processes.
         hidden: keys of `LIBRARIES` that are not to be used.
         on_cpu: on the CPU though there is a GPU.
-        compiled: let Megatron compile its element-wise functions, which takes half a minute.
 
     Returns:
         The value of every step by term.
@@ -79,9 +77,9 @@ def train(
     command += [ROOT / "benchmarks/gpu/hide.py", ",".join(hidden), ROOT / "tools/pretrain.py", *FLAGS]
     command += ["--pretrained-checkpoint", setting.work / "student", "--teacher-load", setting.work / "teacher"]
     command += ["--tensorboard-dir", tensorboard, *flags]
-    environment = os.environ | {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1"}
+    # Compiling element-wise functions takes half a minute; benchmarks/kd_step.py does.
+    environment = os.environ | {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}
-    environment |= {} if compiled else {"TORCHDYNAMO_DISABLE": "1"}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, check=False)
     print(done.stdout, done.stderr, sep="\n")  # into the part's log
     if done.returncode:

@@ -179,13 +179,14 @@ def _build_rank(rank: int) -> BuiltRank:
     from megatron_slim.training.pretrain import Run
 
     class WithoutWeights(Run):
-        def _load_weights(self) -> None:
-            """There are none."""
+        def _finish_chunks(self) -> None:
+            """They have no weights, and will do nothing."""
 
     request: Request = _state["request"]
     layout = request.layout
     # What an MTP head learns from changes no parameter.
-    run = WithoutWeights(request.student, request.teacher, "teacher-main", None, _state["teacher_layout"])
+    nothing: Any = None
+    run = WithoutWeights(request.student, request.teacher, "teacher-main", nothing, None, _state["teacher_layout"])
     with _world(layout, rank * (layout.gpus // layout.pp)):
         with _on_meta():
             for chunk in range(layout.vpp):

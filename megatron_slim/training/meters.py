@@ -91,6 +91,13 @@ class StageClock:
             self._chunk = None
 
     @contextlib.contextmanager
+    def teacher_alone(self, vp_stage: int | None) -> Iterator[None]:
+        """Around a forward pass of a teacher that computes ahead."""
+        start = _now()
+        yield
+        self._spans.append(_Span(vp_stage or 0, TEACHER, start, _now()))
+
+    @contextlib.contextmanager
     def _losses(self) -> Iterator[None]:
         start = _now()
         yield
@@ -112,7 +119,7 @@ class StageClock:
                 self._spans.append(_Span(vp_stage or 0, BACKWARD, start, _now()))
 
             # As DistributedDataParallel: called once, after the backward pass, on the stream that it was started on.
-            torch.autograd.Variable._execution_engine.queue_callback(end)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(end)
 
         output.register_hook(begin)
 

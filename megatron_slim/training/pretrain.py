@@ -107,10 +107,9 @@ class Run:
             student.attach_teacher(self._build_teacher(base, stage), self.mtp_kd_target, ahead=self.ahead is not None)
             student.attach_hidden_distillation(self.hidden_log.pairs, args.hidden_kd_loss, args.seed)
         student.config.finalize_model_grads_func = self.finalize_grads
-        self.log.watch(student)
         self.chunks.append(student)
         if len(self.chunks) == (args.virtual_pipeline_model_parallel_size or 1):
-            self._load_weights()
+            self._finish_chunks()
         return student
 
     def finalize_grads(self, *args: Any, **kwargs: Any) -> None:
@@ -119,8 +118,10 @@ class Run:
         self.watch.finalize_grads(*args, **kwargs)
         self.log.end_iteration()
 
-    def _load_weights(self) -> None:
-        """Fill the teacher, and the student where Megatron does not; all chunks are built."""
+    def _finish_chunks(self) -> None:
+        """All chunks are built: fill the teacher, and the student where Megatron does not; watch what they do."""
+        for chunk in self.chunks:
+            self.log.watch(chunk)
         if self.teacher_shape is not None:
             teachers = [chunk.teacher for chunk in self.chunks if chunk.teacher is not None]
             load_hf_weights(teachers, open_checkpoint(get_args().teacher_load))
@@ -330,7 +331,7 @@ def main(argv: list[str]) -> None:
     run = Run(shape, teacher, target, log, _own_start(args), layout.teacher, hidden_log=hidden_log)
     if teacher is not None and args.teacher_ahead:
         check_host_memory(held_bytes(teacher, args, teacher.mtp_num_layers if runs_mtp else 0), args)
-        run.ahead = TeacherAhead(run.chunks, run.batch, run.watch)
+        run.ahead = TeacherAhead(run.chunks, run.batch, run.watch, log.clock.teacher_alone)
         device.before_training_steps(run.ahead.before_step)
     if args.save and args.rank == 0:
         keep_hf_files(source, Path(args.save))

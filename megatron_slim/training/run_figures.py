@@ -124,10 +124,9 @@ def throughput(run: RunConstants, interval: Interval) -> Figures:
     return found
 
 
-def _of_stage(run: RunConstants, interval: Interval, rank: int) -> Floats:
+def _of_stage(run: RunConstants, interval: Interval, rank: int) -> NDArray[np.intp]:
     """Which ranks hold a stage's parts: every tensor and data parallel rank has some of it."""
-    mine: Floats = np.flatnonzero(interval.pipeline_rank == rank)
-    return mine
+    return np.flatnonzero(interval.pipeline_rank == rank)
 
 
 def stages(run: RunConstants, interval: Interval) -> Figures:

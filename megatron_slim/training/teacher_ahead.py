@@ -11,12 +11,14 @@ So the data of training, what counts as consumed, and resuming know nothing of b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import psutil
 import torch
+from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training import get_args
@@ -24,6 +26,7 @@ from megatron.training.datasets.data_samplers import build_pretraining_data_load
 from megatron.training.training import cyclic_iter
 from torch import Tensor
 
+from megatron_slim.architecture.context_parallel import own_part, own_positions
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.distillation.model import DistillationModel
@@ -70,7 +73,7 @@ def ahead_violations(args: Any) -> list[str]:
 def held_bytes(teacher: ModelShape, args: Any, depths: int) -> int:
     """Host memory that a rank of the last stage needs for the hidden states of a block.
 
-    Tokens of a data-parallel rank, shared out under sequence parallelism, times hidden size, heads and bytes a number.
+    Tokens of a data-parallel rank, shared out under context and sequence parallelism, times hidden size, heads and bytes a number.
 
     Args:
         teacher: its sizes.
@@ -78,6 +81,7 @@ def held_bytes(teacher: ModelShape, args: Any, depths: int) -> int:
         depths: MTP depths that the teacher runs.
     """
     tokens = args.teacher_ahead * args.global_batch_size // args.data_parallel_size * args.seq_length
+    tokens //= args.context_parallel_size
     if args.sequence_parallel:
         tokens //= args.tensor_model_parallel_size
     dtype = args.params_dtype if args.teacher_dtype is None else DTYPES[args.teacher_dtype]
@@ -130,12 +134,14 @@ class TeacherAhead:
         chunks: this rank's virtual pipeline stages, teachers attached.
         next_batch: gives this rank's part of a batch, from an iterator and the virtual stage.
         watch: looks for hidden states that are not finite.
+        timed: is entered around a forward pass, with the virtual stage.
         datasets: training data of every chunk.
     """
 
     chunks: Sequence[DistillationModel]
     next_batch: Callable[[Iterator[Any], int | None], Batch]
     watch: FiniteWatch
+    timed: Callable[[int | None], AbstractContextManager[None]]
     datasets: list[Any] = field(default_factory=list)
     held: list[Held] = field(default_factory=list)
     block: range = range(0)
@@ -186,10 +192,19 @@ class TeacherAhead:
         self, iterator: Iterator[Any], teacher: HiddenStatesModel
     ) -> tuple[Tensor, Callable[..., Held | None]]:
         batch = self.next_batch(iterator, teacher.vp_stage)
-        states: Tensor = teacher(batch["tokens"], batch["position_ids"], None)
+        tokens, position_ids = (_own(batch[name]) for name in ("tokens", "position_ids"))
+        with self.timed(teacher.vp_stage):
+            states: Tensor = teacher(tokens, position_ids, None)
         if not teacher.post_process:
             self.watch.add_states("teacher", teacher.vp_stage, states)
         return states, partial(_hold, batch["labels"])
+
+
+def _own(ids: Tensor | None) -> Tensor | None:
+    """Of [b, S] what this rank has under context parallelism."""
+    if ids is None:
+        return None
+    return own_part(ids, own_positions(parallel_state.get_context_parallel_group(), ids.shape[-1]))
 
 
 def _hold(labels: Tensor | None, states: Tensor, non_loss_data: bool = True) -> Held:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import doctest
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,7 @@ VALIDATION = [f"{term} validation" for term in TERMS[:5]]
 
 
 def test_one_rank_is_the_same_bit_for_bit(workplace, reference, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Validation too; and going on from within a block, whose batches then belong to another one."""
+    """Validation, too; and going on from within a block, whose batches then belong to another one."""
     save = ("--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "2")
     found = workplace.train("ahead", 1, *MBS, *OFFLOAD, *save)
     assert "hidden states of 3 iterations take" in (workplace.root / "ahead.log").read_text()
@@ -89,8 +90,8 @@ def test_other_losses_documents_and_data_in_epochs(workplace, tmp_path: Path) ->
 def test_stages_and_dtype_of_the_teacher_are_its_own(uneven) -> None:  # type: ignore[no-untyped-def]
     flags = (*MBS, *"--pipeline-model-parallel-size 2 --pipeline-layout auto --teacher-dtype bf16".split())
     beside, ahead = uneven.train("own", 2, *flags), uneven.train("own-ahead", 2, *flags, *AHEAD)
-    for term in TERMS:
-        assert ahead[term] == beside[term], term
+    for term in TERMS:  # stages differ, and with them the order in which the gradients' norm is summed
+        assert ahead[term] == pytest.approx(beside[term], rel=1e-6), term
 
 
 def parsed(*flags: str, **megatrons: Any) -> argparse.Namespace:
@@ -111,19 +112,31 @@ def test_what_does_not_go_together() -> None:
         "dataloader_type": "external",
         "cuda_graph_impl": "full_iteration",
         "fp8_param_gather": True,
+        "hidden_kd_layers": ((0, 0),),
     }
     found_all = ahead_violations(parsed("--teacher-ahead=2", "--teacher-offload", **others))
-    words = ("without a teacher", "--rampup-batch-size", "--phase-transition", "external", "full_iteration", "FP8")
+    words = (
+        "without a teacher",
+        "--rampup-batch-size",
+        "--phase-transition",
+        "--hidden-kd-layers",
+        "external",
+        "full_iteration",
+        "FP8",
+    )
     assert len(found_all) == len(words) and all(word in one for word, one in zip(words, found_all, strict=True))
 
 
 def test_host_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Of 4 iterations of 8 samples of 32 tokens, over two data-parallel ranks: 512 tokens; two heads; bytes; TP."""
     args = parsed("--teacher-ahead=4", global_batch_size=8, data_parallel_size=2, seq_length=32, rank=0)
+    args.context_parallel_size = 1
     args.sequence_parallel, args.params_dtype, args.tensor_model_parallel_size = False, torch.bfloat16, 2
     assert held_bytes(tiny_shape(), args, 1) == 512 * 64 * 2 * 2
     args.sequence_parallel, args.teacher_dtype = True, "fp32"
     assert held_bytes(tiny_shape(), args, 0) == 512 * 64 * 4 // 2
+    args.context_parallel_size = 2
+    assert held_bytes(tiny_shape(), args, 0) == 512 * 64 * 4 // 4
     teacher_ahead.check_host_memory(10**6, args)
     assert "take 0.001 GB of host memory" in capsys.readouterr().out
     with pytest.raises(SlimError, match=r"--teacher-ahead 4 needs 1e\+09 GB"):
@@ -137,7 +150,7 @@ def test_ends_of_blocks() -> None:
 
 
 def test_hidden_states_of_another_batch_are_noticed() -> None:
-    ahead = TeacherAhead([], lambda iterator, vp_stage: {}, FiniteWatch())
+    ahead = TeacherAhead([], lambda iterator, vp_stage: {}, FiniteWatch(), lambda vp_stage: nullcontext())
     batches = [torch.arange(4)[None] + number for number in range(2)]
     ahead.held = [Held(labels, labels[..., None].float()) for labels in batches]
     assert torch.equal(ahead.take(batches[0]), ahead.held[0].states)
