@@ -166,9 +166,12 @@ def test_a_run_allocates_what_was_planned(layout: TrainLayout, precision: str, t
 def test_benchmark(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything but the building, which takes seconds."""
     asked: list[Request] = []
-    monkeypatch.setattr(
-        "megatron_slim.planning.build.build_ranks", lambda request, processes: asked.append(request) or []
-    )
+
+    def not_built(request: Request, processes: int) -> list[BuiltRank]:
+        asked.append(request)
+        return []
+
+    monkeypatch.setattr("megatron_slim.planning.build.build_ranks", not_built)
     outcome = tool("benchmarks/plan_parallelism.py", "--gpus", 64, "--pp", 4, "--ep", 8, "--json")
     assert outcome.code == 0, outcome.stderr
     plan = outcome.json["plans"]["64"]
