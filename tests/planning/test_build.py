@@ -131,7 +131,7 @@ def pasted(request: Request, models: Path, tmp_path: Path) -> list[str]:
     argv = words[words.index(next(word for word in words if word.endswith("tools/pretrain.py"))) + 1 :]
     planned = flags.megatron_arguments(layout, settings, tokens)
     assert {each for each in planned if each.startswith("--")} <= set(argv)
-    for flag in ("--data-path", "--split", "--tensorboard-dir"):
+    for flag in ("--data-path", "--split", "--tensorboard-dir", "--save", "--load"):
         del argv[argv.index(flag) : argv.index(flag) + 2]
     return [*argv, "--mock-data"]
 
@@ -163,6 +163,17 @@ def test_a_run_allocates_what_was_planned(layout: TrainLayout, precision: str, t
             assert getattr(planned.memory, part) == pytest.approx(most, rel=0.01), (rank, part)
 
 
-def test_benchmark(tool: Any) -> None:
-    outcome = tool("benchmarks/plan_parallelism.py", "--help")
-    assert outcome.code == 0 and "--processes" in outcome.stdout
+def test_benchmark(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the building, which takes seconds."""
+    asked: list[Request] = []
+
+    def not_built(request: Request, processes: int) -> list[BuiltRank]:
+        asked.append(request)
+        return []
+
+    monkeypatch.setattr("megatron_slim.planning.build.build_ranks", not_built)
+    outcome = tool("benchmarks/plan_parallelism.py", "--gpus", 64, "--pp", 4, "--ep", 8, "--json")
+    assert outcome.code == 0, outcome.stderr
+    plan = outcome.json["plans"]["64"]
+    assert plan["build_seconds"] >= 0 and plan["layouts"] > 10
+    assert asked[0].layout.name == plan["layout"] and asked[0].layout.gpus == 64
