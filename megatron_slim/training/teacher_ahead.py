@@ -73,7 +73,8 @@ def ahead_violations(args: Any) -> list[str]:
 def held_bytes(teacher: ModelShape, args: Any, depths: int) -> int:
     """Host memory that a rank of the last stage needs for the hidden states of a block.
 
-    Tokens of a data-parallel rank, shared out under context and sequence parallelism, times hidden size, heads and bytes a number.
+    Tokens of a data-parallel rank, shared out under context and sequence parallelism, times hidden size, heads and
+    bytes a number.
 
     Args:
         teacher: its sizes.

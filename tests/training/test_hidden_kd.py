@@ -21,6 +21,7 @@ from megatron_slim.distillation.layer_pairs import parse_layer_pairs  # noqa: E4
 from megatron_slim.errors import CheckpointError  # noqa: E402
 from megatron_slim.files import read_json  # noqa: E402
 from megatron_slim.training.hidden_kd import check_projections  # noqa: E402
+from tests.training.test_parallel_layouts import cases  # noqa: E402
 
 MBS = ("--micro-batch-size", "2")
 PAIRS = "1:0,2:3"
@@ -41,6 +42,7 @@ LAYOUTS = {
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     ),
     "tp2-sp": (2, 2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "cp2": (2, 2, "--context-parallel-size 2"),
     "pp2-ep2-overlap": (
         4,
         1,
@@ -59,7 +61,7 @@ def alone(workplace, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
     return save, logged
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", cases(LAYOUTS, ("vpp2-recompute", "pp2-ep2-overlap")))
 def test_the_same_under_every_layout(workplace, alone, layout: str) -> None:  # type: ignore[no-untyped-def]
     ranks, micro_batch, flags = LAYOUTS[layout]
     found = workplace.train(layout, ranks, "--micro-batch-size", str(micro_batch), *FLAGS.split(), *flags.split())
