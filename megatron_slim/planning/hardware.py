@@ -6,7 +6,9 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+from megatron_slim.architecture.gpus import peak_flops
 from megatron_slim.errors import SlimError
 
 GIB = 2**30
@@ -17,11 +19,9 @@ class Gpu:
     """One GPU of a server and its links, as the vendor's data sheet has them; rates are per second and dense.
 
     Attributes:
-        name: as users know it.
+        name: as users know it, which `architecture.gpus` has the peak rate of.
         memory: bytes. Data sheets count 1e9; drivers report up to 7% more, which is left as a margin.
-        bf16: matrix operations.
-        fp8: likewise.
-        fp64: likewise, on tensor cores.
+        fp64: matrix operations, on tensor cores.
         hbm: bytes.
         nvlink: bytes in one direction, half of what the data sheet adds up.
         network: bytes in one direction to other nodes, of the one 400 Gb/s adapter that such servers have per GPU.
@@ -31,8 +31,6 @@ class Gpu:
 
     name: str
     memory: float
-    bf16: float
-    fp8: float
     fp64: float
     hbm: float
     nvlink: float
@@ -40,13 +38,18 @@ class Gpu:
     per_node: int
     source: str
 
+    @cached_property
+    def bf16(self) -> float:
+        """Matrix operations in 16 bits."""
+        rate = peak_flops(self.name)
+        assert rate is not None, self.name
+        return rate
+
 
 GPUS = {
     "h100": Gpu(
         "H100 SXM",
         memory=80e9,
-        bf16=989.4e12,
-        fp8=1978.9e12,
         fp64=67e12,
         hbm=3.35e12,
         nvlink=450e9,
@@ -57,8 +60,6 @@ GPUS = {
     "h200": Gpu(
         "H200 SXM",
         memory=141e9,
-        bf16=989.4e12,
-        fp8=1978.9e12,
         fp64=67e12,
         hbm=4.8e12,
         nvlink=450e9,
@@ -69,8 +70,6 @@ GPUS = {
     "b200": Gpu(
         "B200",
         memory=180e9,
-        bf16=2250e12,
-        fp8=4500e12,
         fp64=37e12,
         hbm=7.7e12,
         nvlink=900e9,

@@ -13,6 +13,7 @@ from megatron_slim import device
 device.install()
 
 from megatron_slim.architecture.layer_specs import transformer_config  # noqa: E402
+from megatron_slim.architecture.parallelism import padded_vocab_size  # noqa: E402
 from megatron_slim.checkpoint.convert import hf_to_torch_dist  # noqa: E402
 from megatron_slim.errors import SlimError  # noqa: E402
 from megatron_slim.files import read_json, to_json  # noqa: E402
@@ -20,7 +21,6 @@ from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tiny_checkpo
 from megatron_slim.training import pretrain  # noqa: E402
 from megatron_slim.training.arguments import (  # noqa: E402
     complete_argv,
-    padded_vocab_size,
     read_shape,
     shape_directory,
 )
