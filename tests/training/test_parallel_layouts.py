@@ -45,7 +45,7 @@ TERMS = (
     "grad-norm",
 )
 LM_TERMS = ("lm loss", "mtp lm loss", "mtp beta", "global_load_balancing_loss", "grad-norm")
-# fp32 sums in another order, 1e-7 each, amplified by Adam over five steps: 2e-7 of losses and 2e-6 of gradient norms are seen.
+# fp32 sums in another order, 1e-7 each, amplified over five steps: 2e-7 of losses, 2e-6 of gradient norms are seen.
 TOLERANCE = 1e-5
 # Of what training changed in a tensor, beside the rounding of its five sums: a fault gives percents.
 WEIGHTS_TOLERANCE = 1e-3
