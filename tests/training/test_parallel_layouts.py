@@ -45,10 +45,10 @@ TERMS = (
     "grad-norm",
 )
 LM_TERMS = ("lm loss", "mtp lm loss", "mtp beta", "global_load_balancing_loss", "grad-norm")
-# fp32 sums in another order, 1e-7 each, amplified by Adam over five steps: up to 2e-6 is seen.
+# fp32 sums in another order, 1e-7 each, amplified over five steps: 2e-7 of losses, 2e-6 of gradient norms are seen.
 TOLERANCE = 1e-5
 # Of what training changed in a tensor, beside the rounding of its five sums: a fault gives percents.
-WEIGHTS_TOLERANCE = 2e-3
+WEIGHTS_TOLERANCE = 1e-3
 ROUNDING = STEPS * 2.0**-24
 
 
@@ -185,7 +185,6 @@ def assert_same_run(found: Trained, expected: Trained, terms: tuple[str, ...], s
     by_term = differences(found.logged, expected.logged, terms)
     by_tensor = weight_differences(found.weights, expected.weights, start)
     worst = max(by_tensor, key=by_tensor.__getitem__)
-    print("WORST", max(by_term, key=by_term.__getitem__), max(by_term.values()), worst, by_tensor[worst])
     assert max(by_term.values()) <= TOLERANCE, by_term
     assert by_tensor[worst] <= WEIGHTS_TOLERANCE, (worst, by_tensor[worst])
 
@@ -227,15 +226,14 @@ def spread(found: Logged, exact: Logged, terms: tuple[str, ...]) -> float:
 def test_bf16_deviates_no_more_than_on_one_rank(uneven, one: Trained) -> None:  # type: ignore[no-untyped-def]
     """From the run in fp32.
 
-    Roundings in another order are others, but as large.
+    Roundings in another order are others, but as large: 0.9 to 1.1 times those on one rank are seen.
     """
     alone, losses = run(uneven, "one-bf16", ONE, "--bf16").logged, TERMS[:5]
     found = {name: run(uneven, f"{name}-bf16", LAYOUTS[name], "--bf16").logged for name in BF16}
     for terms in (losses, ("grad-norm",)):
         rounding = spread(alone, one.logged, terms)
         ratios = {name: spread(logged, one.logged, terms) / rounding for name, logged in found.items()}
-        print("BF16", terms, rounding, ratios)
-        assert max(ratios.values()) <= 2, ratios
+        assert max(ratios.values()) <= 1.5, ratios
 
 
 def scale_gradients_of_the_first_stage() -> None:
@@ -307,9 +305,8 @@ def test_a_fault_would_show(uneven, one: Trained, name: str) -> None:  # type: i
     argv = uneven.argv(f"fault of {name}", *FAULTS[name][1].argv())
     run_distributed(2, train_with_a_fault, argv, str(uneven.log(name)), name, initialise=False)
     found = read_scalars(uneven.root / "tensorboard" / f"fault of {name}")
-    worst = max(differences(found, one.logged, TERMS).values())
-    print("FAULT", name, worst)
-    assert worst > 3 * TOLERANCE
+    measured = tuple(term for term in TERMS if term not in ("kd lambda", "mtp beta"))
+    assert max(differences(found, one.logged, measured).values()) > 5 * TOLERANCE
 
 
 def test_worked_example_of_context_parallelism() -> None:
