@@ -54,7 +54,7 @@ def check_runs(root: Path) -> None:
     for name in ("lm loss", "logits distillation loss", "mtp lm loss", "mtp distillation loss"):
         # The stand-in multiplies in bf16, by weights as the first micro-batch of a step had them.
         assert [*first[name], *rest[name]] == pytest.approx(plain[name], rel=2e-3), name
-        assert plain[name][0] != pytest.approx(plain[name][-1], rel=1e-2), name
+    assert plain["lm loss"][0] != pytest.approx(plain["lm loss"][-1], rel=1e-2)  # weights of before would show
     torch_dist_to_hf(root / "run", root / "back", hf_config=root / "student")
     assert HFCheckpoint.open(root / "back").names == HFCheckpoint.open(root / "student").names
     assert torch.isfinite(HFCheckpoint.open(root / "back").read("lm_head.weight").float()).all()
