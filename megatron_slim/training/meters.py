@@ -112,7 +112,7 @@ class StageClock:
                 self._spans.append(_Span(vp_stage or 0, BACKWARD, start, _now()))
 
             # As DistributedDataParallel: called once, after the backward pass, on the stream that it was started on.
-            torch.autograd.Variable._execution_engine.queue_callback(end)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(end)
 
         output.register_hook(begin)
 
