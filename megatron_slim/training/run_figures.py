@@ -124,8 +124,8 @@ def throughput(run: RunConstants, interval: Interval) -> Figures:
     return found
 
 
-def _of_stage(run: RunConstants, interval: Interval, rank: int) -> NDArray[np.intp]:
-    """Which ranks hold a stage's parts: every tensor and data parallel rank has some of it."""
+def _of_stage(interval: Interval, rank: int) -> NDArray[np.intp]:
+    """Which processes a pipeline rank consists of: every tensor and data parallel one has a part of it."""
     return np.flatnonzero(interval.pipeline_rank == rank)
 
 
@@ -134,7 +134,7 @@ def stages(run: RunConstants, interval: Interval) -> Figures:
     found: Figures = {}
     loads = []
     for rank in range(run.pipeline):
-        computing = interval.computing[_of_stage(run, interval, rank)] / interval.iterations
+        computing = interval.computing[_of_stage(interval, rank)] / interval.iterations
         loads.append(computing.sum(axis=(1, 2)).mean())
         for chunk in range(run.chunks):
             stage = f"stage_{chunk * run.pipeline + rank + 1}"
@@ -153,7 +153,7 @@ def stages(run: RunConstants, interval: Interval) -> Figures:
 def memory(run: RunConstants, interval: Interval) -> Figures:
     """Peak memory of the rank of each pipeline stage that has the most, in GB."""
     return {
-        f"memory_gb/pipeline_rank_{rank + 1}": float(interval.peak_bytes[_of_stage(run, interval, rank)].max()) / 1e9
+        f"memory_gb/pipeline_rank_{rank + 1}": float(interval.peak_bytes[_of_stage(interval, rank)].max()) / 1e9
         for rank in range(run.pipeline)
     }
 

@@ -40,7 +40,7 @@ INTERVAL, STEPS = 2, 6
 FLAGS = f"--train-iters {STEPS} --log-interval {INTERVAL} --eval-interval 3 --eval-iters 1 --peak-tflops 0.004 --seed 7"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 PP2_EP2 = f"--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --micro-batch-size 1 {RECOMPUTE}"
-PAUSE = 0.05  # seconds that every forward pass of the first stage takes more than it needs
+PAUSE = 0.2  # seconds by which a forward pass of the first stage takes longer
 STUDENT_SHAPE = tiny_shape(**SIZES, hidden_size=48, num_moe_experts=4)
 TEACHER_SHAPE = tiny_shape(**SIZES)
 
@@ -101,7 +101,7 @@ def train_with_a_slow_stage(argv: list[str], log: str) -> None:
     def slow(self: pretrain.Run, *args: Any, **kwargs: Any) -> DistillationModel:
         model = provider(self, *args, **kwargs)
         if model.pre_process:
-            model.embedding.register_forward_hook(lambda *_: time.sleep(PAUSE))
+            model.embedding.register_forward_hook(lambda *_: time.sleep(PAUSE * torch.is_grad_enabled()))
         return model
 
     pretrain.Run.model_provider = slow  # type: ignore[method-assign]
@@ -157,7 +157,7 @@ def test_every_layout_tells_the_same(one: Any, many: dict[str, list[float]]) -> 
         # Losses agree to 1e-5 between layouts, tokens of experts exactly.
         assert many[tag] == pytest.approx(told[tag], rel=1e-7 if "experts" in tag else 1e-5), tag
     differing = {tag for tag in many.keys() ^ told.keys() if tag.startswith("slim/")}
-    assert all(tag.endswith(("stage_2", "rank_2")) for tag in differing), differing
+    assert all(tag.endswith(("losses/stage_1", "stage_2", "rank_2")) for tag in differing), differing
     for stage in (1, 2):
         for kind in ("student_forward", "teacher_forward", "backward", "total"):
             told_of = many[f"slim/stage_seconds/{kind}/stage_{stage}"]
@@ -166,15 +166,14 @@ def test_every_layout_tells_the_same(one: Any, many: dict[str, list[float]]) -> 
 
 
 def test_waiting_is_not_computing(many: dict[str, list[float]]) -> None:
-    """Each of two micro-batches of a rank waits in the first stage; the second waits for the first."""
+    """Both micro-batches are late in the first stage; the second stage waits for the first of them at least."""
     slow, other = (many[f"slim/stage_seconds/total/stage_{stage}"] for stage in (1, 2))
     forward = many["slim/stage_seconds/student_forward/stage_1"]
     taught = many["slim/stage_seconds/teacher_forward/stage_1"]
-    for number in range(STEPS // INTERVAL):
+    for number, step in enumerate(many["slim/throughput/seconds_per_iteration"]):
         # Under recomputation of layers the embedding runs once.
-        assert forward[number] > 2 * PAUSE and slow[number] > other[number]
-        assert taught[number] + 2 * PAUSE < slow[number]
-    assert set(many["slim/pipeline/slowest_rank"]) == {1.0}
+        assert forward[number] > 2 * PAUSE and slow[number] > taught[number] + 2 * PAUSE
+        assert other[number] < step - PAUSE
 
 
 @pytest.mark.slow
