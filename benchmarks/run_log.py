@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.kd_step import shapes
+from benchmarks.kd_step import shapes, write_models
 from megatron_slim.cli import positive, run_tool, tool_parser
 
 WARM_UP = 2  # iterations that are not counted: the first ones allocate
@@ -31,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser = tool_parser(__doc__.splitlines()[0])
     parser.add_argument("--seq-length", type=positive, default=1024, help="tokens of a sample")
     parser.add_argument("--micro-batches", type=positive, default=4, help="of one sample each, in a step")
-    parser.add_argument("--vocab-size", type=positive, default=18_992, help="an eighth of the published one")
+    parser.add_argument("--vocab-size", type=positive, help="default: an eighth of the published one")
     parser.add_argument("--iterations", type=positive, default=6, help=f"after {WARM_UP} that do not count")
     parser.add_argument("--log-interval", type=positive, default=1)
     parser.add_argument("--processes", type=positive, default=1, help="data-parallel ranks")
@@ -120,12 +120,11 @@ def command_line(models: Path, args: argparse.Namespace) -> Iterator[str]:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Train, and say what part of it the log was."""
-    from megatron_slim.testing import run_distributed, write_tiny_checkpoint
+    from megatron_slim.testing import run_distributed
 
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder)
-        for name, shape in shapes(args.vocab_size).items():
-            write_tiny_checkpoint(models / name, shape, seed=len(name))
+        write_models(models, shapes("eighth", args.vocab_size))
         argv = list(command_line(models, args))
         ranks = run_distributed(args.processes, train, argv, str(models / "log"), initialise=False)
     costs = [sum(inside.values()) / seconds for seconds, inside in ranks]

@@ -76,7 +76,7 @@ def test_dry_run_outside_of_a_job_prints_sbatch_too(slurm: dict[str, str]) -> No
     batch, step, *nodes = done.stdout.splitlines()
     assert f"sbatch --nodes 8 --output {ROOT}/run/logs/%j.out --gpus-per-node 8 {SCRIPT}" in batch
     assert step.startswith("srun --nodes 8 ") and len(nodes) == 8
-    assert "--pipeline-layout auto" in nodes[0] and "--bf16" in nodes[0]
+    assert "--expert-tensor-parallel-size 1" in nodes[0] and "--bf16" in nodes[0]
 
 
 def test_tensor_parallelism_alone_asks_for_one_queue(slurm: dict[str, str]) -> None:
