@@ -20,7 +20,9 @@ from benchmarks import kd_step
 from benchmarks.gpu import memory, run_all, training_runs
 from benchmarks.gpu.parts import FAILED, MISSING, NOT_RUN, PARTS, PASSED, Check, Found, Outcome
 from benchmarks.gpu.tables import BEGIN, END, write_tables
+from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import SlimError
+from megatron_slim.planning.layouts import Settings
 from megatron_slim.training.missing_libraries import HAVE_TE, library_violations
 
 Tool = Callable[..., Any]
@@ -121,13 +123,13 @@ def test_differences_of_runs() -> None:
     assert training_runs.worst({**one, "lm loss": [math.nan, 2.0]}, one) == math.inf
 
 
-def test_static_bytes_are_counted_from_the_table() -> None:
-    """Embedding and output layer padded from 18,992 to 19,072 columns."""
+def test_static_bytes_are_the_planners() -> None:
+    """Of a parameter 2 + 4 + 4 + 4 + 4 bytes, 2 of the teacher's; embedding and output layer padded by 80 rows."""
     models = kd_step.shapes("eighth")
     extra = {"teacher": 2 * 80 * 256, "student": 2 * 80 * 192}
-    counts = {name: memory.count_parameters(shape).total + extra[name] for name, shape in models.items()}
-    found = memory.static_bytes(models["teacher"], models["student"], "bf16")
-    assert found == 18 * counts["student"] + 2 * counts["teacher"]
+    counts = {name: count_parameters(shape).total + extra[name] for name, shape in models.items()}
+    plan = memory.planned(models["teacher"], models["student"], Settings(1024, 2), micro_batch=2)
+    assert plan.static == 18 * counts["student"] + 2 * counts["teacher"]
     report = "[Rank 0] (after 2 iterations) memory (MB) | allocated: 1.50 | max allocated: 3.00 | reserved: 4.00"
     assert memory.last_report(f"x\n{report}\ny") == (1.5 * 2**20, 3 * 2**20)
 
