@@ -29,8 +29,8 @@ WARM_UP = 2  # iterations that are not counted: the first ones allocate
 def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = tool_parser(__doc__.splitlines()[0])
-    parser.add_argument("--seq-length", type=positive, default=1024, help="tokens of a sample")
-    parser.add_argument("--micro-batches", type=positive, default=4, help="of one sample each, in a step")
+    parser.add_argument("--seq-length", type=positive, default=512, help="tokens of a sample")
+    parser.add_argument("--micro-batches", type=positive, default=2, help="of one sample each, in a step")
     parser.add_argument("--vocab-size", type=positive, help="default: an eighth of the published one")
     parser.add_argument("--iterations", type=positive, default=6, help=f"after {WARM_UP} that do not count")
     parser.add_argument("--log-interval", type=positive, default=1)
