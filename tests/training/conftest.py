@@ -30,6 +30,8 @@ def write_to(log: str) -> None:
 def train(argv: list[str], log: str) -> None:
     """Body of one rank."""
     write_to(log)
+    from megatron.training import get_tensorboard_writer
+
     from megatron_slim.training.pretrain import main
 
     sys.argv = ["pretrain", *argv]
@@ -37,6 +39,8 @@ def train(argv: list[str], log: str) -> None:
         main(argv)
     except SystemExit as exit_:  # how Megatron ends at --exit-interval
         assert not exit_.code, exit_.code
+    if (writer := get_tensorboard_writer()) is not None:
+        writer.flush()  # a rank of a test leaves without what else would write the last validation
 
 
 def refusal(argv: list[str], log: str) -> str:
