@@ -30,6 +30,7 @@ from megatron_slim.recipe import Stage, parse_recipe
 from megatron_slim.training.meters import ExpertCounter, LossSums, StageClock, weights_of_terms
 from megatron_slim.training.run_figures import KINDS, Interval, Progress, RunConstants, figures, line
 from megatron_slim.training.stage_layout import kernels_of
+from megatron_slim.training.teacher_config import teacher_recipe
 
 
 def logging_violations(args: Any) -> list[str]:
@@ -71,7 +72,9 @@ def run_constants(
     """What the figures of a run are relative to; ``args`` are Megatron's, validated."""
     kernels, device = kernels_of(args), torch.cuda.get_device_name()
     flops = {"student": student_work(shape, args.seq_length, kernels).total}
-    fp8 = {"student": bool(args.fp8), "teacher": bool(args.fp8) and args.teacher_dtype is None}
+    student_recipe = args.fp8_recipe if args.fp8 else None
+    taught = teacher_recipe(args.teacher_dtype, args.teacher_fp8_recipe, student_recipe)
+    fp8 = {"student": bool(args.fp8), "teacher": taught is not None}
     if teacher is not None:
         flops["teacher"] = teacher_work(teacher, args.seq_length, kernels, runs_mtp=teacher_runs_mtp).total
     if args.peak_tflops is not None:

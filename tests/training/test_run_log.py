@@ -241,6 +241,7 @@ def fake_log(monkeypatch: pytest.MonkeyPatch, clock: dict[str, float]) -> tuple[
         transformer_impl="local",
         seq_length=10,
         teacher_dtype=None,
+        teacher_fp8_recipe=None,
         peak_tflops=2.0,
         fp8=None,
         bf16=False,
@@ -273,6 +274,26 @@ def fake_log(monkeypatch: pytest.MonkeyPatch, clock: dict[str, float]) -> tuple[
 
     log.step = step  # type: ignore[attr-defined]
     return log, told
+
+
+@pytest.mark.parametrize(
+    ("fp8", "dtype", "student", "teacher"),
+    [
+        (None, None, 989.4, 989.4),
+        ("hybrid", None, 1978.9, 1978.9),
+        ("hybrid", "bf16", 1978.9, 989.4),
+        (None, "fp8", 989.4, 1978.9),
+    ],
+)
+def test_each_model_has_the_peak_of_what_it_runs_in(  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch, fp8, dtype, student: float, teacher: float
+) -> None:
+    args = SimpleNamespace(transformer_impl="local", seq_length=8, peak_tflops=None, bf16=True, world_size=1)
+    args.fp8, args.fp8_recipe, args.teacher_dtype, args.teacher_fp8_recipe = fp8, "delayed", dtype, None
+    args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size, args.train_iters = 1, None, 1
+    monkeypatch.setattr(run_log.torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    found = run_constants(STUDENT_SHAPE, TEACHER_SHAPE, args, teacher_runs_mtp=True).peaks
+    assert found == pytest.approx({"student": student * 1e12, "teacher": teacher * 1e12})
 
 
 def test_a_fake_clock(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
