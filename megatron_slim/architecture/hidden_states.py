@@ -1,6 +1,6 @@
 """A GPTModel without its losses: it ends with hidden states, the MTP block's too.
 
-Shapes: s sequence (of this rank, under sequence parallelism), b batch, h hidden size, D MTP depths.
+Shapes: S sequence, s that of this rank (under sequence and context parallelism), b batch, h hidden size, D MTP depths.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_slim.architecture.context_parallel import own_part, own_positions
+
 
 class HiddenStatesModel(GPTModel):
     """A GPTModel that ends with hidden states: [s, b, h], on the last stage [(1 + D) s, b, h], main head first.
@@ -20,6 +22,15 @@ class HiddenStatesModel(GPTModel):
     """
 
     runs_mtp = True
+
+    def forward(self, input_ids: Tensor | None, position_ids: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        """As GPTModel's, of whole sequences [b, S]: under context parallelism a rank computes its part of them."""
+        own = (
+            ids if ids is None else own_part(ids, own_positions(self.pg_collection.cp, ids.shape[-1]))
+            for ids in (input_ids, position_ids)
+        )
+        hidden_states: Tensor = super().forward(*own, *args, **kwargs)
+        return hidden_states
 
     def _postprocess(self, hidden_states: Tensor, mtp_in_postprocess: bool | None = None, **inputs: Any) -> Tensor:
         if not (mtp_in_postprocess and self.runs_mtp):

@@ -4,7 +4,8 @@ What a layer of the student gives, its part of the residual stream, goes through
 is compared with what a layer of the teacher gives (FitNets, arXiv 1412.6550; TinyBERT, arXiv 1909.10351). Both layers
 lie in the same pipeline stage, so nothing travels for it; the gradient joins the one that comes back through the layer.
 
-Shapes: s sequence (of this rank, under sequence parallelism), b batch, H and Ht widths of student and teacher.
+Shapes: S sequence, s that of this rank (under sequence and context parallelism), b batch, H and Ht widths of student
+and teacher.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor, nn
 
+from megatron_slim.architecture.context_parallel import own_part, own_positions
 from megatron_slim.distillation.layer_pairs import LayerPair, name_of
 
 COSINE, MSE = "cosine", "mse"
@@ -29,7 +31,7 @@ COSINE, MSE = "cosine", "mse"
 
 @dataclass(frozen=True)
 class HiddenLesson:
-    """What a micro-batch of a training step has to say: the loss mask [b, s], and what the loss is multiplied by."""
+    """What a micro-batch of a training step has to say: the loss mask [b, S], and what the loss is multiplied by."""
 
     mask: Tensor
     weight: float
@@ -101,6 +103,7 @@ class HiddenDistillation(nn.Module):
         self.pairs, self.kind, self.share = tuple(pairs), kind, share
         self.sums: dict[LayerPair, Tensor] = {}
         config = student.config
+        self.cp = student.pg_collection.cp
         self.tp = student.pg_collection.tp if config.sequence_parallel else None
         # A seed for each pair that is the same in whatever stage it lies.
         seeds = {pair: seed + pair[0] + pair[1] * config.num_layers for pair in self.pairs}
@@ -121,7 +124,7 @@ class HiddenDistillation(nn.Module):
         if lesson is None:
             yield
             return
-        mask = lesson.mask.float().transpose(0, 1)
+        mask = own_part(lesson.mask, own_positions(self.cp, lesson.mask.shape[-1])).float().transpose(0, 1)
         if self.tp is not None:
             mask = mask.chunk(self.tp.size())[self.tp.rank()]
         now = self._now = _MicroBatch(mask, lesson.weight * self.share)

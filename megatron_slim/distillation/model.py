@@ -14,7 +14,6 @@ Shapes: S sequence, s that of this rank (under sequence and context parallelism)
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -163,10 +162,7 @@ class DistillationModel(HiddenStatesModel):
             [s, b, student h + teacher h in numbers of the student's dtype]; on the last stage `TokenLosses.stack`,
             [terms, b, s].
         """
-        input_ids, position_ids = (
-            ids if ids is None else own_part(ids, self._positions(ids)) for ids in (input_ids, position_ids)
-        )
-        with contextlib.nullcontext() if self.hidden_kd is None else self.hidden_kd.lesson(hidden_lesson):
+        with nullcontext() if self.hidden_kd is None else self.hidden_kd.lesson(hidden_lesson):
             # The teacher first: layers of the student may learn from its.
             if self.beside is not None:
                 with torch.no_grad():

@@ -12,7 +12,6 @@ from megatron.core import parallel_state
 from megatron.training import get_args
 from torch import Tensor
 
-from megatron_slim.architecture.context_parallel import own_part, own_positions
 from megatron_slim.architecture.pipeline_layout import Stages
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint
@@ -105,8 +104,7 @@ def hidden_lesson(chunk: DistillationModel, loss_mask: Tensor | None) -> HiddenL
     if chunk.hidden_kd is None or not chunk.training:
         return None
     assert loss_mask is not None
-    positions = own_positions(parallel_state.get_context_parallel_group(), loss_mask.shape[-1])
-    return HiddenLesson(own_part(loss_mask, positions), _weight())
+    return HiddenLesson(loss_mask, _weight())
 
 
 @dataclass

@@ -37,6 +37,25 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="Directory whose config.json gives the model's shape. Default: that of --load if there is a checkpoint, "
         "else that of --pretrained-checkpoint.",
     )
+    _add_teacher(group)
+    _add_losses(group)
+    _add_hidden_states(group)
+    group.add_argument(
+        "--peak-tflops",
+        type=float,
+        help="Dense peak of one GPU in 1e12 operations per second, of which the log says what part is used (MFU). "
+        "Default: what the data sheet of an A100, H100, H200 or B200 says for bf16, or FP8; others, and CPUs: none.",
+    )
+    group.add_argument(
+        "--no-teacher-check",
+        action="store_true",
+        help="Train even if the teacher's cross entropy on the first batch is no better than guessing.",
+    )
+    return parser
+
+
+def _add_teacher(group: Any) -> None:
+    """Where the teacher comes from, where it is, and what it computes in."""
     group.add_argument(
         "--teacher-load",
         type=Path,
@@ -79,6 +98,10 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "--teacher-pipeline-layout",
         help="The teacher's stages as --pipeline-model-parallel-layout has them: 'Ettt|ttt|tmL'. Default: even ones.",
     )
+
+
+def _add_losses(group: Any) -> None:
+    """What main and MTP heads learn from, and how much each term weighs."""
     group.add_argument(
         "--mtp-kd-target",
         choices=("teacher-mtp", "teacher-main"),
@@ -109,6 +132,10 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     )
     for name, shape, start, end in (("kd-lambda", "linear", 1.0, 0.75), ("mtp-beta", "cosine", 0.3, 0.1)):
         _add_schedule(group, name, shape, start, end, "SlimQwen section 3.3.")
+
+
+def _add_hidden_states(group: Any) -> None:
+    """What layers learn from layers."""
     group.add_argument(
         FLAG,
         type=parse_layer_pairs,
@@ -124,18 +151,6 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="What that minimises: 1 - cosine, or the mean of squared differences.",
     )
     _add_schedule(group, "hidden-kd-weight", "constant", 1.0, 1.0, "What that loss is multiplied by.")
-    group.add_argument(
-        "--peak-tflops",
-        type=float,
-        help="Dense peak of one GPU in 1e12 operations per second, of which the log says what part is used (MFU). "
-        "Default: what the data sheet of an A100, H100, H200 or B200 says for bf16, or FP8; others, and CPUs: none.",
-    )
-    group.add_argument(
-        "--no-teacher-check",
-        action="store_true",
-        help="Train even if the teacher's cross entropy on the first batch is no better than guessing.",
-    )
-    return parser
 
 
 def _add_schedule(group: Any, name: str, shape: str, start: float, end: float, about: str) -> None:

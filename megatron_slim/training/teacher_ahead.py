@@ -18,7 +18,6 @@ from typing import Any
 
 import psutil
 import torch
-from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training import get_args
@@ -26,7 +25,6 @@ from megatron.training.datasets.data_samplers import build_pretraining_data_load
 from megatron.training.training import cyclic_iter
 from torch import Tensor
 
-from megatron_slim.architecture.context_parallel import own_part, own_positions
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.distillation.model import DistillationModel
@@ -193,19 +191,11 @@ class TeacherAhead:
         self, iterator: Iterator[Any], teacher: HiddenStatesModel
     ) -> tuple[Tensor, Callable[..., Held | None]]:
         batch = self.next_batch(iterator, teacher.vp_stage)
-        tokens, position_ids = (_own(batch[name]) for name in ("tokens", "position_ids"))
         with self.timed(teacher.vp_stage):
-            states: Tensor = teacher(tokens, position_ids, None)
+            states: Tensor = teacher(batch["tokens"], batch["position_ids"], None)
         if not teacher.post_process:
             self.watch.add_states("teacher", teacher.vp_stage, states)
         return states, partial(_hold, batch["labels"])
-
-
-def _own(ids: Tensor | None) -> Tensor | None:
-    """Of [b, S] what this rank has under context parallelism."""
-    if ids is None:
-        return None
-    return own_part(ids, own_positions(parallel_state.get_context_parallel_group(), ids.shape[-1]))
 
 
 def _hold(labels: Tensor | None, states: Tensor, non_loss_data: bool = True) -> Held:

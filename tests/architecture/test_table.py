@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from megatron_slim.architecture.published import QWEN3_30A3B, QWEN3_NEXT_80A3B
 from megatron_slim.architecture.shape import (
     FAMILIES,
     FULL_ATTENTION,
@@ -15,68 +16,7 @@ from megatron_slim.architecture.shape import (
 from megatron_slim.architecture.table import count_parameters, hf_tensors, mtp_layers_in, weights
 from megatron_slim.testing import tiny_hf_config, tiny_shape
 
-# config.json of Qwen3-Next-80B-A3B, less what has nothing to do with sizes.
-PUBLISHED: dict[str, Any] = {
-    "decoder_sparse_step": 1,
-    "full_attention_interval": 4,
-    "head_dim": 256,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "intermediate_size": 5120,
-    "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 128,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-    "linear_value_head_dim": 128,
-    "max_position_embeddings": 262144,
-    "mlp_only_layers": [],
-    "model_type": "qwen3_next",
-    "moe_intermediate_size": 512,
-    "norm_topk_prob": True,
-    "num_attention_heads": 16,
-    "num_experts": 512,
-    "num_experts_per_tok": 10,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 2,
-    "partial_rotary_factor": 0.25,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 10000000,
-    "router_aux_loss_coef": 0.001,
-    "shared_expert_intermediate_size": 512,
-    "tie_word_embeddings": False,
-    "vocab_size": 151936,
-}
-
-
-# config.json of Qwen3-30B-A3B, likewise.
-PUBLISHED_MOE: dict[str, Any] = {
-    "attention_bias": False,
-    "decoder_sparse_step": 1,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "max_position_embeddings": 40960,
-    "max_window_layers": 48,
-    "mlp_only_layers": [],
-    "model_type": "qwen3_moe",
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "num_attention_heads": 32,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000.0,
-    "router_aux_loss_coef": 0.001,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
+PUBLISHED, PUBLISHED_MOE = QWEN3_NEXT_80A3B.config, QWEN3_30A3B.config
 
 
 def published(**changes: Any) -> ModelShape:

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from megatron_slim.architecture.published import QWEN3_NEXT_80A3B
 from megatron_slim.planning.hardware import GPUS
 from megatron_slim.planning.layouts import Settings, TrainLayout
 from megatron_slim.planning.memory import Memory, rank_memory
 from megatron_slim.planning.search import Job, Search
+from megatron_slim.planning.sources import Asked, find_models
 from megatron_slim.testing import run_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = sorted(path.stem for path in (ROOT / "examples/slimqwen/settings").glob("*.sh"))
-TEACHER = QWEN3_NEXT_80A3B.shape
-PERIODS = (*["linear_attention"] * 3, "full_attention") * 9
-STUDENT = TEACHER.replace(num_layers=36, layer_types=PERIODS, hidden_size=1536, num_moe_experts=256, moe_router_topk=8)
+MODELS = find_models(Asked(ROOT / "examples/slimqwen/recipes/qwen3_next_80a3b_to_23a2b.yaml"))
+STUDENT, TEACHER = MODELS.student, MODELS.teacher
+assert TEACHER is not None
 
 
 def settings(name: str, **variables: str) -> tuple[dict[str, str], list[str]]:
