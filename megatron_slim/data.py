@@ -136,6 +136,20 @@ def count_documents(prefix: Path) -> int:
         return int(_HEADER.unpack(stream.read(_HEADER.size))[3])
 
 
+def check_largest_id(largest: int, vocab_size: int, where: str) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Raises:
+        DataError: ``largest`` of the ids that were looked at is one.
+    """
+    if largest >= vocab_size:
+        raise DataError(
+            f"token id {largest} is beyond the vocabulary of {vocab_size}",
+            where=where,
+            fix="preprocess with the model's own tokenizer",
+        )
+
+
 def _read_index(path: Path) -> tuple[np.dtype[Any], int]:
     """Type of the ids and number of tokens of a data set, whose documents must follow one another in the .bin."""
     with path.open("rb") as stream:

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_slim.data import count_documents, data_prefix, read_stream
+from megatron_slim.data import check_largest_id, count_documents, data_prefix, read_stream
 from megatron_slim.doctor.findings import NOTE, OK, PROBLEM, Finding, good_or, refused
 from megatron_slim.doctor.machine import GIB, storage
-from megatron_slim.errors import DataError, SlimError
+from megatron_slim.errors import SlimError
 
 if TYPE_CHECKING:
     from megatron_slim.architecture.shape import ModelShape
@@ -95,9 +95,8 @@ def _data(prefix: Path, vocabulary: int | None) -> Finding:
         found = data_prefix(prefix)
         stream = read_stream(found)
         largest = int(max(stream[:CHECKED_TOKENS].max(), stream[-CHECKED_TOKENS:].max()))
-        if vocabulary is not None and largest >= vocabulary:
-            fix = "preprocess with the model's own tokenizer"
-            raise DataError(f"token id {largest} is beyond the vocabulary of {vocabulary}", where=str(prefix), fix=fix)
+        if vocabulary is not None:
+            check_largest_id(largest, vocabulary, str(prefix))
     except SlimError as error:
         return refused(name, error)
     return Finding(
@@ -107,6 +106,7 @@ def _data(prefix: Path, vocabulary: int | None) -> Finding:
 
 def _save(save: Path, shape: ModelShape | None, nodes: int) -> Iterator[Finding]:
     """Whether it can be written, what a run would go on from, and whether a checkpoint will fit."""
+    from megatron_slim.checkpoint.distributed_writer import TRACKER
     from megatron_slim.training.resume import missing_in_tracker
 
     existing = next(path for path in (save, *save.absolute().parents) if path.exists())
@@ -114,7 +114,7 @@ def _save(save: Path, shape: ModelShape | None, nodes: int) -> Iterator[Finding]
     yield storage("save", existing, nodes=nodes)
     try:
         number = missing_in_tracker(save)
-        tracker = save / "latest_checkpointed_iteration.txt"
+        tracker = save / TRACKER
         if number is not None:
             yield Finding("resume", NOTE, f"torn tracker: training will go on from {number}", "")
         elif tracker.is_file():

@@ -20,7 +20,7 @@ from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.checkpoint.distributed import is_torch_dist, iteration_directory
 from megatron_slim.checkpoint.distributed_writer import BACKEND, INTEGRITY, TRACKER
 from megatron_slim.checkpoint.torch_dist_files import METADATA
-from megatron_slim.data import count_documents, data_prefix, read_stream
+from megatron_slim.data import check_largest_id, count_documents, data_prefix, read_stream
 from megatron_slim.distillation.model import TEACHER_MTP
 from megatron_slim.errors import CheckpointError, DataError, SlimError, summarise
 from megatron_slim.files import read_json
@@ -250,13 +250,7 @@ def _check_data(args: Any, vocab_size: int) -> None:
             found = data_prefix(Path(prefix))
             if found != Path(prefix):
                 raise DataError("is a file of a data set", where=prefix, fix=f"name its prefix, {found}")
-            largest = int(read_stream(found)[:CHECKED_TOKENS].max())
-            if largest >= vocab_size:
-                raise DataError(
-                    f"token id {largest} is beyond the vocabulary of {vocab_size}",
-                    where=prefix,
-                    fix="preprocess with the model's own tokenizer",
-                )
+            check_largest_id(int(read_stream(found)[:CHECKED_TOKENS].max()), vocab_size, prefix)
             if words is args.data_path:
                 _check_split(found, args)
 

@@ -15,7 +15,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
 from megatron_slim.checkpoint.reference import Reference
-from megatron_slim.errors import DataError
+from megatron_slim.data import check_largest_id
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 Batch = dict[str, Tensor | None]
@@ -94,13 +94,7 @@ def next_batch(
 
 def check_token_ids(sample: dict[str, Tensor], vocab_size: int) -> None:
     """Refuse token ids that the model has no embedding for."""
-    largest = max(int(sample["tokens"].max()), int(sample["labels"].max()))
-    if largest >= vocab_size:
-        raise DataError(
-            f"token id {largest} is beyond the vocabulary of {vocab_size}",
-            where="training data",
-            fix="preprocess with the model's own tokenizer",
-        )
+    check_largest_id(max(int(sample["tokens"].max()), int(sample["labels"].max())), vocab_size, "training data")
 
 
 def first_batch(dataset: Any, batch_size: int) -> dict[str, Tensor]:

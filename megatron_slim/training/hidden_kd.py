@@ -21,7 +21,7 @@ from megatron_slim.distillation.layer_pairs import FLAG, LayerPair, name_of, pai
 from megatron_slim.distillation.model import DistillationModel
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.training.finite import FiniteWatch
-from megatron_slim.training.slim_arguments import hidden_schedule
+from megatron_slim.training.slim_arguments import hidden_schedule, now
 
 LOSS, WEIGHT = "hidden distillation loss", "hidden kd weight"
 # Flags with which Megatron runs layers by another way than calling them, at which nobody could look.
@@ -96,7 +96,7 @@ def check_projections(found: Checkpoint, args: Any) -> None:
 def _weight() -> float:
     """What the loss is multiplied by in this iteration."""
     args = get_args()
-    return hidden_schedule(args).at(getattr(args, "curr_iteration", args.iteration), args.train_iters)
+    return now(hidden_schedule(args), args)
 
 
 def hidden_lesson(chunk: DistillationModel, loss_mask: Tensor | None) -> HiddenLesson | None:

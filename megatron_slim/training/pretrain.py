@@ -50,7 +50,7 @@ from megatron_slim.training.finite import FiniteWatch
 from megatron_slim.training.hidden_kd import HiddenLog, check_stages, hidden_lesson
 from megatron_slim.training.missing_libraries import library_note
 from megatron_slim.training.run_log import RunLog, run_constants, schedule_stage
-from megatron_slim.training.slim_arguments import MEGATRON_HELP, TOP_K, add_slim_arguments, loss_schedules
+from megatron_slim.training.slim_arguments import MEGATRON_HELP, TOP_K, add_slim_arguments, loss_schedules, now
 from megatron_slim.training.stage_layout import plan_stages
 from megatron_slim.training.teacher_ahead import TeacherAhead, check_host_memory, held_bytes
 from megatron_slim.training.teacher_check import check_teacher
@@ -242,8 +242,7 @@ def _own_positions(whole: Tensor) -> Tensor | None:
 def _loss_weights() -> LossWeights:
     """Lambda and beta of this iteration."""
     args = get_args()
-    iteration = getattr(args, "curr_iteration", args.iteration)
-    kd_lambda, mtp_beta = (schedule.at(iteration, args.train_iters) for schedule in loss_schedules(args))
+    kd_lambda, mtp_beta = (now(schedule, args) for schedule in loss_schedules(args))
     return LossWeights(kd_lambda, mtp_beta)
 
 

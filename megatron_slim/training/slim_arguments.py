@@ -159,6 +159,11 @@ def _add_schedule(group: Any, name: str, shape: str, start: float, end: float, a
     group.add_argument(f"--{name}-end", type=float, default=end)
 
 
+def now(schedule: Schedule, args: argparse.Namespace) -> float:
+    """A schedule's value in this iteration of Megatron's loop; before the loop, in the one that it begins with."""
+    return schedule.at(getattr(args, "curr_iteration", args.iteration), args.train_iters)
+
+
 def hidden_schedule(args: argparse.Namespace) -> Schedule:
     """Schedule of the weight of hidden-state distillation."""
     return Schedule(args.hidden_kd_weight_schedule, args.hidden_kd_weight_start, args.hidden_kd_weight_end)
