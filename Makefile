@@ -54,6 +54,7 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(BIN)shellcheck $(SCRIPTS)
+	$(BIN)hadolint --failure-threshold style Dockerfile
 
 # Versions and hashes of the images, after a change in setup.py; needs uv.
 lock:

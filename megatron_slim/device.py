@@ -1,7 +1,8 @@
 """The CPU seam: all that lets Megatron-Core run without a GPU, and the only place that patches a library.
 
-On a machine with CUDA `install` only mends two faults of Megatron (the dataset helpers and the padding of buckets), and
-fills in for flash-linear-attention and for a fused Adam where these are not installed.
+On a machine with CUDA `install` only mends three faults of Megatron (the dataset helpers, the padding of buckets and
+the precision of the router's counters), and fills in for flash-linear-attention and for a fused Adam where these are
+not installed.
 Without CUDA the word "cuda" comes to mean the CPU for the whole process: tensor factories, ``.cuda()`` and ``.to()``,
 the CUDA generator, streams and events. The real Megatron-Core modules then run, over gloo; only kernels differ.
 """
@@ -37,8 +38,7 @@ _installed = False
 def install() -> None:
     """Make this process able to run Megatron-Core; call it before anything of ``megatron`` is imported.
 
-    Idempotent. Where CUDA is available only the dataset helpers, the padding of buckets and what is not installed are
-    touched.
+    Idempotent. Where CUDA is available only Megatron's three faults and what is not installed are touched.
     """
     global _installed
     if _installed:
@@ -60,6 +60,7 @@ def install() -> None:
         _fill_in_for_missing_libraries()
     _use_built_dataset_helpers()
     _count_bucket_padding()
+    _count_tokens_in_fp32()
 
 
 def backend() -> str:
@@ -440,3 +441,22 @@ def _count_bucket_padding() -> None:
         return layout
 
     DistributedOptimizer._compute_per_buffer_param_layout = staticmethod(with_padding)
+
+
+def _count_tokens_in_fp32() -> None:
+    """Keep in fp32 what the global load-balancing loss counts: tokens per expert, and micro-batches.
+
+    Both are buffers, which Megatron 0.19.2 turns into bf16 with the rest of the model: counts above 256 are then
+    rounded, and the count of micro-batches stays at 256 for ever. Its own remedy for ``expert_bias`` is extended.
+    """
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    maintain = TopKRouter._maintain_float32_expert_bias
+
+    @functools.wraps(maintain)
+    def with_counts(self: Any) -> None:
+        maintain(self)
+        if self.global_tokens_per_expert is not None and self.global_tokens_per_expert.dtype != torch.float32:
+            self.global_tokens_per_expert, self.ga_steps = self.global_tokens_per_expert.float(), self.ga_steps.float()
+
+    TopKRouter._maintain_float32_expert_bias = with_counts

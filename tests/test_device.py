@@ -89,6 +89,37 @@ def test_token_counts_of_the_dispatcher_become_arrays() -> None:
     assert counts.tolist() == [1, 2] and not torch.is_tensor(counts)
 
 
+def test_counts_of_the_global_load_balancing_loss_are_exact_in_bf16() -> None:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    device.init_single_process()
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=1,
+        num_moe_experts=4,
+        moe_router_topk=2,
+        moe_router_load_balancing_type="global_aux_loss",
+        moe_aux_loss_coeff=0.01,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+    )
+    router = TopKRouter(config, pg_collection=ProcessGroupCollection.use_mpu_process_groups()).bfloat16()
+    router.set_layer_number(1)
+    steps, tokens = 260, 7  # bf16 has no 257
+    counts = torch.zeros(4)
+    for step in range(steps):
+        hidden = torch.randn(tokens, 1, 8, generator=torch.Generator().manual_seed(step)).bfloat16()
+        _, routing_map = router(hidden)
+        counts += routing_map.sum(0)
+    assert router.ga_steps.item() == steps
+    assert router.global_tokens_per_expert.equal(counts) and counts.sum() == steps * tokens * 2
+    router.reset_global_aux_loss_tracker()
+    assert router.ga_steps.item() == 0 and not router.global_tokens_per_expert.any()
+
+
 @pytest.mark.parametrize("decoupled", [True, False], ids=["adamw", "adam"])
 def test_fused_adam_is_torch_adam(decoupled: bool) -> None:
     torch.manual_seed(0)

@@ -98,12 +98,6 @@ def test_dockerfile() -> None:
     assert labels == [megatron_slim.__version__] * 2
 
 
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="no hadolint")
-def test_hadolint() -> None:
-    done = subprocess.run(["hadolint", "-t", "style", "Dockerfile"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-
-
 @pytest.mark.parametrize("path", WITH_DOCTESTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_examples_in_docstrings(path: Path) -> None:
     device.install()
