@@ -77,8 +77,8 @@ class VocabShard:
         """
         torch.softmax(logits.float(), -1, out=out)
         if self.valid:
-            top, column = logits.max(-1, keepdim=True)
-            log_sum = (top.float() - out.gather(-1, column).log_())[:, 0]
+            # The largest of each are at the same column: finding which takes several times as long as finding them.
+            log_sum = logits.amax(-1).float() - out.amax(-1).log_()
         else:
             log_sum = out.new_full(out.shape[:1], -torch.inf)
         return log_sum, torch.logsumexp(self.gather(log_sum), 0)

@@ -9,6 +9,7 @@ equally much.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -148,6 +149,16 @@ def _on_meta() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Tens of thousands of modules, all of which stay: the collector going through them takes a fifth of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@contextlib.contextmanager
 def _world(layout: TrainLayout, rank: int) -> Iterator[None]:
     """Megatron's parallel state as a rank of the whole world sees it."""
     import torch
@@ -188,7 +199,7 @@ def _build_rank(rank: int) -> BuiltRank:
     nothing: Any = None
     run = WithoutWeights(request.student, request.teacher, "teacher-main", nothing, None, _state["teacher_layout"])
     with _world(layout, rank * (layout.gpus // layout.pp)):
-        with _on_meta():
+        with _on_meta(), _without_collection():
             for chunk in range(layout.vpp):
                 at = {"vp_stage": chunk if layout.vpp > 1 else None}
                 first, last = (
