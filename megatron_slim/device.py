@@ -423,6 +423,22 @@ def before_training_steps(hook: Callable[[], None]) -> None:
     training.get_forward_backward_func = with_hook
 
 
+def start_training_at(iteration: int) -> None:
+    """Have a run that finds no checkpoint of its own begin at an iteration: its data, and Megatron's schedules, too."""
+    import megatron.training.training as training
+
+    load = training.load_checkpoint
+
+    @functools.wraps(load)
+    def load_or_start(model: Any, optimizer: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        found, *rest = load(model, optimizer, scheduler, *args, **kwargs)
+        if found == 0 and scheduler is not None:  # as with --skip-train
+            scheduler.step(iteration * training.get_args().global_batch_size)
+        return found or iteration, *rest
+
+    training.load_checkpoint = load_or_start
+
+
 def _count_bucket_padding() -> None:
     """Save the optimizer's buckets with the padding at their end.
 

@@ -97,12 +97,18 @@ class Stage:
         count: stages of the whole schedule.
         name: what a person calls it.
         tokens: that training sees after this pruning; None where the recipe does not say.
+        schedule: tokens of all stages; empty where the recipe leaves those of any out.
     """
 
     number: int
     count: int
     name: str = ""
     tokens: int | None = None
+    schedule: tuple[int, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a plan records it, without what the recipe does not say."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value not in (None, ())}
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,7 @@ class Recipe:
         if self.budget is not None:
             sections["target"] |= _given(dataclasses.asdict(self.budget))
             sections["search"] = self.search.to_dict()
-        stage = {} if self.stage is None else {"stage": _given(dataclasses.asdict(self.stage))}
+        stage = {} if self.stage is None else {"stage": self.stage.to_dict()}
         source = {"source": self.source} if self.source else {}
         return {"version": VERSION, **source, **sections, **stage}
 
@@ -192,6 +198,7 @@ def parse_recipe(document: Any, *, where: str = "recipe") -> Recipe:
         found += _section_violations("stage", Stage, document["stage"])
         if isinstance(document["stage"], Mapping):
             found += [f"stage.{key} is missing" for key in ("number", "count") if key not in document["stage"]]
+            found += [] if found else _schedule_violations(document["stage"])
     if "stages" in document:
         found += [f"{key} and stages exclude one another" for key in ("target", "stage") if key in document]
         found += _stages_violations(document["stages"], document.get("search"))
@@ -231,8 +238,9 @@ def _recipe(sections: Mapping[str, Any]) -> Recipe:
         for name, kind in kinds.items()
         if name in sections
     }
-    if parts.get("stage") and parts["stage"].tokens is not None:
-        parts["stage"] = dataclasses.replace(parts["stage"], tokens=whole_number(parts["stage"].tokens))
+    if stage := parts.get("stage"):
+        tokens = None if stage.tokens is None else whole_number(stage.tokens)
+        parts["stage"] = dataclasses.replace(stage, tokens=tokens, schedule=tuple(stage.schedule))
     budget = parse_budget(sections.get("target", {}))
     search = parse_search(sections.get("search", {})) if budget else Search()
     source = sections.get("source", "")
@@ -243,8 +251,10 @@ def _stage(document: Mapping[str, Any], number: int, count: int, stage: Mapping[
     """A stage with what it leaves out taken from the recipe's own sections, key by key."""
     sections = {name: {**document.get(name, {}), **stage.get(name, {})} for name in (*SECTIONS, "search")}
     own = {key: stage[key] for key in ("name", "tokens") if key in stage}
+    tokens = [whole_number(each["tokens"]) for each in document["stages"] if "tokens" in each]
+    schedule = {"schedule": tokens} if len(tokens) == count else {}
     source = {"source": document["source"]} if "source" in document else {}
-    return _recipe({**sections, **source, "stage": {"number": number, "count": count, **own}})
+    return _recipe({**sections, **source, "stage": {"number": number, "count": count, **own, **schedule}})
 
 
 def _search_violations(search: Any, target: Any) -> list[str]:
@@ -291,6 +301,18 @@ def _stages_violations(stages: Any, search: Any) -> list[str]:
     return found
 
 
+def _schedule_violations(stage: Mapping[str, Any]) -> list[str]:
+    """What does not fit together in the stage that a plan records."""
+    number, count, schedule = stage["number"], stage["count"], stage.get("schedule", [])
+    if number > count:
+        return [f"stage.number {number} is larger than stage.count {count}"]
+    if schedule and (len(schedule) != count or schedule[number - 1] != whole_number(stage.get("tokens"))):
+        return [
+            f"stage.schedule {schedule!r} is not that of {count} stages with {stage.get('tokens')} tokens in this one"
+        ]
+    return []
+
+
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
@@ -330,6 +352,9 @@ def _value_violation(key: str, value: Any) -> str | None:
         return None if isinstance(value, str) else f"{key} {value!r} is not a text"
     if key == "stage.tokens":
         return None if whole_number(value) else f"{key} {value!r} is not a number of tokens (such as 40B, 2.5e9, 1000)"
+    if key == "stage.schedule":
+        good = isinstance(value, list | tuple) and all(type(each) is int and each > 0 for each in value)
+        return None if good else f"{key} {value!r} is not a list of numbers of tokens"
     if key.startswith(("target.", "stage.")) or key == "experts.num_groups":
         return None if type(value) is int and value > 0 else f"{key} {value!r} is not a positive integer"
     if key == "experts.preserve":

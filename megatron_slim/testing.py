@@ -10,7 +10,7 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from megatron_slim import device
 from megatron_slim.architecture.shape import FAMILIES, ModelShape, lacking, layer_pattern, shape_to_hf_config
 from megatron_slim.architecture.table import hf_tensors
 from megatron_slim.checkpoint.huggingface_writer import specs_of, write_hf_checkpoint
@@ -206,3 +207,15 @@ def _kill(ranks: list[BaseProcess]) -> None:
                     child.kill()
             process.kill()
         process.join()
+
+
+def write_tokens(prefix: Path, documents: Iterable[Any]) -> None:
+    """A data set of Megatron's, by its own writer, with a document for every array of token ids."""
+    device.install()
+    import numpy as np
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    for tokens in documents:
+        builder.add_document(torch.as_tensor(tokens), [len(tokens)])
+    builder.finalize(f"{prefix}.idx")

@@ -229,11 +229,16 @@ experts: {importance: reap}
 def test_a_stage_takes_from_the_recipe_what_it_leaves_out(tmp_path: Path) -> None:
     recipe = load(SCHEDULE, tmp_path)
     first, second = select_stage(recipe, 1), select_stage(recipe, 2)
-    assert first == Recipe(
-        Target(num_layers=42), experts=Experts(importance="reap"), stage=Stage(1, 2, "depth", 40_000_000_000)
-    )
-    assert second.experts == Experts("merge", "reap") and second.stage == Stage(2, 2, "", 360_000_000_000)
-    assert all(parse_recipe(stage.to_dict()) == stage for stage in recipe.stages)
+    schedule = (40_000_000_000, 360_000_000_000)
+    stage = Stage(1, 2, "depth", schedule[0], schedule)
+    assert first == Recipe(Target(num_layers=42), experts=Experts(importance="reap"), stage=stage)
+    assert second.experts == Experts("merge", "reap") and second.stage == Stage(2, 2, "", schedule[1], schedule)
+    assert all(parse_recipe(json.loads(json.dumps(stage.to_dict()))) == stage for stage in recipe.stages)
+
+
+def test_a_schedule_of_which_one_stage_has_no_tokens_is_not_recorded(tmp_path: Path) -> None:
+    recipe = load(SCHEDULE.replace("tokens: 3.6e11", "name: rest"), tmp_path)
+    assert [stage.stage for stage in recipe.stages] == [Stage(1, 2, "depth", 40_000_000_000), Stage(2, 2, "rest")]
 
 
 @pytest.mark.parametrize("number", [None, 3])
@@ -256,6 +261,10 @@ BAD_STAGES = {
     "target: {}\nstages: [{target: {}}]": "target and stages exclude one another",
     "target: {}\nstage: 5": "stage 5 is not a mapping",
     "target: {}\nstage: {number: 1}": "stage.count is missing",
+    "target: {}\nstage: {number: 3, count: 2}": "stage.number 3 is larger than stage.count 2",
+    "target: {}\nstage: {number: 1, count: 2, schedule: 4B}": "stage.schedule '4B' is not a list of numbers of tokens",
+    "target: {}\nstage: {number: 1, count: 2, tokens: 5, schedule: [6, 5]}": "stage.schedule [6, 5] is not that of 2",
+    "target: {}\nstage: {number: 1, count: 2, tokens: 5, schedule: [5]}": "stage.schedule [5] is not that of 2 stages",
     "stages: [{tokens: 1B}]": "stage 1: target is missing",
     "stages: [{target: {}, token: 1B}]": "stage 1: unknown key token (did you mean 'tokens'?)",
     "stages: [{target: {}, tokens: 40 B}]": "stage 1: tokens '40 B' is not a number of tokens",

@@ -63,7 +63,16 @@ LAUNCHER=${LAUNCHER:-$([[ -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]] && ec
 SEQ_LENGTH=${SEQ_LENGTH:-4096}
 MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-1}
 GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-1024}
+# PROGRESSIVE=1: the student is that of a stage of a recipe, and takes its part in the one schedule of all stages, whose
+# length follows from the recipe's tokens.
+PROGRESSIVE=${PROGRESSIVE:-0}
+length_args=(--progressive-schedule ${TRAIN_ITERS:+--train-iters "$TRAIN_ITERS"})
 TRAIN_ITERS=${TRAIN_ITERS:-95368}
+case $PROGRESSIVE in
+  0) length_args=(--train-iters "$TRAIN_ITERS") ;;
+  1) ;;
+  *) fail "PROGRESSIVE=$PROGRESSIVE: it is 0 or 1" ;;
+esac
 LR=${LR:-4e-4}
 MIN_LR=${MIN_LR:-3e-5}
 LR_WARMUP_ITERS=${LR_WARMUP_ITERS:-2000}
@@ -92,7 +101,7 @@ args=(
   --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --expert-model-parallel-size "$EP"
   --use-distributed-optimizer
   --seq-length "$SEQ_LENGTH" --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE"
-  --train-iters "$TRAIN_ITERS" --lr "$LR" --min-lr "$MIN_LR" --lr-warmup-iters "$LR_WARMUP_ITERS"
+  "${length_args[@]}" --lr "$LR" --min-lr "$MIN_LR" --lr-warmup-iters "$LR_WARMUP_ITERS"
   --lr-decay-style cosine --clip-grad 1.0
   --save "$SAVE" --load "$SAVE" --save-interval "$SAVE_INTERVAL" --tensorboard-dir "$SAVE/tensorboard"
   --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" --log-interval "$LOG_INTERVAL"

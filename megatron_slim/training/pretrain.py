@@ -37,7 +37,7 @@ from megatron_slim.checkpoint.distributed_writer import HF_DIR
 from megatron_slim.checkpoint.huggingface import read_config
 from megatron_slim.checkpoint.huggingface_writer import carry_files
 from megatron_slim.checkpoint.loading import load_hf_weights
-from megatron_slim.cli import exit_at_once
+from megatron_slim.cli import exit_at_once, say
 from megatron_slim.distillation.divergences import KDLoss
 from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine, gradients_of_total
 from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel
@@ -49,7 +49,8 @@ from megatron_slim.training.data import Batch, build_datasets, next_batch
 from megatron_slim.training.finite import FiniteWatch
 from megatron_slim.training.hidden_kd import HiddenLog, check_stages, hidden_lesson
 from megatron_slim.training.missing_libraries import library_note
-from megatron_slim.training.run_log import RunLog, run_constants, schedule_stage
+from megatron_slim.training.progressive import find_place, is_done, stage_of
+from megatron_slim.training.run_log import RunLog, run_constants
 from megatron_slim.training.slim_arguments import MEGATRON_HELP, TOP_K, add_slim_arguments, loss_schedules, now
 from megatron_slim.training.stage_layout import plan_stages
 from megatron_slim.training.teacher_ahead import TeacherAhead, check_host_memory, held_bytes
@@ -312,19 +313,27 @@ def main(argv: list[str]) -> None:
     source = shape_directory(argv)
     shape = install_argv(argv)
     parsed = parse_args(add_slim_arguments)
+    stage = stage_of(parsed.pretrained_checkpoint)
+    place = find_place(stage, parsed)
     teacher = check_run(shape, parsed)
+    if place is not None:
+        if is_done(place, parsed.load):
+            if parsed.rank == 0:
+                say(f"{parsed.load}: this stage is done, at iteration {place.stop}")
+            return
+        sys.argv[1:] = place.command_line(sys.argv[1:])
+        device.start_training_at(place.start)
     if parsed.rank == 0 and (note := library_note()) is not None:
         print(note, file=sys.stderr, flush=True)
     target = _mtp_kd_target(shape, teacher, parsed)
     runs_mtp = target == TEACHER_MTP and shape.mtp_num_layers > 0
     layout = plan_stages(shape, teacher, parsed, teacher_runs_mtp=runs_mtp)
-    stage = schedule_stage(parsed.pretrained_checkpoint)
     if parsed.rank == 0 and parsed.pipeline_model_parallel_size > 1:
         print(layout.table(), flush=True)
     sys.argv[1:] = layout.command_line(sys.argv[1:])
     check_stages(parsed.hidden_kd_layers, layout.stages)
     args = _validated_arguments()
-    constants = run_constants(shape, teacher, args, teacher_runs_mtp=runs_mtp, stage=stage)
+    constants = run_constants(shape, teacher, args, teacher_runs_mtp=runs_mtp, stage=stage, place=place)
     log = RunLog(shape, _loss_weights, constants)
     hidden_log = HiddenLog(args.hidden_kd_layers)
     run = Run(shape, teacher, target, log, _own_start(args), layout.teacher, hidden_log=hidden_log)

@@ -40,10 +40,13 @@ class RunConstants:
         chunks: virtual stages of a rank.
         layers: decoder layers of the student, before the MTP blocks in what is counted per layer.
         seq_length: tokens of a sample.
-        iterations: of the whole run.
+        iterations: number of the run's last.
         flops: operations per token of a training step by model, ``student`` and ``teacher``, without recomputation.
         peaks: operations per second of a GPU by model; without an entry there is no utilisation.
-        stage: the stage of a progressive schedule that the run is, in words; and its tokens, where a recipe gives them.
+        stage: the stage of a progressive schedule that the run is, in words.
+        stage_tokens: its tokens, where a recipe gives them.
+        start: iterations of the stages before it, where they are counted on.
+        tokens_before: their tokens.
     """
 
     ranks: int
@@ -56,6 +59,8 @@ class RunConstants:
     peaks: Mapping[str, float] = field(default_factory=dict)
     stage: str = ""
     stage_tokens: int | None = None
+    start: int = 0
+    tokens_before: int = 0
 
 
 @dataclass(frozen=True)
@@ -201,13 +206,14 @@ def losses(interval: Interval) -> Figures:
 def progress(run: RunConstants, done: Progress) -> Figures:
     """Part of the run, tokens, elapsed and remaining time."""
     tokens = done.samples * run.seq_length
-    found = {"progress/fraction": done.iteration / run.iterations, "progress/tokens": float(tokens)}
+    fraction = (done.iteration - run.start) / (run.iterations - run.start)
+    found = {"progress/fraction": fraction, "progress/tokens": float(tokens)}
     found["progress/elapsed_seconds"] = done.elapsed
     remaining = done.remaining(run.iterations)
     if remaining is not None:
         found["progress/remaining_seconds"] = remaining
     if run.stage_tokens:
-        found["progress/fraction_of_stage_tokens"] = tokens / run.stage_tokens
+        found["progress/fraction_of_stage_tokens"] = (tokens - run.tokens_before) / run.stage_tokens
     return found
 
 
@@ -235,7 +241,7 @@ def line(run: RunConstants, found: Mapping[str, float], done: Progress) -> str:
 
 
 def _parts(run: RunConstants, found: Mapping[str, float], done: Progress) -> Iterator[str]:
-    tokens = amount(done.samples * run.seq_length)
+    tokens = amount(done.samples * run.seq_length - run.tokens_before)
     of = "" if run.stage_tokens is None else f" of {amount(run.stage_tokens)}"
     name = f" ({run.stage})" if run.stage else ""
     yield f"slim {done.iteration}/{run.iterations} ({found['progress/fraction']:.1%}){name}"

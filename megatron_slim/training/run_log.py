@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +23,9 @@ from megatron_slim.architecture.gpus import peak_flops
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.distillation.losses import LossWeights
 from megatron_slim.distillation.model import DistillationModel
-from megatron_slim.files import read_json
-from megatron_slim.pruning.pipeline import PLAN
-from megatron_slim.recipe import Stage, parse_recipe
+from megatron_slim.recipe import Stage
 from megatron_slim.training.meters import ExpertCounter, LossSums, StageClock, weights_of_terms
+from megatron_slim.training.progressive import Place
 from megatron_slim.training.run_figures import KINDS, Interval, Progress, RunConstants, figures, line
 from megatron_slim.training.stage_layout import kernels_of
 from megatron_slim.training.teacher_config import teacher_recipe
@@ -56,18 +54,14 @@ def logging_violations(args: Any) -> list[str]:
     return found
 
 
-def schedule_stage(checkpoint: str | None) -> Stage | None:
-    """The stage of a progressive schedule whose pruning made the checkpoint that a run starts from."""
-    plan = None if checkpoint is None else Path(checkpoint) / PLAN
-    if plan is None or not plan.is_file():
-        return None
-    document = read_json(plan)
-    where = f"{plan}: recipe"
-    return parse_recipe(document.get("recipe") if isinstance(document, dict) else None, where=where).stage
-
-
 def run_constants(
-    shape: ModelShape, teacher: ModelShape | None, args: Any, *, teacher_runs_mtp: bool, stage: Stage | None = None
+    shape: ModelShape,
+    teacher: ModelShape | None,
+    args: Any,
+    *,
+    teacher_runs_mtp: bool,
+    stage: Stage | None = None,
+    place: Place | None = None,
 ) -> RunConstants:
     """What the figures of a run are relative to; ``args`` are Megatron's, validated."""
     kernels, device = kernels_of(args), torch.cuda.get_device_name()
@@ -90,11 +84,13 @@ def run_constants(
         chunks=args.virtual_pipeline_model_parallel_size or 1,
         layers=shape.num_layers,
         seq_length=args.seq_length,
-        iterations=args.train_iters,
+        iterations=args.train_iters if place is None else place.stop,
         flops=flops,
         peaks=peaks,
         stage="" if stage is None else f"stage {stage.number} of {stage.count}{stage.name and f', {stage.name}'}",
         stage_tokens=None if stage is None else stage.tokens,
+        start=0 if place is None else place.start,
+        tokens_before=0 if place is None else place.tokens_before,
     )
 
 

@@ -37,6 +37,13 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="Directory whose config.json gives the model's shape. Default: that of --load if there is a checkpoint, "
         "else that of --pretrained-checkpoint.",
     )
+    group.add_argument(
+        "--progressive-schedule",
+        action="store_true",
+        help="The student is that of a stage of a recipe: begin at the iteration at which the stages before it ended, "
+        "and end when its own tokens are done. --train-iters, schedules and the order of the data are those of all "
+        "stages. Default: a run of its own.",
+    )
     _add_teacher(group)
     _add_losses(group)
     _add_hidden_states(group)

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ import psutil
 import pytest
 
 from megatron_slim.files import to_json
-from megatron_slim.testing import tiny_hf_config, tiny_shape
+from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples/slimqwen/pretrain_distill.sh"
@@ -192,16 +191,6 @@ def test_storage_that_is_not_shared(tmp_path: Path) -> None:
     assert done.returncode == 2 and "SAVE must be on shared storage" in done.stderr
 
 
-def write_data(prefix: Path) -> None:
-    """400 documents of 33 tokens, as Megatron lays them out."""
-    documents, tokens = 400, np.random.default_rng(0).integers(0, 96, (400, 33)).astype(np.int32)
-    tokens.tofile(f"{prefix}.bin")
-    head = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 4, documents, documents + 1)
-    lengths, starts = np.full(documents, 33, np.int32), np.arange(documents, dtype=np.int64) * 132
-    boundaries = np.arange(documents + 1, dtype=np.int64)
-    Path(f"{prefix}.idx").write_bytes(head + lengths.tobytes() + starts.tobytes() + boundaries.tobytes())
-
-
 @contextlib.contextmanager
 def submitted(slurm: dict[str, str], tmp_path: Path, *arguments: str, **more: str) -> Iterator[subprocess.Popen[bytes]]:
     """A job of two nodes with one rank each; nothing of it is left afterwards."""
@@ -209,7 +198,7 @@ def submitted(slurm: dict[str, str], tmp_path: Path, *arguments: str, **more: st
     model.mkdir()
     shape = tiny_shape(num_layers=1, layer_types=("full_attention",), mtp_num_layers=0, hidden_size=32, vocab_size=96)
     (model / "config.json").write_text(to_json(tiny_hf_config(shape)))
-    write_data(tmp_path / "data")
+    write_tokens(tmp_path / "data", np.random.default_rng(0).integers(0, 96, (400, 33)))
     small = {
         "SEQ_LENGTH": "32",
         "GLOBAL_BATCH_SIZE": "2",

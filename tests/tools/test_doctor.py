@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_slim.doctor import machine
-from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
+from megatron_slim.testing import tiny_shape, write_tiny_checkpoint, write_tokens
 
 Doctor = Callable[..., tuple[int, dict[str, dict[str, str]]]]
 
@@ -162,21 +162,12 @@ def work(tmp_path: Path, tiny_release: Path) -> Path:
     """A student, a teacher with another vocabulary, data, and the directory of a run with one checkpoint."""
     write_tiny_checkpoint(tmp_path / "student", tiny_shape())
     write_tiny_checkpoint(tmp_path / "teacher", tiny_shape())
-    write_data(tmp_path / "data", np.arange(66))
+    write_tokens(tmp_path / "data", [np.arange(66)])
     run = tmp_path / "run"
     shutil.copytree(tiny_release.parent, run)
     (run / "release").rename(run / "iter_0000007")
     (run / "latest_checkpointed_iteration.txt").write_text("7")
     return tmp_path
-
-
-def write_data(prefix: Path, tokens: Any) -> None:
-    from megatron_slim.data import _HEADER, _MAGIC
-
-    tokens.astype(np.int32).tofile(f"{prefix}.bin")
-    numbers = [np.array([len(tokens)], np.int32), np.array([0], np.int64), np.array([0, 1], np.int64)]
-    head = _HEADER.pack(_MAGIC, 1, 4, 1, 2)
-    Path(f"{prefix}.idx").write_bytes(head + b"".join(array.tobytes() for array in numbers))
 
 
 def given(work: Path) -> list[object]:
@@ -204,7 +195,7 @@ def cut_data(work: Path) -> None:
 
 
 def large_ids(work: Path) -> None:
-    write_data(work / "data", np.arange(200, 266))
+    write_tokens(work / "data", [np.arange(200, 266)])
 
 
 def tear_tracker(work: Path) -> None:

@@ -25,14 +25,11 @@ from megatron_slim.architecture.flops import TORCH, student_work, teacher_work  
 from megatron_slim.architecture.layer_specs import build_model, transformer_config  # noqa: E402
 from megatron_slim.distillation.losses import LossWeights  # noqa: E402
 from megatron_slim.distillation.model import TEACHER_MTP, DistillationModel, HiddenStatesModel  # noqa: E402
-from megatron_slim.errors import SlimError  # noqa: E402
-from megatron_slim.files import to_json  # noqa: E402
-from megatron_slim.recipe import Stage  # noqa: E402
 from megatron_slim.testing import run_distributed, tiny_shape  # noqa: E402
 from megatron_slim.training import meters, pretrain, run_log  # noqa: E402
 from megatron_slim.training.meters import StageClock, weights_of_terms  # noqa: E402
 from megatron_slim.training.run_figures import BACKWARD, KINDS, LOSSES, STUDENT, TEACHER, TERMS  # noqa: E402
-from megatron_slim.training.run_log import RunLog, logging_violations, run_constants, schedule_stage  # noqa: E402
+from megatron_slim.training.run_log import RunLog, logging_violations, run_constants  # noqa: E402
 from tests.training.conftest import SIZES, Workplace, read_scalars, write_to  # noqa: E402
 
 # Six steps in three intervals, validated and recomputed in between.
@@ -417,17 +414,6 @@ def test_arguments_of_the_log() -> None:
         "--wandb-project needs --tensorboard-dir",
         "--wandb-project needs --wandb-save-dir or --save, where its files go",
     ]
-
-
-def test_the_stage_of_a_schedule_comes_from_its_plan(tmp_path: Path) -> None:
-    assert schedule_stage(None) is None and schedule_stage(str(tmp_path)) is None
-    stage = {"number": 2, "count": 3, "name": "rest", "tokens": 9}
-    recipe = {"version": 1, "target": {"num_layers": 4}, "stage": stage}
-    (tmp_path / "plan.json").write_text(to_json({"recipe": recipe}))
-    assert schedule_stage(str(tmp_path)) == Stage(**stage)
-    (tmp_path / "plan.json").write_text("[]")
-    with pytest.raises(SlimError, match=r"plan\.json: recipe: a recipe is a mapping"):
-        schedule_stage(str(tmp_path))
 
 
 def test_weights_are_those_of_the_loss() -> None:
