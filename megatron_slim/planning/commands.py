@@ -135,6 +135,7 @@ def _job(args: argparse.Namespace) -> tuple[Models, Job, int, list[str]]:
         precision=args.precision,
         kd_loss=args.kd_loss,
         loss_chunk=args.loss_chunk_size,
+        progressive=models.progressive and args.tokens is None,
     )
     return models, Job(models.student, models.teacher, settings, args.gpus, gpu, assumed), tokens, notes
 

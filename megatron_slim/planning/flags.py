@@ -28,7 +28,7 @@ def variables(layout: TrainLayout, settings: Settings, tokens: int, per_node: in
         "SEQ_LENGTH": settings.seq_length,
         "MICRO_BATCH_SIZE": layout.micro_batch,
         "GLOBAL_BATCH_SIZE": settings.global_batch,
-        "TRAIN_ITERS": iterations(settings, tokens),
+        **({"PROGRESSIVE": 1} if settings.progressive else {"TRAIN_ITERS": iterations(settings, tokens)}),
         "PRECISION": settings.precision,
     }
     return {name: str(value) for name, value in found.items()}

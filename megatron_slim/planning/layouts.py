@@ -29,6 +29,7 @@ class Settings:
         kd_loss: as ``--kd-loss``.
         loss_chunk: tokens whose logits are in memory at once.
         kernels: how attention and delta rule are computed.
+        progressive: whether it is a stage's part in a schedule whose length the student's plan knows.
     """
 
     seq_length: int = 4096
@@ -37,6 +38,7 @@ class Settings:
     kd_loss: str = "forward-kl"
     loss_chunk: int = 1024
     kernels: Kernels = FUSED
+    progressive: bool = False
 
     @property
     def width(self) -> int:

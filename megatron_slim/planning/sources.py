@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_slim.architecture.published import MODELS
 from megatron_slim.architecture.shape import ModelShape
@@ -25,6 +26,7 @@ class Models:
         source: what the student is pruned from; None where nothing says.
         tokens: that the recipe wants trained; None where it does not say.
         notes: what was assumed on the way.
+        progressive: whether that is a stage's part in a schedule of known length.
     """
 
     student: ModelShape
@@ -32,6 +34,7 @@ class Models:
     source: ModelShape | None
     tokens: int | None = None
     notes: tuple[str, ...] = ()
+    progressive: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,7 @@ def find_models(asked: Asked) -> Models:
     """
     if asked.plan is not None:
         plan = load_plan(asked.plan)
-        tokens = plan.recipe.stage.tokens if plan.recipe.stage else None
-        found = Models(plan.target_shape, plan.source_shape, plan.source_shape, tokens)
+        found = Models(plan.target_shape, plan.source_shape, plan.source_shape, **_length(plan.recipe))
     elif asked.recipe is not None:
         found = _of_recipe(asked.recipe, asked)
     else:
@@ -69,7 +71,12 @@ def find_models(asked: Asked) -> Models:
         raise SlimError("nothing says what the teacher is", fix=fix)
     if teacher is not None and teacher.vocab_size != found.student.vocab_size:
         raise SlimError(f"teacher: vocabulary {teacher.vocab_size}, the student has {found.student.vocab_size}")
-    return Models(found.student, teacher, found.source, found.tokens, found.notes)
+    return replace(found, teacher=teacher)
+
+
+def _length(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says of how long training is."""
+    return {} if recipe.stage is None else {"tokens": recipe.stage.tokens, "progressive": bool(recipe.stage.schedule)}
 
 
 def _read(directory: Path) -> ModelShape:
@@ -91,8 +98,7 @@ def _of_recipe(file: Path, asked: Asked) -> Models:
         before = pruned
         pruned, more = _pruned(step, before, file)
         notes += more
-    tokens = recipe.stage.tokens if recipe.stage else None
-    return Models(pruned, source, before, tokens, tuple(notes))
+    return Models(pruned, source, before, notes=tuple(notes), **_length(recipe))
 
 
 def _source(recipe: Recipe, file: Path, teacher_config: Path | None) -> tuple[str, ModelShape]:

@@ -62,6 +62,15 @@ def test_a_stage_prunes_what_the_one_before_left(tmp_path: Path) -> None:
     assert (found.student.num_layers, found.source.num_layers, found.teacher.num_layers) == (36, 42, 48)
 
 
+def test_a_stage_is_pasted_as_its_part_of_the_whole_schedule(tool: Any) -> None:
+    recipe = RECIPES / "qwen3_next_80a3b_to_23a2b_depth_first.yaml"
+    given = (TOOL, "--recipe", recipe, "--stage", 2, "--gpus", 256, *NARROW, "--json")
+    for more, expected in (((), {"PROGRESSIVE": "1"}), (("--tokens", "1B"), {"TRAIN_ITERS": "239"})):
+        (entry,) = tool(*given, *more).json["ranked"]
+        names = ("PROGRESSIVE", "TRAIN_ITERS")
+        assert {name: entry["variables"][name] for name in names if name in entry["variables"]} == expected
+
+
 def test_a_recipe_without_a_source(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("version: 1\ntarget: {num_layers: 2}\n")
