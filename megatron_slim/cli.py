@@ -12,7 +12,7 @@ import select
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import monotonic
 from types import FrameType
@@ -227,15 +227,24 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Pass ``items`` through with a progress bar on standard error; silent when that is no terminal."""
-    if not sys.stderr.isatty():
-        yield from items
-        return
-    from rich.console import Console
-    from rich.progress import track
+def progress(items: Sequence[T], description: str) -> Iterator[T]:
+    """Pass ``items`` through, and tell how far it is on standard error.
 
-    yield from track(items, description, total=total, console=Console(stderr=True), transient=True)
+    A bar on a terminal; elsewhere, as in the log of a batch job, a line after an item, at most every half minute.
+    """
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import track
+
+        yield from track(items, description, console=Console(stderr=True), transient=True)
+        return
+    started = said = monotonic()
+    for number, item in enumerate(items):
+        now = monotonic()
+        if number and now - said >= _LINE_SECONDS:
+            said, left = now, (len(items) - number) * (now - started) / number
+            say(f"{description}: {number} of {len(items)}, {duration(left)} left")
+        yield item
 
 
 @contextlib.contextmanager

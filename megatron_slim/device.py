@@ -1,8 +1,8 @@
 """The CPU seam: all that lets Megatron-Core run without a GPU, and the only place that patches a library.
 
-On a machine with CUDA `install` only mends three faults of Megatron (the dataset helpers, the padding of buckets and
-the precision of the router's counters), and fills in for flash-linear-attention and for a fused Adam where these are
-not installed.
+On a machine with CUDA `install` only mends four faults of Megatron (the dataset helpers, the padding of buckets, the
+precision of the router's counters, and going on with another learning rate), and fills in for flash-linear-attention
+and for a fused Adam where these are not installed.
 Without CUDA the word "cuda" comes to mean the CPU for the whole process: tensor factories, ``.cuda()`` and ``.to()``,
 the CUDA generator, streams and events. The real Megatron-Core modules then run, over gloo; only kernels differ.
 """
@@ -38,7 +38,7 @@ _installed = False
 def install() -> None:
     """Make this process able to run Megatron-Core; call it before anything of ``megatron`` is imported.
 
-    Idempotent. Where CUDA is available only Megatron's three faults and what is not installed are touched.
+    Idempotent. Where CUDA is available only Megatron's four faults and what is not installed are touched.
     """
     global _installed
     if _installed:
@@ -61,6 +61,7 @@ def install() -> None:
     _use_built_dataset_helpers()
     _count_bucket_padding()
     _count_tokens_in_fp32()
+    _override_learning_rates()
 
 
 def backend() -> str:
@@ -476,3 +477,26 @@ def _count_tokens_in_fp32() -> None:
             self.global_tokens_per_expert, self.ga_steps = self.global_tokens_per_expert.float(), self.ga_steps.float()
 
     TopKRouter._maintain_float32_expert_bias = with_counts
+
+
+def _override_learning_rates() -> None:
+    """Let ``--override-opt_param-scheduler`` change learning rates too, as Megatron says it does.
+
+    Megatron 0.19.2 finds a saved group of parameters by its learning rates, among others: with new ones it finds none,
+    a KeyError.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    load = DistributedOptimizer.load_state_dict
+
+    @functools.wraps(load)
+    def with_given(self: Any, state_dict: Any) -> None:
+        from megatron.training import get_args
+
+        given = [{key: group.get(key) for key in ("max_lr", "min_lr")} for group in self.optimizer.param_groups]
+        if get_args().override_opt_param_scheduler and all(rates == given[0] for rates in given):
+            for saved in state_dict["optimizer"]["param_groups"]:
+                saved |= given[0]
+        load(self, state_dict)
+
+    DistributedOptimizer.load_state_dict = with_given

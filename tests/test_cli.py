@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from megatron_slim import cli
-from megatron_slim.cli import byte_progress, run_tool
+from megatron_slim.cli import byte_progress, progress, run_tool
 from megatron_slim.errors import SlimError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -212,6 +212,18 @@ def test_progress_in_a_log_is_a_line_every_half_minute(
     assert capsys.readouterr().err.splitlines() == [
         "writing: 18.3 of 163.0 GB, 0.61 GB/s, 4 min left",
         "writing: 36.6 of 163.0 GB, 0.61 GB/s, 3 min left",
+    ]
+
+
+def test_progress_of_items_in_a_log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = 1000.0
+    monkeypatch.setattr(cli, "monotonic", lambda: now)
+    for number in progress(range(8), "blocks"):
+        now += 12.0 + number
+    assert capsys.readouterr().err.splitlines() == [
+        "blocks: 3 of 8, 1 min left",
+        "blocks: 5 of 8, 42 s left",
+        "blocks: 7 of 8, 15 s left",
     ]
 
 

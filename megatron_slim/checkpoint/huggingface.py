@@ -165,3 +165,15 @@ def _check_against_table(entries: Mapping[str, Entry], shape: ModelShape, path: 
         raise CheckpointError(
             "; ".join(found), where=str(path), fix="the checkpoint and its config.json do not belong together"
         )
+
+
+def read_shape(directory: Path) -> ModelShape:
+    """Shape of the model that a config.json describes.
+
+    Where tensors lie beside it their names tell whether there is an MTP block, because published files do not say.
+    """
+    if any((directory / name).exists() for name in (INDEX, SINGLE)):
+        return HFCheckpoint.open(directory).shape
+    config = read_config(directory)
+    depth = config.get("num_nextn_predict_layers", 0)
+    return shape_from_hf_config(config, mtp_num_layers=depth, where=str(directory / CONFIG))

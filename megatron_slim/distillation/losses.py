@@ -22,6 +22,9 @@ def shift(values: Tensor, depth: int) -> Tensor:
     return torch.nn.functional.pad(values[..., depth:], (0, depth))
 
 
+KD_LAMBDA, MTP_BETA = "kd lambda", "mtp beta"  # in the log, beside the terms
+
+
 @dataclass(frozen=True)
 class TokenLosses:
     """Loss terms of every token, each [b, s] in fp32; the ``mtp_*`` have one entry per MTP depth."""
@@ -146,9 +149,9 @@ def combine(
     report |= {name: (value.detach(), tokens) for name, value in terms.items()}
     one = tokens.new_ones(())
     if has_teacher:
-        report["kd lambda"] = (one * kd_lambda, one)
+        report[KD_LAMBDA] = (one * kd_lambda, one)
     if losses.mtp_lm:
-        report["mtp beta"] = (one * weights.mtp_beta, one)
+        report[MTP_BETA] = (one * weights.mtp_beta, one)
     return total, tokens, report
 
 

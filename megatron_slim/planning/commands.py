@@ -84,7 +84,7 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
     models, job, tokens, notes = _job(args)
     wanted = Wanted(args.tp, args.pp, args.vpp, args.ep, args.micro_batch_size, args.recompute)
     search = Search(job)
-    found = search.run(wanted, lambda layouts: progress(layouts, "layouts"))
+    found = search.run(wanted, lambda layouts: progress(list(layouts), "layouts"))
     built = _build(found, job, min(args.build, args.top))
     if not found.ranked:
         raise _nothing(found, job)

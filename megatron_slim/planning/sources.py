@@ -80,7 +80,7 @@ def _length(recipe: Recipe) -> dict[str, Any]:
 
 
 def _read(directory: Path) -> ModelShape:
-    from megatron_slim.training.arguments import read_shape
+    from megatron_slim.checkpoint.huggingface import read_shape
 
     return read_shape(directory)
 

@@ -16,9 +16,9 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 
 from megatron_slim.architecture.layer_specs import shape_config_fields
-from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.distributed_writer import HF_DIR
-from megatron_slim.checkpoint.huggingface import CONFIG, INDEX, SINGLE, HFCheckpoint, read_config
+from megatron_slim.checkpoint.huggingface import read_shape
 from megatron_slim.cli import ToolParser
 from megatron_slim.errors import SlimError
 
@@ -41,18 +41,6 @@ def shape_directory(argv: list[str]) -> Path:
     if known.pretrained_checkpoint is not None:
         return Path(known.pretrained_checkpoint)
     raise SlimError("no model shape", fix="give --hf-config, --pretrained-checkpoint or --load with a checkpoint in it")
-
-
-def read_shape(directory: Path) -> ModelShape:
-    """Shape of the model that a config.json describes.
-
-    Where tensors lie beside it their names tell whether there is an MTP block, because published files do not say.
-    """
-    if any((directory / name).exists() for name in (INDEX, SINGLE)):
-        return HFCheckpoint.open(directory).shape
-    config = read_config(directory)
-    depth = config.get("num_nextn_predict_layers", 0)
-    return shape_from_hf_config(config, mtp_num_layers=depth, where=str(directory / CONFIG))
 
 
 # Fields of Megatron's config whose flags have other names.

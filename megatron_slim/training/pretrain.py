@@ -39,7 +39,7 @@ from megatron_slim.checkpoint.huggingface_writer import carry_files
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.cli import exit_at_once, say
 from megatron_slim.distillation.divergences import KDLoss
-from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine, gradients_of_total
+from megatron_slim.distillation.losses import KD_LAMBDA, MTP_BETA, LossWeights, TokenLosses, combine, gradients_of_total
 from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel
 from megatron_slim.errors import EXIT_USER_ERROR, CheckpointError, SlimError
 from megatron_slim.files import new_directory, to_json, write_atomic
@@ -50,6 +50,7 @@ from megatron_slim.training.finite import FiniteWatch
 from megatron_slim.training.hidden_kd import HiddenLog, check_stages, hidden_lesson
 from megatron_slim.training.missing_libraries import library_note
 from megatron_slim.training.progressive import find_place, is_done, stage_of
+from megatron_slim.training.resume import SAME_LAYOUT, why_not_going_on
 from megatron_slim.training.run_log import RunLog, run_constants
 from megatron_slim.training.slim_arguments import MEGATRON_HELP, TOP_K, add_slim_arguments, loss_schedules, now
 from megatron_slim.training.stage_layout import plan_stages
@@ -209,7 +210,9 @@ class Run:
         for name, (value, _) in report.items():
             self.watch.add("loss", f"{label}{name}", vp_stage, value)
         logged = {name: torch.stack(pair) for name, pair in report.items()}
-        if not label:
+        if label:  # after which Megatron tells a perplexity of everything
+            logged = {name: value for name, value in logged.items() if name not in (KD_LAMBDA, MTP_BETA)}
+        else:
             self.log.losses.add(logged)
         if self.hidden_log.pairs and not label:
             logged |= self.hidden_log.report(tokens)
@@ -360,9 +363,11 @@ def main(argv: list[str]) -> None:
         reasons = [reason for reason, _ in error.failures.values()]
         if not all(isinstance(reason, CheckpointingException) for reason in reasons):
             raise
-        fix = "the optimizer goes on in the layout it was saved in, or with --dist-ckpt-optim-fully-reshardable (given "
-        fix += "when it was saved) in any; --no-load-optim starts it afresh"
-        raise CheckpointError(f"refused by Megatron: {reasons[0]}", fix=fix) from None
+        raise CheckpointError(f"refused by Megatron: {reasons[0]}", fix=SAME_LAYOUT) from None
+    except (AssertionError, KeyError, RuntimeError) as error:  # likewise, if it is about going on
+        if (refusal := why_not_going_on(error)) is None:
+            raise
+        raise refusal from None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from pathlib import Path
 
 from megatron_slim.checkpoint.distributed import iteration_directory
@@ -19,6 +20,31 @@ from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.files import write_atomic
 
 SECONDS_FOR_RANK_0 = 60.0  # to mend, and for a shared file system to show it
+
+
+SAME_LAYOUT = (
+    "the optimizer goes on in the layout it was saved in, or with --dist-ckpt-optim-fully-reshardable (given when it "
+    "was saved) in any; --no-load-optim starts it afresh"
+)
+OVERRIDE = "--override-opt_param-scheduler"
+
+
+def why_not_going_on(error: Exception) -> CheckpointError | None:
+    """What Megatron means when it cannot go on with a checkpoint of another schedule or layout; None if it is not that.
+
+    It finds out while it loads, on all ranks alike.
+    """
+    text = str(error)
+    if "mismatch after resume" in text:
+        sizes = text.split(" after resume ")[-1].split(":")[0]
+        return CheckpointError(f"saved with other tensor or pipeline parallel sizes {sizes}", fix=SAME_LAYOUT)
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    of_groups = isinstance(error, KeyError) and last.name == "load_state_dict" and "optimizer" in last.filename
+    if not of_groups and not text.startswith("OptimizerParamScheduler: "):
+        return None
+    what = "--lr, --min-lr or weight decay" if of_groups else text.split(" for ")[-1].removesuffix(" do not match")
+    fix = f"give those it was saved with, or {OVERRIDE} to go on with the new ones"
+    return CheckpointError(f"saved with another schedule: {what}", fix=fix)
 
 
 def faults_of(directory: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -23,7 +24,7 @@ from megatron_slim.planning.hardware import GPUS  # noqa: E402
 from megatron_slim.planning.layouts import Settings, TrainLayout  # noqa: E402
 from megatron_slim.planning.memory import rank_counts, static_memory  # noqa: E402
 from megatron_slim.planning.search import Candidate, Job, Search  # noqa: E402
-from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkpoint  # noqa: E402
+from megatron_slim.testing import run_distributed, tiny_hf_config, tiny_shape, write_tiny_checkpoint  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("weights", "gradients", "optimizer", "teacher")
@@ -177,3 +178,13 @@ def test_benchmark(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = outcome.json["plans"]["64"]
     assert plan["build_seconds"] >= 0 and plan["layouts"] > 10
     assert asked[0].layout.name == plan["layout"] and asked[0].layout.gpus == 64
+
+
+def test_models_in_directories_are_built_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """Reading their shapes must not bring in Megatron before the CPU seam is there."""
+    (tmp_path / "config.json").write_text(json.dumps(tiny_hf_config(tiny_shape())))
+    given = ["--hf-config", str(tmp_path), "--teacher-config", str(tmp_path), "--gpus", "2", "--seq-length", "64"]
+    command = [sys.executable, str(ROOT / "tools/plan_parallelism.py"), *given, "--build", "1", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ranked"][0]["built"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ from megatron_slim.checkpoint.torch_dist_files import read_metadata  # noqa: E40
 from megatron_slim.errors import CheckpointError  # noqa: E402
 from megatron_slim.pruning.fingerprint import fingerprint  # noqa: E402
 from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes  # noqa: E402
-from megatron_slim.testing import random_tensors, tiny_hf_config, tiny_shape  # noqa: E402
+from megatron_slim.testing import random_tensors, run_distributed, tiny_hf_config, tiny_shape  # noqa: E402
 from megatron_slim.training.teacher_check import judge_teacher  # noqa: E402
 
 TERMS = ("lm loss", "logits distillation loss", "mtp lm loss", "mtp distillation loss", "grad-norm", "kd lambda")
 SCHEDULES = ("kd lambda", "mtp beta", "learning-rate")
 MBS = ("--micro-batch-size", "2")
+PP2 = "--pipeline-model-parallel-size 2"
 
 
 def keep_only(save: Path, iteration: int) -> None:
@@ -112,6 +114,35 @@ def test_the_weights_go_on_under_another_layout(workplace, saved) -> None:  # ty
     found = workplace.train("other-layout", 2, *MBS, *flags, "--load", str(save))
     for term in TERMS:
         assert found[term][0] == pytest.approx(logged[term][3], rel=1e-5), term
+
+
+def refusal(argv: list[str], log: str) -> str:
+    from tests.training.conftest import refusal
+
+    return refusal(argv, log)
+
+
+OTHERWISE = {
+    "--lr 5e-4": "saved with another schedule: --lr, --min-lr or weight decay; give those it was saved with, or --o",
+    "--train-iters 9": "saved with another schedule: total number of iterations; give those it was saved with, or --o",
+    PP2: "saved with other tensor or pipeline parallel sizes ((1, 2) vs (1, 1) from checkpoint); the optimizer goes",
+}
+
+
+@pytest.mark.parametrize("flags", OTHERWISE)
+def test_going_on_otherwise_is_refused(workplace, saved, flags: str) -> None:  # type: ignore[no-untyped-def]
+    argv = workplace.argv("otherwise", *MBS, "--load", str(saved[0]), *flags.split())
+    ranks = 2 if flags == PP2 else 1
+    for found in run_distributed(ranks, refusal, argv, str(workplace.log("otherwise")), initialise=False):
+        assert found.startswith(OTHERWISE[flags])
+
+
+def test_going_on_with_another_learning_rate_and_length(workplace, saved) -> None:  # type: ignore[no-untyped-def]
+    save, logged = saved
+    flags = "--lr 5e-4 --train-iters 9 --override-opt_param-scheduler".split()
+    found = workplace.train("override", 1, *MBS, "--load", str(save), *flags)
+    rates = [1e-4 + 4e-4 * (1 + math.cos(math.pi * number / 9)) / 2 for number in range(4, 10)]
+    assert found["learning-rate"] == pytest.approx(rates) and found["lm loss"][0] == logged["lm loss"][3]
 
 
 def test_what_training_saved_becomes_a_hugging_face_model(workplace, saved, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
