@@ -28,7 +28,9 @@ slurm_prepare() { # slurm_prepare [Megatron's flags]
   if [[ -n $STUDENT ]]; then STUDENT=$(absolute "$STUDENT"); fi
   if [[ -n $HF_CONFIG ]]; then HF_CONFIG=$(absolute "$HF_CONFIG"); fi
   if [[ -n $TEACHER ]]; then TEACHER=$(absolute "$TEACHER"); fi
-  if [[ -n $IMAGE && ($IMAGE == *.sif || $IMAGE == *.sqsh) && ! -f $IMAGE ]]; then fail "IMAGE=$IMAGE: no such file"; fi
+  if [[ ${DRY_RUN:-0} != 1 && ($IMAGE == *.sif || $IMAGE == *.sqsh) && ! -f $IMAGE ]]; then
+    fail "IMAGE=$IMAGE: no such file"
+  fi
   if [[ -f $IMAGE ]]; then IMAGE=$(absolute "$IMAGE"); fi
   if [[ -z ${SLURM_JOB_ID:-} ]]; then
     slurm_submit "$@"

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from megatron_slim.architecture.context_parallel import own_part
 
+KD_LAMBDA, MTP_BETA = "kd lambda", "mtp beta"  # in the log, beside the terms
+
 
 def shift(values: Tensor, depth: int) -> Tensor:
     """Values ``depth`` positions further on along the last dimension, zeros behind the end.
@@ -20,9 +22,6 @@ def shift(values: Tensor, depth: int) -> Tensor:
     [[2, 3, 0]]
     """
     return torch.nn.functional.pad(values[..., depth:], (0, depth))
-
-
-KD_LAMBDA, MTP_BETA = "kd lambda", "mtp beta"  # in the log, beside the terms
 
 
 @dataclass(frozen=True)

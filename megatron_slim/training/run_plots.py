@@ -48,7 +48,9 @@ def _losses(axes: Any, run: Series) -> None:
         if name in run:
             _curve(axes, run[name], name, linestyle=STYLES.get(name, "--"), linewidth=1.3)
     axes.set(title="Loss terms", xlabel="iteration", ylabel="nats per token")
-    axes.legend(fontsize="small")
+    low, high = axes.get_ylim()
+    axes.set_ylim(top=high + 0.2 * (high - low))
+    axes.legend(fontsize="small", ncols=3, loc="upper center")
     axes.grid(alpha=0.3)
 
 
@@ -64,7 +66,7 @@ def _throughput(axes: Any, run: Series) -> None:
         tag = f"slim/mfu/{model}" if known else f"slim/throughput/{model}_tflops_per_gpu"
         if tag in run:
             points = {step: value * (100 if known else 1) for step, value in run[tag].items()}
-            drawn.append(_curve(other, points, model, color=colour, linestyle="--"))
+            drawn.append(_curve(other, points, model, color=colour, linestyle="--" if model == "student" else ":"))
     other.set_ylabel("model FLOP utilisation, %" if known else "TFLOP/s/GPU")
     other.set_ylim(bottom=0)
     axes.legend(handles=drawn, fontsize="small", loc="lower right")
@@ -92,11 +94,12 @@ def _experts(figure: Any, axes: Any, run: Series) -> None:
     steps = sorted(set().union(*found.values()))
     values = np.array([[points.get(step, np.nan) for step in steps] for points in found.values()])
     edges = np.array([steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1), *steps])
-    drawn = axes.pcolormesh(edges, np.arange(len(found) + 1), values, cmap="magma_r", vmin=1.0)
+    drawn = axes.pcolormesh(edges, np.arange(len(found) + 1), values, cmap="YlOrRd", vmin=1.0)
     every = -(-len(found) // MAX_LABELS)
     rows = range(0, len(found), every)
     labels = [list(found)[row].replace("layer_", "").replace("mtp_", "MTP ") for row in rows]
     axes.set_yticks([row + 0.5 for row in rows], labels, fontsize="small")
     axes.invert_yaxis()
     axes.set(title="Tokens of the busiest expert over the mean", xlabel="iteration", ylabel="layer")
-    figure.colorbar(drawn, ax=axes)
+    # Beside the map: the layout would put it beyond the second scale of the picture above.
+    figure.colorbar(drawn, cax=axes.inset_axes((1.02, 0.0, 0.03, 1.0)))

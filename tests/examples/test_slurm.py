@@ -121,7 +121,7 @@ def test_containers(slurm: dict[str, str], tmp_path: Path, image: str) -> None:
         (TRAINING | {"SETTINGS": "h100_63"}, "settings/h100_63.sh: no such settings; there are h100_256.sh h100_64.sh"),
         (TRAINING | {"LAUNCHER": "mpi"}, "LAUNCHER=mpi: it is torchrun or slurm"),
         (job(SETTINGS="h100_64"), "h100_64.sh is for 8 nodes, the job has 2; give sbatch --nodes 8"),
-        (job(IMAGE="none.sif"), "IMAGE=none.sif: no such file"),
+        (job(IMAGE="none.sif") | {"DRY_RUN": "0"}, "IMAGE=none.sif: no such file"),
         (job(PATH="/usr/bin:/bin"), "no srun in this job"),
         (TRAINING | {"LAUNCHER": "slurm", "PATH": "/usr/bin:/bin"}, "no sbatch here"),
         (job(SLURM_STEP_ID="0", SLURM_STEP_NUM_NODES="2"), "srun started this on 2 nodes"),
