@@ -132,7 +132,8 @@ def print_plan(
     console.print(_table(found.ranked[:top], job, tokens, wide=console.width >= WIDE))
     console.print("GB: of the fullest rank. waits: bubbles and uneven stages. Speed is estimated, not measured.")
     if tight := [str(row) for row, each in enumerate(found.ranked[:top], 1) if each.needed > TIGHT * job.gpu.memory]:
-        console.print(f"Less than {1 - TIGHT:.0%} of memory is left in {', '.join(tight)}: uneven routing may need it.")
+        named = ", ".join(tight)
+        console.print(f"Less than {1 - TIGHT:.0%} of memory is left in layout {named}: uneven routing may need it.")
     _print_reasons(console, found, top)
     best = found.ranked[0]
     worst = best.memory[best.worst]

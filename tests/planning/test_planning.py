@@ -209,8 +209,8 @@ def test_what_is_just_too_large_does_not_read_as_fitting() -> None:
 def test_layouts_with_little_memory_left_are_named(tool: Any) -> None:
     given = (TOOL, "--recipe", BEST, "--gpus", 64, "--build", 0, "--tp", 1, "--pp", 2, "--ep", 8, "--vpp", 1)
     outcome = tool(*given, "--micro-batch-size", 1)
-    assert "Less than 5% of memory is left in 1: uneven routing" in outcome.stdout
-    assert "is left in" not in tool(*given, "--micro-batch-size", 1, "--gpu-type", "h200").stdout
+    assert "Less than 5% of memory is left in layout 1: uneven routing" in outcome.stdout
+    assert "memory is left" not in tool(*given, "--micro-batch-size", 1, "--gpu-type", "h200").stdout
 
 
 def test_several_nodes_are_a_job(tool: Any) -> None:
