@@ -48,15 +48,19 @@ def read_samples(
     if path.suffix == ".npy":
         matrix = _open_matrix(path, seq_length)
     else:
-        matrix = _open_windows(data_prefix(path), seq_length)
+        matrix = _open_windows(data_prefix(path, or_matrix=True), seq_length)
     chosen = _draw(len(matrix), num_samples, seed, path)
     samples = np.array(matrix[chosen])
     _check_ids(samples, chosen, vocab_size, path)
     return samples.astype(np.int64)
 
 
-def data_prefix(path: Path) -> Path:
+def data_prefix(path: Path, *, or_matrix: bool = False) -> Path:
     """The prefix of a Megatron data set, given the prefix or one of its two files.
+
+    Args:
+        path: as a user gave it.
+        or_matrix: whether a ``.npy`` matrix would do as well, which a refusal then says.
 
     Raises:
         DataError: one or both of the files are missing.
@@ -72,11 +76,14 @@ def data_prefix(path: Path) -> Path:
         raise DataError("its other half is missing", where=missing[0], fix="run tools/preprocess_data.py again")
     if Path(name).exists():
         raise DataError(
-            "neither a Megatron .bin/.idx prefix nor a .npy matrix of token ids",
+            "neither a Megatron .bin/.idx prefix nor a .npy matrix of token ids"
+            if or_matrix
+            else "not the prefix of a Megatron .bin/.idx pair",
             where=name,
             fix="tokenize text with tools/preprocess_data.py",
         )
-    raise DataError("no such data", where=name, fix="give the prefix of a .bin/.idx pair, or a .npy matrix")
+    fix = "give the prefix of a .bin/.idx pair" + (", or a .npy matrix" if or_matrix else "")
+    raise DataError("no such data", where=name, fix=fix)
 
 
 def _open_matrix(path: Path, seq_length: int | None) -> npt.NDArray[Any]:

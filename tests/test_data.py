@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_slim import device
-from megatron_slim.data import read_samples
+from megatron_slim.data import data_prefix, read_samples
 from megatron_slim.errors import DataError
 
 
@@ -103,13 +103,21 @@ def test_refuses_too_few(tmp_path: Path, prefix: Path) -> None:
 
 
 def test_refuses_what_is_not_there(tmp_path: Path, prefix: Path) -> None:
-    assert "no such data" in refusal(tmp_path / "nothing", seq_length=3)
+    assert "no such data; give the prefix of a .bin/.idx pair, or a .npy" in refusal(tmp_path / "nothing", seq_length=3)
     assert "no such file" in refusal(tmp_path / "nothing.npy")
     assert "a directory" in refusal(tmp_path, seq_length=3)
     (tmp_path / "text.jsonl").write_text("{}")
     assert "preprocess_data.py" in refusal(tmp_path / "text.jsonl", seq_length=3)
     os.unlink(f"{prefix}.idx")
     assert "other half is missing" in refusal(prefix, seq_length=3)
+
+
+def test_training_is_not_told_of_matrices(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((2, 3), np.int64))
+    for path, expected in ((tmp_path / "x.npy", "not the prefix of a Megatron"), (tmp_path / "none", "no such data")):
+        with pytest.raises(DataError, match=expected) as caught:
+            data_prefix(path)
+        assert "matrix" not in str(caught.value)
 
 
 def test_refuses_torn_files(tmp_path: Path, prefix: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_slim.cli import positive, run_tool, tool_parser
-from megatron_slim.doctor.findings import NOTE, PROBLEM, Finding, good_or
+from megatron_slim.doctor.findings import GIB, NOTE, PROBLEM, Finding, good_or, size
 from megatron_slim.doctor.packages import packages
 from megatron_slim.errors import SlimError
 
@@ -28,13 +28,13 @@ def look(args: argparse.Namespace) -> Iterator[Finding]:
         yield finding
     if missing:
         return
-    from megatron_slim.doctor.machine import GIB, machine
+    from megatron_slim.doctor.machine import machine
     from megatron_slim.doctor.preflight import preflight
 
     yield from machine()
     free = shutil.disk_usage(args.disk).free
     fix = "a checkpoint of the published teacher takes 163 GB, the demo less than 1 GB"
-    yield good_or(NOTE, "disk", free >= 10 * GIB, f"{free / GIB:.0f} GiB free at {args.disk}", fix)
+    yield good_or(NOTE, "disk", free >= 10 * GIB, f"{size(free)} free at {args.disk}", fix)
     yield from preflight(args.data, args.checkpoint, args.teacher, args.save, nodes=args.nodes)
 
 

@@ -47,6 +47,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate, say the result."""
     import torch
 
+    from megatron_slim.checkpoint.reference import REFERENCE
     from megatron_slim.evaluation.perplexity import evaluate_checkpoint
 
     results = evaluate_checkpoint(
@@ -62,6 +63,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     )
     mtp = "".join(f", mtp {depth} {loss:.4f}" for depth, loss in enumerate(results["mtp_loss"], start=1))
     say(f"loss {results['loss']:.4f}, perplexity {results['perplexity']:.3f}{mtp} over {results['tokens']} tokens")
+    if args.record:
+        say(f"losses of the first tokens written to {args.load / REFERENCE}")
     return results
 
 

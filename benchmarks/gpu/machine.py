@@ -22,7 +22,7 @@ OPTIONAL = {
         "pip install flash-linear-attention==0.6.0 fla-core==0.6.0 einops",
     ),
     "apex": ("apex", "apex", "it comes with NVIDIA's image nvcr.io/nvidia/pytorch"),
-    "Liger": ("liger_kernel", "liger-kernel", "pip install --no-deps liger-kernel"),
+    "Liger": ("liger_kernel", "liger-kernel", "pip install --no-deps liger-kernel==0.8.5"),
 }
 VERSIONS = ("torch", "triton", "megatron-core", "transformers")
 

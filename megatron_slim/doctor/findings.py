@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_slim.errors import SlimError, one_line
 
+GIB = 2**30
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 SYMBOLS = {OK: "  ok     ", NOTE: "  note   ", PROBLEM: "  PROBLEM"}
 
@@ -28,12 +29,30 @@ class Finding:
 
     def line(self) -> str:
         """For a person."""
-        return f"{SYMBOLS[self.state]} {self.name:24}{self.found}" + (f"  ->  {self.fix}" if self.fix else "")
+        return f"{SYMBOLS[self.state]} {self.name:22}  {self.found}" + (f"  ->  {self.fix}" if self.fix else "")
 
 
 def good_or(state: str, name: str, good: bool, found: str, fix: str) -> Finding:
     """`OK`, or ``state`` with its fix."""
     return Finding(name, OK, found) if good else Finding(name, state, found, fix)
+
+
+def size(number: float) -> str:
+    """Bytes as a person says them.
+
+    >>> size(3 * 2**30), size(2**20)
+    ('3.0 GiB', '1.0 MiB')
+    """
+    return f"{number / GIB:.1f} GiB" if number >= 0.1 * GIB else f"{number / 2**20:.1f} MiB"
+
+
+def parameters(number: int) -> str:
+    """A number of weights as a person says it.
+
+    >>> parameters(23_200_000_000), parameters(2_907_784)
+    ('23.20B', '2.91M')
+    """
+    return f"{number / 1e9:.2f}B" if number >= 1e8 else f"{number / 1e6:.2f}M"
 
 
 def refused(name: str, error: SlimError) -> Finding:

@@ -9,10 +9,9 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_slim.doctor.findings import NOTE, OK, PROBLEM, Finding, good_or
+from megatron_slim.doctor.findings import GIB, NOTE, OK, PROBLEM, Finding, good_or, size
 from megatron_slim.doctor.packages import kernels
 
-GIB = 2**30
 LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "overlay", "tmpfs", "ramfs", "squashfs", "f2fs")
 
 
@@ -103,7 +102,7 @@ def _of_gpu_machines() -> Iterator[Finding]:
     """What NCCL and loader processes need of the operating system, or of the container."""
     shm = shutil.disk_usage("/dev/shm").total
     fix = "docker run --ipc=host, or --shm-size 16g"
-    yield good_or(PROBLEM, "/dev/shm", shm >= GIB, f"{shm / GIB:.1f} GiB", fix)
+    yield good_or(PROBLEM, "/dev/shm", shm >= GIB, size(shm), fix)
     fabric = Path("/sys/class/infiniband")
     ports = sorted(port.name for port in fabric.iterdir()) if fabric.is_dir() else []
     fix = "fine on one node; several talk over TCP: load the driver, or let the container see /dev/infiniband"
@@ -112,7 +111,7 @@ def _of_gpu_machines() -> Iterator[Finding]:
     if ports:
         fix = "NCCL registers memory: docker run --ulimit memlock=-1, or ask for it in Slurm's limits"
         unlimited = locked == resource.RLIM_INFINITY
-        found = "unlimited" if unlimited else f"{locked / GIB:.2f} GiB"
+        found = "unlimited" if unlimited else size(locked)
         yield good_or(PROBLEM, "ulimit -l", unlimited, found, fix)
     if (queues := os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")) is not None:
         yield Finding("CUDA_DEVICE_MAX_CONNECTIONS", NOTE, queues, "pretrain_distill.sh sets it where needed: unset it")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_slim.data import check_largest_id, count_documents, data_prefix, read_stream
-from megatron_slim.doctor.findings import NOTE, OK, PROBLEM, Finding, good_or, refused
-from megatron_slim.doctor.machine import GIB, storage
-from megatron_slim.errors import SlimError
+from megatron_slim.doctor.findings import NOTE, OK, PROBLEM, Finding, good_or, parameters, refused, size
+from megatron_slim.doctor.machine import storage
+from megatron_slim.errors import DataError, SlimError
 
 if TYPE_CHECKING:
     from megatron_slim.architecture.shape import ModelShape
@@ -44,7 +44,7 @@ def preflight(
     vocabulary = min((shape.vocab_size for shape in shapes.values()), default=None)
     for prefix in data:
         yield _data(prefix, vocabulary)
-        if prefix.parent.exists():
+        if Path(f"{prefix}.bin").exists():
             yield storage(f"data {prefix.name}", prefix.parent, nodes=nodes)
     if save is not None:
         yield from _save(save, shapes.get("checkpoint"), nodes)
@@ -70,8 +70,8 @@ def _model(name: str, path: Path, shapes: dict[str, ModelShape]) -> Iterator[Fin
         return
     shapes[name] = shape
     count = count_parameters(shape, include_mtp=False)
-    found = f"{shape.model_type}, {shape.num_layers} layers, {count.total / 1e9:.2f}B parameters, "
-    yield Finding(name, OK, found + f"{count.active / 1e9:.2f}B active, vocabulary {shape.vocab_size}: complete")
+    found = f"{shape.model_type}, {shape.num_layers} layers, {parameters(count.total)} parameters, "
+    yield Finding(name, OK, found + f"{parameters(count.active)} active, vocabulary {shape.vocab_size}: complete")
     if name == "teacher":
         there = (path / REFERENCE).is_file()
         fix = "tools/evaluate.py --record, so that training knows the teacher by its losses"
@@ -93,6 +93,8 @@ def _data(prefix: Path, vocabulary: int | None) -> Finding:
     name = f"data {prefix.name}"
     try:
         found = data_prefix(prefix)
+        if found != prefix:  # training refuses it as well
+            raise DataError("is a file of a data set", where=str(prefix), fix=f"name its prefix, {found}")
         stream = read_stream(found)
         largest = int(max(stream[:CHECKED_TOKENS].max(), stream[-CHECKED_TOKENS:].max()))
         if vocabulary is not None:
@@ -109,8 +111,13 @@ def _save(save: Path, shape: ModelShape | None, nodes: int) -> Iterator[Finding]
     from megatron_slim.checkpoint.distributed_writer import TRACKER
     from megatron_slim.training.resume import missing_in_tracker
 
-    existing = next(path for path in (save, *save.absolute().parents) if path.exists())
-    yield _writable(existing)
+    parent = save.absolute().parent
+    if not parent.exists():
+        fix = f"mkdir -p {parent}, if that is where it should be; else correct the path, or mount what is missing"
+        yield Finding("save", PROBLEM, f"{parent}, in which {save.name} would be created, does not exist", fix)
+        return
+    existing = save if save.exists() else parent
+    yield _writable(existing, save)
     yield storage("save", existing, nodes=nodes)
     try:
         number = missing_in_tracker(save)
@@ -128,7 +135,7 @@ def _save(save: Path, shape: ModelShape | None, nodes: int) -> Iterator[Finding]
 
         need = count_parameters(shape).total * BYTES_PER_PARAMETER
         free = shutil.disk_usage(existing).free
-        found = f"a checkpoint takes {need / GIB:.1f} GiB, {free / GIB:.0f} GiB are free"
+        found = f"a checkpoint takes {size(need)}, {size(free)} are free"
         fix = "make room: all checkpoints of a run are kept"
         yield (
             Finding("room", PROBLEM if free < need else NOTE, found, fix)
@@ -137,8 +144,8 @@ def _save(save: Path, shape: ModelShape | None, nodes: int) -> Iterator[Finding]
         )
 
 
-def _writable(directory: Path) -> Finding:
-    """Write, flush and rename a small file, as a checkpoint is."""
+def _writable(directory: Path, save: Path) -> Finding:
+    """Write, flush and rename a small file, as a checkpoint is, in ``save`` or where that would be created."""
     try:
         descriptor, name = tempfile.mkstemp(prefix=".doctor", dir=directory)
         try:
@@ -152,4 +159,5 @@ def _writable(directory: Path) -> Finding:
     except OSError as error:
         fix = "give another directory, or ask for the right to write"
         return Finding("save", PROBLEM, f"{directory}: {(error.strerror or str(error)).lower()}", fix)
-    return Finding("save", OK, f"{directory} can be written")
+    created = "" if directory == save else f"{save} would be created: "
+    return Finding("save", OK, f"{created}{directory} can be written")

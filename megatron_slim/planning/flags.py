@@ -74,9 +74,15 @@ def megatron_arguments(layout: TrainLayout, settings: Settings, tokens: int) -> 
 
 
 def command(layout: TrainLayout, settings: Settings, tokens: int, per_node: int, *, has_teacher: bool = True) -> str:
-    """The whole, to paste into a shell at the root of the checkout; models and data are to be filled in."""
-    words = [f"{name}={value}" for name, value in variables(layout, settings, tokens, per_node).items()]
+    """The whole, to paste into a shell at the root of the checkout; models and data are to be filled in.
+
+    On several nodes it is a Slurm job, told how many GPUs to ask for: a login node has none that could be counted.
+    """
+    given = variables(layout, settings, tokens, per_node)
+    words = [f"{name}={value}" for name, value in given.items()]
     fill = [f"{name}={value}" for name, value in TO_FILL_IN.items() if has_teacher or name != "TEACHER"]
+    if given["NNODES"] != "1":
+        fill += ["LAUNCHER=slurm", f"SBATCH_GPUS_PER_NODE={given['NPROC_PER_NODE']}"]
     first, second = words[:5], words[5:]
     lines = [" ".join(fill), " ".join(first), " ".join(second)]
     return " \\\n  ".join([*lines, f"bash {SCRIPT} {shlex.join(arguments(layout, settings))}"])

@@ -16,6 +16,7 @@ from megatron_slim.planning.speed import Step
 
 WIDE = 108  # columns from which memory is shown in parts
 SHOWN_REASONS = 6
+TIGHT = 0.95  # share of a GPU's memory from which a layout is named as one with little left
 DAY = 86400
 
 
@@ -130,6 +131,9 @@ def print_plan(
         console.print(f"  {note}")
     console.print(_table(found.ranked[:top], job, tokens, wide=console.width >= WIDE))
     console.print("GB: of the fullest rank. waits: bubbles and uneven stages. Speed is estimated, not measured.")
+    if tight := [str(row) for row, each in enumerate(found.ranked[:top], 1) if each.needed > TIGHT * job.gpu.memory]:
+        named = ", ".join(tight)
+        console.print(f"Less than {1 - TIGHT:.0%} of memory is left in layout {named}: uneven routing may need it.")
     _print_reasons(console, found, top)
     best = found.ranked[0]
     worst = best.memory[best.worst]
@@ -147,7 +151,8 @@ def print_plan(
         )
     if source is not None:
         console.print(f"  before  {_preparation(source, job)}")
-    console.print("\nto paste, with your own TEACHER, STUDENT, SAVE and DATA:\n")
+    submits = "; submits a Slurm job" if best.layout.gpus > job.gpu.per_node else ""
+    console.print(f"\nto paste, with your own TEACHER, STUDENT, SAVE and DATA{submits}:\n")
     print(_command(best, job, tokens))  # past rich, which would break lines
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -151,7 +152,7 @@ class Search:
         least = least_static(job.student, job.teacher, layout, job.settings) + job.assumed.overhead_gib * GIB
         if least > job.gpu.memory:
             return Rejected(
-                layout, f"weights, gradients and optimizer alone are {least / 1e9:.0f} GB", TOO_LARGE, least
+                layout, f"weights, gradients and optimizer alone are {_at_least(least)} GB", TOO_LARGE, least
             )
         stages = self.stages(layout)
         if stages is None:
@@ -186,5 +187,10 @@ def why_too_large(memory: Sequence[Memory]) -> str:
     rank = max(range(len(memory)), key=lambda each: memory[each].total)
     worst = memory[rank]
     parts = {"static": worst.static, "activations": worst.activations, "working": worst.working, "loss": worst.loss}
-    named = ", ".join(f"{name} {value / 1e9:.0f}" for name, value in parts.items())
-    return f"pipeline rank {rank} of {len(memory)} needs {worst.total / 1e9:.0f} GB ({named})"
+    named = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in parts.items())
+    return f"pipeline rank {rank} of {len(memory)} needs {_at_least(worst.total)} GB ({named})"
+
+
+def _at_least(number: float) -> str:
+    """Bytes in GB, rounded up: what is too large must not read as what the GPU has."""
+    return f"{math.ceil(number / 1e8) / 10:.1f}"

@@ -18,6 +18,7 @@ from megatron_slim import device
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.checkpoint.reference import REFERENCE
 from megatron_slim.data import Tokens
 from megatron_slim.errors import CheckpointError, DataError
 from megatron_slim.evaluation.perplexity import evaluate, evaluate_checkpoint, read_evaluation_data
@@ -165,6 +166,8 @@ def test_tool(tool: Callable[..., Any], tmp_path: Path) -> None:
     assert result == evaluate_checkpoint(path, tmp_path / "x.npy", micro_batch_size=2)
     assert result["tokens"] == 100 and len(result["mtp_loss"]) == 1
     assert result["perplexity"] == math.exp(result["loss"])
+    assert "written to" not in outcome.stderr and not (path / REFERENCE).exists()
+    assert f"written to {path / REFERENCE}" in tool("tools/evaluate.py", *arguments, "--record").stderr
     np.save(tmp_path / "big.npy", samples_for(shape) + 100)
     assert "beyond the vocabulary" in tool("tools/evaluate.py", "--load", path, "--data", tmp_path / "big.npy").error
     assert "no such" in tool("tools/evaluate.py", "--load", tmp_path / "none", "--data", tmp_path / "x.npy").error

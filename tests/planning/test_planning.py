@@ -20,9 +20,9 @@ from megatron_slim.errors import RecipeError, SlimError
 from megatron_slim.planning.flags import SCRIPT
 from megatron_slim.planning.hardware import GPUS, Assumptions, parse_assumptions
 from megatron_slim.planning.layouts import Settings, TrainLayout, Wanted
-from megatron_slim.planning.memory import rank_counts
+from megatron_slim.planning.memory import Memory, rank_counts
 from megatron_slim.planning.schedule import most_held, step_seconds
-from megatron_slim.planning.search import Candidate, Job, Rejected, Search
+from megatron_slim.planning.search import Candidate, Job, Rejected, Search, why_too_large
 from megatron_slim.planning.sources import Asked, find_models
 from megatron_slim.testing import tiny_hf_config, tiny_shape
 
@@ -116,7 +116,7 @@ def test_what_is_not_allowed(layout: TrainLayout, why: str) -> None:
 
 def test_what_does_not_fit_says_of_what() -> None:
     found = Search(job()).look_at(TrainLayout(256, tp=2, pp=2, ep=8, micro_batch=4))
-    assert isinstance(found, Rejected) and re.match(r"pipeline rank 0 of 2 needs \d+ GB \(static \d+, activ", found.why)
+    assert isinstance(found, Rejected) and re.match(r"pipeline rank 0 of 2 needs \d+\.\d GB \(static \d", found.why)
     found = Search(job()).look_at(TrainLayout(256))
     assert isinstance(found, Rejected) and "weights, gradients and optimizer alone are" in found.why
 
@@ -200,6 +200,26 @@ def test_defaults_are_those_of_the_script() -> None:
     assert int(defaults["SEQ_LENGTH"]) == Settings().seq_length
     assert int(defaults["GLOBAL_BATCH_SIZE"]) == Settings().global_batch
     assert int(defaults["TRAIN_ITERS"]) * 1024 * 4096 == pytest.approx(400e9, rel=1e-4)
+
+
+def test_what_is_just_too_large_does_not_read_as_fitting() -> None:
+    assert "needs 80.1 GB" in why_too_large([Memory(weights=80.01e9)])
+
+
+def test_layouts_with_little_memory_left_are_named(tool: Any) -> None:
+    given = (TOOL, "--recipe", BEST, "--gpus", 64, "--build", 0, "--tp", 1, "--pp", 2, "--ep", 8, "--vpp", 1)
+    outcome = tool(*given, "--micro-batch-size", 1)
+    assert "Less than 5% of memory is left in layout 1: uneven routing" in outcome.stdout
+    assert "memory is left" not in tool(*given, "--micro-batch-size", 1, "--gpu-type", "h200").stdout
+
+
+def test_several_nodes_are_a_job(tool: Any) -> None:
+    several = tool(TOOL, "--recipe", BEST, "--gpus", 256, *NARROW).stdout
+    assert (
+        "DATA; submits a Slurm job:" in several and "LAUNCHER=slurm SBATCH_GPUS_PER_NODE=8 \\\n  NNODES=32" in several
+    )
+    alone = tool(TOOL, "--recipe", BEST, "--gpus", 8, "--gpu-type", "b200", "--build", 0, "--pp", 1).stdout
+    assert "to paste" in alone and "LAUNCHER" not in alone and "Slurm" not in alone
 
 
 @pytest.mark.parametrize("columns", [80, 120])

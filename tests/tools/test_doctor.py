@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megatron_slim.doctor import machine
+from megatron_slim.doctor.findings import OK, Finding
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint, write_tokens
 
 Doctor = Callable[..., tuple[int, dict[str, dict[str, str]]]]
@@ -185,6 +186,27 @@ def test_all_is_there_for_a_run(doctor: Doctor, work: Path) -> None:
     assert not list((work / "run").glob(".doctor*"))
 
 
+def test_columns_stay_apart_whatever_their_length() -> None:
+    line = Finding("data train_text_document", OK, "2,718,308 tokens").line()
+    assert "data train_text_document  2,718,308 tokens" in line
+
+
+def test_a_run_that_would_be_saved_in_a_new_directory(doctor: Doctor, work: Path) -> None:
+    code, findings = doctor("--save", work / "new")
+    assert code == 0 and state(findings["save"], f"{work / 'new'} would be created: {work} can be written") == "ok"
+    code, findings = doctor("--save", work / "shraed/run", "--nodes", 2)
+    assert code == 1 and state(findings["save"], f"{work / 'shraed'}, in which run would", "mkdir -p") == "problem"
+    assert "save storage" not in findings
+
+
+def test_data_that_is_not_there_is_one_problem(doctor: Doctor, work: Path) -> None:
+    code, findings = doctor("--data", work / "none", work / "data.bin", "--nodes", 2)
+    assert code == 1 and state(findings["data none"], "no such data", "pair") == "problem"
+    assert ".npy" not in findings["data none"]["fix"]
+    assert state(findings["data data.bin"], "is a file of a data set", f"its prefix, {work / 'data'}") == "problem"
+    assert not [name for name in findings if name.endswith(" storage")]
+
+
 def break_index(work: Path) -> None:
     (work / "data.idx").unlink()
 
@@ -260,4 +282,4 @@ def test_no_room_for_a_checkpoint(doctor: Doctor, work: Path, monkeypatch: pytes
     real = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type(real(path))(1 << 20, 0, 1 << 20))
     code, findings = doctor(*given(work))
-    assert code == 1 and state(findings["room"], "GiB are free", "make room") == "problem"
+    assert code == 1 and state(findings["room"], "1.0 MiB are free", "make room") == "problem"
