@@ -424,20 +424,25 @@ def before_training_steps(hook: Callable[[], None]) -> None:
     training.get_forward_backward_func = with_hook
 
 
-def start_training_at(iteration: int) -> None:
-    """Have a run that finds no checkpoint of its own begin at an iteration: its data, and Megatron's schedules, too."""
+def keep_schedule_with_iterations(start: int) -> None:
+    """Have Megatron's schedules be where the iteration is, whatever was loaded.
+
+    A run that finds no checkpoint of its own begins at ``start``, its data too. With ``--no-load-optim`` Megatron
+    0.19.2 goes on at the checkpoint's iteration, but with the learning rate of the first.
+    """
     import megatron.training.training as training
 
     load = training.load_checkpoint
 
     @functools.wraps(load)
-    def load_or_start(model: Any, optimizer: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_and_keep(model: Any, optimizer: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         found, *rest = load(model, optimizer, scheduler, *args, **kwargs)
-        if found == 0 and scheduler is not None:  # as with --skip-train
-            scheduler.step(iteration * training.get_args().global_batch_size)
-        return found or iteration, *rest
+        iteration, given = found or start, training.get_args()
+        if iteration and scheduler is not None and scheduler.num_steps == 0:  # without one: --skip-train
+            scheduler.step((found and given.consumed_train_samples) or iteration * given.global_batch_size)
+        return iteration, *rest
 
-    training.load_checkpoint = load_or_start
+    training.load_checkpoint = load_and_keep
 
 
 def _count_bucket_padding() -> None:
@@ -482,21 +487,35 @@ def _count_tokens_in_fp32() -> None:
 def _override_learning_rates() -> None:
     """Let ``--override-opt_param-scheduler`` change learning rates too, as Megatron says it does.
 
-    Megatron 0.19.2 finds a saved group of parameters by its learning rates, among others: with new ones it finds none,
-    a KeyError.
+    Megatron 0.19.2 finds a saved group of parameters by its learning rates, among others: with new ones it finds none.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import MegatronOptimizer, param_group_identifier_keys
 
-    load = DistributedOptimizer.load_state_dict
+    rates = ("max_lr", "min_lr")
+    others = [key for key in param_group_identifier_keys if key not in rates]
+    load, pair = DistributedOptimizer.load_state_dict, MegatronOptimizer._filter_and_reorder_param_groups
 
-    @functools.wraps(load)
-    def with_given(self: Any, state_dict: Any) -> None:
+    def name(group: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(group.get(key, group.get(f"pre_{key}")) for key in others)
+
+    def override(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> None:
         from megatron.training import get_args
 
-        given = [{key: group.get(key) for key in ("max_lr", "min_lr")} for group in self.optimizer.param_groups]
-        if get_args().override_opt_param_scheduler and all(rates == given[0] for rates in given):
-            for saved in state_dict["optimizer"]["param_groups"]:
-                saved |= given[0]
+        given = {name(group): {key: group.get(key) for key in rates} for group in own}
+        if get_args().override_opt_param_scheduler and len(given) == len(own):
+            for group in saved:
+                group.update(given.get(name(group), {}))
+
+    @functools.wraps(load)
+    def load_overridden(self: Any, state_dict: Any) -> None:
+        if "optimizer" in state_dict:
+            override(state_dict["optimizer"]["param_groups"], self.optimizer.param_groups)
         load(self, state_dict)
 
-    DistributedOptimizer.load_state_dict = with_given
+    def pair_overridden(current: Any, saved: Any) -> Any:
+        override(saved, current)
+        return pair(current, saved)
+
+    DistributedOptimizer.load_state_dict = load_overridden
+    MegatronOptimizer._filter_and_reorder_param_groups = staticmethod(pair_overridden)

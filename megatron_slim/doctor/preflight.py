@@ -111,12 +111,11 @@ def _save(save: Path, shape: ModelShape | None, nodes: int) -> Iterator[Finding]
     from megatron_slim.checkpoint.distributed_writer import TRACKER
     from megatron_slim.training.resume import missing_in_tracker
 
-    parent = save.absolute().parent
-    if not parent.exists():
-        fix = f"mkdir -p {parent}, if that is where it should be; else correct the path, or mount what is missing"
-        yield Finding("save", PROBLEM, f"{parent}, in which {save.name} would be created, does not exist", fix)
-        return
-    existing = save if save.exists() else parent
+    existing = next(each for each in (save.absolute(), *save.absolute().parents) if each.exists())
+    if not save.absolute().parent.exists():
+        found = f"{save.absolute().parent} does not exist, and would be created in {existing}"
+        fix = "training does so; if the path is wrong, correct it, or mount what is missing"
+        yield Finding("path of save", NOTE, found, fix)
     yield _writable(existing, save)
     yield storage("save", existing, nodes=nodes)
     try:

@@ -320,14 +320,14 @@ def main(argv: list[str]) -> None:
     place = find_place(stage, parsed)
     teacher = check_run(shape, parsed)
     if place is not None:
-        if is_done(place, parsed.load):
+        if is_done(place, parsed.load, parsed.ckpt_step) and not parsed.skip_train:
             if parsed.rank == 0:
                 say(f"{parsed.load}: this stage is done, at iteration {place.stop}")
             return
         sys.argv[1:] = place.command_line(sys.argv[1:])
-        device.start_training_at(place.start)
     if parsed.rank == 0 and (note := library_note()) is not None:
         print(note, file=sys.stderr, flush=True)
+    device.keep_schedule_with_iterations(0 if place is None else place.start)
     target = _mtp_kd_target(shape, teacher, parsed)
     runs_mtp = target == TEACHER_MTP and shape.mtp_num_layers > 0
     layout = plan_stages(shape, teacher, parsed, teacher_runs_mtp=runs_mtp)
@@ -357,6 +357,10 @@ def main(argv: list[str]) -> None:
             model_provider=run.model_provider,
         )
         run.watch.check()  # of the last validation
+    except SystemExit as exit_:  # how Megatron ends at --exit-interval, and on a signal
+        if not exit_.code and torch.distributed.is_initialized():
+            run.watch.check()
+        raise
     except CheckpointingException as error:  # all ranks raise it together
         raise CheckpointError(f"refused by Megatron: {error}") from None
     except CheckpointException as error:  # as above, out of the ranks' common plan to read
@@ -364,7 +368,7 @@ def main(argv: list[str]) -> None:
         if not all(isinstance(reason, CheckpointingException) for reason in reasons):
             raise
         raise CheckpointError(f"refused by Megatron: {reasons[0]}", fix=SAME_LAYOUT) from None
-    except (AssertionError, KeyError, RuntimeError) as error:  # likewise, if it is about going on
+    except (AssertionError, KeyError, ValueError, RuntimeError) as error:  # likewise, if it is about going on
         if (refusal := why_not_going_on(error)) is None:
             raise
         raise refusal from None

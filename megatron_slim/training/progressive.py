@@ -26,6 +26,7 @@ _EXCLUDED = {
     "phase_transition_iterations": "the stages are the phases",
     "exit_interval": "a stage ends when its tokens are done",
     "finetune": "a run that is started again must go on",
+    "override_ckpt_iteration": "the iteration tells the stage",
 }
 
 
@@ -92,6 +93,8 @@ def find_place(stage: Stage | None, args: Any) -> Place | None:
     """
     if not args.progressive_schedule:
         return None
+    if args.pretrained_checkpoint is None:
+        raise SlimError(f"{FLAG} without --pretrained-checkpoint", fix="give the student of a stage (STUDENT)")
     if stage is None:
         fix, start = "start from what tools/prune_checkpoint.py --stage K wrote", args.pretrained_checkpoint
         raise SlimError(f"{FLAG}: no {PLAN} of a stage beside --pretrained-checkpoint {start}", fix=fix)
@@ -123,18 +126,23 @@ def find_place(stage: Stage | None, args: Any) -> Place | None:
     return place
 
 
-def is_done(place: Place, load: str) -> bool:
+def is_done(place: Place, load: str, step: int | None = None) -> bool:
     """Whether the checkpoint that a run would go on from is the stage's last.
+
+    Args:
+        place: of the stage.
+        load: ``--load``.
+        step: ``--ckpt-step``, which wins over what the tracker names.
 
     Raises:
         CheckpointError: it is of another stage.
     """
     tracker = Path(load) / TRACKER
-    text = tracker.read_text().strip() if tracker.is_file() else RELEASE
+    text = str(step) if step else tracker.read_text().strip() if tracker.is_file() else RELEASE
     if text == RELEASE:
         return False
     if not place.start < int(text) <= place.stop:
-        fix = "give every stage a --load and --save of its own"
+        fix = "give every stage a --load and --save of its own, and all the same sequence length and global batch"
         raise CheckpointError(
             f"holds iteration {text}, and the stage has {place.start + 1} to {place.stop}", where=load, fix=fix
         )

@@ -8,6 +8,7 @@ first checkpoint, none) beside a complete checkpoint: Megatron then exits with s
 from __future__ import annotations
 
 import os
+import re
 import time
 import traceback
 from pathlib import Path
@@ -26,7 +27,10 @@ SAME_LAYOUT = (
     "the optimizer goes on in the layout it was saved in, or with --dist-ckpt-optim-fully-reshardable (given when it "
     "was saved) in any; --no-load-optim starts it afresh"
 )
-OVERRIDE = "--override-opt_param-scheduler"
+OTHER_SCHEDULE = "give what it was saved with, or --override-opt_param-scheduler to go on with what is given"
+_OF_SCHEDULER = re.compile(
+    r"OptimizerParamScheduler: class input value (.*) and checkpointvalue (.*) for (.*) do not match"
+)
 
 
 def why_not_going_on(error: Exception) -> CheckpointError | None:
@@ -40,11 +44,13 @@ def why_not_going_on(error: Exception) -> CheckpointError | None:
         return CheckpointError(f"saved with other tensor or pipeline parallel sizes {sizes}", fix=SAME_LAYOUT)
     last = traceback.extract_tb(error.__traceback__)[-1]
     of_groups = isinstance(error, KeyError) and last.name == "load_state_dict" and "optimizer" in last.filename
-    if not of_groups and not text.startswith("OptimizerParamScheduler: "):
+    if of_groups or text.startswith("Could not find parameter group"):
+        return CheckpointError("saved with another --lr or --min-lr", fix=OTHER_SCHEDULE)
+    if (found := _OF_SCHEDULER.fullmatch(text)) is None:
         return None
-    what = "--lr, --min-lr or weight decay" if of_groups else text.split(" for ")[-1].removesuffix(" do not match")
-    fix = f"give those it was saved with, or {OVERRIDE} to go on with the new ones"
-    return CheckpointError(f"saved with another schedule: {what}", fix=fix)
+    given, saved, name = found.groups()
+    what = name.replace("iterations", "iterations, in samples,")
+    return CheckpointError(f"saved with another schedule: {what} {saved}, not {given}", fix=OTHER_SCHEDULE)
 
 
 def faults_of(directory: Path) -> list[str]:

@@ -94,11 +94,10 @@ def test_the_stage_comes_from_the_plan_beside_the_student(tmp_path: Path) -> Non
 
 
 def arguments(**given: Any) -> SimpleNamespace:
-    names = "train_iters train_samples rampup_batch_size step_batch_size_schedule phase_transition_iterations".split()
-    base = dict.fromkeys([*names, "exit_interval", "finetune"]) | {"progressive_schedule": True, "load": "run"}
-    return SimpleNamespace(
-        **base | {"pretrained_checkpoint": "student", "seq_length": 4096, "global_batch_size": 1024} | given
-    )
+    names = "train_iters train_samples rampup_batch_size step_batch_size_schedule phase_transition_iterations"
+    base = dict.fromkeys([*names.split(), "exit_interval", "finetune", "override_ckpt_iteration"])
+    base |= {"progressive_schedule": True, "load": "run", "pretrained_checkpoint": "student"}
+    return SimpleNamespace(**base | {"seq_length": 4096, "global_batch_size": 1024} | given)
 
 
 PAPER = (40_000_000_000, 360_000_000_000)
@@ -123,6 +122,7 @@ def test_without_the_flag_a_run_is_one_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("stage", "given", "message"),
     [
+        (None, {"pretrained_checkpoint": None}, "without --pretrained-checkpoint; give the student of a stage"),
         (None, {}, r"no plan\.json of a stage beside --pretrained-checkpoint student; start from what tools/prune_ch"),
         (
             Stage(1, 2, "", 4),
@@ -151,6 +151,9 @@ def test_a_stage_is_done_at_its_last_iteration(text: str | None, done: bool, tmp
     if text is not None:
         (tmp_path / TRACKER).write_text(text)
     assert is_done(Place(3, 9, 20, 12), str(tmp_path)) is done
+    assert not is_done(Place(3, 9, 20, 12), str(tmp_path), step=5)
+    with pytest.raises(CheckpointError, match="holds iteration 3"):
+        is_done(Place(3, 9, 20, 12), str(tmp_path), step=3)
 
 
 @pytest.mark.parametrize("number", [3, 10])

@@ -108,12 +108,14 @@ def test_schedules_and_data_go_on_from_anywhere(workplace, tmp_path: Path) -> No
 
 
 def test_the_weights_go_on_under_another_layout(workplace, saved) -> None:  # type: ignore[no-untyped-def]
-    """The fourth step's losses are those of the weights alone; the optimizer starts afresh."""
+    """The fourth step's losses are those of the weights alone; the optimizer starts afresh, the schedules do not."""
     save, logged = saved
     flags = "--tensor-model-parallel-size 2 --sequence-parallel --no-load-optim --no-load-rng".split()
     found = workplace.train("other-layout", 2, *MBS, *flags, "--load", str(save))
     for term in TERMS:
         assert found[term][0] == pytest.approx(logged[term][3], rel=1e-5), term
+    for name in SCHEDULES:
+        assert found[name] == logged[name][3:], name
 
 
 def refusal(argv: list[str], log: str) -> str:
@@ -123,8 +125,8 @@ def refusal(argv: list[str], log: str) -> str:
 
 
 OTHERWISE = {
-    "--lr 5e-4": "saved with another schedule: --lr, --min-lr or weight decay; give those it was saved with, or --o",
-    "--train-iters 9": "saved with another schedule: total number of iterations; give those it was saved with, or --o",
+    "--lr 5e-4": "saved with another --lr or --min-lr; give what it was saved with, or --override-opt_param",
+    "--train-iters 9": "saved with another schedule: total number of iterations, in samples, 20, not 36; give",
     PP2: "saved with other tensor or pipeline parallel sizes ((1, 2) vs (1, 1) from checkpoint); the optimizer goes",
 }
 
