@@ -307,6 +307,40 @@ def _validated_arguments() -> Any:
         raise SlimError(f"Megatron refuses the arguments: {what}") from None
 
 
+def _train(run: Run, args: Any) -> None:
+    """Megatron's loop, and what it raises where a checkpoint cannot be gone on with as one line.
+
+    Raises:
+        SlimError: all ranks raise it together.
+    """
+    provider = partial(run.datasets_provider)
+    provider.is_distributed = True  # type: ignore[attr-defined]
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args),
+            provider,
+            ModelType.encoder_or_decoder,
+            run.forward_step,
+            model_provider=run.model_provider,
+        )
+        run.watch.check()  # of the last validation
+    except SystemExit as exit_:  # how Megatron ends at --exit-interval, and on a signal
+        if not exit_.code and torch.distributed.is_initialized():
+            run.watch.check()
+        raise
+    except CheckpointingException as error:  # all ranks raise it together
+        raise CheckpointError(f"refused by Megatron: {error}") from None
+    except CheckpointException as error:  # as above, out of the ranks' common plan to read
+        reasons = [reason for reason, _ in error.failures.values()]
+        if not all(isinstance(reason, CheckpointingException) for reason in reasons):
+            raise
+        raise CheckpointError(f"refused by Megatron: {reasons[0]}", fix=SAME_LAYOUT) from None
+    except (AssertionError, KeyError, ValueError, RuntimeError) as error:  # likewise, if it is about going on
+        if (refusal := why_not_going_on(error)) is None:
+            raise
+        raise refusal from None
+
+
 def main(argv: list[str]) -> None:
     """Train from the command line; see ``examples/slimqwen/pretrain_distill.sh``."""
     if MEGATRON_HELP in argv:
@@ -346,32 +380,7 @@ def main(argv: list[str]) -> None:
         device.before_training_steps(run.ahead.before_step)
     if args.save and args.rank == 0:
         keep_hf_files(source, Path(args.save))
-    provider = partial(run.datasets_provider)
-    provider.is_distributed = True  # type: ignore[attr-defined]
-    try:
-        pretrain(
-            pretrain_cfg_container_from_args(args),
-            provider,
-            ModelType.encoder_or_decoder,
-            run.forward_step,
-            model_provider=run.model_provider,
-        )
-        run.watch.check()  # of the last validation
-    except SystemExit as exit_:  # how Megatron ends at --exit-interval, and on a signal
-        if not exit_.code and torch.distributed.is_initialized():
-            run.watch.check()
-        raise
-    except CheckpointingException as error:  # all ranks raise it together
-        raise CheckpointError(f"refused by Megatron: {error}") from None
-    except CheckpointException as error:  # as above, out of the ranks' common plan to read
-        reasons = [reason for reason, _ in error.failures.values()]
-        if not all(isinstance(reason, CheckpointingException) for reason in reasons):
-            raise
-        raise CheckpointError(f"refused by Megatron: {reasons[0]}", fix=SAME_LAYOUT) from None
-    except (AssertionError, KeyError, ValueError, RuntimeError) as error:  # likewise, if it is about going on
-        if (refusal := why_not_going_on(error)) is None:
-            raise
-        raise refusal from None
+    _train(run, args)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -21,8 +21,6 @@ from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.files import write_atomic
 
 SECONDS_FOR_RANK_0 = 60.0  # to mend, and for a shared file system to show it
-
-
 SAME_LAYOUT = (
     "the optimizer goes on in the layout it was saved in, or with --dist-ckpt-optim-fully-reshardable (given when it "
     "was saved) in any; --no-load-optim starts it afresh"

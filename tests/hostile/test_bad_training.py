@@ -14,11 +14,10 @@ from megatron_slim import device
 
 device.install()
 
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: E402
 
 from megatron_slim.architecture.parallelism import layout_violations  # noqa: E402
 from megatron_slim.errors import SlimError  # noqa: E402
-from megatron_slim.testing import tiny_shape, write_tiny_checkpoint  # noqa: E402
+from megatron_slim.testing import tiny_shape, write_tiny_checkpoint, write_tokens  # noqa: E402
 from megatron_slim.training.pretrain import main  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,13 +194,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     odd = {"layer_types": kinds, "vocab_size": 130, "max_position_embeddings": 32, "num_moe_experts": 6}
     write_tiny_checkpoint(root / "odd", tiny_shape(**odd))
     for name, largest in {"d": 119, "torn": 5, "big": 120}.items():
-        builder = IndexedDatasetBuilder(str(root / f"{name}.bin"), dtype=np.int32)
-        builder.add_document(np.full(400, largest), [400])
-        builder.finalize(str(root / f"{name}.idx"))
-    builder = IndexedDatasetBuilder(str(root / "few.bin"), dtype=np.int32)
-    for _ in range(3):
-        builder.add_document(np.full(40, 1), [40])
-    builder.finalize(str(root / "few.idx"))
+        write_tokens(root / name, np.full((1, 400), largest))
+    write_tokens(root / "few", np.full((3, 40), 1))
     (root / "torn.bin").write_bytes((root / "torn.bin").read_bytes()[:-4])
     for content in ("x", "", "7"):
         (root / f"run-{content}").mkdir()

@@ -11,7 +11,7 @@ from megatron_slim import device
 
 device.install()
 
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: E402
+from megatron_slim.testing import write_tokens  # noqa: E402
 
 TERMS = ("lm loss", "logits distillation loss", "teacher lm loss", "mtp lm loss", "mtp distillation loss", "grad-norm")
 END = 119  # ends a document
@@ -24,12 +24,10 @@ COMMON += ["--null-tokenizer-eod-id", str(END)]
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Documents of which some are nothing but ends, so that nearly all of some samples is masked."""
     prefix, rng = tmp_path_factory.mktemp("masks") / "data", np.random.default_rng(0)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
-    for number in range(60):
-        document = rng.integers(0, END, 33)
+    documents = rng.integers(0, END, (60, 33))
+    for number, document in enumerate(documents):
         document[: (0, 30, 12, 25)[number % 4]] = END
-        builder.add_document(document, [len(document)])
-    builder.finalize(f"{prefix}.idx")
+    write_tokens(prefix, documents)
     return prefix
 
 

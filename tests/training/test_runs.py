@@ -15,7 +15,6 @@ from megatron_slim import device
 
 device.install()
 
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: E402
 
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes, torch_dist_to_hf  # noqa: E402
 from megatron_slim.checkpoint.huggingface import HFCheckpoint  # noqa: E402
@@ -23,7 +22,7 @@ from megatron_slim.checkpoint.torch_dist_files import read_metadata  # noqa: E40
 from megatron_slim.errors import CheckpointError  # noqa: E402
 from megatron_slim.pruning.fingerprint import fingerprint  # noqa: E402
 from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes  # noqa: E402
-from megatron_slim.testing import random_tensors, run_distributed, tiny_hf_config, tiny_shape  # noqa: E402
+from megatron_slim.testing import random_tensors, run_distributed, tiny_hf_config, tiny_shape, write_tokens  # noqa: E402
 from megatron_slim.training.teacher_check import judge_teacher  # noqa: E402
 
 TERMS = ("lm loss", "logits distillation loss", "mtp lm loss", "mtp distillation loss", "grad-norm", "kd lambda")
@@ -79,10 +78,7 @@ def test_a_resumed_run_is_the_same_run(workplace, tmp_path: Path, layout: str) -
 @pytest.mark.slow
 def test_schedules_and_data_go_on_from_anywhere(workplace, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """In the warm-up, behind it, and what was resumed once more; data are read twice, in another order each time."""
-    builder, rng = IndexedDatasetBuilder(str(tmp_path / "data.bin"), dtype=np.int32), np.random.default_rng(0)
-    for _ in range(9):
-        builder.add_document(rng.integers(0, 119, 40), [40])
-    builder.finalize(str(tmp_path / "data.idx"))
+    write_tokens(tmp_path / "data", np.random.default_rng(0).integers(0, 119, (9, 40)))
     data = [word for part in ("train", "valid", "test") for word in (f"--{part}-data-path", str(tmp_path / "data"))]
     argv = [*MBS, *data, "--train-iters", "7", "--lr-warmup-iters", "3", "--eod-mask-loss"]
     argv += ["--null-tokenizer-eod-id", "119"]

@@ -17,10 +17,9 @@ from megatron_slim import device
 
 device.install()
 
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: E402
 
 from megatron_slim.errors import SlimError  # noqa: E402
-from megatron_slim.testing import tiny_shape  # noqa: E402
+from megatron_slim.testing import tiny_shape, write_tokens  # noqa: E402
 from megatron_slim.training import teacher_ahead  # noqa: E402
 from megatron_slim.training.finite import FiniteWatch  # noqa: E402
 from megatron_slim.training.slim_arguments import add_slim_arguments  # noqa: E402
@@ -76,10 +75,8 @@ def test_layouts(uneven, one: Logged, name: str) -> None:  # type: ignore[no-unt
 
 def test_other_losses_documents_and_data_in_epochs(workplace, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """MTP learns from the teacher's main head; documents are short, are read twice, and shuffled by the sampler too."""
-    builder, rng = IndexedDatasetBuilder(str(tmp_path / "data.bin"), dtype=np.int32), np.random.default_rng(0)
-    for _ in range(9):
-        builder.add_document(np.append(rng.integers(0, 119, 39), 119), [40])
-    builder.finalize(str(tmp_path / "data.idx"))
+    rng = np.random.default_rng(0)
+    write_tokens(tmp_path / "data", [np.append(rng.integers(0, 119, 39), 119) for _ in range(9)])
     flags = [word for part in ("train", "valid", "test") for word in (f"--{part}-data-path", str(tmp_path / "data"))]
     flags += "--mtp-kd-target teacher-main --kd-loss top-k --kd-top-k 8 --kd-temperature 2 --eod-mask-loss".split()
     flags += "--reset-position-ids --null-tokenizer-eod-id 119 --dataloader-type cyclic --eval-iters 0".split()
