@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_slim.cli import say
 from megatron_slim.documents import Source, batches, check_inputs, read_sources, sentence_splitter
@@ -136,9 +137,20 @@ class _Writer:
             self.skipped += 1
             return
         ids = np.concatenate([np.asarray(sentence, dtype=np.int64) for sentence in document])
+        self._check_fit(ids)
         self.builder.add_document(ids, [len(sentence) for sentence in document])
         self.documents += 1
         self.tokens += len(ids)
+
+    def _check_fit(self, ids: npt.NDArray[np.int64]) -> None:
+        """Megatron's builder would wrap an id that its type does not hold, such as one that no vocabulary names."""
+        lowest, highest = int(ids.min()), int(ids.max())
+        if lowest < 0 or highest > np.iinfo(self.builder.dtype).max:
+            raise DataError(
+                f"the tokenizer gave id {lowest if lowest < 0 else highest}, which its vocabulary does not have",
+                where=str(self.prefix),
+                fix="repair the tokenizer's files: an added token, or eos, has another id than its vocabulary says",
+            )
 
     def finish(self, where: str) -> None:
         """Write the index, flush, and read the data set back."""

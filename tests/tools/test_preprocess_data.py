@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_slim import preprocessing
 from megatron_slim.data import read_stream
 from megatron_slim.documents import sentence_splitter
+from megatron_slim.errors import DataError
 
 TOOL = "tools/preprocess_data.py"
 TEXTS = ["Hello, world. This is text.\n\nAnd more!", "", "déjà vu 文字", "x = 1\n" * 50]
@@ -216,3 +218,45 @@ def test_existing_output_is_kept(tool: Callable[..., Any], tmp_path: Path, corpu
     outcome = tool(TOOL, "--input", corpus, "--tokenizer-model", tokenizer, "--output-prefix", tmp_path / "out")
     assert "already exists" in outcome.error
     assert existing.read_text() == "precious"
+
+
+def word_tokenizer(path: Path, words: int, added: int) -> Path:
+    """A tokenizer with an id per word, "w2", "w3" and so on, and more words that were added to it later."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<eos>": 0, "[UNK]": 1} | {f"w{number}": number for number in range(2, words)}
+    model = Tokenizer(models.WordLevel(vocab=vocab, unk_token="[UNK]"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<eos>", unk_token="[UNK]")
+    tokenizer.add_tokens([f"w{number}" for number in range(words, words + added)])
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "added", "dtype"),
+    [(65_499, 0, "uint16"), (65_490, 60, "int32"), (65_500, 0, "int32"), (65_536, 0, "int32"), (65_537, 0, "int32")],
+)
+def test_ids_of_a_large_vocabulary_never_wrap(tmp_path: Path, words: int, added: int, dtype: str) -> None:
+    """Whatever size the tokenizer declares: transformers' vocab_size is that without what was added."""
+    tokenizer = word_tokenizer(tmp_path / "tokenizer", words, added)
+    size = words + added
+    ids = sorted({2, 5, 65_490, 65_498, size - 1} | {n for n in (65_499, 65_535, 65_536) if n < size})
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": " ".join(f"w{number}" for number in ids)}))
+    options = preprocessing.Options("HuggingFaceTokenizer", tokenizer, append_eod=True)
+    result = preprocessing.preprocess([tmp_path / "a.jsonl"], tmp_path / "out", options)
+    assert (result["dtype"], result["vocab_size"]) == (dtype, size)
+    assert read_stream(Path(result["prefix"])).tolist() == [*ids, 0]
+
+
+@pytest.mark.parametrize("token", [65_536, -1])
+def test_an_id_that_no_vocabulary_names_is_refused(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, token: int
+) -> None:
+    monkeypatch.setattr("megatron_slim.tokenizers.HuggingFaceTokenizer.encode", lambda self, texts: [[1, token]])
+    (tmp_path / "a.txt").write_text("x")
+    options = preprocessing.Options("HuggingFaceTokenizer", tokenizer)
+    with pytest.raises(DataError, match=f"the tokenizer gave id {token}, which its vocabulary does not have"):
+        preprocessing.preprocess([tmp_path / "a.txt"], tmp_path / "out", options)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
