@@ -25,6 +25,7 @@ LAYERS = (
         "data_index",
         "documents",
         "tokenizers",
+        "encoding",
         "preprocessing",
     ),
     ("recipe_budget", "recipe", "architecture"),
