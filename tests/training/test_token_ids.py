@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 from pathlib import Path
 
@@ -24,7 +25,7 @@ VALIDATION = "--micro-batch-size 4 --eval-interval 2"
 # Ranks, flags, the id, and whose data have it. One sample of twelve has it, so only one data-parallel rank reads it.
 RUNS = {
     "tensor parallel": (2, TP2, -100, "train"),
-    "padding to Megatron": (2, "--micro-batch-size 2 --hidden-kd-layers 1:1", -1, "train"),
+    "padding to Megatron": (2, "--micro-batch-size 2 --hidden-kd-layers 1:1 --num-workers 1", -1, "train"),
     "stages": (2, PP2, 120, "train"),
     "ahead": (2, f"{PP2} --teacher-ahead 2", -100, "train"),
     "validation": (1, VALIDATION, -1, "valid"),
@@ -42,6 +43,7 @@ def train_unseen(argv: list[str], log: str) -> str:
     from tests.training.conftest import refusal
 
     look_at_first_ids()
+    multiprocessing.set_start_method("fork", force=True)  # of loaders, as where ranks are not forked from a server
     return refusal(argv, log)
 
 
