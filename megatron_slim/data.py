@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_slim.data_index import HEADER, read_index
 from megatron_slim.errors import DataError
 
 Tokens = npt.NDArray[np.int64]
 
-# Head of an .idx file: magic, version, code of the ids' type, number of sequences and of document boundaries. Then
-# come the sequences' lengths (int32) and byte offsets (int64), and the boundaries (int64).
-_HEADER, _MAGIC = struct.Struct("<9sQBQQ"), b"MMIDIDX\x00\x00"
-_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
+# Of each data set before a run, in stretches from its beginning to its end. All of it would be hours of reading where
+# data are terabytes; training looks at what it reads.
+_SEEN_TOKENS, _STRETCHES = 1 << 20, 16
+_AGAIN = "run tools/preprocess_data.py again"
 
 
 def read_samples(
@@ -32,7 +33,7 @@ def read_samples(
         seq_length: tokens per sample; for a matrix None or its width.
         num_samples: number of samples; fewer than there are draws at random without replacement, kept in the order of
             the data. None takes all.
-        vocab_size: ids must be smaller than this; None leaves them unchecked.
+        vocab_size: ids must be smaller than this; None is any.
         seed: of the random draw.
 
     Returns:
@@ -51,7 +52,8 @@ def read_samples(
         matrix = _open_windows(data_prefix(path, or_matrix=True), seq_length)
     chosen = _draw(len(matrix), num_samples, seed, path)
     samples = np.array(matrix[chosen])
-    _check_ids(samples, chosen, vocab_size, path)
+    _check_type(samples.dtype, vocab_size, str(path))
+    _check_rows(samples, chosen, vocab_size, path)
     return samples.astype(np.int64)
 
 
@@ -73,7 +75,7 @@ def data_prefix(path: Path, *, or_matrix: bool = False) -> Path:
     if Path(name).is_dir():
         raise DataError("a directory, not a data set", where=name, fix="name the prefix of a .bin/.idx pair in it")
     if len(missing) == 1:
-        raise DataError("its other half is missing", where=missing[0], fix="run tools/preprocess_data.py again")
+        raise DataError("its other half is missing", where=missing[0], fix=_AGAIN)
     if Path(name).exists():
         raise DataError(
             "neither a Megatron .bin/.idx prefix nor a .npy matrix of token ids"
@@ -123,62 +125,88 @@ def read_stream(prefix: Path) -> npt.NDArray[Any]:
     Raises:
         DataError: the index is not one, holds no integer ids, or the .bin is not as long as the index says.
     """
-    dtype, tokens = _read_index(Path(f"{prefix}.idx"))
+    dtype, tokens = read_index(Path(f"{prefix}.idx"))
     expected, found = tokens * dtype.itemsize, Path(f"{prefix}.bin").stat().st_size
     if expected != found:
         state = "truncated" if found < expected else "longer than its index"
         raise DataError(
             f"{state}: {found} bytes, the index says {expected}",
             where=f"{prefix}.bin",
-            fix="run tools/preprocess_data.py again",
+            fix=_AGAIN,
         )
     if expected == 0:
         raise DataError("holds no tokens", where=f"{prefix}.bin")
     return np.memmap(f"{prefix}.bin", dtype=dtype, mode="r")
 
 
+def open_stream(prefix: Path, vocab_size: int | None) -> tuple[npt.NDArray[Any], int]:
+    """A data set that a model with ``vocab_size`` ids can read, as `read_stream`, and the largest id that was seen.
+
+    Raises:
+        DataError: as `read_stream`; or ids of another vocabulary, as far as its type and a part of it tell.
+    """
+    stream, where = read_stream(prefix), f"{prefix}.bin"
+    _check_type(stream.dtype, vocab_size, where)
+    seen = list(_stretches(stream))
+    largest = max(int(ids.max()) for ids in seen)
+    check_ids(min(int(ids.min()) for ids in seen), largest, vocab_size, where)
+    return stream, largest
+
+
+def _stretches(stream: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
+    """Up to `_SEEN_TOKENS` ids in stretches at equal distances, the first and the last ones among them."""
+    if len(stream) <= _SEEN_TOKENS:
+        yield stream
+        return
+    length = _SEEN_TOKENS // _STRETCHES
+    for number in range(_STRETCHES):
+        begin = (len(stream) - length) * number // (_STRETCHES - 1)
+        yield stream[begin : begin + length]
+
+
 def count_documents(prefix: Path) -> int:
     """Number of documents of a data set whose index `read_stream` has checked."""
     with Path(f"{prefix}.idx").open("rb") as stream:
-        return int(_HEADER.unpack(stream.read(_HEADER.size))[3])
+        return int(HEADER.unpack(stream.read(HEADER.size))[3])
 
 
-def check_largest_id(largest: int, vocab_size: int, where: str) -> None:
-    """Refuse token ids that the model has no embedding for.
+def check_ids(lowest: int, highest: int, vocab_size: int | None, where: str) -> None:
+    """Refuse token ids that no model has, or that this one has no embedding for.
+
+    An id below 0 has overflowed, or means "ignore" or "padding" to the program that wrote it. To Megatron -1 is the
+    padding that it adds itself, in memory alone.
+
+    Args:
+        lowest: of the ids that were looked at.
+        highest: of the same ids.
+        vocab_size: of the model; None is any.
+        where: where they come from.
 
     Raises:
-        DataError: ``largest`` of the ids that were looked at is one.
+        DataError: one of the two is outside the vocabulary.
     """
-    if largest >= vocab_size:
+    if lowest < 0:
         raise DataError(
-            f"token id {largest} is beyond the vocabulary of {vocab_size}",
+            f"token id {lowest} is below 0",
+            where=where,
+            fix="an id overflowed, or stands for 'ignore' or padding, of which data sets have none: preprocess again",
+        )
+    if vocab_size is not None and highest >= vocab_size:
+        raise DataError(
+            f"token id {highest} is beyond the vocabulary of {vocab_size}",
             where=where,
             fix="preprocess with the model's own tokenizer",
         )
 
 
-def _read_index(path: Path) -> tuple[np.dtype[Any], int]:
-    """Type of the ids and number of tokens of a data set, whose documents must follow one another in the .bin."""
-    with path.open("rb") as stream:
-        head = stream.read(_HEADER.size)
-    if len(head) < _HEADER.size or not head.startswith(_MAGIC):
-        raise DataError("not a Megatron index", where=str(path))
-    _, version, code, sequences, documents = _HEADER.unpack(head)
-    size = _HEADER.size + 12 * sequences + 8 * documents
-    # Multimodal data sets have one byte more per sequence.
-    if version != 1 or code not in _DTYPES or path.stat().st_size not in (size, size + sequences):
-        raise DataError("a torn Megatron index, or of an unknown version", where=str(path))
-    dtype = np.dtype(_DTYPES[code])
-    if dtype.kind not in "iu":
-        raise DataError(f"holds {dtype} values, not token ids", where=str(path))
-    if sequences == 0:
-        return dtype, 0
-    lengths = np.memmap(path, np.int32, "r", _HEADER.size, (sequences,)).astype(np.int64)
-    pointers = np.memmap(path, np.int64, "r", _HEADER.size + 4 * sequences, (sequences,))
-    ends = np.cumsum(lengths)
-    if (lengths < 0).any() or not np.array_equal(pointers, (ends - lengths) * dtype.itemsize):
-        raise DataError("its documents do not follow one another", where=str(path))
-    return dtype, int(lengths.sum())
+def _check_type(dtype: np.dtype[Any], vocab_size: int | None, where: str) -> None:
+    """Refuse a type that the vocabulary does not fit into: what did not fit has wrapped to ids that look right."""
+    if vocab_size is not None and vocab_size - 1 > (most := np.iinfo(dtype).max):
+        raise DataError(
+            f"{dtype} holds ids up to {most}, the vocabulary has {vocab_size}: larger ids have wrapped",
+            where=where,
+            fix="preprocess again, with the model's own tokenizer",
+        )
 
 
 def _draw(available: int, num_samples: int | None, seed: int, path: Path) -> npt.NDArray[np.int64]:
@@ -193,16 +221,10 @@ def _draw(available: int, num_samples: int | None, seed: int, path: Path) -> npt
     return np.sort(np.random.default_rng(seed).choice(available, num_samples, replace=False))
 
 
-def _check_ids(samples: npt.NDArray[Any], rows: npt.NDArray[np.int64], vocab_size: int | None, path: Path) -> None:
-    lowest, highest = int(samples.min()), int(samples.max())
-    if lowest < 0:
-        row = rows[int(np.argmax(samples.min(axis=1) < 0))]
-        raise DataError(f"negative token id {lowest} (first in sample {row})", where=str(path))
-    if vocab_size is not None and highest >= vocab_size:
-        row = rows[int(np.argmax(samples.max(axis=1) >= vocab_size))]
-        raise DataError(
-            f"tokenizer ids beyond the vocabulary: id {highest} (first in sample {row}), "
-            f"the model's vocab_size is {vocab_size}",
-            where=str(path),
-            fix="tokenize with the model's own tokenizer",
-        )
+def _check_rows(samples: npt.NDArray[Any], rows: npt.NDArray[np.int64], vocab_size: int | None, path: Path) -> None:
+    """`check_ids`, naming the first sample that has such an id."""
+    lowest, highest = samples.min(axis=1), samples.max(axis=1)
+    outside = lowest < 0 if vocab_size is None else (lowest < 0) | (highest >= vocab_size)
+    if outside.any():
+        first = int(outside.argmax())
+        check_ids(int(lowest[first]), int(highest[first]), vocab_size, f"{path}, sample {rows[first]}")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import re
+import zlib
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,38 +16,75 @@ from typing import IO, Any
 from megatron_slim.errors import DataError
 
 JSON_SUFFIXES, TEXT_SUFFIXES = (".jsonl", ".json"), (".txt",)
-BATCH_CHARACTERS = 1 << 18
+BATCH_BYTES = 1 << 18
+REPLACEMENT = "\ufffd"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a document says.
+
+    Attributes:
+        by_key: text under each key.
+        replaced: whether there were halves of surrogate pairs, for which `REPLACEMENT` stands now.
+    """
+
+    by_key: dict[str, str]
+    replaced: bool
 
 
 @dataclass(frozen=True)
 class Source:
-    """A stretch of input: a line of JSON, or a whole text file (line 0)."""
+    """A stretch of input as it was read: a line of JSON, or a whole text file (line 0)."""
 
     path: str
     line: int
-    text: str
+    content: bytes
 
     @property
     def where(self) -> str:
         """Where it came from, for errors."""
         return f"{self.path}:{self.line}" if self.line else self.path
 
-    def texts(self, keys: Sequence[str]) -> dict[str, str]:
+    def texts(self, keys: Sequence[str]) -> Texts:
         """The document's text under each of ``keys``; a text file has the same text under all of them.
 
+        JSON may name half of a surrogate pair, which is no character: no tokenizer takes it. It is what is left of one
+        that another program cut in two, so the rest of the document is kept.
+
         Raises:
-            DataError: not JSON, or no text under a key.
+            DataError: not UTF-8, not JSON, or no text under a key.
         """
-        if self.line == 0:
-            return dict.fromkeys(keys, self.text)
-        try:
-            record = json.loads(self.text)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"not a line of JSON ({error})", where=self.where) from None
+        text = self._decoded()
+        record = dict.fromkeys(keys, text) if self.line == 0 else self._parsed(text)
         for key in keys:
             if not isinstance(record, dict) or not isinstance(record.get(key), str):
                 raise DataError(f"has no text under {key!r}", where=self.where, fix="name the key with --json-keys")
-        return {key: record[key] for key in keys}
+        found = {key: record[key] for key in keys}
+        whole = {key: _without_surrogates(text) for key, text in found.items()}
+        return Texts(whole, whole != found)
+
+    def _decoded(self) -> str:
+        """Its characters, without a byte order mark in front."""
+        try:
+            return self.content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"not readable as UTF-8 text ({error})", where=self.where) from None
+
+    def _parsed(self, text: str) -> Any:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"not a line of JSON ({error})", where=self.where) from None
+
+
+def _without_surrogates(text: str) -> str:
+    try:
+        text.encode()  # far quicker than a search
+    except UnicodeEncodeError:
+        return _SURROGATE.sub(REPLACEMENT, text)
+    return text
 
 
 def check_inputs(paths: Sequence[Path]) -> None:
@@ -61,35 +101,34 @@ def read_sources(paths: Sequence[Path]) -> Iterator[Source]:
     """Documents in order: every line of .jsonl and .json files that is not blank, every .txt file as a whole."""
     for path in paths:
         try:
-            with _open_text(path) as stream:
+            with _open(path) as stream:
                 if _kind(path) in TEXT_SUFFIXES:
                     yield Source(str(path), 0, stream.read())
                 else:
-                    yield from (Source(str(path), n, line) for n, line in enumerate(stream, 1) if line.strip())
-        except (UnicodeDecodeError, OSError, EOFError) as error:
-            raise DataError(f"not readable as UTF-8 text ({error})", where=str(path)) from None
+                    lines = enumerate(stream, 1)
+                    yield from (Source(str(path), n, line) for n, line in lines if line.removeprefix(BOM_UTF8).strip())
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"not readable ({error})", where=str(path)) from None
 
 
 def _kind(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix
 
 
-def _open_text(path: Path) -> IO[str]:
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8", newline="\n")
-    return open(path, encoding="utf-8", newline="\n")
+def _open(path: Path) -> gzip.GzipFile | IO[bytes]:
+    return gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb")
 
 
 def batches(sources: Iterator[Source]) -> Iterator[list[Source]]:
-    """Group documents into batches of about `BATCH_CHARACTERS`, the unit of work of a process."""
+    """Group documents into batches of about `BATCH_BYTES`, the unit of work of a process."""
     batch: list[Source] = []
-    characters = 0
+    size = 0
     for source in sources:
         batch.append(source)
-        characters += len(source.text)
-        if characters >= BATCH_CHARACTERS:
+        size += len(source.content)
+        if size >= BATCH_BYTES:
             yield batch
-            batch, characters = [], 0
+            batch, size = [], 0
     if batch:
         yield batch
 

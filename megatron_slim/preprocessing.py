@@ -7,117 +7,37 @@ the index last, because a data set without its index cannot be opened.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_slim.cli import say
-from megatron_slim.documents import Source, batches, check_inputs, read_sources, sentence_splitter
+from megatron_slim.documents import batches, check_inputs, read_sources
+from megatron_slim.encoding import Document, Encoded, Encoder, Options, encode_all
 from megatron_slim.errors import DataError
 from megatron_slim.files import fsync_path, refuse_existing, remove, sole_writer
-from megatron_slim.tokenizers import load_tokenizer
 
 TEMPORARY, SUFFIXES = "data", (".bin", ".idx")
-BATCHES_AHEAD = 4  # per worker: enough to keep it busy, few enough to bound memory
-
-Document = list[list[int]]  # token ids, one list per sentence, or a single one
 
 
-@dataclass(frozen=True)
-class Options:
-    """How documents become tokens.
+@dataclass
+class Remarks:
+    """How many of the documents there is something to say about, and what of the first."""
 
-    Attributes:
-        tokenizer_type: Megatron's name of the tokenizer's kind.
-        tokenizer_model: directory or file of the tokenizer.
-        json_keys: keys of a JSON line, each of which makes a data set of its own.
-        append_eod: end every document with the tokenizer's eos.
-        split_sentences: one sequence per sentence, cut by nltk's Punkt.
-        lang: see `documents.sentence_splitter`.
-    """
+    count: int = 0
+    first: str | None = None
 
-    tokenizer_type: str
-    tokenizer_model: Path
-    json_keys: tuple[str, ...] = ("text",)
-    append_eod: bool = False
-    split_sentences: bool = False
-    lang: str | None = None
-
-    def prefixes(self, output_prefix: Path) -> dict[str, Path]:
-        """Megatron's names for the outputs: ``PREFIX_{key}_{document|sentence}``."""
-        level = "sentence" if self.split_sentences else "document"
-        return {key: Path(f"{output_prefix}_{key}_{level}") for key in self.json_keys}
-
-
-class Encoder:
-    """Turns sources into token ids; each worker process has one of its own."""
-
-    def __init__(self, options: Options) -> None:
-        self.options = options
-        self.tokenizer = load_tokenizer(options.tokenizer_type, options.tokenizer_model)
-        if options.append_eod and self.tokenizer.eod is None:
-            raise DataError("has no eos token to append", where=str(options.tokenizer_model), fix="drop --append-eod")
-        self._split = sentence_splitter(options.lang) if options.split_sentences else lambda text: [text]
-
-    def encode(self, sources: Sequence[Source]) -> list[dict[str, Document]]:
-        """Token ids of a batch of documents by key; a document without a token is an empty list."""
-        texts = [source.texts(self.options.json_keys) for source in sources]
-        pieces = [{key: self._split(text) for key, text in document.items()} for document in texts]
-        ids = iter(self.tokenizer.encode([piece for doc in pieces for split in doc.values() for piece in split]))
-        return [{key: self._finish([next(ids) for _ in split]) for key, split in doc.items()} for doc in pieces]
-
-    def _finish(self, sentences: Document) -> Document:
-        filled = [ids for ids in sentences if ids]
-        if filled and self.options.append_eod:
-            assert self.tokenizer.eod is not None
-            filled[-1] = [*filled[-1], self.tokenizer.eod]
-        return filled
-
-
-_worker: Encoder | None = None  # of a worker process, set once by its initializer
-
-
-def _start_worker(options: Options) -> None:
-    global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    _worker = Encoder(options)
-
-
-def _work(sources: list[Source]) -> list[dict[str, Document]]:
-    assert _worker is not None
-    return _worker.encode(sources)
-
-
-def _encode_all(encoder: Encoder, groups: Iterable[list[Source]], workers: int) -> Iterator[list[dict[str, Document]]]:
-    """Encoded batches in the order of ``groups``."""
-    if workers == 1:
-        yield from map(encoder.encode, groups)
-        return
-    # Forked workers share the libraries that this process has imported; a spawned one takes seconds to import them.
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, context, _start_worker, (encoder.options,)) as pool:
-        pending: deque[Future[list[dict[str, Document]]]] = deque()
-        try:
-            for group in groups:
-                pending.append(pool.submit(_work, group))
-                if len(pending) >= BATCHES_AHEAD * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool:
-            raise DataError("a worker process died", fix="out of memory? use fewer --workers") from None
-        finally:
-            pool.shutdown(cancel_futures=True)  # and wait: CPython may deadlock when told not to
+    def add(self, found: Sequence[str]) -> None:
+        """Count those of a batch, which comes after all before."""
+        self.count += len(found)
+        self.first = self.first or next(iter(found), None)
 
 
 class _Writer:
@@ -136,16 +56,28 @@ class _Writer:
             self.skipped += 1
             return
         ids = np.concatenate([np.asarray(sentence, dtype=np.int64) for sentence in document])
+        self._check_fit(ids)
         self.builder.add_document(ids, [len(sentence) for sentence in document])
         self.documents += 1
         self.tokens += len(ids)
 
-    def finish(self, where: str) -> None:
+    def _check_fit(self, ids: npt.NDArray[np.int64]) -> None:
+        """Megatron's builder would wrap an id that its type does not hold, such as one that no vocabulary names."""
+        lowest, highest = int(ids.min()), int(ids.max())
+        if lowest < 0 or highest > np.iinfo(self.builder.dtype).max:
+            raise DataError(
+                f"the tokenizer gave id {lowest if lowest < 0 else highest}, which its vocabulary does not have",
+                where=str(self.prefix),
+                fix="repair the tokenizer's files: an added token, or eos, has another id than its vocabulary says",
+            )
+
+    def finish(self, where: str, left_out: Remarks) -> None:
         """Write the index, flush, and read the data set back."""
         from megatron_slim.data import read_stream
 
         if self.documents == 0:
-            raise DataError("holds no text at all", where=where)
+            fix = f"{left_out.count} lines were left out, the first: {left_out.first}" if left_out.count else ""
+            raise DataError("holds no text at all", where=where, fix=fix)
         self.builder.finalize(f"{self.temporary}.idx")
         found = len(read_stream(self.temporary))
         assert found == self.tokens, (found, self.tokens)
@@ -184,16 +116,20 @@ def _take_back(data: Path, directory: Path) -> None:
         data.unlink(missing_ok=True)
 
 
-def _fill(writers: dict[str, _Writer], encoded: Iterable[list[dict[str, Document]]], log_interval: int) -> None:
-    started, done = time.monotonic(), 0
+def _fill(writers: dict[str, _Writer], encoded: Iterable[Encoded], log_interval: int) -> tuple[Remarks, Remarks]:
+    """Write all documents; gives those that were left out, and those with characters replaced."""
+    started, done, left_out, replaced = time.monotonic(), 0, Remarks(), Remarks()
     for batch in encoded:
-        for document in batch:
+        left_out.add(batch.left_out)
+        replaced.add(batch.replaced)
+        for document in batch.documents:
             for key, ids in document.items():
                 writers[key].add(ids)
             done += 1
             if done % log_interval == 0 and sys.stderr.isatty():
                 tokens = sum(writer.tokens for writer in writers.values())
                 say(f"{done} documents, {tokens} tokens ({tokens / (time.monotonic() - started):.0f}/s)")
+    return left_out, replaced
 
 
 def preprocess(
@@ -210,7 +146,8 @@ def preprocess(
 
     Returns:
         ``prefix`` (of the first key), ``prefixes``, ``documents``, ``skipped_documents`` (without a token), ``tokens``
-        (counted over all keys), ``vocab_size``, ``eod`` and ``dtype``.
+        (counted over all keys), ``bad_lines`` (left out) and ``first_bad_line``, ``replaced_documents`` (with half of a
+        surrogate pair) and ``first_replaced``, ``vocab_size``, ``eod`` and ``dtype``.
 
     Raises:
         DataError: bad input, named by file and line.
@@ -231,9 +168,10 @@ def preprocess(
 
         dtype = DType.optimal_dtype(encoder.tokenizer.vocab_size)
         writers = {key: _Writer(prefix, directories[key], dtype) for key, prefix in prefixes.items()}
-        _fill(writers, _encode_all(encoder, batches(read_sources(inputs)), workers), log_interval)
+        encoded = encode_all(encoder, batches(read_sources(inputs)), workers)
+        left_out, replaced = _fill(writers, encoded, log_interval)
         for writer in writers.values():
-            writer.finish(", ".join(map(str, inputs)))
+            writer.finish(", ".join(map(str, inputs)), left_out)
         for writer in writers.values():
             writer.publish()
     return {
@@ -242,6 +180,10 @@ def preprocess(
         "documents": sum(writer.documents for writer in writers.values()),
         "skipped_documents": sum(writer.skipped for writer in writers.values()),
         "tokens": sum(writer.tokens for writer in writers.values()),
+        "bad_lines": left_out.count,
+        "first_bad_line": left_out.first,
+        "replaced_documents": replaced.count,
+        "first_replaced": replaced.first,
         "vocab_size": encoder.tokenizer.vocab_size,
         "eod": encoder.tokenizer.eod,
         "dtype": np.dtype(dtype).name,

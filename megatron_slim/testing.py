@@ -209,13 +209,13 @@ def _kill(ranks: list[BaseProcess]) -> None:
         process.join()
 
 
-def write_tokens(prefix: Path, documents: Iterable[Any]) -> None:
+def write_tokens(prefix: Path, documents: Iterable[Any], dtype: str = "int32") -> None:
     """A data set of Megatron's, by its own writer, with a document for every array of token ids."""
     device.install()
     import numpy as np
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=getattr(np, dtype))
     for tokens in documents:
         builder.add_document(torch.as_tensor(tokens), [len(tokens)])
     builder.finalize(f"{prefix}.idx")

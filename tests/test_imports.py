@@ -15,7 +15,19 @@ PACKAGE = ROOT / "megatron_slim"
 
 # A module may import from its own layer and from those before it.
 LAYERS = (
-    ("errors", "files", "cli", "linear_attention", "device", "data", "documents", "tokenizers", "preprocessing"),
+    (
+        "errors",
+        "files",
+        "cli",
+        "linear_attention",
+        "device",
+        "data",
+        "data_index",
+        "documents",
+        "tokenizers",
+        "encoding",
+        "preprocessing",
+    ),
     ("recipe_budget", "recipe", "architecture"),
     ("checkpoint",),
     ("pruning",),

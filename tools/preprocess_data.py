@@ -28,6 +28,12 @@ def parse_args() -> argparse.Namespace:
     )
     data.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys of a line to tokenize")
     data.add_argument("--output-prefix", type=Path, required=True, help="path of the outputs without suffix")
+    data.add_argument(
+        "--skip-bad-lines",
+        action="store_true",
+        help="leave out lines (and .txt files) that are not UTF-8 or not JSON, lack a text, or that the tokenizer "
+        "fails on, and say how many; without it the first ends the tool",
+    )
     tokens = parser.add_argument_group("tokens")
     tokens.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default=TOKENIZER_TYPES[0], help="kind")
     tokens.add_argument("--tokenizer-model", type=Path, required=True, help="local directory (Hugging Face) or file")
@@ -43,18 +49,25 @@ def parse_args() -> argparse.Namespace:
 def preprocess(args: argparse.Namespace) -> dict[str, Any]:
     """Tokenize, say what was written."""
     from megatron_slim import preprocessing
+    from megatron_slim.encoding import Options
 
-    options = preprocessing.Options(
+    options = Options(
         tokenizer_type=args.tokenizer_type,
         tokenizer_model=args.tokenizer_model,
         json_keys=tuple(dict.fromkeys(args.json_keys)),
         append_eod=args.append_eod,
         split_sentences=args.split_sentences,
         lang=args.lang,
+        skip_bad_lines=args.skip_bad_lines,
     )
     results = preprocessing.preprocess(
         args.input, args.output_prefix, options, workers=args.workers, log_interval=args.log_interval
     )
+    if results["bad_lines"]:
+        say(f"{results['bad_lines']} lines left out, the first: {results['first_bad_line']}")
+    if results["replaced_documents"]:
+        found = f"{results['replaced_documents']} documents had halves of surrogate pairs, now U+FFFD"
+        say(f"{found}, the first: {results['first_replaced']}")
     say(f"{results['documents']} documents, {results['tokens']} tokens -> {results['prefix']}.bin/.idx")
     return results
 

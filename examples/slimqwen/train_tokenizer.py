@@ -45,7 +45,7 @@ def train_tokenizer(inputs: Sequence[Path], output: Path, *, vocab_size: int, ke
     )
 
     def texts() -> Iterator[str]:
-        return (source.texts((key,))[key] for source in read_sources(inputs))
+        return (source.texts((key,)).by_key[key] for source in read_sources(inputs))
 
     with new_directory(output) as temporary:
         bpe.train_from_iterator(texts(), trainer)

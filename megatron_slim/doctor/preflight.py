@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_slim.data import check_largest_id, count_documents, data_prefix, read_stream
+from megatron_slim.data import count_documents, data_prefix, open_stream
 from megatron_slim.doctor.findings import NOTE, OK, PROBLEM, Finding, good_or, parameters, refused, size
 from megatron_slim.doctor.machine import storage
 from megatron_slim.errors import DataError, SlimError
@@ -17,7 +17,6 @@ from megatron_slim.errors import DataError, SlimError
 if TYPE_CHECKING:
     from megatron_slim.architecture.shape import ModelShape
 
-CHECKED_TOKENS = 1 << 20  # of each end of a data set
 BYTES_PER_PARAMETER = 14  # of a checkpoint of training in bf16: the weight, and three numbers of the optimizer in fp32
 
 
@@ -95,10 +94,7 @@ def _data(prefix: Path, vocabulary: int | None) -> Finding:
         found = data_prefix(prefix)
         if found != prefix:  # training refuses it as well
             raise DataError("is a file of a data set", where=str(prefix), fix=f"name its prefix, {found}")
-        stream = read_stream(found)
-        largest = int(max(stream[:CHECKED_TOKENS].max(), stream[-CHECKED_TOKENS:].max()))
-        if vocabulary is not None:
-            check_largest_id(largest, vocabulary, str(prefix))
+        stream, largest = open_stream(found, vocabulary)
     except SlimError as error:
         return refused(name, error)
     return Finding(

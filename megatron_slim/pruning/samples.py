@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.data import read_samples
+from megatron_slim.data import check_ids, read_samples
 from megatron_slim.errors import DataError
 
 # SlimQwen 3.2 draws 1024 samples; 4096 tokens is our choice, the paper names none.
@@ -42,8 +42,9 @@ def check_samples(samples: npt.NDArray[np.int64], shape: ModelShape, *, where: s
     """Refuse samples that this model cannot read.
 
     Raises:
-        DataError: longer than the model's positions, or too short for its MTP block.
+        DataError: ids outside the vocabulary, longer than the model's positions, or too short for its MTP block.
     """
+    check_ids(int(samples.min()), int(samples.max()), shape.vocab_size, where)
     length = samples.shape[1]
     if length > shape.max_position_embeddings:
         raise DataError(

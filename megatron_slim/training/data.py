@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -15,10 +17,29 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
 from megatron_slim.checkpoint.reference import Reference
-from megatron_slim.data import check_largest_id
+from megatron_slim.data import check_ids
+from megatron_slim.errors import DataError
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 Batch = dict[str, Tensor | None]
+
+
+class Samples(GPTDataset):
+    """Megatron's samples, each with the lowest and highest id that the file has for it (``ids``), and the file.
+
+    Megatron fills a last sample with its padding id, mostly -1, and masks every position that has it: from its samples
+    nobody can tell that -1 stood in the file.
+    """
+
+    def __getitem__(self, idx: int | None) -> dict[str, Any]:
+        sample: dict[str, Any] = super().__getitem__(idx)
+        return {**sample, "ids": torch.tensor(self._ends), "where": f"{self.dataset_path}.bin"}
+
+    def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[npt.NDArray[np.int64], Any, list[int]]:
+        text, documents, lengths = super()._query_document_sample_shuffle_indices(idx)
+        ids = text[: sum(lengths)]
+        self._ends = (int(ids.min(initial=0)), int(ids.max(initial=0)))
+        return text, documents, lengths
 
 
 def dataset_config() -> GPTDatasetConfig:
@@ -46,21 +67,29 @@ def dataset_config() -> GPTDatasetConfig:
 def build_datasets(num_samples: tuple[int, int | None, int | None]) -> list[Any]:
     """Train, validation and test datasets of at least so many samples each."""
     args = get_args()
-    kind = MockGPTDataset if args.mock_data else GPTDataset
+    kind = MockGPTDataset if args.mock_data else Samples
     # Every rank builds: the teacher check needs a sample on each, and indices are cached on disk or made in seconds.
     datasets: list[Any] = BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, dataset_config()).build()
     return datasets
 
 
 def next_batch(
-    iterator: Iterator[dict[str, Tensor]] | None, vocab_size: int, vp_stage: int | None, *, whole: bool
+    iterator: Iterator[dict[str, Any]] | None,
+    vocab_size: int,
+    vp_stage: int | None,
+    *,
+    whole: bool,
+    refuse: Callable[[DataError], None],
 ) -> Batch:
     """This rank's part of the next micro-batch; None for what its pipeline stage does not need.
 
-    Without ``whole`` that is tokens and positions on the first stage, labels and mask on the last, nothing between.
-
-    Raises:
-        DataError: a token id is outside the vocabulary.
+    Args:
+        iterator: gives samples, collated; None on ranks that are sent theirs.
+        vocab_size: of the model.
+        vp_stage: virtual pipeline stage.
+        whole: without it that is tokens and positions on the first stage, labels and mask on the last, nothing between.
+        refuse: is told of a batch with ids outside the vocabulary. Ids of the vocabulary stand in for them, so that
+            this rank computes on until all of them hear of it: one that left would leave the others waiting.
     """
     args = get_args()
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
@@ -71,7 +100,11 @@ def next_batch(
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         assert iterator is not None
         sample = next(iterator)
-        check_token_ids(sample, vocab_size)
+        try:
+            check_token_ids(sample, vocab_size)
+        except DataError as error:
+            refuse(error)
+            sample |= {key: sample[key].clamp(0, vocab_size - 1) for key in ("tokens", "labels")}
         batch = {key: sample[key].cuda(non_blocking=True) for key in BATCH_KEYS}
     mine: Batch = get_batch_on_this_tp_rank(
         batch,
@@ -92,14 +125,26 @@ def next_batch(
     return mine
 
 
-def check_token_ids(sample: dict[str, Tensor], vocab_size: int) -> None:
-    """Refuse token ids that the model has no embedding for."""
-    check_largest_id(max(int(sample["tokens"].max()), int(sample["labels"].max())), vocab_size, "training data")
+def check_token_ids(sample: dict[str, Any], vocab_size: int) -> None:
+    """Refuse samples, collated, with token ids that the model has no embedding for.
+
+    Raises:
+        DataError: names the file of the first one.
+    """
+    ids = torch.cat([sample[key] for key in ("ids", "tokens", "labels") if key in sample], dim=1)
+    lowest, highest = ids.amin(dim=1).tolist(), ids.amax(dim=1).tolist()
+    for row, ends in enumerate(zip(lowest, highest, strict=True)):
+        check_ids(*ends, vocab_size, sample["where"][row] if "where" in sample else "training data")
 
 
-def first_batch(dataset: Any, batch_size: int) -> dict[str, Tensor]:
-    """The first samples of a dataset, collated."""
+def first_batch(dataset: Any, batch_size: int, vocab_size: int) -> dict[str, Tensor]:
+    """The first samples of a dataset, collated.
+
+    Raises:
+        DataError: as `check_token_ids`; on all ranks, which all have the same samples.
+    """
     batch = torch.utils.data.default_collate([dataset[i % len(dataset)] for i in range(batch_size)])
+    check_token_ids(batch, vocab_size)
     return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
 
 

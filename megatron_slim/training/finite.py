@@ -1,4 +1,4 @@
-"""NaN and infinity: found once per iteration before the optimizer steps, named by where they came from.
+"""NaN, infinity, token ids of no vocabulary: found once per iteration before the optimizer steps, and where they began.
 
 What is watched is reduced to one number where it arises and stays on the device; the host looks once per iteration,
 just before Megatron reads the gradient norm, which waits for the device anyway. All ranks then learn together whether
@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core import parallel_state
@@ -18,8 +18,9 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.training import get_args
 from torch import Tensor
 
-from megatron_slim.errors import SlimError, summarise
+from megatron_slim.errors import DataError, SlimError, summarise
 
+T = TypeVar("T")
 FIX = "nothing of this step was saved: go on from the last checkpoint with other data or a lower learning rate"
 
 
@@ -44,9 +45,19 @@ class Found:
 
 @dataclass
 class FiniteWatch:
-    """What one rank has seen since the host looked last: running sums, which stay finite only if every addend is."""
+    """What one rank has seen since the host looked last: running sums, which stay finite only if every addend is.
+
+    Attributes:
+        sums: by kind, name and stage.
+        refused: what was wrong with batches that this rank has read.
+    """
 
     sums: dict[tuple[str, str, int], Tensor] = field(default_factory=dict)
+    refused: list[DataError] = field(default_factory=list)
+
+    def refuse(self, error: DataError) -> None:
+        """Have all ranks leave at the end of this iteration with what one of them has read."""
+        self.refused.append(error)
 
     def add(self, kind: str, name: str, vp_stage: int | None, value: Tensor) -> None:
         """Watch a scalar on the device; reads nothing back."""
@@ -68,20 +79,19 @@ class FiniteWatch:
 
         Raises:
             SlimError: on all ranks, where one of them has something that is not finite.
+            DataError: on all ranks, where one of them has refused a batch.
         """
         values = [*self.sums.values(), *_gradient_norms(model)]
         device = torch.cuda.current_device()
         stacked = torch.stack([value.to(device) for value in values]) if values else torch.zeros(1, device=device)
-        bad = (~stacked.isfinite()).any().float().reshape(1)
+        bad = ((~stacked.isfinite()).any() | bool(self.refused)).float().reshape(1)
         torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
         if bad.item():
-            everywhere: list[list[Found]] = [[] for _ in range(torch.distributed.get_world_size())]
-            torch.distributed.all_gather_object(everywhere, [*self._found(), *_found_in_gradients(model)])
-            raise SlimError(
-                describe(itertools.chain.from_iterable(everywhere), _stages()),
-                where=f"iteration {getattr(get_args(), 'curr_iteration', 0) + 1}",
-                fix=FIX,
-            )
+            where = f"iteration {getattr(get_args(), 'curr_iteration', 0) + 1}"
+            if refused := _everywhere(map(str, self.refused)):  # before losses, which it may have made infinite
+                raise DataError(refused[0], where=where)
+            found = _everywhere([*self._found(), *_found_in_gradients(model)])
+            raise SlimError(describe(found, _stages()), where=where, fix=FIX)
         self.sums.clear()
 
     def _found(self) -> Iterator[Found]:
@@ -89,6 +99,13 @@ class FiniteWatch:
         for (kind, name, stage), value in self.sums.items():
             if not value.isfinite():
                 yield Found(stage, rank, kind, name, value.item())
+
+
+def _everywhere(mine: Iterable[T]) -> list[T]:
+    """What each rank has, in their order; all ranks must call it."""
+    everywhere: list[list[T]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everywhere, list(mine))
+    return list(itertools.chain.from_iterable(everywhere))
 
 
 def _stages() -> int:

@@ -48,11 +48,12 @@ def check_teacher(chunks: Sequence[DistillationModel], next_batch: NextBatch, da
 
     Raises:
         CheckpointError: its cross entropy is not finite or no better than guessing, or not what was recorded.
+        DataError: the first batch has token ids outside the vocabulary.
     """
     args = get_args()
     where = Path(args.teacher_load)
     reference = read_reference(where, vocab_size)
-    batch = first_batch(dataset, args.micro_batch_size)
+    batch = first_batch(dataset, args.micro_batch_size, vocab_size)
     judge_teacher(_measured(chunks, next_batch, batch, _mean), vocab_size, where)
     if reference is not None:
         batch, losses = reference_batch(reference, args.micro_batch_size, args.seq_length)

@@ -139,6 +139,12 @@ def write_dataset(prefix: Path, largest: int, tokens: int) -> None:
     Path(f"{prefix}.idx").write_bytes(head + b"".join(part.tobytes() for part in parts))
 
 
+def lose_documents(work: Path) -> None:
+    """Document boundaries 0, 0 where there is one sequence."""
+    write_dataset(work / "d", 5, 40)
+    (work / "d.idx").write_bytes((work / "d.idx").read_bytes()[:-8] + bytes(8))
+
+
 def tracker(content: str) -> Prepare:
     return steps(lambda work: (work / "dist").mkdir(), text("dist/latest_checkpointed_iteration.txt", content))
 
@@ -234,10 +240,26 @@ CONFIGS = {
     "deep": (text(CONFIG, "[" * 100_000), "config.json: not readable as JSON"),
 }
 DATA = {
-    "ids in calibration": Case(CALIBRATE, "--calibration-data x.npy", array(ids(128)), "beyond the vocabulary: id 128"),
-    "ids in evaluation": Case(EVALUATE, "--data x.npy", array(ids(500)), "beyond the vocabulary: id 500"),
-    "ids in a .bin": Case(EVALUATE, BIN, dataset(500), "d: tokenizer ids beyond the vocabulary: id 500"),
-    "negative ids": Case(EVALUATE, "--data x.npy", array(ids(-1)), "negative token id -1"),
+    "ids in calibration": Case(
+        CALIBRATE,
+        "--calibration-data x.npy",
+        array(ids(128)),
+        "x.npy, sample 0: token id 128 is beyond the vocabulary of 128",
+    ),
+    "ids in evaluation": Case(EVALUATE, "--data x.npy", array(ids(500)), "token id 500 is beyond the vocabulary"),
+    "ids in a .bin": Case(EVALUATE, BIN, dataset(500), "d, sample 0: token id 500 is beyond the vocabulary"),
+    "negative ids": Case(EVALUATE, "--data x.npy", array(ids(-1)), "x.npy, sample 0: token id -1 is below 0"),
+    "padding in a .bin": Case(EVALUATE, f"{BIN} --record", dataset(-1), "d, sample 0: token id -1 is below 0"),
+    "ignored ids in calibration": Case(
+        CALIBRATE,
+        "--calibration-data d --seq-length 8 --num-samples 5",
+        dataset(-100),
+        "d, sample 0: token id -100 is below 0; an id overflowed, or stands for 'ignore' or padding",
+    ),
+    "lost documents": Case(EVALUATE, BIN, lose_documents, "d.idx: its documents are sequences 0 to 0, there are 1"),
+    "lost documents in calibration": Case(
+        CALIBRATE, "--calibration-data d --seq-length 8 --num-samples 1", lose_documents, "d.idx: its documents are"
+    ),
     "uint64": Case(EVALUATE, "--data x.npy", array(np.full((2, 12), 2**64 - 1, np.uint64)), "beyond the vocabulary"),
     "floats": Case(CALIBRATE, "--calibration-data x.npy", array(np.zeros((2, 3))), "is float64 [2, 3], not an integer"),
     "booleans": Case(EVALUATE, "--data x.npy", array(np.ones((2, 12), bool)), "is bool [2, 12], not an integer"),

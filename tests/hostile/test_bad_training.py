@@ -163,8 +163,31 @@ CASES = {
     "no data there": ("--data-path nowhere", "nowhere: no such data"),
     "one of many": ("--data-path 1 d 2 nowhere", "nowhere: no such data"),
     "a file": ("--data-path d.bin", "d.bin: is a file of a data set; name its prefix, d"),
-    "ids": ("--data-path big", "big: token id 120 is beyond the vocabulary of 120"),
-    "torn data": ("--data-path torn", "torn.bin: truncated"),
+    "ids": ("--data-path big", "big.bin: token id 120 is beyond the vocabulary of 120"),
+    "ids below 0": ("--data-path minus", "minus.bin: token id -100 is below 0"),
+    "padding in the data": ("--data-path padded --null-tokenizer-pad-id -1", "padded.bin: token id -1 is below 0"),
+    "ids below 0 in a part": (
+        "--data-path --train-data-path d --valid-data-path d minus --test-data-path d",
+        "minus.bin: token id -100 is below 0",
+    ),
+    "ids that wrapped": (
+        "--data-path bytes --pretrained-checkpoint wide",
+        "bytes.bin: uint8 holds ids up to 255, the vocabulary",
+    ),
+    "torn data": ("--data-path torn", "torn.bin: truncated: 1596 bytes, the index says 1600"),
+    "torn data, no mmap": ("--data-path torn --no-mmap-bin-files", "torn.bin: truncated"),
+    "torn data of a part": (
+        "--data-path --train-data-path d --valid-data-path torn --test-data-path d --no-mmap-bin-files",
+        "torn.bin: truncated",
+    ),
+    "torn data of a list": ("--data-path --data-args-path list --no-mmap-bin-files", "torn.bin: truncated"),
+    "torn data of lists": ("--data-path --per-split-data-args-path lists.json", "torn.bin: truncated"),
+    "no list": ("--data-path --data-args-path nowhere", "nowhere: not readable as a list of data sets"),
+    "an empty list": ("--data-path --data-args-path d.txt", "d.txt: names no data set"),
+    "no lists": ("--data-path --per-split-data-args-path nowhere", "nowhere: no such file"),
+    "other lists": ("--data-path --per-split-data-args-path few.json", "is no object with train, valid and test"),
+    "lists of other things": ("--data-path --per-split-data-args-path odd.json", "odd.json: valid is no list of data"),
+    "lost documents": ("--data-path merged", "merged.idx: its documents are sequences 0 to 2, there are 4"),
     "no validation part": (
         "--eval-iters 1 --split 90,5,5 --data-path few",
         "few: --split 90,5,5 leaves none of its 3 documents for the validation part; give --train-data-path",
@@ -196,6 +219,18 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, largest in {"d": 119, "torn": 5, "big": 120}.items():
         write_tokens(root / name, np.full((1, 400), largest))
     write_tokens(root / "few", np.full((3, 40), 1))
+    write_tiny_checkpoint(root / "wide", tiny_shape(**SIZES | {"vocab_size": 257}))
+    write_tokens(root / "bytes", np.full((1, 400), 1), "uint8")
+    for name, last in {"minus": -100, "padded": -1}.items():
+        write_tokens(root / name, [*np.ones((30, 32)), np.full(10, last)])
+    write_tokens(root / "merged", np.full((4, 40), 1))
+    index = (root / "merged.idx").read_bytes()
+    (root / "merged.idx").write_bytes(index[:26] + np.int64(3).tobytes() + index[34:-16])  # boundaries 0, 1, 2
+    (root / "list").write_text("3 d\n1 torn\n")
+    (root / "lists.json").write_text('{"train": ["d"], "valid": "1 d 1 torn", "test": null}')
+    (root / "few.json").write_text('{"train": ["d"]}')
+    (root / "odd.json").write_text('{"train": ["d"], "valid": [1, "d"], "test": ["d"]}')
+    (root / "d.txt").write_text("\n")
     (root / "torn.bin").write_bytes((root / "torn.bin").read_bytes()[:-4])
     for content in ("x", "", "7"):
         (root / f"run-{content}").mkdir()

@@ -95,6 +95,12 @@ def test_samples_longer_than_the_model_reads_are_refused(tmp_path: Path) -> None
         calibrated(tmp_path / "hf", shape, np.zeros((2, 17), dtype=np.int64))
 
 
+@pytest.mark.parametrize("token", [-100, 128])
+def test_ids_of_no_vocabulary_are_refused(tmp_path: Path, token: int) -> None:
+    with pytest.raises(DataError, match=f"calibration data: token id {token} is "):
+        calibrated(tmp_path / "hf", tiny_shape(), np.full((2, 8), token, dtype=np.int64))
+
+
 def test_a_sample_of_one_token_is_refused_where_there_is_an_mtp_block(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="too short for the MTP block"):
         calibrated(tmp_path / "hf", tiny_shape(), np.zeros((2, 1), dtype=np.int64))

@@ -220,6 +220,20 @@ def large_ids(work: Path) -> None:
     write_tokens(work / "data", [np.arange(200, 266)])
 
 
+def ignored_ids(work: Path) -> None:
+    write_tokens(work / "data", [np.ones(30), np.full(10, -100)])
+
+
+def overflowed_ids(work: Path) -> None:
+    write_tokens(work / "data", [np.array([5, 65_535, 6])], "int16")
+
+
+def lose_documents(work: Path) -> None:
+    write_tokens(work / "data", [np.ones(5)] * 4)
+    index = (work / "data.idx").read_bytes()
+    (work / "data.idx").write_bytes(index[:26] + np.int64(3).tobytes() + index[34:-16])  # boundaries 0, 1, 2
+
+
 def tear_tracker(work: Path) -> None:
     (work / "run/latest_checkpointed_iteration.txt").write_text("\0\0")
 
@@ -244,6 +258,9 @@ def lose_a_shard(work: Path) -> None:
         (break_index, "data data", "data.idx: its other half is missing", "preprocess_data.py"),
         (cut_data, "data data", "data.bin: truncated", "preprocess_data.py"),
         (large_ids, "data data", "token id 265 is beyond the vocabulary of 128", "own tokenizer"),
+        (ignored_ids, "data data", "data.bin: token id -100 is below 0", "preprocess again"),
+        (overflowed_ids, "data data", "data.bin: token id -1 is below 0", "preprocess again"),
+        (lose_documents, "data data", "data.idx: its documents are sequences 0 to 2, there are 4", "add_index"),
         (tear_tracker, "resume", "latest_checkpointed_iteration.txt", "write 7 into"),
         (cut_checkpoint, "resume", "incomplete", "to start anew"),
         (other_vocabulary, "vocabularies", "teacher 256, student 128", "prune the student from its teacher"),

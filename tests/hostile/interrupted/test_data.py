@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_slim import device, preprocessing
+from megatron_slim import device, encoding, preprocessing
 from megatron_slim.cli import run_tool
 from megatron_slim.data import read_stream
+from megatron_slim.encoding import Options
 from megatron_slim.errors import DataError
 
 TEXT = "written whole or not at all\n" * 2000
@@ -29,10 +30,10 @@ def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     import megatron.core.datasets.indexed_dataset  # noqa: F401 (a child has it already)
 
     bytewise = SimpleNamespace(vocab_size=256, eod=None, encode=lambda texts: [list(text.encode()) for text in texts])
-    monkeypatch.setattr(preprocessing, "load_tokenizer", lambda kind, model: bytewise)
+    monkeypatch.setattr(encoding, "load_tokenizer", lambda kind, model: bytewise)
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "data").mkdir()
-    options = preprocessing.Options("", Path())
+    options = Options("", Path())
     run = preprocessing.preprocess
     return lambda: run_tool(lambda: run([tmp_path / "text.txt"], tmp_path / "data/out", options), as_json=False)
 
