@@ -143,6 +143,11 @@ def count_documents(prefix: Path) -> int:
         return int(_HEADER.unpack(stream.read(_HEADER.size))[3])
 
 
+def document_lengths(prefix: Path) -> npt.NDArray[np.int32]:
+    """Tokens of every document of a data set whose index `read_stream` has checked, memory-mapped."""
+    return np.memmap(f"{prefix}.idx", np.int32, "r", _HEADER.size, (count_documents(prefix),))
+
+
 def check_largest_id(largest: int, vocab_size: int, where: str) -> None:
     """Refuse token ids that the model has no embedding for.
 

@@ -3,34 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.datasets import gpt_dataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.utils import get_batch_on_this_tp_rank
 from megatron.training import get_args, get_tokenizer
-from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
 from megatron_slim.checkpoint.reference import Reference
-from megatron_slim.data import check_largest_id
+from megatron_slim.data import check_largest_id, read_stream
+from megatron_slim.training.blends import Blend, read_sources
+from megatron_slim.training.data_checks import DEFAULT_SPLIT, needed_parts
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 Batch = dict[str, Tensor | None]
 
 
+class _OwnMasks:
+    """Masks and positions of every sample are made for that sample.
+
+    Megatron 0.19.2 keeps those of the first one that it serves, and has written that sample's padding into the loss
+    mask that it keeps: every later sample would lose the same positions. Its classes keep their names here, because
+    indices that it has cached on disk are found by them.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.masks_and_position_ids_are_cacheable = False
+
+
+class GPTDataset(_OwnMasks, gpt_dataset.GPTDataset):
+    """Megatron's GPT dataset with masks of each sample's own."""
+
+
+class MockGPTDataset(_OwnMasks, gpt_dataset.MockGPTDataset):
+    """Megatron's artificial data with masks of each sample's own."""
+
+
 def dataset_config() -> GPTDatasetConfig:
-    """Megatron's dataset configuration from its arguments."""
+    """Megatron's dataset configuration from its arguments, without the parts that are not used.
+
+    Megatron would build those too: with 0 samples, for which it needs at least one token.
+    """
     args = get_args()
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    return GPTDatasetConfig(
+    sources, needed = read_sources(args), needed_parts(args)
+    per_part = [_for_megatron(blend) if used else None for blend, used in zip(sources.parts, needed, strict=True)]
+    config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
+        blend=_for_megatron(sources.whole),
+        blend_per_split=per_part if any(sources.parts) else None,
+        split=args.split or DEFAULT_SPLIT if sources.whole is not None else None,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
@@ -39,8 +67,25 @@ def dataset_config() -> GPTDatasetConfig:
         reset_attention_mask=False,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=False,
-        full_validation=args.full_validation,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
     )
+    if config.split_matrix is not None:
+        config.split_matrix = [ends if used else None for ends, used in zip(config.split_matrix, needed, strict=True)]
+    return config
+
+
+def _for_megatron(blend: Blend | None) -> tuple[list[str], list[float] | None] | None:
+    """Prefixes and weights; without weights each of several data sets weighs as much as it has tokens.
+
+    Megatron itself would mix them by their samples, but read each once and no more: a longer run ends in the middle.
+    """
+    if blend is None:
+        return None
+    weights = None if blend.weights is None else list(blend.weights)
+    if weights is None and len(blend.prefixes) > 1:
+        weights = [float(len(read_stream(Path(prefix)))) for prefix in blend.prefixes]
+    return list(blend.prefixes), weights
 
 
 def build_datasets(num_samples: tuple[int, int | None, int | None]) -> list[Any]:

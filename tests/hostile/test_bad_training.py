@@ -169,6 +169,23 @@ CASES = {
         "--eval-iters 1 --split 90,5,5 --data-path few",
         "few: --split 90,5,5 leaves none of its 3 documents for the validation part; give --train-data-path",
     ),
+    "no data for validation": (
+        "--eval-iters 1 --split 1,0,0",
+        "there are no data for the validation part; give it a share",
+    ),
+    "too little for validation": (
+        "--eval-iters 1 --split 2,1,0.1 --data-path short",
+        "short: has 20 tokens in 1 documents for the validation part, one sample takes 33; give --train-data-path,",
+    ),
+    "weights and none": ("--data-path 10 d few", "--data-path: weights and data sets do not alternate in '10 d few'"),
+    "weights behind": (
+        "--data-path d 10 few 20",
+        "do not alternate in 'd 10 few 20'; give a weight before every data set",
+    ),
+    "a negative weight": ("--data-path 1 d -1 few", "--data-path: weight -1 is not positive and finite"),
+    "one of two without weights": ("--data-path d nowhere", "nowhere: no such data"),
+    "data twice": ("--mock-data", "data are given twice: by --data-path and by --mock-data"),
+    "all of the validation": ("--full-validation", "--full-validation is not supported: some samples would count more"),
     "no training part": ("--split 0.1,9,9 --data-path few", "none of its 3 documents for the training part"),
     "no teacher": ("--teacher-load nowhere", "nowhere: no such directory"),
     "no student": ("--pretrained-checkpoint nowhere", "nowhere: no such directory"),
@@ -196,6 +213,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, largest in {"d": 119, "torn": 5, "big": 120}.items():
         write_tokens(root / name, np.full((1, 400), largest))
     write_tokens(root / "few", np.full((3, 40), 1))
+    write_tokens(root / "short", np.full((3, 20), 1))
     (root / "torn.bin").write_bytes((root / "torn.bin").read_bytes()[:-4])
     for content in ("x", "", "7"):
         (root / f"run-{content}").mkdir()
