@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_slim.checkpoint.reference import Reference
 from megatron_slim.data import check_largest_id, read_stream
+from megatron_slim.errors import DataError
 from megatron_slim.training.blends import Blend, read_sources
 from megatron_slim.training.data_checks import DEFAULT_SPLIT, needed_parts
 
@@ -89,16 +90,46 @@ def _for_megatron(blend: Blend | None) -> tuple[list[str], list[float] | None] |
 
 
 def build_datasets(num_samples: tuple[int, int | None, int | None]) -> list[Any]:
-    """Train, validation and test datasets of at least so many samples each."""
+    """Train, validation and test datasets of at least so many samples each.
+
+    Raises:
+        DataError: a blend is of too few samples for its number of data sets.
+    """
     args = get_args()
     kind = MockGPTDataset if args.mock_data else GPTDataset
-    # Every rank builds: the teacher check needs a sample on each, and indices are cached on disk or made in seconds.
-    datasets: list[Any] = BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, dataset_config()).build()
+    sizes = [num_samples[0], max(num_samples[1] or 0, _validation_samples(args)), num_samples[2]]
+    try:
+        # On every rank: the teacher check needs a sample on each, and indices are cached on disk or made in seconds.
+        datasets: list[Any] = BlendedMegatronDatasetBuilder(kind, sizes, lambda: True, dataset_config()).build()
+    except IndexError as error:
+        if "oversamples" not in str(error):
+            raise
+        fix = "give more --eval-iters or --train-iters, or a larger --mid-level-dataset-surplus"
+        raise DataError(f"too few samples for the data sets of a blend ({error})", fix=fix) from None
     return datasets
 
 
+def _validation_samples(args: Any) -> int:
+    """How many samples validation takes up to the end of the run, those before it was resumed included.
+
+    Megatron's own number is right for a run that validates by the same flags from its first iteration on: one that is
+    resumed with a longer interval would have none left, and with ``--start-eval-at-iter`` it is one validation short.
+    """
+    if args.eval_iters <= 0:
+        return 0
+    interval = args.eval_interval
+    passed = max(args.iteration // interval, -(-(args.start_eval_at_iter or 0) // interval) - 1)
+    left = max(0, args.train_iters // interval - passed) + 1  # the last one is behind the last iteration
+    return int(args.consumed_valid_samples + left * args.eval_iters * args.eval_global_batch_size)
+
+
 def next_batch(
-    iterator: Iterator[dict[str, Tensor]] | None, vocab_size: int, vp_stage: int | None, *, whole: bool
+    iterator: Iterator[dict[str, Tensor]] | None,
+    vocab_size: int,
+    vp_stage: int | None,
+    *,
+    micro_batch_size: int,
+    whole: bool,
 ) -> Batch:
     """This rank's part of the next micro-batch; None for what its pipeline stage does not need.
 
@@ -127,7 +158,7 @@ def next_batch(
         broadcast_group=parallel_state.get_tensor_model_parallel_group(),
         cp_size=1,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=whole,  # so called, it is all of the batch
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),

@@ -164,7 +164,9 @@ class Run:
         has_mtp = bool(self.shape.mtp_num_layers or (self.teacher_shape and self.teacher_shape.mtp_num_layers))
         chunk = self.chunks[vp_stage or 0]
         whole = (chunk.post_process and has_mtp) or chunk.hidden_kd is not None
-        return next_batch(iterator, self.shape.vocab_size, vp_stage, whole=whole)
+        args = get_args()
+        size = args.micro_batch_size if chunk.training else args.eval_micro_batch_size
+        return next_batch(iterator, self.shape.vocab_size, vp_stage, micro_batch_size=size, whole=whole)
 
     def forward_step(self, iterator: Iterator[Any], model: Any) -> tuple[Tensor, Callable[..., Any]]:
         """One micro-batch through one stage, and the function that reduces its losses on the last one."""

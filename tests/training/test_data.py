@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron_slim import device
 
 device.install()
 
+from megatron_slim.errors import DataError  # noqa: E402
 from megatron_slim.testing import write_tokens  # noqa: E402
 from megatron_slim.training import data  # noqa: E402
 from megatron_slim.training.data_checks import check_data  # noqa: E402
@@ -35,6 +37,8 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Build:
             **dict.fromkeys(ways.split()), **dict.fromkeys(flags.split(), False), seed=1, seq_length=SEQ, eval_iters=1
         )
         args.data_cache_path, args.mmap_bin_files = str(tmp_path / "c"), True
+        args.train_iters, args.eval_interval, args.iteration, args.start_eval_at_iter = 1, 1000, 0, None
+        args.eval_global_batch_size, args.consumed_valid_samples = 1, 0
         args.num_dataset_builder_threads, args.mid_level_dataset_surplus = 1, 0.005
         vars(args).update(given)
         tokenizer = SimpleNamespace(vocab_size=120, eod=END, pad=PAD, special_tokens_dict={}, unique_identifiers={})
@@ -124,6 +128,18 @@ def test_a_blend_without_weights_is_one_by_tokens(build: Build, tmp_path: Path) 
                 assert found[number] == pytest.approx(samples * sets[name] / total, abs=1.5), (names, found)
 
 
+def test_a_blend_of_many_data_sets_and_few_samples(build: Build, tmp_path: Path) -> None:
+    """Megatron rounds every share up, and may then draw more of a large one than it has built."""
+    weights = (0.088, 0.429, 0.004, 0.037, 0.125, 0.073, 0.019, 0.177, 0.042, 0.007)
+    for number in range(len(weights)):
+        write_tokens(tmp_path / str(number), np.full((1, 2 * SEQ + 1), 3))
+    words = [word for number, weight in enumerate(weights) for word in (str(weight), str(tmp_path / str(number)))]
+    with pytest.raises(DataError, match=r"too few samples for the data sets of a blend .*; give more --eval-iters or"):
+        build((1, 0, 0), train_data_path=words, eval_iters=0)
+    (train, *_) = build((1, 0, 0), train_data_path=words, eval_iters=0, mid_level_dataset_surplus=8.0)
+    assert len(train) >= 1
+
+
 def test_weights_are_shares_of_samples(build: Build, tmp_path: Path) -> None:
     """On the command line and in both kinds of files, which Megatron reads with the same rules."""
     for number, name in enumerate("ab", start=1):
@@ -141,6 +157,26 @@ def test_weights_are_shares_of_samples(build: Build, tmp_path: Path) -> None:
     assert shares(train, 100) == {1: 75, 2: 25} and shares(valid, 20) == {1: 5, 2: 15} and test is None
 
 
+@pytest.mark.parametrize("start", [None, 4, 5, 20])
+def test_there_is_data_for_every_validation(build: Build, tmp_path: Path, start: int | None) -> None:
+    """Also where a run is resumed with another interval; where it is resumed as it was, the data are the same."""
+    write_tokens(tmp_path / "d", np.random.default_rng(0).integers(1, END, (9, 20)))
+    paths = {f"{part}_data_path": [str(tmp_path / "d")] for part in ("train", "valid", "test")}
+    run = {
+        "train_iters": 10,
+        "eval_interval": 2,
+        "eval_iters": 3,
+        "eval_global_batch_size": 4,
+        "start_eval_at_iter": start,
+    }
+    first = -(-(start or 1) // 2)
+    done = {iteration: 12 * max(0, iteration // 2 - first + 1) for iteration in (0, 6, 8)}  # samples validated by then
+    whole = {len(build((40, 0, 12), **paths, **run, iteration=i, consumed_valid_samples=done[i])[1]) for i in done}
+    assert len(whole) == 1 and whole.pop() >= done[8] + 12 * (2 if first <= 5 else 1)
+    longer = build((40, 12, 12), **paths, **{**run, "eval_interval": 1000}, iteration=8, consumed_valid_samples=done[8])
+    assert len(longer[1]) >= done[8] + 12
+
+
 def test_documents_without_tokens_take_no_part(build: Build, tmp_path: Path) -> None:
     """They may lie anywhere, as long as there are others in a part."""
     rng, lengths = np.random.default_rng(0), [0, 30, 0, 0, 21, 7, 0, 40, 0]
@@ -150,3 +186,22 @@ def test_documents_without_tokens_take_no_part(build: Build, tmp_path: Path) -> 
     samples = served(train, 12)
     assert samples["tokens"].shape == (12, SEQ) and set(samples["tokens"].flatten().tolist()) <= counts.keys()
     assert samples["loss_mask"].all()
+
+
+@pytest.mark.slow
+def test_validation_has_batches_and_an_interval_of_its_own(workplace, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Micro-batches larger than training's on two tensor-parallel ranks; another interval where the run is resumed."""
+    write_tokens(tmp_path / "d", np.random.default_rng(0).integers(1, END, (8, 40)))
+    argv = [word for part in ("train", "valid", "test") for word in (f"--{part}-data-path", str(tmp_path / "d"))]
+    argv += "--micro-batch-size 1 --eval-micro-batch-size 2 --no-load-optim --save-interval 3 --eval-iters 2".split()
+    argv += ["--save", str(tmp_path / "run"), "--load", str(tmp_path / "run"), "--data-cache-path", str(tmp_path / "c")]
+    tp2 = "--tensor-model-parallel-size 2 --sequence-parallel --no-load-rng".split()
+    whole = workplace.train("validated", 1, *argv, "--eval-interval", "1")
+    shutil.rmtree(tmp_path / "run")
+    found = workplace.train("validated-tp2", 2, *argv, *tp2, "--eval-interval", "1")
+    for term in ("lm loss validation", "mtp lm loss validation", "logits distillation loss validation"):
+        assert len(found[term]) == 7 and found[term] == pytest.approx(whole[term], rel=1e-5), term  # 5, end, test
+    shutil.rmtree(tmp_path / "run/iter_0000005")
+    (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("3")
+    resumed = workplace.train("validated-on", 2, *argv, *tp2)
+    assert len(resumed["lm loss validation"]) == 2 and np.isfinite(resumed["lm loss validation"]).all()
