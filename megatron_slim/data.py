@@ -170,6 +170,11 @@ def count_documents(prefix: Path) -> int:
         return int(HEADER.unpack(stream.read(HEADER.size))[3])
 
 
+def document_lengths(prefix: Path) -> npt.NDArray[np.int32]:
+    """Tokens of every document of a data set whose index `read_stream` has checked, memory-mapped."""
+    return np.memmap(f"{prefix}.idx", np.int32, "r", HEADER.size, (count_documents(prefix),))
+
+
 def check_ids(lowest: int, highest: int, vocab_size: int | None, where: str) -> None:
     """Refuse token ids that no model has, or that this one has no embedding for.
 

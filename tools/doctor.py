@@ -59,7 +59,7 @@ def parse_args() -> argparse.Namespace:
     parser = tool_parser(__doc__)
     parser.add_argument("--disk", type=Path, default=Path("."), metavar="DIR", help="where outputs will go")
     run = parser.add_argument_group("what a run will be given, as pretrain_distill.sh is")
-    run.add_argument("--data", type=Path, nargs="+", default=[], metavar="PREFIX", help="DATA: .bin/.idx prefixes")
+    run.add_argument("--data", nargs="+", default=[], metavar="PREFIX", help="DATA: prefixes, or weights and prefixes")
     run.add_argument("--checkpoint", type=Path, metavar="DIR", help="STUDENT, or the directory of a run")
     run.add_argument("--teacher", type=Path, metavar="DIR", help="TEACHER")
     run.add_argument("--save", type=Path, metavar="DIR", help="SAVE")

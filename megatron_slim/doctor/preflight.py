@@ -13,6 +13,7 @@ from megatron_slim.data import count_documents, data_prefix, open_stream
 from megatron_slim.doctor.findings import NOTE, OK, PROBLEM, Finding, good_or, parameters, refused, size
 from megatron_slim.doctor.machine import storage
 from megatron_slim.errors import DataError, SlimError
+from megatron_slim.training.blends import parse_blend
 
 if TYPE_CHECKING:
     from megatron_slim.architecture.shape import ModelShape
@@ -21,12 +22,12 @@ BYTES_PER_PARAMETER = 14  # of a checkpoint of training in bf16: the weight, and
 
 
 def preflight(
-    data: Sequence[Path], checkpoint: Path | None, teacher: Path | None, save: Path | None, *, nodes: int
+    data: Sequence[str], checkpoint: Path | None, teacher: Path | None, save: Path | None, *, nodes: int
 ) -> Iterator[Finding]:
     """Look at what was given, in this order; a checkpoint may be one to start from or the directory of a run.
 
     Args:
-        data: prefixes of .bin/.idx pairs.
+        data: prefixes of .bin/.idx pairs, or weights and prefixes in turn.
         checkpoint: of the student.
         teacher: its checkpoint.
         save: where the run will save.
@@ -41,10 +42,8 @@ def preflight(
     if len(shapes) == 2:
         yield from _pair(shapes["checkpoint"], shapes["teacher"])
     vocabulary = min((shape.vocab_size for shape in shapes.values()), default=None)
-    for prefix in data:
-        yield _data(prefix, vocabulary)
-        if Path(f"{prefix}.bin").exists():
-            yield storage(f"data {prefix.name}", prefix.parent, nodes=nodes)
+    if data:
+        yield from _blend(data, vocabulary, nodes)
     if save is not None:
         yield from _save(save, shapes.get("checkpoint"), nodes)
 
@@ -86,6 +85,19 @@ def _pair(student: ModelShape, teacher: ModelShape) -> Iterator[Finding]:
     if teacher.mtp_num_layers < student.mtp_num_layers:
         found = f"teacher {teacher.mtp_num_layers}, student {student.mtp_num_layers}"
         yield Finding("MTP heads", NOTE, found, "the student's learns from the teacher's main head")
+
+
+def _blend(words: Sequence[str], vocabulary: int | None, nodes: int) -> Iterator[Finding]:
+    """Every data set of a blend, read from the words as training reads them."""
+    try:
+        blend = parse_blend(words, "--data")
+    except DataError as error:
+        yield refused("data", error)
+        return
+    for prefix in map(Path, blend.prefixes):
+        yield _data(prefix, vocabulary)
+        if Path(f"{prefix}.bin").exists():
+            yield storage(f"data {prefix.name}", prefix.parent, nodes=nodes)
 
 
 def _data(prefix: Path, vocabulary: int | None) -> Finding:

@@ -7,10 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron.core.datasets.blended_megatron_dataset_config import (
-    convert_split_vector_to_split_matrix,
-    parse_and_normalize_split,
-)
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
 
@@ -20,11 +16,10 @@ from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.checkpoint.distributed import is_torch_dist, iteration_directory
 from megatron_slim.checkpoint.distributed_writer import BACKEND, INTEGRITY, TRACKER
 from megatron_slim.checkpoint.torch_dist_files import METADATA
-from megatron_slim.data import count_documents, data_prefix, open_stream
 from megatron_slim.distillation.model import TEACHER_MTP
-from megatron_slim.errors import CheckpointError, DataError, SlimError, summarise
+from megatron_slim.errors import CheckpointError, SlimError, summarise
 from megatron_slim.files import read_json
-from megatron_slim.training.data_paths import SPLIT, given_words
+from megatron_slim.training.data_checks import check_data
 from megatron_slim.training.fp8_checks import fp8_violations
 from megatron_slim.training.hidden_kd import check_projections, hidden_violations
 from megatron_slim.training.loss_checks import loss_violations
@@ -33,8 +28,6 @@ from megatron_slim.training.resume import faults_of, mend_tracker
 from megatron_slim.training.run_log import logging_violations
 from megatron_slim.training.stage_layout import layer_violations, stage_violations
 from megatron_slim.training.teacher_ahead import ahead_violations
-
-DEFAULT_SPLIT = "969, 30, 1"  # Megatron's
 
 
 def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
@@ -65,7 +58,7 @@ def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
     if not args.train_iters and not args.train_samples:
         raise SlimError("nothing to train", fix="give --train-iters or --train-samples")
     _check_start(shape, args)
-    _check_data(args, shape.vocab_size)
+    check_data(args, shape.vocab_size)
     if args.verify_integrity:
         _check_integrity(args)
     if "MASTER_ADDR" not in os.environ:
@@ -235,41 +228,3 @@ def _pair_violations(shape: ModelShape, teacher: ModelShape, args: Any) -> list[
             f"teacher: hidden_size {teacher.hidden_size} in 16 bits does not fill numbers of 32 between stages"
         )
     return found
-
-
-def _check_data(args: Any, vocab_size: int) -> None:
-    """See that all data sets are there, whole, and start with ids of the vocabulary; training checks every batch."""
-    if args.mock_data:
-        return
-    given = given_words(args)
-    if not given:
-        raise DataError("no training data", fix="give --data-path, the prefix of a .bin/.idx pair")
-    for name, words in given.items():
-        for prefix in words if len(words) == 1 else [word for word in words if not _is_number(word)]:
-            found = data_prefix(Path(prefix))
-            if found != Path(prefix):
-                raise DataError("is a file of a data set", where=prefix, fix=f"name its prefix, {found}")
-            open_stream(found, vocab_size)
-            if name in SPLIT:
-                _check_split(found, args)
-
-
-def _check_split(prefix: Path, args: Any) -> None:
-    """See that training, validation and test part all get documents: of none, Megatron builds an index for ever."""
-    split = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split or DEFAULT_SPLIT))
-    documents = count_documents(prefix)
-    for part, (name, ends) in enumerate(zip(("training", "validation", "test"), split, strict=True)):
-        if ends is None or (part and not args.eval_iters):
-            continue
-        if round(ends[0] * documents) == round(ends[1] * documents):
-            fix = "give --train-data-path, --valid-data-path and --test-data-path, another --split, or --eval-iters 0"
-            what = f"--split {args.split or DEFAULT_SPLIT} leaves none of its {documents} documents for the {name} part"
-            raise DataError(what, where=str(prefix), fix=fix)
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True

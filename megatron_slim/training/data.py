@@ -3,32 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from megatron.core import parallel_state
+from megatron.core.datasets import gpt_dataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.utils import get_batch_on_this_tp_rank
 from megatron.training import get_args, get_tokenizer
-from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
 from megatron_slim.checkpoint.reference import Reference
-from megatron_slim.data import check_ids
+from megatron_slim.data import check_ids, read_stream
 from megatron_slim.errors import DataError
+from megatron_slim.training.blends import Blend, read_sources
+from megatron_slim.training.data_checks import DEFAULT_SPLIT, needed_parts
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 Batch = dict[str, Tensor | None]
 
 
-class Samples(GPTDataset):
-    """Megatron's samples, each with the lowest and highest id that the file has for it (``ids``), and the file.
+class _OwnMasks:
+    """Masks and positions of every sample are made for that sample.
 
-    Megatron fills a last sample with its padding id, mostly -1, and masks every position that has it: from its samples
-    nobody can tell that -1 stood in the file.
+    Megatron 0.19.2 keeps those of the first one that it serves, and has written that sample's padding into the loss
+    mask that it keeps: every later sample would lose the same positions. Its classes keep their names here, because
+    indices that it has cached on disk are found by them.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.masks_and_position_ids_are_cacheable = False
+
+
+class GPTDataset(_OwnMasks, gpt_dataset.GPTDataset):
+    """Megatron's GPT dataset with masks of each sample's own, and what the file holds for each sample.
+
+    That is the lowest and the highest id (``ids``), and the file. Megatron fills a last sample with its padding id,
+    mostly -1, and masks every position that has it: from its samples nobody can tell that -1 stood in the file.
     """
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
@@ -42,16 +58,24 @@ class Samples(GPTDataset):
         return text, documents, lengths
 
 
+class MockGPTDataset(_OwnMasks, gpt_dataset.MockGPTDataset):
+    """Megatron's artificial data with masks of each sample's own."""
+
+
 def dataset_config() -> GPTDatasetConfig:
-    """Megatron's dataset configuration from its arguments."""
+    """Megatron's dataset configuration from its arguments, without the parts that are not used.
+
+    Megatron would build those too: with 0 samples, for which it needs at least one token.
+    """
     args = get_args()
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    return GPTDatasetConfig(
+    sources, needed = read_sources(args), needed_parts(args)
+    per_part = [_for_megatron(blend) if used else None for blend, used in zip(sources.parts, needed, strict=True)]
+    config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
+        blend=_for_megatron(sources.whole),
+        blend_per_split=per_part if any(sources.parts) else None,
+        split=args.split or DEFAULT_SPLIT if sources.whole is not None else None,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
@@ -60,17 +84,59 @@ def dataset_config() -> GPTDatasetConfig:
         reset_attention_mask=False,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=False,
-        full_validation=args.full_validation,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
     )
+    if config.split_matrix is not None:
+        config.split_matrix = [ends if used else None for ends, used in zip(config.split_matrix, needed, strict=True)]
+    return config
+
+
+def _for_megatron(blend: Blend | None) -> tuple[list[str], list[float] | None] | None:
+    """Prefixes and weights; without weights each of several data sets weighs as much as it has tokens.
+
+    Megatron itself would mix them by their samples, but read each once and no more: a longer run ends in the middle.
+    """
+    if blend is None:
+        return None
+    weights = None if blend.weights is None else list(blend.weights)
+    if weights is None and len(blend.prefixes) > 1:
+        weights = [float(len(read_stream(Path(prefix)))) for prefix in blend.prefixes]
+    return list(blend.prefixes), weights
 
 
 def build_datasets(num_samples: tuple[int, int | None, int | None]) -> list[Any]:
-    """Train, validation and test datasets of at least so many samples each."""
+    """Train, validation and test datasets of at least so many samples each.
+
+    Raises:
+        DataError: a blend is of too few samples for its number of data sets.
+    """
     args = get_args()
-    kind = MockGPTDataset if args.mock_data else Samples
-    # Every rank builds: the teacher check needs a sample on each, and indices are cached on disk or made in seconds.
-    datasets: list[Any] = BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, dataset_config()).build()
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    sizes = [num_samples[0], max(num_samples[1] or 0, _validation_samples(args)), num_samples[2]]
+    try:
+        # On every rank: the teacher check needs a sample on each, and indices are cached on disk or made in seconds.
+        datasets: list[Any] = BlendedMegatronDatasetBuilder(kind, sizes, lambda: True, dataset_config()).build()
+    except IndexError as error:
+        if "oversamples" not in str(error):
+            raise
+        fix = "give more --eval-iters or --train-iters, or a larger --mid-level-dataset-surplus"
+        raise DataError(f"too few samples for the data sets of a blend ({error})", fix=fix) from None
     return datasets
+
+
+def _validation_samples(args: Any) -> int:
+    """How many samples validation takes up to the end of the run, those before it was resumed included.
+
+    Megatron's own number is right for a run that validates by the same flags from its first iteration on: one that is
+    resumed with a longer interval would have none left, and with ``--start-eval-at-iter`` it is one validation short.
+    """
+    if args.eval_iters <= 0:
+        return 0
+    interval = args.eval_interval
+    passed = max(args.iteration // interval, -(-(args.start_eval_at_iter or 0) // interval) - 1)
+    left = max(0, args.train_iters // interval - passed) + 1  # the last one is behind the last iteration
+    return int(args.consumed_valid_samples + left * args.eval_iters * args.eval_global_batch_size)
 
 
 def next_batch(
@@ -78,6 +144,7 @@ def next_batch(
     vocab_size: int,
     vp_stage: int | None,
     *,
+    micro_batch_size: int,
     whole: bool,
     refuse: Callable[[DataError], None],
 ) -> Batch:
@@ -87,6 +154,7 @@ def next_batch(
         iterator: gives samples, collated; None on ranks that are sent theirs.
         vocab_size: of the model.
         vp_stage: virtual pipeline stage.
+        micro_batch_size: samples in it, which validation may have another number of.
         whole: without it that is tokens and positions on the first stage, labels and mask on the last, nothing between.
         refuse: is told of a batch with ids outside the vocabulary. Ids of the vocabulary stand in for them, so that
             this rank computes on until all of them hear of it: one that left would leave the others waiting.
@@ -115,7 +183,7 @@ def next_batch(
         broadcast_group=parallel_state.get_tensor_model_parallel_group(),
         cp_size=1,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=whole,  # so called, it is all of the batch
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),

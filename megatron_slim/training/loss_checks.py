@@ -17,6 +17,9 @@ _WITHOUT_EFFECT = {
     "reset_attention_mask": "attention sees the whole sequence",
     "dataloader_inter_document_masking": "attention sees the whole sequence",
     "sft": "samples are those of a GPT dataset",
+    "fim_data": "samples are those of a GPT dataset",
+    "full_validation": "some samples would count more often than others; give --eval-iters",
+    "multiple_validation_sets": "validation is one blend of data sets",
 }
 
 

@@ -164,8 +164,10 @@ class Run:
         has_mtp = bool(self.shape.mtp_num_layers or (self.teacher_shape and self.teacher_shape.mtp_num_layers))
         chunk = self.chunks[vp_stage or 0]
         whole = (chunk.post_process and has_mtp) or chunk.hidden_kd is not None
+        args, refuse = get_args(), self.watch.refuse
+        size = args.micro_batch_size if chunk.training else args.eval_micro_batch_size
         vocab_size = self.shape.vocab_size
-        return next_batch(iterator, vocab_size, vp_stage, whole=whole, refuse=self.watch.refuse)
+        return next_batch(iterator, vocab_size, vp_stage, micro_batch_size=size, whole=whole, refuse=refuse)
 
     def forward_step(self, iterator: Iterator[Any], model: Any) -> tuple[Tensor, Callable[..., Any]]:
         """One micro-batch through one stage, and the function that reduces its losses on the last one."""

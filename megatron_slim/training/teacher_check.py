@@ -53,10 +53,10 @@ def check_teacher(chunks: Sequence[DistillationModel], next_batch: NextBatch, da
     args = get_args()
     where = Path(args.teacher_load)
     reference = read_reference(where, vocab_size)
-    batch = first_batch(dataset, args.micro_batch_size, vocab_size)
+    batch = first_batch(dataset, args.eval_micro_batch_size, vocab_size)
     judge_teacher(_measured(chunks, next_batch, batch, _mean), vocab_size, where)
     if reference is not None:
-        batch, losses = reference_batch(reference, args.micro_batch_size, args.seq_length)
+        batch, losses = reference_batch(reference, args.eval_micro_batch_size, args.seq_length)
         found = _measured(chunks, next_batch, batch, partial(_mean_difference, losses))
         judge_difference(found, tolerance_of(reference, chunks), where)
     elif torch.distributed.get_rank() == 0:
@@ -132,7 +132,7 @@ def _run_forward(step: Callable[..., Any], chunks: list[Any], iterator: Iterator
         model=chunks if interleaved else chunks[0],
         num_microbatches=stages if interleaved else 1,
         seq_length=get_args().seq_length,
-        micro_batch_size=get_args().micro_batch_size,
+        micro_batch_size=get_args().eval_micro_batch_size,
         forward_only=True,
         collect_non_loss_data=True,
     )

@@ -167,7 +167,7 @@ CASES = {
     "ids below 0": ("--data-path minus", "minus.bin: token id -100 is below 0"),
     "padding in the data": ("--data-path padded --null-tokenizer-pad-id -1", "padded.bin: token id -1 is below 0"),
     "ids below 0 in a part": (
-        "--data-path --train-data-path d --valid-data-path d minus --test-data-path d",
+        "--train-data-path d --valid-data-path d minus --test-data-path d",
         "minus.bin: token id -100 is below 0",
     ),
     "ids that wrapped": (
@@ -177,21 +177,33 @@ CASES = {
     "torn data": ("--data-path torn", "torn.bin: truncated: 1596 bytes, the index says 1600"),
     "torn data, no mmap": ("--data-path torn --no-mmap-bin-files", "torn.bin: truncated"),
     "torn data of a part": (
-        "--data-path --train-data-path d --valid-data-path torn --test-data-path d --no-mmap-bin-files",
+        "--train-data-path d --valid-data-path torn --test-data-path d --no-mmap-bin-files",
         "torn.bin: truncated",
     ),
-    "torn data of a list": ("--data-path --data-args-path list --no-mmap-bin-files", "torn.bin: truncated"),
-    "torn data of lists": ("--data-path --per-split-data-args-path lists.json", "torn.bin: truncated"),
-    "no list": ("--data-path --data-args-path nowhere", "nowhere: not readable as a list of data sets"),
-    "an empty list": ("--data-path --data-args-path d.txt", "d.txt: names no data set"),
-    "no lists": ("--data-path --per-split-data-args-path nowhere", "nowhere: no such file"),
-    "other lists": ("--data-path --per-split-data-args-path few.json", "is no object with train, valid and test"),
-    "lists of other things": ("--data-path --per-split-data-args-path odd.json", "odd.json: valid is no list of data"),
+    "torn data of a list": ("--data-args-path list --no-mmap-bin-files", "torn.bin: truncated"),
+    "torn data of lists": ("--per-split-data-args-path lists.json", "torn.bin: truncated"),
     "lost documents": ("--data-path merged", "merged.idx: its documents are sequences 0 to 2, there are 4"),
     "no validation part": (
         "--eval-iters 1 --split 90,5,5 --data-path few",
         "few: --split 90,5,5 leaves none of its 3 documents for the validation part; give --train-data-path",
     ),
+    "no data for validation": (
+        "--eval-iters 1 --split 1,0,0",
+        "there are no data for the validation part; give it a share",
+    ),
+    "too little for validation": (
+        "--eval-iters 1 --split 2,1,0.1 --data-path short",
+        "short: has 20 tokens in 1 documents for the validation part, one sample takes 33; give --train-data-path,",
+    ),
+    "weights and none": ("--data-path 10 d few", "--data-path: weights and data sets do not alternate in '10 d few'"),
+    "weights behind": (
+        "--data-path d 10 few 20",
+        "do not alternate in 'd 10 few 20'; give a weight before every data set",
+    ),
+    "a negative weight": ("--data-path 1 d -1 few", "--data-path: weight -1 is not positive and finite"),
+    "one of two without weights": ("--data-path d nowhere", "nowhere: no such data"),
+    "data twice": ("--mock-data", "data are given twice: by --data-path and by --mock-data"),
+    "all of the validation": ("--full-validation", "--full-validation is not supported: some samples would count more"),
     "no training part": ("--split 0.1,9,9 --data-path few", "none of its 3 documents for the training part"),
     "no teacher": ("--teacher-load nowhere", "nowhere: no such directory"),
     "no student": ("--pretrained-checkpoint nowhere", "nowhere: no such directory"),
@@ -228,9 +240,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "merged.idx").write_bytes(index[:26] + np.int64(3).tobytes() + index[34:-16])  # boundaries 0, 1, 2
     (root / "list").write_text("3 d\n1 torn\n")
     (root / "lists.json").write_text('{"train": ["d"], "valid": "1 d 1 torn", "test": null}')
-    (root / "few.json").write_text('{"train": ["d"]}')
-    (root / "odd.json").write_text('{"train": ["d"], "valid": [1, "d"], "test": ["d"]}')
-    (root / "d.txt").write_text("\n")
+    write_tokens(root / "short", np.full((3, 20), 1))
     (root / "torn.bin").write_bytes((root / "torn.bin").read_bytes()[:-4])
     for content in ("x", "", "7"):
         (root / f"run-{content}").mkdir()
@@ -244,7 +254,8 @@ def test_refused(files: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(files)
     if name != "no torchrun":
         monkeypatch.setenv("MASTER_ADDR", "localhost")
-    argv = f"{GIVEN} {options}".split()
+    given = GIVEN.removesuffix(" --data-path d") if "-data-" in options else GIVEN
+    argv = f"{given} {options}".split()
     monkeypatch.setattr(sys, "argv", ["pretrain", *argv])
     before = sorted(files.rglob("*"))
     with pytest.raises(SlimError) as caught:

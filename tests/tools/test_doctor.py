@@ -207,6 +207,18 @@ def test_data_that_is_not_there_is_one_problem(doctor: Doctor, work: Path) -> No
     assert not [name for name in findings if name.endswith(" storage")]
 
 
+def test_data_are_named_as_in_training(doctor: Doctor, work: Path) -> None:
+    """With weights or without, by the same reader."""
+    one = work / "data"
+    for words in ((one, one), (0.3, one, 0.7, one)):
+        code, findings = doctor("--data", *words)
+        assert code == 0 and state(findings["data data"], "66 tokens") == "ok"
+    for words, found in (((10, one, one), "do not alternate"), ((1, one, 0, one), "weight 0 is not positive")):
+        code, findings = doctor("--data", *words)
+        assert code == 1 and state(findings["data"], found) == "problem"
+        assert not [name for name in findings if name.startswith("data ")]
+
+
 def break_index(work: Path) -> None:
     (work / "data.idx").unlink()
 

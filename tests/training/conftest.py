@@ -81,7 +81,7 @@ class Workplace:
         argv += ["--pretrained-checkpoint", str(self.student)] if start else []
         argv += ["--teacher-load", str(self.teacher)] if distil else []
         argv += [] if check_teacher else ["--no-teacher-check"]
-        argv += [] if any("data-path" in flag for flag in flags) else ["--mock-data"]
+        argv += [] if any("data-path" in flag or "data-args-path" in flag for flag in flags) else ["--mock-data"]
         return [*argv, *flags]
 
     def log(self, name: str) -> Path:
