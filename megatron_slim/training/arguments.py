@@ -126,6 +126,27 @@ def complete_argv(argv: list[str]) -> tuple[list[str], ModelShape]:
     return [*(flag for flag in defaults if flag.split("=")[0] not in given), *_as_words(fixed)], shape
 
 
+def load_balancing_note(shape: ModelShape, argv: list[str], kind: str | list[str]) -> str | None:
+    """What config.json's load-balancing coefficient means here; None where the command line gives one, or no loss.
+
+    transformers' loss is one of all layers together, and balance is top-k to it; Megatron's is one of every layer, and
+    balance is 1. Where all layers are in the same balance, the ratio of the gradients is layers over top-k.
+
+    Args:
+        shape: the student's.
+        argv: the command line as it was given.
+        kind: Megatron's ``moe_router_load_balancing_type``.
+    """
+    coefficient, times = shape.router_aux_loss_coef, shape.num_layers / shape.moe_router_topk
+    if kind == "none" or not coefficient or any(word.split("=")[0] == "--moe-aux-loss-coeff" for word in argv):
+        return None
+    return (
+        f"load balancing: --moe-aux-loss-coeff {coefficient:g} is config.json's router_aux_loss_coef as it is; "
+        f"Megatron's loss, layer by layer, weighs {times:.3g} times as much with it as transformers' (as much with "
+        f"{coefficient / times:.3g})"
+    )
+
+
 def install_argv(argv: list[str]) -> ModelShape:
     """Replace ``sys.argv``, which is what Megatron parses, by the completed command line."""
     flags, shape = complete_argv(argv)
