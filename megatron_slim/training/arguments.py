@@ -52,6 +52,25 @@ _OTHER_NAMES = {
 }
 # Fields without a flag of their own (--swiglu and --disable-bias-linear set two of them), or not fixed by the shape.
 _NOT_FIXED = ("activation_func", "add_bias_linear", "hetereogenous_dist_checkpoint", "moe_aux_loss_coeff")
+# Megatron's ways to ask for other rotary embeddings, most of which the model would not heed.
+_ROTARY = (
+    "use_rotary_position_embeddings",
+    "no_position_embedding",
+    "no_rope_freq",
+    "rotary_interleaved",
+    "rotary_seq_len_interpolation_factor",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "rope_type",
+    "rotary_scaling_factor",
+    "mscale",
+    "mscale_all_dim",
+    "yarn_original_max_position_embeddings",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+    "yarn_correction_range_round_to_int",
+    "no_yarn_correction_range_round_to_int",
+)
 
 
 def model_flags(shape: ModelShape) -> dict[str, Any]:
@@ -60,6 +79,7 @@ def model_flags(shape: ModelShape) -> dict[str, Any]:
     if (pattern := fields["linear_attention_freq"]) is not None:
         # Megatron's FLOP count, the only reader of this flag besides the config, wants the MTP blocks in the pattern.
         fields["linear_attention_freq"] = str([*pattern, *[0] * shape.mtp_num_layers]).replace(" ", "")
+    fields |= dict.fromkeys(_ROTARY)
     fields |= {
         "disable_bias_linear": True,
         "group_query_attention": True,
