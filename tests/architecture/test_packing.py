@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DataCollatorWithFlattening, Qwen3NextForCausalLM
+from transformers import DataCollatorWithFlattening, Qwen3MoeForCausalLM, Qwen3NextForCausalLM
 
 from megatron_slim import device
 
@@ -94,6 +95,23 @@ def test_whole_models_see_earlier_documents(checkpoint: Checkpoint, reference: A
     assert largest(plain[FIRST:LENGTH] - alone[:SECOND]) > 0.01
     theirs = reference.model(tokens).last_hidden_state[0]
     assert largest(plain[:LENGTH, 0] - theirs) < 1e-4
-    packed = reference.model(tokens, position_ids=POSITIONS).last_hidden_state[0, FIRST:]
-    apart = reference.model(tokens[:, FIRST:]).last_hidden_state[0]
+    packed, apart = packed_and_apart(reference.model, tokens)
     assert largest(packed - theirs[FIRST:]) > 0.01 < largest(packed - apart)
+
+
+def packed_and_apart(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """transformers' hidden states of the second document, with position ids that begin anew and by itself."""
+    packed = model(tokens, position_ids=POSITIONS, use_cache=False).last_hidden_state[0, FIRST:]
+    return packed, model(tokens[:, FIRST:]).last_hidden_state[0]
+
+
+@torch.no_grad()
+def test_attention_of_transformers_keeps_documents_apart_without_mask_and_cache(tmp_path: Path) -> None:
+    """So it is Gated DeltaNet through which the second document of Qwen3-Next sees the first."""
+    directory = write_tiny_checkpoint(tmp_path / "hf", tiny_shape("qwen3_moe", num_layers=2), dtype=torch.float32)
+    model = Qwen3MoeForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().model
+    tokens = torch.randint(0, 128, (1, LENGTH), generator=torch.Generator().manual_seed(1))
+    packed, apart = packed_and_apart(model, tokens)
+    assert largest(packed - apart) < TOLERANCE
+    for more in ({"use_cache": True}, {"use_cache": False, "attention_mask": torch.ones_like(tokens)}):
+        assert largest(model(tokens, position_ids=POSITIONS, **more).last_hidden_state[0, FIRST:] - apart) > 0.01
