@@ -78,7 +78,7 @@ def tiny_hf_config(shape: ModelShape) -> dict[str, Any]:
         "intermediate_size": 2 * shape.hidden_size,
         "mlp_only_layers": [],
         "output_router_logits": False,
-        "rope_scaling": None,
+        "rope_scaling": None if shape.rope_scaling is None else shape.rope_scaling.to_config(),
         "router_aux_loss_coef": shape.router_aux_loss_coef,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",

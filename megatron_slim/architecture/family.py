@@ -35,7 +35,6 @@ COMMON_ACCEPTED: dict[str, tuple[Any, ...]] = {
     "decoder_sparse_step": (1,),
     "mlp_only_layers": ([], None),
     "tie_word_embeddings": (False,),
-    "rope_scaling": (None,),
     "rope_type": ("default",),
 }
 

@@ -31,6 +31,7 @@ from megatron.core.transformer.transformer_layer import (
 from torch import nn
 
 from megatron_slim.architecture.local_modules import LocalBackend
+from megatron_slim.architecture.rotary import scale_attention, scale_rotary_frequencies
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
 from megatron_slim.errors import ShapeError
 
@@ -216,7 +217,7 @@ def build_model(
     if padded_vocab_size is None:
         ranks = config.tensor_model_parallel_size
         padded_vocab_size = -(-shape.vocab_size // ranks) * ranks
-    return model_class(
+    model = model_class(
         config=config,
         transformer_layer_spec=block,
         vocab_size=padded_vocab_size,
@@ -231,3 +232,6 @@ def build_model(
         vp_stage=vp_stage,
         **kwargs,
     )
+    scale_attention(model, shape)
+    scale_rotary_frequencies(model.rotary_pos_emb, shape)
+    return model

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_slim.architecture.family import FULL_ATTENTION, LINEAR_ATTENTION, Family
 from megatron_slim.architecture.qwen3_moe import QWEN3_MOE
 from megatron_slim.architecture.qwen3_next import QWEN3_NEXT
+from megatron_slim.architecture.rope import Yarn, read_rope
 from megatron_slim.errors import ShapeError
 
 __all__ = [
@@ -62,6 +63,7 @@ class ModelShape:
     layernorm_epsilon: float
     norm_topk_prob: bool
     router_aux_loss_coef: float = 0.001
+    rope_scaling: Yarn | None = None
 
     @property
     def family(self) -> Family:
@@ -113,6 +115,12 @@ class ModelShape:
         shape.validate()
         return shape
 
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON has them; ``rope_scaling`` only where there is one, as before there could be."""
+        fields = dataclasses.asdict(self) | {"layer_types": list(self.layer_types)}
+        del fields["rope_scaling"]
+        return fields if self.rope_scaling is None else fields | {"rope_scaling": self.rope_scaling.to_config()}
+
     def violations(self) -> list[str]:
         """Everything that makes this shape impossible to build, one sentence each."""
         if found := self.type_violations():
@@ -127,6 +135,8 @@ class ModelShape:
             f"layer_types has {len(self.layer_types)} entries for num_layers {self.num_layers}": len(self.layer_types)
             == self.num_layers,
             f"rotary_base {self.rotary_base} is not above zero": self.rotary_base > 0,
+            f"rotary_base {self.rotary_base} is not above 1, as YaRN needs": self.rope_scaling is None
+            or self.rotary_base > 1,
             "no full_attention layer is left (transformers cannot run such a model)": FULL_ATTENTION
             in self.layer_types,
             f"rotary_percent {self.rotary_percent} of kv_channels {self.kv_channels} is not an even number "
@@ -224,7 +234,7 @@ def shape_from_hf_config(config: Mapping[str, Any], *, mtp_num_layers: int, wher
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise ShapeError([_unknown_model_type(model_type)], where=where)
-    values, found = _under_one_name(config, family)
+    values, yarn, found = _under_one_name(config, family)
     found += [f"{key} is missing" for key in family.keys.values() if key not in values]
     found += [
         f"{key} {values[key]!r} is not supported (only {accepted[0]!r})"
@@ -239,6 +249,7 @@ def shape_from_hf_config(config: Mapping[str, Any], *, mtp_num_layers: int, wher
             model_type=model_type,
             layer_types=_layer_types(values, family),
             mtp_num_layers=mtp_num_layers,
+            rope_scaling=yarn,
             **lacking(family) | {name: _as_declared(name, value) for name, value in sizes.items()},
         )
         found = shape.type_violations(family.keys) or shape.violations()
@@ -247,23 +258,17 @@ def shape_from_hf_config(config: Mapping[str, Any], *, mtp_num_layers: int, wher
     return shape
 
 
-def _under_one_name(config: Mapping[str, Any], family: Family) -> tuple[dict[str, Any], list[str]]:
-    """config.json with every value where this package looks for it, and what contradicts itself on the way."""
-    values, found = dict(config), []
-    rope = config.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping):
-        found.append(f"rope_parameters {rope!r} is not an object")
-        rope = {}
-    for key in ("rope_type", "rope_theta", "partial_rotary_factor"):
-        if rope.get(key) is not None:
-            values[key] = rope[key]
+def _under_one_name(config: Mapping[str, Any], family: Family) -> tuple[dict[str, Any], Yarn | None, list[str]]:
+    """config.json with every value where this package looks for it, YaRN, and what contradicts itself on the way."""
+    inside, yarn, found = read_rope(config)
+    values = dict(config) | inside
     for alias, key in family.aliases.items():
         if alias in config and values.setdefault(key, config[alias]) != config[alias]:
             found.append(f"{key} {config[key]!r} and {alias} {config[alias]!r} are two names of one thing")
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     if family.optional_head_dim and "head_dim" not in config and type(hidden) is type(heads) is int and heads > 0:
         values["head_dim"] = hidden // heads
-    return values, found
+    return values, yarn, found
 
 
 def _as_declared(name: str, value: Any) -> Any:

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_slim.architecture.layer_specs import layer_spec, transformer_config
+from megatron_slim.architecture.rotary import scale_attention, scale_rotary_frequencies
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import Weight
@@ -43,6 +44,7 @@ def build_block(checkpoint: Checkpoint, block: str, config: TransformerConfig) -
     layer: TransformerLayer = build_module(
         layer_spec(shape.layer_type(block), config), config=config, layer_number=index + 1
     )
+    scale_attention(layer, shape)
     parameters = dict(layer.named_parameters())
     with torch.no_grad():
         for weight in weights(shape):
@@ -67,5 +69,6 @@ def _parameter_name(weight: Weight, expert: int | None, parameters: Mapping[str,
 def rotary_embedding(shape: ModelShape, seq_length: int) -> Tensor:
     """Rotary angles of the positions 0 .. seq_length - 1."""
     rotary = RotaryEmbedding(shape.kv_channels, shape.rotary_percent, rotary_base=shape.rotary_base)
+    scale_rotary_frequencies(rotary, shape)
     angles: Tensor = rotary(seq_length)
     return angles

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 
@@ -18,7 +17,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     training moves first and which are a thousandth of the bytes. A checkpoint has one fingerprint, in either format.
     """
     shape = checkpoint.shape
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(shape), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(shape.to_dict(), sort_keys=True).encode())
     for name, tensor in sorted(hf_tensors(shape).items()):
         extents = tensor.shape(shape)
         digest.update(f"{name} {list(extents)} {checkpoint.dtypes[name]}\n".encode())

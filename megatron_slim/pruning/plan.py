@@ -71,10 +71,10 @@ class Plan:
         return {
             "version": VERSION,
             "recipe": self.recipe.to_dict(),
-            "source": {"sha256": self.source_sha256, "shape": _shape_dict(self.source_shape)},
+            "source": {"sha256": self.source_sha256, "shape": self.source_shape.to_dict()},
             "stats": {"sha256": self.stats_sha256},
             "search": None if self.search is None else self.search.to_dict(),
-            "target": {"shape": _shape_dict(self.target_shape)},
+            "target": {"shape": self.target_shape.to_dict()},
             "kept_layers": list(self.kept_layers),
             "kept_hidden": list(self.kept_hidden),
             "experts": {block: _groups_dict(groups) for block, groups in self.experts.items()},
@@ -280,10 +280,6 @@ def _block_groups(recipe: Recipe, stats: Statistics, block: str, survivors: int)
     importance = stats.tensors[statistics.importance_key(block, recipe.experts.importance)].astype(np.float64)
     similarity = stats.tensors[statistics.similarity_key(block, recipe.experts.similarity)].astype(np.float64)
     return expert_groups(importance, similarity, survivors, recipe.experts)
-
-
-def _shape_dict(shape: ModelShape) -> dict[str, Any]:
-    return dataclasses.asdict(shape) | {"layer_types": list(shape.layer_types)}
 
 
 def _groups_dict(groups: tuple[ExpertGroup, ...]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_slim.architecture.rope import read_rope
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json
@@ -83,13 +84,15 @@ def _refuse(violations: list[str], where: str) -> None:
 
 def _shape(section: Any, where: str) -> ModelShape:
     value = section.get("shape") if isinstance(section, Mapping) else None
-    names = [field.name for field in dataclasses.fields(ModelShape)]
-    if not isinstance(value, Mapping) or sorted(value) != sorted(names):
-        raise PlanError("shape is not an object with all sizes of a model", where=where)
     kinds = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,), "tuple[str, ...]": (list,)}
-    fields = {str(field.name): kinds[str(field.type)] for field in dataclasses.fields(ModelShape)}
+    fields = {field.name: kinds[str(field.type)] for field in dataclasses.fields(ModelShape) if field.type in kinds}
+    if not isinstance(value, Mapping) or sorted(value.keys() - {"rope_scaling"}) != sorted(fields):
+        raise PlanError("shape is not an object with all sizes of a model", where=where)
     _refuse([f"shape.{key} {value[key]!r}" for key, kind in fields.items() if type(value[key]) not in kind], where)
-    shape = ModelShape(**{**value, "layer_types": tuple(map(str, value["layer_types"]))})
+    _, yarn, found = read_rope(value)
+    _refuse([f"shape.{sentence}" for sentence in found], where)
+    types = tuple(map(str, value["layer_types"]))
+    shape = ModelShape(**{**value, "layer_types": types, "rope_scaling": yarn})
     shape.validate(where)
     return shape
 

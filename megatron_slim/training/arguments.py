@@ -52,6 +52,25 @@ _OTHER_NAMES = {
 }
 # Fields without a flag of their own (--swiglu and --disable-bias-linear set two of them), or not fixed by the shape.
 _NOT_FIXED = ("activation_func", "add_bias_linear", "hetereogenous_dist_checkpoint", "moe_aux_loss_coeff")
+# Megatron's ways to ask for other rotary embeddings, most of which the model would not heed.
+_ROTARY = (
+    "use_rotary_position_embeddings",
+    "no_position_embedding",
+    "no_rope_freq",
+    "rotary_interleaved",
+    "rotary_seq_len_interpolation_factor",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "rope_type",
+    "rotary_scaling_factor",
+    "mscale",
+    "mscale_all_dim",
+    "yarn_original_max_position_embeddings",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+    "yarn_correction_range_round_to_int",
+    "no_yarn_correction_range_round_to_int",
+)
 
 
 def model_flags(shape: ModelShape) -> dict[str, Any]:
@@ -60,6 +79,7 @@ def model_flags(shape: ModelShape) -> dict[str, Any]:
     if (pattern := fields["linear_attention_freq"]) is not None:
         # Megatron's FLOP count, the only reader of this flag besides the config, wants the MTP blocks in the pattern.
         fields["linear_attention_freq"] = str([*pattern, *[0] * shape.mtp_num_layers]).replace(" ", "")
+    fields |= dict.fromkeys(_ROTARY)
     fields |= {
         "disable_bias_linear": True,
         "group_query_attention": True,
@@ -124,6 +144,27 @@ def complete_argv(argv: list[str]) -> tuple[list[str], ModelShape]:
         raise SlimError(f"{', '.join(clash)} cannot be given", fix="the model's shape comes from its config.json")
     defaults = [*default_flags(), f"--moe-aux-loss-coeff={shape.router_aux_loss_coef}"]
     return [*(flag for flag in defaults if flag.split("=")[0] not in given), *_as_words(fixed)], shape
+
+
+def load_balancing_note(shape: ModelShape, argv: list[str], kind: str | list[str]) -> str | None:
+    """What config.json's load-balancing coefficient means here; None where the command line gives one, or no loss.
+
+    transformers' loss is one of all layers together, and balance is top-k to it; Megatron's is one of every layer, and
+    balance is 1. Where all layers are in the same balance, the ratio of the gradients is layers over top-k.
+
+    Args:
+        shape: the student's.
+        argv: the command line as it was given.
+        kind: Megatron's ``moe_router_load_balancing_type``.
+    """
+    coefficient, times = shape.router_aux_loss_coef, shape.num_layers / shape.moe_router_topk
+    if kind == "none" or not coefficient or any(word.split("=")[0] == "--moe-aux-loss-coeff" for word in argv):
+        return None
+    return (
+        f"load balancing: --moe-aux-loss-coeff {coefficient:g} is config.json's router_aux_loss_coef as it is; "
+        f"Megatron's loss, layer by layer, weighs {times:.3g} times as much with it as transformers' (as much with "
+        f"{coefficient / times:.3g})"
+    )
 
 
 def install_argv(argv: list[str]) -> ModelShape:

@@ -43,7 +43,7 @@ from megatron_slim.distillation.losses import KD_LAMBDA, MTP_BETA, LossWeights, 
 from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel
 from megatron_slim.errors import EXIT_USER_ERROR, CheckpointError, SlimError
 from megatron_slim.files import new_directory, to_json, write_atomic
-from megatron_slim.training.arguments import install_argv, shape_directory
+from megatron_slim.training.arguments import install_argv, load_balancing_note, shape_directory
 from megatron_slim.training.checks import check_run, starts_by_ourselves
 from megatron_slim.training.data import Batch, build_datasets, next_batch
 from megatron_slim.training.finite import FiniteWatch
@@ -364,6 +364,9 @@ def main(argv: list[str]) -> None:
         sys.argv[1:] = place.command_line(sys.argv[1:])
     if parsed.rank == 0 and (note := library_note()) is not None:
         print(note, file=sys.stderr, flush=True)
+    balancing = load_balancing_note(shape, argv, parsed.moe_router_load_balancing_type)
+    if parsed.rank == 0 and balancing is not None:
+        say(balancing)
     device.keep_schedule_with_iterations(0 if place is None else place.start)
     target = _mtp_kd_target(shape, teacher, parsed)
     runs_mtp = target == TEACHER_MTP and shape.mtp_num_layers > 0

@@ -16,6 +16,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextDecoderLayer, Qwen3NextRMSNorm
 
 from megatron_slim import device
+from megatron_slim.architecture.rope import Yarn
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
 from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import Weight
@@ -61,6 +62,8 @@ SHAPES = {
         moe_shared_expert_intermediate_size=80,
         rotary_base=1e7,
     ),
+    # 98 positions are three times the original length; eight frequencies, of which some are left alone, some not.
+    "YaRN, half of the head rotates": tiny_shape(rotary_percent=0.5, kv_channels=32, rope_scaling=Yarn(4.0, 32, 1.3)),
     "no MTP block": tiny_shape(num_layers=1, layer_types=(FULL_ATTENTION,), mtp_num_layers=0, vocab_size=130),
     "Qwen3-MoE": tiny_shape("qwen3_moe"),
     "Qwen3-MoE, odd, one key-value head, unnormalised gates": tiny_shape(
@@ -76,6 +79,7 @@ SHAPES = {
         rotary_base=1e6,
         norm_topk_prob=False,
     ),
+    "Qwen3-MoE, YaRN": tiny_shape("qwen3_moe", rope_scaling=Yarn(8.0, 32, 1.2, 4.0, 0.5, truncate=False)),
 }
 
 

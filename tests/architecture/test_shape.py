@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from transformers import Qwen3MoeConfig, Qwen3NextConfig
 
 from megatron_slim.architecture.shape import (
     FAMILIES,
@@ -40,6 +41,20 @@ def test_no_interval_is_claimed_for_an_odd_pattern() -> None:
     odd = (LINEAR_ATTENTION, FULL_ATTENTION, FULL_ATTENTION)
     assert "full_attention_interval" not in tiny_hf_config(tiny_shape(layer_types=odd))
     assert tiny_shape(layer_types=(FULL_ATTENTION, FULL_ATTENTION)).full_attention_interval == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("value", [True, False])
+def test_norm_topk_prob_is_always_written_and_must_be_given(family: str, value: bool) -> None:
+    """transformers' classes of the two families default to opposite values."""
+    assert Qwen3NextConfig().norm_topk_prob != Qwen3MoeConfig().norm_topk_prob
+    shape = tiny_shape(family, norm_topk_prob=value)
+    config = shape_to_hf_config(shape, {})
+    assert config["norm_topk_prob"] is value
+    assert shape_to_hf_config(shape, tiny_hf_config(shape) | {"norm_topk_prob": not value})["norm_topk_prob"] is value
+    del config["norm_topk_prob"]
+    with pytest.raises(ShapeError, match="norm_topk_prob is missing"):
+        shape_from_hf_config(config, mtp_num_layers=shape.mtp_num_layers)
 
 
 def test_the_interval_stands_in_for_layer_types() -> None:
@@ -102,8 +117,8 @@ def test_everything_missing_is_listed(family: str) -> None:
         ("decoder_sparse_step", 2),
         ("mlp_only_layers", [1]),
         ("tie_word_embeddings", True),
-        ("rope_scaling", {"type": "yarn"}),
-        ("rope_parameters", {"rope_type": "yarn"}),
+        ("rope_scaling", {"type": "dynamic"}),
+        ("rope_parameters", {"rope_type": "linear"}),
         ("rope_parameters", [1]),
         ("rms_norm_eps", "1e-6"),
     ],

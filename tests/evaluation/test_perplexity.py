@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from megatron_slim import device
+from megatron_slim.architecture.rope import Yarn
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
@@ -36,6 +37,7 @@ SHAPES = {
         moe_router_topk=3,
         norm_topk_prob=False,
     ),
+    "YaRN": tiny_shape(rotary_percent=0.5, rope_scaling=Yarn(4.0, 8, 1.3)),
 }
 
 

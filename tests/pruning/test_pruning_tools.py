@@ -19,8 +19,10 @@ from safetensors.torch import save_file
 from megatron_slim.architecture.shape import FAMILIES
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.files import read_json, to_json
+from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.plan_reader import load_plan
-from megatron_slim.testing import write_tiny_checkpoint
+from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tiny_checkpoint
 
 PRUNE, CALIBRATE, PLAN = "tools/prune_checkpoint.py", "tools/calibrate.py", "tools/plan_pruning.py"
 RECIPE = "version: 1\ntarget: {num_layers: 5, hidden_size: 48, num_moe_experts: 4, moe_router_topk: 2}\n"
@@ -69,6 +71,29 @@ def test_one_command_or_three_give_the_same(tool: Tool, source: HFCheckpoint, wo
     assert (work / "by-stats" / "stats.safetensors").read_bytes() == stats.read_bytes()
     assert (work / "out" / "stats.safetensors").read_bytes() == stats.read_bytes()
     assert load_file(stats)["model.layers.0.mlp.experts.reap"].shape == (8,)
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_yarn_is_carried_from_calibration_to_export(tool: Tool, work: Path, key: str) -> None:
+    """As configuration, as it was spelled; statistics with it are not those of the model without it."""
+    shape = tiny_shape(num_layers=8)
+    config = tiny_hf_config(shape)
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    inside = {"rope_theta": 1e4, "partial_rotary_factor": 0.25} if key == "rope_parameters" else {}
+    load = write_tiny_checkpoint(work / "yarn", shape)
+    plain = fingerprint(open_checkpoint(load))
+    (load / "config.json").write_text(to_json(config | {key: rope | inside}))
+    source = open_checkpoint(load)
+    assert isinstance(source, HFCheckpoint) and source.shape.rope_scaling is not None and fingerprint(source) != plain
+    made = prune(tool, source, work, "--to", "torch_dist")
+    assert made.code == 0, made.stderr
+    plan = load_plan(work / "out" / "plan.json")
+    assert plan.source_shape == source.shape and plan.target_shape.rope_scaling == source.shape.rope_scaling
+    assert tool("tools/convert_checkpoint.py", "--load", work / "out", "--save", work / "hf", "--to", "hf").code == 0
+    for directory in (work / "out" / "hf", work / "hf"):
+        written = read_json(directory / "config.json")
+        assert written[key] == rope | inside and written["num_hidden_layers"] == 5
+    assert open_checkpoint(work / "hf").shape.rope_scaling == source.shape.rope_scaling
 
 
 @pytest.mark.parametrize("to", ["hf", "torch_dist"])

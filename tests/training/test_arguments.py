@@ -60,6 +60,9 @@ def test_flags_of_what_a_family_lacks_are_not_given_and_cannot_be(tmp_path: Path
 def test_what_config_json_decides_cannot_be_given(config_directory: Path) -> None:
     with pytest.raises(SlimError, match=r"--hidden-size, --num-layers cannot be given; the model's shape comes from"):
         complete_argv(["--hf-config", str(config_directory), "--num-layers", "3", "--hidden-size=64"])
+    for flag in ("--use-rope-scaling", "--rotary-scaling-factor=4", "--position-embedding-type=yarn", "--rope-type"):
+        with pytest.raises(SlimError, match=f"{flag.split('=')[0]} cannot be given"):
+            complete_argv(["--hf-config", str(config_directory), flag])
 
 
 def test_defaults_give_way_to_the_command_line(config_directory: Path) -> None:
