@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron_slim.errors import DataError
 from megatron_slim.training.blends import Blend, read_sources
 from megatron_slim.training.data_checks import DEFAULT_SPLIT, needed_parts
 
+LOOKED_AT = 1000  # samples, for the first that is not padding alone
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 Batch = dict[str, Tensor | None]
 
@@ -206,12 +208,14 @@ def check_token_ids(sample: dict[str, Any], vocab_size: int) -> None:
 
 
 def first_batch(dataset: Any, batch_size: int, vocab_size: int) -> dict[str, Tensor]:
-    """The first samples of a dataset, collated.
+    """The first samples of a dataset in which anything counts, collated: padding alone says nothing of a model.
 
     Raises:
         DataError: as `check_token_ids`; on all ranks, which all have the same samples.
     """
-    batch = torch.utils.data.default_collate([dataset[i % len(dataset)] for i in range(batch_size)])
+    samples = (dataset[index] for index in range(min(len(dataset), LOOKED_AT)))
+    found = list(islice((sample for sample in samples if sample["loss_mask"].any()), batch_size)) or [dataset[0]]
+    batch = torch.utils.data.default_collate([found[index % len(found)] for index in range(batch_size)])
     check_token_ids(batch, vocab_size)
     return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
 

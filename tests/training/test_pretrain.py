@@ -30,6 +30,7 @@ def test_what_export_needs_is_kept_beside_the_checkpoints_once(tmp_path: Path) -
 
 
 def test_the_first_batch_of_a_dataset_again_and_again() -> None:
-    dataset = [{"tokens": torch.tensor([i, i]), "where": "x"} for i in range(2)]
+    counts = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 1.0]])  # the first is padding alone
+    dataset = [{"tokens": torch.tensor([i - 1, i - 1]), "loss_mask": counts[i], "where": "x"} for i in range(3)]
     batches = Repeated(first_batch(dataset, 3, 2))
     assert next(batches)["tokens"].tolist() == next(batches)["tokens"].tolist() == [[0, 0], [1, 1], [0, 0]]
