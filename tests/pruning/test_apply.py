@@ -142,9 +142,8 @@ def test_order_of_pruning_and_conversion_does_not_matter(
         assert (tmp_path / "late-torch_dist" / file).is_file()
 
 
-@pytest.mark.parametrize("depth", ["last", "adjacent_cosine"])
 def test_experts_stored_fused_are_pruned_alike_and_stay_fused(
-    source: HFCheckpoint, plan_for: PlanFor, tmp_path: Path, depth: str
+    source: HFCheckpoint, plan_for: PlanFor, tmp_path: Path
 ) -> None:
     """Of the surviving blocks those are fused that were; statistics and plans are those of the other form."""
     mixed = frozenset({"model.layers.0", "model.layers.3", "model.layers.6", "mtp.layers.0"})
@@ -152,7 +151,7 @@ def test_experts_stored_fused_are_pruned_alike_and_stay_fused(
     write_checkpoint(source, tmp_path / "fused", to="hf", expert_storage="fused")
     fused = HFCheckpoint.open(tmp_path / "fused")
     assert fused.fused_blocks == whole and fingerprint(fused) == fingerprint(source)
-    plan = plan_for(TARGET, depth=depth, method="partial_preservation")
+    plan = plan_for(TARGET, depth="adjacent_cosine", method="partial_preservation")
     expected = write_pruned(PrunedCheckpoint(plan, source), tmp_path / "plain", to="hf", stats=None)
     assert expected["expert_storage"] == "separate"
     fused.fused_blocks = mixed  # the form of files follows this alone

@@ -14,6 +14,7 @@ from megatron_slim.architecture.shape import LINEAR_ATTENTION as LINEAR
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import RecipeError
 from megatron_slim.pruning.plan import check_later_stages, check_recipe, make_plan
+from megatron_slim.pruning.plan_view import depth_reason
 from megatron_slim.pruning.statistics import Statistics, layer_key
 from megatron_slim.recipe import parse_recipe
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
@@ -52,8 +53,11 @@ def test_statistics_choose_among_what_leaves_a_full_attention_layer(
     own = {key: np.asarray(value, np.float32) for key, value in values.items()}
     assert own.keys() <= stats.tensors.keys()
     recipe = parse_recipe({"version": 1, "target": {"num_layers": layers}, "depth": {"method": method}})
-    plan = make_plan(recipe, Statistics({**stats.tensors, **own}, stats.metadata), source.shape)
+    stats = Statistics({**stats.tensors, **own}, stats.metadata)
+    plan = make_plan(recipe, stats, source.shape)
     assert plan.kept_layers == kept and FULL in plan.target_shape.layer_types
+    yielded = kept != (0, 2, 7)  # what statistics favour leaves none
+    assert ("full" in depth_reason(plan, stats)) == yielded
 
 
 @pytest.mark.parametrize("method", ["last", "adjacent_cosine", "block_influence"])
