@@ -172,6 +172,7 @@ def _check_space(recipe: Recipe, source: Checkpoint, save: Path, *, where: str) 
     """Refuse a disk without room for the result before hours of calibration; writing looks again, at exact sizes."""
     from megatron_slim.architecture.table import count_parameters
     from megatron_slim.files import check_space
+    from megatron_slim.pruning.depth import layers_before_statistics
     from megatron_slim.pruning.plan import check_recipe, space_before_statistics, target_shape
 
     check_recipe(recipe, source.shape, where=where)
@@ -179,8 +180,8 @@ def _check_space(recipe: Recipe, source: Checkpoint, save: Path, *, where: str) 
         space = space_before_statistics(recipe, source.shape)
         shapes = [space.model(candidate.sizes) for candidate in space.candidates()]
     else:
-        layers = range(recipe.target.num_layers or source.shape.num_layers)
-        shapes = [target_shape(recipe, source.shape, tuple(layers))]
+        layers = layers_before_statistics(source.shape, recipe.target.num_layers or source.shape.num_layers)
+        shapes = [target_shape(recipe, source.shape, layers)]
     itemsize = min(dtype.itemsize for dtype in source.dtypes.values())
     check_space(save, min(count_parameters(shape).total for shape in shapes) * itemsize)
 

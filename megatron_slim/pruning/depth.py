@@ -30,6 +30,14 @@ def possible_types(recipe: Recipe, shape: ModelShape, layers: int) -> Iterator[t
     yield from (types[:start] + types[start + dropped :] for start in starts)
 
 
+def layers_before_statistics(shape: ModelShape, layers: int) -> tuple[int, ...]:
+    """Source layers to count with where statistics choose them: the first ones, one of full attention among them."""
+    first = tuple(range(layers))
+    if any(shape.layer_types[layer] == FULL_ATTENTION for layer in first):
+        return first
+    return (*first[:-1], shape.layer_types.index(FULL_ATTENTION))
+
+
 def kept_layers(recipe: Recipe, stats: Statistics, shape: ModelShape) -> tuple[int, ...]:
     """SlimQwen 3.2 (``last``) and A.4 (``adjacent_cosine``); ShortGPT, arXiv 2403.03853 (``block_influence``).
 

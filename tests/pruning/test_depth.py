@@ -13,6 +13,7 @@ from megatron_slim.architecture.shape import FULL_ATTENTION as FULL
 from megatron_slim.architecture.shape import LINEAR_ATTENTION as LINEAR
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import RecipeError
+from megatron_slim.planning.sources import Asked, find_models
 from megatron_slim.pruning.plan import check_later_stages, check_recipe, make_plan
 from megatron_slim.pruning.plan_view import depth_reason
 from megatron_slim.pruning.statistics import Statistics, layer_key
@@ -139,3 +140,19 @@ def test_the_tool_looks_at_later_stages_before_it_measures(
     found = tool("tools/prune_checkpoint.py", *arguments, "--save", tmp_path / "out")
     assert "stage 2: target.num_layers 3 leaves no full_attention layer" in found.error
     assert "calibrating" not in found.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["adjacent_cosine", "block_influence"])
+def test_what_only_the_first_layers_would_not_allow_is_pruned(
+    source: HFCheckpoint, random_stats: Callable[..., Statistics], tool: Callable[..., Any], tmp_path: Path, method: str
+) -> None:
+    """Neither the look at the disk before calibration nor the planner takes the first layers for those that stay."""
+    recipe, stats = tmp_path / "r.yaml", tmp_path / "stats.safetensors"
+    recipe.write_text(f"version: 1\nsource: {source.path}\ntarget: {{num_layers: 3}}\ndepth: {{method: {method}}}\n")
+    random_stats(source).save(stats)
+    arguments = ("--load", source.path, "--recipe", recipe, "--stats", stats, "--save", tmp_path / "out")
+    pruned = tool("tools/prune_checkpoint.py", *arguments)
+    assert pruned.code == 0, pruned.stderr
+    assert FULL in HFCheckpoint.open(tmp_path / "out").shape.layer_types
+    models = find_models(Asked(recipe=recipe))
+    assert models.student.num_layers == 3 and FULL in models.student.layer_types
