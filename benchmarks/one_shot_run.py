@@ -12,7 +12,7 @@ from megatron_slim.architecture.table import count_parameters
 from megatron_slim.checkpoint.convert import Checkpoint, open_checkpoint
 from megatron_slim.cli import say
 from megatron_slim.data import Tokens
-from megatron_slim.errors import RecipeError, SlimError
+from megatron_slim.errors import SlimError
 from megatron_slim.evaluation.perplexity import evaluate, read_evaluation_data
 from megatron_slim.pruning.apply import PrunedCheckpoint
 from megatron_slim.pruning.fingerprint import fingerprint
@@ -38,7 +38,7 @@ def measure(args: argparse.Namespace, reading: dict[str, Any]) -> dict[str, Any]
         check_recipe(variant.recipe, source.shape, where=f"{args.recipe}: {variant.axis}")
     validation = _validation(args, source)
     stats = _statistics(args, source)
-    plans = [_plan(variant, stats, source) for variant in chosen]
+    plans = [make_plan(variant.recipe, stats, source.shape) for variant in chosen]
     return {
         "load": str(args.load),
         "recipe": recipe.to_dict(),
@@ -81,20 +81,12 @@ def _statistics(args: argparse.Namespace, source: Checkpoint) -> Statistics:
     return calibrate(source, samples, micro_batch_size=args.micro_batch_size)
 
 
-def _plan(variant: Variant, stats: Statistics, source: Checkpoint) -> Plan | RecipeError:
-    """The plan, or why there is none: which layers go may leave none of full attention, and only statistics tell."""
-    try:
-        return make_plan(variant.recipe, stats, source.shape)
-    except RecipeError as error:
-        return error
-
-
 def _evaluate_all(
     args: argparse.Namespace,
     source: Checkpoint,
     validation: Tokens,
     chosen: Sequence[Variant],
-    plans: Sequence[Plan | RecipeError],
+    plans: Sequence[Plan],
 ) -> dict[str, Any]:
     """The source first; each line of progress says how long those that are left will take at the same pace."""
     batch, started, total = _batch(args, validation), time.monotonic(), 1 + len(chosen)
@@ -102,12 +94,9 @@ def _evaluate_all(
     _tell(1, total, baseline, baseline, started)
     rows = []
     for variant, plan in zip(chosen, plans, strict=True):
-        if isinstance(plan, RecipeError):
-            row = {"axis": variant.axis, "variant": variant.name, "impossible": str(plan), "plan_sha256": None}
-        else:
-            # Evaluation reads sizes and tensors, which a pruned checkpoint gives without being on disk.
-            pruned = cast(Checkpoint, PrunedCheckpoint(plan, source, check_source=False))
-            row = _row(variant.axis, variant.name, pruned, validation, batch) | {"plan_sha256": plan.sha256}
+        # Evaluation reads sizes and tensors, which a pruned checkpoint gives without being on disk.
+        pruned = cast(Checkpoint, PrunedCheckpoint(plan, source, check_source=False))
+        row = _row(variant.axis, variant.name, pruned, validation, batch) | {"plan_sha256": plan.sha256}
         rows.append(row | {"recipe": variant.recipe.to_dict()})
         _tell(1 + len(rows), total, row, baseline, started)
     return {"source": baseline, "variants": rows, "seconds": time.monotonic() - started}
@@ -132,10 +121,12 @@ def _row(axis: str, name: str, checkpoint: Checkpoint, validation: Tokens, batch
 
 def _tell(done: int, total: int, row: dict[str, Any], baseline: dict[str, Any], started: float) -> None:
     spent = time.monotonic() - started
-    cost = f" ({row['loss'] - baseline['loss']:+.4f})" if "loss" in row and row is not baseline else ""
-    outcome = row.get("impossible") or f"loss {row['loss']:.4f}{cost}"
+    cost = f" ({row['loss'] - baseline['loss']:+.4f})" if row is not baseline else ""
     left = f", about {spent / done * (total - done):.0f} s left" if done < total else ""
-    say(f"[{done}/{total}] {row['axis']} {row['variant']}".strip() + f": {outcome}, {spent:.0f} s{left}")
+    say(
+        f"[{done}/{total}] {row['axis']} {row['variant']}".strip()
+        + f": loss {row['loss']:.4f}{cost}, {spent:.0f} s{left}"
+    )
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -155,13 +146,6 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def _cells(row: dict[str, Any], source: dict[str, Any]) -> list[str]:
-    if "impossible" in row:
-        return [
-            row["axis"],
-            row["variant"],
-            f"not possible: {row['impossible']}",
-            *[""] * (4 + 2 * len(source["mtp_loss"])),
-        ]
     first = row is source
     cells = [row["axis"], row["variant"], f"{row['parameters']:,}", f"{row['parameters'] / source['parameters']:.1%}"]
     cells += [f"{row['loss']:.4f}", "" if first else f"{row['loss'] - source['loss']:+.4f}", f"{row['perplexity']:.2f}"]

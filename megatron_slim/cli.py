@@ -125,13 +125,24 @@ def add_write_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--allow-nonfinite", action="store_true", help="take NaN and infinite weights as they are")
     group.add_argument("--no-verify", action="store_true", help="do not read the result back and compare it")
     group.add_argument(
+        "--expert-storage",
+        choices=("fused", "separate"),
+        help="experts in Hugging Face files: one tensor for all of a layer, or one each (as the source has them if not "
+        "given); a torch_dist checkpoint remembers it",
+    )
+    group.add_argument(
         "--processes", type=positive, metavar="N", help="write with N processes (chosen by size and cores if not given)"
     )
 
 
 def write_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `checkpoint.convert.write_checkpoint` that `add_write_arguments` gave."""
-    return {"verify": not args.no_verify, "processes": args.processes, "arguments": vars(args)}
+    return {
+        "verify": not args.no_verify,
+        "processes": args.processes,
+        "expert_storage": args.expert_storage,
+        "arguments": vars(args),
+    }
 
 
 def run_tool(main: Callable[[], dict[str, Any]], *, as_json: bool) -> None:

@@ -30,7 +30,12 @@ def parse_args() -> argparse.Namespace:
     parser = tool_parser(__doc__)
     add_load_arguments(parser, "convert")
     parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="new directory for the result")
-    parser.add_argument("--to", choices=("hf", "torch_dist"), help="format of the result; the other one if not given")
+    parser.add_argument(
+        "--to",
+        choices=("hf", "torch_dist"),
+        help="format of the result; the other one if not given. The same one takes a reason: --dequantize-fp8, "
+        "--expert-storage or --dtype",
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="cast every tensor; if not given, each keeps its type")
     add_write_arguments(parser)
     return parser.parse_args()
@@ -50,16 +55,18 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
 
     source = "torch_dist" if is_torch_dist(args.load) else "hf"
     target = args.to or ("hf" if source == "torch_dist" else "torch_dist")
-    if source == target:
-        raise CheckpointError(f"is a {source} checkpoint already", where=str(args.load), fix="leave --to out")
     checkpoint = open_checkpoint(args.load, **load_options(args))
+    if source == target and not (args.dtype or args.dequantize_fp8 or args.expert_storage or checkpoint.notes):
+        fix = "leave --to out, or say what is to change: --dequantize-fp8, --expert-storage, --dtype"
+        raise CheckpointError(f"is a {source} checkpoint already", where=str(args.load), fix=fix)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     carry = partial(carry_reference, checkpoint, dtype=dtype)
     results = write_checkpoint(checkpoint, args.save, to=target, dtype=dtype, records=carry, **write_options(args))
     ending = VERIFICATION[results["verified"]]
     if left_out := getattr(checkpoint, "left_out", ()):
         say(f"{args.load}: left out what training learned beside the model: {summarise(left_out)}")
-    say(f"{args.save}: {results['tensors']} tensors, {results['parameters']:,} parameters as {target}, {ending}")
+    what = target if results["expert_storage"] == "separate" else f"{target} (experts {results['expert_storage']})"
+    say(f"{args.save}: {results['tensors']} tensors, {results['parameters']:,} parameters as {what}, {ending}")
     return {"load": str(args.load), "save": str(args.save), **results}
 
 

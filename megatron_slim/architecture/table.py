@@ -6,8 +6,8 @@ Conversion, pruning, parameter counts and memory plans all read this table.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
 from megatron_slim.architecture.weight import HFTensor, Weight
@@ -34,12 +34,22 @@ def _in_block(rows: tuple[Weight, ...], key: str, hf: str) -> Iterator[Weight]:
 def _renamed(rows: tuple[Weight, ...], key: str, hf: str = "", block: str = "") -> Iterator[Weight]:
     for row in rows:
         sources = tuple(HFTensor(hf + source.name, source.dims) for source in row.sources)
-        yield Weight(key + row.key, row.dims, sources, row.tp_dim, row.split, row.stacked, block)
+        fused = None if row.fused is None else HFTensor(hf + row.fused.name, row.fused.dims)
+        yield replace(row, key=key + row.key, sources=sources, block=block, fused=fused)
 
 
-def hf_tensors(model: ModelShape) -> dict[str, HFTensor]:
-    """Every tensor of the Hugging Face checkpoint by name."""
-    return {tensor.name: tensor for weight in weights(model) for tensor, _ in weight.hf_tensors(model)}
+def hf_tensors(model: ModelShape, fused_blocks: Collection[str] = ()) -> dict[str, HFTensor]:
+    """Every tensor of the Hugging Face checkpoint by name; of these blocks, as files hold them where experts are fused.
+
+    Without ``fused_blocks`` these are the names that the whole package uses, whatever the files hold.
+    """
+    found: dict[str, HFTensor] = {}
+    for weight in weights(model):
+        if weight.fused is not None and weight.block in fused_blocks:
+            found[weight.fused.name] = weight.fused
+        else:
+            found |= {tensor.name: tensor for tensor, _ in weight.hf_tensors(model)}
+    return found
 
 
 def mtp_layers_in(names: Iterator[str] | set[str]) -> int:

@@ -44,6 +44,8 @@ class Weight:
         split: stored in a torch_dist checkpoint as one tensor per label.
         stacked: one per expert, stacked on a leading ``expert`` dimension.
         block: Hugging Face prefix of the transformer block it belongs to, "" outside the blocks.
+        fused: of a stacked parameter, the one tensor in which a file may hold the sources of all experts instead: its
+            first dimension is the experts, the second holds the rows of the sources under their labels.
     """
 
     key: str
@@ -53,6 +55,7 @@ class Weight:
     split: bool = False
     stacked: bool = False
     block: str = ""
+    fused: HFTensor | None = None
 
     def shape(self, model: ModelShape) -> tuple[int, ...]:
         """Shape of the whole parameter, experts included."""
@@ -80,8 +83,9 @@ def copied(key: str, hf: str, *dims: Dim, tp_dim: int | None = None) -> Weight:
 
 
 def gated_mlp(key: str, hf: str, ffn: str, *, stacked: bool = False) -> tuple[Weight, Weight]:
-    """A SwiGLU MLP: Megatron's fc1 is [gate; up]."""
+    """A SwiGLU MLP: Megatron's fc1 is [gate; up], and so is what transformers fuses experts to."""
     gate, up = label("gate", ffn), label("up", ffn)
+    whole = hf.removesuffix(".{expert}")
     return (
         Weight(
             f"{key}.linear_fc1.weight",
@@ -89,6 +93,7 @@ def gated_mlp(key: str, hf: str, ffn: str, *, stacked: bool = False) -> tuple[We
             (HFTensor(f"{hf}.gate_proj.weight", (gate, "hidden")), HFTensor(f"{hf}.up_proj.weight", (up, "hidden"))),
             tp_dim=0,
             stacked=stacked,
+            fused=HFTensor(f"{whole}.gate_up_proj", ("expert", concat(gate, up), "hidden")) if stacked else None,
         ),
         Weight(
             f"{key}.linear_fc2.weight",
@@ -96,5 +101,6 @@ def gated_mlp(key: str, hf: str, ffn: str, *, stacked: bool = False) -> tuple[We
             (HFTensor(f"{hf}.down_proj.weight", ("hidden", ffn)),),
             tp_dim=1,
             stacked=stacked,
+            fused=HFTensor(f"{whole}.down_proj", ("expert", "hidden", ffn)) if stacked else None,
         ),
     )

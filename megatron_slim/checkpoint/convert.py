@@ -14,6 +14,7 @@ from megatron_slim.architecture.shape import shape_to_hf_config
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.checkpoint.distributed import DistCheckpoint, is_torch_dist
 from megatron_slim.checkpoint.distributed_writer import RELEASE, TorchDistWriter, finish_torch_dist
+from megatron_slim.checkpoint.expert_storage import fused_blocks_for, separated, storage_name
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.huggingface_writer import (
     HFWriter,
@@ -26,6 +27,7 @@ from megatron_slim.checkpoint.huggingface_writer import (
 from megatron_slim.checkpoint.provenance import PROVENANCE, describe_source, software
 from megatron_slim.checkpoint.transfer import transfer
 from megatron_slim.checkpoint.units import Source, units
+from megatron_slim.cli import say
 from megatron_slim.errors import CheckpointError
 from megatron_slim.files import check_space, new_directory, to_json
 
@@ -74,6 +76,7 @@ def write_checkpoint(
     processes: int | None = None,
     records: Callable[[Path], Mapping[str, Any]] | None = None,
     arguments: Mapping[str, Any] | None = None,
+    expert_storage: str | None = None,
 ) -> dict[str, Any]:
     """Stream a checkpoint into a new directory, which appears only when everything in it is complete.
 
@@ -89,6 +92,8 @@ def write_checkpoint(
         processes: how many write, each its own part; None chooses by size and cores.
         records: writes more files into the directory, and returns what the provenance says of them.
         arguments: the command line, for the provenance.
+        expert_storage: ``fused`` or ``separate``, how Hugging Face files hold the experts of every block (a torch_dist
+            checkpoint remembers it); None follows the source, block by block.
 
     Returns:
         What was done, for a tool's ``--json``.
@@ -99,18 +104,22 @@ def write_checkpoint(
     dtypes = source.dtypes if dtype is None else dict.fromkeys(source.dtypes, dtype)
     nbytes = total_bytes(source.shape, dtypes)
     config = config_for(shape_to_hf_config(source.shape, source.config), dtypes.values())
+    fused_blocks = fused_blocks_for(expert_storage, source.shape, source.fused_blocks)
+    for note in source.notes:
+        say(f"{source.path}: {note}")
     options: dict[str, Any] = {"dtype": dtype, "verify": verify, "processes": processes, "where": str(target)}
     list(carried_files(source.config_path))  # refuses links that leave the checkpoint now, not at the end
     with new_directory(target) as partial:
         check_space(target, nbytes)
         write = _write_torch_dist if to == "torch_dist" else _write_hf
-        content = write(source, partial, config, dtypes, options)
+        content = write(source, partial, config, dtypes, fused_blocks, options)
         results = {
             "format": to,
             "tensors": len(dtypes),
             "parameters": count_parameters(source.shape).total,
             "mtp_num_layers": source.shape.mtp_num_layers,
             "bytes": nbytes,
+            "expert_storage": storage_name(fused_blocks, source.shape),
             "content": content,
             "verified": verify,
         }
@@ -121,33 +130,47 @@ def write_checkpoint(
 
 
 def _write_torch_dist(
-    source: Source, directory: Path, config: Mapping[str, Any], dtypes: Mapping[str, torch.dtype], options: Any
+    source: Source,
+    directory: Path,
+    config: Mapping[str, Any],
+    dtypes: Mapping[str, torch.dtype],
+    fused_blocks: frozenset[str],
+    options: Any,
 ) -> str:
     release, todo = directory / RELEASE, list(units(source.shape, dtypes))
     release.mkdir()
     parts, content = transfer(source, lambda number: TorchDistWriter(release, source.shape, number), todo, **options)
-    finish_torch_dist(directory, parts, config, copy_files_from=source.config_path)
+    finish_torch_dist(directory, parts, config, fused_blocks, copy_files_from=source.config_path)
     written = DistCheckpoint.open(directory)
-    _check_reopened(written, source, dtypes)
+    _check_reopened(written, source, dtypes, fused_blocks)
     pieces = {piece for part in parts for found in part.pieces.values() for piece in found}
     assert pieces == {piece for found in written.pieces.values() for piece in found}, "metadata of other pieces"
     return content
 
 
 def _write_hf(
-    source: Source, directory: Path, config: Mapping[str, Any], dtypes: Mapping[str, torch.dtype], options: Any
+    source: Source,
+    directory: Path,
+    config: Mapping[str, Any],
+    dtypes: Mapping[str, torch.dtype],
+    fused_blocks: frozenset[str],
+    options: Any,
 ) -> str:
-    entries = start_hf_checkpoint(directory, specs_of(source.shape, dtypes))
+    stored = start_hf_checkpoint(directory, specs_of(source.shape, dtypes, fused_blocks))
+    entries, _ = separated(stored, source.shape, config, directory)
     _, content = transfer(source, lambda _: HFWriter(entries), list(units(source.shape, dtypes)), **options)
     finish_hf_checkpoint(directory, config, copy_files_from=source.config_path)
     written = HFCheckpoint.open(directory)
-    _check_reopened(written, source, dtypes)
+    _check_reopened(written, source, dtypes, fused_blocks)
     assert written.entries == entries, "headers of other places"
     return content
 
 
-def _check_reopened(written: Checkpoint, source: Source, dtypes: Mapping[str, torch.dtype]) -> None:
-    if written.shape != source.shape or dict(written.dtypes) != dict(dtypes):
+def _check_reopened(
+    written: Checkpoint, source: Source, dtypes: Mapping[str, torch.dtype], fused_blocks: frozenset[str]
+) -> None:
+    wanted = (source.shape, dict(dtypes), fused_blocks)
+    if (written.shape, dict(written.dtypes), written.fused_blocks) != wanted:
         raise CheckpointError("differs from its source after writing", where=str(written.path), fix="check the disk")
 
 

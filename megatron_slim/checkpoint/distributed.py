@@ -22,6 +22,7 @@ from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
 from megatron_slim.architecture.table import mtp_layers_in, weights
 from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.distributed_writer import HF_DIR, RELEASE, TRACKER, hf_files
+from megatron_slim.checkpoint.expert_storage import expert_blocks, recorded_storage
 from megatron_slim.checkpoint.finite import refuse_nonfinite
 from megatron_slim.checkpoint.huggingface import CONFIG, Index, read_config, select_columns
 from megatron_slim.checkpoint.layout import rows_in_megatron, split_keys, stored_shapes
@@ -71,6 +72,8 @@ class DistCheckpoint:
         shape: sizes of the model, MTP blocks counted from the checkpoint.
         names: every Hugging Face tensor name, in the order of the architecture table.
         dtypes: type of every Hugging Face tensor by name.
+        fused_blocks: the blocks whose experts were fused in the files that it was made of.
+        notes: nothing; see `HFCheckpoint`.
         num_ignored: entries that are not weights (optimizer, random state, ...).
         left_out: names of tensors that training learned and that are no part of the model, `HIDDEN_KD`.
     """
@@ -80,6 +83,8 @@ class DistCheckpoint:
     ) -> None:
         self.path, self.config_path, self.shape = path, config_path, shape
         self.config = read_config(config_path)
+        self.fused_blocks = recorded_storage(config_path) & expert_blocks(shape)
+        self.notes: tuple[str, ...] = ()
         self.weights = tuple(weights(shape))
         tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
         self._entries = {key: tensors[key] for weight in self.weights for key, _ in split_keys(weight, shape)}

@@ -6,7 +6,8 @@
         metadata.json                       {"sharded_backend": "torch_dist", ...}
         __0_0.distcp ...                    one torch.save archive after another
         integrity.json                      SHA-256 of every file, for Megatron's --verify-integrity
-    DIR/hf/                                 config.json and tokenizer of the same model in Hugging Face form
+    DIR/hf/                                 config.json and tokenizer of the same model in Hugging Face form, and in
+                                            slim_storage.json which experts to fuse when it is written in that form
 
 Experts are written one by one, as Megatron does: a rank reads whole pieces, so a single piece for all experts of a
 layer would be read by every rank in full.
@@ -14,7 +15,7 @@ layer would be read by every rank in full.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.weight import Weight
+from megatron_slim.checkpoint.expert_storage import write_storage
 from megatron_slim.checkpoint.huggingface import CONFIG
 from megatron_slim.checkpoint.huggingface_writer import carry_files
 from megatron_slim.checkpoint.layout import from_megatron, runs_of_sources, split_keys, stored_shapes, to_megatron
@@ -103,7 +105,12 @@ def _common_state() -> dict[str, Any]:
 
 
 def finish_torch_dist(
-    directory: Path, parts: Sequence[Part], config: Mapping[str, Any], copy_files_from: Path | None = None
+    directory: Path,
+    parts: Sequence[Part],
+    config: Mapping[str, Any],
+    fused_blocks: Collection[str] = (),
+    *,
+    copy_files_from: Path | None = None,
 ) -> None:
     """Write all that is not weights; afterwards the directory is a checkpoint.
 
@@ -111,6 +118,7 @@ def finish_torch_dist(
         directory: what ``--load`` takes; its ``release`` holds the weights.
         parts: what the processes have written.
         config: the model's config.json, kept in ``hf/``.
+        fused_blocks: the blocks whose experts an export is to fuse, kept there too.
         copy_files_from: directory whose tokenizer and generation files are carried over to ``hf/``.
     """
     release = directory / RELEASE
@@ -120,7 +128,7 @@ def finish_torch_dist(
     (release / BACKEND).write_text(backend)
     hashes[BACKEND] = sha256(backend)
     (release / INTEGRITY).write_text(to_json({"algorithm": "sha256", "files": hashes}))
-    write_hf_files(directory, config, copy_files_from)
+    write_storage(write_hf_files(directory, config, copy_files_from), fused_blocks)
     (directory / TRACKER).write_text(RELEASE)
 
 

@@ -24,8 +24,9 @@ from megatron_slim.errors import CheckpointError, summarise
 
 QUANTIZATION = "quantization_config"
 FP8_METHOD = "fp8"
-FP8_DTYPES = {**DTYPES, "F8_E4M3": torch.float8_e4m3fn}
-_SCALE = "_scale_inv"
+FP8 = torch.float8_e4m3fn
+FP8_DTYPES = {**DTYPES, "F8_E4M3": FP8}
+SCALE = "_scale_inv"
 _SCALE_DTYPES = (torch.float32, torch.bfloat16)
 _LEAVE_OUT = "leave --dequantize-fp8 out"
 
@@ -56,7 +57,7 @@ class BlockScaled:
         scale = self.scale.read(files, blocks).float()
         if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
             raise CheckpointError(
-                f"{self.name}{_SCALE}: scales that are NaN, infinite or negative", where=str(self.scale.file)
+                f"{self.name}{SCALE}: scales that are NaN, infinite or negative", where=str(self.scale.file)
             )
         scale = scale[torch.from_numpy(block_of)].repeat_interleave(self.block[1], dim=1)
         return self.weight.read(files, rows).float().mul_(scale[:, : self.shape[1]]).bfloat16()
@@ -75,22 +76,27 @@ def dequantized(
     Raises:
         CheckpointError: it is no FP8 checkpoint, or weights and scales do not belong together.
     """
-    weights = {name: entry for name, entry in entries.items() if entry.dtype == torch.float8_e4m3fn}
+    weights = {name: entry for name, entry in entries.items() if entry.dtype == FP8}
     if not weights:
         raise CheckpointError("is not FP8: no tensor is of type F8_E4M3", where=str(path), fix=_LEAVE_OUT)
-    block = _block_size(config, str(path / "config.json"))
+    block = block_size(config, str(path / "config.json"))
     _check_pairs(weights, entries, block, path)
     found: dict[str, TensorEntry | BlockScaled] = {}
     for name, entry in entries.items():
         if name in weights:
-            found[name] = BlockScaled(name, entry, entries[name + _SCALE], block)
-        elif not name.endswith(_SCALE):
+            found[name] = BlockScaled(name, entry, entries[name + SCALE], block)
+        elif not name.endswith(SCALE):
             found[name] = entry
     plain = {key: value for key, value in config.items() if key != QUANTIZATION}
     return found, {key: "bfloat16" if key in ("dtype", "torch_dtype") else value for key, value in plain.items()}
 
 
-def _block_size(config: Mapping[str, Any], where: str) -> tuple[int, int]:
+def block_size(config: Mapping[str, Any], where: str) -> tuple[int, int]:
+    """Rows and columns of a block that shares a scale, as config.json says it.
+
+    Raises:
+        CheckpointError: it does not, or something else than block-scaled E4M3.
+    """
     quantization = config.get(QUANTIZATION)
     if quantization is None:
         raise CheckpointError(f"no {QUANTIZATION}, but tensors in FP8", where=where, fix="get config.json again")
@@ -103,7 +109,7 @@ def _block_size(config: Mapping[str, Any], where: str) -> tuple[int, int]:
     raise CheckpointError(f"{QUANTIZATION}.weight_block_size {size!r} is not two positive integers", where=where)
 
 
-def _grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+def grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
     """Number of blocks in each dimension; those at the edges may be smaller."""
     return tuple(-(-extent // step) for extent, step in zip(shape, block, strict=False))
 
@@ -111,18 +117,18 @@ def _grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
 def _check_pairs(
     weights: Mapping[str, TensorEntry], entries: Mapping[str, TensorEntry], block: tuple[int, int], path: Path
 ) -> None:
-    scales = {name.removesuffix(_SCALE): entry for name, entry in entries.items() if name.endswith(_SCALE)}
+    scales = {name.removesuffix(SCALE): entry for name, entry in entries.items() if name.endswith(SCALE)}
     faults = {
         "FP8 tensors that are no matrices": [name for name, entry in weights.items() if len(entry.shape) != 2],
         "FP8 weights without scales": [name for name in weights if name not in scales],
-        "scales without FP8 weights": [name + _SCALE for name in scales if name not in weights],
+        "scales without FP8 weights": [name + SCALE for name in scales if name not in weights],
         "scales that are not F32 or BF16": [
-            name + _SCALE for name, entry in scales.items() if entry.dtype not in _SCALE_DTYPES
+            name + SCALE for name, entry in scales.items() if entry.dtype not in _SCALE_DTYPES
         ],
         "scales of wrong shapes": [
-            f"{name}{_SCALE} {list(scales[name].shape)} for {list(entry.shape)} in blocks of {list(block)}"
+            f"{name}{SCALE} {list(scales[name].shape)} for {list(entry.shape)} in blocks of {list(block)}"
             for name, entry in weights.items()
-            if name in scales and scales[name].shape != _grid(entry.shape, block)
+            if name in scales and scales[name].shape != grid(entry.shape, block)
         ],
     }
     found = [f"{len(names)} {kind}: {summarise(names)}" for kind, names in faults.items() if names]

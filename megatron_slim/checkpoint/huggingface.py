@@ -19,7 +19,9 @@ from torch import Tensor
 
 from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
 from megatron_slim.architecture.table import hf_tensors, mtp_layers_in, weights
+from megatron_slim.checkpoint.expert_storage import recorded_storage, separated
 from megatron_slim.checkpoint.finite import refuse_nonfinite
+from megatron_slim.checkpoint.foreign import plain_names, refuse_foreign
 from megatron_slim.checkpoint.fp8 import FP8_DTYPES, BlockScaled, dequantized
 from megatron_slim.checkpoint.huggingface_files import CONFIG, INDEX, SINGLE, read_config, read_headers
 from megatron_slim.checkpoint.raw_files import OpenFiles
@@ -29,6 +31,9 @@ from megatron_slim.errors import CheckpointError, summarise
 __all__ = ["CONFIG", "INDEX", "SINGLE", "HFCheckpoint", "Index", "read_config", "select_columns"]
 Index: TypeAlias = npt.NDArray[np.int64] | Tensor
 Entry: TypeAlias = TensorEntry | BlockScaled
+_ANOTHER_CONFIG = "the checkpoint and its config.json do not belong together"
+_ANOTHER_LAYOUT = "these are weights of another model, or as another program lays them out: get them from transformers"
+MAX_EXPERTS = 100_000  # of a block, far above any model: a fused tensor of more is a mistake
 
 
 class HFCheckpoint:
@@ -40,7 +45,9 @@ class HFCheckpoint:
         config: its config.json.
         shape: sizes of the model, MTP blocks counted from the tensor names.
         names: every tensor name, in the order of the architecture table.
-        entries: where every tensor lies.
+        entries: where every tensor lies; of experts that the files hold fused, where each one's part does.
+        fused_blocks: the blocks whose experts the files hold fused.
+        notes: what a person who has it written again should know.
         dtypes: type of every tensor.
         allow_nonfinite: whether NaN and infinite weights are given as they are.
     """
@@ -52,9 +59,13 @@ class HFCheckpoint:
         shape: ModelShape,
         entries: Mapping[str, Entry],
         *,
+        fused_blocks: frozenset[str] = frozenset(),
+        prefix: str | None = None,
         allow_nonfinite: bool = False,
     ) -> None:
         self.path, self.config, self.shape = path, config, shape
+        self.fused_blocks = fused_blocks
+        self.notes = () if prefix is None else (f"tensors are named {prefix}* here, and are written as model.*",)
         self.config_path = path
         self.names = tuple(hf_tensors(shape))
         self.entries = entries
@@ -77,15 +88,20 @@ class HFCheckpoint:
         """
         path = Path(path)
         config = read_config(path, fp8=dequantize_fp8)
-        entries: Mapping[str, Entry]
+        headers = read_headers(path, FP8_DTYPES if dequantize_fp8 else DTYPES)
+        plain, prefix = plain_names(headers, path)
+        stored = {plain[name]: entry for name, entry in headers.items()}
+        shape = shape_from_hf_config(config, mtp_num_layers=mtp_layers_in(set(stored)), where=str(path / CONFIG))
+        unknown = refuse_foreign(stored, shape, path)
+        _refuse_oversize(shape, stored, unknown, path)
+        separate, fused_blocks = separated(stored, shape, config, path)
+        entries: Mapping[str, Entry] = separate
         if dequantize_fp8:
-            entries, config = dequantized(read_headers(path, FP8_DTYPES), config, path)
-        else:
-            entries = read_headers(path, DTYPES)
-        shape = shape_from_hf_config(config, mtp_num_layers=mtp_layers_in(set(entries)), where=str(path / CONFIG))
-        _refuse_oversize(shape, len(entries), path)
-        _check_against_table(entries, shape, path)
-        return cls(path, config, shape, entries, allow_nonfinite=allow_nonfinite)
+            entries, config = dequantized(separate, config, path)
+        _check_against_table(entries, shape, unknown, path)
+        return cls(
+            *(path, config, shape, entries), fused_blocks=fused_blocks, prefix=prefix, allow_nonfinite=allow_nonfinite
+        )
 
     def reading_once(self) -> AbstractContextManager[None]:
         """Reads within go past the page cache; see `raw_files.OpenFiles.reading_once`."""
@@ -132,19 +148,28 @@ def select_columns(tensor: Tensor, index: Index | None) -> Tensor:
     return torch.from_numpy(taken).view(tensor.dtype)
 
 
-def _refuse_oversize(shape: ModelShape, tensors: int, path: Path) -> None:
+def _refuse_oversize(shape: ModelShape, entries: Mapping[str, TensorEntry], unknown: list[str], path: Path) -> None:
     """A table of far more tensors than there are would take minutes and all memory only to say so."""
     at_least = shape.num_layers * shape.num_moe_experts
-    if at_least > tensors:
+    fused = tuple(f".{row.fused.name}" for row in shape.family.moe_rows if row.fused is not None)
+    experts = [entry.shape[0] for name, entry in entries.items() if name.endswith(fused) and entry.nbytes]
+    if at_least <= len(entries) + sum(min(count, MAX_EXPERTS) for count in experts):
+        return
+    if unknown:
         raise CheckpointError(
-            f"missing tensors: {tensors} found; num_hidden_layers {shape.num_layers} and num_experts "
-            f"{shape.num_moe_experts} in config.json need more than {at_least}",
+            f"{len(unknown)} of {len(entries)} tensors have names that no {shape.model_type} has: {summarise(unknown)}",
             where=str(path),
-            fix="the checkpoint and its config.json do not belong together",
+            fix=_ANOTHER_LAYOUT,
         )
+    raise CheckpointError(
+        f"missing tensors: {len(entries)} found; num_hidden_layers {shape.num_layers} and num_experts "
+        f"{shape.num_moe_experts} in config.json need more than {at_least}",
+        where=str(path),
+        fix=_ANOTHER_CONFIG,
+    )
 
 
-def _check_against_table(entries: Mapping[str, Entry], shape: ModelShape, path: Path) -> None:
+def _check_against_table(entries: Mapping[str, Entry], shape: ModelShape, unknown: list[str], path: Path) -> None:
     table = hf_tensors(shape)
     faults = {
         "missing tensors": [name for name in table if name not in entries],
@@ -162,9 +187,8 @@ def _check_against_table(entries: Mapping[str, Entry], shape: ModelShape, path: 
     }
     found = [f"{len(names)} {kind}: {summarise(names)}" for kind, names in faults.items() if names]
     if found:
-        raise CheckpointError(
-            "; ".join(found), where=str(path), fix="the checkpoint and its config.json do not belong together"
-        )
+        fix = _ANOTHER_LAYOUT if unknown and faults["missing tensors"] else _ANOTHER_CONFIG
+        raise CheckpointError("; ".join(found), where=str(path), fix=fix)
 
 
 def read_shape(directory: Path) -> ModelShape:
@@ -177,3 +201,10 @@ def read_shape(directory: Path) -> ModelShape:
     config = read_config(directory)
     depth = config.get("num_nextn_predict_layers", 0)
     return shape_from_hf_config(config, mtp_num_layers=depth, where=str(directory / CONFIG))
+
+
+def storage_of(directory: Path) -> frozenset[str]:
+    """The blocks whose experts are fused in the files beside a config.json, or were where its weights came from."""
+    if any((directory / name).exists() for name in (INDEX, SINGLE)):
+        return HFCheckpoint.open(directory).fused_blocks
+    return recorded_storage(directory)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_slim.checkpoint.fp8 import FP8_METHOD, QUANTIZATION
+from megatron_slim.checkpoint.foreign import refuse_quantized
 from megatron_slim.checkpoint.safetensors_reader import TensorEntry, read_header
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.files import read_json
@@ -35,6 +35,12 @@ _INSTEAD = (
         ("pytorch_model*.bin", "*.pt", "*.pth"),
         "holds only pickled weights (pytorch_model*.bin), which are never loaded",
         "save the model as safetensors",
+    ),
+    (("weights*.npz",), "holds only weights of MLX (npz)", "get the checkpoint that they were made of"),
+    (
+        ("*.h5", "*.msgpack", "*.onnx", "*.tflite"),
+        "holds only weights of another framework (TensorFlow, Flax, ONNX)",
+        "save the model as safetensors, with PyTorch",
     ),
     (("*.zip", "*.tar", "*.tar.*", "*.tgz"), "holds only an archive", "unpack it"),
 )
@@ -99,25 +105,8 @@ def read_config(path: Path, *, fp8: bool = False) -> dict[str, Any]:
             where=str(file),
             fix="remove the key if the model needs no such code",
         )
-    _refuse_quantized(config, file, fp8)
+    refuse_quantized(config, file, fp8)
     return config
-
-
-def _refuse_quantized(config: Mapping[str, Any], file: Path, fp8: bool) -> None:
-    quantization = config.get(QUANTIZATION)
-    if quantization is None:
-        return
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method != FP8_METHOD:
-        raise CheckpointError(
-            f"{QUANTIZATION}: weights quantized with {method!r} are not supported",
-            where=str(file),
-            fix="use the checkpoint in bf16 that they were made of",
-        )
-    if not fp8:
-        raise CheckpointError(
-            f"{QUANTIZATION}: the weights are in FP8", where=str(file), fix="take them as bf16 with --dequantize-fp8"
-        )
 
 
 def read_headers(path: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, TensorEntry]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.architecture.table import hf_tensors
+from megatron_slim.architecture.table import hf_tensors, weights
 from megatron_slim.checkpoint.huggingface_files import CONFIG, INDEX, SINGLE, find_file
 from megatron_slim.checkpoint.raw_files import OpenFiles, OutputFile, as_bytes
 from megatron_slim.checkpoint.safetensors_reader import TensorEntry
@@ -150,12 +150,24 @@ def carry_files(source: Path, target: Path) -> None:
         shutil.copyfile(file, target / file.name)
 
 
-def specs_of(shape: ModelShape, dtypes: Mapping[str, torch.dtype] | torch.dtype) -> list[TensorSpec]:
-    """Specs of every tensor of a model, in the order of the table; ``dtypes`` by name, or one for all."""
-    return [
-        TensorSpec(name, tensor.shape(shape), dtypes if isinstance(dtypes, torch.dtype) else dtypes[name])
-        for name, tensor in hf_tensors(shape).items()
-    ]
+def specs_of(
+    shape: ModelShape, dtypes: Mapping[str, torch.dtype] | torch.dtype, fused_blocks: Collection[str] = ()
+) -> list[TensorSpec]:
+    """Specs of every tensor in the files of a model, in the order of the table.
+
+    Args:
+        shape: the model.
+        dtypes: by name, one tensor per expert; or one for all.
+        fused_blocks: the blocks whose experts are to be fused.
+    """
+    tensors = hf_tensors(shape, fused_blocks)
+    if isinstance(dtypes, torch.dtype):
+        return [TensorSpec(name, tensor.shape(shape), dtypes) for name, tensor in tensors.items()]
+    found = dict(dtypes)
+    for weight in weights(shape) if fused_blocks else ():
+        if weight.fused is not None:  # all experts of a parameter have one type
+            found[weight.fused.name] = dtypes[next(weight.hf_tensors(shape))[0].name]
+    return [TensorSpec(name, tensor.shape(shape), found[name]) for name, tensor in tensors.items()]
 
 
 def total_bytes(shape: ModelShape, dtypes: Mapping[str, torch.dtype]) -> int:

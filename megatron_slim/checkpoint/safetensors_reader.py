@@ -57,6 +57,15 @@ class TensorEntry:
         return as_tensor(found, self.dtype, (rows.size, *self.shape[1:]))
 
 
+def mlx_layout(where: str) -> CheckpointError:
+    """The refusal of what MLX has written, whose files hold other values under names of their own."""
+    return CheckpointError(
+        "is in MLX's layout: experts under switch_mlp, convolutions transposed, norms of Qwen3-Next shifted by 1",
+        where=where,
+        fix="get the checkpoint that it was made of, as transformers has it",
+    )
+
+
 def read_header(file: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[str, TensorEntry]:
     """Where every tensor of a file lies.
 
@@ -81,9 +90,8 @@ def read_header(file: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[
         entries[name] = entry
     _refuse_gaps(file, base, size, ranges)
     if unsupported:
-        raise CheckpointError(
-            f"unsupported types: {summarise(unsupported)}", where=str(file), fix=f"use {', '.join(dtypes)}"
-        )
+        fix = f"use {', '.join(dtypes)}; of quantized weights, what they were made of"
+        raise CheckpointError(f"unsupported types: {summarise(unsupported)}", where=str(file), fix=fix)
     return entries
 
 
@@ -107,6 +115,8 @@ def _load_header(file: Path) -> tuple[dict[str, Any], int, int]:
     metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{_METADATA} of its header is not an object of strings", where=str(file), fix=_AGAIN)
+    if metadata.get("format") == "mlx":
+        raise mlx_layout(str(file))
     return header, 8 + length, size
 
 

@@ -23,12 +23,23 @@ UNIT_BYTES = 8 << 20
 
 
 class Source(Protocol):
-    """A checkpoint that gives Hugging Face tensors by name: one on disk, or one that is made as it is read."""
+    """A checkpoint that gives Hugging Face tensors by name: one on disk, or one that is made as it is read.
+
+    Names are those of one tensor per expert, whatever form the files have.
+    """
 
     path: Path
     config_path: Path
     config: dict[str, Any]
     shape: ModelShape
+
+    @property
+    def fused_blocks(self) -> frozenset[str]:
+        """The blocks whose experts Hugging Face files of it hold fused."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person who has it written again should know."""
 
     @property
     def dtypes(self) -> Mapping[str, torch.dtype]:

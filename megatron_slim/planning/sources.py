@@ -10,6 +10,7 @@ from typing import Any
 from megatron_slim.architecture.published import MODELS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.errors import RecipeError, SlimError
+from megatron_slim.pruning.depth import layers_before_statistics
 from megatron_slim.pruning.plan import check_recipe, space_before_statistics, target_shape
 from megatron_slim.pruning.plan_reader import load_plan
 from megatron_slim.pruning.search import Ranking, resolved
@@ -131,4 +132,4 @@ def _pruned(recipe: Recipe, source: ModelShape, file: Path) -> tuple[ModelShape,
     layers = recipe.target.num_layers or source.num_layers
     if recipe.depth.method != "last" and layers < source.num_layers:
         notes.append(f"depth {recipe.depth.method}: counted as if the first {layers} layers stayed")
-    return target_shape(recipe, source, tuple(range(layers))), notes
+    return target_shape(recipe, source, layers_before_statistics(source, layers)), notes

@@ -63,6 +63,8 @@ class PrunedCheckpoint:
         self.shape: ModelShape = plan.target_shape
         self.path: Path = source.path
         self.config_path: Path = source.config_path
+        self.fused_blocks = frozenset(new for new, old in plan.source_blocks.items() if old in source.fused_blocks)
+        self.notes = source.notes
         self.config: dict[str, Any] = shape_to_hf_config(plan.target_shape, source.config)
         self._origins = dict(_origins(plan))
         self._kept_hidden = np.array(plan.kept_hidden, dtype=np.int64)

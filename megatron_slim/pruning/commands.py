@@ -70,7 +70,7 @@ def run_plan(
     from megatron_slim.pruning.plan import check_recipe, make_plan
 
     source = open_checkpoint(load, **reading)
-    _check_stage(schedule, stage, source)
+    _check_stage(schedule, stage, source, where=str(recipe_file))
     check_recipe(recipe, source.shape, where=str(recipe_file))
     options = measuring.options(recipe, source, where=str(recipe_file)) if measuring else {}
     plan = make_plan(recipe, _load_stats(stats_file, source), source.shape, **options)
@@ -123,7 +123,7 @@ def run_prune(
 
     source = open_checkpoint(load, **(reading or {}))
     if schedule is not None:
-        _check_stage(schedule, stage, source)
+        _check_stage(schedule, stage, source, where=str(recipe_file))
     with opened_work_dir(calibration) as work:
         if plan_file is not None:
             plan, stats = load_plan(plan_file), None
@@ -144,8 +144,13 @@ def run_prune(
         return results | {"save": str(save), **written}
 
 
-def _check_stage(schedule: Recipe, number: int | None, source: Checkpoint) -> None:
-    """Refuse a source that the stage before cannot have given; sizes that it left to a budget are not known."""
+def _check_stage(schedule: Recipe, number: int | None, source: Checkpoint, *, where: str) -> None:
+    """Refuse a source that the stage before cannot have given, and stages to come that this one cannot lead to.
+
+    Sizes that a stage leaves to a budget are not known.
+    """
+    from megatron_slim.pruning.plan import check_later_stages
+
     named: dict[str, int] = {}
     for earlier in schedule.stages[: (number or 1) - 1]:
         named |= {key: size for key, size in dataclasses.asdict(earlier.target).items() if size is not None}
@@ -160,12 +165,14 @@ def _check_stage(schedule: Recipe, number: int | None, source: Checkpoint) -> No
             where=str(source.path),
             fix="load what training made of the stage before",
         )
+    check_later_stages(schedule, number or 1, source.shape, where=where)
 
 
 def _check_space(recipe: Recipe, source: Checkpoint, save: Path, *, where: str) -> None:
     """Refuse a disk without room for the result before hours of calibration; writing looks again, at exact sizes."""
     from megatron_slim.architecture.table import count_parameters
     from megatron_slim.files import check_space
+    from megatron_slim.pruning.depth import layers_before_statistics
     from megatron_slim.pruning.plan import check_recipe, space_before_statistics, target_shape
 
     check_recipe(recipe, source.shape, where=where)
@@ -173,8 +180,8 @@ def _check_space(recipe: Recipe, source: Checkpoint, save: Path, *, where: str) 
         space = space_before_statistics(recipe, source.shape)
         shapes = [space.model(candidate.sizes) for candidate in space.candidates()]
     else:
-        layers = range(recipe.target.num_layers or source.shape.num_layers)
-        shapes = [target_shape(recipe, source.shape, tuple(layers))]
+        layers = layers_before_statistics(source.shape, recipe.target.num_layers or source.shape.num_layers)
+        shapes = [target_shape(recipe, source.shape, layers)]
     itemsize = min(dtype.itemsize for dtype in source.dtypes.values())
     check_space(save, min(count_parameters(shape).total for shape in shapes) * itemsize)
 

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
+from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import RecipeError
 from megatron_slim.files import sha256, write_atomic
 from megatron_slim.pruning import statistics
-from megatron_slim.pruning.experts import ExpertGroup, expert_groups, ranking
+from megatron_slim.pruning.depth import kept_layers, possible_types
+from megatron_slim.pruning.experts import ExpertGroup, expert_groups
 from megatron_slim.pruning.inner_axes import InnerAxes, best, choose
 from megatron_slim.pruning.search import Ranking, Space, resolved, search
 from megatron_slim.pruning.statistics import Statistics
@@ -122,7 +123,7 @@ def make_plan(
 
     def layers_of(count: int) -> tuple[int, ...]:
         target = dataclasses.replace(recipe.target, num_layers=count)
-        return _kept_layers(dataclasses.replace(recipe, target=target), stats, shape)
+        return kept_layers(dataclasses.replace(recipe, target=target), stats, shape)
 
     space = Space(recipe, shape, lambda count: tuple(shape.layer_types[layer] for layer in layers_of(count)))
     found = search(space, stats, layers_of)
@@ -136,10 +137,10 @@ def make_plan(
 
 def _plan(asked: Recipe, stats: Statistics, shape: ModelShape, found: Ranking | None) -> Plan:
     recipe = resolved(asked, found)
-    kept_layers = _kept_layers(recipe, stats, shape)
-    target = target_shape(recipe, shape, kept_layers)
+    layers = kept_layers(recipe, stats, shape)
+    target = target_shape(recipe, shape, layers)
     hidden = stats.tensors[statistics.hidden_key(recipe.width.importance)].astype(np.float64)
-    blocks = [f"model.layers.{layer}" for layer in kept_layers]
+    blocks = [f"model.layers.{layer}" for layer in layers]
     blocks += [f"mtp.layers.{depth}" for depth in range(shape.mtp_num_layers)]
     experts = {block: _block_groups(recipe, stats, block, target.num_moe_experts) for block in blocks}
     return Plan(
@@ -148,7 +149,7 @@ def _plan(asked: Recipe, stats: Statistics, shape: ModelShape, found: Ranking | 
         target_shape=target,
         source_sha256=stats.metadata["source_sha256"],
         stats_sha256=stats.sha256,
-        kept_layers=kept_layers,
+        kept_layers=layers,
         kept_hidden=best(hidden, target.hidden_size),
         experts=experts,
         inner=choose(stats, experts, shape, target),
@@ -188,7 +189,7 @@ def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") ->
     if recipe.target.moe_router_topk == 1 and shape.norm_topk_prob:
         found.append("moe_router_topk 1 with norm_topk_prob leaves the router without a gradient")
     layers = recipe.target.num_layers or shape.num_layers
-    if layers <= shape.num_layers and not _leaves_full_attention(recipe, shape, layers):
+    if layers <= shape.num_layers and not list(_with_full_attention(recipe, shape, layers)):
         found.append(f"target.num_layers {layers} leaves no full_attention layer")
     sizes = {key: value for key, value in wanted.items() if value is not None and key != "num_layers"}
     found = found or dataclasses.replace(shape, **sizes).violations()
@@ -196,6 +197,47 @@ def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") ->
         found = found or _grid_violations(recipe, shape) or space_before_statistics(recipe, shape).violations()
     if found:
         raise RecipeError("; ".join(found), where=where)
+
+
+def check_later_stages(schedule: Recipe, number: int, shape: ModelShape, *, where: str) -> None:
+    """Refuse now what a later stage of a schedule would refuse after the training of the one before.
+
+    Args:
+        schedule: a recipe with stages; of one without there is nothing to check.
+        number: the stage that is about to begin, from 1.
+        shape: the model that it is given.
+        where: the recipe's file, for errors.
+
+    Raises:
+        RecipeError: a later stage cannot be met, whatever statistics choose until then. What follows a stage with a
+            budget is not known yet.
+    """
+    possible = {shape}
+    for stage, recipe in enumerate(schedule.stages[number - 1 :], number):
+        accepted: list[ModelShape] = []
+        for source in possible:
+            try:
+                check_recipe(recipe, source, where=f"{where}: stage {stage}")
+                accepted.append(source)
+            except RecipeError as error:
+                refused = error
+        if not accepted:
+            raise refused
+        if recipe.budget is not None:
+            return
+        possible = {target for source in accepted for target in _possible_targets(recipe, source)}
+
+
+def _possible_targets(recipe: Recipe, shape: ModelShape) -> Iterator[ModelShape]:
+    """Every model that a recipe without a budget can give, as far as statistics decide."""
+    sizes = {key: value for key, value in dataclasses.asdict(recipe.target).items() if value is not None}
+    layers = recipe.target.num_layers or shape.num_layers
+    for types in _with_full_attention(recipe, shape, layers):
+        yield dataclasses.replace(shape, **sizes | {"num_layers": layers, "layer_types": types})
+
+
+def _with_full_attention(recipe: Recipe, shape: ModelShape, layers: int) -> Iterator[tuple[str, ...]]:
+    return (types for types in possible_types(recipe, shape, layers) if FULL_ATTENTION in types)
 
 
 def _grid_violations(recipe: Recipe, shape: ModelShape) -> list[str]:
@@ -217,7 +259,7 @@ def space_before_statistics(recipe: Recipe, shape: ModelShape) -> Space:
     """What a budget leaves to choose from; where statistics choose the layers, as if they chose the smallest."""
 
     def layer_types(count: int) -> tuple[str, ...]:
-        found = [types for types in _possible_types(recipe, shape, count) if FULL_ATTENTION in types]
+        found = _with_full_attention(recipe, shape, count)
         return min(found, key=lambda types: _of_types(shape, types), default=())
 
     return Space(recipe, shape, layer_types)
@@ -225,41 +267,6 @@ def space_before_statistics(recipe: Recipe, shape: ModelShape) -> Space:
 
 def _of_types(shape: ModelShape, types: tuple[str, ...]) -> int:
     return count_parameters(dataclasses.replace(shape, num_layers=len(types), layer_types=types)).total
-
-
-def _leaves_full_attention(recipe: Recipe, shape: ModelShape, layers: int) -> bool:
-    """Whether the method can leave a full-attention layer (by statistics: for some)."""
-    return any(FULL_ATTENTION in types for types in _possible_types(recipe, shape, layers))
-
-
-def _possible_types(recipe: Recipe, shape: ModelShape, layers: int) -> Iterator[tuple[str, ...]]:
-    """Layer types that the method can leave, up to their order."""
-    dropped, types = shape.num_layers - layers, shape.layer_types
-    if recipe.depth.method == "block_influence":  # any choice
-        full = types.count(FULL_ATTENTION)
-        for count in range(max(0, full - dropped), min(full, layers) + 1):
-            yield (FULL_ATTENTION,) * count + (LINEAR_ATTENTION,) * (layers - count)
-        return
-    starts = [layers] if recipe.depth.method == "last" or not dropped else range(1, layers + 1)
-    yield from (types[:start] + types[start + dropped :] for start in starts)
-
-
-def _kept_layers(recipe: Recipe, stats: Statistics, shape: ModelShape) -> tuple[int, ...]:
-    """SlimQwen 3.2 (``last``) and A.4 (``adjacent_cosine``); ShortGPT, arXiv 2403.03853 (``block_influence``).
-
-    A.4 drops the N consecutive layers from argmax c_l, c_l = cos(a_{l-1}, a_l), among the starts that have both a layer
-    before them and N layers to drop. ShortGPT drops the N layers of the least influence, ties by index: the later one.
-    """
-    kept = recipe.target.num_layers or shape.num_layers
-    dropped, trunk = shape.num_layers - kept, list(shape.blocks)[: shape.num_layers]
-    if dropped == 0 or recipe.depth.method == "last":
-        return tuple(range(kept))
-    if recipe.depth.method == "block_influence":
-        influence = [float(stats.tensors[statistics.layer_key(block, "block_influence")]) for block in trunk]
-        return tuple(np.sort(ranking(np.array(influence))[:kept]).tolist())
-    cosines = [float(stats.tensors[statistics.layer_key(block, "cosine")]) for block in trunk[1 : kept + 1]]
-    start = 1 + int(np.argmax(cosines))
-    return tuple(layer for layer in range(shape.num_layers) if not start <= layer < start + dropped)
 
 
 def target_shape(recipe: Recipe, shape: ModelShape, kept_layers: tuple[int, ...]) -> ModelShape:

@@ -198,16 +198,27 @@ def depth_reason(plan: Plan, stats: Statistics | None) -> str:
     if method == "last":
         return f"{count}: the last ones"
     if method == "adjacent_cosine":
-        cosine = _scalar(stats, layer_key(f"model.layers.{dropped[0]}", "cosine"))
-        value = "" if cosine is None else f" (cosine {cosine:.4f})"
-        return f"{count}: in a row from layer {dropped[0]}, whose input and output are most alike{value}"
+        return f"{count}: {_reason_of_a_run(dropped[0], len(plan.kept_layers), stats)}"
     if stats is None:
         return f"{count}: those of the least block influence"
     influence = [
         float(stats.tensors[layer_key(f"model.layers.{i}", method)]) for i in range(plan.source_shape.num_layers)
     ]
     most, least = max(influence[i] for i in dropped), min(influence[i] for i in plan.kept_layers)
+    if most > least:
+        kept = f"layer {influence.index(least)} ({least:.4g}), which is left for its full attention"
+        return f"{count}: those of the least block influence (at most {most:.4g}) but {kept}"
     return f"{count}: those of the least block influence (at most {most:.4g}; the others have at least {least:.4g})"
+
+
+def _reason_of_a_run(first: int, starts: int, stats: Statistics | None) -> str:
+    """Why a run of layers goes that begins with ``first``, one of the layers from 1 to ``starts``."""
+    if stats is None:
+        return f"in a row from layer {first}, whose input and output are most alike"
+    cosines = [float(stats.tensors[layer_key(f"model.layers.{i}", "cosine")]) for i in range(1, starts + 1)]
+    own = cosines[first - 1]
+    rest = " of the runs beside which a full-attention layer is left" if max(cosines) > own else ""
+    return f"in a row from layer {first}, whose input and output are most alike (cosine {own:.4f}){rest}"
 
 
 def ranking_lines(plan: Plan, stats: Statistics) -> Iterator[str]:

@@ -34,7 +34,8 @@ from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.checkpoint.distributed import is_torch_dist
 from megatron_slim.checkpoint.distributed_writer import HF_DIR
-from megatron_slim.checkpoint.huggingface import read_config
+from megatron_slim.checkpoint.expert_storage import write_storage
+from megatron_slim.checkpoint.huggingface import read_config, storage_of
 from megatron_slim.checkpoint.huggingface_writer import carry_files
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.cli import exit_at_once, say
@@ -283,13 +284,14 @@ def _own_start(args: Any) -> Path | None:
 
 
 def keep_hf_files(source: Path, save: Path) -> None:
-    """Put config.json and the tokenizer beside the checkpoints of this run, so that they can be exported."""
+    """Put config.json, the tokenizer and the form of the experts beside this run's checkpoints, for their export."""
     if (save / HF_DIR).is_dir():
         return
     save.mkdir(parents=True, exist_ok=True)
     with new_directory(save / HF_DIR) as directory:
         write_atomic(directory / "config.json", to_json(read_config(source)))
         carry_files(source, directory)
+        write_storage(directory, storage_of(source))
 
 
 class _PlainHelp(argparse.HelpFormatter):

@@ -12,7 +12,6 @@ import yaml
 
 from benchmarks.models import write_statistics
 from benchmarks.one_shot_variants import ALL, TARGETS, variants
-from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import CHOICES, parse_recipe
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
@@ -95,20 +94,6 @@ def test_statistics_may_be_measured_once_for_all(tool: Tool, work: Path, tmp_pat
     assert [row["variant"] for row in read["variants"]] == list(CHOICES["width.importance"])
 
 
-def test_a_variant_that_statistics_make_impossible_is_a_row(tool: Tool, work: Path, tmp_path: Path) -> None:
-    """Both layers of full attention are the least influential ones."""
-    stats = Statistics.load(work / "stats.safetensors")
-    none = {f"model.layers.{layer}.block_influence": np.zeros((), np.float32) for layer in (3, 7)}
-    Statistics({**stats.tensors, **none}, stats.metadata).save(tmp_path / "stats.safetensors")
-    (tmp_path / "recipe.yaml").write_text("version: 1\ntarget: {num_layers: 6}\n")
-    given = ("--stats", tmp_path / "stats.safetensors", "--recipe", tmp_path / "recipe.yaml", "--only", "depth")
-    outcome = tool(ONE_SHOT, *options(work), *given)
-    last, _, influence = outcome.json["variants"]
-    assert last["loss"] > 0 and "no full_attention layer is left" in influence["impossible"]
-    rows = [line for line in outcome.stdout.splitlines() if line.startswith("|")]
-    assert "not possible: " in rows[-1] and len({line.count("|") for line in rows}) == 1
-
-
 def test_bad_input_is_one_line(tool: Tool, work: Path, tmp_path: Path) -> None:
     stats = ("--stats", work / "stats.safetensors")
     assert "nothing to plan from" in tool(ONE_SHOT, *options(work)).error
@@ -118,3 +103,5 @@ def test_bad_input_is_one_line(tool: Tool, work: Path, tmp_path: Path) -> None:
     recipe = ("--recipe", tmp_path / "recipe.yaml")
     assert "99 is larger than" in tool(ONE_SHOT, *options(work), *recipe, *stats).error
     assert "prunes nothing of width" in tool(ONE_SHOT, *options(work), *recipe, *stats, "--only", "width").error
+    (tmp_path / "recipe.yaml").write_text("version: 1\ntarget: {num_layers: 3}\ndepth: {method: block_influence}\n")
+    assert "depth: target.num_layers 3 leaves no full" in tool(ONE_SHOT, *options(work), *recipe, *stats).error

@@ -138,6 +138,21 @@ def test_types_processes_and_provenance_through_the_tool(tmp_path: Path, tool: C
     assert "leave --dequantize-fp8 out" in refused.error
 
 
+def test_the_same_format_again_where_something_is_to_change(tmp_path: Path, tool: Callable[..., Any]) -> None:
+    source = write_tiny_checkpoint(tmp_path / "hf", tiny_shape())
+    hf_to_torch_dist(source, tmp_path / "dist")
+    for name, to in (("hf", "hf"), ("dist", "torch_dist")):
+        wide = tmp_path / f"wide-{to}"
+        made = tool(TOOL, "--load", tmp_path / name, "--save", wide, "--to", to, "--dtype", "float32", "--json")
+        assert (made.code, made.json["format"], made.json["verified"]) == (0, to, True), made.stderr
+        found, narrow = open_checkpoint(wide), HFCheckpoint.open(source)
+        assert all(same_bytes(found.read(name), narrow.read(name).float()) for name in narrow.names)
+        refused = tool(TOOL, "--load", tmp_path / name, "--save", tmp_path / "x", "--to", to).error
+        assert f"is a {to} checkpoint already; leave --to out, or say what is to change: --deq" in refused
+    refused = tool(TOOL, "--load", source, "--save", tmp_path / "x", "--to", "hf", "--dequantize-fp8").error
+    assert "is not FP8" in refused and not (tmp_path / "x").exists()
+
+
 def _exists(path: Path) -> list[object]:
     (path / "out").mkdir()
     return ["--load", path / "hf", "--save", path / "out"]

@@ -37,6 +37,7 @@ QUANTIZATION = {
     "activation_scheme": "dynamic",
     "modules_to_not_convert": ["lm_head"],
 }
+CONVERT = "tools/convert_checkpoint.py"
 Tensors = dict[str, Tensor]
 FP8 = torch.float8_e4m3fn
 
@@ -125,6 +126,18 @@ def test_reads_as_the_bf16_checkpoint_that_it_stands_for(source: tuple[Path, Ten
         assert same_bytes(tensor, to_bf16(exact)), name
         # Half of a bf16's last place, and as much as a product of fp32 may be off before it is rounded again.
         assert (np.abs(tensor.double().numpy() - exact) <= np.abs(exact) * 2**-8 * (1 + 2**-14)).all()
+
+
+def test_from_hugging_face_to_hugging_face_is_one_conversion(
+    source: tuple[Path, Tensors], tmp_path: Path, tool: Callable[..., Any]
+) -> None:
+    made = tool(CONVERT, "--load", source[0], "--save", tmp_path / "out", "--to", "hf", "--dequantize-fp8", "--json")
+    assert (made.code, made.json["format"]) == (0, "hf"), made.stderr
+    there = tool(CONVERT, "--load", source[0], "--save", tmp_path / "dist", "--dequantize-fp8", "--json")
+    assert there.json["content"] == made.json["content"]
+    expected, found = HFCheckpoint.open(source[0], dequantize_fp8=True), HFCheckpoint.open(tmp_path / "out")
+    assert found.config == expected.config and "quantization_config" not in found.config
+    assert all(same_bytes(found.read(name), expected.read(name)) for name in expected.names)
 
 
 def test_agrees_with_transformers(source: tuple[Path, Tensors]) -> None:

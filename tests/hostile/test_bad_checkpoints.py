@@ -254,7 +254,10 @@ FILES: dict[str, tuple[Damage, str]] = {
     "config with code": (config(auto_map={"AutoModel": "modeling_x.X"}), r"modeling_x.X'\} names code of the checkp"),
     "GPTQ": (config(quantization_config={"quant_method": "gptq"}), "weights quantized with 'gptq' are not supported"),
     "AWQ": (config(quantization_config={"quant_method": "awq"}), "weights quantized with 'awq' are not supported"),
-    "no method": (config(quantization_config={"load_in_4bit": True}), "quantized with None are not supported"),
+    "no method": (
+        config(quantization_config={"load_in_4bit": True}),
+        r"quantization_config: weights quantized with a method that it does not name \(load_in_4bit True\) are not",
+    ),
     "quantization a list": (config(quantization_config=["fp8"]), r"quantized with \['fp8'\] are not supported"),
     "empty directory": (only(), "is empty; give a Hugging Face checkpoint"),
     "other files": (only("README.md"), "no config.json in this directory"),
@@ -286,6 +289,23 @@ def test_the_undamaged_checkpoint_is_read(good: Path, limits: Limits) -> None:
         tensors = read_all(good)
     assert all(same_bytes(tensors[name], tensor) for name, tensor in random_tensors(SHAPE).items())
     assert (good / FIRST).is_file() and (good / SECOND).is_file()
+
+
+def test_experts_by_the_billion(tmp_path: Path, limits: Limits) -> None:
+    """What the header of a fused tensor and config.json agree on, with no room on the disk taken."""
+    experts = "model.layers.0.mlp.experts"
+    count = 10**9
+    sizes = {"moe_intermediate_size": 1, "hidden_size": 1, "num_experts": count}
+    path = write_tiny_checkpoint(tmp_path / "hf", SHAPE, shards=1)
+    config(**sizes)(path)
+    tensors, end = {}, 0
+    for name, shape in ((f"{experts}.gate_up_proj", [count, 2, 1]), (f"{experts}.down_proj", [count, 1, 1])):
+        tensors[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + 2 * math.prod(shape)]}
+        end = tensors[name]["data_offsets"][1]
+    payload = json.dumps(tensors).encode()
+    sparse(SINGLE, 8 + len(payload) + end, struct.pack("<Q", len(payload)) + payload)(path)
+    with limits(), pytest.raises(CheckpointError, match=f"missing tensors: 2 found; .* need more than {count}"):
+        HFCheckpoint.open(path)
 
 
 @pytest.mark.parametrize("name", ["model.zip", "model.gguf", "model.safetensors"])

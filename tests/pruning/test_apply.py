@@ -11,7 +11,13 @@ from torch import Tensor
 
 from megatron_slim.architecture.shape import FAMILIES
 from megatron_slim.architecture.table import hf_tensors
-from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes, torch_dist_to_hf
+from megatron_slim.checkpoint.convert import (
+    hf_to_torch_dist,
+    open_checkpoint,
+    same_bytes,
+    torch_dist_to_hf,
+    write_checkpoint,
+)
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.huggingface_writer import total_bytes
 from megatron_slim.errors import SlimError
@@ -134,6 +140,35 @@ def test_order_of_pruning_and_conversion_does_not_matter(
         assert all(same_bytes(other.read(tensor), reference.read(tensor)) for tensor in reference.names)
     for file in ("hf/tokenizer.json", "plan.json", "pruning_report.md"):
         assert (tmp_path / "late-torch_dist" / file).is_file()
+
+
+def test_experts_stored_fused_are_pruned_alike_and_stay_fused(
+    source: HFCheckpoint, plan_for: PlanFor, tmp_path: Path
+) -> None:
+    """Of the surviving blocks those are fused that were; statistics and plans are those of the other form."""
+    mixed = frozenset({"model.layers.0", "model.layers.3", "model.layers.6", "mtp.layers.0"})
+    whole = frozenset(source.shape.blocks)
+    write_checkpoint(source, tmp_path / "fused", to="hf", expert_storage="fused")
+    fused = HFCheckpoint.open(tmp_path / "fused")
+    assert fused.fused_blocks == whole and fingerprint(fused) == fingerprint(source)
+    plan = plan_for(TARGET, depth="adjacent_cosine", method="partial_preservation")
+    expected = write_pruned(PrunedCheckpoint(plan, source), tmp_path / "plain", to="hf", stats=None)
+    assert expected["expert_storage"] == "separate"
+    fused.fused_blocks = mixed  # the form of files follows this alone
+    survivors = {new for new, old in plan.source_blocks.items() if old in mixed}
+    for to in ("hf", "torch_dist"):
+        made = write_pruned(PrunedCheckpoint(plan, fused), tmp_path / to, to=to, stats=None)
+        assert (made["content"], made["expert_storage"]) == (expected["content"], "mixed")
+        assert open_checkpoint(tmp_path / to).fused_blocks == survivors
+    torch_dist_to_hf(tmp_path / "torch_dist", tmp_path / "back")
+    assert HFCheckpoint.open(tmp_path / "back").fused_blocks == survivors
+    asked = write_pruned(
+        PrunedCheckpoint(plan, fused), tmp_path / "asked", to="hf", stats=None, expert_storage="separate"
+    )
+    assert (tmp_path / "asked" / "model.safetensors").read_bytes() == (
+        tmp_path / "plain" / "model.safetensors"
+    ).read_bytes()
+    assert asked["content"] == expected["content"]
 
 
 def test_a_plan_for_another_source_is_refused(source: HFCheckpoint, plan_for: PlanFor, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
-from megatron_slim.errors import RecipeError, SlimError
+from megatron_slim.errors import SlimError
 from megatron_slim.pruning.experts import expert_groups
 from megatron_slim.pruning.plan import Plan, make_plan
 from megatron_slim.pruning.plan_reader import load_plan, parse_plan
@@ -92,16 +92,6 @@ def test_an_empty_target_keeps_everything(plan_for: PlanFor) -> None:
     assert plan.target_shape == plan.source_shape
     assert plan.kept_layers == tuple(range(8)) and plan.kept_hidden == tuple(range(64))
     assert all(len(group.members) == 1 for groups in plan.experts.values() for group in groups)
-
-
-def test_a_choice_without_full_attention_is_refused_when_statistics_make_it(
-    source: HFCheckpoint, random_stats: Callable[..., Statistics]
-) -> None:
-    stats = random_stats(source)
-    cosines = {_cosine(i): np.asarray(float(i == 3), np.float32) for i in range(8)}
-    recipe = parse_recipe({"version": 1, "target": {"num_layers": 3}, "depth": {"method": "adjacent_cosine"}})
-    with pytest.raises(RecipeError, match="no full_attention layer is left"):
-        make_plan(recipe, Statistics({**stats.tensors, **cosines}, stats.metadata), source.shape)
 
 
 def _set(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:

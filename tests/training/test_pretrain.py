@@ -10,8 +10,11 @@ from megatron_slim import device
 
 device.install()
 
+from megatron_slim.checkpoint.convert import write_checkpoint  # noqa: E402
+from megatron_slim.checkpoint.expert_storage import expert_blocks, recorded_storage  # noqa: E402
+from megatron_slim.checkpoint.huggingface import HFCheckpoint  # noqa: E402
 from megatron_slim.files import read_json, to_json  # noqa: E402
-from megatron_slim.testing import tiny_hf_config, tiny_shape  # noqa: E402
+from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tiny_checkpoint  # noqa: E402
 from megatron_slim.training import pretrain  # noqa: E402
 from megatron_slim.training.data import Repeated, first_batch  # noqa: E402
 
@@ -27,6 +30,17 @@ def test_what_export_needs_is_kept_beside_the_checkpoints_once(tmp_path: Path) -
     (source / "config.json").write_text("{}")
     pretrain.keep_hf_files(source, save)  # a resumed run keeps what it began with
     assert read_json(save / "hf" / "config.json") == config
+
+
+def test_how_experts_were_stored_is_kept_beside_the_checkpoints(tmp_path: Path) -> None:
+    """Of Hugging Face files that a run starts from, and of a torch_dist checkpoint made of such files."""
+    plain = HFCheckpoint.open(write_tiny_checkpoint(tmp_path / "plain", tiny_shape()))
+    write_checkpoint(plain, tmp_path / "fused", to="hf", expert_storage="fused")
+    pretrain.keep_hf_files(tmp_path / "fused", tmp_path / "first")
+    pretrain.keep_hf_files(tmp_path / "first" / "hf", tmp_path / "second")
+    pretrain.keep_hf_files(plain.path, tmp_path / "third")
+    blocks = expert_blocks(plain.shape)
+    assert [recorded_storage(tmp_path / run / "hf") for run in ("first", "second", "third")] == [blocks, blocks, set()]
 
 
 def test_the_first_batch_of_a_dataset_again_and_again() -> None:
