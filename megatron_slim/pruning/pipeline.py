@@ -10,9 +10,9 @@ from megatron_slim.checkpoint.huggingface_writer import total_bytes
 from megatron_slim.files import write_atomic
 from megatron_slim.pruning.apply import PrunedCheckpoint
 from megatron_slim.pruning.report import markdown, rows, summarise
-from megatron_slim.pruning.statistics import Statistics
+from megatron_slim.pruning.statistics import STATS, Statistics
 
-STATS, PLAN, REPORT = "stats.safetensors", "plan.json", "pruning_report.md"
+PLAN, REPORT = "plan.json", "pruning_report.md"
 
 
 def comparison(pruned: PrunedCheckpoint) -> dict[str, Any]:
