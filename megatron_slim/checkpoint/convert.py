@@ -26,7 +26,8 @@ from megatron_slim.checkpoint.huggingface_writer import (
 from megatron_slim.checkpoint.provenance import PROVENANCE, describe_source, software
 from megatron_slim.checkpoint.transfer import transfer
 from megatron_slim.checkpoint.units import Source, units
-from megatron_slim.errors import CheckpointError
+from megatron_slim.cli import say
+from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.files import check_space, new_directory, to_json
 
 Checkpoint: TypeAlias = HFCheckpoint | DistCheckpoint
@@ -38,6 +39,7 @@ def open_checkpoint(
     *,
     allow_nonfinite: bool = False,
     dequantize_fp8: bool = False,
+    without_mtp: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint of either format; both give Hugging Face tensors by name through ``read``.
 
@@ -46,14 +48,23 @@ def open_checkpoint(
         hf_config: directory with config.json and tokenizer of a torch_dist checkpoint, where they are not in its hf/.
         allow_nonfinite: give NaN and infinite weights as they are; otherwise reading them is an error.
         dequantize_fp8: give the weights of a Hugging Face checkpoint in block-scaled FP8 as bf16.
+        without_mtp: give a model without MTP, whether the checkpoint has tensors of one or only says so.
     """
     if is_torch_dist(Path(path)):
         if dequantize_fp8:
             raise CheckpointError("is a torch_dist checkpoint", where=str(path), fix="leave --dequantize-fp8 out")
-        return DistCheckpoint.open(path, hf_config, allow_nonfinite=allow_nonfinite)
+        return DistCheckpoint.open(path, hf_config, allow_nonfinite=allow_nonfinite, without_mtp=without_mtp)
     if hf_config is not None:
         raise CheckpointError("is no torch_dist checkpoint", where=str(path), fix="leave --hf-config out")
-    return HFCheckpoint.open(path, allow_nonfinite=allow_nonfinite, dequantize_fp8=dequantize_fp8)
+    return HFCheckpoint.open(
+        path, allow_nonfinite=allow_nonfinite, dequantize_fp8=dequantize_fp8, without_mtp=without_mtp
+    )
+
+
+def say_left_out(source: Source) -> None:
+    """Tell the user of tensors in the files of a checkpoint that are no part of the model as it is read."""
+    if source.left_out:
+        say(f"{source.path}: left out {len(source.left_out)} tensors: {summarise(source.left_out)}")
 
 
 def config_for(shape_config: Mapping[str, Any], dtypes: Iterable[torch.dtype]) -> dict[str, Any]:

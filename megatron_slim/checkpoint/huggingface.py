@@ -17,11 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_slim.architecture.mtp_keys import stated_mtp_layers, without_mtp_keys
 from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
-from megatron_slim.architecture.table import hf_tensors, mtp_layers_in, weights
+from megatron_slim.architecture.table import hf_tensors, weights
 from megatron_slim.checkpoint.finite import refuse_nonfinite
 from megatron_slim.checkpoint.fp8 import FP8_DTYPES, BlockScaled, dequantized
 from megatron_slim.checkpoint.huggingface_files import CONFIG, INDEX, SINGLE, read_config, read_headers
+from megatron_slim.checkpoint.mtp import MTP, count_mtp_layers
 from megatron_slim.checkpoint.raw_files import OpenFiles
 from megatron_slim.checkpoint.safetensors_reader import DTYPES, TensorEntry
 from megatron_slim.errors import CheckpointError, summarise
@@ -43,6 +45,7 @@ class HFCheckpoint:
         entries: where every tensor lies.
         dtypes: type of every tensor.
         allow_nonfinite: whether NaN and infinite weights are given as they are.
+        left_out: names of tensors in the files that are to be no part of the model.
     """
 
     def __init__(
@@ -53,23 +56,32 @@ class HFCheckpoint:
         entries: Mapping[str, Entry],
         *,
         allow_nonfinite: bool = False,
+        left_out: tuple[str, ...] = (),
     ) -> None:
         self.path, self.config, self.shape = path, config, shape
         self.config_path = path
         self.names = tuple(hf_tensors(shape))
         self.entries = entries
         self.dtypes = {name: entries[name].dtype for name in self.names}
-        self.allow_nonfinite = allow_nonfinite
+        self.allow_nonfinite, self.left_out = allow_nonfinite, left_out
         self._files = OpenFiles()
 
     @classmethod
-    def open(cls, path: Path | str, *, allow_nonfinite: bool = False, dequantize_fp8: bool = False) -> HFCheckpoint:
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        allow_nonfinite: bool = False,
+        dequantize_fp8: bool = False,
+        without_mtp: bool = False,
+    ) -> HFCheckpoint:
         """Open a directory and check all of it but the values.
 
         Args:
             path: the directory.
             allow_nonfinite: give NaN and infinite weights as they are; otherwise reading them is an error.
             dequantize_fp8: the checkpoint is in block-scaled FP8; give it as the bf16 one that it stands for.
+            without_mtp: give it as a model without MTP, whether it has tensors of one or only says so.
 
         Raises:
             CheckpointError: names every kind of fault: missing or extra tensors, shapes, types, shards.
@@ -82,10 +94,16 @@ class HFCheckpoint:
             entries, config = dequantized(read_headers(path, FP8_DTYPES), config, path)
         else:
             entries = read_headers(path, DTYPES)
-        shape = shape_from_hf_config(config, mtp_num_layers=mtp_layers_in(set(entries)), where=str(path / CONFIG))
+        left_out: tuple[str, ...] = ()
+        if without_mtp:
+            left_out = tuple(sorted(name for name in entries if name.startswith(MTP)))
+            entries = {name: entry for name, entry in entries.items() if not name.startswith(MTP)}
+            config = without_mtp_keys(config)
+        depth = count_mtp_layers(config, entries, where=str(path))
+        shape = shape_from_hf_config(config, mtp_num_layers=depth, where=str(path / CONFIG))
         _refuse_oversize(shape, len(entries), path)
         _check_against_table(entries, shape, path)
-        return cls(path, config, shape, entries, allow_nonfinite=allow_nonfinite)
+        return cls(path, config, shape, entries, allow_nonfinite=allow_nonfinite, left_out=left_out)
 
     def reading_once(self) -> AbstractContextManager[None]:
         """Reads within go past the page cache; see `raw_files.OpenFiles.reading_once`."""
@@ -167,13 +185,13 @@ def _check_against_table(entries: Mapping[str, Entry], shape: ModelShape, path: 
         )
 
 
-def read_shape(directory: Path) -> ModelShape:
-    """Shape of the model that a config.json describes.
+def read_shape(directory: Path, *, without_mtp: bool = False) -> ModelShape:
+    """Shape of the model that a config.json describes, ``without_mtp`` as if it had none.
 
     Where tensors lie beside it their names tell whether there is an MTP block, because published files do not say.
     """
     if any((directory / name).exists() for name in (INDEX, SINGLE)):
-        return HFCheckpoint.open(directory).shape
+        return HFCheckpoint.open(directory, without_mtp=without_mtp).shape
     config = read_config(directory)
-    depth = config.get("num_nextn_predict_layers", 0)
+    depth = 0 if without_mtp else stated_mtp_layers(config, str(directory / CONFIG)) or 0
     return shape_from_hf_config(config, mtp_num_layers=depth, where=str(directory / CONFIG))

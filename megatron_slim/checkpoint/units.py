@@ -29,6 +29,7 @@ class Source(Protocol):
     config_path: Path
     config: dict[str, Any]
     shape: ModelShape
+    left_out: tuple[str, ...]
 
     @property
     def dtypes(self) -> Mapping[str, torch.dtype]:

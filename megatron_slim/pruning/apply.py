@@ -63,6 +63,7 @@ class PrunedCheckpoint:
         self.shape: ModelShape = plan.target_shape
         self.path: Path = source.path
         self.config_path: Path = source.config_path
+        self.left_out = source.left_out
         self.config: dict[str, Any] = shape_to_hf_config(plan.target_shape, source.config)
         self._origins = dict(_origins(plan))
         self._kept_hidden = np.array(plan.kept_hidden, dtype=np.int64)

@@ -112,10 +112,12 @@ def run_calibrate(
         What was written; nothing on ranks other than 0.
     """
     refuse_existing(save)
-    from megatron_slim.checkpoint.convert import open_checkpoint
+    from megatron_slim.checkpoint.convert import open_checkpoint, say_left_out
 
     _refuse_as_weights(save)
     source = open_checkpoint(load, **reading)
+    if layout is None or os.environ["RANK"] == "0":
+        say_left_out(source)
     with opened_work_dir(options) as work:
         stats = measure(source, options, work) if layout is None else _measure_parallel(source, options, layout)
         if stats is None:

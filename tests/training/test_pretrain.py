@@ -11,6 +11,7 @@ from megatron_slim import device
 
 device.install()
 
+from megatron_slim.architecture.mtp_keys import stated_mtp_layers  # noqa: E402
 from megatron_slim.errors import DataError  # noqa: E402
 from megatron_slim.files import read_json, to_json  # noqa: E402
 from megatron_slim.testing import tiny_hf_config, tiny_shape  # noqa: E402
@@ -31,11 +32,14 @@ def test_what_export_needs_is_kept_beside_the_checkpoints_once(tmp_path: Path) -
     config = tiny_hf_config(tiny_shape())
     (source / "config.json").write_text(to_json(config))
     (source / "tokenizer.json").write_text("{}")
-    pretrain.keep_hf_files(source, save)
+    pretrain.keep_hf_files(source, save, tiny_shape())
     assert read_json(save / "hf" / "config.json") == config and (save / "hf" / "tokenizer.json").is_file()
     (source / "config.json").write_text("{}")
-    pretrain.keep_hf_files(source, save)  # a resumed run keeps what it began with
+    pretrain.keep_hf_files(source, save, tiny_shape())  # a resumed run keeps what it began with
     assert read_json(save / "hf" / "config.json") == config
+    (source / "config.json").write_text(to_json(config))
+    pretrain.keep_hf_files(source, tmp_path / "other", tiny_shape(mtp_num_layers=0))  # as --without-mtp trains it
+    assert stated_mtp_layers(read_json(tmp_path / "other" / "hf" / "config.json")) == 0
 
 
 def test_the_first_batch_of_a_dataset_again_and_again() -> None:
