@@ -17,13 +17,14 @@ from megatron_slim.checkpoint.distributed_writer import RELEASE, TorchDistWriter
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.huggingface_writer import (
     HFWriter,
-    carried_files,
     finish_hf_checkpoint,
     specs_of,
     start_hf_checkpoint,
     total_bytes,
 )
-from megatron_slim.checkpoint.provenance import PROVENANCE, describe_source, software
+from megatron_slim.checkpoint.provenance import describe_source, software
+from megatron_slim.checkpoint.records import PROVENANCE
+from megatron_slim.checkpoint.side_files import carried_bytes, say_left_behind
 from megatron_slim.checkpoint.transfer import transfer
 from megatron_slim.checkpoint.units import Source, units
 from megatron_slim.cli import say
@@ -111,9 +112,10 @@ def write_checkpoint(
     nbytes = total_bytes(source.shape, dtypes)
     config = config_for(shape_to_hf_config(source.shape, source.config), dtypes.values())
     options: dict[str, Any] = {"dtype": dtype, "verify": verify, "processes": processes, "where": str(target)}
-    list(carried_files(source.config_path))  # refuses links that leave the checkpoint now, not at the end
+    beside = carried_bytes(source.config_path)  # refuses links that leave the checkpoint now, not at the end
     with new_directory(target) as partial:
-        check_space(target, nbytes)
+        check_space(target, nbytes + beside)
+        say_left_behind(source.config_path)
         write = _write_torch_dist if to == "torch_dist" else _write_hf
         content = write(source, partial, config, dtypes, options)
         results = {

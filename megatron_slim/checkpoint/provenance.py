@@ -11,11 +11,11 @@ from typing import Any
 from megatron_slim import __version__
 from megatron_slim.checkpoint.distributed import is_torch_dist
 from megatron_slim.checkpoint.huggingface import CONFIG
+from megatron_slim.checkpoint.records import PROVENANCE
 from megatron_slim.checkpoint.units import Source
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json, sha256
 
-PROVENANCE = "slim_provenance.json"
 _PACKAGES = ("torch", "megatron-core", "numpy", "transformers")
 
 

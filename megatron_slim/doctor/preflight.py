@@ -61,7 +61,7 @@ def _model(name: str, path: Path, shapes: dict[str, ModelShape], *, without_mtp:
     """Open it as training does: names, sizes and types of all tensors, not their values."""
     from megatron_slim.architecture.table import count_parameters
     from megatron_slim.checkpoint.convert import open_checkpoint
-    from megatron_slim.checkpoint.reference import REFERENCE
+    from megatron_slim.checkpoint.records import REFERENCE
     from megatron_slim.training.resume import missing_in_tracker
 
     try:

@@ -32,12 +32,12 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.checkpoint.records import FORMER_STATS, STATS
 from megatron_slim.errors import CheckpointError
 from megatron_slim.files import sha256, write_atomic
 from megatron_slim.recipe import CHOICES
 
 FORMAT = "megatron_slim statistics 2"
-STATS, FORMER_STATS = "calibration.stats", "stats.safetensors"
 IMPORTANCES, SIMILARITIES = CHOICES["experts.importance"], CHOICES["experts.similarity"]
 LAYER_KINDS = ("cosine", "block_influence")
 Array = npt.NDArray[np.float32]

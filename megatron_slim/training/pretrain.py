@@ -33,8 +33,8 @@ from megatron_slim.architecture.parallelism import padded_vocab_size
 from megatron_slim.architecture.shape import ModelShape, shape_to_hf_config
 from megatron_slim.checkpoint.distributed_writer import HF_DIR
 from megatron_slim.checkpoint.huggingface import read_config
-from megatron_slim.checkpoint.huggingface_writer import carry_files
 from megatron_slim.checkpoint.loading import load_hf_weights
+from megatron_slim.checkpoint.side_files import carry_files, say_left_behind
 from megatron_slim.cli import exit_at_once, say
 from megatron_slim.distillation.divergences import KDLoss
 from megatron_slim.distillation.losses import KD_LAMBDA, MTP_BETA, LossWeights, TokenLosses, combine, gradients_of_total
@@ -277,13 +277,14 @@ def _own_start(args: Any) -> Path | None:
 
 
 def keep_hf_files(source: Path, save: Path, shape: ModelShape) -> None:
-    """Put config.json and the tokenizer beside the checkpoints of this run, so that they can be exported."""
+    """Put config.json, the tokenizer and the like beside the checkpoints of this run, so that they can be exported."""
     if (save / HF_DIR).is_dir():
         return
     save.mkdir(parents=True, exist_ok=True)
     with new_directory(save / HF_DIR) as directory:
         write_atomic(directory / "config.json", to_json(shape_to_hf_config(shape, read_config(source))))
         carry_files(source, directory)
+    say_left_behind(source)
 
 
 class _PlainHelp(argparse.HelpFormatter):
