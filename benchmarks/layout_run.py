@@ -159,8 +159,6 @@ def written_in_hf(directory: Path) -> tuple[set[str], int]:
 
     names, total = list[str](), 0
     for file in sorted(directory.glob("*.safetensors")):
-        if file.name == "stats.safetensors":
-            continue
         with safe_open(file, framework="numpy") as content:
             for name in content.keys():  # noqa: SIM118 (not a dict)
                 names.append(name)

@@ -104,6 +104,9 @@ def add_load_arguments(parser: argparse.ArgumentParser, purpose: str) -> None:
     parser.add_argument(
         "--dequantize-fp8", action="store_true", help="take a Hugging Face checkpoint in block-scaled FP8 as bfloat16"
     )
+    parser.add_argument(
+        "--without-mtp", action="store_true", help="leave its MTP block out, or the word of one that is not there"
+    )
 
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -111,6 +114,7 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "hf_config": args.hf_config,
         "dequantize_fp8": args.dequantize_fp8,
+        "without_mtp": args.without_mtp,
         "allow_nonfinite": getattr(args, "allow_nonfinite", False),  # of the tools that write checkpoints
     }
 

@@ -29,7 +29,7 @@ def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = tool_parser(__doc__)
     add_load_arguments(parser, "measure")
-    parser.add_argument("--save", type=Path, required=True, metavar="FILE", help="new file, stats.safetensors")
+    parser.add_argument("--save", type=Path, required=True, metavar="FILE", help="new file, such as calibration.stats")
     add_calibration_arguments(parser, required=True)
     add_layout_arguments(parser)
     return parser.parse_args()

@@ -43,13 +43,13 @@ def parse_args() -> argparse.Namespace:
 
 def convert(args: argparse.Namespace) -> dict[str, Any]:
     """Detect the direction, convert, say what was done."""
-    from megatron_slim.errors import CheckpointError, summarise
+    from megatron_slim.errors import CheckpointError
     from megatron_slim.files import refuse_existing
 
     refuse_existing(args.save)
     import torch
 
-    from megatron_slim.checkpoint.convert import open_checkpoint, write_checkpoint
+    from megatron_slim.checkpoint.convert import open_checkpoint, say_left_out, write_checkpoint
     from megatron_slim.checkpoint.distributed import is_torch_dist
     from megatron_slim.checkpoint.reference import carry_reference
 
@@ -63,8 +63,7 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     carry = partial(carry_reference, checkpoint, dtype=dtype)
     results = write_checkpoint(checkpoint, args.save, to=target, dtype=dtype, records=carry, **write_options(args))
     ending = VERIFICATION[results["verified"]]
-    if left_out := getattr(checkpoint, "left_out", ()):
-        say(f"{args.load}: left out what training learned beside the model: {summarise(left_out)}")
+    say_left_out(checkpoint)
     what = target if results["expert_storage"] == "separate" else f"{target} (experts {results['expert_storage']})"
     say(f"{args.save}: {results['tensors']} tensors, {results['parameters']:,} parameters as {what}, {ending}")
     return {"load": str(args.load), "save": str(args.save), **results}

@@ -35,7 +35,8 @@ def look(args: argparse.Namespace) -> Iterator[Finding]:
     free = shutil.disk_usage(args.disk).free
     fix = "a checkpoint of the published teacher takes 163 GB, the demo less than 1 GB"
     yield good_or(NOTE, "disk", free >= 10 * GIB, f"{size(free)} free at {args.disk}", fix)
-    yield from preflight(args.data, args.checkpoint, args.teacher, args.save, nodes=args.nodes)
+    without_mtp = {"checkpoint": args.without_mtp, "teacher": args.teacher_without_mtp}
+    yield from preflight(args.data, args.checkpoint, args.teacher, args.save, nodes=args.nodes, without_mtp=without_mtp)
 
 
 def diagnose(args: argparse.Namespace) -> dict[str, Any]:
@@ -63,6 +64,8 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--checkpoint", type=Path, metavar="DIR", help="STUDENT, or the directory of a run")
     run.add_argument("--teacher", type=Path, metavar="DIR", help="TEACHER")
     run.add_argument("--save", type=Path, metavar="DIR", help="SAVE")
+    run.add_argument("--without-mtp", action="store_true", help="as training will be given it")
+    run.add_argument("--teacher-without-mtp", action="store_true", help="likewise")
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     run.add_argument("--nodes", type=positive, default=nodes, metavar="N", help="number of machines of the run")
     return parser.parse_args()

@@ -47,7 +47,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate, say the result."""
     import torch
 
-    from megatron_slim.checkpoint.reference import REFERENCE
+    from megatron_slim.checkpoint.records import REFERENCE
     from megatron_slim.evaluation.perplexity import evaluate_checkpoint
 
     results = evaluate_checkpoint(

@@ -18,7 +18,13 @@ def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = tool_parser(__doc__)
     add_load_arguments(parser, "plan for")
-    parser.add_argument("--stats", type=Path, required=True, metavar="FILE", help="from tools/calibrate.py")
+    parser.add_argument(
+        "--stats",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="statistics, or the pruned checkpoint that keeps them",
+    )
     parser.add_argument("--recipe", type=Path, required=True, metavar="YAML", help="what the model is to become")
     add_stage_argument(parser)
     parser.add_argument("--save", type=Path, required=True, metavar="FILE", help="new file, plan.json")

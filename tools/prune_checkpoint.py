@@ -30,7 +30,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--save", type=Path, metavar="DIR", help="new directory for the result")
     parser.add_argument("--recipe", type=Path, metavar="YAML", help="what the model is to become")
     add_stage_argument(parser)
-    parser.add_argument("--stats", type=Path, metavar="FILE", help="statistics made before: nothing is measured")
+    parser.add_argument(
+        "--stats",
+        type=Path,
+        metavar="FILE",
+        help="made before, or the pruned checkpoint that keeps them: nothing is measured",
+    )
     parser.add_argument("--plan", type=Path, metavar="FILE", help="a plan made before: nothing is measured or decided")
     parser.add_argument("--to", choices=("hf", "torch_dist"), default="hf", help="format of the result")
     parser.add_argument("--dry-run", action="store_true", help="measure, plan, print the table, write nothing")

@@ -18,7 +18,10 @@ def parse_args() -> argparse.Namespace:
     parser = tool_parser(__doc__)
     parser.add_argument("plan", type=Path, metavar="PLAN", help="plan.json, as it lies beside a pruned checkpoint")
     parser.add_argument(
-        "--stats", type=Path, metavar="FILE", help="what it was made of: adds importances to the tables"
+        "--stats",
+        type=Path,
+        metavar="FILE",
+        help="what it was made of, or their directory: adds importances to tables",
     )
     parser.add_argument(
         "--save",

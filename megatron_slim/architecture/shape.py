@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_slim.architecture.family import FULL_ATTENTION, LINEAR_ATTENTION, Family
+from megatron_slim.architecture.mtp_keys import MTP_KEYS, mtp_entries
 from megatron_slim.architecture.qwen3_moe import QWEN3_MOE
 from megatron_slim.architecture.qwen3_next import QWEN3_NEXT
 from megatron_slim.architecture.rope import Yarn, read_rope
@@ -26,7 +27,7 @@ __all__ = [
 ]
 FAMILIES = {family.model_type: family for family in (QWEN3_NEXT, QWEN3_MOE)}
 # Keys of config.json that only some families have, about things that are no plain sizes.
-LAYER_TYPES, INTERVAL, MTP_LAYERS = "layer_types", "full_attention_interval", "num_nextn_predict_layers"
+LAYER_TYPES, INTERVAL = "layer_types", "full_attention_interval"
 MAX_LAYERS = 100_000  # far above any model: a typo must not fill the memory with layer types
 MAX_SIZE = 2**31 - 1  # torch and Megatron index many things with 32 bits
 
@@ -300,10 +301,10 @@ def shape_to_hf_config(shape: ModelShape, base: Mapping[str, Any]) -> dict[str, 
 
     Everything in ``base`` (the source model's config.json) that is not a size is carried over. Where layers differ,
     ``layer_types`` (which transformers reads) and ``full_attention_interval`` (which SGLang reads) are both written,
-    the latter only where the pattern has a period; ``num_nextn_predict_layers`` is what vLLM reads.
+    the latter only where the pattern has a period; `mtp_keys` says who reads what about MTP.
     """
     family = shape.family
-    stale = {LAYER_TYPES, INTERVAL, MTP_LAYERS, *family.aliases}
+    stale = {LAYER_TYPES, INTERVAL, *MTP_KEYS, *family.aliases}
     config = {key: value for key, value in base.items() if key not in stale}
     config |= {key: getattr(shape, name) for name, key in family.keys.items()}
     config["model_type"] = shape.model_type
@@ -313,5 +314,5 @@ def shape_to_hf_config(shape: ModelShape, base: Mapping[str, Any]) -> dict[str, 
         if shape.full_attention_interval is not None:
             config[INTERVAL] = shape.full_attention_interval
     if family.mtp_rows:
-        config[MTP_LAYERS] = shape.mtp_num_layers
+        config |= mtp_entries(shape.mtp_num_layers)
     return config

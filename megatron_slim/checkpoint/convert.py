@@ -18,17 +18,18 @@ from megatron_slim.checkpoint.expert_storage import fused_blocks_for, separated,
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.huggingface_writer import (
     HFWriter,
-    carried_files,
     finish_hf_checkpoint,
     specs_of,
     start_hf_checkpoint,
     total_bytes,
 )
-from megatron_slim.checkpoint.provenance import PROVENANCE, describe_source, software
+from megatron_slim.checkpoint.provenance import describe_source, software
+from megatron_slim.checkpoint.records import PROVENANCE
+from megatron_slim.checkpoint.side_files import carried_bytes, say_left_behind
 from megatron_slim.checkpoint.transfer import transfer
 from megatron_slim.checkpoint.units import Source, units
 from megatron_slim.cli import say
-from megatron_slim.errors import CheckpointError
+from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.files import check_space, new_directory, to_json
 
 Checkpoint: TypeAlias = HFCheckpoint | DistCheckpoint
@@ -40,6 +41,7 @@ def open_checkpoint(
     *,
     allow_nonfinite: bool = False,
     dequantize_fp8: bool = False,
+    without_mtp: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint of either format; both give Hugging Face tensors by name through ``read``.
 
@@ -48,14 +50,23 @@ def open_checkpoint(
         hf_config: directory with config.json and tokenizer of a torch_dist checkpoint, where they are not in its hf/.
         allow_nonfinite: give NaN and infinite weights as they are; otherwise reading them is an error.
         dequantize_fp8: give the weights of a Hugging Face checkpoint in block-scaled FP8 as bf16.
+        without_mtp: give a model without MTP, whether the checkpoint has tensors of one or only says so.
     """
     if is_torch_dist(Path(path)):
         if dequantize_fp8:
             raise CheckpointError("is a torch_dist checkpoint", where=str(path), fix="leave --dequantize-fp8 out")
-        return DistCheckpoint.open(path, hf_config, allow_nonfinite=allow_nonfinite)
+        return DistCheckpoint.open(path, hf_config, allow_nonfinite=allow_nonfinite, without_mtp=without_mtp)
     if hf_config is not None:
         raise CheckpointError("is no torch_dist checkpoint", where=str(path), fix="leave --hf-config out")
-    return HFCheckpoint.open(path, allow_nonfinite=allow_nonfinite, dequantize_fp8=dequantize_fp8)
+    return HFCheckpoint.open(
+        path, allow_nonfinite=allow_nonfinite, dequantize_fp8=dequantize_fp8, without_mtp=without_mtp
+    )
+
+
+def say_left_out(source: Source) -> None:
+    """Tell the user of tensors in the files of a checkpoint that are no part of the model as it is read."""
+    if source.left_out:
+        say(f"{source.path}: left out {len(source.left_out)} tensors: {summarise(source.left_out)}")
 
 
 def config_for(shape_config: Mapping[str, Any], dtypes: Iterable[torch.dtype]) -> dict[str, Any]:
@@ -108,9 +119,10 @@ def write_checkpoint(
     for note in source.notes:
         say(f"{source.path}: {note}")
     options: dict[str, Any] = {"dtype": dtype, "verify": verify, "processes": processes, "where": str(target)}
-    list(carried_files(source.config_path))  # refuses links that leave the checkpoint now, not at the end
+    beside = carried_bytes(source.config_path)  # refuses links that leave the checkpoint now, not at the end
     with new_directory(target) as partial:
-        check_space(target, nbytes)
+        check_space(target, nbytes + beside)
+        say_left_behind(source.config_path)
         write = _write_torch_dist if to == "torch_dist" else _write_hf
         content = write(source, partial, config, dtypes, fused_blocks, options)
         results = {

@@ -18,14 +18,16 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_slim.architecture.axes import size
+from megatron_slim.architecture.mtp_keys import without_mtp_keys
 from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
-from megatron_slim.architecture.table import mtp_layers_in, weights
+from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.distributed_writer import HF_DIR, RELEASE, TRACKER, hf_files
 from megatron_slim.checkpoint.expert_storage import expert_blocks, recorded_storage
 from megatron_slim.checkpoint.finite import refuse_nonfinite
 from megatron_slim.checkpoint.huggingface import CONFIG, Index, read_config, select_columns
 from megatron_slim.checkpoint.layout import rows_in_megatron, split_keys, stored_shapes
+from megatron_slim.checkpoint.mtp import MTP, count_mtp_layers
 from megatron_slim.checkpoint.torch_dist_files import METADATA, Piece, PieceReader, locate_pieces, read_metadata
 from megatron_slim.errors import CheckpointError, summarise
 
@@ -75,21 +77,30 @@ class DistCheckpoint:
         fused_blocks: the blocks whose experts were fused in the files that it was made of.
         notes: nothing; see `HFCheckpoint`.
         num_ignored: entries that are not weights (optimizer, random state, ...).
-        left_out: names of tensors that training learned and that are no part of the model, `HIDDEN_KD`.
+        left_out: names of tensors that are no part of the model: what training learned beside it (`HIDDEN_KD`), and the
+            MTP block where it is not wanted.
     """
 
     def __init__(
-        self, path: Path, config_path: Path, shape: ModelShape, metadata: Metadata, *, allow_nonfinite: bool = False
+        self,
+        path: Path,
+        config_path: Path,
+        config: dict[str, Any],
+        shape: ModelShape,
+        metadata: Metadata,
+        *,
+        allow_nonfinite: bool = False,
     ) -> None:
-        self.path, self.config_path, self.shape = path, config_path, shape
-        self.config = read_config(config_path)
+        self.path, self.config_path, self.config, self.shape = path, config_path, config, shape
         self.fused_blocks = recorded_storage(config_path) & expert_blocks(shape)
         self.notes: tuple[str, ...] = ()
         self.weights = tuple(weights(shape))
         tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
         self._entries = {key: tensors[key] for weight in self.weights for key, _ in split_keys(weight, shape)}
         self.num_ignored = len(metadata.state_dict_metadata) - len(self._entries)
-        self.left_out = tuple(sorted(key for key in tensors if key.startswith(HIDDEN_KD)))
+        self.left_out = tuple(
+            sorted(key for key in tensors if key.startswith((HIDDEN_KD, MTP)) and key not in self._entries)
+        )
         self.allow_nonfinite = allow_nonfinite
         self.pieces = locate_pieces(path, self._entries, metadata.storage_data)
         self._longest = {key: max(piece.sizes[0] for piece in pieces) for key, pieces in self.pieces.items()}
@@ -105,7 +116,12 @@ class DistCheckpoint:
 
     @classmethod
     def open(
-        cls, path: Path | str, hf_config: Path | str | None = None, *, allow_nonfinite: bool = False
+        cls,
+        path: Path | str,
+        hf_config: Path | str | None = None,
+        *,
+        allow_nonfinite: bool = False,
+        without_mtp: bool = False,
     ) -> DistCheckpoint:
         """Open a checkpoint directory, or one iteration of it, and check all of it but the values.
 
@@ -113,6 +129,7 @@ class DistCheckpoint:
             path: what ``--load`` takes, or the iteration's own directory.
             hf_config: directory with the model's config.json where that is not in ``hf/``.
             allow_nonfinite: give NaN and infinite weights as they are; otherwise reading them is an error.
+            without_mtp: give it as a model without MTP, whether it has weights of one or only says so.
 
         Raises:
             CheckpointError: missing or unknown weights, wrong shapes, missing or truncated files.
@@ -122,12 +139,14 @@ class DistCheckpoint:
         directory = iteration_directory(path)
         metadata = read_metadata(directory)
         config_path = _find_config(path, directory, hf_config)
-        entries = metadata.state_dict_metadata
-        shape = shape_from_hf_config(
-            read_config(config_path), mtp_num_layers=mtp_layers_in(set(entries)), where=str(config_path / CONFIG)
-        )
+        config, entries = read_config(config_path), metadata.state_dict_metadata
+        if without_mtp:
+            config = without_mtp_keys(config)
+            entries = {key: entry for key, entry in entries.items() if not key.startswith(MTP)}
+        depth = count_mtp_layers(config, entries, where=str(directory))
+        shape = shape_from_hf_config(config, mtp_num_layers=depth, where=str(config_path / CONFIG))
         _check_against_table(directory, config_path, shape, entries)
-        return cls(directory, config_path, shape, metadata, allow_nonfinite=allow_nonfinite)
+        return cls(directory, config_path, config, shape, metadata, allow_nonfinite=allow_nonfinite)
 
     def read_weight(self, weight: Weight, *, expert: int | None = None) -> Tensor:
         """Read a whole Megatron parameter, padding of the vocabulary cut off; of a stacked one, ``expert`` alone."""

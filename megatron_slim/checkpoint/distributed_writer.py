@@ -27,8 +27,8 @@ from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.expert_storage import write_storage
 from megatron_slim.checkpoint.huggingface import CONFIG
-from megatron_slim.checkpoint.huggingface_writer import carry_files
 from megatron_slim.checkpoint.layout import from_megatron, runs_of_sources, split_keys, stored_shapes, to_megatron
+from megatron_slim.checkpoint.side_files import carry_files
 from megatron_slim.checkpoint.torch_dist_files import METADATA, Part, Piece, PieceReader, PieceWriter, write_metadata
 from megatron_slim.checkpoint.units import Unit
 from megatron_slim.files import sha256, to_json
@@ -119,7 +119,7 @@ def finish_torch_dist(
         parts: what the processes have written.
         config: the model's config.json, kept in ``hf/``.
         fused_blocks: the blocks whose experts an export is to fuse, kept there too.
-        copy_files_from: directory whose tokenizer and generation files are carried over to ``hf/``.
+        copy_files_from: directory whose `side_files` are carried over to ``hf/``.
     """
     release = directory / RELEASE
     hashes = {name: digest for part in parts for name, digest in part.sha256.items()}

@@ -19,12 +19,12 @@ from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.fp8 import FP8, SCALE, block_size, grid
 from megatron_slim.checkpoint.huggingface_files import CONFIG, find_file
 from megatron_slim.checkpoint.layout import runs_of_sources
+from megatron_slim.checkpoint.records import STORAGE
 from megatron_slim.checkpoint.safetensors_reader import TensorEntry
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.files import read_json, to_json
 
 FUSED, SEPARATE, MIXED = "fused", "separate", "mixed"
-STORAGE = "slim_storage.json"  # beside the config.json of a torch_dist checkpoint, whose own layout cannot tell
 _KEY = "fused_experts"
 
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_slim.architecture.mtp_keys import stated_mtp_layers, without_mtp_keys
 from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
 from megatron_slim.architecture.table import hf_tensors, mtp_layers_in, weights
 from megatron_slim.checkpoint.expert_storage import recorded_storage, separated
@@ -24,6 +25,7 @@ from megatron_slim.checkpoint.finite import refuse_nonfinite
 from megatron_slim.checkpoint.foreign import plain_names, refuse_foreign
 from megatron_slim.checkpoint.fp8 import FP8_DTYPES, BlockScaled, dequantized
 from megatron_slim.checkpoint.huggingface_files import CONFIG, INDEX, SINGLE, read_config, read_headers
+from megatron_slim.checkpoint.mtp import MTP, count_mtp_layers
 from megatron_slim.checkpoint.raw_files import OpenFiles
 from megatron_slim.checkpoint.safetensors_reader import DTYPES, TensorEntry
 from megatron_slim.errors import CheckpointError, summarise
@@ -50,6 +52,7 @@ class HFCheckpoint:
         notes: what a person who has it written again should know.
         dtypes: type of every tensor.
         allow_nonfinite: whether NaN and infinite weights are given as they are.
+        left_out: names of tensors in the files that are to be no part of the model.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class HFCheckpoint:
         fused_blocks: frozenset[str] = frozenset(),
         prefix: str | None = None,
         allow_nonfinite: bool = False,
+        left_out: tuple[str, ...] = (),
     ) -> None:
         self.path, self.config, self.shape = path, config, shape
         self.fused_blocks = fused_blocks
@@ -70,17 +74,25 @@ class HFCheckpoint:
         self.names = tuple(hf_tensors(shape))
         self.entries = entries
         self.dtypes = {name: entries[name].dtype for name in self.names}
-        self.allow_nonfinite = allow_nonfinite
+        self.allow_nonfinite, self.left_out = allow_nonfinite, left_out
         self._files = OpenFiles()
 
     @classmethod
-    def open(cls, path: Path | str, *, allow_nonfinite: bool = False, dequantize_fp8: bool = False) -> HFCheckpoint:
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        allow_nonfinite: bool = False,
+        dequantize_fp8: bool = False,
+        without_mtp: bool = False,
+    ) -> HFCheckpoint:
         """Open a directory and check all of it but the values.
 
         Args:
             path: the directory.
             allow_nonfinite: give NaN and infinite weights as they are; otherwise reading them is an error.
             dequantize_fp8: the checkpoint is in block-scaled FP8; give it as the bf16 one that it stands for.
+            without_mtp: give it as a model without MTP, whether it has tensors of one or only says so.
 
         Raises:
             CheckpointError: names every kind of fault: missing or extra tensors, shapes, types, shards.
@@ -91,8 +103,14 @@ class HFCheckpoint:
         headers = read_headers(path, FP8_DTYPES if dequantize_fp8 else DTYPES)
         plain, prefix = plain_names(headers, path)
         stored = {plain[name]: entry for name, entry in headers.items()}
+        left_out: tuple[str, ...] = ()
+        if without_mtp:
+            left_out = tuple(sorted(name for name in stored if name.startswith(MTP)))
+            stored = {name: entry for name, entry in stored.items() if not name.startswith(MTP)}
+            config = without_mtp_keys(config)
         shape = shape_from_hf_config(config, mtp_num_layers=mtp_layers_in(set(stored)), where=str(path / CONFIG))
-        unknown = refuse_foreign(stored, shape, path)
+        unknown = refuse_foreign(stored, shape, path)  # what another program wrote may have lost its MTP block, too
+        count_mtp_layers(config, stored, where=str(path))
         _refuse_oversize(shape, stored, unknown, path)
         separate, fused_blocks = separated(stored, shape, config, path)
         entries: Mapping[str, Entry] = separate
@@ -100,7 +118,11 @@ class HFCheckpoint:
             entries, config = dequantized(separate, config, path)
         _check_against_table(entries, shape, unknown, path)
         return cls(
-            *(path, config, shape, entries), fused_blocks=fused_blocks, prefix=prefix, allow_nonfinite=allow_nonfinite
+            *(path, config, shape, entries),
+            fused_blocks=fused_blocks,
+            prefix=prefix,
+            allow_nonfinite=allow_nonfinite,
+            left_out=left_out,
         )
 
     def reading_once(self) -> AbstractContextManager[None]:
@@ -191,15 +213,15 @@ def _check_against_table(entries: Mapping[str, Entry], shape: ModelShape, unknow
         raise CheckpointError("; ".join(found), where=str(path), fix=fix)
 
 
-def read_shape(directory: Path) -> ModelShape:
-    """Shape of the model that a config.json describes.
+def read_shape(directory: Path, *, without_mtp: bool = False) -> ModelShape:
+    """Shape of the model that a config.json describes, ``without_mtp`` as if it had none.
 
     Where tensors lie beside it their names tell whether there is an MTP block, because published files do not say.
     """
     if any((directory / name).exists() for name in (INDEX, SINGLE)):
-        return HFCheckpoint.open(directory).shape
+        return HFCheckpoint.open(directory, without_mtp=without_mtp).shape
     config = read_config(directory)
-    depth = config.get("num_nextn_predict_layers", 0)
+    depth = 0 if without_mtp else stated_mtp_layers(config, str(directory / CONFIG)) or 0
     return shape_from_hf_config(config, mtp_num_layers=depth, where=str(directory / CONFIG))
 
 

@@ -62,11 +62,10 @@ def find_file(directory: Path, name: str) -> Path | None:
     if not stat.S_ISREG(mode):
         kind = "is a directory" if stat.S_ISDIR(mode) else "is a pipe, socket or device"
         raise CheckpointError(f"{kind}, not a file", where=str(file))
-    if file.is_symlink():
-        root, target = directory.resolve(), file.resolve()
-        own = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-        if not any(target.is_relative_to(place) for place in own):
-            raise CheckpointError(f"links to {target}, outside the checkpoint", where=str(file), fix="copy it there")
+    root, target = directory.resolve(), file.resolve()  # a directory on the way to it may be a link, too
+    own = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(target.is_relative_to(place) for place in own):
+        raise CheckpointError(f"links to {target}, outside the checkpoint", where=str(file), fix="copy it there")
     return file
 
 

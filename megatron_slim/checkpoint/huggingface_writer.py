@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,15 @@ from torch import Tensor
 
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import hf_tensors, weights
-from megatron_slim.checkpoint.huggingface_files import CONFIG, INDEX, SINGLE, find_file
+from megatron_slim.checkpoint.huggingface_files import CONFIG, INDEX, SINGLE
 from megatron_slim.checkpoint.raw_files import OpenFiles, OutputFile, as_bytes
 from megatron_slim.checkpoint.safetensors_reader import TensorEntry
 from megatron_slim.checkpoint.safetensors_writer import TensorSpec, plan_shards, start_shard
+from megatron_slim.checkpoint.side_files import carry_files
 from megatron_slim.checkpoint.units import Unit
 from megatron_slim.errors import summarise
 from megatron_slim.files import to_json
 
-CARRIED_FILES = (
-    "tokenizer*",
-    "vocab.json",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template*",
-)
 MAX_SHARD_BYTES = 5_000_000_000  # that of the published checkpoints
 
 
@@ -97,7 +86,7 @@ def start_hf_checkpoint(
 
 
 def finish_hf_checkpoint(directory: Path, config: Mapping[str, Any], copy_files_from: Path | None = None) -> None:
-    """Write all that is not weights: config.json, and the tokenizer and generation files of another directory."""
+    """Write all that is not weights: config.json, and what lies beside them in another directory (`side_files`)."""
     (directory / CONFIG).write_text(to_json(config), encoding="utf-8")
     if copy_files_from is not None:
         carry_files(copy_files_from, directory)
@@ -120,7 +109,7 @@ def write_hf_checkpoint(
         specs: every tensor of the checkpoint, in the order in which shards are filled.
         tensors: the same tensors, in any order.
         max_shard_bytes: a shard's size, larger only where one tensor is.
-        copy_files_from: directory whose tokenizer and generation files are carried over.
+        copy_files_from: directory whose `side_files` are carried over.
     """
     writer = HFWriter(start_hf_checkpoint(directory, specs, max_shard_bytes=max_shard_bytes))
     waiting = {spec.name for spec in specs}
@@ -130,24 +119,6 @@ def write_hf_checkpoint(
     writer.finish()
     assert not waiting, f"tensors never produced: {summarise(sorted(waiting))}"
     finish_hf_checkpoint(directory, config, copy_files_from)
-
-
-def carried_files(source: Path) -> Iterator[Path]:
-    """Tokenizer and generation files of a checkpoint directory.
-
-    Raises:
-        CheckpointError: one is a link out of the directory, or no regular file.
-    """
-    for pattern in CARRIED_FILES:
-        for file in sorted(source.glob(pattern)):
-            if (found := find_file(source, file.name)) is not None:
-                yield found
-
-
-def carry_files(source: Path, target: Path) -> None:
-    """Copy tokenizer and generation files from one checkpoint directory to another."""
-    for file in carried_files(source):
-        shutil.copyfile(file, target / file.name)
 
 
 def specs_of(

@@ -9,13 +9,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 from megatron_slim import __version__
-from megatron_slim.checkpoint.distributed import DistCheckpoint, is_torch_dist
+from megatron_slim.checkpoint.distributed import is_torch_dist
 from megatron_slim.checkpoint.huggingface import CONFIG
+from megatron_slim.checkpoint.records import PROVENANCE
 from megatron_slim.checkpoint.units import Source
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json, sha256
 
-PROVENANCE = "slim_provenance.json"
 _PACKAGES = ("torch", "megatron-core", "numpy", "transformers")
 
 
@@ -26,7 +26,7 @@ def describe_source(source: Source) -> dict[str, Any]:
         "format": "torch_dist" if is_torch_dist(source.path) else "hf",
         "config_sha256": sha256((source.config_path / CONFIG).read_bytes()),
     }
-    if isinstance(source, DistCheckpoint) and source.left_out:
+    if source.left_out:
         described["left_out"] = list(source.left_out)
     for directory in (source.path, source.path.parent):
         if (file := directory / PROVENANCE).is_file():

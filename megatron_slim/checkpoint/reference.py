@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from megatron_slim.checkpoint.records import REFERENCE
 from megatron_slim.checkpoint.units import Source
 from megatron_slim.errors import CheckpointError
 from megatron_slim.files import read_json, to_json, write_atomic
 
-REFERENCE = "slim_reference.json"
 SAMPLES, TOKENS = 4, 512  # kept of an evaluation: enough for a mean, and a file of some kilobytes
 _DTYPES = ("float32", "bfloat16", "float16")
 

@@ -32,6 +32,7 @@ class Source(Protocol):
     config_path: Path
     config: dict[str, Any]
     shape: ModelShape
+    left_out: tuple[str, ...]
 
     @property
     def fused_blocks(self) -> frozenset[str]:

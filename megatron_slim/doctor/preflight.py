@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,13 @@ BYTES_PER_PARAMETER = 14  # of a checkpoint of training in bf16: the weight, and
 
 
 def preflight(
-    data: Sequence[str], checkpoint: Path | None, teacher: Path | None, save: Path | None, *, nodes: int
+    data: Sequence[str],
+    checkpoint: Path | None,
+    teacher: Path | None,
+    save: Path | None,
+    *,
+    nodes: int,
+    without_mtp: Mapping[str, bool],
 ) -> Iterator[Finding]:
     """Look at what was given, in this order; a checkpoint may be one to start from or the directory of a run.
 
@@ -32,11 +38,12 @@ def preflight(
         teacher: its checkpoint.
         save: where the run will save.
         nodes: on how many machines it will run.
+        without_mtp: whether MTP is left out of "checkpoint" and "teacher".
     """
     shapes: dict[str, ModelShape] = {}
     for name, path in (("checkpoint", checkpoint), ("teacher", teacher)):
         if path is not None:
-            yield from _model(name, path, shapes)
+            yield from _model(name, path, shapes, without_mtp=without_mtp[name])
             if path.exists():
                 yield storage(name, path, nodes=nodes)
     if len(shapes) == 2:
@@ -48,11 +55,11 @@ def preflight(
         yield from _save(save, shapes.get("checkpoint"), nodes)
 
 
-def _model(name: str, path: Path, shapes: dict[str, ModelShape]) -> Iterator[Finding]:
+def _model(name: str, path: Path, shapes: dict[str, ModelShape], *, without_mtp: bool) -> Iterator[Finding]:
     """Open it as training does: names, sizes and types of all tensors, not their values."""
     from megatron_slim.architecture.table import count_parameters
     from megatron_slim.checkpoint.convert import open_checkpoint
-    from megatron_slim.checkpoint.reference import REFERENCE
+    from megatron_slim.checkpoint.records import REFERENCE
     from megatron_slim.training.resume import missing_in_tracker
 
     try:
@@ -62,7 +69,7 @@ def _model(name: str, path: Path, shapes: dict[str, ModelShape]) -> Iterator[Fin
                 name, NOTE, f"its tracker is torn; {number} is the last complete checkpoint", "training mends it"
             )
             return
-        shape = open_checkpoint(path).shape
+        shape = open_checkpoint(path, without_mtp=without_mtp).shape
     except SlimError as error:
         yield refused(name, error)
         return

@@ -15,7 +15,7 @@ import torch
 
 from megatron_slim import device
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.checkpoint.convert import Checkpoint, open_checkpoint
+from megatron_slim.checkpoint.convert import Checkpoint, open_checkpoint, say_left_out
 from megatron_slim.checkpoint.reference import Reference
 from megatron_slim.data import Tokens, read_samples
 from megatron_slim.errors import DataError
@@ -103,6 +103,7 @@ def evaluate_checkpoint(
     if micro_batch_size < 1:
         raise DataError(f"--micro-batch-size {micro_batch_size} is not a positive number")
     checkpoint = open_checkpoint(load, **reading)
+    say_left_out(checkpoint)
     samples = read_evaluation_data(data, checkpoint.shape, seq_length=seq_length, num_samples=num_samples, seed=seed)
     dtype = dtype or device.default_dtype()
     result = evaluate(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype)

@@ -33,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--stage", type=positive, metavar="K", help="of a recipe with stages")
     models.add_argument("--teacher-config", type=Path, metavar="DIR", help="whose config.json gives the teacher")
     models.add_argument("--no-teacher", action="store_true", help="plan training without one")
+    models.add_argument(
+        "--without-mtp", action="store_true", help="as of training: the student's MTP block is left out"
+    )
+    models.add_argument(
+        "--teacher-without-mtp", action="store_true", help="the teacher's, or that of what a recipe prunes"
+    )
 
     hardware = parser.add_argument_group("hardware")
     hardware.add_argument("--gpus", type=positive, required=True, metavar="N", help="how many in all")
@@ -120,7 +126,16 @@ def _job(args: argparse.Namespace) -> tuple[Models, Job, int, list[str]]:
     assumed = parse_assumptions(args.assume)
     if args.tokens is not None and whole_number(args.tokens) is None:
         raise SlimError(f"--tokens {args.tokens!r} is not a number of tokens (such as 40B, 2.5e9, 1000)")
-    asked = Asked(args.recipe, args.stage, args.plan, args.hf_config, args.teacher_config, args.no_teacher)
+    asked = Asked(
+        args.recipe,
+        args.stage,
+        args.plan,
+        args.hf_config,
+        args.teacher_config,
+        args.no_teacher,
+        args.without_mtp,
+        args.teacher_without_mtp,
+    )
     models = find_models(asked)
     notes += models.notes
     tokens = whole_number(args.tokens or "") or models.tokens or whole_number(TOKENS)

@@ -48,6 +48,8 @@ class Asked:
     hf_config: Path | None = None
     teacher_config: Path | None = None
     no_teacher: bool = False
+    without_mtp: bool = False
+    teacher_without_mtp: bool = False
 
 
 def find_models(asked: Asked) -> Models:
@@ -63,8 +65,10 @@ def find_models(asked: Asked) -> Models:
         found = _of_recipe(asked.recipe, asked)
     else:
         assert asked.hf_config is not None, "the command line wants one of them"
-        found = Models(_read(asked.hf_config), None, None)
-    teacher = _read(asked.teacher_config) if asked.teacher_config is not None else found.teacher
+        found = Models(_read(asked.hf_config, asked.without_mtp), None, None)
+    teacher = found.teacher
+    if asked.teacher_config is not None:
+        teacher = _read(asked.teacher_config, asked.teacher_without_mtp)
     if asked.no_teacher:
         teacher = None
     elif teacher is None:
@@ -80,10 +84,10 @@ def _length(recipe: Recipe) -> dict[str, Any]:
     return {} if recipe.stage is None else {"tokens": recipe.stage.tokens, "progressive": bool(recipe.stage.schedule)}
 
 
-def _read(directory: Path) -> ModelShape:
+def _read(directory: Path, without_mtp: bool) -> ModelShape:
     from megatron_slim.checkpoint.huggingface import read_shape
 
-    return read_shape(directory)
+    return read_shape(directory, without_mtp=without_mtp)
 
 
 def _of_recipe(file: Path, asked: Asked) -> Models:
@@ -91,7 +95,7 @@ def _of_recipe(file: Path, asked: Asked) -> Models:
         raise SlimError("--hf-config and --recipe both say what the student is", fix="leave one out")
     whole = load_recipe(file)
     recipe = select_stage(whole, asked.stage, where=str(file))
-    origin, source = _source(recipe, file, asked.teacher_config)
+    origin, source = _source(recipe, file, asked)
     notes = [f"pruned from {origin}"]
     earlier = whole.stages[: recipe.stage.number - 1] if recipe.stage else ()
     pruned = before = source
@@ -102,7 +106,7 @@ def _of_recipe(file: Path, asked: Asked) -> Models:
     return Models(pruned, source, before, notes=tuple(notes), **_length(recipe))
 
 
-def _source(recipe: Recipe, file: Path, teacher_config: Path | None) -> tuple[str, ModelShape]:
+def _source(recipe: Recipe, file: Path, asked: Asked) -> tuple[str, ModelShape]:
     """What the recipe prunes, and where that is said; without a word of its own, the teacher."""
     if recipe.source in MODELS:
         return recipe.source, MODELS[recipe.source].shape
@@ -112,9 +116,9 @@ def _source(recipe: Recipe, file: Path, teacher_config: Path | None) -> tuple[st
             known = ", ".join(MODELS)
             what = f"source {recipe.source!r} is no directory here, and none of {known}"
             raise RecipeError(what, where=str(file), fix="name one of them, or a directory with a config.json")
-        return os.path.normpath(directory), _read(directory)
-    if teacher_config is not None:
-        return str(teacher_config), _read(teacher_config)
+        return os.path.normpath(directory), _read(directory, asked.teacher_without_mtp)
+    if asked.teacher_config is not None:
+        return str(asked.teacher_config), _read(asked.teacher_config, asked.teacher_without_mtp)
     fix = f"add 'source: NAME' ({', '.join(MODELS)}, or a directory), or give --teacher-config DIR"
     raise RecipeError("says nothing of the model that it prunes", where=str(file), fix=fix)
 

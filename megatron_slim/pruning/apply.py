@@ -65,6 +65,7 @@ class PrunedCheckpoint:
         self.config_path: Path = source.config_path
         self.fused_blocks = frozenset(new for new, old in plan.source_blocks.items() if old in source.fused_blocks)
         self.notes = source.notes
+        self.left_out = source.left_out
         self.config: dict[str, Any] = shape_to_hf_config(plan.target_shape, source.config)
         self._origins = dict(_origins(plan))
         self._kept_hidden = np.array(plan.kept_hidden, dtype=np.int64)

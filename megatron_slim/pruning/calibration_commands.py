@@ -112,9 +112,12 @@ def run_calibrate(
         What was written; nothing on ranks other than 0.
     """
     refuse_existing(save)
-    from megatron_slim.checkpoint.convert import open_checkpoint
+    from megatron_slim.checkpoint.convert import open_checkpoint, say_left_out
 
+    _refuse_as_weights(save)
     source = open_checkpoint(load, **reading)
+    if layout is None or os.environ["RANK"] == "0":
+        say_left_out(source)
     with opened_work_dir(options) as work:
         stats = measure(source, options, work) if layout is None else _measure_parallel(source, options, layout)
         if stats is None:
@@ -122,6 +125,15 @@ def run_calibrate(
         stats.save(save)
     say(f"{save}: statistics of {stats.metadata['num_samples']} samples of {stats.metadata['seq_length']} tokens")
     return {"load": str(load), "save": str(save), "sha256": stats.sha256, **stats.metadata}
+
+
+def _refuse_as_weights(save: Path) -> None:
+    """Refuse a name that clients would load as weights of the model beside it."""
+    from megatron_slim.checkpoint.huggingface_files import INDEX, SINGLE
+
+    if save.suffix == ".safetensors" and any((save.parent / name).exists() for name in (INDEX, SINGLE)):
+        fix = "name it calibration.stats, or save it elsewhere"
+        raise SlimError("would be read as weights by what serves the model beside it", where=str(save), fix=fix)
 
 
 def run_rank(load: Path, save: Path, options: CalibrationOptions, layout: Layout, **reading: Any) -> dict[str, Any]:

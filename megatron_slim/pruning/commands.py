@@ -64,12 +64,13 @@ def run_plan(
     refuse_existing(save)
     schedule = load_recipe(recipe_file)
     recipe = select_stage(schedule, stage, where=str(recipe_file))
-    from megatron_slim.checkpoint.convert import open_checkpoint
+    from megatron_slim.checkpoint.convert import open_checkpoint, say_left_out
     from megatron_slim.pruning.apply import PrunedCheckpoint
     from megatron_slim.pruning.pipeline import comparison, print_comparison
     from megatron_slim.pruning.plan import check_recipe, make_plan
 
     source = open_checkpoint(load, **reading)
+    say_left_out(source)
     _check_stage(schedule, stage, source, where=str(recipe_file))
     check_recipe(recipe, source.shape, where=str(recipe_file))
     options = measuring.options(recipe, source, where=str(recipe_file)) if measuring else {}
@@ -116,12 +117,13 @@ def run_prune(
         refuse_existing(save)
     schedule = load_recipe(recipe_file) if recipe_file else None
     recipe = select_stage(schedule, stage, where=str(recipe_file)) if schedule else None
-    from megatron_slim.checkpoint.convert import open_checkpoint
+    from megatron_slim.checkpoint.convert import open_checkpoint, say_left_out
     from megatron_slim.pruning.apply import PrunedCheckpoint
     from megatron_slim.pruning.pipeline import comparison, print_comparison, write_pruned
     from megatron_slim.pruning.plan_reader import load_plan
 
     source = open_checkpoint(load, **(reading or {}))
+    say_left_out(source)
     if schedule is not None:
         _check_stage(schedule, stage, source, where=str(recipe_file))
     with opened_work_dir(calibration) as work:

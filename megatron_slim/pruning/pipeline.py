@@ -7,12 +7,11 @@ from typing import Any
 
 from megatron_slim.checkpoint.convert import write_checkpoint
 from megatron_slim.checkpoint.huggingface_writer import total_bytes
+from megatron_slim.checkpoint.records import PLAN, REPORT, STATS
 from megatron_slim.files import write_atomic
 from megatron_slim.pruning.apply import PrunedCheckpoint
 from megatron_slim.pruning.report import markdown, rows, summarise
 from megatron_slim.pruning.statistics import Statistics
-
-STATS, PLAN, REPORT = "stats.safetensors", "plan.json", "pruning_report.md"
 
 
 def comparison(pruned: PrunedCheckpoint) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def markdown(plan: Plan, before: Summary, after: Summary) -> str:
     lines += [
         "",
         *_stage(plan),
-        *_period_lost(plan),
+        *_no_period(plan),
         *_search(plan),
         f"- depth: {plan.recipe.depth.method}; layers dropped: {_dropped_layers(plan)}",
         f"- width: {plan.recipe.width.importance}",
@@ -126,12 +126,13 @@ def _search(plan: Plan) -> list[str]:
     return [f"- budget: {sizes}; number {found.chosen + 1} of {found.count} by score ({chosen.score:.4f}){loss}"]
 
 
-def _period_lost(plan: Plan) -> list[str]:
-    lost = plan.source_shape.full_attention_interval and not plan.target_shape.full_attention_interval
+def _no_period(plan: Plan) -> list[str]:
+    """What a target without a period means: its config.json has no ``full_attention_interval``."""
     warning = (
-        "- attention: the layers that are left have no period, so SGLang, which reads only that, cannot serve them"
+        "- attention: the layers that are left have no period, so SGLang, mlx-lm and mcore-bridge, which read only "
+        "full_attention_interval, build other layers; transformers, vLLM and llama.cpp's converter read layer_types"
     )
-    return [warning] if lost else []
+    return [] if plan.target_shape.full_attention_interval else [warning]
 
 
 def _dropped_layers(plan: Plan) -> str:

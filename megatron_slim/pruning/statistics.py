@@ -1,4 +1,7 @@
-"""What calibration measured: ``stats.safetensors``, read, checked against a model's shape, and written.
+"""What calibration measured: a file of statistics, read, checked against a model's shape, and written.
+
+In a pruned checkpoint it is ``calibration.stats``. Its format is that of safetensors, its name must not be: vLLM and
+SGLang load every ``*.safetensors`` of a directory without an index as weights, some of them at any depth.
 
 Tensors, all float32 (L layers, H hidden, E experts, F neurons of one; a block is ``model.layers.{i}`` or
 ``mtp.layers.{i}``); `importance` has the definitions:
@@ -29,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.checkpoint.records import FORMER_STATS, STATS
 from megatron_slim.errors import CheckpointError
 from megatron_slim.files import sha256, write_atomic
 from megatron_slim.recipe import CHOICES
@@ -118,11 +122,16 @@ class Statistics:
     def load(cls, path: Path) -> Statistics:
         """Read a statistics file.
 
+        Args:
+            path: the file, or the directory of a pruned checkpoint that keeps it under its present or former name.
+
         Raises:
             CheckpointError: the file is missing, is no safetensors file or holds something else.
         """
         from safetensors import SafetensorError, safe_open
 
+        if path.is_dir():
+            path = next(filter(Path.is_file, (path / STATS, path / FORMER_STATS)), path / STATS)
         if not path.is_file():
             raise CheckpointError("no such file", where=str(path), fix="make it with tools/calibrate.py")
         try:

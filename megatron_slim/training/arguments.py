@@ -21,6 +21,7 @@ from megatron_slim.checkpoint.distributed_writer import HF_DIR
 from megatron_slim.checkpoint.huggingface import read_shape
 from megatron_slim.cli import ToolParser
 from megatron_slim.errors import SlimError
+from megatron_slim.training.slim_arguments import WITHOUT_MTP
 
 
 def shape_directory(argv: list[str]) -> Path:
@@ -137,7 +138,7 @@ def complete_argv(argv: list[str]) -> tuple[list[str], ModelShape]:
     Raises:
         SlimError: a flag contradicts the shape, which config.json alone decides.
     """
-    shape = read_shape(shape_directory(argv))
+    shape = read_shape(shape_directory(argv), without_mtp=WITHOUT_MTP in argv)
     given = {word.split("=")[0] for word in argv if word.startswith("--")}
     fixed = model_flags(shape)
     if clash := sorted(given & fixed.keys()):

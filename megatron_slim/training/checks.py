@@ -12,7 +12,7 @@ from megatron.core.dist_checkpointing.validation import verify_integrity_manifes
 
 from megatron_slim.architecture.parallelism import layout_violations, padded_vocab_size
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.checkpoint.convert import open_checkpoint
+from megatron_slim.checkpoint.convert import Checkpoint, open_checkpoint
 from megatron_slim.checkpoint.distributed import is_torch_dist, iteration_directory
 from megatron_slim.checkpoint.distributed_writer import BACKEND, INTEGRITY, TRACKER
 from megatron_slim.checkpoint.torch_dist_files import METADATA
@@ -43,7 +43,7 @@ def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
     Raises:
         SlimError: lists every violation of the part that fails first.
     """
-    teacher = open_checkpoint(args.teacher_load).shape if args.teacher_load is not None else None
+    teacher = open_teacher(args).shape if args.teacher_load is not None else None
     small = [f"{name} parallel size {size} is not positive" for name, size in _sizes(args).items() if size < 1]
     for name in ("eval_interval", "make_vocab_size_divisible_by"):
         if getattr(args, name) < 1:
@@ -64,6 +64,17 @@ def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
     if "MASTER_ADDR" not in os.environ:
         raise SlimError("not started by torchrun", fix="use examples/slimqwen/pretrain_distill.sh, or torchrun")
     return teacher
+
+
+def open_teacher(args: Any) -> Checkpoint:
+    """The teacher's checkpoint, as the command line wants it read."""
+    return open_checkpoint(args.teacher_load, without_mtp=args.teacher_without_mtp)
+
+
+def open_student(path: Path, args: Any) -> Checkpoint:
+    """A checkpoint of the student, as the command line wants it read."""
+    config = args.hf_config if is_torch_dist(path) else None
+    return open_checkpoint(path, config, without_mtp=args.without_mtp)
 
 
 def holds_checkpoint(directory: str | None) -> bool:
@@ -91,7 +102,7 @@ def _check_start(shape: ModelShape, args: Any) -> None:
         if args.load is not None and args.exit_on_missing_checkpoint:  # Megatron would exit with status 0
             raise CheckpointError("holds no checkpoint", where=args.load, fix="check --load")
         return
-    checkpoint = open_checkpoint(start, args.hf_config if is_torch_dist(Path(start)) else None)
+    checkpoint = open_student(Path(start), args)
     if args.load is not None and (args.ckpt_step or holds_checkpoint(args.load)):
         check_projections(checkpoint, args)
     found = checkpoint.shape

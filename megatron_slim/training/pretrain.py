@@ -30,14 +30,12 @@ from megatron_slim.architecture.context_parallel import own_positions
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.layer_specs import build_model, shape_config_fields
 from megatron_slim.architecture.parallelism import padded_vocab_size
-from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.checkpoint.convert import open_checkpoint
-from megatron_slim.checkpoint.distributed import is_torch_dist
+from megatron_slim.architecture.shape import ModelShape, shape_to_hf_config
 from megatron_slim.checkpoint.distributed_writer import HF_DIR
 from megatron_slim.checkpoint.expert_storage import write_storage
 from megatron_slim.checkpoint.huggingface import read_config, storage_of
-from megatron_slim.checkpoint.huggingface_writer import carry_files
 from megatron_slim.checkpoint.loading import load_hf_weights
+from megatron_slim.checkpoint.side_files import carry_files, say_left_behind
 from megatron_slim.cli import exit_at_once, say
 from megatron_slim.distillation.divergences import KDLoss
 from megatron_slim.distillation.losses import KD_LAMBDA, MTP_BETA, LossWeights, TokenLosses, combine, gradients_of_total
@@ -45,7 +43,7 @@ from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, Distilla
 from megatron_slim.errors import EXIT_USER_ERROR, CheckpointError, SlimError
 from megatron_slim.files import new_directory, to_json, write_atomic
 from megatron_slim.training.arguments import install_argv, load_balancing_note, shape_directory
-from megatron_slim.training.checks import check_run, starts_by_ourselves
+from megatron_slim.training.checks import check_run, open_student, open_teacher, starts_by_ourselves
 from megatron_slim.training.data import Batch, build_datasets, next_batch
 from megatron_slim.training.finite import FiniteWatch
 from megatron_slim.training.hidden_kd import HiddenLog, check_stages, hidden_lesson
@@ -127,12 +125,11 @@ class Run:
             self.log.watch(chunk)
         if self.teacher_shape is not None:
             teachers = [chunk.teacher for chunk in self.chunks if chunk.teacher is not None]
-            load_hf_weights(teachers, open_checkpoint(get_args().teacher_load))
+            load_hf_weights(teachers, open_teacher(get_args()))
             for chunk in self.chunks if get_args().teacher_offload else ():
                 chunk.offload_teacher()
         if self.student_load is not None:
-            config = get_args().hf_config if is_torch_dist(self.student_load) else None
-            load_hf_weights(self.chunks, open_checkpoint(self.student_load, config))
+            load_hf_weights(self.chunks, open_student(self.student_load, get_args()))
 
     def _build_teacher(self, base: TransformerConfig, stage: dict[str, Any]) -> HiddenStatesModel:
         assert self.teacher_shape is not None
@@ -283,15 +280,19 @@ def _own_start(args: Any) -> Path | None:
     return path
 
 
-def keep_hf_files(source: Path, save: Path) -> None:
-    """Put config.json, the tokenizer and the form of the experts beside this run's checkpoints, for their export."""
+def keep_hf_files(source: Path, save: Path, shape: ModelShape) -> None:
+    """Put config.json, the tokenizer and the like beside the checkpoints of this run, so that they can be exported.
+
+    How files hold the experts is among it.
+    """
     if (save / HF_DIR).is_dir():
         return
     save.mkdir(parents=True, exist_ok=True)
     with new_directory(save / HF_DIR) as directory:
-        write_atomic(directory / "config.json", to_json(read_config(source)))
+        write_atomic(directory / "config.json", to_json(shape_to_hf_config(shape, read_config(source))))
         carry_files(source, directory)
         write_storage(directory, storage_of(source))
+    say_left_behind(source)
 
 
 class _PlainHelp(argparse.HelpFormatter):
@@ -387,7 +388,7 @@ def main(argv: list[str]) -> None:
         run.ahead = TeacherAhead(run.chunks, run.batch, run.watch, log.clock.teacher_alone)
         device.before_training_steps(run.ahead.before_step)
     if args.save and args.rank == 0:
-        keep_hf_files(source, Path(args.save))
+        keep_hf_files(source, Path(args.save), shape)
     _train(run, args)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

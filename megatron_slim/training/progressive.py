@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slim.checkpoint.distributed_writer import RELEASE, TRACKER
+from megatron_slim.checkpoint.records import PLAN
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.files import read_json
-from megatron_slim.pruning.pipeline import PLAN
 from megatron_slim.recipe import Stage, parse_recipe
 
 FLAG = "--progressive-schedule"

@@ -12,7 +12,7 @@ from megatron_slim.cli import ToolParser
 from megatron_slim.distillation.layer_pairs import FLAG, parse_layer_pairs
 from megatron_slim.distillation.schedule import SHAPES, Schedule
 
-MEGATRON_HELP = "--help-megatron"
+MEGATRON_HELP, WITHOUT_MTP = "--help-megatron", "--without-mtp"
 TOP_K = 64
 
 
@@ -36,6 +36,11 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         type=Path,
         help="Directory whose config.json gives the model's shape. Default: that of --load if there is a checkpoint, "
         "else that of --pretrained-checkpoint.",
+    )
+    group.add_argument(
+        WITHOUT_MTP,
+        action="store_true",
+        help="Train the student without an MTP block, whether its checkpoint has one or its config.json only says so.",
     )
     group.add_argument(
         "--progressive-schedule",
@@ -68,6 +73,7 @@ def _add_teacher(group: Any) -> None:
         type=Path,
         help="Teacher checkpoint, Hugging Face or torch_dist. Without it the run is plain LM + MTP-LM training.",
     )
+    group.add_argument("--teacher-without-mtp", action="store_true", help=f"The same as {WITHOUT_MTP} of the teacher.")
     group.add_argument(
         "--teacher-dtype",
         choices=("fp32", "bf16", "fp16", "fp8"),

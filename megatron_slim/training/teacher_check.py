@@ -21,7 +21,8 @@ from megatron.training import get_args
 from torch import Tensor
 
 from megatron_slim.architecture.context_parallel import own_positions
-from megatron_slim.checkpoint.reference import REFERENCE, Reference, read_reference
+from megatron_slim.checkpoint.records import REFERENCE
+from megatron_slim.checkpoint.reference import Reference, read_reference
 from megatron_slim.distillation.losses import TokenLosses
 from megatron_slim.distillation.model import DistillationModel
 from megatron_slim.errors import CheckpointError

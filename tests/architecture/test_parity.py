@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
-from transformers.masking_utils import create_causal_mask
-from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextDecoderLayer, Qwen3NextRMSNorm
+from transformers import AutoModelForCausalLM
 
 from megatron_slim import device
 from megatron_slim.architecture.rope import Yarn
@@ -24,6 +21,7 @@ from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.layout import from_megatron
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
+from tests.mtp_oracle import load_mtp, mtp_hidden, named
 
 MTP_LOSS_SCALE = 0.3
 # Largest logits are about 2; fp32 sums of different order over up to 6 layers differ by a few 1e-6.
@@ -83,41 +81,6 @@ SHAPES = {
 }
 
 
-class MTPReference(nn.Module):
-    """The MTP block of Qwen3-Next from transformers' modules (transformers drops its weights).
-
-    h' = M [norm(embedding of the next token); norm(h)], then a full-attention layer and a norm (SlimQwen 3.3); h is
-    the trunk's output after its final norm.
-    """
-
-    def __init__(self, config: Qwen3NextConfig, checkpoint: HFCheckpoint) -> None:
-        super().__init__()
-        config = copy.deepcopy(config)
-        config.layer_types = [FULL_ATTENTION]
-        size = config.hidden_size
-        self.config = config
-        self.fc = nn.Linear(2 * size, size, bias=False)
-        self.pre_fc_norm_embedding, self.pre_fc_norm_hidden, self.norm = (
-            Qwen3NextRMSNorm(size, eps=config.rms_norm_eps) for _ in range(3)
-        )
-        self.layers = nn.ModuleList([Qwen3NextDecoderLayer(config, 0)])
-        found = {name.removeprefix("mtp."): checkpoint.read(name) for name in checkpoint.names if name[:4] == "mtp."}
-        self.load_state_dict(_fuse_experts(found))
-
-    def forward(self, model: Qwen3NextForCausalLM, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Logits for the token after next; ``tokens`` are the next ones."""
-        pair = self.pre_fc_norm_embedding(model.model.embed_tokens(tokens)), self.pre_fc_norm_hidden(hidden)
-        hidden = self.fc(torch.cat(pair, -1))
-        positions = torch.arange(tokens.shape[1])[None]
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
-        )
-        rotary = model.model.rotary_emb(hidden, positions)
-        hidden = self.layers[0](hidden, position_embeddings=rotary, attention_mask=mask, position_ids=positions)
-        logits: Tensor = model.lm_head(self.norm(hidden))
-        return logits
-
-
 def _fuse_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """transformers' in-memory names: the experts of a layer in two tensors."""
     fused = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
@@ -142,18 +105,16 @@ class Results:
 
 
 def _reference(directory: Path, tokens: Tensor) -> Results:
-    checkpoint = HFCheckpoint.open(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     hidden = model.model(tokens[:, :-1]).last_hidden_state
-    logits, block = {"main": model.lm_head(hidden)}, nn.Module()
-    if checkpoint.shape.mtp_num_layers:
-        block = MTPReference(model.config, checkpoint)
-        # The last position has no token after next.
-        logits["mtp"] = block(model, hidden[:, :-1], tokens[:, 1:-1])
+    logits, block = {"main": model.lm_head(hidden)}, dict[str, Tensor]()
+    if HFCheckpoint.open(directory).shape.mtp_num_layers:
+        mtp = load_mtp(model)
+        logits["mtp"] = model.lm_head(mtp_hidden(mtp, hidden, tokens[:, :-1]))
+        block = named(mtp.named_parameters())
     loss = _loss(logits, tokens)
     loss.backward()
-    gradients = {f"mtp.{name}": parameter.grad for name, parameter in block.named_parameters()}
-    gradients |= {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in [*model.named_parameters(), *block.items()]}
     return Results(logits, loss, gradients)  # type: ignore[arg-type]
 
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 from transformers import Qwen3MoeConfig, Qwen3NextConfig
 
+from megatron_slim.architecture.mtp_keys import stated_mtp_layers
 from megatron_slim.architecture.shape import (
     FAMILIES,
     FULL_ATTENTION,
@@ -29,12 +30,22 @@ def test_what_is_no_size_is_carried_over() -> None:
     assert (config["architectures"], config["eos_token_id"], config["hidden_size"]) == (["X"], 7, 64)
 
 
-def test_the_three_readers_find_the_layers() -> None:
-    """transformers reads layer_types, SGLang full_attention_interval, vLLM num_nextn_predict_layers."""
+def test_every_reader_finds_the_layers() -> None:
+    """transformers reads layer_types, SGLang full_attention_interval; for MTP `mtp_keys` says who reads what."""
     config = tiny_hf_config(tiny_shape(num_layers=8))
     assert config["layer_types"] == list(layer_pattern(8, 4))
     assert config["full_attention_interval"] == 4
-    assert config["num_nextn_predict_layers"] == 1
+    assert config["num_nextn_predict_layers"] == config["num_mtp_layers"] == 1
+    assert config["mtp_layer_types"] == [FULL_ATTENTION]
+
+
+def test_no_word_about_mtp_survives_its_model() -> None:
+    """Of a source: of another depth, of other clients, of a family that has MTP."""
+    stale = {"num_nextn_predict_layers": 2, "num_mtp_layers": 2, "mtp_num_hidden_layers": 2, "mtp_layer_types": ["x"]}
+    for shape, said in ((tiny_shape(), 1), (tiny_shape(mtp_num_layers=0), 0), (tiny_shape("qwen3_moe"), None)):
+        config = shape_to_hf_config(shape, stale)
+        assert stated_mtp_layers(config) == said and "mtp_num_hidden_layers" not in config
+        assert ("num_mtp_layers" in config) == ("mtp_layer_types" in config) == (said == 1)
 
 
 def test_no_interval_is_claimed_for_an_odd_pattern() -> None:

@@ -77,18 +77,23 @@ def test_parameters_of_the_papers_models(changes: dict[str, Any], total: float, 
     ],
 )
 def test_the_table_is_what_transformers_builds(shape: ModelShape) -> None:
-    """Names and shapes against transformers' model on the meta device; it has no MTP and fuses the experts."""
+    """Names and shapes against transformers' models, trunk and MTP block, on the meta device; they fuse the experts."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
+
+    from tests.mtp_oracle import named, new_mtp
 
     config = transformers.AutoConfig.for_model(**tiny_hf_config(shape))
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    ours = {n: t.shape(shape) for n, t in hf_tensors(shape).items() if not n.startswith("mtp.")}
+        tensors = model.state_dict()
+        if shape.mtp_num_layers:
+            tensors |= named(new_mtp(model).state_dict().items())
+    theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    ours = {name: tensor.shape(shape) for name, tensor in hf_tensors(shape).items()}
     experts, ffn = shape.num_moe_experts, shape.moe_ffn_hidden_size
-    for layer in range(shape.num_layers):
-        prefix = f"model.layers.{layer}.mlp.experts"
+    for block in shape.blocks:
+        prefix = f"{block}.mlp.experts"
         for expert in range(experts):
             assert ours.pop(f"{prefix}.{expert}.gate_proj.weight") == (ffn, shape.hidden_size)
             assert ours.pop(f"{prefix}.{expert}.up_proj.weight") == (ffn, shape.hidden_size)

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from megatron_slim.architecture.shape import FAMILIES, ModelShape
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes, write_checkpoint
-from megatron_slim.checkpoint.expert_storage import STORAGE, expert_blocks, separated
+from megatron_slim.checkpoint.expert_storage import expert_blocks, separated
 from megatron_slim.checkpoint.huggingface import CONFIG, INDEX, SINGLE, HFCheckpoint
 from megatron_slim.checkpoint.huggingface_writer import HFWriter, finish_hf_checkpoint, specs_of, start_hf_checkpoint
+from megatron_slim.checkpoint.records import STORAGE
 from megatron_slim.checkpoint.units import units
 from megatron_slim.errors import CheckpointError
 from megatron_slim.pruning.fingerprint import fingerprint

@@ -18,12 +18,12 @@ from megatron_slim import device
 from megatron_slim.architecture.rope import Yarn
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint
-from megatron_slim.checkpoint.huggingface import HFCheckpoint
-from megatron_slim.checkpoint.reference import REFERENCE
+from megatron_slim.checkpoint.records import REFERENCE
 from megatron_slim.data import Tokens
 from megatron_slim.errors import CheckpointError, DataError
 from megatron_slim.evaluation.perplexity import evaluate, evaluate_checkpoint, read_evaluation_data
 from megatron_slim.testing import random_tensors, tiny_hf_config, tiny_shape, write_tiny_checkpoint
+from tests.mtp_oracle import load_mtp, mtp_hidden
 
 device.install()
 
@@ -51,23 +51,8 @@ def load(path: Path) -> Any:
     return Qwen3NextForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-def mtp_layer(path: Path, shape: ModelShape, scratch: Path) -> tuple[Any, Any]:
-    """transformers has no MTP block: the trunk's full-attention layer, loaded with the MTP block's weights."""
-    index = shape.layer_types.index(FULL_ATTENTION)
-    checkpoint = HFCheckpoint.open(path)
-    trunk = {name: checkpoint.read(name) for name in checkpoint.names if not name.startswith("mtp.")}
-    for name in checkpoint.names:
-        if name.startswith("mtp.layers.0."):
-            trunk[name.replace("mtp.layers.0.", f"model.layers.{index}.")] = checkpoint.read(name)
-    scratch.mkdir()
-    (scratch / "config.json").write_text(json.dumps(checkpoint.config))
-    save_file(trunk, scratch / "model.safetensors", {"format": "pt"})
-    model = load(scratch)
-    return model.model.layers[index], model.model.rotary_emb
-
-
 @torch.no_grad()
-def reference(path: Path, shape: ModelShape, samples: Tokens, scratch: Path) -> tuple[float, list[float]]:
+def reference(path: Path, shape: ModelShape, samples: Tokens) -> tuple[float, list[float]]:
     """Losses from transformers' logits in fp64."""
     model, ids = load(path), torch.from_numpy(samples)
     hidden = model.model(ids).last_hidden_state
@@ -81,23 +66,7 @@ def reference(path: Path, shape: ModelShape, samples: Tokens, scratch: Path) -> 
     assert main == pytest.approx(float(model(ids, labels=ids).loss), rel=1e-5)
     if not shape.mtp_num_layers:
         return main, []
-    checkpoint = HFCheckpoint.open(path)
-
-    def norm(states: torch.Tensor, name: str) -> torch.Tensor:
-        return F.rms_norm(states, states.shape[-1:], 1 + checkpoint.read(name), shape.layernorm_epsilon)
-
-    layer, rotary = mtp_layer(path, shape, scratch)
-    pair = (
-        norm(model.model.embed_tokens(ids[:, 1:]), "mtp.pre_fc_norm_embedding.weight"),
-        norm(hidden[:, :-1], "mtp.pre_fc_norm_hidden.weight"),
-    )
-    states = torch.cat(pair, dim=-1) @ checkpoint.read("mtp.fc.weight").T
-    length = states.shape[1]
-    positions = torch.arange(length)[None]
-    mask = torch.full((length, length), -math.inf).triu(1)[None, None]
-    output = layer(states, position_embeddings=rotary(states, positions), attention_mask=mask, position_ids=positions)
-    output = output[0] if isinstance(output, tuple) else output
-    return main, [loss(norm(output, "mtp.norm.weight"), 2)]
+    return main, [loss(mtp_hidden(load_mtp(model), hidden, ids), 2)]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -105,12 +74,13 @@ def test_equals_transformers(tmp_path: Path, name: str) -> None:
     shape = SHAPES[name]
     path = write_tiny_checkpoint(tmp_path / "hf", shape, dtype=torch.float32)
     samples = samples_for(shape)
-    main, mtp = reference(path, shape, samples, tmp_path / "scratch")
+    main, mtp = reference(path, shape, samples)
     for micro_batch_size in (1, 3):
         result = evaluate(open_checkpoint(path), samples, micro_batch_size=micro_batch_size, dtype=torch.float32)
         assert result.loss == pytest.approx(main, rel=1e-5)
         assert result.perplexity == pytest.approx(math.exp(main), rel=1e-4)
-        assert list(result.mtp_loss) == pytest.approx(mtp, rel=1e-5)
+        # Seen: 1e-8 to 3e-8. A mean over 95 tokens of losses whose fp32 logits differ by a few ulps.
+        assert list(result.mtp_loss) == pytest.approx(mtp, rel=1e-7)
         assert result.tokens == 5 * 20
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -205,6 +206,15 @@ CASES = {
     "data twice": ("--mock-data", "data are given twice: by --data-path and by --mock-data"),
     "all of the validation": ("--full-validation", "--full-validation is not supported: some samples would count more"),
     "no training part": ("--split 0.1,9,9 --data-path few", "none of its 3 documents for the training part"),
+    "a student's promise": ("--pretrained-checkpoint promise", "promise: config.json promises an MTP block (1), but"),
+    "a teacher's promise": (
+        "--teacher-load promise",
+        "or leave MTP out with --without-mtp (a teacher's with",
+    ),
+    "promises that nobody wants": (
+        "--pretrained-checkpoint promise --teacher-load promise --without-mtp --teacher-without-mtp --data-path none",
+        "none: no such data",
+    ),
     "no teacher": ("--teacher-load nowhere", "nowhere: no such directory"),
     "no student": ("--pretrained-checkpoint nowhere", "nowhere: no such directory"),
     "another student": (
@@ -225,6 +235,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("training")
     write_tiny_checkpoint(root / "teacher", tiny_shape(**SIZES))
     write_tiny_checkpoint(root / "student", tiny_shape(**SIZES, hidden_size=48, num_moe_experts=4))
+    write_tiny_checkpoint(root / "promise", tiny_shape(**SIZES, mtp_num_layers=0))
+    shutil.copyfile(root / "teacher" / "config.json", root / "promise" / "config.json")
     kinds = ("linear_attention", "full_attention", "full_attention")
     odd = {"layer_types": kinds, "vocab_size": 130, "max_position_embeddings": 32, "num_moe_experts": 6}
     write_tiny_checkpoint(root / "odd", tiny_shape(**odd))

@@ -18,6 +18,7 @@ from megatron_slim.pruning.plan import Plan, make_plan
 from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes
 from megatron_slim.recipe import parse_recipe
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
+from tests.mtp_oracle import load_mtp, mtp_hidden
 
 
 @pytest.fixture(scope="session")
@@ -94,37 +95,16 @@ class Reference:
     def weight(self, name: str) -> Tensor:
         return self.checkpoint.read(name).double()
 
-    def _norm(self, x: Tensor, name: str) -> Tensor:
-        return torch.nn.functional.rms_norm(x, x.shape[-1:], 1 + self.weight(name), self.shape.layernorm_epsilon)
-
     def _run_mtp_block(self) -> None:
-        """The MTP block, which transformers has no class for: one of its layers, reloaded, with its experts by hand."""
-        pair = (
-            self._norm(self.seen["embedding"][:, 1:], "mtp.pre_fc_norm_embedding.weight"),
-            self._norm(self.seen["norm"][:, :-1], "mtp.pre_fc_norm_hidden.weight"),
-        )
-        hidden = (torch.cat(pair, -1) @ self.weight("mtp.fc.weight").T).float()
-        index = self.shape.layer_types.index(FULL_ATTENTION)
-        layer = self.model.model.layers[index]
-        self._watch("mtp.attention", layer.self_attn)
-        state = {
-            name: self.checkpoint.read(f"mtp.layers.0.{name}").float()
-            for name in layer.state_dict()
-            if ".experts." not in name
-        }
-        layer.load_state_dict(state, strict=False)
-        length = hidden.shape[1]
-        positions = torch.arange(length)[None]
-        mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
-        rotary = self.model.model.rotary_emb(hidden, positions)
-        layer(hidden, position_embeddings=rotary, attention_mask=mask, position_ids=positions)
-        attention, moe = self.seen["mtp.attention"], self.seen[f"{index}.post_attention_layernorm"]
-        self.mtp = {
-            "before": hidden.double(),
-            "after": hidden.double() + attention + self._moe("mtp.layers.0", moe),
-            "moe": moe,
-            "heads": self.seen[f"{index}.heads"],
-        }
+        """transformers' own, watched as the trunk's layers are."""
+        mtp = load_mtp(self.model)
+        layer = mtp.layers[0].mtp_block
+        self._watch("mtp.before", mtp.layers[0].eh_proj)
+        self._watch("mtp.moe", layer.post_attention_layernorm)
+        self._watch("mtp.after", layer)
+        self._watch_input("mtp.heads", layer.self_attn.o_proj)
+        mtp_hidden(mtp, self.seen["norm"].float(), self.tokens)
+        self.mtp = {name: self.seen[f"mtp.{name}"] for name in ("before", "after", "moe", "heads")}
 
     def _gate_up(self, x: Tensor, prefix: str) -> Tensor:
         gate, up = (x @ self.weight(f"{prefix}.{name}_proj.weight").T for name in ("gate", "up"))
@@ -137,23 +117,6 @@ class Reference:
         chosen.scatter_(1, logits.topk(self.shape.moe_router_topk).indices, True)
         shares = probabilities * chosen / (probabilities * chosen).sum(-1, keepdim=True)
         return logits, chosen, shares, shares if self.shape.norm_topk_prob else probabilities * chosen
-
-    def _moe(self, block: str, inputs: Tensor) -> Tensor:
-        """What the experts of a block make of their inputs [samples, positions, hidden]."""
-        x = inputs.flatten(0, 1)
-        gates = self._routing(block, x)[3]
-        total = torch.zeros_like(x)
-        for expert in range(self.shape.num_moe_experts):
-            prefix = f"{block}.mlp.experts.{expert}"
-            down = self.weight(f"{prefix}.down_proj.weight")
-            total += gates[:, expert, None] * (self._gate_up(x, prefix) @ down.T)
-        if self.shape.moe_shared_expert_intermediate_size:
-            shared = (
-                self._gate_up(x, f"{block}.mlp.shared_expert")
-                @ self.weight(f"{block}.mlp.shared_expert.down_proj.weight").T
-            )
-            total += (x @ self.weight(f"{block}.mlp.shared_expert_gate.weight").T).sigmoid() * shared
-        return total.view_as(inputs)
 
     def experts(self, block: str, inputs: Tensor) -> dict[str, np.ndarray]:
         x = inputs.flatten(0, 1)

@@ -21,11 +21,13 @@ from megatron_slim.checkpoint.convert import (
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.huggingface_writer import total_bytes
 from megatron_slim.errors import SlimError
+from megatron_slim.evaluation.perplexity import evaluate
 from megatron_slim.pruning.apply import PrunedCheckpoint, merge
 from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.pipeline import write_pruned
 from megatron_slim.pruning.plan import Plan
 from megatron_slim.testing import write_tiny_checkpoint
+from tests.mtp_oracle import load_mtp, mtp_hidden
 
 PlanFor = Callable[..., Plan]
 TARGET = {"num_layers": 5, "hidden_size": 40, "num_moe_experts": 5, "moe_router_topk": 2}
@@ -169,6 +171,28 @@ def test_experts_stored_fused_are_pruned_alike_and_stay_fused(
         tmp_path / "plain" / "model.safetensors"
     ).read_bytes()
     assert asked["content"] == expected["content"]
+
+
+@pytest.mark.parametrize("to", ["hf", "torch_dist"])
+def test_transformers_loads_the_mtp_block_of_a_pruned_model(
+    to: str, source: HFCheckpoint, plan_for: PlanFor, tmp_path: Path
+) -> None:
+    """By nothing but what the export says of itself, after training's format too; the losses are ours."""
+    from transformers import AutoModelForCausalLM
+
+    write_pruned(PrunedCheckpoint(plan_for(TARGET), source), tmp_path / "pruned", to=to, stats=None)
+    path = tmp_path / "pruned"
+    if to == "torch_dist":
+        torch_dist_to_hf(path, tmp_path / "back")
+        path = tmp_path / "back"
+    ids = torch.randint(0, source.shape.vocab_size, (4, 33), generator=torch.Generator().manual_seed(0))
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        hidden = mtp_hidden(load_mtp(model), model.model(ids).last_hidden_state, ids)
+        logits = model.lm_head(hidden)[:, :-1].double()
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 2:].flatten())
+    (found,) = evaluate(HFCheckpoint.open(path), ids.numpy(), dtype=torch.float32).mtp_loss
+    assert found == pytest.approx(float(expected), rel=1e-7)  # as in tests/evaluation
 
 
 def test_a_plan_for_another_source_is_refused(source: HFCheckpoint, plan_for: PlanFor, tmp_path: Path) -> None:

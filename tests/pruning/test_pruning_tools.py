@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
+import re
 import shutil
 import types
 from collections.abc import Callable
@@ -68,9 +70,42 @@ def test_one_command_or_three_give_the_same(tool: Tool, source: HFCheckpoint, wo
         assert (
             (work / name / "plan.json").read_bytes() == (work / "out" / "plan.json").read_bytes() == plan.read_bytes()
         )
-    assert (work / "by-stats" / "stats.safetensors").read_bytes() == stats.read_bytes()
-    assert (work / "out" / "stats.safetensors").read_bytes() == stats.read_bytes()
+    assert (work / "by-stats" / "calibration.stats").read_bytes() == stats.read_bytes()
+    assert (work / "out" / "calibration.stats").read_bytes() == stats.read_bytes()
     assert load_file(stats)["model.layers.0.mlp.experts.reap"].shape == (8,)
+    for name in ("out", "by-plan", "by-stats"):
+        assert read_as_weights(work / name) == set()
+
+
+def read_as_weights(directory: Path) -> set[str]:
+    """Files other than the model's that a client takes for weights.
+
+    SGLang and vLLM load what matches ``*.safetensors`` where there is no index, and ``*.bin`` and ``*.pt`` where
+    nothing does; patterns of the Hugging Face hub and listings of object stores reach into subdirectories.
+    """
+    names = {str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file()}
+    found = {name for pattern in ("*.safetensors", "*.bin", "*.pt") for name in fnmatch.filter(names, pattern)}
+    return {name for name in found if not re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name)}
+
+
+def test_statistics_are_found_where_they_lie_and_lay(tool: Tool, source: HFCheckpoint, work: Path) -> None:
+    """By file, by the directory of a pruned checkpoint, and there under the name that they once had."""
+    assert prune(tool, source, work).code == 0
+    for save, stats in (("new", work / "out"), ("old", work / "old-out"), ("file", work / "old-out/stats.safetensors")):
+        if save == "old":
+            shutil.copytree(work / "out", work / "old-out")
+            (work / "old-out/calibration.stats").rename(work / "old-out/stats.safetensors")
+        assert prune(tool, source, work, "--stats", stats, save=save).code == 0
+        assert (work / save / "plan.json").read_bytes() == (work / "out/plan.json").read_bytes()
+        shown = tool("tools/show_plan.py", work / save / "plan.json", "--stats", stats)
+        assert shown.code == 0, shown.stderr
+    assert "no such file" in prune(tool, source, work, "--stats", source.path, save="none").error
+
+
+def test_statistics_are_not_saved_as_weights_of_a_model(tool: Tool, source: HFCheckpoint, work: Path) -> None:
+    data = ("--load", source.path, "--calibration-data", work / "tokens.npy")
+    error = tool(CALIBRATE, *data, "--save", source.path / "stats.safetensors").error
+    assert "would be read as weights" in error and read_as_weights(source.path) == set()
 
 
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
@@ -258,7 +293,7 @@ def test_every_other_fault_has_its_line(tool: Tool, source: HFCheckpoint, work: 
 def test_statistics_and_plans_of_another_model_are_refused(tool: Tool, source: HFCheckpoint, work: Path) -> None:
     assert prune(tool, source, work).code == 0
     other = HFCheckpoint.open(write_tiny_checkpoint(work / "other", source.shape, seed=1))
-    stats, plan = work / "out" / "stats.safetensors", work / "out" / "plan.json"
+    stats, plan = work / "out" / "calibration.stats", work / "out" / "plan.json"
     assert "measured on another checkpoint" in prune(tool, other, work, "--stats", stats, save="x").error
     assert "made for another checkpoint" in prune(tool, other, work, "--plan", plan, save="x").error
     document = json.loads(plan.read_text()) | {"kept_layers": [0]}

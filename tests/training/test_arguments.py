@@ -13,6 +13,7 @@ from megatron_slim import device
 device.install()
 
 from megatron_slim.architecture.layer_specs import transformer_config  # noqa: E402
+from megatron_slim.architecture.mtp_keys import without_mtp_keys  # noqa: E402
 from megatron_slim.architecture.parallelism import padded_vocab_size  # noqa: E402
 from megatron_slim.checkpoint.convert import hf_to_torch_dist  # noqa: E402
 from megatron_slim.checkpoint.huggingface import read_shape  # noqa: E402
@@ -89,10 +90,11 @@ def test_where_the_shape_comes_from(tmp_path: Path) -> None:
 
 def test_a_published_config_does_not_say_mtp_but_its_tensors_do(tmp_path: Path) -> None:
     path = write_tiny_checkpoint(tmp_path / "hf", tiny_shape())
-    config = read_json(path / "config.json")
-    del config["num_nextn_predict_layers"]
-    (path / "config.json").write_text(to_json(config))
+    (path / "config.json").write_text(to_json(without_mtp_keys(read_json(path / "config.json"))))
     assert read_shape(path).mtp_num_layers == 1
+    for flag, depth in (([], 1), (["--without-mtp"], 0)):
+        _, shape = complete_argv(["--pretrained-checkpoint", str(path), *flag])
+        assert shape.mtp_num_layers == depth
 
 
 def test_schedules_of_the_paper_are_the_defaults() -> None:

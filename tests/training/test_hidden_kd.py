@@ -16,7 +16,7 @@ device.install()
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes  # noqa: E402
 from megatron_slim.checkpoint.distributed import DistCheckpoint  # noqa: E402
 from megatron_slim.checkpoint.huggingface import HFCheckpoint  # noqa: E402
-from megatron_slim.checkpoint.provenance import PROVENANCE  # noqa: E402
+from megatron_slim.checkpoint.records import PROVENANCE  # noqa: E402
 from megatron_slim.distillation.layer_pairs import parse_layer_pairs  # noqa: E402
 from megatron_slim.errors import CheckpointError  # noqa: E402
 from megatron_slim.files import read_json  # noqa: E402

@@ -10,6 +10,7 @@ from megatron_slim import device
 
 device.install()
 
+from megatron_slim.architecture.mtp_keys import stated_mtp_layers  # noqa: E402
 from megatron_slim.checkpoint.convert import write_checkpoint  # noqa: E402
 from megatron_slim.checkpoint.expert_storage import expert_blocks, recorded_storage  # noqa: E402
 from megatron_slim.checkpoint.huggingface import HFCheckpoint  # noqa: E402
@@ -25,20 +26,23 @@ def test_what_export_needs_is_kept_beside_the_checkpoints_once(tmp_path: Path) -
     config = tiny_hf_config(tiny_shape())
     (source / "config.json").write_text(to_json(config))
     (source / "tokenizer.json").write_text("{}")
-    pretrain.keep_hf_files(source, save)
+    pretrain.keep_hf_files(source, save, tiny_shape())
     assert read_json(save / "hf" / "config.json") == config and (save / "hf" / "tokenizer.json").is_file()
     (source / "config.json").write_text("{}")
-    pretrain.keep_hf_files(source, save)  # a resumed run keeps what it began with
+    pretrain.keep_hf_files(source, save, tiny_shape())  # a resumed run keeps what it began with
     assert read_json(save / "hf" / "config.json") == config
+    (source / "config.json").write_text(to_json(config))
+    pretrain.keep_hf_files(source, tmp_path / "other", tiny_shape(mtp_num_layers=0))  # as --without-mtp trains it
+    assert stated_mtp_layers(read_json(tmp_path / "other" / "hf" / "config.json")) == 0
 
 
 def test_how_experts_were_stored_is_kept_beside_the_checkpoints(tmp_path: Path) -> None:
     """Of Hugging Face files that a run starts from, and of a torch_dist checkpoint made of such files."""
     plain = HFCheckpoint.open(write_tiny_checkpoint(tmp_path / "plain", tiny_shape()))
     write_checkpoint(plain, tmp_path / "fused", to="hf", expert_storage="fused")
-    pretrain.keep_hf_files(tmp_path / "fused", tmp_path / "first")
-    pretrain.keep_hf_files(tmp_path / "first" / "hf", tmp_path / "second")
-    pretrain.keep_hf_files(plain.path, tmp_path / "third")
+    pretrain.keep_hf_files(tmp_path / "fused", tmp_path / "first", plain.shape)
+    pretrain.keep_hf_files(tmp_path / "first" / "hf", tmp_path / "second", plain.shape)
+    pretrain.keep_hf_files(plain.path, tmp_path / "third", plain.shape)
     blocks = expert_blocks(plain.shape)
     assert [recorded_storage(tmp_path / run / "hf") for run in ("first", "second", "third")] == [blocks, blocks, set()]
 

@@ -16,7 +16,13 @@ from megatron_slim import device
 device.install()
 
 
-from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes, torch_dist_to_hf  # noqa: E402
+from megatron_slim.checkpoint.convert import (  # noqa: E402
+    hf_to_torch_dist,
+    open_checkpoint,
+    same_bytes,
+    torch_dist_to_hf,
+    write_checkpoint,
+)
 from megatron_slim.checkpoint.huggingface import HFCheckpoint  # noqa: E402
 from megatron_slim.checkpoint.torch_dist_files import read_metadata  # noqa: E402
 from megatron_slim.errors import CheckpointError  # noqa: E402
@@ -243,6 +249,25 @@ def test_mtp_can_learn_from_the_teachers_main_head(workplace, reference) -> None
     for term in TERMS:
         for found in several:
             assert found[term] == pytest.approx(one[term], rel=1e-5), term
+
+
+@pytest.mark.slow
+def test_without_mtp_it_is_the_run_of_a_model_that_has_none(workplace, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Of student and teacher; what is saved promises none."""
+    size, save = ("--micro-batch-size", "2", "--train-iters", "3"), ("--save", str(tmp_path / "run"))
+    told = workplace.train("without-mtp", 1, *size, "--without-mtp", "--teacher-without-mtp", *save)
+    bare = {}
+    for name in ("student", "teacher"):
+        source = open_checkpoint(getattr(workplace, name), without_mtp=True)
+        write_checkpoint(source, tmp_path / name, to="torch_dist")
+        bare[name] = str(tmp_path / name)
+    start = ("--pretrained-checkpoint", bare["student"], "--teacher-load", bare["teacher"])
+    expected = workplace.train("never-mtp", 1, *size, *start, start=False, distil=False)
+    for term in ("lm loss", "logits distillation loss"):
+        assert len(told[term]) == 3 and told[term] == expected[term]
+    assert not [tag for tag in told if "mtp" in tag and "loss" in tag]
+    torch_dist_to_hf(tmp_path / "run", tmp_path / "hf")
+    assert HFCheckpoint.open(tmp_path / "hf").shape.mtp_num_layers == 0
 
 
 def test_full_recomputation_changes_nothing(workplace, reference) -> None:  # type: ignore[no-untyped-def]

@@ -17,7 +17,8 @@ device.install()
 
 from megatron_slim.checkpoint.huggingface import HFCheckpoint  # noqa: E402
 from megatron_slim.checkpoint.huggingface_writer import specs_of, write_hf_checkpoint  # noqa: E402
-from megatron_slim.checkpoint.reference import REFERENCE, Reference, read_reference  # noqa: E402
+from megatron_slim.checkpoint.records import REFERENCE  # noqa: E402
+from megatron_slim.checkpoint.reference import Reference, read_reference  # noqa: E402
 from megatron_slim.errors import CheckpointError  # noqa: E402
 from megatron_slim.evaluation.perplexity import evaluate_checkpoint  # noqa: E402
 from megatron_slim.testing import random_tensors, run_distributed, tiny_hf_config  # noqa: E402

@@ -1,0 +1,41 @@
+"""MTP blocks of a checkpoint: by the names of its tensors, which its config.json must not contradict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from megatron_slim.architecture.mtp_keys import stated_mtp_layers
+from megatron_slim.architecture.table import mtp_layers_in
+from megatron_slim.errors import CheckpointError
+
+MTP = "mtp."
+WITHOUT_MTP = "leave MTP out with --without-mtp (a teacher's with --teacher-without-mtp)"
+
+
+def count_mtp_layers(config: Mapping[str, Any], names: Iterable[str], *, where: str) -> int:
+    """Number of MTP blocks whose tensors are there.
+
+    Args:
+        config: its config.json, which may say nothing.
+        names: of all its tensors.
+        where: the checkpoint, for errors.
+
+    Raises:
+        CheckpointError: config.json says another number, as it does where transformers has loaded and saved a model.
+        ShapeError: it contradicts itself.
+    """
+    stated, found = stated_mtp_layers(config, where), mtp_layers_in(set(names))
+    if stated is not None and stated > 0 and not found:
+        raise CheckpointError(
+            f"config.json promises an MTP block ({stated}), but there is no {MTP}* tensor",
+            where=where,
+            fix=f"get the weights again from where they have it, or {WITHOUT_MTP}",
+        )
+    if stated is not None and stated != found:
+        raise CheckpointError(
+            f"config.json says {stated} MTP blocks, the tensors {found}",
+            where=where,
+            fix=f"correct config.json, or {WITHOUT_MTP}",
+        )
+    return found
