@@ -208,6 +208,8 @@ def _expert_violations(args: Any, sizes: dict[str, int]) -> list[str]:
             f"expert tensor parallel size {sizes['etp']} with expert parallel size {sizes['ep']} gathers unequal "
             "numbers of tokens, which gloo cannot; give --expert-tensor-parallel-size 1"
         )
+    if args.moe_router_enable_expert_bias:
+        found.append("--moe-router-enable-expert-bias is for sigmoid scores; these models route by softmax")
     return found
 
 
