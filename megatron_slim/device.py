@@ -1,8 +1,8 @@
 """The CPU seam: all that lets Megatron-Core run without a GPU, and the only place that patches a library.
 
 On a machine with CUDA `install` only repairs faults of Megatron (the dataset helpers, the padding of buckets, resuming
-with another learning rate, and those of `megatron_faults`), and fills in for flash-linear-attention and a fused Adam where
-these are not installed.
+with another learning rate, and those of `megatron_faults`), and fills in for flash-linear-attention and a fused Adam
+where these are not installed.
 Without CUDA the word "cuda" comes to mean the CPU for the whole process: tensor factories, ``.cuda()`` and ``.to()``,
 the CUDA generator, streams and events. The real Megatron-Core modules then run, over gloo; only kernels differ.
 """
@@ -62,6 +62,8 @@ def install() -> None:
     _count_bucket_padding()
     megatron_faults.count_tokens_in_fp32()
     megatron_faults.restore_fp32_parameters()
+    megatron_faults.order_fp32_parameters()
+    megatron_faults.save_fp32_parameters()
     _override_learning_rates()
 
 

@@ -16,6 +16,8 @@ FOREIGN = {"Watchdog caught collective operation timeout", "CUDA out of memory",
 COMPOSED = {
     "... missing tensors: ...; ... extra tensors: ...; ... wrong shapes: ...": '"extra tensors": [',
     "... missing weights: ...; ... unknown weights: ...; ... wrong shapes: ...": '"unknown weights": [',
+    "... weights of the model are not in the checkpoint: ...; ... weights that no rank's model has: ...; "
+    "... weights of other shapes: ...": '"weights of other shapes": {',
     "argument --...: '...' is not a positive integer": '"a positive integer"',
     "argument --...: '...' is not an integer that is zero or more": '"an integer that is zero or more"',
     "unknown key ... (did you mean ...?)": 'f"did you mean {',

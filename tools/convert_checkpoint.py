@@ -45,8 +45,9 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from megatron_slim.checkpoint.convert import open_checkpoint, write_checkpoint
-    from megatron_slim.checkpoint.distributed import is_torch_dist
+    from megatron_slim.checkpoint.distributed import DistCheckpoint, is_torch_dist
     from megatron_slim.checkpoint.reference import carry_reference
+    from megatron_slim.checkpoint.remarks import padding
 
     source = "torch_dist" if is_torch_dist(args.load) else "hf"
     target = args.to or ("hf" if source == "torch_dist" else "torch_dist")
@@ -57,6 +58,8 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     carry = partial(carry_reference, checkpoint, dtype=dtype)
     results = write_checkpoint(checkpoint, args.save, to=target, dtype=dtype, records=carry, **write_options(args))
     ending = VERIFICATION[results["verified"]]
+    for line in padding(checkpoint, "conversion") if isinstance(checkpoint, DistCheckpoint) else ():
+        say(line)
     if left_out := getattr(checkpoint, "left_out", ()):
         say(f"{args.load}: left out what training learned beside the model: {summarise(left_out)}")
     say(f"{args.save}: {results['tensors']} tensors, {results['parameters']:,} parameters as {target}, {ending}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
 from megatron_slim.architecture.weight import HFTensor, Weight
@@ -34,7 +34,7 @@ def _in_block(rows: tuple[Weight, ...], key: str, hf: str) -> Iterator[Weight]:
 def _renamed(rows: tuple[Weight, ...], key: str, hf: str = "", block: str = "") -> Iterator[Weight]:
     for row in rows:
         sources = tuple(HFTensor(hf + source.name, source.dims) for source in row.sources)
-        yield Weight(key + row.key, row.dims, sources, row.tp_dim, row.split, row.stacked, block)
+        yield replace(row, key=key + row.key, sources=sources, block=block)
 
 
 def hf_tensors(model: ModelShape) -> dict[str, HFTensor]:

@@ -44,6 +44,7 @@ class Weight:
         split: stored in a torch_dist checkpoint as one tensor per label.
         stacked: one per expert, stacked on a leading ``expert`` dimension.
         block: Hugging Face prefix of the transformer block it belongs to, "" outside the blocks.
+        float32: may be in fp32 in a model of 16 bits: what computes with it does so in fp32, and gives 16 bits.
     """
 
     key: str
@@ -53,6 +54,7 @@ class Weight:
     split: bool = False
     stacked: bool = False
     block: str = ""
+    float32: bool = False
 
     def shape(self, model: ModelShape) -> tuple[int, ...]:
         """Shape of the whole parameter, experts included."""
@@ -74,9 +76,9 @@ class Weight:
                 yield HFTensor(name, source.dims), expert
 
 
-def copied(key: str, hf: str, *dims: Dim, tp_dim: int | None = None) -> Weight:
+def copied(key: str, hf: str, *dims: Dim, tp_dim: int | None = None, float32: bool = False) -> Weight:
     """A parameter that has the same layout in both formats."""
-    return Weight(key, dims, (HFTensor(hf, dims),), tp_dim)
+    return Weight(key, dims, (HFTensor(hf, dims),), tp_dim, float32=float32)
 
 
 def gated_mlp(key: str, hf: str, ffn: str, *, stacked: bool = False) -> tuple[Weight, Weight]:
