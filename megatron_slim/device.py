@@ -1,8 +1,8 @@
 """The CPU seam: all that lets Megatron-Core run without a GPU, and the only place that patches a library.
 
-On a machine with CUDA `install` only mends four faults of Megatron (the dataset helpers, the padding of buckets, the
-precision of the router's counters, and going on with another learning rate), and fills in for flash-linear-attention
-and for a fused Adam where these are not installed.
+On a machine with CUDA `install` only repairs faults of Megatron (the dataset helpers, the padding of buckets, resuming
+with another learning rate, and those of `megatron_faults`), and fills in for flash-linear-attention and a fused Adam
+where these are not installed.
 Without CUDA the word "cuda" comes to mean the CPU for the whole process: tensor factories, ``.cuda()`` and ``.to()``,
 the CUDA generator, streams and events. The real Megatron-Core modules then run, over gloo; only kernels differ.
 """
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
-from megatron_slim import linear_attention
+from megatron_slim import linear_attention, megatron_faults
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
@@ -38,7 +38,7 @@ _installed = False
 def install() -> None:
     """Make this process able to run Megatron-Core; call it before anything of ``megatron`` is imported.
 
-    Idempotent. Where CUDA is available only Megatron's four faults and what is not installed are touched.
+    Idempotent. Where CUDA is available only Megatron's faults and what is not installed are touched.
     """
     global _installed
     if _installed:
@@ -60,7 +60,10 @@ def install() -> None:
         _fill_in_for_missing_libraries()
     _use_built_dataset_helpers()
     _count_bucket_padding()
-    _count_tokens_in_fp32()
+    megatron_faults.count_tokens_in_fp32()
+    megatron_faults.restore_fp32_parameters()
+    megatron_faults.order_fp32_parameters()
+    megatron_faults.save_fp32_parameters()
     _override_learning_rates()
 
 
@@ -341,10 +344,6 @@ def _use_torch_adam() -> None:
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
     distrib_optimizer.USING_TE_OPTIMIZER = False
-    # fp32 parameters are their own main parameters: restoring them in place needs autograd off.
-    sharded = distrib_optimizer.DistributedOptimizer
-    restore = torch.no_grad()(sharded._set_main_param_and_optimizer_states)
-    sharded._set_main_param_and_optimizer_states = restore
 
 
 def _fill_in_for_missing_libraries() -> None:
@@ -463,25 +462,6 @@ def _count_bucket_padding() -> None:
         return layout
 
     DistributedOptimizer._compute_per_buffer_param_layout = staticmethod(with_padding)
-
-
-def _count_tokens_in_fp32() -> None:
-    """Keep in fp32 what the global load-balancing loss counts: tokens per expert, and micro-batches.
-
-    Both are buffers, which Megatron 0.19.2 turns into bf16 with the rest of the model: counts above 256 are then
-    rounded, and the count of micro-batches stays at 256 for ever. Its own remedy for ``expert_bias`` is extended.
-    """
-    from megatron.core.transformer.moe.router import TopKRouter
-
-    maintain = TopKRouter._maintain_float32_expert_bias
-
-    @functools.wraps(maintain)
-    def with_counts(self: Any) -> None:
-        maintain(self)
-        if self.global_tokens_per_expert is not None and self.global_tokens_per_expert.dtype != torch.float32:
-            self.global_tokens_per_expert, self.ga_steps = self.global_tokens_per_expert.float(), self.ga_steps.float()
-
-    TopKRouter._maintain_float32_expert_bias = with_counts
 
 
 def _override_learning_rates() -> None:

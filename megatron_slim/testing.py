@@ -97,22 +97,34 @@ def _random_tensor(name: str, size: tuple[int, ...], generator: torch.Generator,
     return 0.2 * noise if "conv1d" in name else 0.05 * noise
 
 
-def random_tensors(shape: ModelShape, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """Random weights of plausible scale under their Hugging Face names."""
+def random_tensors(
+    shape: ModelShape, seed: int = 0, dtype: torch.dtype = torch.bfloat16, float32: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    """Random weights of plausible scale under their Hugging Face names; those that end with ``float32`` are in fp32."""
     generator, zero_centered = torch.Generator().manual_seed(seed), shape.family.zero_centered_norms
     return {
-        name: _random_tensor(name, tensor.shape(shape), generator, zero_centered=zero_centered).to(dtype)
+        name: _random_tensor(name, tensor.shape(shape), generator, zero_centered=zero_centered).to(
+            torch.float32 if float32 and name.endswith(float32) else dtype
+        )
         for name, tensor in hf_tensors(shape).items()
     }
 
 
 def write_tiny_checkpoint(
-    directory: Path, shape: ModelShape, seed: int = 0, dtype: torch.dtype = torch.bfloat16, shards: int = 2
+    directory: Path,
+    shape: ModelShape,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    shards: int = 2,
+    float32: tuple[str, ...] = (),
 ) -> Path:
-    """Write a random Hugging Face checkpoint into ``directory`` (created if need be) and return it."""
+    """Write a random Hugging Face checkpoint into ``directory`` (created if need be) and return it.
+
+    Tensors whose names end with one of ``float32`` are in fp32, all others in ``dtype``.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = random_tensors(shape, seed, dtype)
-    specs = specs_of(shape, dtype)
+    tensors = random_tensors(shape, seed, dtype, float32)
+    specs = specs_of(shape, {name: tensor.dtype for name, tensor in tensors.items()})
     total, largest = sum(spec.nbytes for spec in specs), max(spec.nbytes for spec in specs)
     config = tiny_hf_config(shape) | {"torch_dtype": str(dtype).removeprefix("torch.")}
     limit = total if shards == 1 else total // shards + largest

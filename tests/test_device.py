@@ -120,6 +120,51 @@ def test_counts_of_the_global_load_balancing_loss_are_exact_in_bf16() -> None:
     assert router.ga_steps.item() == 0 and not router.global_tokens_per_expert.any()
 
 
+def test_an_expert_bias_in_bf16_is_that_in_fp32() -> None:
+    """The first step counts 300 micro-batches, and all its experts above 256, where bf16 has even numbers alone."""
+    from megatron.core.distributed.finalize_model_grads import (
+        _update_router_expert_bias,
+        reset_model_temporary_tensors,
+    )
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    device.init_single_process()
+    biases = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=8,
+            num_attention_heads=1,
+            num_moe_experts=4,
+            moe_router_topk=2,
+            moe_router_score_function="sigmoid",
+            moe_router_enable_expert_bias=True,
+            moe_router_load_balancing_type="none",
+            moe_router_dtype="fp32",
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+        )
+        router = TopKRouter(config, pg_collection=ProcessGroupCollection.use_mpu_process_groups()).to(dtype)
+        weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+        router.weight.data = weight.to(dtype)
+        generator, biases[dtype] = torch.Generator().manual_seed(1), []
+        for micro_batches in (300, 3):
+            counts = torch.zeros(4)
+            for _ in range(micro_batches):
+                _, routing_map = router(torch.randn(7, 1, 8, generator=generator).bfloat16().to(dtype))
+                counts += routing_map.sum(0)
+            assert router.local_tokens_per_expert.equal(counts)
+            assert micro_batches == 3 or counts.min() > 256
+            _update_router_expert_bias([router], config)
+            reset_model_temporary_tensors(config, [router])
+            assert router.expert_bias.dtype == torch.float32 and not router.local_tokens_per_expert.any()
+            biases[dtype].append(router.expert_bias.clone())
+    assert all(map(torch.equal, biases[torch.float32], biases[torch.bfloat16]))
+    assert biases[torch.float32][0].unique().numel() > 1  # they moved, and not all the same way
+
+
 @pytest.mark.parametrize("decoupled", [True, False], ids=["adamw", "adam"])
 def test_fused_adam_is_torch_adam(decoupled: bool) -> None:
     torch.manual_seed(0)

@@ -20,6 +20,7 @@ LAYERS = (
         "files",
         "cli",
         "linear_attention",
+        "megatron_faults",
         "device",
         "data",
         "data_index",

@@ -18,6 +18,8 @@ COMPOSED = {
     "... missing weights: ...; ... unknown weights: ...; ... wrong shapes: ...": '"unknown weights": [',
     "... is not supported (only default and yarn; ...)": "is not supported (only default and yarn; ",
     "... are two names of one thing and differ (remove one)": "are two names of one thing and differ (remove one)",
+    "... weights of the model are not in the checkpoint: ...; ... weights that no rank's model has: ...; "
+    "... weights of other shapes: ...": '"weights of other shapes": {',
     "argument --...: '...' is not a positive integer": '"a positive integer"',
     "argument --...: '...' is not an integer that is zero or more": '"an integer that is zero or more"',
     "unknown key ... (did you mean ...?)": 'f"did you mean {',

@@ -50,8 +50,9 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from megatron_slim.checkpoint.convert import open_checkpoint, say_left_out, write_checkpoint
-    from megatron_slim.checkpoint.distributed import is_torch_dist
+    from megatron_slim.checkpoint.distributed import DistCheckpoint, is_torch_dist
     from megatron_slim.checkpoint.reference import carry_reference
+    from megatron_slim.checkpoint.remarks import padding
 
     source = "torch_dist" if is_torch_dist(args.load) else "hf"
     target = args.to or ("hf" if source == "torch_dist" else "torch_dist")
@@ -63,6 +64,8 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     carry = partial(carry_reference, checkpoint, dtype=dtype)
     results = write_checkpoint(checkpoint, args.save, to=target, dtype=dtype, records=carry, **write_options(args))
     ending = VERIFICATION[results["verified"]]
+    for line in padding(checkpoint, "conversion") if isinstance(checkpoint, DistCheckpoint) else ():
+        say(line)
     say_left_out(checkpoint)
     what = target if results["expert_storage"] == "separate" else f"{target} (experts {results['expert_storage']})"
     say(f"{args.save}: {results['tensors']} tensors, {results['parameters']:,} parameters as {what}, {ending}")

@@ -5,12 +5,13 @@ Shapes: S sequence, s that of this rank (under sequence and context parallelism)
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Self
 
 import torch
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor
 from megatron.core.models.gpt import GPTModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_slim.architecture.context_parallel import own_part, own_positions
 
@@ -22,6 +23,7 @@ class HiddenStatesModel(GPTModel):
     """
 
     runs_mtp = True
+    float32: Sequence[nn.Parameter] = ()  # parameters that stay in fp32 whatever the model is cast to
 
     def forward(self, input_ids: Tensor | None, position_ids: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """As GPTModel's, of whole sequences [b, S]: under context parallelism a rank computes its part of them."""
@@ -63,6 +65,33 @@ class HiddenStatesModel(GPTModel):
             key: LocalNonpersistentObject(value.data) if value.key.endswith("_extra_state") else value
             for key, value in state.items()
         }
+
+    def keep_in_float32(self, keys: Collection[str]) -> None:
+        """Have parameters in fp32, also once Megatron casts the model to 16 bits.
+
+        Args:
+            keys: their names in a torch_dist checkpoint; those of other stages are none of this model's.
+        """
+        shards = (each for each in self.sharded_state_dict().values() if isinstance(each, ShardedTensor))
+        self.float32 = [shard.data for shard in shards if shard.key in keys]
+        for parameter in self.float32:
+            assert isinstance(parameter, nn.Parameter)
+            parameter.data = parameter.data.float()
+
+    def bfloat16(self) -> Self:
+        """Cast to bf16, but for `float32`."""
+        return self._cast(super().bfloat16)
+
+    def half(self) -> Self:
+        """Cast to fp16, but for `float32`."""
+        return self._cast(super().half)
+
+    def _cast(self, cast: Callable[[], object]) -> Self:
+        kept = [(parameter, parameter.data) for parameter in self.float32]
+        cast()
+        for parameter, content in kept:
+            parameter.data = content
+        return self
 
     @property
     def mtp_depths(self) -> int:

@@ -72,9 +72,9 @@ _LINEAR_ATTENTION_ROWS = (
         tp_dim=0,
         split=True,
     ),
-    copied("self_attention.A_log", "linear_attn.A_log", _HEAD_SCALARS, tp_dim=0),
-    copied("self_attention.dt_bias", "linear_attn.dt_bias", _HEAD_SCALARS, tp_dim=0),
-    copied("self_attention.out_norm.weight", "linear_attn.norm.weight", "gdn_value_dim"),
+    copied("self_attention.A_log", "linear_attn.A_log", _HEAD_SCALARS, tp_dim=0, float32=True),
+    copied("self_attention.dt_bias", "linear_attn.dt_bias", _HEAD_SCALARS, tp_dim=0, float32=True),
+    copied("self_attention.out_norm.weight", "linear_attn.norm.weight", "gdn_value_dim", float32=True),
     copied("self_attention.out_proj.weight", "linear_attn.out_proj.weight", "hidden", _VALUE_HEADS, tp_dim=1),
 )
 

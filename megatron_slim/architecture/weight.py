@@ -46,6 +46,7 @@ class Weight:
         block: Hugging Face prefix of the transformer block it belongs to, "" outside the blocks.
         fused: of a stacked parameter, the one tensor in which a file may hold the sources of all experts instead: its
             first dimension is the experts, the second holds the rows of the sources under their labels.
+        float32: may be in fp32 in a model of 16 bits: what computes with it does so in fp32, and gives 16 bits.
     """
 
     key: str
@@ -56,6 +57,7 @@ class Weight:
     stacked: bool = False
     block: str = ""
     fused: HFTensor | None = None
+    float32: bool = False
 
     def shape(self, model: ModelShape) -> tuple[int, ...]:
         """Shape of the whole parameter, experts included."""
@@ -77,9 +79,9 @@ class Weight:
                 yield HFTensor(name, source.dims), expert
 
 
-def copied(key: str, hf: str, *dims: Dim, tp_dim: int | None = None) -> Weight:
+def copied(key: str, hf: str, *dims: Dim, tp_dim: int | None = None, float32: bool = False) -> Weight:
     """A parameter that has the same layout in both formats."""
-    return Weight(key, dims, (HFTensor(hf, dims),), tp_dim)
+    return Weight(key, dims, (HFTensor(hf, dims),), tp_dim, float32=float32)
 
 
 def gated_mlp(key: str, hf: str, ffn: str, *, stacked: bool = False) -> tuple[Weight, Weight]:

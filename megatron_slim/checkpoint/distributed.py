@@ -26,7 +26,7 @@ from megatron_slim.checkpoint.distributed_writer import HF_DIR, RELEASE, TRACKER
 from megatron_slim.checkpoint.expert_storage import expert_blocks, recorded_storage
 from megatron_slim.checkpoint.finite import refuse_nonfinite
 from megatron_slim.checkpoint.huggingface import CONFIG, Index, read_config, select_columns
-from megatron_slim.checkpoint.layout import rows_in_megatron, split_keys, stored_shapes
+from megatron_slim.checkpoint.layout import fits, rows_in_megatron, split_keys, stored_shapes
 from megatron_slim.checkpoint.mtp import MTP, count_mtp_layers
 from megatron_slim.checkpoint.torch_dist_files import METADATA, Piece, PieceReader, locate_pieces, read_metadata
 from megatron_slim.errors import CheckpointError, summarise
@@ -79,6 +79,8 @@ class DistCheckpoint:
         num_ignored: entries that are not weights (optimizer, random state, ...).
         left_out: names of tensors that are no part of the model: what training learned beside it (`HIDDEN_KD`), and the
             MTP block where it is not wanted.
+        vocab_rows: rows, padding included, of what has a row for every token, by key.
+        optimizer_by_buckets: its optimizer state is laid out as the buffers of the run were, not as the parameters.
     """
 
     def __init__(
@@ -101,6 +103,10 @@ class DistCheckpoint:
         self.left_out = tuple(
             sorted(key for key in tensors if key.startswith((HIDDEN_KD, MTP)) and key not in self._entries)
         )
+        self.vocab_rows = {
+            each.key: self._entries[each.key].size[0] for each in self.weights if each.dims[0] == "vocab"
+        }
+        self.optimizer_by_buckets = any(".gbuf_idx_" in key for key in metadata.state_dict_metadata)
         self.allow_nonfinite = allow_nonfinite
         self.pieces = locate_pieces(path, self._entries, metadata.storage_data)
         self._longest = {key: max(piece.sizes[0] for piece in pieces) for key, pieces in self.pieces.items()}
@@ -251,7 +257,7 @@ def _check_against_table(
         "wrong shapes": [
             f"{key} {list(tensors[key].size)}, config.json says {list(extents)}"
             for key, (weight, extents) in table.items()
-            if key in tensors and not _fits(weight, tuple(tensors[key].size), extents)
+            if key in tensors and not fits(weight, tuple(tensors[key].size), extents)
         ],
     }
     found = [f"{len(names)} {kind}: {summarise(names)}" for kind, names in faults.items() if names]
@@ -259,10 +265,3 @@ def _check_against_table(
         raise CheckpointError(
             "; ".join(found), where=str(directory), fix=f"the checkpoint and {config_path} do not belong together"
         )
-
-
-def _fits(weight: Weight, found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether a stored shape is the wanted one; rows of the vocabulary may be padded."""
-    if weight.dims[0] == "vocab":
-        return len(found) == len(wanted) and found[0] >= wanted[0] and found[1:] == wanted[1:]
-    return found == wanted

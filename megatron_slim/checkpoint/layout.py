@@ -164,3 +164,10 @@ def stored_shapes(weight: Weight, model: ModelShape) -> Iterator[tuple[str, tupl
     shape = weight.shape(model)
     for key, rows in split_keys(weight, model):
         yield key, (len(range(*rows.indices(shape[0]))), *shape[1:])
+
+
+def fits(weight: Weight, found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a parameter of one shape can be what has another; it may have more rows of a vocabulary, as padding."""
+    if weight.dims[0] == "vocab":
+        return len(found) == len(wanted) and found[0] >= wanted[0] and found[1:] == wanted[1:]
+    return found == wanted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,10 @@ from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.distributed import HIDDEN_KD, DistCheckpoint
-from megatron_slim.checkpoint.layout import split_keys, to_megatron
+from megatron_slim.checkpoint.layout import fits, split_keys, stored_shapes, to_megatron
 from megatron_slim.errors import CheckpointError, summarise
+
+T = TypeVar("T")
 
 
 class _Regions:
@@ -24,6 +26,7 @@ class _Regions:
         self.checkpoint = checkpoint
         shape = checkpoint.shape
         self.table = {key: (weight, rows) for weight in weights(shape) for key, rows in split_keys(weight, shape)}
+        self.shapes = {key: extents for weight in weights(shape) for key, extents in stored_shapes(weight, shape)}
         self._last: tuple[tuple[str, int | None], Tensor] | None = None
 
     def read(self, key: str, offsets: Sequence[int], extents: Sequence[int]) -> Tensor:
@@ -57,16 +60,32 @@ def load_hf_weights(models: nn.Module | Sequence[nn.Module], checkpoint: Checkpo
     What hidden-state distillation learns beside the model stays as it is.
 
     Raises:
-        CheckpointError: the model has a weight that the checkpoint lacks, or the checkpoint one that no rank has.
+        CheckpointError: the model has a weight that the checkpoint lacks, or of another shape, or the checkpoint one
+            that no rank has; all ranks raise it together, and nothing has been loaded.
     """
     regions = _Regions(checkpoint)
-    loaded: set[str] = set()
-    for model in [models] if isinstance(models, nn.Module) else models:
-        loaded |= _load_stage(_unwrapped(model), regions)
-    if dropped := sorted(regions.table.keys() - _union_over_ranks(loaded)):
-        raise CheckpointError(
-            f"{len(dropped)} weights that no rank's model has: {summarise(dropped)}", where=str(checkpoint.path)
-        )
+    stages = [_unwrapped(model) for model in ([models] if isinstance(models, nn.Module) else models)]
+    shards = [_shards(stage) for stage in stages]
+    keys = {shard.key: tuple(shard.global_shape) for stage in shards for shard in stage}
+    _compare(_union_over_ranks(set(keys.items())), regions)
+    for stage, of_stage in zip(stages, shards, strict=True):
+        _load_stage(stage, of_stage, regions)
+
+
+def _compare(model: set[tuple[str, tuple[int, ...]]], regions: _Regions) -> None:
+    """See that the parameters of a model, all ranks', are those of the checkpoint; rows of a vocabulary may be more."""
+    names = {key for key, _ in model}
+    faults = {
+        "weights of the model are not in the checkpoint": names - regions.table.keys(),
+        "weights that no rank's model has": regions.table.keys() - names,
+        "weights of other shapes": {
+            f"{key} {list(extents)}, the checkpoint has {list(regions.shapes[key])}"
+            for key, extents in model
+            if key in regions.table and not fits(regions.table[key][0], extents, regions.shapes[key])
+        },
+    }
+    if found := [f"{len(those)} {kind}: {summarise(sorted(those))}" for kind, those in faults.items() if those]:
+        raise CheckpointError("; ".join(found), where=str(regions.checkpoint.path))
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -75,29 +94,28 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _union_over_ranks(keys: set[str]) -> set[str]:
+def _union_over_ranks(found: set[T]) -> set[T]:
     if not torch.distributed.is_initialized():
-        return keys
-    gathered: list[set[str]] = [set()] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, keys)
+        return found
+    gathered: list[set[T]] = [set()] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, found)
     return set().union(*gathered)
 
 
-@torch.no_grad()
-def _load_stage(model: nn.Module, regions: _Regions) -> set[str]:
-    """Fill one model; returns the keys that it holds."""
+def _shards(model: nn.Module) -> list[Any]:
+    """Which rectangle of which parameter each of a model's tensors is."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
     state = model.sharded_state_dict()  # type: ignore[operator]
     apply_factories(state)
     tensors = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
-    shards = [shard for shard in tensors if not shard.key.startswith(HIDDEN_KD)]
-    if unknown := sorted({shard.key for shard in shards} - regions.table.keys()):
-        raise CheckpointError(
-            f"{len(unknown)} weights of the model are not in the checkpoint: {summarise(unknown)}",
-            where=str(regions.checkpoint.path),
-        )
+    return [shard for shard in tensors if not shard.key.startswith(HIDDEN_KD)]
+
+
+@torch.no_grad()
+def _load_stage(model: nn.Module, shards: list[Any], regions: _Regions) -> None:
+    """Fill one model."""
     filled: Counter[int] = Counter()
     for shard in shards:
         _fill(shard, regions)
@@ -107,17 +125,11 @@ def _load_stage(model: nn.Module, regions: _Regions) -> set[str]:
         if not name.startswith(HIDDEN_KD):
             expected[parameter.untyped_storage().data_ptr()] += parameter.numel()
     assert filled == expected, "sharded_state_dict does not cover the model's parameters exactly once"
-    return {shard.key for shard in shards}
 
 
 def _fill(shard: Any, regions: _Regions) -> None:
+    """Read one rectangle; what is beyond the vocabulary's size becomes zero."""
     region = regions.read(shard.key, shard.global_offset, shard.data.shape)
-    whole = region.shape == shard.data.shape
-    if not whole and not shard.allow_shape_mismatch:
-        raise CheckpointError(
-            f"{shard.key}: the model has {list(shard.global_shape)}, the checkpoint another shape",
-            where=str(regions.checkpoint.path),
-        )
-    if not whole:
-        shard.data.zero_()
-    shard.data[tuple(slice(0, n) for n in region.shape)].copy_(region)
+    assert region.shape[1:] == shard.data.shape[1:], (shard.key, region.shape, shard.data.shape)
+    shard.data[: len(region)].copy_(region)
+    shard.data[len(region) :].zero_()

@@ -17,6 +17,8 @@ from megatron_slim import device
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint, open_checkpoint, say_left_out
 from megatron_slim.checkpoint.reference import Reference
+from megatron_slim.checkpoint.remarks import remarks
+from megatron_slim.cli import say
 from megatron_slim.data import Tokens, read_samples
 from megatron_slim.errors import DataError
 from megatron_slim.pruning.samples import check_samples
@@ -106,6 +108,8 @@ def evaluate_checkpoint(
     say_left_out(checkpoint)
     samples = read_evaluation_data(data, checkpoint.shape, seq_length=seq_length, num_samples=num_samples, seed=seed)
     dtype = dtype or device.default_dtype()
+    for line in remarks(checkpoint, dtype, "evaluation"):
+        say(line)
     result = evaluate(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype)
     if record:
         Reference.of(samples.tolist(), result.token_losses, str(dtype).removeprefix("torch.")).save(load)

@@ -199,7 +199,8 @@ def _build_rank(rank: int) -> BuiltRank:
     layout = request.layout
     # What an MTP head learns from changes no parameter.
     nothing: Any = None
-    run = WithoutWeights(request.student, request.teacher, "teacher-main", nothing, None, _state["teacher_layout"])
+    layouts = {"teacher_layout": _state["teacher_layout"]}
+    run = WithoutWeights(request.student, request.teacher, "teacher-main", nothing, **layouts)
     with _world(layout, rank * (layout.gpus // layout.pp)):
         with _on_meta(), _without_collection():
             for chunk in range(layout.vpp):

@@ -18,6 +18,7 @@ from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.layout import to_megatron
+from megatron_slim.checkpoint.precision import float32_weights
 
 
 def block_config(shape: ModelShape, dtype: torch.dtype) -> TransformerConfig:
@@ -46,12 +47,15 @@ def build_block(checkpoint: Checkpoint, block: str, config: TransformerConfig) -
     )
     scale_attention(layer, shape)
     parameters = dict(layer.named_parameters())
+    kept = {weight.key for weight in float32_weights(checkpoint, config.params_dtype)}
     with torch.no_grad():
         for weight in weights(shape):
             if weight.block == block:
                 for expert in range(shape.num_moe_experts) if weight.stacked else [None]:
-                    name = _parameter_name(weight, expert, parameters)
-                    parameters.pop(name).copy_(to_megatron(weight, shape, checkpoint.read, expert=expert))
+                    parameter = parameters.pop(_parameter_name(weight, expert, parameters))
+                    if weight.key in kept:
+                        parameter.data = parameter.data.float()
+                    parameter.copy_(to_megatron(weight, shape, checkpoint.read, expert=expert))
     assert not parameters, f"{block}: nothing loads {sorted(parameters)}"
     return layer.cuda().eval()  # Megatron makes some parameters on the host
 

@@ -176,7 +176,7 @@ def measure(source: Checkpoint, options: CalibrationOptions, work: WorkDir | Non
     device.install()
     from megatron_slim.pruning.calibrate import calibrate
 
-    say(f"calibrating on {samples.shape[0]} samples of {samples.shape[1]} tokens")
+    _say_what(source, samples)
     return calibrate(source, samples, micro_batch_size=options.micro_batch_size, work=work)
 
 
@@ -192,8 +192,17 @@ def _measure_parallel(source: Checkpoint, options: CalibrationOptions, layout: L
     from megatron_slim.pruning.parallel import calibrate_parallel
 
     if os.environ["RANK"] == "0":
-        say(f"calibrating on {samples.shape[0]} samples of {samples.shape[1]} tokens, {layout.world} processes")
+        _say_what(source, samples, f", {layout.world} processes")
     return calibrate_parallel(source, samples, layout, micro_batch_size=options.micro_batch_size)
+
+
+def _say_what(source: Checkpoint, samples: npt.NDArray[np.int64], processes: str = "") -> None:
+    from megatron_slim.checkpoint.remarks import remarks
+    from megatron_slim.device import default_dtype
+
+    say(f"calibrating on {samples.shape[0]} samples of {samples.shape[1]} tokens{processes}")
+    for line in remarks(source, default_dtype(), "calibration"):
+        say(line)
 
 
 def _read_samples(source: Checkpoint, options: CalibrationOptions) -> npt.NDArray[np.int64]:

@@ -27,6 +27,7 @@ from megatron_slim.architecture.parallelism import Layout
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.loading import load_hf_weights
+from megatron_slim.checkpoint.precision import keep_types
 from megatron_slim.device import backend, default_dtype
 from megatron_slim.errors import SlimError
 from megatron_slim.pruning.calibrate import FORWARD_TOKENS, metadata, not_finite, router_weight, say_unrouted
@@ -111,6 +112,7 @@ def _load(checkpoint: Checkpoint, config: TransformerConfig) -> HiddenStatesMode
         model_class=HiddenStatesModel,
     )
     assert isinstance(model, HiddenStatesModel)
+    keep_types([model], checkpoint)
     load_hf_weights(model, checkpoint)
     return model.cuda().eval()  # Megatron makes some parameters on the host
 

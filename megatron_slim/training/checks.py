@@ -27,6 +27,7 @@ from megatron_slim.training.missing_libraries import library_violations
 from megatron_slim.training.resume import faults_of, mend_tracker
 from megatron_slim.training.run_log import logging_violations
 from megatron_slim.training.stage_layout import layer_violations, stage_violations
+from megatron_slim.training.start_checks import check_rows, say_remarks
 from megatron_slim.training.teacher_ahead import ahead_violations
 
 
@@ -43,7 +44,8 @@ def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
     Raises:
         SlimError: lists every violation of the part that fails first.
     """
-    teacher = open_teacher(args).shape if args.teacher_load is not None else None
+    taught_by = open_teacher(args) if args.teacher_load is not None else None
+    teacher = taught_by.shape if taught_by is not None else None
     small = [f"{name} parallel size {size} is not positive" for name, size in _sizes(args).items() if size < 1]
     for name in ("eval_interval", "make_vocab_size_divisible_by"):
         if getattr(args, name) < 1:
@@ -57,12 +59,14 @@ def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
         raise SlimError("; ".join(found))
     if not args.train_iters and not args.train_samples:
         raise SlimError("nothing to train", fix="give --train-iters or --train-samples")
-    _check_start(shape, args)
+    start = _check_start(shape, args)
     check_data(args, shape.vocab_size)
     if args.verify_integrity:
         _check_integrity(args)
     if "MASTER_ADDR" not in os.environ:
         raise SlimError("not started by torchrun", fix="use examples/slimqwen/pretrain_distill.sh, or torchrun")
+    if args.rank == 0:
+        say_remarks(shape, start, taught_by, args)
     return teacher
 
 
@@ -93,16 +97,16 @@ def starts_by_ourselves(args: Any) -> bool:
     return ours and not holds_checkpoint(args.load)
 
 
-def _check_start(shape: ModelShape, args: Any) -> None:
-    """See that the weights to start from are whole and the student's."""
+def _check_start(shape: ModelShape, args: Any) -> Checkpoint | None:
+    """See that the weights to start from are whole and the student's; gives them, None where they are random."""
     for directory in sorted({path for path in (args.load, args.save) if path is not None}):
         mend_tracker(Path(directory), rank=args.rank)
-    start = _start(args)
+    start = start_of(args)
     if start is None:
         if args.load is not None and args.exit_on_missing_checkpoint:  # Megatron would exit with status 0
             raise CheckpointError("holds no checkpoint", where=args.load, fix="check --load")
-        return
-    checkpoint = open_student(Path(start), args)
+        return None
+    checkpoint = open_student(start, args)
     if args.load is not None and (args.ckpt_step or holds_checkpoint(args.load)):
         check_projections(checkpoint, args)
     found = checkpoint.shape
@@ -116,9 +120,12 @@ def _check_start(shape: ModelShape, args: Any) -> None:
         raise SlimError(
             "not of the student's shape: " + "; ".join(differing), where=str(start), fix="check --hf-config"
         )
+    if args.load is not None and (args.ckpt_step or holds_checkpoint(args.load)):
+        check_rows(checkpoint, args)
+    return checkpoint
 
 
-def _start(args: Any) -> Path | None:
+def start_of(args: Any) -> Path | None:
     """Where Megatron, or we, will read the student's weights; None where they are random."""
     if args.load is not None and args.ckpt_step:
         directory = Path(args.load) / f"iter_{args.ckpt_step:07d}"
@@ -133,7 +140,7 @@ def _start(args: Any) -> Path | None:
 
 def _check_integrity(args: Any) -> None:
     """See that --verify-integrity verifies all: Megatron what it loads itself, and we, on one rank, what we do."""
-    start = _start(args)
+    start = start_of(args)
     for path in filter(None, (start, args.teacher_load)):
         if not is_torch_dist(path):
             continue
@@ -211,6 +218,8 @@ def _expert_violations(args: Any, sizes: dict[str, int]) -> list[str]:
             f"expert tensor parallel size {sizes['etp']} with expert parallel size {sizes['ep']} gathers unequal "
             "numbers of tokens, which gloo cannot; give --expert-tensor-parallel-size 1"
         )
+    if args.moe_router_enable_expert_bias:
+        found.append("--moe-router-enable-expert-bias is for sigmoid scores; these models route by softmax")
     return found
 
 

@@ -35,6 +35,7 @@ from megatron_slim.checkpoint.distributed_writer import HF_DIR
 from megatron_slim.checkpoint.expert_storage import write_storage
 from megatron_slim.checkpoint.huggingface import read_config, storage_of
 from megatron_slim.checkpoint.loading import load_hf_weights
+from megatron_slim.checkpoint.precision import keep_types
 from megatron_slim.checkpoint.side_files import carry_files, say_left_behind
 from megatron_slim.cli import exit_at_once, say
 from megatron_slim.distillation.divergences import KDLoss
@@ -43,7 +44,7 @@ from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, Distilla
 from megatron_slim.errors import EXIT_USER_ERROR, CheckpointError, SlimError
 from megatron_slim.files import new_directory, to_json, write_atomic
 from megatron_slim.training.arguments import install_argv, load_balancing_note, shape_directory
-from megatron_slim.training.checks import check_run, open_student, open_teacher, starts_by_ourselves
+from megatron_slim.training.checks import check_run, open_student, open_teacher, start_of, starts_by_ourselves
 from megatron_slim.training.data import Batch, build_datasets, next_batch
 from megatron_slim.training.finite import FiniteWatch
 from megatron_slim.training.hidden_kd import HiddenLog, check_stages, hidden_lesson
@@ -68,7 +69,8 @@ class Run:
     teacher_shape: ModelShape | None
     mtp_kd_target: str
     log: RunLog
-    student_load: Path | None = None
+    start: Path | None = None  # where the student's weights come from, through Megatron unless `loads_start`
+    loads_start: bool = False
     teacher_layout: str | None = None
     chunks: list[DistillationModel] = dataclasses.field(default_factory=list)
     watch: FiniteWatch = dataclasses.field(default_factory=FiniteWatch)
@@ -125,11 +127,16 @@ class Run:
             self.log.watch(chunk)
         if self.teacher_shape is not None:
             teachers = [chunk.teacher for chunk in self.chunks if chunk.teacher is not None]
-            load_hf_weights(teachers, open_teacher(get_args()))
+            checkpoint = open_teacher(get_args())
+            keep_types(teachers, checkpoint)
+            load_hf_weights(teachers, checkpoint)
             for chunk in self.chunks if get_args().teacher_offload else ():
                 chunk.offload_teacher()
-        if self.student_load is not None:
-            load_hf_weights(self.chunks, open_student(self.student_load, get_args()))
+        if self.start is not None:
+            checkpoint = open_student(self.start, get_args())
+            keep_types(self.chunks, checkpoint)
+            if self.loads_start:
+                load_hf_weights(self.chunks, checkpoint)
 
     def _build_teacher(self, base: TransformerConfig, stage: dict[str, Any]) -> HiddenStatesModel:
         assert self.teacher_shape is not None
@@ -271,13 +278,12 @@ def _mtp_kd_target(shape: ModelShape, teacher: ModelShape | None, args: Any) -> 
     return args.mtp_kd_target or (TEACHER_MTP if enough else TEACHER_MAIN)
 
 
-def _own_start(args: Any) -> Path | None:
-    """Where the student's weights come from if not through Megatron, which then does not look there."""
-    if not starts_by_ourselves(args):
-        return None
-    path, args.pretrained_checkpoint = Path(args.pretrained_checkpoint), None
-    args.exit_on_missing_checkpoint = False  # Megatron does not see where the weights come from
-    return path
+def _start(args: Any) -> dict[str, Any]:
+    """Fields of `Run` on where the student's weights come from; if not through Megatron, it does not look there."""
+    fields = {"start": start_of(args), "loads_start": starts_by_ourselves(args)}
+    if fields["loads_start"]:
+        args.pretrained_checkpoint, args.exit_on_missing_checkpoint = None, False
+    return fields
 
 
 def keep_hf_files(source: Path, save: Path, shape: ModelShape) -> None:
@@ -382,7 +388,7 @@ def main(argv: list[str]) -> None:
     constants = run_constants(shape, teacher, args, teacher_runs_mtp=runs_mtp, stage=stage, place=place)
     log = RunLog(shape, _loss_weights, constants)
     hidden_log = HiddenLog(args.hidden_kd_layers)
-    run = Run(shape, teacher, target, log, _own_start(args), layout.teacher, hidden_log=hidden_log)
+    run = Run(shape, teacher, target, log, teacher_layout=layout.teacher, hidden_log=hidden_log, **_start(args))
     if teacher is not None and args.teacher_ahead:
         check_host_memory(held_bytes(teacher, args, teacher.mtp_num_layers if runs_mtp else 0), args)
         run.ahead = TeacherAhead(run.chunks, run.batch, run.watch, log.clock.teacher_alone)

@@ -86,6 +86,33 @@ def check_specs(work: Path) -> None:
                 assert error < 2e-5, (fields, name, error)
 
 
+def check_types(work: Path) -> None:
+    """What stays in fp32 beside bf16: losses and gradients of Megatron's own modules, to rounding."""
+    from megatron_slim.checkpoint.convert import open_checkpoint
+    from megatron_slim.checkpoint.loading import load_hf_weights
+    from megatron_slim.checkpoint.precision import keep_types
+
+    kept = ("A_log", "dt_bias", "out_norm.weight")
+    directory = write_tiny_checkpoint(work / "mixed", SHAPE, float32=("A_log", "dt_bias", "linear_attn.norm.weight"))
+    found = []
+    for fields in (LOCAL, GROUPED):
+        model = _model(SHAPE, **fields, params_dtype=torch.bfloat16, bf16=True)
+        keep_types([model], open_checkpoint(directory))
+        load_hf_weights(model, open_checkpoint(directory))
+        loss = _losses(model.bfloat16())
+        loss.backward()
+        named = dict(model.named_parameters())
+        assert {name for name in named if named[name].dtype == torch.float32} == {
+            f"decoder.layers.0.self_attention.{name}" for name in kept
+        }
+        found.append((loss.detach(), {name: named[f"decoder.layers.0.self_attention.{name}"].grad for name in kept}))
+    (expected, gradients), (loss, others) = found
+    assert torch.allclose(loss, expected, rtol=1e-3)
+    for name in kept:
+        assert others[name].dtype == torch.float32
+        assert (others[name] - gradients[name]).norm() < 0.1 * gradients[name].norm(), name
+
+
 def _engine_calls() -> list[Any]:
     from transformer_engine.pytorch import fp8  # type: ignore[import-not-found]
 
@@ -206,6 +233,7 @@ def check_all(work: Path) -> None:
 
     device.init_single_process()
     check_specs(work)
+    check_types(work)
     check_regions()
     check_refusals()
     check_teacher_apart(work)

@@ -100,6 +100,10 @@ CASES = {
         "expert tensor parallel size 2 with expert parallel size 2 gathers unequal numbers of tokens, which gloo "
         "cannot; give --expert-tensor-parallel-size 1",
     ),
+    "an expert bias": (
+        "--moe-router-enable-expert-bias --bf16",
+        "--moe-router-enable-expert-bias is for sigmoid scores; these models route by softmax",
+    ),
     "no interval": ("--eval-interval 0", "--eval-interval 0 is not positive"),
     "no rows": ("--make-vocab-size-divisible-by 0", "--make-vocab-size-divisible-by 0 is not positive"),
     "odd rows": (

@@ -162,7 +162,8 @@ class RMSNorm(_Module):
         self.weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return _norm(x, self.weight, self.eps, self.zero_centered_gamma)
+        """In the type of the weight, as Transformer Engine: what goes in is cast to it."""
+        return _norm(x.to(self.weight.dtype), self.weight, self.eps, self.zero_centered_gamma)
 
 
 class DotProductAttention(nn.Module):

@@ -1,0 +1,57 @@
+"""What a run does not take from its checkpoints as it is: said, or refused where Megatron would not notice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_slim.architecture.parallelism import padded_vocab_size
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.checkpoint.convert import Checkpoint
+from megatron_slim.checkpoint.distributed import DistCheckpoint
+from megatron_slim.checkpoint.remarks import remarks
+from megatron_slim.cli import say
+from megatron_slim.errors import CheckpointError
+from megatron_slim.training.teacher_config import DTYPES
+
+
+def say_remarks(shape: ModelShape, start: Checkpoint | None, teacher: Checkpoint | None, args: Any) -> None:
+    """Say which weights are rounded, and which rows are padding.
+
+    Args:
+        shape: the student's.
+        start: what its weights come from.
+        teacher: what those of the teacher come from.
+        args: Megatron's, as parsed.
+    """
+    own = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    of_teacher = DTYPES[args.teacher_dtype] if args.teacher_dtype else own
+    rows = padded_vocab_size(shape, args.make_vocab_size_divisible_by)
+    for name, checkpoint, dtype in (("student", start, own), ("teacher", teacher, of_teacher)):
+        for line in remarks(checkpoint, dtype, name, rows) if checkpoint is not None else ():
+            say(line)
+
+
+def check_rows(checkpoint: Checkpoint, args: Any) -> None:
+    """See that state of the optimizer that is laid out as buffers were finds buffers of the same layout.
+
+    With another padding of the vocabulary all that lies behind the embedding is shifted; where the buffers' own padding
+    takes up the difference, Megatron does not notice.
+
+    Args:
+        checkpoint: that the run resumes from.
+        args: Megatron's, as parsed.
+
+    Raises:
+        CheckpointError: the padding differs.
+    """
+    if args.no_load_optim or args.finetune or not isinstance(checkpoint, DistCheckpoint):
+        return
+    own = padded_vocab_size(checkpoint.shape, args.make_vocab_size_divisible_by)
+    if checkpoint.optimizer_by_buckets and (other := set(checkpoint.vocab_rows.values()) - {own}):
+        raise CheckpointError(
+            f"saved with a vocabulary padded to {max(other)} rows, this run pads it to {own}",
+            where=str(checkpoint.path),
+            fix=f"give --make-vocab-size-divisible-by {max(other)}, or --no-load-optim to start the optimizer afresh",
+        )
