@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
-from megatron_slim import linear_attention
+from megatron_slim import linear_attention, megatron_faults
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
@@ -62,6 +62,7 @@ def install() -> None:
     _count_bucket_padding()
     _count_tokens_in_fp32()
     _override_learning_rates()
+    megatron_faults.resume_with_other_expert_parallelism()
 
 
 def backend() -> str:
