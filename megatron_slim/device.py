@@ -1,8 +1,8 @@
-"""The CPU seam: all that lets Megatron-Core run without a GPU, and the only place that patches a library.
+"""The CPU seam: all that lets Megatron-Core run without a GPU. Only here and in `megatron_faults` libraries are patched.
 
-On a machine with CUDA `install` only mends four faults of Megatron (the dataset helpers, the padding of buckets, the
-precision of the router's counters, and going on with another learning rate), and fills in for flash-linear-attention
-and for a fused Adam where these are not installed.
+On a machine with CUDA `install` only repairs faults of Megatron (the dataset helpers, the padding of buckets, the
+precision of the router's counters, going on with another learning rate, and those of `megatron_faults`), and fills in
+for flash-linear-attention and for a fused Adam where these are not installed.
 Without CUDA the word "cuda" comes to mean the CPU for the whole process: tensor factories, ``.cuda()`` and ``.to()``,
 the CUDA generator, streams and events. The real Megatron-Core modules then run, over gloo; only kernels differ.
 """
@@ -38,7 +38,7 @@ _installed = False
 def install() -> None:
     """Make this process able to run Megatron-Core; call it before anything of ``megatron`` is imported.
 
-    Idempotent. Where CUDA is available only Megatron's four faults and what is not installed are touched.
+    Idempotent. Where CUDA is available only Megatron's faults and what is not installed are touched.
     """
     global _installed
     if _installed:

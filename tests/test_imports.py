@@ -15,7 +15,18 @@ PACKAGE = ROOT / "megatron_slim"
 
 # A module may import from its own layer and from those before it.
 LAYERS = (
-    ("errors", "files", "cli", "linear_attention", "device", "data", "documents", "tokenizers", "preprocessing"),
+    (
+        "errors",
+        "files",
+        "cli",
+        "linear_attention",
+        "megatron_faults",
+        "device",
+        "data",
+        "documents",
+        "tokenizers",
+        "preprocessing",
+    ),
     ("recipe_budget", "recipe", "architecture"),
     ("checkpoint",),
     ("pruning",),
