@@ -1,4 +1,4 @@
-"""The CPU seam: all that lets Megatron-Core run without a GPU, and the only place that patches a library.
+"""The CPU seam: all that lets Megatron-Core run without a GPU. Libraries are patched here and in `megatron_faults` alone.
 
 On a machine with CUDA `install` only repairs faults of Megatron (the dataset helpers, the padding of buckets, resuming
 with another learning rate, and those of `megatron_faults`), and fills in for flash-linear-attention and a fused Adam
@@ -65,6 +65,7 @@ def install() -> None:
     megatron_faults.order_fp32_parameters()
     megatron_faults.save_fp32_parameters()
     _override_learning_rates()
+    megatron_faults.resume_with_other_expert_parallelism()
 
 
 def backend() -> str:

@@ -22,6 +22,7 @@ COMPOSED = {
     "... weights of other shapes: ...": '"weights of other shapes": {',
     "argument --...: '...' is not a positive integer": '"a positive integer"',
     "argument --...: '...' is not an integer that is zero or more": '"an integer that is zero or more"',
+    "--lr-warmup-iters ... is not from 0 to below --train-iters ...": "is not from 0 to below",
     "unknown key ... (did you mean ...?)": 'f"did you mean {',
     "unknown key ... (known: ...)": 'f"known: {',
     "num_layers ... does not divide into ... pipeline stages": "does not divide into {pp} pipeline stages",

@@ -11,7 +11,7 @@ python=${PYTHON:-python3}
 out=${1:-runs/demo}
 TEACHER_ITERS=${TEACHER_ITERS:-450}
 STUDENT_ITERS=${STUDENT_ITERS:-150}
-export SEQ_LENGTH=256 MICRO_BATCH_SIZE=4 GLOBAL_BATCH_SIZE=8 LR_WARMUP_ITERS=${LR_WARMUP_ITERS:-20}
+export SEQ_LENGTH=256 MICRO_BATCH_SIZE=4 GLOBAL_BATCH_SIZE=8
 export LOG_INTERVAL=${LOG_INTERVAL:-5} EVAL_INTERVAL=100000 EVAL_ITERS=1 SAVE_INTERVAL=100000 MASTER_PORT=${MASTER_PORT:-29531}
 
 if [[ -e $out ]]; then
@@ -41,7 +41,7 @@ train() { # train NAME ITERS [Megatron's flags]; the rest through the environmen
   local name=$1 iters=$2
   shift 2
   step "$name" env PYTHON="$python" TRAIN_ITERS="$iters" SAVE="$out/$name" DATA="$out/data/train_text_document" \
-    VALID_DATA="$out/data/validation_text_document" bash examples/slimqwen/pretrain_distill.sh "$@"
+    VALID_DATA="$out/data/validation_text_document" bash examples/slimqwen/pretrain_distill.sh --default-lr-warmup-iters 20 "$@"
 }
 
 evaluate() { # evaluate NAME CHECKPOINT

@@ -75,7 +75,7 @@ case $PROGRESSIVE in
 esac
 LR=${LR:-4e-4}
 MIN_LR=${MIN_LR:-3e-5}
-LR_WARMUP_ITERS=${LR_WARMUP_ITERS:-2000}
+LR_WARMUP_ITERS=${LR_WARMUP_ITERS:-} # 2000, or a tenth of a run that is no longer
 SAVE_INTERVAL=${SAVE_INTERVAL:-1000}
 EVAL_INTERVAL=${EVAL_INTERVAL:-1000}
 EVAL_ITERS=${EVAL_ITERS:-10}
@@ -101,7 +101,7 @@ args=(
   --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --expert-model-parallel-size "$EP"
   --use-distributed-optimizer
   --seq-length "$SEQ_LENGTH" --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE"
-  "${length_args[@]}" --lr "$LR" --min-lr "$MIN_LR" --lr-warmup-iters "$LR_WARMUP_ITERS"
+  "${length_args[@]}" --lr "$LR" --min-lr "$MIN_LR"
   --lr-decay-style cosine --clip-grad 1.0
   --save "$SAVE" --load "$SAVE" --save-interval "$SAVE_INTERVAL" --tensorboard-dir "$SAVE/tensorboard"
   --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" --log-interval "$LOG_INTERVAL"
@@ -109,6 +109,7 @@ args=(
   --data-cache-path "$SAVE/data-cache"
   "${data_args[@]}"
 )
+if [[ -n $LR_WARMUP_ITERS ]]; then args+=(--lr-warmup-iters "$LR_WARMUP_ITERS"); else args+=(--default-lr-warmup-iters 2000); fi
 if [[ $TP -gt 1 ]]; then args+=(--sequence-parallel); fi
 if [[ $PRECISION == bf16 ]]; then args+=(--bf16); fi
 if [[ $LAUNCHER == slurm ]]; then args+=(--exit-signal-handler); fi

@@ -24,6 +24,7 @@ from megatron_slim.training.fp8_checks import fp8_violations
 from megatron_slim.training.hidden_kd import check_projections, hidden_violations
 from megatron_slim.training.loss_checks import loss_violations
 from megatron_slim.training.missing_libraries import library_violations
+from megatron_slim.training.rates import rate_violations
 from megatron_slim.training.resume import faults_of, mend_tracker
 from megatron_slim.training.run_log import logging_violations
 from megatron_slim.training.stage_layout import layer_violations, stage_violations
@@ -51,7 +52,7 @@ def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
         if getattr(args, name) < 1:
             small.append(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive")
     found = small or _process_violations(args) + stage_violations(args) + _model_violations("student", shape, args)
-    found += loss_violations(shape, args) + ahead_violations(args) + logging_violations(args)
+    found += loss_violations(shape, args) + ahead_violations(args) + logging_violations(args) + rate_violations(args)
     found += hidden_violations(shape, teacher, args) + ([] if small else fp8_violations(shape, teacher, args))
     if teacher is not None and not small:
         found += _model_violations("teacher", teacher, args) + _pair_violations(shape, teacher, args)

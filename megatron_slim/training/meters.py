@@ -170,12 +170,17 @@ class ExpertCounter:
 
         return count
 
+    def forget(self) -> None:
+        """Begin again with the next iteration."""
+        for counts in self.counts.values():
+            counts.zero_()
+
     def take(self, layers: int, experts: int) -> Tensor:
-        """Counts [layers, experts] since this was called last, on the device; zeros for the layers of other ranks."""
+        """Counts [layers, experts] since they were zero, on the device; zeros for the layers of other ranks."""
         found = torch.zeros(layers, experts, dtype=torch.float64, device=torch.cuda.current_device())
         for layer, counts in self.counts.items():
             found[layer] += counts
-            counts.zero_()
+        self.forget()
         return found
 
 
@@ -184,7 +189,7 @@ class LossSums:
     """Of every loss term, over this rank's tokens: its sum, their number, and the sum times the term's weight.
 
     Attributes:
-        weights: of this iteration.
+        totals: of the last iteration, [terms, 3]; None where this rank has no losses.
     """
 
     totals: Tensor | None = None
@@ -197,19 +202,16 @@ class LossSums:
         self._current = pairs if self._current is None else self._current + pairs
 
     def end_iteration(self, weights: Mapping[str, float]) -> None:
-        """Add up what came with the weights of this iteration."""
-        if self._current is None:
+        """Weigh what came in this iteration; what came before is forgotten."""
+        self.totals, found = None, self._current
+        if found is None:
             return
-        if self.totals is None:
-            self.totals = torch.zeros(len(TERMS), 3, dtype=torch.float64, device=self._current.device)
-        self.totals[:, :2] += self._current
-        for row, name in enumerate(TERMS):
-            self.totals[row, 2].add_(self._current[row, 0], alpha=weights[name])
+        factors = torch.tensor([weights[name] for name in TERMS], dtype=torch.float64, device=found.device)
+        self.totals = torch.cat([found.double(), (found[:, 0] * factors).unsqueeze(1)], dim=1)
         self._current = None
 
     def take(self) -> Tensor:
-        """Sum, count and weighted sum [terms, 3] since this was called last, on the device."""
-        found, self.totals = self.totals, None
-        if found is None:
+        """Sum, count and weighted sum [terms, 3] of the last iteration, on the device."""
+        if self.totals is None:
             return torch.zeros(len(TERMS), 3, dtype=torch.float64, device=torch.cuda.current_device())
-        return found
+        return self.totals

@@ -25,7 +25,7 @@ from megatron.training.arguments import add_megatron_arguments, parse_and_valida
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_slim import device
+from megatron_slim import device, megatron_faults
 from megatron_slim.architecture.context_parallel import own_positions
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.layer_specs import build_model, shape_config_fields
@@ -50,7 +50,8 @@ from megatron_slim.training.finite import FiniteWatch
 from megatron_slim.training.hidden_kd import HiddenLog, check_stages, hidden_lesson
 from megatron_slim.training.missing_libraries import library_note
 from megatron_slim.training.progressive import find_place, is_done, stage_of
-from megatron_slim.training.resume import SAME_LAYOUT, why_not_going_on
+from megatron_slim.training.rates import default_warmup
+from megatron_slim.training.resume_checks import SAME_LAYOUT, check_resume, why_not_restored
 from megatron_slim.training.run_log import RunLog, run_constants
 from megatron_slim.training.slim_arguments import MEGATRON_HELP, TOP_K, add_slim_arguments, loss_schedules, now
 from megatron_slim.training.stage_layout import plan_stages
@@ -347,8 +348,13 @@ def _train(run: Run, args: Any) -> None:
         if not all(isinstance(reason, CheckpointingException) for reason in reasons):
             raise
         raise CheckpointError(f"refused by Megatron: {reasons[0]}", fix=SAME_LAYOUT) from None
-    except (AssertionError, KeyError, ValueError, RuntimeError) as error:  # likewise, if it is about going on
-        if (refusal := why_not_going_on(error)) is None:
+    except (
+        AssertionError,
+        KeyError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # likewise, if it is about restoring the optimizer
+        if (refusal := why_not_restored(error)) is None:
             raise
         raise refusal from None
 
@@ -364,6 +370,7 @@ def main(argv: list[str]) -> None:
     parsed = parse_args(add_slim_arguments)
     stage = stage_of(parsed.pretrained_checkpoint)
     place = find_place(stage, parsed)
+    sys.argv[1:] = [*default_warmup(parsed, argv), *sys.argv[1:]]
     teacher = check_run(shape, parsed)
     if place is not None:
         if is_done(place, parsed.load, parsed.ckpt_step) and not parsed.skip_train:
@@ -376,6 +383,7 @@ def main(argv: list[str]) -> None:
     balancing = load_balancing_note(shape, argv, parsed.moe_router_load_balancing_type)
     if parsed.rank == 0 and balancing is not None:
         say(balancing)
+    megatron_faults.log_what_the_iteration_was()
     device.keep_schedule_with_iterations(0 if place is None else place.start)
     target = _mtp_kd_target(shape, teacher, parsed)
     runs_mtp = target == TEACHER_MTP and shape.mtp_num_layers > 0
@@ -385,6 +393,7 @@ def main(argv: list[str]) -> None:
     sys.argv[1:] = layout.command_line(sys.argv[1:])
     check_stages(parsed.hidden_kd_layers, layout.stages)
     args = _validated_arguments()
+    check_resume(args)
     constants = run_constants(shape, teacher, args, teacher_runs_mtp=runs_mtp, stage=stage, place=place)
     log = RunLog(shape, _loss_weights, constants)
     hidden_log = HiddenLog(args.hidden_kd_layers)

@@ -8,9 +8,7 @@ first checkpoint, none) beside a complete checkpoint: Megatron then exits with s
 from __future__ import annotations
 
 import os
-import re
 import time
-import traceback
 from pathlib import Path
 
 from megatron_slim.checkpoint.distributed import iteration_directory
@@ -21,34 +19,6 @@ from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.files import write_atomic
 
 SECONDS_FOR_RANK_0 = 60.0  # to mend, and for a shared file system to show it
-SAME_LAYOUT = (
-    "the optimizer goes on in the layout it was saved in, or with --dist-ckpt-optim-fully-reshardable (given when it "
-    "was saved) in any; --no-load-optim starts it afresh"
-)
-OTHER_SCHEDULE = "give what it was saved with, or --override-opt_param-scheduler to go on with what is given"
-_OF_SCHEDULER = re.compile(
-    r"OptimizerParamScheduler: class input value (.*) and checkpointvalue (.*) for (.*) do not match"
-)
-
-
-def why_not_going_on(error: Exception) -> CheckpointError | None:
-    """What Megatron means when it cannot go on with a checkpoint of another schedule or layout; None if it is not that.
-
-    It finds out while it loads, on all ranks alike.
-    """
-    text = str(error)
-    if "mismatch after resume" in text:
-        sizes = text.split(" after resume ")[-1].split(":")[0]
-        return CheckpointError(f"saved with other tensor or pipeline parallel sizes {sizes}", fix=SAME_LAYOUT)
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    of_groups = isinstance(error, KeyError) and last.name == "load_state_dict" and "optimizer" in last.filename
-    if of_groups or text.startswith("Could not find parameter group"):
-        return CheckpointError("saved with another --lr or --min-lr", fix=OTHER_SCHEDULE)
-    if (found := _OF_SCHEDULER.fullmatch(text)) is None:
-        return None
-    given, saved, name = found.groups()
-    what = name.replace("iterations", "iterations, in samples,")
-    return CheckpointError(f"saved with another schedule: {what} {saved}, not {given}", fix=OTHER_SCHEDULE)
 
 
 def faults_of(directory: Path) -> list[str]:

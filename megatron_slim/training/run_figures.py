@@ -1,6 +1,7 @@
 """What a run tells, computed from what its ranks have measured over a logging interval (no torch).
 
-Everything is a mean over the interval. Tags are those of tensorboard; docs/training.md says what each of them means.
+Times and rates are means over the interval; losses and experts are of its last iteration. Tags are those of
+tensorboard; docs/training.md says what each of them means.
 """
 
 from __future__ import annotations
@@ -74,9 +75,9 @@ class Interval:
         pipeline_rank: of every rank, [ranks].
         peak_bytes: of every rank's memory, [ranks].
         computing: seconds of every rank, [ranks, chunks, kinds].
-        losses: sum, number of tokens and sum times weight of every term, [terms, 3].
-        tokens_per_expert: [layers and MTP blocks, experts].
-        kd_lambda: of the last iteration; None without a teacher.
+        losses: of the last iteration: sum, number of tokens and sum times weight of every term, [terms, 3].
+        tokens_per_expert: likewise, [layers and MTP blocks, experts].
+        kd_lambda: likewise; None without a teacher.
         mtp_beta: likewise; None without an MTP head.
     """
 

@@ -1,5 +1,8 @@
 """What a run tells: measured on every rank, added up once per ``--log-interval``, told by the rank that logs.
 
+Times are of the interval; losses and experts are of its last iteration, so that an interrupted run tells what a whole
+one does.
+
 Megatron has one hook per iteration, ``finalize_model_grads_func``, between the backward passes and the optimizer. An
 interval therefore ends there; it is as long as Megatron's own, and one optimizer step earlier.
 """
@@ -146,6 +149,8 @@ class RunLog:
             interval = self._gather(weights)
             if args.rank == args.world_size - 1:  # where Megatron logs
                 self._tell(interval, self._progress(iteration, args.consumed_train_samples + batch))
+        else:
+            self.experts.forget()
 
     def _progress(self, iteration: int, samples: int) -> Progress:
         assert self._first is not None

@@ -49,6 +49,13 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "and end when its own tokens are done. --train-iters, schedules and the order of the data are those of all "
         "stages. Default: a run of its own.",
     )
+    group.add_argument(
+        "--default-lr-warmup-iters",
+        type=int,
+        metavar="ITERATIONS",
+        help="Warm-up of the learning rate where no --lr-warmup-... is given; a tenth of the run where the run is no "
+        "longer than that. Default: none.",
+    )
     _add_teacher(group)
     _add_losses(group)
     _add_hidden_states(group)

@@ -17,6 +17,7 @@ from megatron_slim.files import to_json
 from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tiny_checkpoint, write_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
+WARMUP = {"LR_WARMUP_ITERS": "7"}
 TRAIN, DEMO = (ROOT / "examples/slimqwen" / name for name in ("pretrain_distill.sh", "demo.sh"))
 
 
@@ -58,11 +59,23 @@ def test_dry_run_prints_the_command() -> None:
     assert "tools/torchrun.py --node-rank 0 --nproc-per-node 4 " in command
     assert "--data-path 0.3 a 0.7 b --split" in command
     assert "--sequence-parallel --bf16 --pretrained-checkpoint pruned --teacher-load big" in command
+    assert "--default-lr-warmup-iters 2000" in command and "--lr-warmup-iters" not in words
     assert words[-2:] == ["--lr", "1"] and "--lr 4e-4" in command  # what is given by hand comes last and wins
 
 
 def test_separate_validation_data() -> None:
-    done = run(TRAIN, DRY_RUN="1", SAVE="run", DATA="a", VALID_DATA="b", HF_CONFIG="config", NNODES="4", NODE_RANK="3")
+    done = run(
+        TRAIN,
+        DRY_RUN="1",
+        SAVE="run",
+        DATA="a",
+        VALID_DATA="b",
+        HF_CONFIG="config",
+        NNODES="4",
+        NODE_RANK="3",
+        **WARMUP,
+    )
+    assert "--lr-warmup-iters 7" in done.stdout and "--default-lr-warmup-iters" not in done.stdout
     assert "--train-data-path a --valid-data-path b --test-data-path b" in done.stdout
     assert "--node-rank 3 " in done.stdout and "--nnodes 4 " in done.stdout and "--hf-config config" in done.stdout
 

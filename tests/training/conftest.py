@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,20 @@ def read_scalars(directory: Path) -> dict[str, list[float]]:
     events = EventAccumulator(str(directory))
     events.Reload()
     return {tag: [point.value for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def read_console(log: Path) -> dict[int, dict[str, str]]:
+    """What Megatron's lines tell by iteration and name, but for times."""
+    found: dict[int, dict[str, str]] = {}
+    for line in log.read_text().splitlines():
+        if match := re.search(r"\] iteration +(\d+)/ *\d+ \| (.*)", line):
+            told = dict(part.strip().split(": ") for part in match[2].split(" | ") if ": " in part)
+            found[int(match[1])] = {name: text.strip(" |") for name, text in told.items() if "elapsed" not in name}
+    return found
+
+
+# Parts of names of what is measured, and differs between equal runs.
+MEASURED = "seconds memory throughput time tflops mfu pipeline".split()
 
 
 @dataclass(frozen=True)
