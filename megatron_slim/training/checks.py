@@ -34,6 +34,7 @@ from megatron_slim.training.stage_layout import layer_violations, stage_violatio
 from megatron_slim.training.teacher_ahead import ahead_violations
 
 CHECKED_TOKENS = 1 << 20  # of each data set: another tokenizer's ids show in far fewer
+OPTIMIZER = "adam"  # memory plans, checkpoints of optimizer state and the CPU know no other
 DEFAULT_SPLIT = "969, 30, 1"  # Megatron's
 _DATA_ARGUMENTS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
@@ -57,6 +58,8 @@ def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
         if getattr(args, name) < 1:
             small.append(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive")
     found = small or _process_violations(args) + stage_violations(args) + _model_violations("student", shape, args)
+    if args.optimizer != OPTIMIZER:
+        found.append(f"--optimizer {args.optimizer} is not supported: only {OPTIMIZER} is tested")
     found += loss_violations(shape, args) + ahead_violations(args) + logging_violations(args)
     found += hidden_violations(shape, teacher, args) + ([] if small else fp8_violations(shape, teacher, args))
     if teacher is not None and not small:
