@@ -32,7 +32,7 @@ help:
 venv: $(READY)
 
 # The stamp comes last: an environment without it was interrupted and is built anew.
-$(VENV)/.complete: setup.py
+$(VENV)/.complete: pyproject.toml
 	@python="$(firstword $(find_python))"; \
 	if [ -z "$$python" ]; then \
 		echo "error: no Python 3.12 with venv found$(if $(PYTHON), at PYTHON=$(PYTHON)); install it or give PYTHON=/path/to/python3.12" >&2; exit 2; \
@@ -56,7 +56,7 @@ lint: $(READY)
 	$(BIN)shellcheck $(SCRIPTS)
 	$(BIN)hadolint --failure-threshold style Dockerfile
 
-# Versions and hashes of the images, after a change in setup.py; needs uv.
+# Versions and hashes of the images, after a change in pyproject.toml; needs uv.
 lock:
 	$(PY) requirements/lock.py
 

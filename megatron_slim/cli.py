@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
@@ -45,6 +45,7 @@ _MENDABLE = {
     errno.ELOOP: _NAME,
 }
 _LINE_SECONDS = 30.0  # between two lines of progress in a log
+_SECONDS_BEHIND_RANK_0 = 10.0  # in which the launcher ends the ranks whose fault rank 0 has said
 _FRAME_SECONDS = 0.1  # between two frames of a bar on a terminal
 
 
@@ -337,6 +338,19 @@ def die_with_parent() -> None:
 
         pr_set_pdeathsig = 1
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, int(signal.SIGKILL))
+
+
+def leave_ranks(fault: SlimError) -> NoReturn:
+    """End one rank of many: ``fault`` as one line on standard error, and exit code 2.
+
+    Mostly all ranks find the same fault. Rank 0 says it, and the launcher ends the others; one that is still there
+    some seconds later has found a fault of its own, or is on another node, and says it. Of a node's ranks the first
+    comes before the others.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        sleep(_SECONDS_BEHIND_RANK_0 * (1 if os.environ.get("LOCAL_RANK") == "0" else 1.5))
+    say(f"error: {fault}")
+    exit_at_once(EXIT_USER_ERROR)
 
 
 def exit_at_once(code: int) -> NoReturn:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 EXIT_USER_ERROR = 2
 MAX_MESSAGE = 4000
@@ -57,6 +57,21 @@ def _clipped(text: str) -> str:
     """No more of a message than a person reads: it may quote a value of megabytes."""
     more = len(text) - MAX_MESSAGE
     return text if more <= 0 else f"{text[:MAX_MESSAGE]}... and {more} more characters"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Whole numbers in order, neighbours as one range.
+
+    >>> ranges([40, 3, 5, 4, 17])
+    '3-5, 17, 40'
+    """
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def summarise(found: Sequence[str], limit: int = 4) -> str:

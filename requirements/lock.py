@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Pin what setup.py allows, with hashes, for the images: `make lock`, which needs uv and a package index.
+"""Pin what pyproject.toml allows, with hashes, for the images: `make lock`, which needs uv and a package index.
 
 base.txt is what every image gets; image.txt what NVIDIA's image has already, built to fit together, and the CPU image
 gets; dev.txt and gpu.txt what these extras add. Transformer Engine and apex come with NVIDIA's image alone.
@@ -21,7 +21,7 @@ OWN = re.compile(r"(torch|triton|numpy|setuptools|nvidia-.*|cuda-.*)==")  # of N
 NOT_LOCKED = ("transformer-engine",)
 COMMAND = "uv pip compile - --no-config --generate-hashes --no-annotate --no-header --python-version 3.12".split()
 PLATFORM = ["--python-platform", "x86_64-manylinux_2_28"]  # hashes are those of all files of a version
-HEADER = "# Made by requirements/lock.py from setup.py; {what}.\n"
+HEADER = "# Made by requirements/lock.py from pyproject.toml; {what}.\n"
 
 
 def resolve(wanted: list[str], constraints: Path | None = None) -> list[str]:

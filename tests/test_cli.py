@@ -19,6 +19,7 @@ import torch
 from megatron_slim import cli
 from megatron_slim.cli import byte_progress, progress, run_tool
 from megatron_slim.errors import SlimError
+from tests.signals import default_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = """
@@ -82,7 +83,9 @@ class Deaf(io.StringIO):
 def started(script: str, *arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", HEAD + script, *map(str, arguments)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True, preexec_fn=default_signals
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

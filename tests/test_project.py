@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import doctest
 import importlib
 import os
 import re
 import shutil
 import subprocess
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -30,15 +29,10 @@ WITH_DOCTESTS = sorted(
 )
 
 
-def setup_keyword(name: str) -> Any:
-    tree = ast.parse((ROOT / "setup.py").read_text())
-    (call,) = [node.value for node in tree.body if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)]
-    (value,) = [keyword.value for keyword in call.keywords if keyword.arg == name]
-    return ast.literal_eval(value)
-
-
-REQUIREMENTS = [Requirement(line) for line in setup_keyword("install_requires")]
-DEVELOPMENT = [Requirement(line) for line in setup_keyword("extras_require")["dev"]]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REQUIREMENTS = [Requirement(line) for line in PROJECT["dependencies"]]
+EXTRAS = {name: list(map(Requirement, lines)) for name, lines in PROJECT["optional-dependencies"].items()}
+DEVELOPMENT = EXTRAS["dev"]
 
 
 @pytest.mark.parametrize("requirement", REQUIREMENTS + DEVELOPMENT, ids=lambda requirement: requirement.name)
@@ -54,16 +48,15 @@ def pins(name: str) -> dict[str, str]:
     return dict(entry.split()[0].split("==") for entry in entries)
 
 
-def test_images_install_what_setup_allows() -> None:
-    """One truth: what setup.py declares is pinned once, inside its ranges; each image gets all of it."""
+def test_images_install_what_the_project_allows() -> None:
+    """One truth: what pyproject.toml declares is pinned once, inside its ranges; each image gets all of it."""
     files = {name: pins(name) for name in ("image.txt", "base.txt", "dev.txt", "gpu.txt")}
     every = [name for found in files.values() for name in found]
     assert len(every) == len(set(every))
-    extras = setup_keyword("extras_require")
     for declared, places in (
         (REQUIREMENTS, ("image.txt", "base.txt")),
         (DEVELOPMENT, ("dev.txt",)),
-        ([Requirement(line) for line in extras["gpu"]], ("gpu.txt",)),
+        (EXTRAS["gpu"], ("gpu.txt",)),
     ):
         found = {name: pinned for place in places for name, pinned in files[place].items()}
         for requirement in declared:

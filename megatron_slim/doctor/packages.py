@@ -1,29 +1,39 @@
-"""Installed versions against those that setup.py declares, the one place that says them."""
+"""Installed versions against those that the package declares (pyproject.toml, the one place that says them)."""
 
 from __future__ import annotations
 
-import ast
 import importlib.metadata
 import importlib.util
 import platform
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_slim.doctor.findings import NOTE, OK, PROBLEM, Finding, good_or
 
-SETUP = Path(__file__).resolve().parents[2] / "setup.py"
+PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+PACKAGE = "megatron_slim"
 KERNELS = {"flash-linear-attention": "fla", "transformer-engine": "transformer_engine", "apex": "apex"}
 
 
-def declared(setup: Path = SETUP) -> dict[str, list[str]]:
-    """Requirements of a setup.py that names them as literals: "" for all machines, else by extra."""
-    tree = ast.parse(setup.read_text(encoding="utf-8"))
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    (call,) = [node for node in calls if isinstance(node.func, ast.Name) and node.func.id == "setup"]
-    found = {word.arg: word.value for word in call.keywords if word.arg in ("install_requires", "extras_require")}
-    extras: dict[str, list[str]] = ast.literal_eval(found["extras_require"])
-    return {"": ast.literal_eval(found["install_requires"])} | extras
+def declared() -> dict[str, list[str]]:
+    """Requirements of this checkout or, installed from a wheel, of that: "" for all machines, else by extra."""
+    if PYPROJECT.is_file():
+        project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
+        if project["name"] == PACKAGE:  # others install a file of that name beside the packages
+            return {"": project["dependencies"]} | project["optional-dependencies"]
+    from packaging.requirements import Requirement
+
+    extras = importlib.metadata.metadata(PACKAGE).get_all("Provides-Extra") or []
+    found: dict[str, list[str]] = {name: [] for name in ("", *extras)}
+    for line in importlib.metadata.requires(PACKAGE) or []:
+        marker = Requirement(line).marker
+        for name in ("", *extras):
+            if marker is None or marker.evaluate({"extra": name}):
+                found[name].append(line)
+                break
+    return found
 
 
 def packages() -> Iterator[Finding]:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_slim.architecture.parallelism import Layout
-from megatron_slim.cli import exit_at_once, not_negative, positive, say, user_error
-from megatron_slim.errors import EXIT_USER_ERROR, SlimError
+from megatron_slim.cli import leave_ranks, not_negative, positive, say, user_error
+from megatron_slim.errors import SlimError
 from megatron_slim.files import refuse_existing
 
 if TYPE_CHECKING:
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from megatron_slim.checkpoint.convert import Checkpoint
     from megatron_slim.pruning.statistics import Statistics
     from megatron_slim.pruning.work_dir import WorkDir
-
-SECONDS_FOR_RANK_0 = 10.0
 
 
 @dataclass(frozen=True)
@@ -137,21 +134,14 @@ def _refuse_as_weights(save: Path) -> None:
 
 
 def run_rank(load: Path, save: Path, options: CalibrationOptions, layout: Layout, **reading: Any) -> dict[str, Any]:
-    """`run_calibrate` on one rank of many: a fault is said in one line, and every rank leaves with exit code 2.
-
-    Mostly all ranks find the same fault. Rank 0 says it, and the launcher ends the others; one that is still there
-    some seconds later has found a fault of its own, and says that.
-    """
+    """`run_calibrate` on one rank of many: a fault is said in one line, and every rank leaves with exit code 2."""
     try:
         results = run_calibrate(load, save, options, layout, **reading)
     except Exception as error:
         fault = user_error(error)
         if fault is None:
             raise
-        if os.environ["RANK"] != "0":
-            time.sleep(SECONDS_FOR_RANK_0)
-        say(f"error: {fault}")
-        exit_at_once(EXIT_USER_ERROR)
+        leave_ranks(fault)
     import torch
 
     torch.distributed.barrier()  # nobody leaves with success before the file is there

@@ -6,6 +6,7 @@ from typing import Any, TypedDict
 
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
 from megatron_slim.architecture.table import count_parameters
+from megatron_slim.errors import ranges
 from megatron_slim.pruning.plan import Plan
 
 
@@ -136,5 +137,4 @@ def _no_period(plan: Plan) -> list[str]:
 
 
 def _dropped_layers(plan: Plan) -> str:
-    dropped = sorted(set(range(plan.source_shape.num_layers)) - set(plan.kept_layers))
-    return f"{dropped[0]}-{dropped[-1]}" if dropped else "none"
+    return ranges(set(range(plan.source_shape.num_layers)) - set(plan.kept_layers)) or "none"

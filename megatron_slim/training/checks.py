@@ -31,6 +31,8 @@ from megatron_slim.training.stage_layout import layer_violations, stage_violatio
 from megatron_slim.training.start_checks import check_rows, say_remarks
 from megatron_slim.training.teacher_ahead import ahead_violations
 
+OPTIMIZER = "adam"  # memory plans, checkpoints of optimizer state and the CPU know no other
+
 
 def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
     """Check what Megatron cannot know, or says with a traceback: models, layout, checkpoints and data.
@@ -52,6 +54,8 @@ def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
         if getattr(args, name) < 1:
             small.append(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive")
     found = small or _process_violations(args) + stage_violations(args) + _model_violations("student", shape, args)
+    if args.optimizer != OPTIMIZER:
+        found.append(f"--optimizer {args.optimizer} is not supported: only {OPTIMIZER} is tested")
     found += loss_violations(shape, args) + ahead_violations(args) + logging_violations(args) + rate_violations(args)
     found += hidden_violations(shape, teacher, args) + ([] if small else fp8_violations(shape, teacher, args))
     if teacher is not None and not small:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -37,11 +35,11 @@ from megatron_slim.checkpoint.huggingface import read_config, storage_of
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.checkpoint.precision import keep_types
 from megatron_slim.checkpoint.side_files import carry_files, say_left_behind
-from megatron_slim.cli import exit_at_once, say
+from megatron_slim.cli import leave_ranks, say
 from megatron_slim.distillation.divergences import KDLoss
 from megatron_slim.distillation.losses import KD_LAMBDA, MTP_BETA, LossWeights, TokenLosses, combine, gradients_of_total
 from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel
-from megatron_slim.errors import EXIT_USER_ERROR, CheckpointError, SlimError
+from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.files import new_directory, to_json, write_atomic
 from megatron_slim.training.arguments import install_argv, load_balancing_note, shape_directory
 from megatron_slim.training.checks import check_run, open_student, open_teacher, start_of, starts_by_ourselves
@@ -58,8 +56,6 @@ from megatron_slim.training.stage_layout import plan_stages
 from megatron_slim.training.teacher_ahead import TeacherAhead, check_host_memory, held_bytes
 from megatron_slim.training.teacher_check import check_teacher
 from megatron_slim.training.teacher_config import teacher_config
-
-SECONDS_FOR_RANK_0 = 10.0
 
 
 @dataclasses.dataclass
@@ -410,16 +406,8 @@ def main(argv: list[str]) -> None:
 
 
 def run_from_command_line() -> None:
-    """`main`, with a `SlimError` as one line on stderr and exit code 2.
-
-    Mostly all ranks find the same fault. Rank 0 says it, and the launcher ends the others; one that is still there
-    some seconds later has found a fault of its own, or is on another node, and says it. Of a node's ranks the first
-    comes before the others.
-    """
+    """`main`, with a `SlimError` as one line on stderr and exit code 2, on all ranks."""
     try:
         main(sys.argv[1:])
     except SlimError as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(SECONDS_FOR_RANK_0 * (1 if os.environ.get("LOCAL_RANK") == "0" else 1.5))
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        exit_at_once(EXIT_USER_ERROR)
+        leave_ranks(error)

@@ -18,7 +18,7 @@ from megatron_slim.cli import say
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.files import write_atomic
 
-SECONDS_FOR_RANK_0 = 60.0  # to mend, and for a shared file system to show it
+SECONDS_FOR_TRACKER = 60.0  # for rank 0 to repair it, and for a shared file system to show it
 
 
 def faults_of(directory: Path) -> list[str]:
@@ -108,7 +108,7 @@ def mend_tracker(directory: Path, *, rank: int) -> None:
 
 def _wait_for(tracker: Path) -> None:
     """Until rank 0 has mended it: what comes next looks for it."""
-    deadline = time.monotonic() + SECONDS_FOR_RANK_0
+    deadline = time.monotonic() + SECONDS_FOR_TRACKER
     while not tracker.is_file() or not tracker.read_text().strip():
         if time.monotonic() > deadline:
             raise CheckpointError("rank 0 did not mend it", where=str(tracker), fix="see what rank 0 says")

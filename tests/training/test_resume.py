@@ -137,7 +137,7 @@ def test_other_ranks_wait_for_the_first(run: Path, monkeypatch: pytest.MonkeyPat
     waiting.join(timeout=10)
     assert not waiting.is_alive()
     (run / TRACKER).write_text("")
-    monkeypatch.setattr(resume, "SECONDS_FOR_RANK_0", 0.0)
+    monkeypatch.setattr(resume, "SECONDS_FOR_TRACKER", 0.0)
     with pytest.raises(CheckpointError, match="rank 0 did not mend it"):
         mend_tracker(run, rank=3)
 

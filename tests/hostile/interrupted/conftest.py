@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
+from tests.signals import default_signals
+
 SECONDS = 60  # no child takes longer; one that hangs is killed
 WRITES = ("write", "writev", "pwrite", "pwritev", "sendfile", "copy_file_range", "truncate", "ftruncate")
 FLUSHES = ("fsync", "fdatasync")
@@ -114,6 +116,7 @@ def run_child(log: Path, main: Callable[[], Any], *, at: int = 0, action: Action
     process = os.fork()
     if process:
         return process
+    default_signals()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(SECONDS)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

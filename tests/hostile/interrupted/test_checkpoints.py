@@ -32,6 +32,7 @@ from megatron_slim.pruning.plan import make_plan
 from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes
 from megatron_slim.recipe import parse_recipe
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
+from tests.signals import default_signals
 
 ROOT = Path(__file__).resolve().parents[3]
 SHAPE = tiny_shape(
@@ -329,7 +330,7 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_real_command_line(larger: Path, tmp_path: Path, number: signal.Signals) -> None:
     """In a process of its own, with two that write, as soon as they do."""
     command = [sys.executable, ROOT / CONVERT, "--load", larger, "--save", tmp_path / "out", "--processes", "2"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=default_signals) as process:
         while len(list(tmp_path.glob(".out.partial/*/*"))) < 2 and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(number)
