@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import xxhash
 from megatron.core import parallel_state
 from megatron.core.datasets import gpt_dataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -19,9 +21,9 @@ from megatron.training import get_args, get_tokenizer
 from torch import Tensor
 
 from megatron_slim.checkpoint.reference import Reference
-from megatron_slim.data import check_ids, read_stream
+from megatron_slim.data import check_ids, document_lengths, read_stream
 from megatron_slim.errors import DataError
-from megatron_slim.training.blends import Blend, read_sources
+from megatron_slim.training.blends import Blend, Sources, read_sources
 from megatron_slim.training.data_checks import DEFAULT_SPLIT, needed_parts
 
 LOOKED_AT = 1000  # samples, for the first that is not padding alone
@@ -33,8 +35,7 @@ class _OwnMasks:
     """Masks and positions of every sample are made for that sample.
 
     Megatron 0.19.2 keeps those of the first one that it serves, and has written that sample's padding into the loss
-    mask that it keeps: every later sample would lose the same positions. Its classes keep their names here, because
-    indices that it has cached on disk are found by them.
+    mask that it keeps: every later sample would lose the same positions.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -42,12 +43,31 @@ class _OwnMasks:
         self.masks_and_position_ids_are_cacheable = False
 
 
-class GPTDataset(_OwnMasks, gpt_dataset.GPTDataset):
-    """Megatron's GPT dataset with masks of each sample's own, and what the file holds for each sample.
+@dataclass
+class DatasetConfig(GPTDatasetConfig):
+    """Megatron's configuration, and what tells two states of the same data sets apart.
 
-    That is the lowest and the highest id (``ids``), and the file. Megatron fills a last sample with its padding id,
-    mostly -1, and masks every position that has it: from its samples nobody can tell that -1 stood in the file.
+    Attributes:
+        lengths: hash of the documents' lengths in all data sets, of which indices are made.
     """
+
+    lengths: str = ""
+
+
+class GPTDataset(_OwnMasks, gpt_dataset.GPTDataset):
+    """Megatron's GPT dataset with masks of each sample's own, own indices, and what the file holds for each sample.
+
+    Indices that are cached on disk are those of these documents: Megatron finds them by the data set's path, and would
+    cut a data set that was written anew into the samples of the old one.
+
+    What the file holds is the lowest and the highest id (``ids``), and the file. Megatron fills a last sample with its
+    padding id, mostly -1, and masks every position that has it: from its samples nobody can tell that -1 stood in the
+    file.
+    """
+
+    @staticmethod
+    def _key_config_attributes() -> list[str]:
+        return [*gpt_dataset.GPTDataset._key_config_attributes(), "lengths"]
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
         sample: dict[str, Any] = super().__getitem__(idx)
@@ -64,7 +84,7 @@ class MockGPTDataset(_OwnMasks, gpt_dataset.MockGPTDataset):
     """Megatron's artificial data with masks of each sample's own."""
 
 
-def dataset_config() -> GPTDatasetConfig:
+def dataset_config() -> DatasetConfig:
     """Megatron's dataset configuration from its arguments, without the parts that are not used.
 
     Megatron would build those too: with 0 samples, for which it needs at least one token.
@@ -72,7 +92,7 @@ def dataset_config() -> GPTDatasetConfig:
     args = get_args()
     sources, needed = read_sources(args), needed_parts(args)
     per_part = [_for_megatron(blend) if used else None for blend, used in zip(sources.parts, needed, strict=True)]
-    config = GPTDatasetConfig(
+    config = DatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=_for_megatron(sources.whole),
@@ -88,10 +108,17 @@ def dataset_config() -> GPTDatasetConfig:
         create_attention_mask=False,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        lengths=_hash_of_lengths(sources),
     )
     if config.split_matrix is not None:
         config.split_matrix = [ends if used else None for ends, used in zip(config.split_matrix, needed, strict=True)]
     return config
+
+
+def _hash_of_lengths(sources: Sources) -> str:
+    prefixes = {prefix for blend in sources.blends() if blend is not None for prefix in blend.prefixes}
+    hashes = [xxhash.xxh3_64_hexdigest(document_lengths(Path(prefix))) for prefix in sorted(prefixes)]
+    return " ".join(hashes)
 
 
 def _for_megatron(blend: Blend | None) -> tuple[list[str], list[float] | None] | None:

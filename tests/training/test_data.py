@@ -108,6 +108,16 @@ def test_parts_that_are_not_used_are_not_built(build: Build, tmp_path: Path, kin
     assert {path.name.split("-")[1] for path in (tmp_path / "c").glob("*.npy")} <= {"GPTDataset", "MockGPTDataset"}
 
 
+def test_indices_are_not_those_of_a_data_set_that_was_there_before(build: Build, tmp_path: Path) -> None:
+    """Megatron's cache on disk knows a data set by its path alone."""
+    found = []
+    for name, lengths in (("d", (20, 40)), ("d", (40, 20)), ("fresh", (40, 20))):
+        write_tokens(tmp_path / name, [np.full(length, number) for number, length in enumerate(lengths * 15, start=1)])
+        (train, *_) = build((24, 0, 0), train_data_path=[str(tmp_path / name)], eval_iters=0)
+        found.append(served(train, 24)["tokens"])
+    assert torch.equal(found[1], found[2]) and not torch.equal(found[0], found[1])
+
+
 def shares(dataset: Any, number: int) -> Counter[int]:
     """How many samples are of each data set, which is told by its ids."""
     return Counter(int(dataset[index]["tokens"].max()) // 10 for index in range(number))
