@@ -1,4 +1,4 @@
-"""The CPU seam: all that lets Megatron-Core run without a GPU. Only here and in `megatron_faults` libraries are patched.
+"""The CPU seam: all that lets Megatron-Core run without a GPU. Only this and `megatron_faults` patch a library.
 
 On a machine with CUDA `install` only repairs faults of Megatron (the dataset helpers, the padding of buckets, the
 precision of the router's counters, going on with another learning rate, and those of `megatron_faults`), and fills in
