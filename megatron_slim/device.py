@@ -1,4 +1,4 @@
-"""The CPU seam: all that lets Megatron-Core run without a GPU. Only it and `megatron_faults` patch libraries.
+"""The CPU seam: all that lets Megatron-Core run without a GPU. Only this and `megatron_faults` patch a library.
 
 On a machine with CUDA `install` only repairs faults of Megatron (the dataset helpers, the padding of buckets, resuming
 with another learning rate, and those of `megatron_faults`), and fills in for flash-linear-attention and a fused Adam

@@ -19,10 +19,11 @@ from tests.training.test_runs import SCHEDULES, TERMS, keep_only  # noqa: E402
 LAYOUTS = {
     "one": (1, "--micro-batch-size 4"),
     "ep2": (2, "--micro-batch-size 2 --expert-model-parallel-size 2"),
+    "ep2-small": (2, "--micro-batch-size 1 --expert-model-parallel-size 2"),
     "ep4": (4, "--micro-batch-size 1 --expert-model-parallel-size 4"),
     "pp2": (2, "--micro-batch-size 4 --pipeline-model-parallel-size 2"),
     "tp2": (2, "--micro-batch-size 4 --tensor-model-parallel-size 2 --sequence-parallel"),
-    "vpp2": (2, "--micro-batch-size 4 --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
+    "vpp2": (2, "--micro-batch-size 2 --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
     "etp1": (
         4,
         "--micro-batch-size 2 --tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1 "
@@ -51,7 +52,7 @@ def saved(workplace, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[
         if layout not in found:
             save = tmp_path_factory.mktemp(layout) / "run"
             more = ["--dist-ckpt-optim-fully-reshardable", "--save", str(save), "--save-interval", "3"]
-            logged = start(workplace, save, f"whole-{layout}", layout, *more)
+            logged = start(workplace, save, f"before-{layout}", layout, *more)
             keep_only(save, 3)
             found[layout] = save, logged
         return found[layout]
@@ -69,7 +70,7 @@ def slow(*moves: str) -> list[Any]:
         "one ep2",
         "ep2 one",
         *slow("pp2 ep2", "ep2 pp2", "ep2 ep4", "ep4 ep2-pp2", "ep4-pp2 ep2-dp4", "ep2-dp4 ep4-pp2", "ep4 tp2"),
-        *slow("vpp2 ep2", "ep2 vpp2", "etp1 tp2", "tp2 etp1"),
+        *slow("vpp2 ep2-small", "ep2-small vpp2", "etp1 tp2", "tp2 etp1"),
     ],
 )
 def test_a_run_resumes_with_other_expert_parallelism(workplace, saved, move: str) -> None:  # type: ignore[no-untyped-def]
