@@ -50,6 +50,10 @@ def test_the_same_run_from_either_format(workplace, ours: Path, layout: str) -> 
     start = [flag, str(ours / "student"), "--teacher-load", str(ours / "teacher")]
     found = workplace.train(f"{layout}-torch-dist", 2, *flags, *start, *STRICT, start=False)
     assert len(expected["lm loss"]) == 3
+    rounds = [
+        line for line in workplace.log(f"{layout}-hf").read_text().splitlines() if ": rounds to bfloat16 " in line
+    ]
+    assert len(rounds) == (2 if "bf16" in layout else 0), rounds  # of student and teacher, once
     for term in TERMS:
         assert found[term] == expected[term], term
 

@@ -77,6 +77,7 @@ def test_without_a_step_the_export_is_the_source(mixed: Workplace, tmp_path: Pat
     assert found.dtypes == source.dtypes and set(found.dtypes.values()) == {torch.bfloat16, torch.float32}
     assert differing(found, source) == []
     assert found.config["torch_dtype"] == "bfloat16"
+    assert ": rounds to " not in mixed.log(f"still-{layout}").read_text()
 
 
 TRAINED = "--adam-eps 1 --lr 0.1 --lr-decay-style constant --weight-decay 0 --train-iters 4 --clip-grad 0".split()
