@@ -106,6 +106,9 @@ def add_load_arguments(parser: argparse.ArgumentParser, purpose: str) -> None:
         "--dequantize-fp8", action="store_true", help="take a Hugging Face checkpoint in block-scaled FP8 as bfloat16"
     )
     parser.add_argument(
+        "--verify-integrity", action="store_true", help="hash the files of a torch_dist checkpoint first and compare"
+    )
+    parser.add_argument(
         "--without-mtp", action="store_true", help="leave its MTP block out, or the word of one that is not there"
     )
 
@@ -116,6 +119,7 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
         "hf_config": args.hf_config,
         "dequantize_fp8": args.dequantize_fp8,
         "without_mtp": args.without_mtp,
+        "verify_integrity": args.verify_integrity,
         "allow_nonfinite": getattr(args, "allow_nonfinite", False),  # of the tools that write checkpoints
     }
 

@@ -3,58 +3,102 @@
 An archive is a zip file, not compressed: a pickle that says type, size and strides, then the data, aligned, then a
 directory. All that surrounds the data is the same for all tensors of one type and size, so it is made by `torch.save`
 once and written around the data of every other one; read back, it is parsed once and compared from then on.
+
+Only the CRC-32 of the data differs, which is in the archive twice. torch writes it unless told otherwise, slowly, and
+never looks at it. An archive has none where that of the pickle is 0, which is never empty.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
 import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterator
+import zlib
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import torch
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip entry: signature, ..., length of the name, length of the padding
+DIRECTORY_ENTRY = struct.Struct("<4s12xL8xHHH12x")  # signature, ..., CRC-32, lengths of name, extra field and comment
+CRC_IN_ENTRY, CRC_IN_DESCRIPTOR = 16, 4
+CRC = struct.Struct("<L")
 MAX_SMALL_BYTES = 1 << 20  # the description of one tensor takes a few hundred
-
-
-@contextlib.contextmanager
-def no_crc32() -> Iterator[None]:
-    """Leave out the zip checksums of `torch.save`, about half of its time; `torch.load` does not look at them."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What surrounds the data of a tensor: the bytes of the archive before and after."""
+    """What surrounds the data of a tensor.
+
+    Attributes:
+        head: the bytes of the archive before the data.
+        tail: those after them, zeros where the CRC-32 of the data stands.
+        crc_at: where in the tail that is; nowhere in an archive without checksums.
+    """
 
     head: bytes
     tail: bytes
+    crc_at: tuple[int, ...]
+
+    @classmethod
+    def of(cls, head: bytes, tail: bytes, crc_at: tuple[int, ...]) -> Frame:
+        """The frame of an archive that is cut around its data."""
+        return cls(head, _with_crc(tail, crc_at, 0), crc_at)
+
+    def tail_for(self, crc: int) -> bytes:
+        """The tail of an archive whose data have this CRC-32."""
+        return _with_crc(self.tail, self.crc_at, crc)
+
+    def fits(self, head: bytes, tail: bytes) -> bool:
+        """Whether an archive is this one but for its data."""
+        return head == self.head and tail == self.tail_for(self.crc_in(tail) or 0)
+
+    def crc_in(self, tail: bytes) -> int | None:
+        """The CRC-32 of the data as an archive's tail has it; None without checksums."""
+        if not self.crc_at or len(tail) != len(self.tail):
+            return None
+        crc: int = CRC.unpack_from(tail, self.crc_at[0])[0]
+        return crc
+
+
+def _with_crc(tail: bytes, places: tuple[int, ...], crc: int) -> bytes:
+    changed = bytearray(tail)
+    for place in places:
+        CRC.pack_into(changed, place, crc)
+    return bytes(changed)
 
 
 def make_frame(shape: tuple[int, ...], dtype: torch.dtype) -> Frame:
-    """What `torch.save` puts around the data of a contiguous tensor."""
-    stream = io.BytesIO()
-    with no_crc32():
-        torch.save(torch.empty(shape, dtype=dtype), stream)
-    archive = stream.getvalue()
-    start = data_offset(io.BytesIO(archive), len(archive), shape, dtype)
-    return Frame(archive[:start], archive[start + math.prod(shape) * dtype.itemsize :])
+    """What `torch.save` puts around the data of a contiguous tensor, checksums included."""
+    archive = saved_object(torch.zeros(shape, dtype=dtype))
+    start, crc_at = locate_data(io.BytesIO(archive), len(archive), shape, dtype)
+    end = start + math.prod(shape) * dtype.itemsize
+    return Frame.of(archive[:start], archive[end:], tuple(place - end for place in crc_at))
+
+
+def saved_object(value: Any) -> bytes:
+    """What `torch.save` makes of something, with checksums whatever this process has set."""
+    before, stream = torch.serialization.get_crc32_options(), io.BytesIO()
+    torch.serialization.set_crc32_options(True)
+    try:
+        torch.save(value, stream)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    return stream.getvalue()
 
 
 def data_offset(stream: BinaryIO, length: int, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Where the data starts in an archive that holds one contiguous tensor and nothing else.
+    """Where the data starts; as `locate_data`."""
+    return locate_data(stream, length, shape, dtype)[0]
+
+
+def locate_data(
+    stream: BinaryIO, length: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> tuple[int, tuple[int, ...]]:
+    """Where the data lies in an archive that holds one contiguous tensor and nothing else.
 
     Args:
         stream: the archive.
@@ -62,23 +106,42 @@ def data_offset(stream: BinaryIO, length: int, shape: tuple[int, ...], dtype: to
         shape: shape that the tensor must have.
         dtype: type that it must have.
 
+    Returns:
+        Where the data starts, and where its CRC-32 stands (nowhere in an archive without checksums).
+
     Raises:
         ValueError: it holds something else, or is damaged.
     """
     try:
         with zipfile.ZipFile(stream) as archive:
             entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-        if "byteorder" in entries and _content(stream, entries["byteorder"], length) != b"little":
+            places = _crc_places(stream, archive)
+        checked = entries["data.pkl"].CRC != 0
+        if "byteorder" in entries and _content(stream, entries["byteorder"], length, checked) != b"little":
             raise ValueError("not little-endian")
-        found = _TensorUnpickler(io.BytesIO(_content(stream, entries["data.pkl"], length))).load()
-        start = _start(stream, entries["data/0"], length)
+        found = _TensorUnpickler(io.BytesIO(_content(stream, entries["data.pkl"], length, checked))).load()
+        data = entries["data/0"]
+        start = _start(stream, data, length)
     except Exception as error:  # any exception: the bytes are not ours
         raise ValueError(" ".join(str(error).split())[:120] or type(error).__name__) from None
     if found != _describe(dtype, math.prod(shape), 0, shape, _contiguous_strides(shape)):
         raise ValueError(f"not a contiguous tensor of {list(shape)} {str(dtype).removeprefix('torch.')}")
-    if (nbytes := math.prod(shape) * dtype.itemsize) != entries["data/0"].file_size:
-        raise ValueError(f"{entries['data/0'].file_size} bytes for a tensor of {nbytes}")
-    return start
+    if (nbytes := math.prod(shape) * dtype.itemsize) != data.file_size:
+        raise ValueError(f"{data.file_size} bytes for a tensor of {nbytes}")
+    return start, (start + nbytes + CRC_IN_DESCRIPTOR, places[data.filename]) if checked else ()
+
+
+def _crc_places(stream: BinaryIO, archive: zipfile.ZipFile) -> dict[str, int]:
+    """Where the directory of an archive has the CRC-32 of every entry."""
+    found, at = {}, archive.start_dir
+    for info in archive.infolist():
+        stream.seek(at)
+        signature, crc, name, extra, comment = DIRECTORY_ENTRY.unpack(stream.read(DIRECTORY_ENTRY.size))
+        if signature != b"PK\x01\x02" or crc != info.CRC:
+            raise ValueError("its directory is damaged")
+        found[info.filename] = at + CRC_IN_ENTRY
+        at += DIRECTORY_ENTRY.size + int(name) + int(extra) + int(comment)
+    return found
 
 
 def _start(stream: BinaryIO, info: zipfile.ZipInfo, length: int) -> int:
@@ -91,17 +154,21 @@ def _start(stream: BinaryIO, info: zipfile.ZipInfo, length: int) -> int:
     if not sound or info.compress_type != zipfile.ZIP_STORED or start + info.file_size > length:
         raise ValueError(f"{info.filename} is damaged")
     stream.seek(start + info.file_size)
-    if stream.read(4) != b"PK\x07\x08":
+    descriptor = stream.read(CRC_IN_DESCRIPTOR + CRC.size)
+    if descriptor != b"PK\x07\x08" + CRC.pack(info.CRC):
         raise ValueError(f"{info.filename} is damaged")
     return start
 
 
-def _content(stream: BinaryIO, info: zipfile.ZipInfo, length: int) -> bytes:
-    """A small entry. `zipfile` would insist on its checksum, which is absent where nobody asked torch for it."""
+def _content(stream: BinaryIO, info: zipfile.ZipInfo, length: int, checked: bool) -> bytes:
+    """A small entry. `zipfile` would insist on its checksum, which is absent where somebody told torch so."""
     if info.file_size > MAX_SMALL_BYTES:
         raise ValueError(f"{info.filename} of {info.file_size} bytes")
     stream.seek(_start(stream, info, length))
-    return stream.read(info.file_size)
+    content = stream.read(info.file_size)
+    if checked and zlib.crc32(content) != info.CRC:
+        raise ValueError(f"{info.filename} is damaged")
+    return content
 
 
 def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_slim.architecture.shape import shape_to_hf_config
 from megatron_slim.architecture.table import count_parameters
-from megatron_slim.checkpoint.distributed import DistCheckpoint, is_torch_dist
+from megatron_slim.checkpoint.distributed import DistCheckpoint, is_torch_dist, iteration_directory
 from megatron_slim.checkpoint.distributed_writer import RELEASE, TorchDistWriter, finish_torch_dist
 from megatron_slim.checkpoint.expert_storage import fused_blocks_for, separated, storage_name
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
@@ -23,6 +23,7 @@ from megatron_slim.checkpoint.huggingface_writer import (
     start_hf_checkpoint,
     total_bytes,
 )
+from megatron_slim.checkpoint.integrity import verify_manifest
 from megatron_slim.checkpoint.provenance import describe_source, software
 from megatron_slim.checkpoint.records import PROVENANCE
 from megatron_slim.checkpoint.side_files import carried_bytes, say_left_behind
@@ -42,6 +43,7 @@ def open_checkpoint(
     allow_nonfinite: bool = False,
     dequantize_fp8: bool = False,
     without_mtp: bool = False,
+    verify_integrity: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint of either format; both give Hugging Face tensors by name through ``read``.
 
@@ -51,11 +53,16 @@ def open_checkpoint(
         allow_nonfinite: give NaN and infinite weights as they are; otherwise reading them is an error.
         dequantize_fp8: give the weights of a Hugging Face checkpoint in block-scaled FP8 as bf16.
         without_mtp: give a model without MTP, whether the checkpoint has tensors of one or only says so.
+        verify_integrity: hash the files of a torch_dist checkpoint first, and compare with what was written of them.
     """
     if is_torch_dist(Path(path)):
         if dequantize_fp8:
             raise CheckpointError("is a torch_dist checkpoint", where=str(path), fix="leave --dequantize-fp8 out")
+        if verify_integrity:
+            verify_manifest(iteration_directory(Path(path)))
         return DistCheckpoint.open(path, hf_config, allow_nonfinite=allow_nonfinite, without_mtp=without_mtp)
+    if verify_integrity:
+        raise CheckpointError("has no hashes to verify", where=str(path), fix="leave --verify-integrity out")
     if hf_config is not None:
         raise CheckpointError("is no torch_dist checkpoint", where=str(path), fix="leave --hf-config out")
     return HFCheckpoint.open(
@@ -120,6 +127,8 @@ def write_checkpoint(
         say(f"{source.path}: {note}")
     options: dict[str, Any] = {"dtype": dtype, "verify": verify, "processes": processes, "where": str(target)}
     beside = carried_bytes(source.config_path)  # refuses links that leave the checkpoint now, not at the end
+    if isinstance(source, DistCheckpoint):
+        source.check_parts()  # everything is read; a pruning reads some rows of much, and does not
     with new_directory(target) as partial:
         check_space(target, nbytes + beside)
         say_left_behind(source.config_path)

@@ -159,6 +159,10 @@ class DistCheckpoint:
         assert not weight.stacked or expert is not None, f"{weight.key}: one expert at a time"
         return self._read(weight, expert, np.arange(size(weight.dims[0], self.shape.sizes)), weight.key)
 
+    def check_parts(self) -> None:
+        """From now on compare data with their checksums even where only rows of a piece are wanted."""
+        self._reader.check_parts = True
+
     def reading_once(self) -> AbstractContextManager[None]:
         """Reads within go past the page cache; see `raw_files.OpenFiles.reading_once`."""
         return self._reader.files.reading_once()

@@ -13,6 +13,7 @@ import itertools
 import math
 import os
 import pickle
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,12 +35,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_slim.checkpoint.archives import Frame, Window, data_offset, make_frame, no_crc32
+from megatron_slim.checkpoint.archives import Frame, Window, locate_data, make_frame, saved_object
 from megatron_slim.checkpoint.raw_files import OpenFile, OpenFiles, OutputFile, as_bytes, as_tensor
 from megatron_slim.errors import CheckpointError, summarise
 
 METADATA = ".metadata"
 MAX_FILE_BYTES = 4_000_000_000
+_PASS_BYTES = 8 << 20
 MAX_METADATA_BYTES = 2_000_000_000  # the published 80B model takes 15 MB; optimizer states of many ranks, much more
 
 
@@ -53,6 +55,11 @@ class Piece:
     dtype: torch.dtype
     position: int
     length: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.sizes) * self.dtype.itemsize
 
 
 @dataclass
@@ -85,7 +92,8 @@ class PieceWriter:
         sizes, dtype = tuple(tensor.shape), tensor.dtype
         if (frame := self.frames.get((sizes, dtype))) is None:
             frame = self.frames[sizes, dtype] = make_frame(sizes, dtype)
-        file, position, length = self._append(frame.head, as_bytes(tensor.contiguous()), frame.tail)
+        content = as_bytes(tensor.contiguous())
+        file, position, length = self._append(frame.head, content, frame.tail_for(zlib.crc32(content)))
         piece = Piece(file, offsets, sizes, dtype, position, length)
         self.part.shapes[key] = shape
         self.part.pieces[key].append(piece)
@@ -93,10 +101,7 @@ class PieceWriter:
 
     def add_object(self, key: str, value: Any) -> None:
         """Append an object that is no tensor."""
-        stream = io.BytesIO()
-        with no_crc32():
-            torch.save(value, stream)
-        file, position, length = self._append(stream.getvalue())
+        file, position, length = self._append(saved_object(value))
         self.part.objects[key] = Piece(file, (), (), torch.uint8, position, length)
 
     def _append(self, *buffers: bytes | memoryview) -> tuple[Path, int, int]:
@@ -280,15 +285,24 @@ def _cover(shape: tuple[int, ...], pieces: Sequence[Piece]) -> bool:
 class PieceReader:
     """Reads pieces, or some of their rows, straight into tensors.
 
+    Data are compared with their CRC-32, if one was written: those of whole pieces as they pass; of a piece of which
+    rows are wanted only with ``check_parts``, by one more pass over all of it, before the first of them.
+
     Attributes:
         files: what it reads through.
+        check_parts: see above.
     """
 
     def __init__(self, written: Mapping[tuple[tuple[int, ...], torch.dtype], Frame] | None = None) -> None:
-        """Make a reader of any archives or, with ``written``, of those alone that have these frames."""
+        """Make a reader of any archives or, with ``written``, of those alone that have these frames.
+
+        Those were written just now, and whoever wrote them compares the data: no checksums.
+        """
         self.files = OpenFiles()
+        self.check_parts = False
         self._strict = written is not None
         self._frames: Mapping[tuple[tuple[int, ...], torch.dtype], Frame] = {} if written is None else written
+        self._checked: set[tuple[Path, int]] = set()
 
     def read_rows(self, piece: Piece, rows: npt.NDArray[np.int64], *, dims: int = 1) -> Tensor:
         """Read some rows of a piece.
@@ -307,8 +321,12 @@ class PieceReader:
         shape = (rows.size, *piece.sizes[dims:])
         if rows.size == math.prod(piece.sizes[:dims]) and bool(np.all(np.diff(rows) == 1)):
             return as_tensor(self._whole(piece), piece.dtype, shape)
+        start, crc = self._locate(piece)
+        if self.check_parts and (piece.file, piece.position) not in self._checked:
+            self._check_in_passing(piece, start, crc)
+            self._checked.add((piece.file, piece.position))
         row_bytes = math.prod(piece.sizes[dims:]) * piece.dtype.itemsize
-        return as_tensor(self.files.gather(piece.file, self._start(piece), rows, row_bytes), piece.dtype, shape)
+        return as_tensor(self.files.gather(piece.file, start, rows, row_bytes), piece.dtype, shape)
 
     def _whole(self, piece: Piece) -> Tensor:
         """Its data; read in one go with what surrounds them, where that is known."""
@@ -317,32 +335,66 @@ class PieceReader:
             head, data, tail = content.split(
                 (len(known.head), piece.length - len(known.head) - len(known.tail), len(known.tail))
             )
-            if Frame(bytes(as_bytes(head)), bytes(as_bytes(tail))) == known:
+            if known.fits(bytes(as_bytes(head)), end := bytes(as_bytes(tail))):
+                self._compare(piece, known.crc_in(end), as_bytes(data))
                 return data
-        nbytes = math.prod(piece.sizes) * piece.dtype.itemsize
-        return self.files.read(piece.file, self._start(piece), nbytes)
+        start, crc = self._locate(piece)
+        data = self.files.read(piece.file, start, piece.nbytes)
+        self._compare(piece, crc, as_bytes(data))
+        return data
 
-    def _start(self, piece: Piece) -> int:
-        """Byte of its file at which the data start; one framed as one parsed before lies as that does."""
+    def _check_in_passing(self, piece: Piece, start: int, crc: int | None) -> None:
+        """Compare data of any size, some megabytes at a time."""
+        if crc is None:
+            return
+        found = 0
+        for done in range(0, piece.nbytes, _PASS_BYTES):
+            found = zlib.crc32(
+                as_bytes(self.files.read(piece.file, start + done, min(_PASS_BYTES, piece.nbytes - done))), found
+            )
+        _refuse_other_crc(piece, crc, found)
+
+    def _compare(self, piece: Piece, crc: int | None, data: memoryview) -> None:
+        if crc is not None and not self._strict:
+            _refuse_other_crc(piece, crc, zlib.crc32(data))
+
+    def _locate(self, piece: Piece) -> tuple[int, int | None]:
+        """Byte of its file at which the data start, and their CRC-32 if it was written.
+
+        One framed as one parsed before lies as that does.
+        """
         known = self._frames.get((piece.sizes, piece.dtype))
-        if known is not None and self._frame(piece, len(known.head), len(known.tail)) == known:
-            return piece.position + len(known.head)
+        if known is not None:
+            head, tail = self._ends(piece, len(known.head), len(known.tail))
+            if known.fits(head, tail):
+                return piece.position + len(known.head), known.crc_in(tail)
         if self._strict:
             raise CheckpointError(f"byte {piece.position}: not what was written when read back", where=str(piece.file))
         opened = OpenFile(piece.file)
         window = io.BufferedReader(Window(opened.descriptor, piece.position, piece.length))
         try:
-            start = data_offset(window, piece.length, piece.sizes, piece.dtype)
+            start, crc_at = locate_data(window, piece.length, piece.sizes, piece.dtype)
         except ValueError as error:
             raise CheckpointError(
                 f"byte {piece.position} is no tensor as {METADATA} has it ({error})", where=str(piece.file)
             ) from None
-        tail = piece.length - start - math.prod(piece.sizes) * piece.dtype.itemsize
-        self._frames = {**self._frames, (piece.sizes, piece.dtype): self._frame(piece, start, tail)}
-        return piece.position + start
+        end = start + piece.nbytes
+        head, tail = self._ends(piece, start, piece.length - end)
+        frame = Frame.of(head, tail, tuple(place - end for place in crc_at))
+        self._frames = {**self._frames, (piece.sizes, piece.dtype): frame}
+        return piece.position + start, frame.crc_in(tail)
 
-    def _frame(self, piece: Piece, head: int, tail: int) -> Frame:
+    def _ends(self, piece: Piece, head: int, tail: int) -> tuple[bytes, bytes]:
         """The given number of bytes at the two ends of an archive."""
         end = piece.position + piece.length
-        ends = (self.files.read(piece.file, *span) for span in ((piece.position, head), (end - tail, tail)))
-        return Frame(*(bytes(as_bytes(content)) for content in ends))
+        first, last = (self.files.read(piece.file, *span) for span in ((piece.position, head), (end - tail, tail)))
+        return bytes(as_bytes(first)), bytes(as_bytes(last))
+
+
+def _refuse_other_crc(piece: Piece, written: int, found: int) -> None:
+    if written != found:
+        raise CheckpointError(
+            f"byte {piece.position}: damaged data, their CRC-32 is {found:08x} and was {written:08x}",
+            where=str(piece.file),
+            fix="get the file again from where it was written",
+        )

@@ -14,11 +14,10 @@ from megatron_slim.architecture.parallelism import layout_violations, padded_voc
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint, open_checkpoint
 from megatron_slim.checkpoint.distributed import is_torch_dist, iteration_directory
-from megatron_slim.checkpoint.distributed_writer import BACKEND, INTEGRITY, TRACKER
-from megatron_slim.checkpoint.torch_dist_files import METADATA
+from megatron_slim.checkpoint.distributed_writer import TRACKER
+from megatron_slim.checkpoint.integrity import read_manifest
 from megatron_slim.distillation.model import TEACHER_MTP
 from megatron_slim.errors import CheckpointError, SlimError, summarise
-from megatron_slim.files import read_json
 from megatron_slim.training.data_checks import check_data
 from megatron_slim.training.fp8_checks import fp8_violations
 from megatron_slim.training.hidden_kd import check_projections, hidden_violations
@@ -149,32 +148,13 @@ def _check_integrity(args: Any) -> None:
     for path in filter(None, (start, args.teacher_load)):
         if not is_torch_dist(path):
             continue
-        _check_manifest(iteration_directory(path))
+        read_manifest(iteration_directory(path))
         if args.rank != 0 or (path == start and not starts_by_ourselves(args)):
             continue
         try:
             verify_integrity_manifest(str(iteration_directory(path)))
         except CheckpointingException as error:
             raise CheckpointError(str(error)) from None
-
-
-def _check_manifest(directory: Path) -> None:
-    """A file that the manifest does not name would not be looked at."""
-    if not (directory / INTEGRITY).is_file():
-        fix = "only what was saved with --verify-integrity, or converted, can be verified: leave the flag out"
-        raise CheckpointError(f"no {INTEGRITY}", where=str(directory), fix=fix)
-    manifest = read_json(directory / INTEGRITY)
-    named = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(named, dict):
-        raise CheckpointError("is no manifest of hashes", where=str(directory / INTEGRITY))
-    found = {path.name for path in directory.iterdir()}
-    needed = {name for name in found if name in (METADATA, BACKEND) or name.endswith(".distcp")}
-    for names, what in (
-        (needed - named.keys(), "does not name"),
-        (named.keys() - found, "names files that are not there:"),
-    ):
-        if names:
-            raise CheckpointError(f"{what} {summarise(sorted(names))}", where=str(directory / INTEGRITY))
 
 
 def _sizes(args: Any) -> dict[str, int]:
