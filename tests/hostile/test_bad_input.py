@@ -169,7 +169,10 @@ CHECKPOINTS = {
     "half an MTP block": Case(CALIBRATE, "", drop("mtp.fc"), "1 missing tensors: mtp.fc.weight"),
     "MTP without its layer": Case(CALIBRATE, "", drop("mtp.layers.0"), "37 missing tensors: mtp.layers.0."),
     "two MTP blocks": Case(
-        CALIBRATE, "", weights(lambda t: t.update({"mtp.layers.1.x": torch.zeros(2)})), "mtp_num_layers 2 is not 0 or 1"
+        CALIBRATE,
+        "",
+        weights(lambda t: t.update({"mtp.layers.1.x": torch.zeros(2)})),
+        "says 1 MTP blocks, the tensors 2",
     ),
     "bytes behind": Case(CONVERT, "", header(lambda head: head.pop("lm_head.weight")), "bytes of no tensor"),
     "garbage behind": Case(

@@ -14,8 +14,8 @@ from megatron_slim import device
 
 device.install()
 
-from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes, torch_dist_to_hf  # noqa: E402
-from megatron_slim.errors import SlimError  # noqa: E402
+from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, torch_dist_to_hf  # noqa: E402
+from megatron_slim.errors import CheckpointError, SlimError  # noqa: E402
 from megatron_slim.training.pretrain import main  # noqa: E402
 
 TERMS = ("lm loss", "logits distillation loss", "teacher lm loss", "mtp lm loss", "mtp distillation loss", "grad-norm")
@@ -71,8 +71,8 @@ def copy_with_a_flipped_bit(source: Path, target: Path) -> Path:
         (byte,) = file.read(1)
         file.seek(-1, 1)
         file.write(bytes([byte ^ 1]))
-    same = [same_bytes(checkpoint.read(name), open_checkpoint(source).read(name)) for name in checkpoint.names]
-    assert same.count(False) == 1
+    with pytest.raises(CheckpointError, match="damaged data"):  # as we read it; Megatron does not look at that
+        checkpoint.read("lm_head.weight")
     return target
 
 
