@@ -5,7 +5,7 @@
 # Expected: the loss mask of a sample depends on that sample alone.
 # Seen: a sample of 16 ids counts 16 positions alone, and 1 after a sample of which 1 counts.
 set -euo pipefail
-# shellcheck source=findings/environment
+# shellcheck source=/dev/null
 source "$(dirname "${BASH_SOURCE[0]}")/environment"
 with_packages torch==2.13.0 megatron-core==0.19.2
 

@@ -7,7 +7,7 @@
 # Expected: collapsed layers cost more than balanced ones.
 # Seen (4 layers, 4 experts, top-1): balanced 1.0 and 1.0; collapsed 1.0 in transformers, 4.0 in every layer in Megatron-Core.
 set -euo pipefail
-# shellcheck source=findings/environment
+# shellcheck source=/dev/null
 source "$(dirname "${BASH_SOURCE[0]}")/environment"
 with_packages torch==2.13.0 megatron-core==0.19.2 transformers==5.24.0
 

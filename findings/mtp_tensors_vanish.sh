@@ -6,7 +6,7 @@
 # Expected: the tensors, or a warning, or a config.json that promises no head.
 # Seen: 1 mtp.* tensor before, 0 after; num_nextn_predict_layers 1 before and after; no warning names mtp.
 set -euo pipefail
-# shellcheck source=findings/environment
+# shellcheck source=/dev/null
 source "$(dirname "${BASH_SOURCE[0]}")/environment"
 with_packages torch==2.13.0 transformers==5.24.0
 

@@ -6,7 +6,7 @@
 # Expected: one default for one key of sibling families.
 # Seen: Qwen3MoeConfig().norm_topk_prob False, Qwen3NextConfig().norm_topk_prob True.
 set -euo pipefail
-# shellcheck source=findings/environment
+# shellcheck source=/dev/null
 source "$(dirname "${BASH_SOURCE[0]}")/environment"
 with_packages torch==2.13.0 transformers==5.24.0
 

@@ -5,7 +5,7 @@
 # Expected: a loss leaves its input as it is, or does the same in every type.
 # Seen: fp32: logits unchanged False, now the softmax True. bf16: unchanged True, the softmax False.
 set -euo pipefail
-# shellcheck source=findings/environment
+# shellcheck source=/dev/null
 source "$(dirname "${BASH_SOURCE[0]}")/environment"
 with_packages torch==2.13.0 megatron-core==0.19.2
 
