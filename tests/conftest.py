@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,14 @@ def tiny_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tiny_checkpoint(root / "hf", tiny_shape(num_layers=2, layer_types=("linear_attention", "full_attention")))
     hf_to_torch_dist(root / "hf", root / "dist")
     return root / "dist" / "release"
+
+
+@pytest.fixture(autouse=True)
+def own_moe_metrics() -> Iterator[None]:
+    """Megatron has one tracker of MoE losses for the process, of the size of the first model that it has seen."""
+    yield
+    if (module := sys.modules.get("megatron.core.transformer.moe.moe_logging")) is not None:
+        module.get_moe_metrics_tracker().metrics.clear()
 
 
 @pytest.fixture

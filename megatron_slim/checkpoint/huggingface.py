@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_slim.architecture.mtp_keys import stated_mtp_layers, without_mtp_keys
 from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
-from megatron_slim.architecture.table import hf_tensors, mtp_layers_in, weights
+from megatron_slim.architecture.table import hf_tensors, weights
 from megatron_slim.checkpoint.expert_storage import recorded_storage, separated
 from megatron_slim.checkpoint.finite import refuse_nonfinite
 from megatron_slim.checkpoint.foreign import plain_names, refuse_foreign
@@ -108,9 +108,10 @@ class HFCheckpoint:
             left_out = tuple(sorted(name for name in stored if name.startswith(MTP)))
             stored = {name: entry for name, entry in stored.items() if not name.startswith(MTP)}
             config = without_mtp_keys(config)
-        shape = shape_from_hf_config(config, mtp_num_layers=mtp_layers_in(set(stored)), where=str(path / CONFIG))
-        unknown = refuse_foreign(stored, shape, path)  # what another program wrote may have lost its MTP block, too
-        count_mtp_layers(config, stored, where=str(path))
+        trunk = shape_from_hf_config(config, mtp_num_layers=0, where=str(path / CONFIG))
+        unknown = refuse_foreign(stored, trunk, path)  # whatever wrote it may have lost the MTP block, too
+        depth = count_mtp_layers(config, stored, where=str(path))
+        shape = shape_from_hf_config(config, mtp_num_layers=depth, where=str(path / CONFIG))
         _refuse_oversize(shape, stored, unknown, path)
         separate, fused_blocks = separated(stored, shape, config, path)
         entries: Mapping[str, Entry] = separate

@@ -128,7 +128,8 @@ def _differing(saved: Any, args: Any, names: dict[str, str]) -> Iterator[str]:
         own = getattr(args, name)
         before = getattr(saved, name, own)
         if str(before) != str(own):  # a layout is an object that equals nothing
-            yield f"{words} {before}, not {own}"
+            was, is_now = ("none" if value is None else value for value in (before, own))
+            yield f"{words} {was}, not {is_now}"
 
 
 def _of_layout(state: dict[str, Any], args: Any) -> Iterator[str]:

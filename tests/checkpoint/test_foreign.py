@@ -123,7 +123,7 @@ def _mixed(tensors: Tensors) -> Tensors:
 
 def _bare(tensors: Tensors) -> Tensors:
     """A base model, saved without its head."""
-    return {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+    return {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith(("model.", "mtp."))}
 
 
 MLX = "is in MLX's layout: experts under switch_mlp.*norms of Qwen3-Next shifted by 1; get the checkpoint that it was"

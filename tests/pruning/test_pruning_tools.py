@@ -257,7 +257,7 @@ def test_data_of_the_wrong_kind(name: str, tool: Tool, source: HFCheckpoint, wor
         "no.npy": "not readable as a .npy matrix",
         "float.npy": "is float64 [2, 3], not an integer matrix",
         "flat.npy": "is int64 [3], not an integer matrix",
-        "ids.npy": "id 128 (first in sample 0), the model's vocab_size is 128",
+        "ids.npy": "sample 0: token id 128 is beyond the vocabulary of 128",
         "text.txt": "neither a Megatron .bin/.idx prefix nor a .npy matrix",
         "none": "no such data",
     }

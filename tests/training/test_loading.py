@@ -134,7 +134,10 @@ MANIFESTS = {
 
 def refusal(monkeypatch: pytest.MonkeyPatch, *argv: str) -> str:
     """What `main` says to a command line, in this process and before anything is started."""
-    words = [*"--mock-data --seq-length 32 --micro-batch-size 1 --global-batch-size 2 --train-iters 2".split(), *argv]
+    words = [
+        *"--mock-data --seq-length 32 --micro-batch-size 1 --global-batch-size 2 --train-iters 2 --lr 1e-3".split(),
+        *argv,
+    ]
     monkeypatch.setattr(sys, "argv", ["pretrain", *words])
     with pytest.raises(SlimError) as caught:
         main(words)

@@ -133,7 +133,6 @@ OTHERWISE = {
     "--train-iters 9 --lr-decay-iters 5": "saved with another schedule: --train-iters 5, not 9; give",
     "--global-batch-size 8": "saved with another schedule: --global-batch-size 4, not 8, --train-iters 2.5, not 5,",
     "--lr-decay-style linear --weight-decay 0.1": "saved with another schedule: --lr-decay-style cosine, not linear, i",
-    "--optimizer sgd": "saved with --optimizer adam, not sgd; give what it was saved with, or --no-load-optim",
     "--bf16": "saved with type of parameters torch.float32, not torch.bfloat16, gradients in fp32 False, not True; r",
     PP2: "saved with pipeline parallel size 1, not 2; resume in the layout it was saved in; in any other after one sav",
     "--expert-model-parallel-size 2 --micro-batch-size 1": "saved with expert parallel size 1, not 2; resume in the la",
