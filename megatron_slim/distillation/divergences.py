@@ -104,15 +104,30 @@ def top_k(log_q: Tensor, log_p: Tensor, shard: VocabShard, *, k: int) -> tuple[T
 
 
 def _most_probable(log_p: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """This rank's k (or all its) most probable columns [n, <= k], and which are among the k of the whole vocabulary."""
-    values, columns = log_p.topk(min(k, log_p.shape[-1]))
+    """This rank's k (or all its) most probable columns [n, <= k], and which are among the k of the whole vocabulary.
+
+    Of equally probable ones, which logits in 16 bits often are, the first: a tensor-parallel size changes no choice.
+    """
+    values, columns = _largest(log_p, min(k, log_p.shape[-1]))
     padded = torch.nn.functional.pad(values, (0, k - values.shape[-1]), value=-math.inf)
-    # Every rank chooses from the same k values of each rank, so that all agree, on ties too.
+    # Every rank chooses from the same k values of each rank, so that all agree.
     of_all = shard.gather(padded)
     ranks, n, _ = of_all.shape
     of_all = of_all.transpose(0, 1).reshape(n, ranks * k)
-    chosen = torch.zeros_like(of_all, dtype=torch.bool).scatter_(1, of_all.topk(k).indices, True)
+    first = of_all.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    chosen = torch.zeros_like(of_all, dtype=torch.bool).scatter_(1, first, True)
     return columns, chosen[:, shard.rank * k :][:, : values.shape[-1]]
+
+
+def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """As ``topk``, whose choice among equal ones is arbitrary; here the first ones, in order."""
+    found, columns = values.topk(count)
+    # Rows without a tie at the least one that counts, nearly all, need no sorting of the whole vocabulary.
+    if len(tied := ((values >= found[:, -1:]).sum(1) > count).nonzero()[:, 0]):
+        columns[tied] = values[tied].sort(dim=1, descending=True, stable=True).indices[:, :count]
+    columns = columns.sort(dim=1).values
+    found, order = values.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return found, columns.gather(1, order)
 
 
 DIVERGENCES: dict[str, Divergence] = {FORWARD_KL: forward_kl, REVERSE_KL: reverse_kl, JSD: jsd}

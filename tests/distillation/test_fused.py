@@ -257,3 +257,27 @@ def ours_without_backward(example: Example) -> tuple[Tensor, Tensor, Tensor]:
     found = fused_losses(layer, example.hidden, lesson, (example.upstream[0], example.upstream[1]))
     assert not weight.main_grad.any()  # type: ignore[attr-defined]
     return found
+
+
+def _most_probable_of_ties(ranks: int) -> list[list[int]]:
+    """On a rank: which columns of the whole vocabulary it holds of those that count."""
+    from megatron_slim.distillation.divergences import _most_probable
+
+    columns = TIED.shape[1] // ranks
+    rank = torch.distributed.get_rank() if ranks > 1 else 0
+    shard = VocabShard(rank * columns, columns, torch.distributed.group.WORLD if ranks > 1 else None)
+    found, mine = _most_probable(TIED[:, shard.start : shard.start + columns].clone(), 6, shard)
+    return [sorted((shard.start + row[chosen]).tolist()) for row, chosen in zip(found, mine, strict=True)]
+
+
+# All 512 equal; few values, so that many are equal at the least that counts; all different.
+_few = torch.randint(0, 12, (1, 512), generator=torch.Generator().manual_seed(0)).float()
+TIED = torch.cat([torch.zeros(1, 512), _few, torch.randperm(512, generator=torch.Generator().manual_seed(1))[None]])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_of_equally_probable_tokens_the_first_count(ranks: int) -> None:
+    expected = [sorted(range(512), key=lambda column, row=row: (-row[column], column))[:6] for row in TIED.tolist()]
+    of_ranks = [_most_probable_of_ties(1)] if ranks == 1 else run_distributed(ranks, _most_probable_of_ties, ranks)
+    found = [sorted(column for row in rows for column in row) for rows in zip(*of_ranks, strict=True)]
+    assert found == [sorted(row) for row in expected]
