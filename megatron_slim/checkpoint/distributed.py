@@ -26,6 +26,7 @@ from megatron_slim.checkpoint.distributed_writer import HF_DIR, RELEASE, TRACKER
 from megatron_slim.checkpoint.expert_storage import expert_blocks, recorded_storage
 from megatron_slim.checkpoint.finite import refuse_nonfinite
 from megatron_slim.checkpoint.huggingface import CONFIG, Index, read_config, select_columns
+from megatron_slim.checkpoint.integrity import verify_metadata
 from megatron_slim.checkpoint.layout import fits, rows_in_megatron, split_keys, stored_shapes
 from megatron_slim.checkpoint.mtp import MTP, count_mtp_layers
 from megatron_slim.checkpoint.torch_dist_files import METADATA, Piece, PieceReader, locate_pieces, read_metadata
@@ -152,7 +153,9 @@ class DistCheckpoint:
         depth = count_mtp_layers(config, entries, where=str(directory))
         shape = shape_from_hf_config(config, mtp_num_layers=depth, where=str(config_path / CONFIG))
         _check_against_table(directory, config_path, shape, entries)
-        return cls(directory, config_path, config, shape, metadata, allow_nonfinite=allow_nonfinite)
+        found = cls(directory, config_path, config, shape, metadata, allow_nonfinite=allow_nonfinite)
+        verify_metadata(directory)  # last: what else is wrong says more
+        return found
 
     def read_weight(self, weight: Weight, *, expert: int | None = None) -> Tensor:
         """Read a whole Megatron parameter, padding of the vocabulary cut off; of a stacked one, ``expert`` alone."""

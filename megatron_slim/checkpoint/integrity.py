@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_slim.checkpoint.distributed_writer import BACKEND, INTEGRITY
@@ -50,14 +51,30 @@ def verify_manifest(directory: Path) -> None:
     total = sum((directory / name).stat().st_size for name in named)
     with byte_progress("verifying", total) as advance:
         for name, wanted in sorted(named.items()):
-            digest = hashlib.sha256()
-            with (directory / name).open("rb") as stream:
-                while block := stream.read(_AT_ONCE):
-                    digest.update(block)
-                    advance(len(block))
-            if digest.hexdigest() != wanted:
-                raise CheckpointError(
-                    f"is damaged: its SHA-256 is not that of {INTEGRITY}",
-                    where=str(directory / name),
-                    fix="get the file again from where it was written",
-                )
+            _verify(directory / name, wanted, advance)
+
+
+def verify_metadata(directory: Path) -> None:
+    """Where there is a manifest, compare what says which bytes are which weights; it is small, and read anyway.
+
+    Raises:
+        CheckpointError: as `verify_manifest`, of these files.
+    """
+    if (directory / INTEGRITY).is_file():
+        named = read_manifest(directory)
+        for name in (METADATA, BACKEND):
+            _verify(directory / name, named[name])
+
+
+def _verify(file: Path, wanted: str, advance: Callable[[int], None] = lambda _: None) -> None:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(_AT_ONCE):
+            digest.update(block)
+            advance(len(block))
+    if digest.hexdigest() != wanted:
+        raise CheckpointError(
+            f"is damaged: its SHA-256 is not that of {INTEGRITY}",
+            where=str(file),
+            fix="get the file again from where it was written",
+        )

@@ -143,3 +143,15 @@ def test_pruning_looks_at_the_rows_that_it_reads(good: Path) -> None:
     checkpoint = open_checkpoint(good)
     assert isinstance(checkpoint, DistCheckpoint)
     assert not checkpoint._reader.check_parts
+
+
+def test_metadata_are_compared_whenever_a_checkpoint_is_opened(good: Path, tmp_path: Path, tool: Tool) -> None:
+    """Where the change leaves them readable, too."""
+    shutil.copytree(good, tmp_path / "dist")
+    file = tmp_path / "dist" / "release" / "metadata.json"
+    file.write_bytes(file.read_bytes() + b" ")
+    error = tool(CONVERT, "--load", tmp_path / "dist", "--save", tmp_path / "hf").error
+    assert error.startswith(f"{file}: is damaged: its SHA-256 is not that of integrity.json; get the file again")
+    assert not (tmp_path / "hf").exists()
+    (file.parent / "integrity.json").unlink()  # as of a run without --verify-integrity: there is nothing to compare
+    assert tool(CONVERT, "--load", tmp_path / "dist", "--save", tmp_path / "hf").code == 0
