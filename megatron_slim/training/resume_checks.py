@@ -6,6 +6,7 @@ tensors: that is compared with the run. Megatron itself compares less of it, and
 
 from __future__ import annotations
 
+import math
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -152,7 +153,10 @@ def _of_schedule(state: dict[str, Any], args: Any) -> Iterator[str]:
 
 
 def _of_lengths(saved: Any, scheduler: dict[str, Any], args: Any) -> Iterator[str]:
-    """In Megatron's scheduler they are samples, so that another batch makes another schedule of the same iterations."""
+    """In Megatron's scheduler they are samples, so that another batch makes another schedule of the same iterations.
+
+    A warm-up that is a fraction is one of samples there and of iterations here, which round differently.
+    """
     own = Lengths.of(args)
     batch = 1 if own.unit == "samples" else args.global_batch_size
     lengths = {
@@ -168,7 +172,7 @@ def _of_lengths(saved: Any, scheduler: dict[str, Any], args: Any) -> Iterator[st
     differing = [
         f"{name} {_number(before / batch)}, not {_number(now)}"
         for name, (before, now) in lengths.items()
-        if before != now * batch
+        if not math.isclose(before, now * batch, rel_tol=1e-12)
     ]
     if differing and batch > 1:
         yield from _differing(saved, args, {"global_batch_size": "--global-batch-size"})

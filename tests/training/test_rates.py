@@ -11,6 +11,7 @@ import pytest
 
 from megatron_slim.testing import run_distributed
 from megatron_slim.training.rates import default_warmup, rate_violations
+from megatron_slim.training.resume_checks import _of_lengths
 from tests.training.conftest import refusal
 
 
@@ -127,3 +128,14 @@ def test_a_first_trial_trains(workplace: Any) -> None:
     )
     assert len(found["lm loss"]) == 2 and found["learning-rate"][0] > found["learning-rate"][1]
     assert workplace.log("trial").read_text().count("warm-up of 0 iterations, a tenth of 2; the default of 2000") == 1
+
+
+@pytest.mark.parametrize(("fraction", "length", "batch"), [(0.01, 10, 3), (0.1, 95368, 1000), (0.07, 5000, 1536)])
+def test_a_warm_up_that_is_a_fraction_is_the_same_when_a_run_resumes(fraction: float, length: int, batch: int) -> None:
+    """Megatron takes it of samples; the same of iterations, times the batch, differs in the last bit."""
+    given = {"train_iters": length, "lr_warmup_fraction": fraction, "global_batch_size": batch}
+    args, samples = arguments(**given), length * batch
+    saved = {"wd_incr_steps": samples, "lr_decay_steps": samples, "lr_warmup_steps": fraction * samples}
+    assert [*_of_lengths(args, saved, args)] == []
+    other = arguments(**given | {"lr_warmup_fraction": 1.01 * fraction})
+    assert next(_of_lengths(args, saved, other)).startswith("warm-up in iters")
