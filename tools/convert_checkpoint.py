@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
         "--to",
         choices=("hf", "torch_dist"),
         help="format of the result; the other one if not given. The same one takes a reason: --dequantize-fp8, "
-        "--expert-storage or --dtype",
+        "--expert-storage, --without-mtp or --dtype",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="cast every tensor; if not given, each keeps its type")
     add_write_arguments(parser)
@@ -57,8 +57,9 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     source = "torch_dist" if is_torch_dist(args.load) else "hf"
     target = args.to or ("hf" if source == "torch_dist" else "torch_dist")
     checkpoint = open_checkpoint(args.load, **load_options(args))
-    if source == target and not (args.dtype or args.dequantize_fp8 or args.expert_storage or checkpoint.notes):
-        fix = "leave --to out, or say what is to change: --dequantize-fp8, --expert-storage, --dtype"
+    changes = args.dtype or args.dequantize_fp8 or args.expert_storage or args.without_mtp or checkpoint.notes
+    if source == target and not changes:
+        fix = "leave --to out, or say what is to change: --dequantize-fp8, --expert-storage, --without-mtp, --dtype"
         raise CheckpointError(f"is a {source} checkpoint already", where=str(args.load), fix=fix)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     carry = partial(carry_reference, checkpoint, dtype=dtype)

@@ -71,6 +71,10 @@ def test_a_promise_without_tensors_is_refused(
     assert "left out" not in outcome.stderr  # there is nothing to leave out
     if name in ("convert", "prune"):
         assert open_checkpoint(tmp_path / "out").shape.mtp_num_layers == 0
+    if name == "convert":  # the way out is one command, too, where the format is to stay
+        to = "torch_dist" if format_.endswith("dist") else "hf"
+        same = tool(*command[:-1], tmp_path / "same", "--without-mtp", "--to", to, "--json")
+        assert (same.code, same.json["format"], same.json["mtp_num_layers"]) == (0, to, 0), same.stderr
     if name == "evaluate":
         assert outcome.json["mtp_loss"] == []
 
