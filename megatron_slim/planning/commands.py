@@ -151,6 +151,8 @@ def _job(args: argparse.Namespace) -> tuple[Models, Job, int, list[str]]:
         kd_loss=args.kd_loss,
         loss_chunk=args.loss_chunk_size,
         progressive=models.progressive and args.tokens is None,
+        without_mtp=args.without_mtp,
+        teacher_without_mtp=args.teacher_without_mtp and models.teacher is not None,
     )
     return models, Job(models.student, models.teacher, settings, args.gpus, gpu, assumed), tokens, notes
 

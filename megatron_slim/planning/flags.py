@@ -52,6 +52,8 @@ def arguments(layout: TrainLayout, settings: Settings) -> list[str]:
         found += ["--kd-loss", settings.kd_loss]
     if settings.loss_chunk != Settings.loss_chunk:
         found += ["--loss-chunk-size", str(settings.loss_chunk)]
+    found += ["--without-mtp"] if settings.without_mtp else []
+    found += ["--teacher-without-mtp"] if settings.teacher_without_mtp else []
     return found
 
 

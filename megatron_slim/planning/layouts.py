@@ -30,6 +30,8 @@ class Settings:
         loss_chunk: tokens whose logits are in memory at once.
         kernels: how attention and delta rule are computed.
         progressive: whether it is a stage's part in a schedule whose length the student's plan knows.
+        without_mtp: whether the student's MTP block is left out when its checkpoint is read.
+        teacher_without_mtp: the same of the teacher.
     """
 
     seq_length: int = 4096
@@ -39,6 +41,8 @@ class Settings:
     loss_chunk: int = 1024
     kernels: Kernels = FUSED
     progressive: bool = False
+    without_mtp: bool = False
+    teacher_without_mtp: bool = False
 
     @property
     def width(self) -> int:

@@ -17,7 +17,7 @@ from benchmarks.pipeline_simulator import Pipeline, simulate
 from megatron_slim.architecture.published import MODELS
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import RecipeError, SlimError
-from megatron_slim.planning.flags import SCRIPT
+from megatron_slim.planning.flags import SCRIPT, command
 from megatron_slim.planning.hardware import GPUS, Assumptions, parse_assumptions
 from megatron_slim.planning.layouts import Settings, TrainLayout, Wanted
 from megatron_slim.planning.memory import Memory, rank_counts
@@ -292,3 +292,14 @@ def test_a_plan_knows_both_models(tmp_path: Path) -> None:
     make_plan(recipe, Statistics.load(tmp_path / "stats"), shape).save(tmp_path / "plan.json")
     found = find_models(Asked(plan=tmp_path / "plan.json"))
     assert found.teacher == found.source == shape and found.student.num_moe_experts == 4
+
+
+def test_a_command_without_mtp_says_so() -> None:
+    """Else the pasted command trains another model than the planned one, or is refused."""
+    for given, words in (
+        ("without_mtp", " --without-mtp"),
+        ("teacher_without_mtp", " --teacher-without-mtp"),
+        ("", ""),
+    ):
+        settings = replace(Settings(), **{given: True} if given else {})
+        assert command(TrainLayout(1), settings, 1000, 8).endswith(f"--expert-tensor-parallel-size 1{words}")
