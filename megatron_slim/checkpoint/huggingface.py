@@ -226,8 +226,11 @@ def read_shape(directory: Path, *, without_mtp: bool = False) -> ModelShape:
     return shape_from_hf_config(config, mtp_num_layers=depth, where=str(directory / CONFIG))
 
 
-def storage_of(directory: Path) -> frozenset[str]:
-    """The blocks whose experts are fused in the files beside a config.json, or were where its weights came from."""
+def storage_of(directory: Path, *, without_mtp: bool = False) -> frozenset[str]:
+    """The blocks whose experts are fused in the files beside a config.json, or were where its weights came from.
+
+    ``without_mtp`` as in `read_shape`.
+    """
     if any((directory / name).exists() for name in (INDEX, SINGLE)):
-        return HFCheckpoint.open(directory).fused_blocks
+        return HFCheckpoint.open(directory, without_mtp=without_mtp).fused_blocks
     return recorded_storage(directory)

@@ -27,7 +27,7 @@ from megatron_slim.training.rates import rate_violations
 from megatron_slim.training.resume import faults_of, mend_tracker
 from megatron_slim.training.run_log import logging_violations
 from megatron_slim.training.stage_layout import layer_violations, stage_violations
-from megatron_slim.training.start_checks import check_rows, say_remarks
+from megatron_slim.training.start_checks import check_mtp, check_rows, say_remarks
 from megatron_slim.training.teacher_ahead import ahead_violations
 
 OPTIMIZER = "adam"  # memory plans, checkpoints of optimizer state and the CPU know no other
@@ -113,6 +113,7 @@ def _check_start(shape: ModelShape, args: Any) -> Checkpoint | None:
     checkpoint = open_student(start, args)
     if args.load is not None and (args.ckpt_step or holds_checkpoint(args.load)):
         check_projections(checkpoint, args)
+        check_mtp(checkpoint)
     found = checkpoint.shape
     differing = [
         f"{name} {size}, not {shape.sizes[name]}" for name, size in found.sizes.items() if size != shape.sizes[name]

@@ -79,7 +79,8 @@ def check_projections(found: Checkpoint, args: Any) -> None:
     Raises:
         CheckpointError: it has others, or none; or it has some and the run wants none.
     """
-    there = set(found.left_out) if isinstance(found, DistCheckpoint) else set()
+    left_out = found.left_out if isinstance(found, DistCheckpoint) else ()
+    there = {key for key in left_out if key.startswith(HIDDEN_KD)}  # an MTP block that is not wanted is none
     wanted = {f"{HIDDEN_KD}projections.{own}-{other}.weight" for own, other in args.hidden_kd_layers}
     # Without its optimizer's state, which Megatron reads by position, a run can do without what it does not want.
     if wanted - there or (there - wanted and not (args.no_load_optim or args.finetune)):

@@ -294,7 +294,7 @@ def keep_hf_files(source: Path, save: Path, shape: ModelShape) -> None:
     with new_directory(save / HF_DIR) as directory:
         write_atomic(directory / "config.json", to_json(shape_to_hf_config(shape, read_config(source))))
         carry_files(source, directory)
-        write_storage(directory, storage_of(source))
+        write_storage(directory, storage_of(source, without_mtp=not shape.mtp_num_layers))
     say_left_behind(source)
 
 

@@ -10,9 +10,11 @@ from megatron_slim.architecture.parallelism import padded_vocab_size
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.distributed import DistCheckpoint
+from megatron_slim.checkpoint.mtp import MTP
 from megatron_slim.checkpoint.remarks import remarks
 from megatron_slim.cli import say
 from megatron_slim.errors import CheckpointError
+from megatron_slim.training.slim_arguments import WITHOUT_MTP
 from megatron_slim.training.teacher_config import DTYPES
 
 
@@ -31,6 +33,23 @@ def say_remarks(shape: ModelShape, start: Checkpoint | None, teacher: Checkpoint
     for name, checkpoint, dtype in (("student", start, own), ("teacher", teacher, of_teacher)):
         for line in remarks(checkpoint, dtype, name, rows) if checkpoint is not None else ():
             say(line)
+
+
+def check_mtp(checkpoint: Checkpoint) -> None:
+    """See that a run resumes with the MTP block that it was saved with: optimizer and config.json have it.
+
+    Args:
+        checkpoint: that the run resumes from.
+
+    Raises:
+        CheckpointError: the block is left out.
+    """
+    if any(name.startswith(MTP) for name in checkpoint.left_out):
+        raise CheckpointError(
+            f"was saved with an MTP block, this run has {WITHOUT_MTP}",
+            where=str(checkpoint.path),
+            fix=f"leave {WITHOUT_MTP} out, or start anew: --pretrained-checkpoint in place of --load, another --save",
+        )
 
 
 def check_rows(checkpoint: Checkpoint, args: Any) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
+import pytest
 import torch
 
 from megatron_slim import device
@@ -11,13 +14,16 @@ from megatron_slim import device
 device.install()
 
 from megatron_slim.architecture.mtp_keys import stated_mtp_layers  # noqa: E402
-from megatron_slim.checkpoint.convert import write_checkpoint  # noqa: E402
+from megatron_slim.checkpoint.convert import open_checkpoint, write_checkpoint  # noqa: E402
 from megatron_slim.checkpoint.expert_storage import expert_blocks, recorded_storage  # noqa: E402
 from megatron_slim.checkpoint.huggingface import HFCheckpoint  # noqa: E402
+from megatron_slim.errors import CheckpointError  # noqa: E402
 from megatron_slim.files import read_json, to_json  # noqa: E402
 from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tiny_checkpoint  # noqa: E402
 from megatron_slim.training import pretrain  # noqa: E402
 from megatron_slim.training.data import Repeated, first_batch  # noqa: E402
+from megatron_slim.training.hidden_kd import check_projections  # noqa: E402
+from megatron_slim.training.start_checks import check_mtp  # noqa: E402
 
 
 def test_what_export_needs_is_kept_beside_the_checkpoints_once(tmp_path: Path) -> None:
@@ -44,7 +50,26 @@ def test_how_experts_were_stored_is_kept_beside_the_checkpoints(tmp_path: Path) 
     pretrain.keep_hf_files(tmp_path / "first" / "hf", tmp_path / "second", plain.shape)
     pretrain.keep_hf_files(plain.path, tmp_path / "third", plain.shape)
     blocks = expert_blocks(plain.shape)
+    cut = open_checkpoint(tmp_path / "fused", without_mtp=True)
+    write_checkpoint(cut, tmp_path / "resaved", to="hf")
+    config = read_json(tmp_path / "fused" / "config.json")  # promises MTP, as transformers' load and save leaves it
+    (tmp_path / "resaved" / "config.json").write_text(to_json(config))
+    for number, source in enumerate(("fused", "resaved")):
+        pretrain.keep_hf_files(tmp_path / source, tmp_path / f"cut-{number}", cut.shape)
+        assert recorded_storage(tmp_path / f"cut-{number}" / "hf") == expert_blocks(cut.shape)
     assert [recorded_storage(tmp_path / run / "hf") for run in ("first", "second", "third")] == [blocks, blocks, set()]
+
+
+def test_an_mtp_block_is_not_lost_on_the_way(tmp_path: Path) -> None:
+    """A run that resumes without one is told so, and nothing of projections, which it never had."""
+    source = HFCheckpoint.open(write_tiny_checkpoint(tmp_path / "source", tiny_shape()))
+    write_checkpoint(source, tmp_path / "run", to="torch_dist")
+    args = Namespace(hidden_kd_layers=(), no_load_optim=False, finetune=False)
+    for without_mtp in (False, True):
+        found = open_checkpoint(tmp_path / "run", without_mtp=without_mtp)
+        check_projections(found, args)
+        with pytest.raises(CheckpointError, match="saved with an MTP block") if without_mtp else nullcontext():
+            check_mtp(found)
 
 
 def test_the_first_batch_of_a_dataset_again_and_again() -> None:
