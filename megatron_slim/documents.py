@@ -19,6 +19,7 @@ JSON_SUFFIXES, TEXT_SUFFIXES = (".jsonl", ".json"), (".txt",)
 BATCH_BYTES = 1 << 18
 REPLACEMENT = "\ufffd"
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_OTHER_KEY = "name another key with --json-keys, or leave such lines out with --skip-bad-lines"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Source:
         record = dict.fromkeys(keys, text) if self.line == 0 else self._parsed(text)
         for key in keys:
             if not isinstance(record, dict) or not isinstance(record.get(key), str):
-                raise DataError(f"has no text under {key!r}", where=self.where, fix="name the key with --json-keys")
+                raise DataError(f"has no text under {key!r}", where=self.where, fix=_OTHER_KEY)
         found = {key: record[key] for key in keys}
         whole = {key: _without_surrogates(text) for key, text in found.items()}
         return Texts(whole, whole != found)

@@ -76,7 +76,7 @@ class _Writer:
         from megatron_slim.data import read_stream
 
         if self.documents == 0:
-            fix = f"{left_out.count} lines were left out, the first: {left_out.first}" if left_out.count else ""
+            fix = f"left out lines: {left_out.count}, the first: {left_out.first}" if left_out.count else ""
             raise DataError("holds no text at all", where=where, fix=fix)
         self.builder.finalize(f"{self.temporary}.idx")
         found = len(read_stream(self.temporary))

@@ -64,7 +64,7 @@ def preprocess(args: argparse.Namespace) -> dict[str, Any]:
         args.input, args.output_prefix, options, workers=args.workers, log_interval=args.log_interval
     )
     if results["bad_lines"]:
-        say(f"{results['bad_lines']} lines left out, the first: {results['first_bad_line']}")
+        say(f"left out lines: {results['bad_lines']}, the first: {results['first_bad_line']}")
     if results["replaced_documents"]:
         found = f"{results['replaced_documents']} documents had halves of surrogate pairs, now U+FFFD"
         say(f"{found}, the first: {results['first_replaced']}")

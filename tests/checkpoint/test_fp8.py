@@ -217,7 +217,10 @@ def test_a_parameter_may_be_of_fp8_and_bf16(source: tuple[Path, Tensors], tmp_pa
 
 def test_tools_take_it_when_told_to(source: tuple[Path, Tensors], tmp_path: Path, tool: Callable[..., Any]) -> None:
     convert = ("tools/convert_checkpoint.py", "--load", source[0], "--save", tmp_path / "out")
-    assert tool(*convert).error.endswith("the weights are in FP8; take them as bf16 with --dequantize-fp8")
+    assert tool(*convert).error.endswith(
+        "the weights are in FP8; give --dequantize-fp8, or convert first: tools/convert_checkpoint.py --to hf "
+        "--dequantize-fp8"
+    )
     assert tool(*convert, "--dequantize-fp8").code == 0
     written, read = open_checkpoint(tmp_path / "out"), HFCheckpoint.open(source[0], dequantize_fp8=True)
     assert "quantization_config" not in written.config and written.config["torch_dtype"] == "bfloat16"

@@ -218,7 +218,7 @@ def test_bad_lines_are_left_out_and_counted(
     assert result["first_bad_line"].startswith(f"{tmp_path}/some.jsonl:2: not a line of JSON")
     assert (result["replaced_documents"], result["first_replaced"]) == (2, f"{tmp_path}/some.jsonl:1")
     said = outcome.stderr.splitlines()
-    assert said[0].startswith(f"{len(BAD_LINES) + 1} lines left out, the first: {tmp_path}/some.jsonl:2: not a line")
+    assert said[0].startswith(f"left out lines: {len(BAD_LINES) + 1}, the first: {tmp_path}/some.jsonl:2: not a line")
     assert said[1] == f"2 documents had halves of surrogate pairs, now U+FFFD, the first: {tmp_path}/some.jsonl:1"
     found = [decode(tokenizer, document[0][:-1]) for document in documents(result["prefix"])]
     assert found == list(GOOD_LINES.values())
@@ -229,7 +229,7 @@ def test_nothing_but_bad_lines(tool: Callable[..., Any], tmp_path: Path, tokeniz
     (tmp_path / "a.jsonl").write_bytes(lines_of(*BAD_LINES))
     arguments = ("--input", tmp_path / "a.jsonl", "--tokenizer-model", tokenizer, "--output-prefix", tmp_path / "out")
     error = tool(TOOL, *arguments, "--skip-bad-lines").error
-    assert f"holds no text at all; {len(BAD_LINES)} lines were left out, the first: {tmp_path}/a.jsonl:1: not" in error
+    assert f"holds no text at all; left out lines: {len(BAD_LINES)}, the first: {tmp_path}/a.jsonl:1: not" in error
 
 
 @pytest.mark.parametrize("workers", [1, 2])
