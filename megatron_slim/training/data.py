@@ -21,7 +21,7 @@ from megatron.training import get_args, get_tokenizer
 from torch import Tensor
 
 from megatron_slim.checkpoint.reference import Reference
-from megatron_slim.data import check_ids, document_lengths, read_stream
+from megatron_slim.data import check_ids, document_lengths
 from megatron_slim.errors import DataError
 from megatron_slim.training.blends import Blend, Sources, read_sources
 from megatron_slim.training.data_checks import DEFAULT_SPLIT, needed_parts
@@ -130,7 +130,7 @@ def _for_megatron(blend: Blend | None) -> tuple[list[str], list[float] | None] |
         return None
     weights = None if blend.weights is None else list(blend.weights)
     if weights is None and len(blend.prefixes) > 1:
-        weights = [float(len(read_stream(Path(prefix)))) for prefix in blend.prefixes]
+        weights = [float(document_lengths(Path(prefix)).sum(dtype=np.int64)) for prefix in blend.prefixes]
     return list(blend.prefixes), weights
 
 

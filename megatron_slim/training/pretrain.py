@@ -344,12 +344,8 @@ def _train(run: Run, args: Any) -> None:
         if not all(isinstance(reason, CheckpointingException) for reason in reasons):
             raise
         raise CheckpointError(f"refused by Megatron: {reasons[0]}", fix=SAME_LAYOUT) from None
-    except (
-        AssertionError,
-        KeyError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # likewise, if it is about restoring the optimizer
+    except (AssertionError, KeyError, ValueError, RuntimeError) as error:
+        # Likewise, if it is about restoring the optimizer.
         if (refusal := why_not_restored(error)) is None:
             raise
         raise refusal from None
