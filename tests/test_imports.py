@@ -22,6 +22,7 @@ LAYERS = (
         "linear_attention",
         "megatron_faults",
         "device",
+        "garbage",
         "data",
         "data_index",
         "documents",
