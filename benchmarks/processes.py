@@ -29,12 +29,14 @@ class Run:
 
     Attributes:
         seconds: from its start to its end.
+        cpu_seconds: of CPU time that it and the children that it waited for have used.
         stdout: what it printed.
         read_bytes: what it and its children asked of files, from whatever cache, Python's own modules included.
         peak_anonymous: most anonymous memory that the tree held at once, shared pages counted once; 0 if not sampled.
     """
 
     seconds: float
+    cpu_seconds: float
     stdout: str
     read_bytes: int
     peak_anonymous: int
@@ -84,10 +86,11 @@ def run(
             seconds = time.monotonic() - started
             # Not reaped yet: its counters are still there, those of the children that it waited for added.
             read_bytes = counters(process.pid)["rchar"]
+            cpu_seconds = sum(psutil.Process(process.pid).cpu_times()[:4])  # user, system, children's user, system
         texts = [_text(stream) for stream in (out, err)]
     if process.returncode != 0:
         raise SlimError(f"exit code {process.returncode} of {' '.join(command)}: {texts[1].strip()[-2000:]}")
-    return Run(seconds, texts[0], read_bytes, peak[0])
+    return Run(seconds, cpu_seconds, texts[0], read_bytes, peak[0])
 
 
 @contextlib.contextmanager

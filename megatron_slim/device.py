@@ -24,6 +24,7 @@ import torch
 from torch.utils._device import _device_constructors
 
 from megatron_slim import linear_attention, megatron_faults
+from megatron_slim.garbage import without_collection
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
@@ -44,6 +45,11 @@ def install() -> None:
     if _installed:
         return
     _installed = True
+    with without_collection():  # most of it is importing Megatron
+        _patch_libraries()
+
+
+def _patch_libraries() -> None:
     if not torch.cuda.is_available():
         loaded = sorted(name for name in sys.modules if name.split(".")[0] == "megatron")
         assert not loaded, f"device.install() must run before megatron is imported, found {loaded[0]}"
@@ -98,10 +104,19 @@ def init_single_process(seed: int = 1234) -> None:
 
 
 def _disable_compilation() -> None:
-    """TorchDynamo would spend 25 s at the first step on Megatron's fused element-wise functions."""
+    """TorchDynamo would spend 25 s at the first step on Megatron's fused element-wise functions.
+
+    Megatron asks for that as it is imported, and to import TorchDynamo only to find it disabled takes half a second.
+    """
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].config.disable = True
+    torch.compile = _as_it_is
+
+
+def _as_it_is(model: Any = None, **_: Any) -> Any:
+    """`torch.compile` that compiles nothing; it is a decorator with and without options."""
+    return model if model is not None else lambda function: function
 
 
 def _is_cuda(device: Any) -> bool:

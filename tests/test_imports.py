@@ -80,7 +80,7 @@ TOOLS = sorted((ROOT / "tools").glob("*.py")) + sorted((ROOT / "examples").rglob
 TOOLS += [
     ROOT / "benchmarks" / f"{name}.py"
     for name in (
-        "convert convert_80b gated_delta_rule gpu/run_all load_all one_shot pipeline_schedules plan_parallelism"
+        "convert convert_80b gated_delta_rule gpu/run_all load_all one_shot pipeline_schedules plan_parallelism startup"
     ).split()
 ]
 

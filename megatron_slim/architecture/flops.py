@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
@@ -139,6 +139,15 @@ class Work:
         again = min(stop, start + self.first)
         return self.prefix[stop] - self.prefix[start] + self._first_prefix[again] - self._first_prefix[start]
 
+    def stages_from(self, start: int) -> list[float]:
+        """`of_stage` of every stage that begins with this layer, from the empty one on."""
+        return self._stages[start]
+
+    @cached_property
+    def _stages(self) -> list[list[float]]:
+        count = len(self.layers)
+        return [[self.of_stage(start, stop) for stop in range(start, count + 1)] for start in range(count + 1)]
+
     @cached_property
     def prefix(self) -> list[float]:
         """Of the first n layers, for every n from 0, without ``first_layers``."""
@@ -154,6 +163,7 @@ def _blocks(shape: ModelShape, seq_length: int, kernels: Kernels) -> Iterator[di
     return (kinds[kind] for kind in shape.layer_types)
 
 
+@cache
 def student_work(
     shape: ModelShape, seq_length: int, kernels: Kernels = FUSED, recompute: Recompute = Recompute()
 ) -> Work:
@@ -181,6 +191,7 @@ def student_work(
     return Work(tuple(once + more for once, more in zip(thrice, again, strict=True)), last)
 
 
+@cache
 def teacher_work(shape: ModelShape, seq_length: int, kernels: Kernels = FUSED, *, runs_mtp: bool) -> Work:
     """The forward pass alone.
 

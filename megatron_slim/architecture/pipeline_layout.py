@@ -6,10 +6,13 @@ on the first, heads, MTP blocks and loss on the last. Stage c of P x V virtual o
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate, pairwise, permutations
+from operator import add
 
 from megatron_slim.architecture.flops import Work
 
@@ -66,7 +69,7 @@ class Stages:
 
 def _loads(work: Work, counts: Counts) -> list[float]:
     ends = [0, *accumulate(counts)]
-    loads = [work.of_stage(start, stop) for start, stop in pairwise(ends)]
+    loads = [work.stages_from(start)[stop - start] for start, stop in pairwise(ends)]
     loads[-1] += work.last
     return loads
 
@@ -131,12 +134,12 @@ def _starts(student: Work, teacher: Work, ranks: int, virtual: int) -> Iterator[
         if own and taught:
             yield Stages(ranks, student, teacher, own[0], taught[0])
     shares = [_shares(student, teacher, ranks, virtual, skew) for skew in SKEWS]
-    for share in [[1.0] * ranks] if virtual == 1 else shares:
+    for share in [(1.0,) * ranks] if virtual == 1 else shares:
         if together := _tightest(student, teacher, share):
             yield Stages(ranks, student, teacher, *together)
 
 
-def _shares(student: Work, teacher: Work, ranks: int, virtual: int, skew: float = 1.0) -> list[float]:
+def _shares(student: Work, teacher: Work, ranks: int, virtual: int, skew: float = 1.0) -> tuple[float, ...]:
     """What each virtual stage should do: ranks alike as far as possible.
 
     Of a rank's virtual stages, each should do ``skew`` times what the one before does.
@@ -149,10 +152,11 @@ def _shares(student: Work, teacher: Work, ranks: int, virtual: int, skew: float 
         (layers_of_last if rank == ranks - 1 else others) * part / sum(parts) for part in parts for rank in range(ranks)
     ]
     share[-1] += last
-    return [max(part, min(student.layers)) for part in share]
+    return tuple(max(part, min(student.layers)) for part in share)
 
 
-def _tightest(student: Work, teacher: Work, share: Sequence[float]) -> tuple[Counts, Counts] | None:
+@lru_cache(maxsize=256)  # the teacher's own stages are the same however much of the student is recomputed
+def _tightest(student: Work, teacher: Work, share: tuple[float, ...]) -> tuple[Counts, Counts] | None:
     """Stages within the smallest multiple of ``share`` that leaves room for all layers."""
     low, high = 0.0, (student.total + sum(student.first_layers) + teacher.total) / min(share)
     found = _filled(student, teacher, [high * part for part in share])
@@ -178,11 +182,12 @@ def _filled(student: Work, teacher: Work, caps: Sequence[float]) -> tuple[Counts
         here: dict[int, tuple[int, int]] = {}
         room = cap - (student.last + teacher.last if stage == final else 0.0)
         for start, (taught, _) in reached.items():
+            loads, done = student.stages_from(start), ahead[taught]
             for stop in range(start + (0 < stage < final), layers + 1):
-                left = room - student.of_stage(start, stop)
+                left = room - loads[stop - start]
                 if left < 0:
                     break
-                most = bisect_right(ahead, ahead[taught] + left * (1 + 1e-12)) - 1
+                most = bisect_right(ahead, done + left * (1 + 1e-12)) - 1
                 if stop not in here or most > here[stop][0]:
                     here[stop] = (most, start)
         reached = here
@@ -205,13 +210,43 @@ def _counts(steps: list[dict[int, tuple[int, int]]], layers: int) -> tuple[Count
 
 def _badness(stages: Stages) -> tuple[float, ...]:
     """Slowest rank beyond `NEAR`; unevenness of the student over ranks, of ranks, of virtual stages; rounded."""
-    loads, ranks = stages.model_loads(), stages.ranks
-    each = [own + taught for own, taught in loads]
-    student = [sum(own for own, _ in loads[rank::ranks]) for rank in range(ranks)]
-    parts = (student, [sum(each[rank::ranks]) for rank in range(ranks)], each)
-    slowest, mean = max(parts[1]) * ranks / sum(parts[1]), sum(student) / ranks
-    squares = (sum((load / mean) ** 2 for load in part) for part in parts)
-    return tuple(round(value, 9) for value in (max(NEAR, slowest), *squares))
+    own, taught = zip(*stages.model_loads(), strict=True)
+    return _badness_of(own, taught, stages.ranks)
+
+
+def _badness_of(
+    own: Sequence[float], taught: Sequence[float], ranks: int, seen: tuple[float, ...] = (math.inf,)
+) -> tuple[float, ...]:
+    """The same, by what both models do on each virtual stage; cut off where it is known to be worse than ``seen``."""
+    each = list(map(add, own, taught))
+    of_ranks = _over_ranks(each, ranks)
+    found: tuple[float, ...] = (round(max(NEAR, max(of_ranks) * ranks / sum(of_ranks)), 9),)
+    if found > seen:
+        return found
+    student = _over_ranks(own, ranks)
+    mean = sum(student) / ranks
+    for part in (student, of_ranks, each):
+        found = (*found, round(sum((load / mean) ** 2 for load in part), 9))
+        if found > seen:
+            return found
+    return found
+
+
+def _over_ranks(each: Sequence[float], ranks: int) -> Sequence[float]:
+    """Of each rank, over all its virtual stages."""
+    return each if len(each) == ranks else [sum(each[rank::ranks]) for rank in range(ranks)]
+
+
+class _Loads(dict[Counts, list[float]]):
+    """What a model does on each virtual stage, by its layers there: the same divisions come up again and again."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__()
+        self._work = work
+
+    def __missing__(self, counts: Counts) -> list[float]:
+        found = self[counts] = _loads(self._work, counts)
+        return found
 
 
 def _improved(stages: Stages) -> Stages:
@@ -219,14 +254,20 @@ def _improved(stages: Stages) -> Stages:
 
     What fills the memory of a rank is its share of the student, so that comes right after the slowest rank.
     """
-    best, seen, tried = stages, _badness(stages), None
+    own, taught, worse = _Loads(stages.student), _Loads(stages.teacher), set[tuple[Counts, Counts]]()
+    best, seen, tried = (stages.student_layers, stages.teacher_layers), _badness(stages), None
     while tried != seen:
         tried = seen
-        for other in _neighbours(len(best.student_layers)):
+        for other in _neighbours(len(best[0])):
             moved = _moved(best, *other)
-            if moved is not None and (now := _badness(moved)) < seen:
+            if moved is None or moved in worse:
+                continue
+            now = _badness_of(own[moved[0]], taught[moved[1]], stages.ranks, seen)
+            if now < seen:
                 best, seen = moved, now
-    return best
+            else:
+                worse.add(moved)  # and so for good: what is best only becomes better
+    return replace(stages, student_layers=best[0], teacher_layers=best[1])
 
 
 def _neighbours(stages: int) -> Iterator[tuple[int, int, int, int]]:
@@ -235,15 +276,20 @@ def _neighbours(stages: int) -> Iterator[tuple[int, int, int, int]]:
             yield source, target, student, teacher
 
 
-def _moved(stages: Stages, source: int, target: int, student: int, teacher: int) -> Stages | None:
-    """Stages with so many layers of each model on ``target`` instead of ``source``; None where there are none left."""
-    counts = []
-    for layers, moved, keep in ((stages.student_layers, student, 1), (stages.teacher_layers, teacher, 0)):
-        changed = list(layers)
-        changed[source] -= moved
-        changed[target] += moved
-        inner = changed[1:-1]
-        if min(changed) < 0 or (inner and min(inner) < keep):
-            return None
-        counts.append(tuple(changed))
-    return Stages(stages.ranks, stages.student, stages.teacher, *counts)
+def _moved(
+    layers: tuple[Counts, Counts], source: int, target: int, student: int, teacher: int
+) -> tuple[Counts, Counts] | None:
+    """Layers of both models with so many on ``target`` instead of ``source``; None where there are none left."""
+    own, taught = _moved_of(layers[0], source, target, student, 1), _moved_of(layers[1], source, target, teacher, 0)
+    return None if own is None or taught is None else (own, taught)
+
+
+def _moved_of(layers: Counts, source: int, target: int, moved: int, keep: int) -> Counts | None:
+    """The same of one model, of which every stage but the first and the last keeps so many."""
+    changed = list(layers)
+    changed[source] -= moved
+    changed[target] += moved
+    inner = changed[1:-1]
+    if min(changed) < 0 or (inner and min(inner) < keep):
+        return None
+    return tuple(changed)

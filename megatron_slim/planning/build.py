@@ -89,7 +89,8 @@ def _start(request: Request) -> None:
     quiet = os.open(os.devnull, os.O_WRONLY)  # Megatron prints all arguments, and more
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.global_vars import set_global_variables
 
     from megatron_slim.training.arguments import complete_argv
     from megatron_slim.training.slim_arguments import add_slim_arguments
@@ -113,7 +114,9 @@ def _start(request: Request) -> None:
                 teacher_layout = layout_string(stages.teacher_layers, request.teacher.mtp_num_layers)
         flags, _ = complete_argv(argv)
         sys.argv[1:] = [*flags, *argv]
-        args = parse_and_validate_args(add_slim_arguments)
+        args = parse_args(add_slim_arguments)
+        validate_args(args)
+    set_global_variables(args, build_tokenizer=False)  # whose libraries take a second to import
     args.perform_initialization = False
     _state.update(request=request, args=args, teacher_layout=teacher_layout)
 

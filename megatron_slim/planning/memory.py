@@ -7,7 +7,8 @@ with the distributed optimizer, of the own share alone, a main copy in fp32 (of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from functools import cache
 
 from megatron_slim.architecture.parallelism import padded_vocab_size
 from megatron_slim.architecture.pipeline_layout import Stages
@@ -15,7 +16,7 @@ from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.planning.activations import Pass, largest_block_bytes, stage_bytes
 from megatron_slim.planning.hardware import GIB, Assumptions
 from megatron_slim.planning.layouts import RECOMPUTE, Settings, TrainLayout
-from megatron_slim.planning.parameters import Count, Counter
+from megatron_slim.planning.parameters import Count, counter
 from megatron_slim.planning.schedule import most_held
 
 GRADIENT = 4  # bytes
@@ -58,15 +59,20 @@ class Memory:
     @property
     def total(self) -> float:
         """All of it."""
-        return sum(astuple(self))
+        return sum(vars(self).values())
 
 
 def rank_counts(shape: ModelShape | None, layers: Sequence[int], layout: TrainLayout) -> list[Count]:
     """Parameters of a model on each pipeline rank, all its virtual stages together."""
     if shape is None:
         return [Count()] * layout.pp
-    stages = Counter(shape, layout.tp, layout.ep).stages(layers)
-    return [sum(stages[rank :: layout.pp], Count()) for rank in range(layout.pp)]
+    return list(_rank_counts(shape, tuple(layers), layout.tp, layout.ep, layout.pp))
+
+
+@cache
+def _rank_counts(shape: ModelShape, layers: tuple[int, ...], tp: int, ep: int, pp: int) -> tuple[Count, ...]:
+    stages = counter(shape, tp, ep).stages(layers)
+    return tuple(sum(stages[rank::pp], Count()) for rank in range(pp))
 
 
 def static_memory(student: Count, teacher: Count, layout: TrainLayout, settings: Settings) -> Memory:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from megatron_slim.architecture.parallelism import padded_vocab_size
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
@@ -85,3 +86,9 @@ class Counter:
             found.append(self.stage(start, start + count, **ends))
             start += count
         return found
+
+
+@cache
+def counter(shape: ModelShape, tp: int, ep: int) -> Counter:
+    """The same `Counter` for the same model and sizes, of which a search asks again and again."""
+    return Counter(shape, tp, ep)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import accumulate
 from typing import NamedTuple
 
 FORWARD, BACKWARD = "forward", "backward"
@@ -59,14 +61,22 @@ def most_held(ranks: int, micro_batches: int, virtual: int, held: Sequence[float
     >>> most_held(4, 8, 1, [1.0, 1.0, 1.0, 1.0])
     [4.0, 3.0, 2.0, 1.0]
     """
-    found = []
-    for rank in range(ranks):
-        now = most = 0.0
-        for task in one_forward_one_backward(ranks, settled(ranks, micro_batches), virtual, rank):
-            now += held[task.stage] if task.kind == FORWARD else -held[task.stage]
-            most = max(most, now)
-        found.append(most)
-    return found
+    changes = [*held, *(-each for each in held)]
+    orders = _orders(ranks, settled(ranks, micro_batches), virtual)
+    return [max(0.0, *accumulate(changes[slot] for slot in own)) for own in orders]
+
+
+@cache
+def _orders(ranks: int, micro_batches: int, virtual: int) -> tuple[tuple[int, ...], ...]:
+    """Of each rank, the virtual stages of its passes in their order; backward ones count on after the forward ones."""
+    stages = ranks * virtual
+    return tuple(
+        tuple(
+            task.stage + stages * (task.kind == BACKWARD)
+            for task in one_forward_one_backward(ranks, micro_batches, virtual, rank)
+        )
+        for rank in range(ranks)
+    )
 
 
 def step_seconds(
@@ -100,34 +110,51 @@ def _simulated(
     """All tasks in turn, each as early as its rank and what it waits for allow."""
     busy = send if virtual == 1 and ranks > 1 else 0.0
     send = send if ranks > 1 else 0.0
-    last, times = ranks * virtual - 1, {FORWARD: forward, BACKWARD: backward}
+    seconds = [*forward, *backward]
+    free, ends = [0.0] * ranks, list[float]()
+    for step in _in_turn(ranks, micro_batches, virtual):
+        ready = 0.0 if step.after is None else ends[step.after] + (send if step.sent else 0.0)
+        end = max(free[step.rank], ready) + seconds[step.slot] + busy
+        free[step.rank] = end
+        ends.append(end)
+    return max(free)
+
+
+class _Turn(NamedTuple):
+    """A task in the order of a simulation: whose, which of `_orders`, after which one, and whether that is sent."""
+
+    rank: int
+    slot: int
+    after: int | None
+    sent: bool
+
+
+@cache
+def _in_turn(ranks: int, micro_batches: int, virtual: int) -> tuple[_Turn, ...]:
+    """All tasks in an order in which each comes after what it waits for; it does not depend on how long they take."""
     tasks = [list(one_forward_one_backward(ranks, micro_batches, virtual, rank)) for rank in range(ranks)]
-    ends: dict[Task, float] = {}
-    free, position = [0.0] * ranks, [0] * ranks
-    waiting = True
+    last, found, numbers = ranks * virtual - 1, list[_Turn](), dict[Task, int]()
+    position, waiting = [0] * ranks, True
     while waiting:
         waiting = False
         for rank, own in enumerate(tasks):
             while position[rank] < len(own):
                 task = own[position[rank]]
-                ready = _ready(task, last, ends, send)
-                if ready is None:
+                before = _before(task, last)
+                if before is not None and before not in numbers:
                     break
-                free[rank] = ends[task] = max(free[rank], ready) + times[task.kind][task.stage] + busy
+                after = None if before is None else numbers[before]
+                numbers[task] = len(found)
+                slot = task.stage + (last + 1) * (task.kind == BACKWARD)
+                found.append(_Turn(rank, slot, after, before is not None and before.kind == task.kind))
                 position[rank] += 1
                 waiting = True
     assert all(position[rank] == len(own) for rank, own in enumerate(tasks)), "the schedule came to a standstill"
-    return max(free)
+    return tuple(found)
 
 
-def _ready(task: Task, last: int, ends: dict[Task, float], send: float) -> float | None:
-    """When what a task needs is there; None: not known yet."""
+def _before(task: Task, last: int) -> Task | None:
+    """What a task waits for: that of the stage before, backward of the one after; None where there is nothing."""
     if task.kind == FORWARD:
-        if task.stage == 0:
-            return 0.0
-        end = ends.get(task._replace(stage=task.stage - 1))
-    elif task.stage == last:
-        return ends.get(task._replace(kind=FORWARD))
-    else:
-        end = ends.get(task._replace(stage=task.stage + 1))
-    return None if end is None else end + send
+        return None if task.stage == 0 else task._replace(stage=task.stage - 1)
+    return task._replace(kind=FORWARD) if task.stage == last else task._replace(stage=task.stage + 1)

@@ -17,7 +17,7 @@ from megatron_slim.planning.activations import Pass, attention_bytes, moe_bytes,
 from megatron_slim.planning.hardware import Assumptions, Gpu
 from megatron_slim.planning.layouts import Settings, TrainLayout
 from megatron_slim.planning.memory import GRADIENT, LOSS_BYTES, micro_batch, rank_counts, received_bytes
-from megatron_slim.planning.parameters import Counter
+from megatron_slim.planning.parameters import counter
 from megatron_slim.planning.schedule import step_seconds
 
 OPTIMIZER_TRAFFIC = 30  # bytes of a parameter: gradient read, main copy and moments read and written, weight written
@@ -84,8 +84,7 @@ class Cost:
         self.shape, self.layout, self.settings, self.gpu, self.assumed = shape, layout, settings, gpu, assumed
         self.of: Pass = micro_batch(layout, settings, assumed)
         self.hbm = gpu.hbm * assumed.hbm
-        counter = Counter(shape, layout.tp, layout.ep)
-        self.counts = counter.blocks
+        self.counts = counter(shape, layout.tp, layout.ep).blocks
         self.kinds = {kind: block_flops(shape, kind, settings.seq_length, settings.kernels) for kind in self.counts}
 
     def _collective(self, nbytes: float, ranks: int) -> float:

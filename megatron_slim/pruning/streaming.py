@@ -7,6 +7,7 @@ MTP block goes last: its input is made of the trunk's final hidden state and the
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from megatron_slim import __version__
 from megatron_slim.architecture.local_modules import rms_norm
+from megatron_slim.architecture.table import count_parameters
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.raw_files import as_bytes
 from megatron_slim.cli import progress, say
@@ -28,6 +30,7 @@ from megatron_slim.pruning.work_dir import WorkDir
 
 EMBEDDING, FINAL_NORM, MTP_NORM = "model.embed_tokens", "model.norm", "mtp.norm"
 MTP_INPUT, MTP_INPUT_NORMS = "mtp.fc", ("mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden")
+SMALL_FLOPS = 1e8  # of a micro-batch in the whole model: some milliseconds of one core
 # What a module does to a micro-batch of hidden states [samples, positions, hidden], given the tokens of its samples.
 Step = Callable[[Tensor, Tensor], Tensor]
 
@@ -103,10 +106,22 @@ class StreamingForward:
             self._hidden = InFiles(
                 self._work, self.shape.hidden_size, self.micro_batch_size, len(self.samples), self.dtype
             )
-        with self.checkpoint.reading_once():
+        with self.checkpoint.reading_once(), self._threads():
             for number, module in enumerate(progress(list(self._modules()), description)):
                 if number >= finished:
                     self._pass(module)
+
+    @contextlib.contextmanager
+    def _threads(self) -> Iterator[None]:
+        """One thread for a small model: to wake others for every little operation takes longer than they save."""
+        tokens = self.micro_batch_size * self.samples.shape[1]
+        before = torch.get_num_threads()
+        if 2 * tokens * count_parameters(self.shape).active < SMALL_FLOPS:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def weight(self, module: str) -> Tensor:
         """The weight of a module, on the device."""
