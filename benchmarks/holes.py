@@ -30,7 +30,7 @@ class HoleDigger:
     """
 
     def __init__(self, parent: Path, name: str) -> None:
-        """Dig in ``parent/name`` and in what it is built in beside it, ``parent/.name.*``."""
+        """Dig in ``parent/name`` and in what it is built in next to it, ``parent/.name.*``."""
         self._parent, self._name = parent, name
         self._seen: dict[int, set[int]] = {}  # blocks with data, by the file's inode, because files are renamed
         self._dug: dict[int, set[int]] = {}

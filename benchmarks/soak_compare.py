@@ -19,7 +19,7 @@ def contents(directory: Path) -> dict[tuple[Any, ...], str]:
     """Hash of every piece of a checkpoint as it is stored: weights and optimizer state.
 
     Not of the common state, which names directories, nor of the generators: a torch data loader draws a number when a
-    run starts or goes on, and nothing in these models draws any.
+    run starts or resumes, and nothing in these models draws any.
     """
     found = {}
     for index, info in read_metadata(directory).storage_data.items():

@@ -170,7 +170,7 @@ def plan_kills(args: argparse.Namespace) -> list[Kill]:
 
 
 def strike(args: argparse.Namespace, name: str, kill: Kill) -> None:
-    """Start or go on, and kill when it is time."""
+    """Start or resume, and kill when it is time."""
     job = Job(args, name)
     if kill.what == "save":
         directory = job.save / f"iter_{kill.step:07d}"
@@ -187,7 +187,7 @@ def strike(args: argparse.Namespace, name: str, kill: Kill) -> None:
 
 
 def finish(args: argparse.Namespace, name: str) -> float:
-    """Start or go on, to the end; seconds."""
+    """Start or resume, to the end; seconds."""
     begin = time.monotonic()
     job = Job(args, name)
     if code := job.process.wait():

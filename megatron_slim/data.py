@@ -62,7 +62,7 @@ def data_prefix(path: Path, *, or_matrix: bool = False) -> Path:
 
     Args:
         path: as a user gave it.
-        or_matrix: whether a ``.npy`` matrix would do as well, which a refusal then says.
+        or_matrix: whether a ``.npy`` matrix would do as well, which the error then says.
 
     Raises:
         DataError: one or both of the files are missing.
@@ -120,7 +120,7 @@ def _open_windows(prefix: Path, seq_length: int | None) -> npt.NDArray[Any]:
 def read_stream(prefix: Path) -> npt.NDArray[Any]:
     """All documents of a Megatron data set one after the other, memory-mapped.
 
-    Megatron's own reader takes seconds to import, and opens a truncated .bin without complaint.
+    Megatron's own reader takes seconds to import, and opens a truncated .bin without an error.
 
     Raises:
         DataError: the index is not one, holds no integer ids, or the .bin is not as long as the index says.

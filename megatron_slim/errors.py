@@ -9,7 +9,7 @@ MAX_MESSAGE = 4000
 
 
 class SlimError(Exception):
-    """Something the user can mend.
+    """Something the user can fix.
 
     The message is one line: what is wrong, where (file, key, value), and what to do about it.
     Tools print it as ``error: <message>`` and exit with code 2.

@@ -64,7 +64,7 @@ class Width:
 
 @dataclass(frozen=True)
 class Experts:
-    """What becomes of the experts that the target has no room for.
+    """What becomes of the experts that do not fit into the target.
 
     Attributes:
         method: ``prune`` drops them, ``merge`` folds each into its nearest survivor, ``partial_preservation`` leaves
@@ -282,22 +282,22 @@ def _stages_violations(stages: Any, search: Any) -> list[str]:
         if not isinstance(stage, Mapping):
             found.append(f"stage {number}: {stage!r} is not a mapping")
             continue
-        faults = unknown_keys(stage, ["name", "tokens", *SECTIONS, "search"], "")
-        faults += [] if "target" in stage else ["target is missing"]
+        violations = unknown_keys(stage, ["name", "tokens", *SECTIONS, "search"], "")
+        violations += [] if "target" in stage else ["target is missing"]
         for name, kind in SECTIONS.items():
-            faults += _section_violations(name, kind, stage[name]) if name in stage else []
+            violations += _section_violations(name, kind, stage[name]) if name in stage else []
         for key in ("name", "tokens"):
             if key in stage and (sentence := _value_violation(f"stage.{key}", stage[key])):
-                faults.append(sentence.removeprefix("stage."))
+                violations.append(sentence.removeprefix("stage."))
         if "search" in stage or search is not None:
-            faults += _stage_search_violations(stage, search)
-        target = stage.get("target") if not faults else {}
+            violations += _stage_search_violations(stage, search)
+        target = stage.get("target") if not violations else {}
         for key, value in (target or {}).items():
             size: Any = whole_number(value) if key in ("params", "active_params") else value
             if key in least and size > least[key][0]:
-                faults.append(f"target.{key} {size} is larger than the {least[key][0]} of stage {least[key][1]}")
+                violations.append(f"target.{key} {size} is larger than the {least[key][0]} of stage {least[key][1]}")
             least[key] = min(least.get(key, (size, number)), (size, number))
-        found += [f"stage {number}: {fault}" for fault in faults]
+        found += [f"stage {number}: {violation}" for violation in violations]
     return found
 
 

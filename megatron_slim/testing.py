@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_slim import device
-from megatron_slim.architecture.shape import FAMILIES, ModelShape, lacking, layer_pattern, shape_to_hf_config
+from megatron_slim.architecture.shape import FAMILIES, ModelShape, layer_pattern, shape_to_hf_config, unused_fields
 from megatron_slim.architecture.table import hf_tensors
 from megatron_slim.checkpoint.huggingface_writer import specs_of, write_hf_checkpoint
 from megatron_slim.cli import exit_at_once
@@ -59,7 +59,7 @@ def tiny_shape(model_type: str = "qwen3_next", **overrides: Any) -> ModelShape:
         "layernorm_epsilon": 1e-6,
         "norm_topk_prob": True,
     }
-    shape = ModelShape(**{**sizes, **lacking(family), **overrides})
+    shape = ModelShape(**{**sizes, **unused_fields(family), **overrides})
     shape.validate()
     return shape
 

@@ -1,4 +1,4 @@
-"""The CPU seam: what "cuda" means, generators, streams, and the optimizer."""
+"""The CPU compatibility layer: what "cuda" means, generators, streams, and the optimizer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 
 from megatron_slim import device
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the seam changes nothing where CUDA is available")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the layer changes nothing where CUDA is available")
 
 
 @pytest.fixture(autouse=True)
-def seam() -> None:
+def cpu_layer() -> None:
     device.install()
 
 
@@ -232,5 +232,5 @@ def test_a_gpu_without_its_libraries(
     assert gdn.chunk_gated_delta_rule is linear_attention.chunk_gated_delta_rule
     assert optimizer.Adam is distrib_optimizer.Adam is device.FusedAdam and not optimizer.USING_PYTORCH_OPTIMIZER
     device._fill_in_for_missing_libraries()
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == (2 if rank == "0" else 0) and all(line.startswith("note: ") for line in said)
+    text = capsys.readouterr().err.splitlines()
+    assert len(text) == (2 if rank == "0" else 0) and all(line.startswith("note: ") for line in text)

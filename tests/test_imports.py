@@ -20,7 +20,7 @@ LAYERS = (
         "files",
         "cli",
         "linear_attention",
-        "megatron_faults",
+        "megatron_fixes",
         "device",
         "data",
         "data_index",

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_slim.architecture.shape import FAMILIES, ModelShape, lacking, layer_pattern, shape_from_hf_config
+from megatron_slim.architecture.shape import FAMILIES, ModelShape, layer_pattern, shape_from_hf_config, unused_fields
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import RecipeError
 from megatron_slim.pruning.plan import check_recipe, space_before_statistics, target_shape
@@ -79,7 +79,7 @@ def moe_teacher() -> ModelShape:
         max_position_embeddings=40960,
         layernorm_epsilon=1e-6,
         norm_topk_prob=True,
-        **lacking(FAMILIES["qwen3_moe"]),
+        **unused_fields(FAMILIES["qwen3_moe"]),
     )
 
 
@@ -142,7 +142,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("text", BAD)
-def test_each_fault_has_its_one_line(text: str, tmp_path: Path) -> None:
+def test_each_error_has_its_one_line(text: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load(text, tmp_path)
     message = str(caught.value)
@@ -150,7 +150,7 @@ def test_each_fault_has_its_one_line(text: str, tmp_path: Path) -> None:
     assert "recipe.yaml" in message and "\n" not in message
 
 
-def test_all_faults_at_once(tmp_path: Path) -> None:
+def test_all_errors_at_once(tmp_path: Path) -> None:
     text = "version: 3\ntarget: {num_layer: 3, hidden_size: -1}\nwidth: {importance: norm}\nexperts: {preserve: 2}\n"
     with pytest.raises(RecipeError) as caught:
         load(text, tmp_path)
@@ -277,7 +277,7 @@ BAD_STAGES = {
 
 
 @pytest.mark.parametrize("text", BAD_STAGES)
-def test_each_fault_of_a_stage_has_its_line(text: str, tmp_path: Path) -> None:
+def test_each_error_of_a_phase_has_its_line(text: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load(f"version: 1\n{text}\n", tmp_path)
     assert BAD_STAGES[text] in str(caught.value) and "\n" not in str(caught.value)

@@ -78,7 +78,7 @@ class Missing(Exception):
 
 
 class NotRun(Exception):
-    """The part cannot run on this machine, which is no fault."""
+    """The part cannot run on this machine, which is not an error."""
 
 
 @dataclass

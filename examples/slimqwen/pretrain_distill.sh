@@ -41,9 +41,9 @@ TEACHER=${TEACHER:-}
 SAVE=${SAVE:-}
 DATA=${DATA:-}             # prefix of a .bin/.idx pair, or "weight prefix weight prefix ..."
 VALID_DATA=${VALID_DATA:-} # the same, for validation; without it a part of DATA is set aside
-[[ -n $SAVE ]] || fail "SAVE is not set; it is the directory for checkpoints and logs, and a run found there goes on"
+[[ -n $SAVE ]] || fail "SAVE is not set; it is the directory for checkpoints and logs, and a run found there resumes"
 [[ -n $DATA ]] || fail "DATA is not set; make it with tools/preprocess_data.py"
-[[ -n $STUDENT || -n $HF_CONFIG ]] || fail "neither STUDENT nor HF_CONFIG is set; see the head of ${BASH_SOURCE[0]}"
+[[ -n $STUDENT || -n $HF_CONFIG ]] || fail "neither STUDENT nor HF_CONFIG is set; see the first lines of ${BASH_SOURCE[0]}"
 
 # Layout: NPROC_PER_NODE processes a node, of which TP x PP hold one copy of both models and the rest is data parallel.
 TP=${TP:-1}
@@ -117,7 +117,7 @@ if [[ -n $STUDENT ]]; then args+=(--pretrained-checkpoint "$STUDENT"); fi
 if [[ -n $HF_CONFIG ]]; then args+=(--hf-config "$HF_CONFIG"); fi
 if [[ -n $TEACHER ]]; then args+=(--teacher-load "$TEACHER"); fi
 
-# Variables that ranks need, beside those of the environment. One hardware queue makes kernels start in the order in
+# Variables that ranks need in addition to those of the environment. One hardware queue makes kernels start in the order in
 # which they were launched, by which tensor parallelism overlaps up to Hopper (Megatron insists on it); Blackwell has
 # another way, and there, as for overlapped all-to-all of experts, streams should not wait for each other.
 compute_capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 || true)

@@ -25,7 +25,7 @@ def stated_mtp_layers(config: Mapping[str, Any], where: str = "config.json") -> 
     """How many MTP blocks a config.json says that there are; None where it says nothing.
 
     Raises:
-        ShapeError: values that are no counts, contradict each other, or ask for another block than there is.
+        ShapeError: values that are not counts, contradict each other, or ask for another block than there is.
     """
     found, stated = [], {key: config[key] for key in COUNTS if config.get(key) is not None}
     found += [

@@ -53,7 +53,7 @@ def hf_tensors(model: ModelShape, fused_blocks: Collection[str] = ()) -> dict[st
 
 
 def mtp_layers_in(names: Iterator[str] | set[str]) -> int:
-    """Number of MTP blocks in a set of Hugging Face tensor names; 0 when there is no ``mtp.`` tensor at all."""
+    """Number of MTP blocks in a set of Hugging Face tensor names; 0 when there is no ``mtp.`` tensor."""
     depths = [-1]
     for name in names:
         if name.startswith("mtp."):

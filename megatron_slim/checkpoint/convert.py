@@ -64,14 +64,14 @@ def open_checkpoint(
     if verify_integrity:
         raise CheckpointError("has no hashes to verify", where=str(path), fix="leave --verify-integrity out")
     if hf_config is not None:
-        raise CheckpointError("is no torch_dist checkpoint", where=str(path), fix="leave --hf-config out")
+        raise CheckpointError("is not a torch_dist checkpoint", where=str(path), fix="leave --hf-config out")
     return HFCheckpoint.open(
         path, allow_nonfinite=allow_nonfinite, dequantize_fp8=dequantize_fp8, without_mtp=without_mtp
     )
 
 
 def say_left_out(source: Source) -> None:
-    """Tell the user of tensors in the files of a checkpoint that are no part of the model as it is read."""
+    """Tell the user of tensors in the files of a checkpoint that are not part of the model as it is read."""
     if source.left_out:
         say(f"{source.path}: left out {len(source.left_out)} tensors: {summarise(source.left_out)}")
 
@@ -117,7 +117,7 @@ def write_checkpoint(
         What was done, for a tool's ``--json``.
 
     Raises:
-        CheckpointError: not enough room, or what was read back differs from what was written.
+        CheckpointError: not enough space, or what was read back differs from what was written.
     """
     dtypes = source.dtypes if dtype is None else dict.fromkeys(source.dtypes, dtype)
     nbytes = total_bytes(source.shape, dtypes)
@@ -126,11 +126,11 @@ def write_checkpoint(
     for note in source.notes:
         say(f"{source.path}: {note}")
     options: dict[str, Any] = {"dtype": dtype, "verify": verify, "processes": processes, "where": str(target)}
-    beside = carried_bytes(source.config_path)  # refuses links that leave the checkpoint now, not at the end
+    side_bytes = carried_bytes(source.config_path)  # refuses links that leave the checkpoint now, not at the end
     if isinstance(source, DistCheckpoint):
         source.check_parts()  # everything is read; a pruning reads some rows of much, and does not
     with new_directory(target) as partial:
-        check_space(target, nbytes + beside)
+        check_space(target, nbytes + side_bytes)
         say_left_behind(source.config_path)
         write = _write_torch_dist if to == "torch_dist" else _write_hf
         content = write(source, partial, config, dtypes, fused_blocks, options)

@@ -20,7 +20,7 @@ _PACKAGES = ("torch", "megatron-core", "numpy", "transformers")
 
 
 def describe_source(source: Source) -> dict[str, Any]:
-    """Where a checkpoint came from, and what of it is no part of the model; its own provenance too, if it has one."""
+    """Where a checkpoint came from, and what of it is not part of the model; its own provenance too, if it has one."""
     described: dict[str, Any] = {
         "path": str(source.path.absolute()),
         "format": "torch_dist" if is_torch_dist(source.path) else "hf",

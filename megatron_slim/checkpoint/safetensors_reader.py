@@ -58,7 +58,7 @@ class TensorEntry:
 
 
 def mlx_layout(where: str) -> CheckpointError:
-    """The refusal of what MLX has written, whose files hold other values under names of their own."""
+    """The error for what MLX has written, whose files hold other values under names of their own."""
     return CheckpointError(
         "is in MLX's layout: experts under switch_mlp, convolutions transposed, norms of Qwen3-Next shifted by 1",
         where=where,

@@ -21,7 +21,7 @@ def declared() -> dict[str, list[str]]:
     """Requirements of this checkout or, installed from a wheel, of that: "" for all machines, else by extra."""
     if PYPROJECT.is_file():
         project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
-        if project["name"] == PACKAGE:  # others install a file of that name beside the packages
+        if project["name"] == PACKAGE:  # others install a file of that name next to the packages
             return {"": project["dependencies"]} | project["optional-dependencies"]
     from packaging.requirements import Requirement
 

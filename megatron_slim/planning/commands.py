@@ -122,7 +122,7 @@ def _job(args: argparse.Namespace) -> tuple[Models, Job, int, list[str]]:
         gpu = replace(gpu, per_node=args.gpus_per_node)
     if args.gpus > gpu.per_node and args.gpus % gpu.per_node:
         fix = "give a multiple, or --gpus-per-node"
-        raise SlimError(f"--gpus {args.gpus} are no whole nodes of {gpu.per_node}", fix=fix)
+        raise SlimError(f"--gpus {args.gpus} is not a multiple of {gpu.per_node} GPUs per node", fix=fix)
     assumed = parse_assumptions(args.assume)
     if args.tokens is not None and whole_number(args.tokens) is None:
         raise SlimError(f"--tokens {args.tokens!r} is not a number of tokens (such as 40B, 2.5e9, 1000)")
@@ -179,8 +179,8 @@ def _build(found: Found, job: Job, count: int) -> dict[str, float]:
         seconds[layout.name] = time.monotonic() - started
         counted = [rank_counts(job.student, stages.student_layers, layout)]
         counted += [rank_counts(job.teacher, stages.teacher_layers, layout)]
-        for rank, own, taught in zip(ranks, *counted, strict=True):
-            assert (rank.student.total, rank.teacher.total) == (own.total, taught.total), (
+        for rank, own, theirs in zip(ranks, *counted, strict=True):
+            assert (rank.student.total, rank.teacher.total) == (own.total, theirs.total), (
                 "the table and the modules differ"
             )
         static = [rank.memory for rank in ranks]

@@ -94,7 +94,7 @@ class Assumptions:
         network: share of the adapters' rate that NCCL reaches between nodes.
         forward_traffic: how often an element-wise byte that is kept for backward crosses memory in the forward pass:
             written once, read once.
-        backward_traffic: likewise in the backward pass: gradients are read and written beside it.
+        backward_traffic: likewise in the backward pass: gradients are read and written too.
         block_seconds: least time of a block forward: about 80 launches of 5 microseconds, and one wait for how many
             tokens each expert gets. Backward it counts once more.
         overhead_gib: CUDA context, cuBLAS and cuDNN work spaces, NCCL's buffers of some seven communicators.

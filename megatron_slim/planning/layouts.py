@@ -52,7 +52,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class TrainLayout:
-    """A way to lay training out over GPUs; experts are not split (expert tensor parallel size 1).
+    """A way to split training across GPUs; experts are not split (expert tensor parallel size 1).
 
     Attributes:
         gpus: all of them.
@@ -96,7 +96,7 @@ class TrainLayout:
     def violations(
         self, student: ModelShape, teacher: ModelShape | None, settings: Settings, per_node: int = 8
     ) -> list[str]:
-        """Everything that keeps the run from being laid out like this, as training would refuse it."""
+        """Everything that rules this layout out for the run, as training would refuse it."""
         found = [
             f"{self.gpus} GPUs do not divide into groups of {name} {size} x PP {self.pp}"
             for name, size in (("TP", self.tp), ("EP", self.ep))

@@ -23,7 +23,7 @@ MOMENTS = 8
 MAIN_COPY = 4
 # Of a chunk of the losses, a token and column of the vocabulary (docs/distillation.md).
 LOSS_BYTES = {"bf16": 14, "fp32": 12}
-LOSS_OTHERS = 3.0  # losses that need both models' probabilities beside the logits
+LOSS_OTHERS = 3.0  # losses that need both models' probabilities as well as the logits
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def static_memory(student: Count, teacher: Count, layout: TrainLayout, settings:
 
 
 def least_static(student: ModelShape, teacher: ModelShape | None, layout: TrainLayout, settings: Settings) -> float:
-    """What no stages go below on the fullest rank: everything, shared out evenly."""
+    """What no stages go below on the fullest rank: everything, split evenly."""
 
     def spread(shape: ModelShape | None) -> Count:
         whole = (
@@ -127,7 +127,7 @@ def rank_memory(
     Args:
         student: sizes of the student.
         teacher: of the teacher.
-        layout: what is laid out.
+        layout: the parallel sizes.
         stages: layers of both models on each virtual stage.
         settings: the run.
         assumed: overhead and fragmentation.
@@ -140,7 +140,7 @@ def rank_memory(
             rank_counts(teacher, stages.teacher_layers, layout),
             strict=True,
         )
-        static = [static_memory(own, taught, layout, settings) for own, taught in counts]
+        static = [static_memory(own, theirs, layout, settings) for own, theirs in counts]
     held, start, number = [], 0, len(stages.student_layers)
     for stage, count in enumerate(stages.student_layers):
         kept = stage_bytes(student, start, start + count, of, recompute, is_last=stage == number - 1)

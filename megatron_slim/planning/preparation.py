@@ -89,7 +89,7 @@ def calibration(shape: ModelShape, gpu: Gpu = GPUS["h200"]) -> Calibration:
         "reading_weights": nbytes / ASSUMED["disk_bytes_per_second"],
     }
     host = {
-        "hidden_states": tokens * shape.hidden_size * BF16 / GIB,  # on the GPU where there is room, else here
+        "hidden_states": tokens * shape.hidden_size * BF16 / GIB,  # on the GPU where there is memory, else here
         "embedding": shape.vocab_size * shape.hidden_size * BF16 / GIB,
         "token_ids": tokens * 8 / GIB,
         "statistics": 4 * blocks * 4 * experts**2 / GIB,

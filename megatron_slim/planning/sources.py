@@ -19,7 +19,7 @@ from megatron_slim.recipe import Recipe, load_recipe, select_stage
 
 @dataclass(frozen=True)
 class Models:
-    """What is trained and what teaches it.
+    """The student and its teacher.
 
     Attributes:
         student: its sizes.
@@ -56,7 +56,7 @@ def find_models(asked: Asked) -> Models:
     """Sizes of both models.
 
     Raises:
-        SlimError: nothing says what the student is, or what teaches it; or it cannot be made of its source.
+        SlimError: nothing says what the student or the teacher is; or the student cannot be made of its source.
     """
     if asked.plan is not None:
         plan = load_plan(asked.plan)
@@ -107,14 +107,14 @@ def _of_recipe(file: Path, asked: Asked) -> Models:
 
 
 def _source(recipe: Recipe, file: Path, asked: Asked) -> tuple[str, ModelShape]:
-    """What the recipe prunes, and where that is said; without a word of its own, the teacher."""
+    """What the recipe prunes, and where that is stated; where it states nothing, the teacher."""
     if recipe.source in MODELS:
         return recipe.source, MODELS[recipe.source].shape
     if recipe.source:
         directory = file.parent / recipe.source
         if not directory.is_dir():
             known = ", ".join(MODELS)
-            what = f"source {recipe.source!r} is no directory here, and none of {known}"
+            what = f"source {recipe.source!r} is not a directory here and not one of {known}"
             raise RecipeError(what, where=str(file), fix="name one of them, or a directory with a config.json")
         return os.path.normpath(directory), _read(directory, asked.teacher_without_mtp)
     if asked.teacher_config is not None:

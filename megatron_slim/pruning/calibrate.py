@@ -49,7 +49,7 @@ def calibrate(
     Raises:
         DataError: the samples do not suit the model.
         CheckpointError: an activation is not finite; names its block.
-        SlimError: what is in the work directory does not suit these inputs, or there is too little room.
+        SlimError: what is in the work directory does not suit these inputs, or there is too little space.
     """
     check_samples(samples, checkpoint.shape)
     init_single_process()
@@ -99,7 +99,7 @@ class _Calibration(StreamingForward):
             self.tensors.update(block_statistics(module, self.shape, sums, router))
 
     def state(self) -> Mapping[str, Tensor]:
-        """All tensors so far, and the sums that go on over the blocks."""
+        """All tensors so far, and the sums that continue over the blocks."""
         tensors = {f"{_TENSORS}{name}": torch.from_numpy(value) for name, value in self.tensors.items()}
         return tensors | {f"{_HIDDEN}{kind}": values for kind, values in self.importance.sums.items()}
 

@@ -163,7 +163,7 @@ def _check_stage(schedule: Recipe, number: int | None, source: Checkpoint, *, wh
     ]
     if found:
         raise RecipeError(
-            f"stage {number} goes on from stage {(number or 1) - 1}, but this has {', '.join(found)}",
+            f"stage {number} continues stage {(number or 1) - 1}, but this has {', '.join(found)}",
             where=str(source.path),
             fix="load what training made of the stage before",
         )
@@ -171,7 +171,7 @@ def _check_stage(schedule: Recipe, number: int | None, source: Checkpoint, *, wh
 
 
 def _check_space(recipe: Recipe, source: Checkpoint, save: Path, *, where: str) -> None:
-    """Refuse a disk without room for the result before hours of calibration; writing looks again, at exact sizes."""
+    """Refuse a disk without space for the result before hours of calibration; writing looks again, at exact sizes."""
     from megatron_slim.architecture.table import count_parameters
     from megatron_slim.files import check_space
     from megatron_slim.pruning.depth import layers_before_statistics

@@ -18,7 +18,7 @@ from megatron_slim.pruning.plan_view import check_statistics, ranking_lines, sum
 from megatron_slim.pruning.statistics import Statistics
 
 PAGE, RANKING = "index.html", "ranking.jsonl"
-TERMINAL_WIDTH = 120  # where standard output is no terminal
+TERMINAL_WIDTH = 120  # where standard output is not a terminal
 
 # The page may load nothing, whatever a name in the plan holds.
 _HEAD = """<!DOCTYPE html>

@@ -78,7 +78,7 @@ class Axis:
 
 
 def share(values: Vector | None, kept: Sequence[int]) -> float | None:
-    """Sum over the kept ones of the sum over all; None where that is no number.
+    """Sum over the kept ones of the sum over all; None where that is not a number.
 
     >>> share(np.array([1.0, 2.0, 5.0]), [1, 2])
     0.875
@@ -217,7 +217,7 @@ def _reason_of_a_run(first: int, starts: int, stats: Statistics | None) -> str:
         return f"in a row from layer {first}, whose input and output are most alike"
     cosines = [float(stats.tensors[layer_key(f"model.layers.{i}", "cosine")]) for i in range(1, starts + 1)]
     own = cosines[first - 1]
-    rest = " of the runs beside which a full-attention layer is left" if max(cosines) > own else ""
+    rest = " of the runs that leave a full-attention layer" if max(cosines) > own else ""
     return f"in a row from layer {first}, whose input and output are most alike (cosine {own:.4f}){rest}"
 
 

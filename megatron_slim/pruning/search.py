@@ -193,7 +193,7 @@ class Space:
                 yield found
 
     def _largest(self, sizes: Mapping[str, int], axis: str) -> Candidate | None:
-        """With the largest size of one axis that the bounds allow beside these sizes."""
+        """With the largest size of one axis that the bounds allow with these sizes."""
         least, beyond, found = -1, len(self.grid[axis]), None
         while beyond - least > 1:
             middle = (least + beyond) // 2

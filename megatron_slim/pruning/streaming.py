@@ -99,7 +99,7 @@ class StreamingForward:
             if saved := self._work.begin(self._inputs(), nbytes):
                 finished = saved.finished
                 self.restore(saved.measured)
-                say(f"{self._work.path}: going on after {finished} of {len(list(self._modules()))} modules")
+                say(f"{self._work.path}: resuming after {finished} of {len(list(self._modules()))} modules")
             self._hidden = InFiles(
                 self._work, self.shape.hidden_size, self.micro_batch_size, len(self.samples), self.dtype
             )

@@ -45,7 +45,7 @@ class _OwnMasks:
 
 @dataclass
 class DatasetConfig(GPTDatasetConfig):
-    """Megatron's configuration, and what tells two states of the same data sets apart.
+    """Megatron's configuration, and what distinguishes two states of the same data sets.
 
     Attributes:
         lengths: hash of the documents' lengths in all data sets, of which indices are made.

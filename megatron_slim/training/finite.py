@@ -1,7 +1,7 @@
-"""NaN, infinity, token ids of no vocabulary: found once per iteration before the optimizer steps, and where they began.
+"""NaN, infinity, token ids beyond the vocabulary: found before each optimizer step, and where they began.
 
 What is watched is reduced to one number where it arises and stays on the device; the host looks once per iteration,
-just before Megatron reads the gradient norm, which waits for the device anyway. All ranks then learn together whether
+just before Megatron reads the gradient norm, which waits for the device anyway. All ranks then know together whether
 anything was found on any of them, so that they leave together and nobody waits for a rank that has gone.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_slim.errors import DataError, SlimError, summarise
 
 T = TypeVar("T")
-FIX = "nothing of this step was saved: go on from the last checkpoint with other data or a lower learning rate"
+FIX = "nothing of this step was saved: resume from the last checkpoint with other data or a lower learning rate"
 
 
 @dataclass(frozen=True)

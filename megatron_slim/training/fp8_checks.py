@@ -33,11 +33,11 @@ def fp8_violations(shape: ModelShape, teacher: ModelShape | None, args: Any) -> 
         teacher: sizes of the teacher, if there is one.
         args: Megatron's arguments and ours, as parsed.
     """
-    taught = None if teacher is None else _teacher_recipe(args)
+    teacher_fp8 = None if teacher is None else _teacher_recipe(args)
     found = []
-    if args.teacher_fp8_recipe is not None and taught is None:
+    if args.teacher_fp8_recipe is not None and teacher_fp8 is None:
         found.append("--teacher-fp8-recipe needs a teacher in FP8; give --teacher-load and --teacher-dtype fp8")
-    if not args.fp8 and taught is None:
+    if not args.fp8 and teacher_fp8 is None:
         return found
     if not HAVE_TE:
         return [*found, "FP8 needs Transformer Engine, which is not installed (tools/doctor.py says what is)"]
@@ -45,7 +45,7 @@ def fp8_violations(shape: ModelShape, teacher: ModelShape | None, args: Any) -> 
         return [*found, f"--transformer-impl {args.transformer_impl} has no FP8; leave it out"]
     if args.fp8:
         found += _student_violations(args)
-    for name, model, recipe in (("student", shape, args.fp8 and args.fp8_recipe), ("teacher", teacher, taught)):
+    for name, model, recipe in (("student", shape, args.fp8 and args.fp8_recipe), ("teacher", teacher, teacher_fp8)):
         if model is not None and recipe in RECIPES:
             of_model = _model_violations(model, recipe, args, trained=name == "student")
             found += [f"{name}: {sentence}; or leave its FP8 out" for sentence in of_model]

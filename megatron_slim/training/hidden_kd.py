@@ -16,7 +16,7 @@ from megatron_slim.architecture.pipeline_layout import Stages
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.distributed import HIDDEN_KD, DistCheckpoint
-from megatron_slim.distillation.hidden import HiddenLesson
+from megatron_slim.distillation.hidden import HiddenInputs
 from megatron_slim.distillation.layer_pairs import FLAG, LayerPair, name_of, pair_violations, stage_violations
 from megatron_slim.distillation.model import DistillationModel
 from megatron_slim.errors import CheckpointError, SlimError
@@ -56,24 +56,24 @@ def hidden_violations(shape: ModelShape, teacher: ModelShape | None, args: Any) 
 
 
 def check_stages(pairs: Sequence[LayerPair], stages: Stages) -> None:
-    """See that the two layers of a pair lie in the same (virtual) pipeline stage.
+    """See that the two layers of a pair are in the same (virtual) pipeline stage.
 
     Raises:
         SlimError: names the pairs of which they do not.
     """
     if found := list(stage_violations(pairs, stages.student_layers, stages.teacher_layers)):
         raise SlimError(
-            f"{FLAG}: layers of a pair lie in different pipeline stages: {'; '.join(found)}",
+            f"{FLAG}: layers of a pair are in different pipeline stages: {'; '.join(found)}",
             fix="choose layers of one stage, or other stages by --pipeline-layout, --pipeline-model-parallel-layout or "
             "--teacher-pipeline-layout",
         )
 
 
 def check_projections(found: Checkpoint, args: Any) -> None:
-    """See that a run which goes on by ``--load`` finds the projections that it wants.
+    """See that a run which resumes by ``--load`` finds the projections that it wants.
 
     Args:
-        found: the checkpoint that it goes on from.
+        found: the checkpoint that it resumes from.
         args: Megatron's arguments and ours, as parsed.
 
     Raises:
@@ -100,12 +100,12 @@ def _weight() -> float:
     return now(hidden_schedule(args), args)
 
 
-def hidden_lesson(chunk: DistillationModel, loss_mask: Tensor | None) -> HiddenLesson | None:
-    """What a stage's layers need to learn from those of the teacher; None where there are none, and in validation."""
+def hidden_inputs(chunk: DistillationModel, loss_mask: Tensor | None) -> HiddenInputs | None:
+    """What the hidden-state loss of a stage's layers needs; None where there are none, and in validation."""
     if chunk.hidden_kd is None or not chunk.training:
         return None
     assert loss_mask is not None
-    return HiddenLesson(loss_mask, _weight())
+    return HiddenInputs(loss_mask, _weight())
 
 
 @dataclass

@@ -12,7 +12,7 @@ _WITHOUT_EFFECT = {
     "defer_embedding_wgrad_compute": "the output layer's gradient comes with the loss, chunk by chunk",
     "fp16_lm_cross_entropy": "losses are computed in fp32",
     "fp8_output_proj": "the output layer is part of the losses and stays in bf16",
-    "mtp_detach_heads": "the output layer learns from all heads",
+    "mtp_detach_heads": "all heads train the output layer",
     "use_mup": "logits are not scaled",
     "reset_attention_mask": "attention sees the whole sequence",
     "dataloader_inter_document_masking": "attention sees the whole sequence",

@@ -51,7 +51,7 @@ def _now() -> Any:
 
 @dataclass(frozen=True)
 class _Span:
-    """Work of one kind on one virtual stage, from one event to another."""
+    """Time of one kind of work on one virtual stage, from one event to another."""
 
     chunk: int
     kind: str

@@ -23,8 +23,8 @@ from megatron.training.arguments import add_megatron_arguments, parse_and_valida
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_slim import device, megatron_faults
-from megatron_slim.architecture.context_parallel import own_positions
+from megatron_slim import device, megatron_fixes
+from megatron_slim.architecture.context_parallel import local_positions
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.layer_specs import build_model, shape_config_fields
 from megatron_slim.architecture.parallelism import padded_vocab_size
@@ -45,7 +45,7 @@ from megatron_slim.training.arguments import install_argv, load_balancing_note, 
 from megatron_slim.training.checks import check_run, open_student, open_teacher, start_of, starts_by_ourselves
 from megatron_slim.training.data import Batch, build_datasets, next_batch
 from megatron_slim.training.finite import FiniteWatch
-from megatron_slim.training.hidden_kd import HiddenLog, check_stages, hidden_lesson
+from megatron_slim.training.hidden_kd import HiddenLog, check_stages, hidden_inputs
 from megatron_slim.training.missing_libraries import library_note
 from megatron_slim.training.progressive import find_place, is_done, stage_of
 from megatron_slim.training.rates import default_warmup
@@ -82,7 +82,7 @@ class Run:
         config: TransformerConfig | None = None,
         pg_collection: Any = None,
     ) -> DistillationModel:
-        """Build one pipeline stage of the student, its teacher beside it with weights loaded."""
+        """Build one pipeline stage of the student and, co-located, its teacher with weights loaded."""
         args = get_args()
         base = config or core_transformer_config_from_args(args)
         stage: dict[str, Any] = {
@@ -162,7 +162,7 @@ class Run:
         return datasets
 
     def batch(self, iterator: Iterator[Any], vp_stage: int | None) -> Batch:
-        """What this stage needs of the next micro-batch: MTP blocks the tokens, layers that learn the loss mask."""
+        """What this stage needs of the next micro-batch: MTP blocks need tokens, hidden-state losses the loss mask."""
         has_mtp = bool(self.shape.mtp_num_layers or (self.teacher_shape and self.teacher_shape.mtp_num_layers))
         chunk = self.chunks[vp_stage or 0]
         whole = (chunk.post_process and has_mtp) or chunk.hidden_kd is not None
@@ -183,15 +183,15 @@ class Run:
         weights, expected = _loss_weights(), None
         if last and torch.is_grad_enabled():
             expected = self.expected_gradients(loss_mask, weights, position_ids)
-        lessons: dict[str, Any] = {
+        targets: dict[str, Any] = {
             "expected": expected,
-            "hidden_lesson": hidden_lesson(self.chunks[vp_stage or 0], loss_mask),
+            "hidden_inputs": hidden_inputs(self.chunks[vp_stage or 0], loss_mask),
         }
         if last and model.training and self.ahead is not None:
             assert batch["labels"] is not None
-            lessons["teacher_hidden"] = self.ahead.take(batch["labels"])
+            targets["teacher_hidden"] = self.ahead.take(batch["labels"])
         with self.log.clock.forward(vp_stage):
-            output = model(batch["tokens"], position_ids, None, batch["labels"], **lessons)
+            output = model(batch["tokens"], position_ids, None, batch["labels"], **targets)
         self.log.clock.watch_backward(output, vp_stage)
         label = "" if model.training else "validation "
         if not last:
@@ -211,11 +211,11 @@ class Run:
         """SlimQwen eq. 12 with this iteration's lambda and beta, in the form that Megatron's loop wants."""
         assert loss_mask is not None
         losses = TokenLosses.unstack(output, has_teacher=self.teacher_shape is not None)
-        total, tokens, report = combine(losses, loss_mask, weights, position_ids, _own_positions(loss_mask))
+        total, tokens, report = combine(losses, loss_mask, weights, position_ids, _local_positions(loss_mask))
         for name, (value, _) in report.items():
             self.watch.add("loss", f"{label}{name}", vp_stage, value)
         logged = {name: torch.stack(pair) for name, pair in report.items()}
-        if label:  # after which Megatron tells a perplexity of everything
+        if label:  # after which Megatron reports a perplexity of everything
             logged = {name: value for name, value in logged.items() if name not in (KD_LAMBDA, MTP_BETA)}
         else:
             self.log.losses.add(logged)
@@ -233,7 +233,7 @@ class Run:
         """
         assert loss_mask is not None
         depths, has_teacher = self.shape.mtp_num_layers, self.teacher_shape is not None
-        positions = _own_positions(loss_mask)
+        positions = _local_positions(loss_mask)
         gradients = gradients_of_total(
             loss_mask, weights, depths, position_ids, positions, has_teacher=has_teacher
         ).stack()
@@ -243,9 +243,9 @@ class Run:
         return TokenLosses.unstack(gradients, has_teacher=has_teacher)
 
 
-def _own_positions(whole: Tensor) -> Tensor | None:
+def _local_positions(whole: Tensor) -> Tensor | None:
     """Positions of this rank's part of a sequence [..., S] under context parallelism; None for all."""
-    return own_positions(parallel_state.get_context_parallel_group(), whole.shape[-1])
+    return local_positions(parallel_state.get_context_parallel_group(), whole.shape[-1])
 
 
 def _loss_weights() -> LossWeights:
@@ -284,7 +284,7 @@ def _start(args: Any) -> dict[str, Any]:
 
 
 def keep_hf_files(source: Path, save: Path, shape: ModelShape) -> None:
-    """Put config.json, the tokenizer and the like beside the checkpoints of this run, so that they can be exported.
+    """Put config.json, the tokenizer and the like next to the checkpoints of this run, so that they can be exported.
 
     How files hold the experts is among it.
     """
@@ -346,9 +346,9 @@ def _train(run: Run, args: Any) -> None:
         raise CheckpointError(f"refused by Megatron: {reasons[0]}", fix=SAME_LAYOUT) from None
     except (AssertionError, KeyError, ValueError, RuntimeError) as error:
         # Likewise, if it is about restoring the optimizer.
-        if (refusal := why_not_restored(error)) is None:
+        if (reason := why_not_restored(error)) is None:
             raise
-        raise refusal from None
+        raise reason from None
 
 
 def main(argv: list[str]) -> None:
@@ -375,7 +375,7 @@ def main(argv: list[str]) -> None:
     balancing = load_balancing_note(shape, argv, parsed.moe_router_load_balancing_type)
     if parsed.rank == 0 and balancing is not None:
         say(balancing)
-    megatron_faults.log_what_the_iteration_was()
+    megatron_fixes.log_what_the_iteration_was()
     device.keep_schedule_with_iterations(0 if place is None else place.start)
     target = _mtp_kd_target(shape, teacher, parsed)
     runs_mtp = target == TEACHER_MTP and shape.mtp_num_layers > 0

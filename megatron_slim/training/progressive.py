@@ -25,8 +25,8 @@ _EXCLUDED = {
     "step_batch_size_schedule": "all iterations must have equally many tokens",
     "phase_transition_iterations": "the stages are the phases",
     "exit_interval": "a stage ends when its tokens are done",
-    "finetune": "a run that is started again must go on",
-    "override_ckpt_iteration": "the iteration tells the stage",
+    "finetune": "a run that is started again must resume",
+    "override_ckpt_iteration": "the iteration says which phase it is",
 }
 
 
@@ -77,7 +77,7 @@ class Place:
 
     @property
     def leaves_at(self) -> int | None:
-        """The iteration at which it leaves a run that goes on; the last stage goes to the end, validation included."""
+        """The iteration at which it leaves a run that resumes; the last stage goes to the end, validation included."""
         return self.stop if self.stop < self.total else None
 
 
@@ -97,7 +97,7 @@ def find_place(stage: Stage | None, args: Any) -> Place | None:
         raise SlimError(f"{FLAG} without --pretrained-checkpoint", fix="give the student of a stage (STUDENT)")
     if stage is None:
         fix, start = "start from what tools/prune_checkpoint.py --stage K wrote", args.pretrained_checkpoint
-        raise SlimError(f"{FLAG}: no {PLAN} of a stage beside --pretrained-checkpoint {start}", fix=fix)
+        raise SlimError(f"{FLAG}: no {PLAN} of a stage next to --pretrained-checkpoint {start}", fix=fix)
     if not stage.schedule:
         fix = "give every stage of the recipe its tokens, and prune again"
         raise SlimError(
@@ -109,7 +109,7 @@ def find_place(stage: Stage | None, args: Any) -> Place | None:
         if getattr(args, name)
     ]
     if args.load is None:
-        found.append(f"{FLAG} without --load: a run that is started again goes on from its own checkpoints")
+        found.append(f"{FLAG} without --load: a run that is started again resumes from its own checkpoints")
     if args.global_batch_size is None or args.seq_length is None:
         found.append(f"{FLAG} without --global-batch-size and --seq-length: an iteration must have a number of tokens")
     if found:
@@ -127,7 +127,7 @@ def find_place(stage: Stage | None, args: Any) -> Place | None:
 
 
 def is_done(place: Place, load: str, step: int | None = None) -> bool:
-    """Whether the checkpoint that a run would go on from is the stage's last.
+    """Whether the checkpoint that a run would resume from is the stage's last.
 
     Args:
         place: of the stage.

@@ -1,6 +1,6 @@
 """Whether the optimizer and the schedule of a checkpoint fit a run, found before anything is built.
 
-Megatron saves its arguments, its scheduler's state and the format of its optimizer's with every checkpoint, beside the
+Megatron saves its arguments, its scheduler's state and the format of its optimizer's with every checkpoint, next to the
 tensors: that is compared with the run. Megatron itself compares less of it, and while it loads.
 """
 
@@ -27,7 +27,7 @@ SAME_LAYOUT = (
 )
 OTHER_OPTIMIZER = "give what it was saved with, or --no-load-optim, which starts the optimizer afresh"
 OTHER_SCHEDULE = "give what it was saved with, or --override-opt_param-scheduler to continue with what is given"
-# What the default format of the optimizer's state, buckets of a rank, depends on beside the model.
+# What the default format of the optimizer's state, buckets of a rank, depends on in addition to the model.
 _LAYOUT = {
     "tensor_model_parallel_size": "tensor parallel size",
     "pipeline_model_parallel_size": "pipeline parallel size",

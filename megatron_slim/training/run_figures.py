@@ -1,4 +1,4 @@
-"""What a run tells, computed from what its ranks have measured over a logging interval (no torch).
+"""Metrics of a run, computed from what its ranks have measured over a logging interval (no torch).
 
 Times and rates are means over the interval; losses and experts are of its last iteration. Tags are those of
 tensorboard; docs/training.md says what each of them means.
@@ -265,10 +265,10 @@ def _parts(run: RunConstants, found: Mapping[str, float], done: Progress) -> Ite
     yield f"experts: max/mean {layers[worst]:.2f} ({worst.split('/')[-1].replace('_', ' ')}), {idle}"
     if "loss/kd_over_lm" in found:
         shares = {name: value for name, value in found.items() if name.startswith("loss/share_")}
-        said = ", ".join(f"{name.removeprefix('loss/share_')} {value:.0%}" for name, value in shares.items())
-        yield f"KD/LM {found['loss/kd_over_lm']:.3f}, of the loss {said}"
+        text = ", ".join(f"{name.removeprefix('loss/share_')} {value:.0%}" for name, value in shares.items())
+        yield f"KD/LM {found['loss/kd_over_lm']:.3f}, of the loss {text}"
     schedules = (f"{name} {found[f'loss/{name}']:.3f}" for name in ("kd_lambda", "mtp_beta") if f"loss/{name}" in found)
-    if said := ", ".join(schedules):
-        yield said
+    if text := ", ".join(schedules):
+        yield text
     remaining = done.remaining(run.iterations)
     yield f"elapsed {duration(done.elapsed)}, left {'?' if remaining is None else duration(remaining)}"

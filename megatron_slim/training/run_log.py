@@ -1,6 +1,6 @@
-"""What a run tells: measured on every rank, added up once per ``--log-interval``, told by the rank that logs.
+"""Metrics of a run: measured on every rank, added up once per ``--log-interval``, logged by one rank.
 
-Times are of the interval; losses and experts are of its last iteration, so that an interrupted run tells what a whole
+Times are of the interval; losses and experts are of its last iteration, so that an interrupted run logs what a whole
 one does.
 
 Megatron has one hook per iteration, ``finalize_model_grads_func``, between the backward passes and the optimizer. An
@@ -21,7 +21,7 @@ from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import get_args, get_tensorboard_writer, get_timers, get_wandb_writer
 
-from megatron_slim.architecture.flops import student_work, teacher_work
+from megatron_slim.architecture.flops import student_flops, teacher_flops
 from megatron_slim.architecture.gpus import peak_flops
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.distillation.losses import LossWeights
@@ -68,12 +68,12 @@ def run_constants(
 ) -> RunConstants:
     """What the figures of a run are relative to; ``args`` are Megatron's, validated."""
     kernels, device = kernels_of(args), torch.cuda.get_device_name()
-    flops = {"student": student_work(shape, args.seq_length, kernels).total}
+    flops = {"student": student_flops(shape, args.seq_length, kernels).total}
     student_recipe = args.fp8_recipe if args.fp8 else None
-    taught = teacher_recipe(args.teacher_dtype, args.teacher_fp8_recipe, student_recipe)
-    fp8 = {"student": bool(args.fp8), "teacher": taught is not None}
+    teacher_fp8 = teacher_recipe(args.teacher_dtype, args.teacher_fp8_recipe, student_recipe)
+    fp8 = {"student": bool(args.fp8), "teacher": teacher_fp8 is not None}
     if teacher is not None:
-        flops["teacher"] = teacher_work(teacher, args.seq_length, kernels, runs_mtp=teacher_runs_mtp).total
+        flops["teacher"] = teacher_flops(teacher, args.seq_length, kernels, runs_mtp=teacher_runs_mtp).total
     if args.peak_tflops is not None:
         peaks = dict.fromkeys(flops, args.peak_tflops * 1e12)
     elif args.bf16 or args.fp16:

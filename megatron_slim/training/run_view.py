@@ -25,7 +25,7 @@ FIGURES = (
     "loss/kd_over_lm",
 )
 PARTS = tuple(kind.replace(" ", "_") for kind in KINDS)
-TERMINAL_WIDTH = 120  # where standard output is no terminal
+TERMINAL_WIDTH = 120  # where standard output is not a terminal
 
 Series = Mapping[str, Mapping[int, float]]  # value by iteration, by tag
 
@@ -34,7 +34,7 @@ def read_run(directory: Path) -> dict[str, dict[int, float]]:
     """Scalars of a run, all its starts together; what was done again counts as it was done last.
 
     Args:
-        directory: ``--tensorboard-dir`` of the run, or what lies above it (``SAVE`` of pretrain_distill.sh).
+        directory: ``--tensorboard-dir`` of the run, or a directory above it (``SAVE`` of pretrain_distill.sh).
 
     Raises:
         SlimError: there are none.

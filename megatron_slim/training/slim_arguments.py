@@ -1,4 +1,4 @@
-"""The arguments that training has beside Megatron's; no torch, so that help is instant."""
+"""The arguments that training has in addition to Megatron's; no torch, so that help is instant."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _add_teacher(group: Any) -> None:
         default=0,
         metavar="ITERATIONS",
         help="Let the teacher compute the batches of so many iterations in one forward pass, before the first of them, "
-        "and keep its last hidden states in host memory. 0: beside the student, in its own forward pass.",
+        "and keep its last hidden states in host memory. 0: co-located with the student, in its own forward pass.",
     )
     group.add_argument(
         "--teacher-offload",
@@ -121,11 +121,11 @@ def _add_teacher(group: Any) -> None:
 
 
 def _add_losses(group: Any) -> None:
-    """What main and MTP heads learn from, and how much each term weighs."""
+    """What supervises main and MTP heads, and how much each term weighs."""
     group.add_argument(
         "--mtp-kd-target",
         choices=("teacher-mtp", "teacher-main"),
-        help="What an MTP head learns from: the teacher's MTP head, or its main head further on. "
+        help="What supervises an MTP head: the teacher's MTP head, or its main head further on. "
         "Default: the teacher's MTP head where it has one.",
     )
     group.add_argument(
@@ -155,14 +155,14 @@ def _add_losses(group: Any) -> None:
 
 
 def _add_hidden_states(group: Any) -> None:
-    """What layers learn from layers."""
+    """Which layers are supervised by which layers of the teacher."""
     group.add_argument(
         FLAG,
         type=parse_layer_pairs,
         default=(),
         metavar="S:T,...",
-        help="Layers of the student, and for each a layer of the teacher from whose hidden states it learns through a "
-        "learned projection; both from 0, as in model.layers.N, and in one pipeline stage. Default: none.",
+        help="Layers of the student, and for each a layer of the teacher whose hidden states supervise it through a "
+        "trained projection; both from 0, as in model.layers.N, and in one pipeline stage. Default: none.",
     )
     group.add_argument(
         "--hidden-kd-loss",

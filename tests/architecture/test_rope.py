@@ -144,7 +144,7 @@ def test_plain_ones_are_plain(rope: dict[str, Any] | None) -> None:
         ({"rope_scaling": {**YARN, "factor": True}}, "factor True is not a number"),
         ({"rope_scaling": {**YARN, "factor": "4"}}, "factor '4' is not a number"),
         ({"rope_scaling": {**YARN, "original_max_position_embeddings": 64.5}}, "64.5 is not an integer"),
-        ({"rope_scaling": YARN, "original_max_position_embeddings": 128}, "embeddings 64, and 128 beside it"),
+        ({"rope_scaling": YARN, "original_max_position_embeddings": 128}, "embeddings 64, and 128 outside it"),
         ({"rope_scaling": {**YARN, "attention_factor": 0}}, "attention_factor 0 is not a number"),
         ({"rope_scaling": {**YARN, "beta_fast": 1, "beta_slow": 2}}, "beta_fast 1.0 is below beta_slow 2.0"),
         ({"rope_scaling": {**YARN, "truncate": 0}}, "truncate 0 is neither true nor false"),

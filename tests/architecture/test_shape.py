@@ -42,10 +42,10 @@ def test_every_reader_finds_the_layers() -> None:
 def test_no_word_about_mtp_survives_its_model() -> None:
     """Of a source: of another depth, of other clients, of a family that has MTP."""
     stale = {"num_nextn_predict_layers": 2, "num_mtp_layers": 2, "mtp_num_hidden_layers": 2, "mtp_layer_types": ["x"]}
-    for shape, said in ((tiny_shape(), 1), (tiny_shape(mtp_num_layers=0), 0), (tiny_shape("qwen3_moe"), None)):
+    for shape, stated in ((tiny_shape(), 1), (tiny_shape(mtp_num_layers=0), 0), (tiny_shape("qwen3_moe"), None)):
         config = shape_to_hf_config(shape, stale)
-        assert stated_mtp_layers(config) == said and "mtp_num_hidden_layers" not in config
-        assert ("num_mtp_layers" in config) == ("mtp_layer_types" in config) == (said == 1)
+        assert stated_mtp_layers(config) == stated and "mtp_num_hidden_layers" not in config
+        assert ("num_mtp_layers" in config) == ("mtp_layer_types" in config) == (stated == 1)
 
 
 def test_no_interval_is_claimed_for_an_odd_pattern() -> None:

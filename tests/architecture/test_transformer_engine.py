@@ -87,7 +87,7 @@ def check_specs(work: Path) -> None:
 
 
 def check_types(work: Path) -> None:
-    """What stays in fp32 beside bf16: losses and gradients of Megatron's own modules, to rounding."""
+    """What stays in fp32 in bf16 training: losses and gradients of Megatron's own modules, to rounding."""
     from megatron_slim.checkpoint.convert import open_checkpoint
     from megatron_slim.checkpoint.loading import load_hf_weights
     from megatron_slim.checkpoint.precision import keep_types

@@ -165,7 +165,7 @@ def test_a_failure_beside_a_command_ends_it() -> None:
         raise SlimError("disk full")
 
     with pytest.raises(SlimError, match="disk full"):
-        processes.run([sys.executable, "-c", "import time; time.sleep(600)"], beside=full)
+        processes.run([sys.executable, "-c", "import time; time.sleep(600)"], meanwhile=full)
 
 
 def test_the_page_cache_is_what_was_asked_for(tmp_path: Path) -> None:

@@ -36,18 +36,18 @@ def run(script: Path, *arguments: str, timeout: float = 60, **variables: str) ->
 
 
 @pytest.mark.parametrize(
-    ("variables", "fault"),
+    ("variables", "message"),
     [
         ({}, "SAVE is not set"),
         ({"SAVE": "run"}, "DATA is not set"),
         ({"SAVE": "run", "DATA": "text"}, "neither STUDENT nor HF_CONFIG is set"),
     ],
 )
-def test_what_is_missing_is_said(variables: dict[str, str], fault: str) -> None:
+def test_what_is_missing_is_named(variables: dict[str, str], message: str) -> None:
     done = run(TRAIN, **variables)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ") and fault in line
+    assert line.startswith("error: ") and message in line
 
 
 def test_dry_run_prints_the_command() -> None:
@@ -142,7 +142,7 @@ def test_a_schedule_in_stages_has_the_length_of_its_recipe() -> None:
     assert run(TRAIN, PROGRESSIVE="yes", **variables).stderr == "error: PROGRESSIVE=yes: it is 0 or 1\n"
 
 
-def test_a_fault_found_by_all_ranks_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+def test_an_error_found_by_all_ranks_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     """Through the launcher: torchrun by itself would add thirty lines and exit with 1."""
     shape = tiny_shape(vocab_size=96)
     (tmp_path / "config.json").write_text(to_json(tiny_hf_config(shape)))

@@ -143,7 +143,7 @@ CASES = {
     ),
     "without effect": (
         "--reset-attention-mask --mtp-detach-heads",
-        "--mtp-detach-heads is not supported: the output layer learns from all heads; --reset-attention-mask is not "
+        "--mtp-detach-heads is not supported: all heads train the output layer; --reset-attention-mask is not "
         "supported: attention sees the whole sequence",
     ),
     "teacher ahead": (
@@ -211,13 +211,13 @@ CASES = {
     "data twice": ("--mock-data", "data are given twice: by --data-path and by --mock-data"),
     "all of the validation": ("--full-validation", "--full-validation is not supported: some samples would count more"),
     "no training part": ("--split 0.1,9,9 --data-path few", "none of its 3 documents for the training part"),
-    "a student's promise": ("--pretrained-checkpoint promise", "promise: config.json promises an MTP block (1), but"),
-    "a teacher's promise": (
-        "--teacher-load promise",
+    "a student's declared block": ("--pretrained-checkpoint declared", ": config.json declares an MTP block (1), but"),
+    "a teacher's declared block": (
+        "--teacher-load declared",
         "or leave MTP out with --without-mtp (a teacher's with",
     ),
-    "promises that nobody wants": (
-        "--pretrained-checkpoint promise --teacher-load promise --without-mtp --teacher-without-mtp --data-path none",
+    "declared blocks that nobody wants": (
+        "--pretrained-checkpoint declared --teacher-load declared --without-mtp --teacher-without-mtp --data-path none",
         "none: no such data",
     ),
     "no teacher": ("--teacher-load nowhere", "nowhere: no such directory"),
@@ -240,8 +240,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("training")
     write_tiny_checkpoint(root / "teacher", tiny_shape(**SIZES))
     write_tiny_checkpoint(root / "student", tiny_shape(**SIZES, hidden_size=48, num_moe_experts=4))
-    write_tiny_checkpoint(root / "promise", tiny_shape(**SIZES, mtp_num_layers=0))
-    shutil.copyfile(root / "teacher" / "config.json", root / "promise" / "config.json")
+    write_tiny_checkpoint(root / "declared", tiny_shape(**SIZES, mtp_num_layers=0))
+    shutil.copyfile(root / "teacher" / "config.json", root / "declared" / "config.json")
     kinds = ("linear_attention", "full_attention", "full_attention")
     odd = {"layer_types": kinds, "vocab_size": 130, "max_position_embeddings": 32, "num_moe_experts": 6}
     write_tiny_checkpoint(root / "odd", tiny_shape(**odd))
@@ -286,7 +286,7 @@ def test_refused(files: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     [
         (
             "--hidden-kd-layers 0:1,1:3",
-            "--hidden-kd-layers: layers of a pair lie in different pipeline stages: 1:3 (stages 1 and 2 of 2; stage 1 "
+            "--hidden-kd-layers: layers of a pair are in different pipeline stages: 1:3 (stages 1 and 2 of 2; stage 1 "
             "has layers 0-1 of the student, 0-1 of the teacher); choose layers of one stage, or other stages by",
         ),
         (

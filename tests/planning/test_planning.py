@@ -81,7 +81,7 @@ def test_a_recipe_without_a_source(tmp_path: Path) -> None:
     recipe.write_text("version: 1\nsource: .\ntarget: {num_layers: 3}\n")
     assert find_models(Asked(recipe=recipe)).student.num_layers == 3
     recipe.write_text("version: 1\nsource: Qwen4\ntarget: {num_layers: 3}\n")
-    with pytest.raises(RecipeError, match="source 'Qwen4' is no directory here, and none of Qwen3-Next-80B-A3B"):
+    with pytest.raises(RecipeError, match="source 'Qwen4' is not a directory here and not one of Qwen3-Next-80B-A3B"):
         find_models(Asked(recipe=recipe))
     recipe.write_text("version: 1\nsource: 3\ntarget: {num_layers: 3}\n")
     with pytest.raises(RecipeError, match="source 3 is neither a model's name nor a directory"):
@@ -171,8 +171,8 @@ def test_faster_networks_and_gpus_are_faster() -> None:
 
 def test_assumptions() -> None:
     assert parse_assumptions(["gemm=0.5", "overhead_gib=2"]) == replace(Assumptions(), gemm=0.5, overhead_gib=2.0)
-    for word, fault in (("gem=0.5", "did you mean 'gemm'"), ("gemm=2", "from 0 to 1"), ("gemm=x", "not a number")):
-        with pytest.raises(SlimError, match=fault):
+    for word, message in (("gem=0.5", "did you mean 'gemm'"), ("gemm=2", "from 0 to 1"), ("gemm=x", "not a number")):
+        with pytest.raises(SlimError, match=message):
             parse_assumptions([word])
 
 
@@ -235,11 +235,11 @@ def test_tables_fit_the_terminal(tool: Any, monkeypatch: pytest.MonkeyPatch, col
 
 
 @pytest.mark.parametrize(
-    ("arguments", "fault"),
+    ("arguments", "message"),
     [
         (["--gpus", "0"], "'0' is not a positive integer"),
         (["--gpus", "-8"], "'-8' is not a positive integer"),
-        (["--gpus", "12"], "--gpus 12 are no whole nodes of 8"),
+        (["--gpus", "12"], "--gpus 12 is not a multiple of 8 GPUs per node"),
         (["--gpus", "8", "--tokens", "many"], "--tokens 'many' is not a number of tokens"),
         (["--gpus", "8", "--assume", "gem=1"], "did you mean 'gemm'"),
         (["--gpus", "8", "--stage", "2"], "the recipe has no stages"),
@@ -249,8 +249,8 @@ def test_tables_fit_the_terminal(tool: Any, monkeypatch: pytest.MonkeyPatch, col
         (["--gpus", "256", "--global-batch-size", "7"], "a global batch of 7 does not divide"),
     ],
 )
-def test_refusals(tool: Any, arguments: list[str], fault: str) -> None:
-    assert fault in tool(TOOL, "--recipe", BEST, *arguments).error
+def test_refusals(tool: Any, arguments: list[str], message: str) -> None:
+    assert message in tool(TOOL, "--recipe", BEST, *arguments).error
 
 
 def test_models_to_choose_from(tool: Any, tmp_path: Path) -> None:
@@ -263,8 +263,8 @@ def test_models_to_choose_from(tool: Any, tmp_path: Path) -> None:
     assert (
         alone.json["settings"]["seq_length"] == 512 and "as many as the model has positions" in alone.json["notes"][0]
     )
-    taught = tool(TOOL, "--hf-config", tmp_path, "--teacher-config", tmp_path, "--gpus", 1, "--build", 0)
-    assert taught.code == 0 and "TEACHER=teacher" in taught.stdout
+    with_teacher = tool(TOOL, "--hf-config", tmp_path, "--teacher-config", tmp_path, "--gpus", 1, "--build", 0)
+    assert with_teacher.code == 0 and "TEACHER=teacher" in with_teacher.stdout
 
 
 def test_help_is_instant_and_search_imports_no_torch() -> None:

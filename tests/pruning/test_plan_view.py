@@ -91,7 +91,7 @@ def test_tables_hold_the_same_numbers(plan_for: Callable[..., Plan], stats: Stat
     for recipe, *cells in fp8.rows:
         ranks = [int(column.removeprefix("tp ")) for column in fp8.columns[1:]]
         found = [size_violations(plan.target_shape, recipe, tp=tp) for tp in ranks]
-        assert cells == ["no" if faults else "fits" for faults in found], recipe
+        assert cells == ["no" if violations else "fits" for violations in found], recipe
     assert fp8.note and fp8.note in size_violations(plan.target_shape, "tensorwise")
 
 

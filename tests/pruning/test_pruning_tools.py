@@ -181,7 +181,7 @@ def test_room_is_looked_for_before_calibration(
 ) -> None:
     monkeypatch.setattr(os, "statvfs", lambda _: types.SimpleNamespace(f_bavail=9, f_frsize=1))
     monkeypatch.setattr("megatron_slim.pruning.commands.measure", lambda *_: pytest.fail("calibrated"))
-    assert "GB are free; make room" in prune(tool, source, work).error
+    assert "GB are free; make space" in prune(tool, source, work).error
 
 
 def test_config_of_a_torch_dist_checkpoint_may_be_elsewhere(tool: Tool, source: HFCheckpoint, work: Path) -> None:
@@ -266,7 +266,7 @@ def test_data_of_the_wrong_kind(name: str, tool: Tool, source: HFCheckpoint, wor
     assert not (work / "out").exists()
 
 
-def test_every_other_fault_has_its_line(tool: Tool, source: HFCheckpoint, work: Path) -> None:
+def test_every_other_error_has_its_line(tool: Tool, source: HFCheckpoint, work: Path) -> None:
     def error(*more: object, **kwargs: Any) -> str:
         return str(prune(tool, source, work, *more, **kwargs).error)
 
@@ -356,7 +356,7 @@ def test_stage_after_stage_gives_the_final_sizes(
     assert one.shape == source.shape.replace(num_layers=6, layer_types=source.shape.layer_types[:6])
     given = ("--load", source.path, "--recipe", work / "recipe.yaml", "--stats", work / "stats", "--stage", 2)
     for command in ((PRUNE, "--save", work / "late"), (PLAN, "--save", work / "late.json")):
-        assert "stage 2 goes on from stage 1, but this has num_layers 8, not 6; load" in tool(*command, *given).error
+        assert "stage 2 continues stage 1, but this has num_layers 8, not 6; load" in tool(*command, *given).error
     random_stats(one).save(work / "stats-of-one")
     assert prune(tool, one, work, "--stage", 2, "--stats", work / "stats-of-one", save="two").code == 0
     two = HFCheckpoint.open(work / "two").shape

@@ -184,7 +184,7 @@ def test_out_of_reach_is_refused_with_the_least(source: HFCheckpoint) -> None:
     ],
     ids=str,
 )
-def test_each_fault_has_its_line(document: dict[str, Any], message: str) -> None:
+def test_each_error_has_its_line(document: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         parse_recipe({"version": 1, **document})
     assert message in str(caught.value)

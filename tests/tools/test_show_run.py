@@ -1,4 +1,4 @@
-"""A run read back: what was written is what is shown, the later of two starts wins, and what is no run is said."""
+"""A run read back: what was written is shown, the later of two starts wins, and what is not a run is refused."""
 
 from __future__ import annotations
 

@@ -164,5 +164,5 @@ def test_the_coefficient_survives_conversion(tmp_path: Path) -> None:
 
 def test_a_run_says_it_once(workplace, reference) -> None:  # type: ignore[no-untyped-def]
     assert reference["lm loss"]
-    said = [line for line in workplace.log("one").read_text().splitlines() if line.startswith("load balancing: ")]
-    assert said == [load_balancing_note(read_shape(workplace.student), [], "global_aux_loss")]
+    text = [line for line in workplace.log("one").read_text().splitlines() if line.startswith("load balancing: ")]
+    assert text == [load_balancing_note(read_shape(workplace.student), [], "global_aux_loss")]

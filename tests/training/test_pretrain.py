@@ -52,7 +52,7 @@ def test_how_experts_were_stored_is_kept_beside_the_checkpoints(tmp_path: Path) 
     blocks = expert_blocks(plain.shape)
     cut = open_checkpoint(tmp_path / "fused", without_mtp=True)
     write_checkpoint(cut, tmp_path / "resaved", to="hf")
-    config = read_json(tmp_path / "fused" / "config.json")  # promises MTP, as transformers' load and save leaves it
+    config = read_json(tmp_path / "fused" / "config.json")  # declares MTP, as transformers' load and save leaves it
     (tmp_path / "resaved" / "config.json").write_text(to_json(config))
     for number, source in enumerate(("fused", "resaved")):
         pretrain.keep_hf_files(tmp_path / source, tmp_path / f"cut-{number}", cut.shape)

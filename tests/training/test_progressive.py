@@ -40,7 +40,7 @@ def write_plan(student: Path, **stage: Any) -> None:
 
 
 def stage_flags(root: Path, student: Path, number: int) -> tuple[str, ...]:
-    """Flags of a stage whose student gets the plan that pruning would have left beside it."""
+    """Flags of a stage whose student gets the plan that pruning would have left next to it."""
     write_plan(student, number=number, count=2, tokens=SCHEDULE[number - 1], schedule=list(SCHEDULE))
     run = str(root / f"run_{number}")
     return (*FORGETFUL, "--progressive-schedule", "--pretrained-checkpoint", str(student), "--load", run, "--save", run)
@@ -74,7 +74,7 @@ def test_stages_are_the_parts_of_one_run(layout: tuple[str, ...], workplace: Any
     assert found[1]["slim/progress/fraction_of_stage_tokens"] == pytest.approx(part)
     assert "slim 3/5 (33.3%) (stage 2 of 2) | 128 of 390 tokens" in workplace.log(f"{name}-2").read_text()
 
-    # Started again, a stage goes on where it was, and does nothing when it is done.
+    # Started again, a stage resumes where it was, and does nothing when it is done.
     (tmp_path / "run_2" / TRACKER).write_text("3")
     again = workplace.train(f"{name}-again", 2, *flags[1], *layout)
     assert again[LM] == found[1][LM][1:]
@@ -123,7 +123,7 @@ def test_without_the_flag_a_run_is_one_of_its_own() -> None:
     ("stage", "given", "message"),
     [
         (None, {"pretrained_checkpoint": None}, "without --pretrained-checkpoint; give the student of a stage"),
-        (None, {}, r"no plan\.json of a stage beside --pretrained-checkpoint student; start from what tools/prune_ch"),
+        (None, {}, r"no plan\.json of a stage next to --pretrained-checkpoint student; start from what tools/prune_ch"),
         (
             Stage(1, 2, "", 4),
             {},

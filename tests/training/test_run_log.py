@@ -1,4 +1,4 @@
-"""What a run tells: the same under every layout and wherever it was interrupted, of training alone."""
+"""Metrics of a run: the same under every layout and wherever it was interrupted, of training alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ device.install()
 
 from megatron.core.transformer.moe.experts import SequentialMLP  # noqa: E402
 
-from megatron_slim.architecture.flops import TORCH, student_work, teacher_work  # noqa: E402
+from megatron_slim.architecture.flops import TORCH, student_flops, teacher_flops  # noqa: E402
 from megatron_slim.architecture.layer_specs import build_model, transformer_config  # noqa: E402
 from megatron_slim.distillation.losses import LossWeights  # noqa: E402
 from megatron_slim.distillation.model import TEACHER_MTP, DistillationModel, HiddenStatesModel  # noqa: E402
@@ -108,7 +108,7 @@ def train_with_a_slow_stage(argv: list[str], log: str) -> None:
 
 @pytest.fixture(scope="module")
 def one(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[float]], Any]:
-    """What one rank tells, and rows per expert and step as they were counted."""
+    """What one rank logs, and rows per expert and step as they were counted."""
     counted = tmp_path_factory.mktemp("counted") / "counts"
     # As many sequences go by at once as in the other layout, in which two ranks have one each.
     wandb = ("--wandb-project", "p", "--wandb-exp-name", "n", "--wandb-save-dir", str(counted.parent))
@@ -166,10 +166,10 @@ def test_waiting_is_not_computing(many: dict[str, list[float]]) -> None:
     """Both micro-batches are late in the first stage; the second stage waits for the first of them at least."""
     slow, other = (many[f"slim/stage_seconds/total/stage_{stage}"] for stage in (1, 2))
     forward = many["slim/stage_seconds/student_forward/stage_1"]
-    taught = many["slim/stage_seconds/teacher_forward/stage_1"]
+    of_teacher = many["slim/stage_seconds/teacher_forward/stage_1"]
     for number, step in enumerate(many["slim/throughput/seconds_per_iteration"]):
         # Under recomputation of layers the embedding runs once.
-        assert forward[number] > 2 * PAUSE and slow[number] > taught[number] + 2 * PAUSE
+        assert forward[number] > 2 * PAUSE and slow[number] > of_teacher[number] + 2 * PAUSE
         assert other[number] < step - PAUSE
 
 
@@ -204,8 +204,8 @@ def test_losses_are_of_the_iteration(one: Any) -> None:
 
 
 def test_utilisation_and_progress_agree_with_time_and_operations(one: Any, many: dict[str, list[float]]) -> None:
-    student = student_work(STUDENT_SHAPE, 32, TORCH).total
-    teacher = teacher_work(TEACHER_SHAPE, 32, TORCH, runs_mtp=True).total
+    student = student_flops(STUDENT_SHAPE, 32, TORCH).total
+    teacher = teacher_flops(TEACHER_SHAPE, 32, TORCH, runs_mtp=True).total
     for told, ranks in ((one[0], 1), (many, 4)):
         seconds = np.array(told["slim/throughput/seconds_per_iteration"])
         rate = 4 * 32 / seconds / ranks
@@ -225,7 +225,7 @@ def test_one_line_for_each_interval(workplace: Workplace, many: dict[str, list[f
 
 
 def fake_log(monkeypatch: pytest.MonkeyPatch, clock: dict[str, float]) -> tuple[RunLog, list[Any]]:
-    """The log of one rank whose time is set by hand, and what it tells."""
+    """The log of one rank whose time is set by hand, and what it logs."""
     device.init_single_process()
     args = SimpleNamespace(
         curr_iteration=0,
@@ -302,8 +302,8 @@ def test_a_fake_clock(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
         log.step(iteration, training, wall)  # type: ignore[attr-defined]
     (first, at_first), (second, at_second) = told
     assert (at_first, at_second) == (6, 9)
-    student = student_work(STUDENT_SHAPE, 10, TORCH).total
-    teacher = teacher_work(TEACHER_SHAPE, 10, TORCH, runs_mtp=True).total
+    student = student_flops(STUDENT_SHAPE, 10, TORCH).total
+    teacher = teacher_flops(TEACHER_SHAPE, 10, TORCH, runs_mtp=True).total
     # A global batch of 2 x 4 x 5 samples of 10 tokens; 4 s the first time, then three of them in 6 s.
     for found, rate in ((first, 400 / 4), (second, 1200 / 6)):
         assert found["slim/throughput/tokens_per_second_per_gpu"] == rate
@@ -401,13 +401,13 @@ def test_arguments_of_the_log() -> None:
         "save": None,
     }
 
-    def faults(**more: Any) -> list[str]:
+    def violations(**more: Any) -> list[str]:
         return logging_violations(SimpleNamespace(**(given | more)))
 
-    assert faults() == [] == faults(peak_tflops=3.0)
-    assert "knows neither the teacher" in faults(log_throughput=True)[0]
-    assert faults(peak_tflops=0.0) == ["--peak-tflops 0 is not positive"]
-    wandb = faults(wandb_project="p")
+    assert violations() == [] == violations(peak_tflops=3.0)
+    assert "knows neither the teacher" in violations(log_throughput=True)[0]
+    assert violations(peak_tflops=0.0) == ["--peak-tflops 0 is not positive"]
+    wandb = violations(wandb_project="p")
     assert [text.split(";")[0].split(":")[0] for text in wandb] == [
         "--wandb-project needs wandb, which is not installed",
         "--wandb-project needs --wandb-exp-name",

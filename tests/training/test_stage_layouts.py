@@ -69,7 +69,7 @@ def test_an_optimizer_that_belongs_to_other_stages_is_refused(uneven, interleave
 
 
 def test_the_dtype_of_the_teacher_is_its_own(uneven, alone) -> None:  # type: ignore[no-untyped-def]
-    """Its own loss tells how it was computed: as alone in that dtype, across stages, whatever the student's is."""
+    """Its own loss shows how it was computed: as alone in that dtype, across stages, whatever the student's is."""
     short, term = (*MBS, "--train-iters", "2"), "teacher lm loss"
     narrow = uneven.train("bf16", 1, *short, "--bf16")
     beside_fp32 = uneven.train("teacher-bf16", 2, *short, *AUTO, "--teacher-dtype", "bf16")

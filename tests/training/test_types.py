@@ -1,4 +1,4 @@
-"""What a checkpoint has in fp32 beside weights of 16 bits stays so through training, its checkpoints and the export."""
+"""What a checkpoint has in fp32 among weights of 16 bits stays so through training, its checkpoints and the export."""
 
 from __future__ import annotations
 

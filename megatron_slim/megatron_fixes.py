@@ -1,4 +1,4 @@
-"""Faults of Megatron 0.19.2, repaired in place, on a CPU and on a GPU.
+"""Bugs of Megatron 0.19.2, repaired in place, on a CPU and on a GPU.
 
 `device.install` calls each once that is Megatron-Core's; training those of Megatron's loop, which other tools do not
 import.
@@ -164,7 +164,7 @@ class _LastIteration(dict[str, Any]):
 def log_what_the_iteration_was() -> None:
     """Have a line of Megatron's log tell the losses and schedules of its iteration, and tensorboard's as before.
 
-    Megatron tells means since the last line, and since the start in the line after the first of a start: what a line
+    Megatron logs means since the last line, and since the start in the line after the first of a start: what a line
     says then depends on where a run was interrupted. Counts and times stay those since the last line.
     """
     import megatron.training.training as training
