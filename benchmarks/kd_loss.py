@@ -152,7 +152,7 @@ def same_results(case: Case, chunk: int | None) -> None:
 
 
 def peak_above(function: Callable[[], Any], device: str) -> int | None:
-    """Bytes that the function needs at its peak beyond what is there before; None where that cannot be told."""
+    """Bytes that the function needs at its peak beyond what is there before; None where that cannot be measured."""
     import torch
 
     if device == "cuda":
@@ -183,7 +183,7 @@ def counted(function: Callable[[Case], Any], sizes: dict[str, int], dtype: torch
     from benchmarks.live_bytes import LiveBytes
 
     with FakeTensorMode():
-        case = Case.make(**sizes, device="cpu", dtype=dtype)  # a backward of fake CUDA tensors wants a driver
+        case = Case.make(**sizes, device="cpu", dtype=dtype)  # a backward of fake CUDA tensors needs a driver
         live = LiveBytes()
         live.know(*case.tensors())
         with live:

@@ -41,7 +41,7 @@ class Run:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """A free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -204,6 +204,6 @@ class StartUp:
 
 def start_up(modules: Sequence[str]) -> StartUp:
     """Start an interpreter that imports these modules and reports its own memory; sampling would slow it down."""
-    tell = "import os; from benchmarks.processes import tree_anonymous; print(tree_anonymous(os.getpid()))"
-    found = run(python("-c", f"import {', '.join(modules)}; {tell}"))
+    code = "import os; from benchmarks.processes import tree_anonymous; print(tree_anonymous(os.getpid()))"
+    found = run(python("-c", f"import {', '.join(modules)}; {code}"))
     return StartUp(found.seconds, int(found.stdout))

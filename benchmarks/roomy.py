@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run a tool that believes to have a disk large enough: the benchmark digs its zeros away behind it.
+"""Run a tool as if its disk were large enough: the benchmark digs holes where it writes zeros.
 
     python benchmarks/roomy.py tools/convert_checkpoint.py --load ... --save ...
 

@@ -58,7 +58,7 @@ def compare(directory: Path, steps: int, *, averaged: set[int]) -> dict[str, Any
     """See that the runs ``whole`` and ``killed`` are one; a step done twice must have been the same both times.
 
     Args:
-        directory: where both lie.
+        directory: of both.
         steps: how many they have done.
         averaged: steps of which the log of the killed run has the mean with the step before, as Megatron's second line
             after a start has; tensorboard has both.

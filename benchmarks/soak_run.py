@@ -107,7 +107,7 @@ class Job:
             "PYTHONUNBUFFERED": 1,
             "PYTHON": sys.executable,
         }
-        # Random weights know nothing. Tensorboard is to lose as little as it can. Optimizer state by parameter: by
+        # Random weights predict nothing. Tensorboard is to lose as little as it can. Optimizer state by parameter: by
         # bucket, Megatron saves the padding between parameters too, which is whatever was in memory.
         flags = ["--no-teacher-check", "--tensorboard-queue-size", "1", "--tensorboard-log-interval", "1"]
         end = shapes(args.model)[1].vocab_size - 1  # a token like others, which sets the loss mask at random

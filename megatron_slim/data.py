@@ -31,10 +31,10 @@ def read_samples(
     Args:
         path: prefix of a Megatron .bin/.idx pair (either file name is accepted too), or a ``.npy`` file.
         seq_length: tokens per sample; for a matrix None or its width.
-        num_samples: number of samples; fewer than there are draws at random without replacement, kept in the order of
+        num_samples: number of samples; fewer than there are: at random without replacement, kept in the order of
             the data. None takes all.
         vocab_size: ids must be smaller than this; None is any.
-        seed: of the random draw.
+        seed: of the random choice.
 
     Returns:
         Token ids, int64 [samples, sequence].
@@ -143,7 +143,7 @@ def open_stream(prefix: Path, vocab_size: int | None) -> tuple[npt.NDArray[Any],
     """A data set that a model with ``vocab_size`` ids can read, as `read_stream`, and the largest id that was seen.
 
     Raises:
-        DataError: as `read_stream`; or ids of another vocabulary, as far as its type and a part of it tell.
+        DataError: as `read_stream`; or ids of another vocabulary, as far as its type and a part of it show.
     """
     stream, where = read_stream(prefix), f"{prefix}.bin"
     _check_type(stream.dtype, vocab_size, where)

@@ -74,7 +74,7 @@ def backend() -> str:
 
 
 def default_dtype() -> torch.dtype:
-    """What tools compute in unless told: bf16 on a GPU, where the large models are; fp32 on a CPU."""
+    """What tools compute in by default: bf16 on a GPU, where the large models are; fp32 on a CPU."""
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
@@ -126,11 +126,11 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _redirect_tensors() -> None:
     # A TorchFunctionMode would be shorter, but it is inactive in autograd's threads, where recomputation runs.
-    # `with torch.device(...)` knows the factories by identity: let it remember the real ones (it caches them), or it
+    # `with torch.device(...)` compares the factories by identity: let it remember the real ones (it caches them), or it
     # has no effect any more, and transformers, which builds on "meta", then leaves its rotary buffers uninitialised.
     _device_constructors()
     with torch.device("cpu"):
-        # `with torch.device(...)` knows the factories by identity, and remembers them at its first use: before ours.
+        # `with torch.device(...)` compares the factories by identity, and remembers them at its first use: before ours.
         torch.empty(0)
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -148,7 +148,7 @@ def _redirect_tensors() -> None:
 
     def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = type_name(self, *args, **kwargs)
-        # Megatron's optimizers tell precisions apart by this string.
+        # Megatron's optimizers distinguish precisions by this string.
         return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
     torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.type = to, cuda, tensor_type  # type: ignore[method-assign, assignment]

@@ -157,4 +157,4 @@ def encode_all(encoder: Encoder, groups: Iterable[list[Source]], workers: int) -
         except BrokenProcessPool:
             raise DataError("a worker process died", fix="out of memory? use fewer --workers") from None
         finally:
-            pool.shutdown(cancel_futures=True)  # and wait: CPython may deadlock when told not to
+            pool.shutdown(cancel_futures=True)  # and wait: CPython may deadlock otherwise

@@ -265,7 +265,7 @@ def new_directory(path: Path) -> Iterator[Path]:
         made = temporary.stat()
         yield temporary
         _fsync_tree(temporary)
-        refuse_existing(path)  # renaming would replace an empty directory without a word
+        refuse_existing(path)  # renaming would replace an empty directory silently
         if not temporary.is_dir() or not os.path.samestat(made, temporary.stat()):
             raise SlimError("was removed while it was being written", where=str(temporary), fix="run again")
         os.rename(temporary, path)

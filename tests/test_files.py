@@ -197,7 +197,7 @@ def test_an_output_that_appears_meanwhile_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_what_somebody_removed_is_not_published(tmp_path: Path, replaced: bool) -> None:
+def test_what_was_removed_is_not_published(tmp_path: Path, replaced: bool) -> None:
     with pytest.raises(SlimError, match="was removed while"), new_directory(tmp_path / "out") as partial:
         partial.rename(tmp_path / "elsewhere")  # kept, so that its inode is not used again
         if replaced:

@@ -126,13 +126,13 @@ class Kit:
 
     @property
     def name(self) -> str:
-        """The device, tiny sizes told apart."""
+        """The device; another name for tiny sizes."""
         machine = self.outcomes["machine"].details
         tiny = self.args.quick or not machine["gpus"]
         return f"{machine['device']}{', tiny sizes' if tiny else ''}"
 
     def known(self) -> dict[str, Outcome]:
-        """These outcomes, and those of earlier runs on such a device that lie in the same directory."""
+        """These outcomes, and those of earlier runs on such a device in the same directory."""
         found = {}
         for name in PARTS:
             file = self.args.dir / f"{name}.json"

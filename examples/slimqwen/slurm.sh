@@ -48,7 +48,7 @@ slurm_prepare() { # slurm_prepare [Megatron's flags]
   MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # two jobs may share a node
 }
 
-# What of the environment a container must be told, since its image may have set it otherwise.
+# Variables that must be passed into a container, since its image may have set it otherwise.
 node_environment() {
   local name
   while read -r name; do
@@ -111,7 +111,7 @@ slurm_run() {
   wait "$step" || code=$?
   rm -f "$ready"
   echo "job $SLURM_JOB_ID: ended with code $code at checkpoint $(last_checkpoint)"
-  # Slurm may also have told the ranks alone.
+  # Slurm may also have signalled the ranks alone.
   if grep -qs "exiting program after receiving SIGTERM" "$log"; then signalled=1; fi
   if [[ -n $signalled && $code != 2 ]]; then
     code=0

@@ -171,7 +171,7 @@ def student_flops(
     mtp_block = block_flops(shape, FULL_ATTENTION, seq_length, kernels)
     projection = mtp_flops(shape)
     mtp = 3.0 * (projection + sum(mtp_block.values()))
-    if not by_block:  # under full recomputation the projection lies inside the checkpoint
+    if not by_block:  # under full recomputation the projection is inside the checkpoint
         mtp += recompute.again(mtp_block) + (projection if recompute.granularity == "full" else 0.0)
     depths = shape.mtp_num_layers
     last = 3.0 * head_flops(shape) * (1 + depths) + depths * mtp

@@ -128,7 +128,7 @@ def size_violations(shape: ModelShape, recipe: str, *, tp: int = 1, etp: int = 1
         unit = max(side.unit(recipe, trained=trained) for side in sides)
         fixes = [f"{field} {value} would have to be {near}"] if (near := _either(_nearest(value, allows))) else []
         fixes += [f"tensor parallel size {smaller} would do"] if smaller else []
-        sentences.append(f"{what}, no multiple of {unit}" + (f": {', or '.join(fixes)}" if fixes else ""))
+        sentences.append(f"{what}, not a multiple of {unit}" + (f": {', or '.join(fixes)}" if fixes else ""))
     return sentences
 
 

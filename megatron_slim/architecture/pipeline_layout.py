@@ -1,7 +1,7 @@
 """Which layers of student and teacher each pipeline stage holds, so that none is much slower than the mean (no torch).
 
-The hidden states of both models travel side by side, so each has stages of its own: contiguous, in order, the embedding
-on the first, heads, MTP blocks and loss on the last. Stage c of P x V virtual ones lies on rank c modulo P.
+The hidden states of both models are sent together, and each model has its own stages: contiguous, in order, the
+embedding on the first, heads, MTP blocks and loss on the last. Stage c of P x V virtual ones is on rank c modulo P.
 """
 
 from __future__ import annotations

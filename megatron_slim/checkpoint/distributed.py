@@ -34,7 +34,7 @@ from megatron_slim.errors import CheckpointError, summarise
 
 # What Megatron saves in addition to the weights; none of it describes the model.
 _NOT_WEIGHTS = ("optimizer", "chained_", "opt_param_scheduler", "rng_state", "rerun_state_machine")
-# Projections of hidden-state distillation, trained with the model: the run needs them to resume, and nobody else.
+# Projections of hidden-state distillation, trained with the model: only the run needs them, to resume.
 HIDDEN_KD = "hidden_kd."
 _NOT_THE_MODEL = (*_NOT_WEIGHTS, HIDDEN_KD)
 

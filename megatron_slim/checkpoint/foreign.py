@@ -62,7 +62,7 @@ def plain_names(names: Collection[str], path: Path) -> tuple[dict[str, str], str
         return same, None
     if len(found) > 1:
         raise CheckpointError(
-            f"several language models: {summarise(found)}", where=str(path), fix="save the one that is meant alone"
+            f"several language models: {summarise(found)}", where=str(path), fix="save only the one to use"
         )
     prefix = found[0].removesuffix(_EMBED)
     renamed = {name: _plain(name, prefix) for name in names}

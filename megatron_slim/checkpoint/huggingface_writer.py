@@ -65,7 +65,7 @@ class HFWriter:
 def start_hf_checkpoint(
     directory: Path, specs: Sequence[TensorSpec], *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> dict[str, TensorEntry]:
-    """Lay out the shards of a checkpoint, headers written and every tensor's place known.
+    """Prepare the shards of a checkpoint, headers written and every tensor's place known.
 
     Args:
         directory: exists, is empty (usually one from `files.new_directory`).

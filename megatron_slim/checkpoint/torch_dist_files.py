@@ -47,7 +47,7 @@ MAX_METADATA_BYTES = 2_000_000_000  # the published 80B model takes 15 MB; optim
 
 @dataclass(frozen=True)
 class Piece:
-    """A rectangle of a tensor and where its archive lies."""
+    """A rectangle of a tensor and where its archive is."""
 
     file: Path
     offsets: tuple[int, ...]
@@ -197,7 +197,7 @@ def read_metadata(directory: Path) -> Metadata:
     if file.is_symlink():
         raise CheckpointError("is a link, which is not followed", where=str(file), fix="copy the file here")
     if file.stat().st_size > MAX_METADATA_BYTES:
-        raise CheckpointError(f"is {file.stat().st_size} bytes long: no checkpoint metadata", where=str(file))
+        raise CheckpointError(f"is {file.stat().st_size} bytes long: not checkpoint metadata", where=str(file))
     try:
         metadata = _MetadataUnpickler(io.BytesIO(file.read_bytes())).load()
         _validate(metadata)
@@ -211,7 +211,7 @@ def read_metadata(directory: Path) -> Metadata:
 def _validate(metadata: Any) -> None:
     """Unpickling sets attributes unchecked: look at the type of everything that will be used."""
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise ValueError("holds no checkpoint metadata")
+        raise ValueError("does not hold checkpoint metadata")
     if not isinstance(metadata.state_dict_metadata, dict):
         raise ValueError("holds no table of entries")
     for index, info in metadata.storage_data.items():
@@ -241,7 +241,7 @@ def _well_formed(entry: TensorStorageMetadata) -> bool:
 def locate_pieces(
     directory: Path, entries: Mapping[str, TensorStorageMetadata], storage: Mapping[MetadataIndex, _StorageInfo]
 ) -> dict[str, list[Piece]]:
-    """Where the pieces of every tensor lie, by first row; all bytes must be there and every element covered once."""
+    """Where the pieces of every tensor are, by first row; all bytes must be there and every element covered once."""
     found: dict[str, list[Piece]] = defaultdict(list)
     sizes: dict[str, int] = {}
     violations = []
@@ -361,7 +361,7 @@ class PieceReader:
     def _locate(self, piece: Piece) -> tuple[int, int | None]:
         """Byte of its file at which the data start, and their CRC-32 if it was written.
 
-        One framed as one parsed before lies as that does.
+        One framed as one parsed before has the same layout.
         """
         known = self._frames.get((piece.sizes, piece.dtype))
         if known is not None:

@@ -47,7 +47,7 @@ class Writer(Protocol):
 
 
 def default_processes(nbytes: int) -> int:
-    """How many processes write a checkpoint of this size if nobody says."""
+    """How many processes write a checkpoint of this size by default."""
     return max(1, min(len(os.sched_getaffinity(0)), MOST_PROCESSES, nbytes // BYTES_PER_PROCESS))
 
 

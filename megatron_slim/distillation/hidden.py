@@ -2,7 +2,7 @@
 
 What a layer of the student gives, its part of the residual stream, goes through a linear map to the teacher's width and
 is compared with what a layer of the teacher gives (FitNets, arXiv 1412.6550; TinyBERT, arXiv 1909.10351). Both layers
-lie in the same pipeline stage, so nothing travels for it; the gradient joins the one that comes back through the layer.
+are in the same pipeline stage, so nothing is sent for it; the gradient joins the one that comes back through the layer.
 
 Shapes: S sequence, s that of this rank (under sequence and context parallelism), b batch, H and Ht widths of student
 and teacher.
@@ -92,7 +92,7 @@ class HiddenDistillation(nn.Module):
 
     Attributes:
         pairs: those of this stage.
-        sums: loss of each over the tokens that count, added up until somebody takes it.
+        sums: loss of each over the tokens that count, added up until it is taken.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class HiddenDistillation(nn.Module):
         config = student.config
         self.cp = student.pg_collection.cp
         self.tp = student.pg_collection.tp if config.sequence_parallel else None
-        # A seed for each pair that is the same in whatever stage it lies.
+        # A seed for each pair that is the same whichever stage it is in.
         seeds = {pair: seed + pair[0] + pair[1] * config.num_layers for pair in self.pairs}
         self.projections = nn.ModuleDict({_key(pair): Projection(student, teacher, seeds[pair]) for pair in self.pairs})
         self._now: _MicroBatch | None = None

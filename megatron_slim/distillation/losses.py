@@ -61,7 +61,7 @@ def mtp_mask(loss_mask: Tensor, depth: int, position_ids: Tensor | None = None) 
     """Where the prediction of MTP depth ``depth`` counts.
 
     At position i that is token i + 1 + depth. It counts if all predictions of the main head on the way there count, and
-    if it is in the document of position i as far as position ids tell. Megatron's own MTP loss looks at the main head's
+    if it is in the document of position i as far as position ids show. Megatron's own MTP loss looks at the main head's
     prediction of that one token alone: from the end of a document it is given the second token of the next one.
 
     >>> mtp_mask(torch.tensor([[1, 1, 0, 1, 1, 1]]), 1).tolist()
@@ -118,7 +118,7 @@ def combine(
         losses: terms of every token.
         loss_mask: [b, s], 1 where the main head's token counts.
         weights: lambda and beta.
-        position_ids: [b, s] or [1, s], which tell the documents of a sequence apart for `mtp_mask`.
+        position_ids: [b, s] or [1, s], which separate the documents of a sequence for `mtp_mask`.
         positions: where in the sequence the terms are, under context parallelism; masks are those of the whole.
 
     Returns:

@@ -108,7 +108,7 @@ class DistillationModel(HiddenStatesModel):
         """Supervise layers of this stage by the teacher's layers of this stage.
 
         Args:
-            pairs: those of the whole model; no pair lies in two stages.
+            pairs: those of the whole model; no pair is in two stages.
             kind: of the loss, as `hidden.token_losses`.
             seed: of the projections.
         """

@@ -61,7 +61,7 @@ def _gpus() -> Iterator[Finding]:
         free, total = torch.cuda.mem_get_info(index)
         if free < 0.9 * total:
             found = f"{free / GIB:.0f} of {total / GIB:.0f} GiB free"
-            yield Finding(f"memory of GPU {index}", NOTE, found, "somebody else is on it: see nvidia-smi")
+            yield Finding(f"memory of GPU {index}", NOTE, found, "another process uses it: see nvidia-smi")
     if count > 1:
         apart = [i for i in range(1, count) if not torch.cuda.can_device_access_peer(0, i)]
         fix = "expert and tensor parallelism will be slow; see nvidia-smi topo -m"

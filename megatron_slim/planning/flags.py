@@ -78,7 +78,7 @@ def megatron_arguments(layout: TrainLayout, settings: Settings, tokens: int) -> 
 def command(layout: TrainLayout, settings: Settings, tokens: int, per_node: int, *, has_teacher: bool = True) -> str:
     """The whole, to paste into a shell at the root of the checkout; models and data are to be filled in.
 
-    On several nodes it is a Slurm job, told how many GPUs to ask for: a login node has none that could be counted.
+    On several nodes it is a Slurm job that asks for so many GPUs: a login node has none that could be counted.
     """
     given = variables(layout, settings, tokens, per_node)
     words = [f"{name}={value}" for name, value in given.items()]

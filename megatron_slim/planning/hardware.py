@@ -136,7 +136,7 @@ def parse_assumptions(words: Sequence[str]) -> Assumptions:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
             fix = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
-            raise SlimError(f"{word!r} names no assumption", where="--assume", fix=fix)
+            raise SlimError(f"{word!r} is not the name of an assumption", where="--assume", fix=fix)
         least, most = (1.0, 100.0) if name == "imbalance" else (0.0, 1.0 if name in SHARES else 100.0)
         try:
             value = float(text)

@@ -25,7 +25,7 @@ class Models:
         student: its sizes.
         teacher: None for training without one.
         source: what the student is pruned from; None where nothing says.
-        tokens: that the recipe wants trained; None where it does not say.
+        tokens: that the recipe trains on; None where it does not say.
         notes: what was assumed on the way.
         progressive: whether that is a stage's part in a schedule of known length.
     """
@@ -64,7 +64,7 @@ def find_models(asked: Asked) -> Models:
     elif asked.recipe is not None:
         found = _of_recipe(asked.recipe, asked)
     else:
-        assert asked.hf_config is not None, "the command line wants one of them"
+        assert asked.hf_config is not None, "the command line requires one of them"
         found = Models(_read(asked.hf_config, asked.without_mtp), None, None)
     teacher = found.teacher
     if asked.teacher_config is not None:

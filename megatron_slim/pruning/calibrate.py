@@ -47,9 +47,9 @@ def calibrate(
         work: where hidden states and progress are kept, see `work_dir.open_work_dir`; None keeps them in memory.
 
     Raises:
-        DataError: the samples do not suit the model.
+        DataError: the samples do not fit the model.
         CheckpointError: an activation is not finite; names its block.
-        SlimError: what is in the work directory does not suit these inputs, or there is too little space.
+        SlimError: what is in the work directory does not belong to these inputs, or there is too little space.
     """
     check_samples(samples, checkpoint.shape)
     init_single_process()

@@ -144,7 +144,7 @@ def run_rank(load: Path, save: Path, options: CalibrationOptions, layout: Layout
         leave_ranks(mistake)
     import torch
 
-    torch.distributed.barrier()  # nobody leaves with success before the file is there
+    torch.distributed.barrier()  # no rank leaves with success before the file is there
     torch.distributed.destroy_process_group()
     return results
 

@@ -37,7 +37,7 @@ from megatron_slim.pruning.samples import check_samples
 from megatron_slim.pruning.statistics import Array, Statistics
 from megatron_slim.pruning.streaming import EMBEDDING, FINAL_NORM, MTP_INPUT, MTP_NORM
 
-SEED = 1234  # of Megatron's generators, which nothing draws from in a forward pass
+SEED = 1234  # of Megatron's generators, which nothing uses in a forward pass
 Samples = npt.NDArray[np.int64]
 
 
@@ -56,7 +56,7 @@ def calibrate_parallel(
         The statistics on rank 0, None on the others.
 
     Raises:
-        SlimError: the layout or the samples do not suit the model (before weights are read), or an activation is not
+        SlimError: the layout or the samples do not fit the model (before weights are read), or an activation is not
             finite; all ranks raise it.
     """
     shape, dtype = checkpoint.shape, default_dtype()

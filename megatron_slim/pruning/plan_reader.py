@@ -109,7 +109,7 @@ def _search(value: Any, recipe: Recipe, target: ModelShape, where: str) -> Ranki
     axes = {axis for axis in recipe.search.axes if getattr(recipe.target, axis) is None}
     _refuse([f"search.candidates {k} {row!r}" for k, row in enumerate(rows) if not _is_candidate(row, axes)], where)
     if type(value["chosen"]) is not int or not 0 <= value["chosen"] < len(rows):
-        raise PlanError(f"search.chosen {value['chosen']!r} is none of {len(rows)} candidates", where=where)
+        raise PlanError(f"search.chosen {value['chosen']!r} is not one of {len(rows)} candidates", where=where)
     candidates = tuple(Candidate(**row) for row in rows)
     chosen = candidates[value["chosen"]]
     if counted(target, chosen.sizes, chosen.score, chosen.loss) != chosen or chosen.over(recipe.budget):

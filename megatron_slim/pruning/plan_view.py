@@ -257,7 +257,7 @@ def _sizes(shape: ModelShape) -> report.Summary:
 
 
 def summary(plan: Plan, stats: Statistics | None) -> dict[str, Any]:
-    """All numbers of the tables, for ``--json``; what only statistics tell is null without them."""
+    """All numbers of the tables, for ``--json``; what only statistics show is null without them."""
     return {
         "plan_sha256": plan.sha256,
         "source_sha256": plan.source_sha256,

@@ -78,7 +78,7 @@ def model_flags(shape: ModelShape) -> dict[str, Any]:
     """Megatron's flags that a model's shape decides, and their values; None and False: the flag is not to be given."""
     fields = {name: value for name, value in shape_config_fields(shape).items() if name not in _NOT_FIXED}
     if (pattern := fields["linear_attention_freq"]) is not None:
-        # Megatron's FLOP count, the only reader of this flag besides the config, wants the MTP blocks in the pattern.
+        # Megatron's FLOP count, the only reader of this flag besides the config, needs the MTP blocks in the pattern.
         fields["linear_attention_freq"] = str([*pattern, *[0] * shape.mtp_num_layers]).replace(" ", "")
     fields |= dict.fromkeys(_ROTARY)
     fields |= {
@@ -120,7 +120,7 @@ CPU_FLAGS = (
 
 
 def default_flags() -> list[str]:
-    """Flags that this kind of model wants and the command line may override by naming them itself."""
+    """Flags that this kind of model needs and the command line may override by naming them itself."""
     flags = ["--moe-router-load-balancing-type=global_aux_loss", "--moe-token-dispatcher-type=alltoall"]
     # Without an interval Megatron fails, also where there is no validation (--eval-iters 0).
     flags += ["--moe-router-dtype=fp32", "--ckpt-format=torch_dist", "--eval-interval=1000"]

@@ -75,12 +75,12 @@ def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
 
 
 def open_teacher(args: Any) -> Checkpoint:
-    """The teacher's checkpoint, as the command line wants it read."""
+    """The teacher's checkpoint, opened as the command line says."""
     return open_checkpoint(args.teacher_load, without_mtp=args.teacher_without_mtp)
 
 
 def open_student(path: Path, args: Any) -> Checkpoint:
-    """A checkpoint of the student, as the command line wants it read."""
+    """A checkpoint of the student, opened as the command line says."""
     config = args.hf_config if is_torch_dist(path) else None
     return open_checkpoint(path, config, without_mtp=args.without_mtp)
 

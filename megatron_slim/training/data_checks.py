@@ -105,7 +105,7 @@ def _check_part(
 ) -> None:
     """See that a data set has at least one sample for a part.
 
-    Of no tokens Megatron builds an index for ever: it adds epochs until they are enough. Of fewer than one sample's it
+    Of no tokens Megatron builds an index forever: it adds epochs until they are enough. Of fewer than one sample's it
     would fill samples with the same documents again and again, which measures nothing.
     """
     begin, end = (round(fraction * len(lengths)) for fraction in ends)

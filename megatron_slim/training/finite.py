@@ -2,7 +2,7 @@
 
 What is watched is reduced to one number where it arises and stays on the device; the host looks once per iteration,
 just before Megatron reads the gradient norm, which waits for the device anyway. All ranks then know together whether
-anything was found on any of them, so that they leave together and nobody waits for a rank that has gone.
+anything was found on any of them, so that they leave together and no rank waits for one that has gone.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _stages() -> int:
 
 
 def _stage(vp_stage: int | None) -> int:
-    """Position in the whole pipeline, from 1; interleaved, a rank's chunks lie a pipeline's length apart."""
+    """Position in the whole pipeline, from 1; interleaved, a rank's chunks are a pipeline's length apart."""
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
     return int((vp_stage or 0) * pipeline + parallel_state.get_pipeline_model_parallel_rank() + 1)
 

@@ -1,6 +1,6 @@
 """What keeps a run from multiplying in FP8, found before anything is built.
 
-Without Transformer Engine Megatron ignores ``--fp8-format`` without a word, and what the modules of Transformer Engine
+Without Transformer Engine Megatron ignores ``--fp8-format`` silently, and what the modules of Transformer Engine
 refuse, they refuse at the first step, with a traceback.
 """
 
@@ -90,10 +90,10 @@ def _gpu_violations(recipe: str) -> list[str]:
     if has >= least and (below is None or has < below) and (cuda is None or has_cuda >= cuda):
         return []
     fitting = [name for name, (low, high, _) in _GPUS.items() if has >= low and (high is None or has < high)]
-    wants = f"compute capability {_dotted(least)}" + (f" to below {_dotted(below)}" if below else "")
-    wants += f" and CUDA {_dotted(cuda)}" if cuda else ""
+    wanted = f"compute capability {_dotted(least)}" + (f" to below {_dotted(below)}" if below else "")
+    wanted += f" and CUDA {_dotted(cuda)}" if cuda else ""
     fix = f"this GPU can do {', '.join(fitting)}" if fitting else "this GPU has no FP8"
-    return [f"FP8 recipe {recipe} needs {wants}, here is {_dotted(has)} with CUDA {torch.version.cuda}; {fix}"]
+    return [f"FP8 recipe {recipe} needs {wanted}, here is {_dotted(has)} with CUDA {torch.version.cuda}; {fix}"]
 
 
 def _dotted(version: tuple[int, ...]) -> str:

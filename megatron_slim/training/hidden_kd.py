@@ -24,7 +24,7 @@ from megatron_slim.training.finite import FiniteWatch
 from megatron_slim.training.slim_arguments import hidden_schedule, now
 
 LOSS, WEIGHT = "hidden distillation loss", "hidden kd weight"
-# Flags with which Megatron runs layers by another way than calling them, at which nobody could look.
+# Flags with which Megatron runs layers by another way than calling them, where no hook sees them.
 _PAST_LAYERS = ("enable_cuda_graph", "external_cuda_graph", "overlap_moe_expert_parallel_comm")
 
 
@@ -70,19 +70,19 @@ def check_stages(pairs: Sequence[LayerPair], stages: Stages) -> None:
 
 
 def check_projections(found: Checkpoint, args: Any) -> None:
-    """See that a run which resumes by ``--load`` finds the projections that it wants.
+    """See that a run which resumes by ``--load`` finds the projections that it needs.
 
     Args:
         found: the checkpoint that it resumes from.
         args: Megatron's arguments and ours, as parsed.
 
     Raises:
-        CheckpointError: it has others, or none; or it has some and the run wants none.
+        CheckpointError: it has others, or none; or it has some and the run uses none.
     """
     left_out = found.left_out if isinstance(found, DistCheckpoint) else ()
     there = {key for key in left_out if key.startswith(HIDDEN_KD)}  # an MTP block that is not wanted is none
     wanted = {f"{HIDDEN_KD}projections.{own}-{other}.weight" for own, other in args.hidden_kd_layers}
-    # Without its optimizer's state, which Megatron reads by position, a run can do without what it does not want.
+    # Without its optimizer's state, which Megatron reads by position, a run can leave out what it does not use.
     if wanted - there or (there - wanted and not (args.no_load_optim or args.finetune)):
         names = sorted(key.split(".")[-2].replace("-", ":") for key in there)
         saved = f"with {FLAG} {','.join(names)}" if names else f"without {FLAG}"

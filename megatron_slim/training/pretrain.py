@@ -208,7 +208,7 @@ class Run:
         label: str,
         output: Tensor,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """SlimQwen eq. 12 with this iteration's lambda and beta, in the form that Megatron's loop wants."""
+        """SlimQwen eq. 12 with this iteration's lambda and beta, in the form that Megatron's loop expects."""
         assert loss_mask is not None
         losses = TokenLosses.unstack(output, has_teacher=self.teacher_shape is not None)
         total, tokens, report = combine(losses, loss_mask, weights, position_ids, _local_positions(loss_mask))

@@ -42,7 +42,7 @@ def stage_of(checkpoint: str | None) -> Stage | None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the whole schedule a stage lies.
+    """Which part of the whole schedule a stage is.
 
     Attributes:
         start: iterations of the stages before it.

@@ -76,7 +76,7 @@ def missing_in_tracker(directory: Path) -> int | None:
     if not complete or max(written, key=written.__getitem__) != complete[-1]:
         state = "holds ''" if tracker.is_file() else "is missing"
         raise CheckpointError(
-            f"{state}, and more than one can be meant" if complete else state,
+            f"{state}, and the last one is unclear" if complete else state,
             where=str(tracker),
             fix=_advice(directory, complete),
         )

@@ -140,7 +140,7 @@ def _of_layout(state: dict[str, Any], args: Any) -> Iterator[str]:
 
 
 def _of_schedule(state: dict[str, Any], args: Any) -> Iterator[str]:
-    """Rates find the saved groups of parameters; the rest Megatron takes from the checkpoint if it is told to."""
+    """Rates find the saved groups of parameters; the rest Megatron takes from the checkpoint on request."""
     saved, scheduler = state["args"], state.get("opt_param_scheduler")
     yield from _differing(saved, args, _RATES)
     if args.use_checkpoint_opt_param_scheduler or scheduler is None:

@@ -80,7 +80,7 @@ def run_constants(
         known = {model: peak_flops(device, fp8=fp8[model]) for model in flops}
         peaks = {model: peak for model, peak in known.items() if peak is not None}
     else:
-        peaks = {}  # in fp32 tensor cores are not used unless somebody asks for TF32
+        peaks = {}  # in fp32 tensor cores are not used unless TF32 is asked for
     return RunConstants(
         ranks=args.world_size,
         pipeline=args.pipeline_model_parallel_size,

@@ -131,7 +131,7 @@ def print_tables(found: Mapping[str, Any]) -> None:
 
 
 def run_show(directory: Path, *, save: Path | None = None) -> dict[str, Any]:
-    """Print a run; with ``save``, draw it into a new PNG file.
+    """Print a run; with ``save``, plot it into a new PNG file.
 
     Returns:
         `summary`, with the picture's path.

@@ -44,7 +44,7 @@ _ONE_MODEL_ONLY = (
 
 @dataclass(frozen=True)
 class StageLayout:
-    """Stages of both models, and how Megatron is told.
+    """Stages of both models, and Megatron's flags for them.
 
     Attributes:
         stages: layers and operations of every virtual stage.
@@ -119,7 +119,7 @@ def stage_violations(args: Any) -> list[str]:
     if auto and any(explicit):
         found.append("--pipeline-layout auto chooses the stages itself; leave it or the explicit layout out")
     if auto and args.num_layers_per_virtual_pipeline_stage is not None:
-        found.append(f"--pipeline-layout auto wants {VIRTUAL_FLAGS[0]}, not {VIRTUAL_FLAGS[1]}")
+        found.append(f"--pipeline-layout auto needs {VIRTUAL_FLAGS[0]}, not {VIRTUAL_FLAGS[1]}")
     if explicit[1] and args.teacher_load is None:
         found.append("--teacher-pipeline-layout without a teacher")
     return found

@@ -55,7 +55,7 @@ def check_mtp(checkpoint: Checkpoint) -> None:
 def check_rows(checkpoint: Checkpoint, args: Any) -> None:
     """See that optimizer state saved in the layout of buffers finds buffers of the same layout.
 
-    With another padding of the vocabulary all that lies behind the embedding is shifted; where the buffers' own padding
+    With another padding of the vocabulary all that follows the embedding is shifted; where the buffers' own padding
     takes up the difference, Megatron does not notice.
 
     Args:

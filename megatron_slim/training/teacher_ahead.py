@@ -1,7 +1,7 @@
 """A teacher that computes ahead: some iterations' batches in one forward-only pass, then the student alone.
 
 The pass comes before the first iteration of a block, outside the student's schedule, through the same pipeline stages.
-The last stage keeps the hidden states that the losses want in host memory; they are what a co-located teacher
+The last stage keeps the hidden states that the losses need in host memory; they are what a co-located teacher
 would have ended with, bit for bit. Validation runs the teacher co-located with the student as always.
 
 The block's batches are read a second time, by a loader that starts where a run resumed at this iteration would start.

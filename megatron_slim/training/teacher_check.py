@@ -1,4 +1,4 @@
-"""Before the first step: is the teacher the model that it should be? A broken teacher must not train anybody.
+"""Before the first step: is the teacher the model that it should be? A broken teacher must not train a student.
 
 Its cross entropy on the run's first batch must be better than guessing: that finds weights that are zero or random, or
 another tokenizer, but not experts or layers in a wrong order, which cost less than all that a model knows. Where losses

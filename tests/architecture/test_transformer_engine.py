@@ -55,7 +55,7 @@ def _losses(model: Any) -> Tensor:
 
 
 def _by_table(model: Any) -> dict[str, Tensor]:
-    """Gradients under names that do not tell grouped experts from single ones."""
+    """Gradients under names that do not distinguish grouped experts from single ones."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 

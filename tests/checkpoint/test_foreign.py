@@ -154,7 +154,7 @@ ERRORS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         _mixtral,
         r"missing tensors: model\.layers\.0\.mlp\.experts\.0.*extra tensors: .*block_sparse_moe.*another program lays",
     ),
-    "GPTQ without a word": (
+    "GPTQ that config.json does not state": (
         _other("model.layers.0.self_attn.q_proj.qweight", "model.layers.0.self_attn.q_proj.scales"),
         r"quantized weights, and config.json does not say how: model\.layers\.0\.self_attn\.q_proj\.qweight",
     ),

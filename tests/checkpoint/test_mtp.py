@@ -1,4 +1,4 @@
-"""MTP blocks that config.json declares, tensors have, or nobody wants."""
+"""MTP blocks that config.json declares, tensors have, or a flag leaves out."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ CASES = {
     ),
     "virtual stages by layers": (
         f"--pipeline-layout auto {PP4} --num-layers-per-virtual-pipeline-stage 1",
-        "wants --num-virtual-stages-per-pipeline-rank, not",
+        "needs --num-virtual-stages-per-pipeline-rank, not",
     ),
     "stages of one model": (
         f"{PP4} --decoder-first-pipeline-num-layers 1",
@@ -71,7 +71,7 @@ CASES = {
         f"--teacher-load odd {PP4} --teacher-pipeline-layout Ett|||mL",
         "teacher: layout 'Ett|||mL' has 2 layers, the model 3",
     ),
-    "a layout for nobody": (
+    "a teacher's layout without a teacher": (
         f"{PP4} --teacher-pipeline-layout Etttt|||mL",
         "--teacher-pipeline-layout without a teacher",
     ),
@@ -126,7 +126,7 @@ CASES = {
         "--kd-top-k 121 is not between 1 and the vocabulary's 120; --kd-loss and --kd-temperature need a teacher; "
         "give --teacher-load; --loss-chunk-size 0 is not positive",
     ),
-    "hidden states of nobody": (
+    "hidden states without a teacher": (
         "--hidden-kd-layers 0:1",
         "--hidden-kd-layers needs a teacher; give --teacher-load",
     ),
@@ -153,7 +153,7 @@ CASES = {
     ),
     "fp8 without its library": ("--fp8-format hybrid --bf16", "FP8 needs Transformer Engine, which is not installed"),
     "a teacher in fp8 without it": ("--teacher-load teacher --teacher-dtype fp8", "FP8 needs Transformer Engine"),
-    "a recipe for nobody": (
+    "a teacher's FP8 recipe without a teacher": (
         "--teacher-load teacher --teacher-dtype bf16 --teacher-fp8-recipe mxfp8",
         "--teacher-fp8-recipe needs a teacher in FP8; give --teacher-load and --teacher-dtype fp8",
     ),
@@ -216,7 +216,7 @@ CASES = {
         "--teacher-load declared",
         "or leave MTP out with --without-mtp (a teacher's with",
     ),
-    "declared blocks that nobody wants": (
+    "declared blocks that are left out": (
         "--pretrained-checkpoint declared --teacher-load declared --without-mtp --teacher-without-mtp --data-path none",
         "none: no such data",
     ),

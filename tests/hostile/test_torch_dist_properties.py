@@ -1,7 +1,7 @@
 """Whatever is done to the files around the numbers of a torch_dist checkpoint: one error, or the same numbers.
 
 Numbers that were changed in place are Megatron's integrity.json to find, and two entries that were exchanged whole are
-another checkpoint, which nothing can tell from a damaged one.
+another checkpoint, which nothing can distinguish from a damaged one.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def test_every_layout_gives_the_numbers_of_one_process(
 
 
 def refusal(path: str, samples: np.ndarray, sizes: dict[str, int], broken: str) -> str:
-    """Body of one rank: what it is told, the weight ``broken`` being NaN."""
+    """Body of one rank: its error message, the weight ``broken`` being NaN."""
     device.install()
     from megatron_slim.pruning.parallel import calibrate_parallel
 

@@ -97,7 +97,7 @@ PACKAGES = {
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, Any]]:
-    """Eight GPUs, as torch and nvidia-smi tell them; what a test changes in the dictionary they tell too."""
+    """Eight GPUs, as torch and nvidia-smi report them; what a test changes in the dictionary they report too."""
     says: dict[str, Any] = {"capability": (9, 0), "free": 79, "shm": 64}
     stub(tmp_path, monkeypatch, "0, 0")
     answers: dict[str, Callable[..., Any]] = {
@@ -155,7 +155,7 @@ def test_what_is_wrong_with_a_gpu_machine(
     }
     for name, (found, fix) in wrong.items():
         assert state(findings[name], found, fix) == "problem", name
-    assert state(findings["memory of GPU 0"], "10 of 80 GiB", "somebody else") == "note"
+    assert state(findings["memory of GPU 0"], "10 of 80 GiB", "another process uses it") == "note"
 
 
 @pytest.fixture

@@ -156,7 +156,7 @@ def test_a_manifest_that_would_hide_damage(  # type: ignore[no-untyped-def]
 
 
 def test_a_flipped_bit_of_the_teacher(workplace, ours: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    """The teacher does not pass through Megatron's loader: we look ourselves, if we are told to."""
+    """The teacher does not pass through Megatron's loader: we look ourselves, on request."""
     copy_with_a_flipped_bit(ours / "teacher", tmp_path / "teacher")
     argv = ["--load", str(ours / "student"), "--teacher-load", str(tmp_path / "teacher")]
     assert FLIPPED.format(tmp_path / "teacher") in refusal(monkeypatch, *argv, *VERIFY)

@@ -61,7 +61,7 @@ def test_how_experts_were_stored_is_kept_beside_the_checkpoints(tmp_path: Path) 
 
 
 def test_an_mtp_block_is_not_lost_on_the_way(tmp_path: Path) -> None:
-    """A run that resumes without one is told so, and nothing of projections, which it never had."""
+    """A run that resumes without one gets an error about it, and none about projections, which it never had."""
     source = HFCheckpoint.open(write_tiny_checkpoint(tmp_path / "source", tiny_shape()))
     write_checkpoint(source, tmp_path / "run", to="torch_dist")
     args = Namespace(hidden_kd_layers=(), no_load_optim=False, finetune=False)

@@ -86,8 +86,8 @@ REFUSED: dict[str, tuple[str | None, Callable[[Path], None], str]] = {
     "names what is half written": ("10", half_written, "names iter_0000010, which is incomplete: no .metadata"),
     "names what is truncated": ("10", truncated, f"incomplete: __0_0.distcp is truncated{TO_RESUME}2 or 4 into "),
     "names what lost a file": ("10", lost_file, f"incomplete: __0_0.distcp is missing{TO_RESUME}2 or 4 into "),
-    "empty, and two can be meant": ("", abandoned, f"holds '', and more than one can be meant{TO_RESUME}2 or 4 or 10"),
-    "missing, and two can be meant": (None, abandoned, f"is missing, and more than one can be meant{TO_RESUME}"),
+    "empty, and two are possible": ("", abandoned, f"holds '', and the last one is unclear{TO_RESUME}2 or 4 or 10"),
+    "missing, and two are possible": (None, abandoned, f"is missing, and the last one is unclear{TO_RESUME}"),
     "empty next to nothing": ("", nothing_complete, "holds ''; there is no complete checkpoint next to it: remove "),
 }
 

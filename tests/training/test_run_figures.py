@@ -71,7 +71,7 @@ def test_without_a_peak_there_is_no_utilisation() -> None:
 
 
 def test_time_of_stages(found: dict[str, float]) -> None:
-    # Virtual stage 1 lies on pipeline rank 0, 2 on 1, 3 on 0, 4 on 1; means over two ranks and five iterations.
+    # Virtual stage 1 is on pipeline rank 0, 2 on 1, 3 on 0, 4 on 1; means over two ranks and five iterations.
     forward = [found[f"stage_seconds/student_forward/stage_{stage}"] for stage in (1, 3)]
     assert forward == pytest.approx([0.4, 0.6], rel=1e-15)
     assert found["stage_seconds/backward/stage_4"] == found["stage_seconds/total/stage_4"] == 2.0

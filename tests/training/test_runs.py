@@ -278,7 +278,7 @@ def test_the_teachers_main_head_can_supervise_mtp(workplace, reference) -> None:
 def test_without_mtp_it_is_the_run_of_a_model_that_has_none(workplace, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Of student and teacher; what is saved declares none."""
     size, save = ("--micro-batch-size", "2", "--train-iters", "3"), ("--save", str(tmp_path / "run"))
-    told = workplace.train("without-mtp", 1, *size, "--without-mtp", "--teacher-without-mtp", *save)
+    logged = workplace.train("without-mtp", 1, *size, "--without-mtp", "--teacher-without-mtp", *save)
     bare = {}
     for name in ("student", "teacher"):
         source = open_checkpoint(getattr(workplace, name), without_mtp=True)
@@ -287,8 +287,8 @@ def test_without_mtp_it_is_the_run_of_a_model_that_has_none(workplace, tmp_path:
     start = ("--pretrained-checkpoint", bare["student"], "--teacher-load", bare["teacher"])
     expected = workplace.train("never-mtp", 1, *size, *start, start=False, distil=False)
     for term in ("lm loss", "logits distillation loss"):
-        assert len(told[term]) == 3 and told[term] == expected[term]
-    assert not [tag for tag in told if "mtp" in tag and "loss" in tag]
+        assert len(logged[term]) == 3 and logged[term] == expected[term]
+    assert not [tag for tag in logged if "mtp" in tag and "loss" in tag]
     torch_dist_to_hf(tmp_path / "run", tmp_path / "hf")
     assert HFCheckpoint.open(tmp_path / "hf").shape.mtp_num_layers == 0
 
@@ -313,7 +313,7 @@ def write_zero_teacher(workplace, path: Path) -> Path:  # type: ignore[no-untype
 
 
 @pytest.mark.parametrize("flags", ["", "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"])
-def test_a_teacher_that_guesses_trains_nobody(workplace, tmp_path: Path, flags: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_teacher_that_guesses_is_refused(workplace, tmp_path: Path, flags: str) -> None:  # type: ignore[no-untyped-def]
     teacher = write_zero_teacher(workplace, tmp_path / "zero")
     ranks = 2 if flags else 1
     with pytest.raises(RuntimeError, match=r"cross entropy on the first batch is 4\.78.*guessing gives 4\.787"):

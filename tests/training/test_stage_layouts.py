@@ -37,7 +37,7 @@ def balanced(uneven) -> tuple[Path, dict[str, list[float]]]:  # type: ignore[no-
 
 @pytest.fixture(scope="module")
 def interleaved(uneven) -> tuple[Path, dict[str, list[float]]]:  # type: ignore[no-untyped-def]
-    """The same in an interleaved pipeline, saved as Megatron does when it is not told otherwise."""
+    """The same in an interleaved pipeline, saved as Megatron does by default."""
     save, virtual = uneven.root / "interleaved", ("--num-virtual-stages-per-pipeline-rank", "2")
     return save, uneven.train("vpp2", 2, *MBS, *AUTO, *virtual, "--save", str(save))
 

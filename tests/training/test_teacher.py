@@ -88,7 +88,7 @@ RUNS = [
 
 
 @pytest.mark.parametrize(("name", "ranks", "flags", "message"), RUNS)
-def test_a_permuted_teacher_trains_nobody(  # type: ignore[no-untyped-def]
+def test_a_permuted_teacher_is_refused(  # type: ignore[no-untyped-def]
     workplace, teachers: dict[str, Path], tool: Any, name: str, ranks: int, flags: str, message: str
 ) -> None:
     if name == "dist":  # conversion takes the record along
