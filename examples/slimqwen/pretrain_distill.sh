@@ -63,7 +63,7 @@ LAUNCHER=${LAUNCHER:-$([[ -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]] && ec
 SEQ_LENGTH=${SEQ_LENGTH:-4096}
 MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-1}
 GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-1024}
-# PROGRESSIVE=1: the student is that of a stage of a recipe, and takes its part in the one schedule of all stages, whose
+# PROGRESSIVE=1: the student is that of a phase of a recipe, and takes its part in the one schedule of all phases, whose
 # length follows from the recipe's tokens.
 PROGRESSIVE=${PROGRESSIVE:-0}
 length_args=(--progressive-schedule ${TRAIN_ITERS:+--train-iters "$TRAIN_ITERS"})

@@ -17,6 +17,7 @@ from megatron_slim.planning.layouts import RECOMPUTE, Settings, Wanted
 from megatron_slim.planning.memory import rank_counts, rank_memory
 from megatron_slim.planning.search import TOO_LARGE, Candidate, Found, Job, Rejected, Search, why_too_large
 from megatron_slim.planning.sources import Asked, Models, find_models
+from megatron_slim.pruning.commands import PhaseAction
 from megatron_slim.recipe_budget import whole_number
 
 TOKENS = "400B"  # SlimQwen section 3.2
@@ -30,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     student.add_argument("--recipe", type=Path, metavar="YAML", help="what is pruned, and to what")
     student.add_argument("--plan", type=Path, metavar="FILE", help="plan.json of a pruning, which knows both models")
     student.add_argument("--hf-config", type=Path, metavar="DIR", help="whose config.json gives the student")
-    models.add_argument("--stage", type=positive, metavar="K", help="of a recipe with stages")
+    what = "of a recipe with phases"
+    models.add_argument("--phase", "--stage", type=positive, metavar="K", action=PhaseAction, help=what)
     models.add_argument("--teacher-config", type=Path, metavar="DIR", help="whose config.json gives the teacher")
     models.add_argument("--no-teacher", action="store_true", help="plan training without one")
     models.add_argument(
@@ -53,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     run = parser.add_argument_group("the run")
-    run.add_argument("--tokens", metavar="T", help=f"to train: 400B, 4e10 (default: the stage's, else {TOKENS})")
+    run.add_argument("--tokens", metavar="T", help=f"to train: 400B, 4e10 (default: the phase's, else {TOKENS})")
     run.add_argument(
         "--seq-length", type=positive, metavar="S", help=f"tokens of a sample (default: {SCRIPT.seq_length})"
     )
@@ -128,7 +130,7 @@ def _job(args: argparse.Namespace) -> tuple[Models, Job, int, list[str]]:
         raise SlimError(f"--tokens {args.tokens!r} is not a number of tokens (such as 40B, 2.5e9, 1000)")
     asked = Asked(
         args.recipe,
-        args.stage,
+        args.phase,
         args.plan,
         args.hf_config,
         args.teacher_config,

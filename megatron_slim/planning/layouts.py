@@ -29,7 +29,7 @@ class Settings:
         kd_loss: as ``--kd-loss``.
         loss_chunk: tokens whose logits are in memory at once.
         kernels: how attention and delta rule are computed.
-        progressive: whether it is a stage's part in a schedule whose length the student's plan knows.
+        progressive: whether it is a phase's part in a schedule whose length the student's plan knows.
         without_mtp: whether the student's MTP block is left out when its checkpoint is read.
         teacher_without_mtp: the same of the teacher.
     """

@@ -14,7 +14,7 @@ from megatron_slim.pruning.depth import layers_before_statistics
 from megatron_slim.pruning.plan import check_recipe, space_before_statistics, target_shape
 from megatron_slim.pruning.plan_reader import load_plan
 from megatron_slim.pruning.search import Ranking, resolved
-from megatron_slim.recipe import Recipe, load_recipe, select_stage
+from megatron_slim.recipe import Recipe, load_recipe, select_phase
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Models:
         source: what the student is pruned from; None where nothing says.
         tokens: that the recipe trains on; None where it does not say.
         notes: what was assumed on the way.
-        progressive: whether that is a stage's part in a schedule of known length.
+        progressive: whether that is a phase's part in a schedule of known length.
     """
 
     student: ModelShape
@@ -43,7 +43,7 @@ class Asked:
     """Where sizes come from, as on the command line; what is None was not given."""
 
     recipe: Path | None = None
-    stage: int | None = None
+    phase: int | None = None
     plan: Path | None = None
     hf_config: Path | None = None
     teacher_config: Path | None = None
@@ -81,7 +81,7 @@ def find_models(asked: Asked) -> Models:
 
 def _length(recipe: Recipe) -> dict[str, Any]:
     """What a recipe says of how long training is."""
-    return {} if recipe.stage is None else {"tokens": recipe.stage.tokens, "progressive": bool(recipe.stage.schedule)}
+    return {} if recipe.phase is None else {"tokens": recipe.phase.tokens, "progressive": bool(recipe.phase.schedule)}
 
 
 def _read(directory: Path, without_mtp: bool) -> ModelShape:
@@ -94,10 +94,10 @@ def _of_recipe(file: Path, asked: Asked) -> Models:
     if asked.hf_config is not None:
         raise SlimError("--hf-config and --recipe both say what the student is", fix="leave one out")
     whole = load_recipe(file)
-    recipe = select_stage(whole, asked.stage, where=str(file))
+    recipe = select_phase(whole, asked.phase, where=str(file))
     origin, source = _source(recipe, file, asked)
     notes = [f"pruned from {origin}"]
-    earlier = whole.stages[: recipe.stage.number - 1] if recipe.stage else ()
+    earlier = whole.phases[: recipe.phase.number - 1] if recipe.phase else ()
     pruned = before = source
     for step in [*earlier, recipe]:
         before = pruned

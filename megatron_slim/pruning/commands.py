@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from megatron_slim.cli import VERIFICATION, positive, say
 from megatron_slim.errors import RecipeError, SlimError
 from megatron_slim.files import refuse_existing
 from megatron_slim.pruning.calibration_commands import CalibrationOptions, measure, opened_work_dir
-from megatron_slim.recipe import Recipe, load_recipe, select_stage
+from megatron_slim.recipe import Recipe, load_recipe, select_phase
 
 if TYPE_CHECKING:
     from megatron_slim.checkpoint.convert import Checkpoint
@@ -45,9 +46,22 @@ class Measuring:
         return {"measure": self.losses(source), "top": self.top}
 
 
+class PhaseAction(argparse.Action):
+    """Store the value of ``--phase``, also under its old name ``--stage``, with a note then."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        """As argparse calls it."""
+        if option == "--stage":
+            logging.getLogger(__name__).warning("--stage is now called --phase; both are read")
+        setattr(namespace, self.dest, values)
+
+
 def add_stage_argument(parser: argparse.ArgumentParser) -> None:
-    """``--stage``, the same in every tool that follows a recipe."""
-    parser.add_argument("--stage", type=positive, metavar="K", help="stage of a recipe that has stages, from 1")
+    """``--phase``, the same in every tool that follows a recipe."""
+    what = "phase of a recipe with phases, from 1"
+    parser.add_argument("--phase", "--stage", dest="stage", type=positive, metavar="K", action=PhaseAction, help=what)
 
 
 def run_plan(
@@ -63,7 +77,7 @@ def run_plan(
     """Make a plan of statistics, write it to a new file; ``reading`` goes to `checkpoint.convert.open_checkpoint`."""
     refuse_existing(save)
     schedule = load_recipe(recipe_file)
-    recipe = select_stage(schedule, stage, where=str(recipe_file))
+    recipe = select_phase(schedule, stage, where=str(recipe_file))
     from megatron_slim.checkpoint.convert import open_checkpoint, say_left_out
     from megatron_slim.pruning.apply import PrunedCheckpoint
     from megatron_slim.pruning.pipeline import comparison, print_comparison
@@ -104,7 +118,7 @@ def run_prune(
         save: new directory for the result; not needed for a dry run.
         to: ``hf`` or ``torch_dist``.
         recipe_file: what is wanted; needed unless there is a plan.
-        stage: which of the recipe's stages, where it has some.
+        stage: which of the recipe's phases, where it has some.
         plan_file: a plan made before; then nothing is measured.
         stats_file: statistics made before; then nothing is measured.
         calibration: data to measure on.
@@ -116,7 +130,7 @@ def run_prune(
     if save is not None and not dry_run:
         refuse_existing(save)
     schedule = load_recipe(recipe_file) if recipe_file else None
-    recipe = select_stage(schedule, stage, where=str(recipe_file)) if schedule else None
+    recipe = select_phase(schedule, stage, where=str(recipe_file)) if schedule else None
     from megatron_slim.checkpoint.convert import open_checkpoint, say_left_out
     from megatron_slim.pruning.apply import PrunedCheckpoint
     from megatron_slim.pruning.pipeline import comparison, print_comparison, write_pruned
@@ -147,14 +161,14 @@ def run_prune(
 
 
 def _check_stage(schedule: Recipe, number: int | None, source: Checkpoint, *, where: str) -> None:
-    """Refuse a source that the stage before cannot have given, and stages to come that this one cannot lead to.
+    """Refuse a source that the phase before cannot have given, and phases to come that this one cannot lead to.
 
-    Sizes that a stage leaves to a budget are not known.
+    Sizes that a phase leaves to a budget are not known.
     """
-    from megatron_slim.pruning.plan import check_later_stages
+    from megatron_slim.pruning.plan import check_later_phases
 
     named: dict[str, int] = {}
-    for earlier in schedule.stages[: (number or 1) - 1]:
+    for earlier in schedule.phases[: (number or 1) - 1]:
         named |= {key: size for key, size in dataclasses.asdict(earlier.target).items() if size is not None}
     found = [
         f"{key} {getattr(source.shape, key)}, not {size}"
@@ -163,11 +177,11 @@ def _check_stage(schedule: Recipe, number: int | None, source: Checkpoint, *, wh
     ]
     if found:
         raise RecipeError(
-            f"stage {number} continues stage {(number or 1) - 1}, but this has {', '.join(found)}",
+            f"phase {number} continues phase {(number or 1) - 1}, but this has {', '.join(found)}",
             where=str(source.path),
-            fix="load what training made of the stage before",
+            fix="load what training made of the phase before",
         )
-    check_later_stages(schedule, number or 1, source.shape, where=where)
+    check_later_phases(schedule, number or 1, source.shape, where=where)
 
 
 def _check_space(recipe: Recipe, source: Checkpoint, save: Path, *, where: str) -> None:
@@ -242,7 +256,7 @@ def refuse_conflicts(args: argparse.Namespace) -> None:
     if (args.recipe is None) == (args.plan is None):
         raise SlimError("a plan holds its recipe" if args.plan else "no recipe", fix="give --recipe or --plan")
     if args.plan is not None and args.stage is not None:
-        raise SlimError("a plan holds its recipe's stage", fix="leave --stage out")
+        raise SlimError("a plan holds its recipe's phase", fix="leave --phase out")
     if args.plan is not None and args.search_data is not None:
         raise SlimError("a plan holds its sizes", fix="leave --search-data out")
     if args.save is None and not args.dry_run:

@@ -47,7 +47,7 @@ from megatron_slim.training.data import Batch, build_datasets, next_batch
 from megatron_slim.training.finite import FiniteWatch
 from megatron_slim.training.hidden_kd import HiddenLog, check_stages, hidden_inputs
 from megatron_slim.training.missing_libraries import library_note
-from megatron_slim.training.progressive import find_place, is_done, stage_of
+from megatron_slim.training.progressive import find_place, is_done, phase_of
 from megatron_slim.training.rates import default_warmup
 from megatron_slim.training.resume_checks import SAME_LAYOUT, check_resume, why_not_restored
 from megatron_slim.training.run_log import RunLog, run_constants
@@ -360,14 +360,14 @@ def main(argv: list[str]) -> None:
     source = shape_directory(argv)
     shape = install_argv(argv)
     parsed = parse_args(add_slim_arguments)
-    stage = stage_of(parsed.pretrained_checkpoint)
-    place = find_place(stage, parsed)
+    phase = phase_of(parsed.pretrained_checkpoint)
+    place = find_place(phase, parsed)
     sys.argv[1:] = [*default_warmup(parsed, argv), *sys.argv[1:]]
     teacher = check_run(shape, parsed)
     if place is not None:
         if is_done(place, parsed.load, parsed.ckpt_step) and not parsed.skip_train:
             if parsed.rank == 0:
-                say(f"{parsed.load}: this stage is done, at iteration {place.stop}")
+                say(f"{parsed.load}: this phase is done, at iteration {place.stop}")
             return
         sys.argv[1:] = place.command_line(sys.argv[1:])
     if parsed.rank == 0 and (note := library_note()) is not None:
@@ -386,7 +386,7 @@ def main(argv: list[str]) -> None:
     check_stages(parsed.hidden_kd_layers, layout.stages)
     args = _validated_arguments()
     check_resume(args)
-    constants = run_constants(shape, teacher, args, teacher_runs_mtp=runs_mtp, stage=stage, place=place)
+    constants = run_constants(shape, teacher, args, teacher_runs_mtp=runs_mtp, phase=phase, place=place)
     log = RunLog(shape, _loss_weights, constants)
     hidden_log = HiddenLog(args.hidden_kd_layers)
     run = Run(shape, teacher, target, log, teacher_layout=layout.teacher, hidden_log=hidden_log, **_start(args))

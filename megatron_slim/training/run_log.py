@@ -26,7 +26,7 @@ from megatron_slim.architecture.gpus import peak_flops
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.distillation.losses import LossWeights
 from megatron_slim.distillation.model import DistillationModel
-from megatron_slim.recipe import Stage
+from megatron_slim.recipe import Phase
 from megatron_slim.training.meters import ExpertCounter, LossSums, StageClock, weights_of_terms
 from megatron_slim.training.progressive import Place
 from megatron_slim.training.run_figures import KINDS, Interval, Progress, RunConstants, figures, line
@@ -63,7 +63,7 @@ def run_constants(
     args: Any,
     *,
     teacher_runs_mtp: bool,
-    stage: Stage | None = None,
+    phase: Phase | None = None,
     place: Place | None = None,
 ) -> RunConstants:
     """What the figures of a run are relative to; ``args`` are Megatron's, validated."""
@@ -90,8 +90,8 @@ def run_constants(
         iterations=args.train_iters if place is None else place.stop,
         flops=flops,
         peaks=peaks,
-        stage="" if stage is None else f"stage {stage.number} of {stage.count}{stage.name and f', {stage.name}'}",
-        stage_tokens=None if stage is None else stage.tokens,
+        phase="" if phase is None else f"phase {phase.number} of {phase.count}{phase.name and f', {phase.name}'}",
+        phase_tokens=None if phase is None else phase.tokens,
         start=0 if place is None else place.start,
         tokens_before=0 if place is None else place.tokens_before,
     )

@@ -45,9 +45,9 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     group.add_argument(
         "--progressive-schedule",
         action="store_true",
-        help="The student is that of a stage of a recipe: begin at the iteration at which the stages before it ended, "
+        help="The student is that of a phase of a recipe: begin at the iteration at which the phases before it ended, "
         "and end when its own tokens are done. --train-iters, schedules and the order of the data are those of all "
-        "stages. Default: a run of its own.",
+        "phases. Default: a run of its own.",
     )
     group.add_argument(
         "--default-lr-warmup-iters",

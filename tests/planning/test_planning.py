@@ -34,19 +34,19 @@ BEST = RECIPES / "qwen3_next_80a3b_to_23a2b.yaml"
 NARROW = "--tp 2 --pp 2 --vpp 1 --ep 8 --micro-batch-size 1 --recompute none --build 0".split()
 
 
-def stages_of(recipe: Path) -> list[int | None]:
+def phases_of(recipe: Path) -> list[int | None]:
     count = len(re.findall(r"^  - name:", recipe.read_text(), re.MULTILINE))
     return list(range(1, count + 1)) if count else [None]
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_says_what_it_trains(recipe: Path) -> None:
-    for stage in stages_of(recipe):
-        found = find_models(Asked(recipe=recipe, stage=stage))
+    for phase in phases_of(recipe):
+        found = find_models(Asked(recipe=recipe, phase=phase))
         assert found.teacher is not None and found.source is not None
         params = [count_parameters(each).total for each in (found.student, found.source, found.teacher)]
         assert params == sorted(params) and params[0] < params[2]
-        assert (found.tokens is None) == (stage is None)
+        assert (found.tokens is None) == (phase is None)
 
 
 def test_published_sizes() -> None:
@@ -56,15 +56,15 @@ def test_published_sizes() -> None:
     assert round(count_parameters(MODELS["SlimQwen-24A2B"].shape, include_mtp=False).total / 1e9) == 24
 
 
-def test_a_stage_prunes_what_the_one_before_left(tmp_path: Path) -> None:
-    found = find_models(Asked(recipe=RECIPES / "qwen3_next_80a3b_to_23a2b_depth_first.yaml", stage=2))
+def test_a_phase_prunes_what_the_one_before_left(tmp_path: Path) -> None:
+    found = find_models(Asked(recipe=RECIPES / "qwen3_next_80a3b_to_23a2b_depth_first.yaml", phase=2))
     assert found.source is not None and found.teacher is not None
     assert (found.student.num_layers, found.source.num_layers, found.teacher.num_layers) == (36, 42, 48)
 
 
-def test_a_stage_is_pasted_as_its_part_of_the_whole_schedule(tool: Any) -> None:
+def test_a_phase_is_pasted_as_its_part_of_the_whole_schedule(tool: Any) -> None:
     recipe = RECIPES / "qwen3_next_80a3b_to_23a2b_depth_first.yaml"
-    given = (TOOL, "--recipe", recipe, "--stage", 2, "--gpus", 256, *NARROW, "--json")
+    given = (TOOL, "--recipe", recipe, "--phase", 2, "--gpus", 256, *NARROW, "--json")
     for more, expected in (((), {"PROGRESSIVE": "1"}), (("--tokens", "1B"), {"TRAIN_ITERS": "239"})):
         (entry,) = tool(*given, *more).json["ranked"]
         names = ("PROGRESSIVE", "TRAIN_ITERS")
@@ -242,7 +242,7 @@ def test_tables_fit_the_terminal(tool: Any, monkeypatch: pytest.MonkeyPatch, col
         (["--gpus", "12"], "--gpus 12 is not a multiple of 8 GPUs per node"),
         (["--gpus", "8", "--tokens", "many"], "--tokens 'many' is not a number of tokens"),
         (["--gpus", "8", "--assume", "gem=1"], "did you mean 'gemm'"),
-        (["--gpus", "8", "--stage", "2"], "the recipe has no stages"),
+        (["--gpus", "8", "--phase", "2"], "the recipe has no phases"),
         (["--gpus", "8", "--build", "-1"], "--build -1 is negative"),
         (["--gpus", "1"], "no layout fits on 1 x H100 SXM of 80 GB; the nearest miss is TP1 PP1 EP1 DP1 MBS1"),
         (["--gpus", "8", "--tp", "3"], "no layout is allowed on 8 x H100 SXM"),

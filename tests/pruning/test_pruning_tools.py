@@ -338,27 +338,33 @@ def test_block_scaled_fp8_goes_through_every_step(tool: Tool, source: HFCheckpoi
     assert "--dequantize-fp8" in tool(CALIBRATE, "--load", work / "fp8", *data, "--save", work / "x").error
 
 
-def test_stage_after_stage_gives_the_final_sizes(
-    tool: Tool, source: HFCheckpoint, work: Path, random_stats: Callable[..., Any]
+def test_phase_after_phase_gives_the_final_sizes(
+    tool: Tool,
+    source: HFCheckpoint,
+    work: Path,
+    random_stats: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (work / "recipe.yaml").write_text(
-        "version: 1\nstages:\n- {name: depth, tokens: 2K, target: {num_layers: 6}}\n"
+        "version: 1\nphases:\n- {name: depth, tokens: 2K, target: {num_layers: 6}}\n"
         "- {target: {num_layers: 4, hidden_size: 48, num_moe_experts: 4}}\n"
     )
-    assert "the recipe has 2 stages; give --stage 1 to 2" in prune(tool, source, work).error
-    assert "no stage 3" in prune(tool, source, work, "--stage", 3).error
-    assert "leave --stage out" in prune(tool, source, work, "--stage", 1, "--plan", work / "p").error
+    assert "the recipe has 2 phases; give --phase 1 to 2" in prune(tool, source, work).error
+    old = prune(tool, source, work, "--stage", 3)
+    assert "no phase 3" in old.error
+    assert "--stage is now called --phase; both are read" in old.stderr + caplog.text
+    assert "leave --phase out" in prune(tool, source, work, "--phase", 1, "--plan", work / "p").error
     random_stats(source).save(work / "stats")
-    outcome = prune(tool, source, work, "--stage", 1, "--stats", work / "stats", save="one")
+    outcome = prune(tool, source, work, "--phase", 1, "--stats", work / "stats", save="one")
     assert outcome.code == 0, outcome.stderr
-    assert "- stage 1 of 2 (depth); then 2,000 tokens" in (work / "one" / "pruning_report.md").read_text()
+    assert "- phase 1 of 2 (depth); then 2,000 tokens" in (work / "one" / "pruning_report.md").read_text()
     one = HFCheckpoint.open(work / "one")
     assert one.shape == source.shape.replace(num_layers=6, layer_types=source.shape.layer_types[:6])
-    given = ("--load", source.path, "--recipe", work / "recipe.yaml", "--stats", work / "stats", "--stage", 2)
+    given = ("--load", source.path, "--recipe", work / "recipe.yaml", "--stats", work / "stats", "--phase", 2)
     for command in ((PRUNE, "--save", work / "late"), (PLAN, "--save", work / "late.json")):
-        assert "stage 2 continues stage 1, but this has num_layers 8, not 6; load" in tool(*command, *given).error
+        assert "phase 2 continues phase 1, but this has num_layers 8, not 6; load" in tool(*command, *given).error
     random_stats(one).save(work / "stats-of-one")
-    assert prune(tool, one, work, "--stage", 2, "--stats", work / "stats-of-one", save="two").code == 0
+    assert prune(tool, one, work, "--phase", 2, "--stats", work / "stats-of-one", save="two").code == 0
     two = HFCheckpoint.open(work / "two").shape
     assert two == source.shape.replace(
         num_layers=4, layer_types=source.shape.layer_types[:4], hidden_size=48, num_moe_experts=4
@@ -367,7 +373,7 @@ def test_stage_after_stage_gives_the_final_sizes(
     assert recorded == {"number": 2, "count": 2, "name": ""}
     plan = load_plan(work / "two" / "plan.json")
     made = tool(
-        *(PLAN, "--load", one.path, "--stats", work / "stats-of-one", "--stage", 2),
+        *(PLAN, "--load", one.path, "--stats", work / "stats-of-one", "--phase", 2),
         *("--recipe", work / "recipe.yaml", "--save", work / "plan.json", "--json"),
     )
     assert made.json["plan_sha256"] == plan.sha256

@@ -118,12 +118,12 @@ def test_progress_and_what_is_left(found: dict[str, float]) -> None:
     assert line(RUN, figures(RUN, INTERVAL, first), first).endswith("elapsed 2 min, left ?")
 
 
-def test_a_stage_of_a_schedule() -> None:
-    run = dataclasses.replace(RUN, stage="stage 1 of 2, half", stage_tokens=40_000)
+def test_a_phase_of_a_schedule() -> None:
+    run = dataclasses.replace(RUN, phase="phase 1 of 2, half", phase_tokens=40_000)
     found = figures(run, INTERVAL, DONE)
     assert found["slim/progress/fraction_of_stage_tokens"] == 0.2
     text = line(run, found, DONE)
-    assert text.startswith("slim 10/20 (50.0%) (stage 1 of 2, half) | 8.00K of 40.0K tokens, 50 tokens/s/GPU | ")
+    assert text.startswith("slim 10/20 (50.0%) (phase 1 of 2, half) | 8.00K of 40.0K tokens, 50 tokens/s/GPU | ")
 
 
 def test_the_line() -> None:

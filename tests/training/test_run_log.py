@@ -174,7 +174,7 @@ def test_waiting_is_not_computing(many: dict[str, list[float]]) -> None:
 
 
 @pytest.mark.slow
-def test_interleaved_stages_are_told_apart(workplace: Workplace, one: Any) -> None:
+def test_interleaved_stages_are_distinguished(workplace: Workplace, one: Any) -> None:
     layout = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --micro-batch-size 2"
     found = workplace.train("logged-vpp2", 2, *layout.split(), *FLAGS.split())
     for stage in range(1, 5):
