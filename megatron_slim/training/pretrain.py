@@ -317,7 +317,7 @@ def _validated_arguments() -> Any:
 
 
 def _train(run: Run, args: Any) -> None:
-    """Megatron's loop, and what it raises where a checkpoint cannot be gone on with as one line.
+    """Megatron's loop, and what it raises where a run cannot resume from a checkpoint as one line.
 
     Raises:
         SlimError: all ranks raise it together.
