@@ -211,8 +211,9 @@ def liger(case: Case) -> dict[str, Callable[[], Any]] | None:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # type: ignore[import-not-found]
     except ImportError:
         return None
-    from megatron_slim.distillation.divergences import JSD, KDLoss
+    from megatron_slim.distillation.divergences import KDLoss
     from megatron_slim.distillation.fused import DistillationInputs, OutputLayer, Target, default_chunk, fused_losses
+    from megatron_slim.distillation.loss_options import JSD
     from megatron_slim.distillation.vocabulary import VocabShard
 
     theirs = LigerFusedLinearJSDLoss(weight_hard_loss=LM, weight_soft_loss=KD)

@@ -51,6 +51,7 @@ INSTANT = (
     "megatron_slim.tokenizers",
     "megatron_slim.recipe",
     "megatron_slim.recipe_budget",
+    "megatron_slim.distillation.loss_options",
     "megatron_slim.architecture.axes",
     "megatron_slim.architecture.flops",
     "megatron_slim.architecture.gpus",

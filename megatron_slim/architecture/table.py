@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
 from megatron_slim.architecture.weight import HFTensor, Weight
 
+BF16_BYTES = 2  # of a parameter
+
 
 def weights(model: ModelShape) -> Iterator[Weight]:
     """Every parameter of a model, in the order of the forward pass, names complete but for ``{expert}``."""

@@ -14,6 +14,7 @@ from megatron_slim.architecture.shape import shape_to_hf_config
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.checkpoint.distributed import DistCheckpoint, is_torch_dist, iteration_directory
 from megatron_slim.checkpoint.distributed_writer import RELEASE, TorchDistWriter, finish_torch_dist
+from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.expert_storage import fused_blocks_for, separated, storage_name
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.huggingface_writer import (
@@ -79,7 +80,7 @@ def say_left_out(source: Source) -> None:
 def config_for(shape_config: Mapping[str, Any], dtypes: Iterable[torch.dtype]) -> dict[str, Any]:
     """A config.json that names the type which most of the tensors have."""
     dtype = Counter(dtypes).most_common(1)[0][0]
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     stale = {"dtype": name} if "dtype" in shape_config else {}
     return {**shape_config, "torch_dtype": name, **stale}
 

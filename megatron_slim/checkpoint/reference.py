@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.records import REFERENCE
 from megatron_slim.checkpoint.units import Source
 from megatron_slim.errors import CheckpointError
@@ -80,7 +81,7 @@ def carry_reference(source: Source, target: Path, dtype: torch.dtype | None) -> 
     for directory in (source.path, source.path.parent):
         if (found := read_reference(directory, source.shape.vocab_size)) is not None:
             if dtype is not None and dtype != torch.float32:
-                found = dataclasses.replace(found, dtype=str(dtype).removeprefix("torch."))
+                found = dataclasses.replace(found, dtype=dtype_name(dtype))
             found.save(target)
             return {"reference": REFERENCE}
     return {}

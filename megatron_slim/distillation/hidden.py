@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from megatron_slim.architecture.context_parallel import local_positions, local_slice
 from megatron_slim.distillation.layer_pairs import LayerPair, name_of
-
-COSINE, MSE = "cosine", "mse"
+from megatron_slim.distillation.loss_options import COSINE
 
 
 @dataclass(frozen=True)

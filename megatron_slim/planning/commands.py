@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slim.cli import positive, progress, say
+from megatron_slim.distillation.loss_options import KD_LOSSES
 from megatron_slim.errors import SlimError
 from megatron_slim.planning import report
 from megatron_slim.planning.hardware import GPUS, parse_assumptions
@@ -61,9 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--global-batch-size", type=positive, default=SCRIPT.global_batch, help="samples of a step")
     run.add_argument("--precision", choices=("bf16", "fp32"), default=SCRIPT.precision, help="of weights")
-    run.add_argument(
-        "--kd-loss", choices=("forward-kl", "reverse-kl", "jsd", "top-k"), default=SCRIPT.kd_loss, help="loss"
-    )
+    run.add_argument("--kd-loss", choices=KD_LOSSES, default=SCRIPT.kd_loss, help="loss")
     run.add_argument("--loss-chunk-size", type=positive, default=SCRIPT.loss_chunk, help="tokens of a chunk of logits")
 
     search = parser.add_argument_group("what is tried", "each takes several values; default: powers of two")

@@ -48,7 +48,7 @@ def arguments(layout: TrainLayout, settings: Settings) -> list[str]:
         found += ["--recompute-modules", *recompute.modules]
     if recompute.method is not None:
         found += ["--recompute-method", recompute.method, "--recompute-num-layers", str(recompute.num_layers)]
-    if settings.kd_loss != "forward-kl":
+    if settings.kd_loss != Settings.kd_loss:
         found += ["--kd-loss", settings.kd_loss]
     if settings.loss_chunk != Settings.loss_chunk:
         found += ["--loss-chunk-size", str(settings.loss_chunk)]

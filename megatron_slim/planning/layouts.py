@@ -9,6 +9,7 @@ from itertools import product
 from megatron_slim.architecture.flops import FUSED, Kernels, Recompute
 from megatron_slim.architecture.parallelism import layout_violations, padded_vocab_size
 from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.distillation.loss_options import DEFAULTS
 
 RECOMPUTE = {
     "none": Recompute(),
@@ -37,7 +38,7 @@ class Settings:
     seq_length: int = 4096
     global_batch: int = 1024
     precision: str = "bf16"
-    kd_loss: str = "forward-kl"
+    kd_loss: str = DEFAULTS.kd_loss
     loss_chunk: int = 1024
     kernels: Kernels = FUSED
     progressive: bool = False

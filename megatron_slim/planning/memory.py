@@ -12,6 +12,7 @@ from dataclasses import astuple, dataclass
 from megatron_slim.architecture.parallelism import padded_vocab_size
 from megatron_slim.architecture.pipeline_layout import Stages
 from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.distillation.loss_options import FORWARD_KL
 from megatron_slim.planning.activations import Pass, largest_block_bytes, stage_bytes
 from megatron_slim.planning.hardware import GIB, Assumptions
 from megatron_slim.planning.layouts import RECOMPUTE, Settings, TrainLayout
@@ -93,7 +94,7 @@ def loss_bytes(student: ModelShape, teacher: ModelShape | None, layout: TrainLay
     """Of output layer and losses, on the last stage."""
     tokens = settings.seq_length * layout.micro_batch
     columns = padded_vocab_size(student) / layout.tp
-    each = LOSS_BYTES[settings.precision] * (1.0 if settings.kd_loss == "forward-kl" else LOSS_OTHERS)
+    each = LOSS_BYTES[settings.precision] * (1.0 if settings.kd_loss == FORWARD_KL else LOSS_OTHERS)
     chunk = each * min(settings.loss_chunk, tokens) * columns
     heads = 2 * (1 + student.mtp_num_layers) * student.hidden_size  # and their gradients
     if teacher is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_slim import __version__
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint
+from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.cli import say
 from megatron_slim.device import default_dtype, init_single_process
 from megatron_slim.errors import CheckpointError, summarise
@@ -138,7 +139,7 @@ def metadata(checkpoint: Checkpoint, samples: npt.NDArray[np.int64], dtype: torc
         "source_sha256": fingerprint(checkpoint),
         "num_samples": str(samples.shape[0]),
         "seq_length": str(samples.shape[1]),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "megatron_slim": __version__,
         "torch": torch.__version__,
     }

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
-from megatron_slim.architecture.table import count_parameters
+from megatron_slim.architecture.table import BF16_BYTES, count_parameters
 from megatron_slim.pruning import report
 from megatron_slim.pruning.experts import ExpertGroup, Vector, ranking
 from megatron_slim.pruning.inner_axes import HEADS
@@ -33,7 +33,6 @@ from megatron_slim.pruning.statistics import (
 
 HIDDEN, EXPERTS = "hidden dimensions", "experts"
 STREAM = "residual stream"
-BF16_BYTES = 2
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
-from megatron_slim.architecture.table import count_parameters
+from megatron_slim.architecture.table import BF16_BYTES, count_parameters
 from megatron_slim.errors import RecipeError
 from megatron_slim.pruning import statistics
 from megatron_slim.pruning.experts import Vector
@@ -42,7 +42,6 @@ from megatron_slim.recipe import Recipe
 from megatron_slim.recipe_budget import Budget, Search
 
 LAYERS, HIDDEN, EXPERTS = "num_layers", "hidden_size", "num_moe_experts"
-BF16_BYTES = 2
 MAX_RECORDED = 50
 STEPS = 16  # of an axis, about
 # Sizes are multiples of the first, which kernels like; of the second where that leaves fewer than `FEWEST` sizes.

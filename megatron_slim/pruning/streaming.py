@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_slim import __version__
 from megatron_slim.architecture.local_modules import rms_norm
 from megatron_slim.checkpoint.convert import Checkpoint
+from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.raw_files import as_bytes
 from megatron_slim.cli import progress, say
 from megatron_slim.files import sha256
@@ -119,7 +120,7 @@ class StreamingForward:
             "checkpoint": fingerprint(self.checkpoint),
             "samples": f"{list(self.samples.shape)} {sha256(bytes(as_bytes(self.samples)))}",
             "micro-batch size": str(self.micro_batch_size),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "device": self.device.type,
             "megatron_slim": __version__,
             "torch": torch.__version__,

@@ -18,6 +18,7 @@ from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.distributed import HIDDEN_KD, DistCheckpoint
 from megatron_slim.distillation.hidden import HiddenInputs
 from megatron_slim.distillation.layer_pairs import FLAG, LayerPair, name_of, pair_violations, stage_violations
+from megatron_slim.distillation.loss_options import DEFAULTS
 from megatron_slim.distillation.model import DistillationModel
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.training.finite import FiniteWatch
@@ -37,9 +38,9 @@ def hidden_violations(shape: ModelShape, teacher: ModelShape | None, args: Any) 
         args: Megatron's arguments and ours, as parsed.
     """
     schedule, pairs = hidden_schedule(args), args.hidden_kd_layers
-    given = (args.hidden_kd_loss, schedule.shape, schedule.start, schedule.end)
+    given = (args.hidden_kd_loss, schedule) != (DEFAULTS.hidden_kd_loss, DEFAULTS.hidden_kd_weight)
     if not pairs:
-        return [f"--hidden-kd-* has no effect without {FLAG}"] if given != ("cosine", "constant", 1.0, 1.0) else []
+        return [f"--hidden-kd-* has no effect without {FLAG}"] if given else []
     found = [
         f"--hidden-kd-weight-{name} {value:g} is not a weight: it must be finite and not negative"
         for name, value in (("start", schedule.start), ("end", schedule.end))

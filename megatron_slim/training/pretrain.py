@@ -37,6 +37,7 @@ from megatron_slim.checkpoint.precision import keep_types
 from megatron_slim.checkpoint.side_files import carry_files, say_left_behind
 from megatron_slim.cli import leave_ranks, say
 from megatron_slim.distillation.divergences import KDLoss
+from megatron_slim.distillation.loss_options import DEFAULTS
 from megatron_slim.distillation.losses import KD_LAMBDA, MTP_BETA, LossWeights, TokenLosses, combine, gradients_of_total
 from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel
 from megatron_slim.errors import CheckpointError, SlimError
@@ -51,7 +52,7 @@ from megatron_slim.training.progressive import find_place, is_done, phase_of
 from megatron_slim.training.rates import default_warmup
 from megatron_slim.training.resume_checks import SAME_LAYOUT, check_resume, why_not_restored
 from megatron_slim.training.run_log import RunLog, run_constants
-from megatron_slim.training.slim_arguments import MEGATRON_HELP, TOP_K, add_slim_arguments, loss_schedules, now
+from megatron_slim.training.slim_arguments import MEGATRON_HELP, add_slim_arguments, loss_schedules, now
 from megatron_slim.training.stage_layout import plan_stages
 from megatron_slim.training.teacher_ahead import TeacherAhead, check_host_memory, held_bytes
 from megatron_slim.training.teacher_check import check_teacher
@@ -101,7 +102,7 @@ class Run:
         )
         assert isinstance(student, DistillationModel)
         student.unpadded_vocab_size = self.shape.vocab_size
-        student.kd_loss = KDLoss(args.kd_loss, args.kd_temperature, args.kd_top_k or TOP_K)
+        student.kd_loss = KDLoss(args.kd_loss, args.kd_temperature, args.kd_top_k or DEFAULTS.kd_top_k)
         student.loss_chunk = args.loss_chunk_size
         if self.teacher_shape is not None:
             student.attach_teacher(self._build_teacher(base, stage), self.mtp_kd_target, ahead=self.ahead is not None)

@@ -10,10 +10,10 @@ from typing import Any
 from megatron_slim.architecture.fp8_sizes import TEACHER_RECIPES
 from megatron_slim.cli import ToolParser
 from megatron_slim.distillation.layer_pairs import FLAG, parse_layer_pairs
+from megatron_slim.distillation.loss_options import DEFAULTS, HIDDEN_LOSSES, KD_LOSSES
 from megatron_slim.distillation.schedule import SHAPES, Schedule
 
 MEGATRON_HELP, WITHOUT_MTP = "--help-megatron", "--without-mtp"
-TOP_K = 64
 
 
 def help_parser() -> argparse.ArgumentParser:
@@ -130,28 +130,28 @@ def _add_losses(group: Any) -> None:
     )
     group.add_argument(
         "--kd-loss",
-        choices=("forward-kl", "reverse-kl", "jsd", "top-k"),
-        default="forward-kl",
+        choices=KD_LOSSES,
+        default=DEFAULTS.kd_loss,
         help="What distillation minimises, for main and MTP heads; docs/distillation.md has the formulas.",
     )
     group.add_argument(
         "--kd-temperature",
         type=float,
-        default=1.0,
+        default=DEFAULTS.kd_temperature,
         help="T of both softmaxes in the distillation loss, which is multiplied by T^2. LM losses are at 1.",
     )
     group.add_argument(
         "--kd-top-k",
         type=int,
-        help=f"With --kd-loss top-k: how many of the teacher's tokens count one by one. Default: {TOP_K}.",
+        help=f"With --kd-loss top-k: how many of the teacher's tokens count one by one. Default: {DEFAULTS.kd_top_k}.",
     )
     group.add_argument(
         "--loss-chunk-size",
         type=int,
         help="Tokens whose logits are in memory at once. Default: 512 on a CPU, 1024 on a GPU.",
     )
-    for name, shape, start, end in (("kd-lambda", "linear", 1.0, 0.75), ("mtp-beta", "cosine", 0.3, 0.1)):
-        _add_schedule(group, name, shape, start, end, "SlimQwen section 3.3.")
+    for name, default in (("kd-lambda", DEFAULTS.kd_lambda), ("mtp-beta", DEFAULTS.mtp_beta)):
+        _add_schedule(group, name, default, "SlimQwen section 3.3.")
 
 
 def _add_hidden_states(group: Any) -> None:
@@ -166,17 +166,17 @@ def _add_hidden_states(group: Any) -> None:
     )
     group.add_argument(
         "--hidden-kd-loss",
-        choices=("cosine", "mse"),
-        default="cosine",
+        choices=HIDDEN_LOSSES,
+        default=DEFAULTS.hidden_kd_loss,
         help="What that minimises: 1 - cosine, or the mean of squared differences.",
     )
-    _add_schedule(group, "hidden-kd-weight", "constant", 1.0, 1.0, "What that loss is multiplied by.")
+    _add_schedule(group, "hidden-kd-weight", DEFAULTS.hidden_kd_weight, "What that loss is multiplied by.")
 
 
-def _add_schedule(group: Any, name: str, shape: str, start: float, end: float, about: str) -> None:
-    group.add_argument(f"--{name}-schedule", choices=sorted(SHAPES), default=shape, help=about)
-    group.add_argument(f"--{name}-start", type=float, default=start)
-    group.add_argument(f"--{name}-end", type=float, default=end)
+def _add_schedule(group: Any, name: str, default: Schedule, about: str) -> None:
+    group.add_argument(f"--{name}-schedule", choices=sorted(SHAPES), default=default.shape, help=about)
+    group.add_argument(f"--{name}-start", type=float, default=default.start)
+    group.add_argument(f"--{name}-end", type=float, default=default.end)
 
 
 def now(schedule: Schedule, args: argparse.Namespace) -> float:

@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_slim.distillation.divergences import FORWARD_KL, JSD, REVERSE_KL, TOP_K, KDLoss
+from megatron_slim.distillation.divergences import KDLoss
 from megatron_slim.distillation.fused import DistillationInputs, OutputLayer, Target, fused_losses
+from megatron_slim.distillation.loss_options import FORWARD_KL, JSD, KD_LOSSES, REVERSE_KL, TOP_K
 from megatron_slim.distillation.vocabulary import VocabShard
 from megatron_slim.testing import run_distributed
 from tests.distillation.reference import lm_and_kd_loss
 
 V, ROWS, WIDTH, TEACHER_WIDTH, K = 37, 11, 5, 7, 4
 PADDED, TEACHER_PADDED = 48, 60
-KINDS = [KDLoss(kind, temperature, K) for kind in (FORWARD_KL, REVERSE_KL, JSD, TOP_K) for temperature in (1.0, 2.5)]
+KINDS = [KDLoss(kind, temperature, K) for kind in KD_LOSSES for temperature in (1.0, 2.5)]
 # fp32 arithmetic against fp64: a few units in the last of 24 bits, on sums of 37 terms of order one.
 CLOSE: dict[str, Any] = {"rtol": 5e-6, "atol": 5e-6}
 

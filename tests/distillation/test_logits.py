@@ -11,13 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_slim import device
-from megatron_slim.distillation.divergences import FORWARD_KL, JSD, REVERSE_KL, TOP_K, KDLoss
+from megatron_slim.distillation.divergences import KDLoss
 from megatron_slim.distillation.fused import DistillationInputs, OutputLayer, Target, fused_losses
+from megatron_slim.distillation.loss_options import KD_LOSSES
 from megatron_slim.distillation.vocabulary import VocabShard
 from megatron_slim.testing import run_distributed
 
 V, PADDED, ROWS, WIDTH = 37, 48, 11, 5
-KINDS = [KDLoss(kind, temperature, 4) for kind in (FORWARD_KL, REVERSE_KL, JSD, TOP_K) for temperature in (1.0, 2.0)]
+KINDS = [KDLoss(kind, temperature, 4) for kind in KD_LOSSES for temperature in (1.0, 2.0)]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
