@@ -23,7 +23,7 @@ from benchmarks.report import machine
 from benchmarks.soak_compare import LOGGED, compare
 from megatron_slim import device
 from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
-from megatron_slim.checkpoint.torch_dist_files import METADATA
+from megatron_slim.checkpoint.torch_dist_names import METADATA
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint

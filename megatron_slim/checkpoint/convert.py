@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_slim.architecture.shape import shape_to_hf_config
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.checkpoint.distributed import DistCheckpoint, is_torch_dist, iteration_directory
-from megatron_slim.checkpoint.distributed_writer import RELEASE, TorchDistWriter, finish_torch_dist
+from megatron_slim.checkpoint.distributed_writer import TorchDistWriter, finish_torch_dist
 from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.expert_storage import fused_blocks_for, separated, storage_name
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
@@ -28,6 +28,7 @@ from megatron_slim.checkpoint.integrity import verify_manifest
 from megatron_slim.checkpoint.provenance import describe_source, software
 from megatron_slim.checkpoint.records import PROVENANCE
 from megatron_slim.checkpoint.side_files import carried_bytes, say_left_behind
+from megatron_slim.checkpoint.torch_dist_names import RELEASE
 from megatron_slim.checkpoint.transfer import transfer
 from megatron_slim.checkpoint.units import Source, units
 from megatron_slim.cli import say

@@ -22,20 +22,18 @@ from megatron_slim.architecture.mtp_keys import without_mtp_keys
 from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
 from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import Weight
-from megatron_slim.checkpoint.distributed_writer import HF_DIR, RELEASE, TRACKER, hf_files
 from megatron_slim.checkpoint.expert_storage import expert_blocks, recorded_storage
 from megatron_slim.checkpoint.finite import refuse_nonfinite
 from megatron_slim.checkpoint.huggingface import CONFIG, Index, read_config, select_columns
 from megatron_slim.checkpoint.integrity import verify_metadata
 from megatron_slim.checkpoint.layout import fits, rows_in_megatron, split_keys, stored_shapes
 from megatron_slim.checkpoint.mtp import MTP, count_mtp_layers
-from megatron_slim.checkpoint.torch_dist_files import METADATA, Piece, PieceReader, locate_pieces, read_metadata
+from megatron_slim.checkpoint.torch_dist_files import Piece, PieceReader, locate_pieces, read_metadata
+from megatron_slim.checkpoint.torch_dist_names import HF_DIR, HIDDEN_KD, METADATA, RELEASE, TRACKER, hf_files
 from megatron_slim.errors import CheckpointError, summarise
 
 # What Megatron saves in addition to the weights; none of it describes the model.
 _NOT_WEIGHTS = ("optimizer", "chained_", "opt_param_scheduler", "rng_state", "rerun_state_machine")
-# Projections of hidden-state distillation, trained with the model: only the run needs them, to resume.
-HIDDEN_KD = "hidden_kd."
 _NOT_THE_MODEL = (*_NOT_WEIGHTS, HIDDEN_KD)
 
 

@@ -6,8 +6,7 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_slim.checkpoint.distributed_writer import BACKEND, INTEGRITY
-from megatron_slim.checkpoint.torch_dist_files import METADATA
+from megatron_slim.checkpoint.torch_dist_names import BACKEND, INTEGRITY, METADATA
 from megatron_slim.cli import byte_progress
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.files import read_json

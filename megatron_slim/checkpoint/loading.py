@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.convert import Checkpoint
-from megatron_slim.checkpoint.distributed import HIDDEN_KD, DistCheckpoint
+from megatron_slim.checkpoint.distributed import DistCheckpoint
 from megatron_slim.checkpoint.layout import fits, split_keys, stored_shapes, to_megatron
+from megatron_slim.checkpoint.torch_dist_names import HIDDEN_KD
 from megatron_slim.errors import CheckpointError, summarise
 
 T = TypeVar("T")

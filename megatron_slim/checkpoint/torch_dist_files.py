@@ -37,9 +37,9 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_slim.checkpoint.archives import Frame, Window, locate_data, make_frame, saved_object
 from megatron_slim.checkpoint.raw_files import OpenFile, OpenFiles, OutputFile, as_bytes, as_tensor
+from megatron_slim.checkpoint.torch_dist_names import METADATA
 from megatron_slim.errors import CheckpointError, summarise
 
-METADATA = ".metadata"
 MAX_FILE_BYTES = 4_000_000_000
 _PASS_BYTES = 8 << 20
 MAX_METADATA_BYTES = 2_000_000_000  # the published 80B model takes 15 MB; optimizer states of many ranks, much more

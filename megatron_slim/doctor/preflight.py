@@ -60,7 +60,7 @@ def _model(name: str, path: Path, shapes: dict[str, ModelShape], *, without_mtp:
     from megatron_slim.architecture.table import count_parameters
     from megatron_slim.checkpoint.convert import open_checkpoint
     from megatron_slim.checkpoint.records import REFERENCE
-    from megatron_slim.training.resume import missing_in_tracker
+    from megatron_slim.checkpoint.tracker import missing_in_tracker
 
     try:
         number = missing_in_tracker(path)
@@ -123,8 +123,8 @@ def _data(prefix: Path, vocabulary: int | None) -> Finding:
 
 def _save(save: Path, shape: ModelShape | None, nodes: int) -> Iterator[Finding]:
     """Whether it can be written, what a run would resume from, and whether a checkpoint will fit."""
-    from megatron_slim.checkpoint.distributed_writer import TRACKER
-    from megatron_slim.training.resume import missing_in_tracker
+    from megatron_slim.checkpoint.torch_dist_names import TRACKER
+    from megatron_slim.checkpoint.tracker import missing_in_tracker
 
     existing = next(each for each in (save.absolute(), *save.absolute().parents) if each.exists())
     if not save.absolute().parent.exists():

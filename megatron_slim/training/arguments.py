@@ -17,8 +17,8 @@ from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 
 from megatron_slim.architecture.layer_specs import shape_config_fields
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.checkpoint.distributed_writer import HF_DIR
 from megatron_slim.checkpoint.huggingface import read_shape
+from megatron_slim.checkpoint.torch_dist_names import HF_DIR
 from megatron_slim.cli import ToolParser
 from megatron_slim.errors import SlimError
 from megatron_slim.training.slim_arguments import WITHOUT_MTP

@@ -14,8 +14,9 @@ from megatron_slim.architecture.parallelism import layout_violations, padded_voc
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint, open_checkpoint
 from megatron_slim.checkpoint.distributed import is_torch_dist, iteration_directory
-from megatron_slim.checkpoint.distributed_writer import TRACKER
 from megatron_slim.checkpoint.integrity import read_manifest
+from megatron_slim.checkpoint.torch_dist_names import TRACKER
+from megatron_slim.checkpoint.tracker import missing_parts, repair_tracker
 from megatron_slim.distillation.model import TEACHER_MTP
 from megatron_slim.errors import CheckpointError, SlimError, summarise
 from megatron_slim.training.data_checks import check_data
@@ -24,7 +25,6 @@ from megatron_slim.training.hidden_kd import check_projections, hidden_violation
 from megatron_slim.training.loss_checks import loss_violations
 from megatron_slim.training.missing_libraries import library_violations
 from megatron_slim.training.rates import rate_violations
-from megatron_slim.training.resume import missing_parts, repair_tracker
 from megatron_slim.training.run_log import logging_violations
 from megatron_slim.training.stage_layout import layer_violations, stage_violations
 from megatron_slim.training.start_checks import check_mtp, check_rows, say_remarks

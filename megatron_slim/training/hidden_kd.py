@@ -15,7 +15,8 @@ from torch import Tensor
 from megatron_slim.architecture.pipeline_layout import Stages
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint
-from megatron_slim.checkpoint.distributed import HIDDEN_KD, DistCheckpoint
+from megatron_slim.checkpoint.distributed import DistCheckpoint
+from megatron_slim.checkpoint.torch_dist_names import HIDDEN_KD
 from megatron_slim.distillation.hidden import HiddenInputs
 from megatron_slim.distillation.layer_pairs import FLAG, LayerPair, name_of, pair_violations, stage_violations
 from megatron_slim.distillation.loss_options import DEFAULTS

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_slim.checkpoint.distributed_writer import RELEASE, TRACKER
 from megatron_slim.checkpoint.records import PLAN
+from megatron_slim.checkpoint.torch_dist_names import RELEASE, TRACKER
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.files import read_json
 from megatron_slim.recipe import Phase, parse_recipe

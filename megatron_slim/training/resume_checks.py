@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.serialization import load_common_state_dic
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_slim.checkpoint.distributed import iteration_directory
-from megatron_slim.checkpoint.distributed_writer import RELEASE, TRACKER
+from megatron_slim.checkpoint.torch_dist_names import RELEASE, TRACKER
 from megatron_slim.errors import CheckpointError
 from megatron_slim.training.rates import Lengths
 

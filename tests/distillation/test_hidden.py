@@ -17,9 +17,9 @@ device.install()
 
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler  # noqa: E402
 
-from megatron_slim.checkpoint.distributed import HIDDEN_KD  # noqa: E402
 from megatron_slim.checkpoint.huggingface import HFCheckpoint  # noqa: E402
 from megatron_slim.checkpoint.loading import load_hf_weights  # noqa: E402
+from megatron_slim.checkpoint.torch_dist_names import HIDDEN_KD  # noqa: E402
 from megatron_slim.distillation import layer_pairs  # noqa: E402
 from megatron_slim.distillation.hidden import HiddenInputs, Projection  # noqa: E402
 from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine  # noqa: E402

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from megatron_slim.checkpoint.distributed import iteration_directory
-from megatron_slim.checkpoint.distributed_writer import BACKEND, RELEASE, TRACKER
-from megatron_slim.checkpoint.torch_dist_files import METADATA, read_metadata
+from megatron_slim.checkpoint.torch_dist_files import read_metadata
+from megatron_slim.checkpoint.torch_dist_names import BACKEND, METADATA, RELEASE, TRACKER
 from megatron_slim.cli import say
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.files import write_atomic

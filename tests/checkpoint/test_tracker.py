@@ -11,16 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_slim import device
-
-device.install()
-
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
-
-from megatron_slim.errors import CheckpointError  # noqa: E402
-from megatron_slim.training import resume  # noqa: E402
-from megatron_slim.training.resume import repair_tracker  # noqa: E402
-from megatron_slim.training.resume_checks import read_common_state, why_not_restored  # noqa: E402
+from megatron_slim.checkpoint import tracker
+from megatron_slim.checkpoint.tracker import repair_tracker
+from megatron_slim.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -98,7 +91,7 @@ def prepare(run: Path, content: str | None, change: Callable[[Path], None]) -> N
 
 
 @pytest.mark.parametrize("case", REPAIRED)
-def test_goes_on(run: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resumes(run: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
     content, change, wanted = REPAIRED[case]
     prepare(run, content, change)
     repair_tracker(run, rank=0)
@@ -137,26 +130,6 @@ def test_other_ranks_wait_for_the_first(run: Path, monkeypatch: pytest.MonkeyPat
     waiting.join(timeout=10)
     assert not waiting.is_alive()
     (run / TRACKER).write_text("")
-    monkeypatch.setattr(resume, "SECONDS_FOR_TRACKER", 0.0)
+    monkeypatch.setattr(tracker, "SECONDS_FOR_TRACKER", 0.0)
     with pytest.raises(CheckpointError, match="rank 0 did not repair it"):
         repair_tracker(run, rank=3)
-
-
-def test_a_common_state_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"its common state cannot be read: .*; resume from another iteration"
-    ) as caught:
-        read_common_state(tmp_path)
-    assert str(caught.value).startswith(str(tmp_path)) and "\n" not in str(caught.value)
-
-
-def test_what_megatron_refuses_while_it_restores_is_one_line() -> None:
-    scheduler = OptimizerParamScheduler.__new__(OptimizerParamScheduler)
-    scheduler.override_opt_param_scheduler = scheduler.use_checkpoint_opt_param_scheduler = False
-    with pytest.raises(AssertionError) as caught:
-        scheduler._check_and_set(1.0, 2.0, "learning rate")
-    found = why_not_restored(caught.value)
-    assert "Megatron cannot restore the optimizer: AssertionError: OptimizerParamScheduler: class input" in str(found)
-    with pytest.raises(KeyError) as other:
-        {}["of ours"]
-    assert why_not_restored(other.value) is None
