@@ -159,7 +159,7 @@ def test_all_errors_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[" * 100_000], ids=["no text", "very deep"])
-def test_what_is_no_yaml_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_what_is_not_yaml_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
     with pytest.raises(RecipeError, match="not readable as YAML"):

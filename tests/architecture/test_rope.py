@@ -108,7 +108,7 @@ def test_what_transformers_itself_writes_is_read(tmp_path: Path) -> None:
         assert read == shape_from_hf_config(config, mtp_num_layers=0)
 
 
-def test_the_original_length_may_stand_beside_it(tmp_path: Path) -> None:
+def test_the_original_length_may_stand_outside_it(tmp_path: Path) -> None:
     asked = {"rope_type": "yarn", "factor": 4.0}
     config = spelled(tiny_shape(**FAMILIES["qwen3_next"]), asked, "rope_scaling")
     config |= {"original_max_position_embeddings": 128}

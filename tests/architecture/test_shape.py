@@ -25,7 +25,7 @@ def test_config_round_trip() -> None:
         assert shape_from_hf_config(config, mtp_num_layers=shape.mtp_num_layers) == shape
 
 
-def test_what_is_no_size_is_carried_over() -> None:
+def test_what_is_not_a_size_is_carried_over() -> None:
     config = shape_to_hf_config(tiny_shape(), {"architectures": ["X"], "eos_token_id": 7, "hidden_size": 1})
     assert (config["architectures"], config["eos_token_id"], config["hidden_size"]) == (["X"], 7, 64)
 

@@ -161,7 +161,7 @@ WRONG: list[dict[str, int]] = [
 ]
 
 
-def check_refusals() -> None:
+def check_errors() -> None:
     """What we refuse is what stops at the first step; the recipes of 16 take one more than mxfp8 now and then."""
     for sizes in WRONG:
         shape = SHAPE.replace(**sizes, rotary_percent=1.0, num_moe_experts=2)
@@ -235,7 +235,7 @@ def check_all(work: Path) -> None:
     check_specs(work)
     check_types(work)
     check_regions()
-    check_refusals()
+    check_errors()
     check_teacher_apart(work)
     check_state_of_delayed_scaling()
 

@@ -282,7 +282,7 @@ def test_bad_torch_dist_checkpoints_are_refused(good: Path, tmp_path: Path, case
     assert not (tmp_path / "out").exists()
 
 
-def test_bytes_that_are_no_tensor_are_found_when_read(good: Path, tmp_path: Path) -> None:
+def test_bytes_that_are_not_a_tensor_are_found_when_read(good: Path, tmp_path: Path) -> None:
     path = shutil.copytree(good, tmp_path / "torch_dist")
     file = path / "release" / "__0_0.distcp"
     file.write_bytes(bytes(file.stat().st_size))

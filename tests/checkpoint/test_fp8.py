@@ -215,7 +215,7 @@ def test_a_parameter_may_be_of_fp8_and_bf16(source: tuple[Path, Tensors], tmp_pa
     assert torch.equal(gate, checkpoint.read(UP.replace("up_proj", "gate_proj")))
 
 
-def test_tools_take_it_when_told_to(source: tuple[Path, Tensors], tmp_path: Path, tool: Callable[..., Any]) -> None:
+def test_tools_take_it_with_the_flag(source: tuple[Path, Tensors], tmp_path: Path, tool: Callable[..., Any]) -> None:
     convert = ("tools/convert_checkpoint.py", "--load", source[0], "--save", tmp_path / "out")
     assert tool(*convert).error.endswith(
         "the weights are in FP8; give --dequantize-fp8, or convert first: tools/convert_checkpoint.py --to hf "

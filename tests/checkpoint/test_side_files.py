@@ -116,7 +116,7 @@ def test_links_that_leave_the_checkpoint_are_refused(tool: Tool, model: Path, tm
     assert "outside the checkpoint" in error and not (tmp_path / "out").exists()
 
 
-def test_a_pipe_is_no_licence(model: Path, tmp_path: Path) -> None:
+def test_a_pipe_is_not_a_licence(model: Path, tmp_path: Path) -> None:
     from megatron_slim.checkpoint.convert import hf_to_torch_dist
 
     (model / "LICENSE").unlink()

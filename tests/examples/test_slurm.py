@@ -258,7 +258,7 @@ def test_a_job_of_two_nodes_saves_at_the_signal(slurm: dict[str, str], tmp_path:
 
 
 @pytest.mark.slow
-def test_a_job_that_runs_again_goes_on(slurm: dict[str, str], tmp_path: Path) -> None:
+def test_a_job_that_runs_again_resumes(slurm: dict[str, str], tmp_path: Path) -> None:
     state, logs = Path(slurm["SLURM_STUB"]), tmp_path / "run/logs"
     with submitted(slurm, tmp_path, "--exit-interval", "200") as batch:
         stop(batch, slurm, logs)

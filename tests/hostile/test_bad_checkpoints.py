@@ -316,14 +316,14 @@ def test_a_file_for_a_directory(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "model.Q8_0.gguf", "pytorch_model.bin", "model.tgz"])
-def test_other_weights_beside_a_config(good: Path, tmp_path: Path, name: str) -> None:
+def test_other_weights_next_to_a_config(good: Path, tmp_path: Path, name: str) -> None:
     shutil.copy(good / CONFIG, tmp_path)
     (tmp_path / name).touch()
     with pytest.raises(CheckpointError, match=f"{tmp_path}: holds only .*; "):
         HFCheckpoint.open(tmp_path)
 
 
-def test_weights_that_are_no_shards_may_lie_beside(copy: Path) -> None:
+def test_weights_that_are_not_shards_may_be_there_too(copy: Path) -> None:
     (copy / "consolidated.safetensors").touch()
     (copy / "model.safetensors.old").touch()
     assert read_all(copy).keys() == random_tensors(SHAPE).keys()
@@ -440,7 +440,7 @@ def test_values_whose_sum_overflows_are_finite(copy: Path) -> None:
     assert same_bytes(HFCheckpoint.open(copy).read(NORM), tensors[NORM])
 
 
-def test_a_tool_says_it_in_one_line(copy: Path, tool: Callable[..., Any]) -> None:
+def test_a_tool_reports_it_in_one_line(copy: Path, tool: Callable[..., Any]) -> None:
     header(lambda parsed: parsed.update({RED: parsed.pop(NORM)}))(copy)
     outcome = tool("tools/convert_checkpoint.py", "--load", copy, "--save", copy.with_name("out"))
     assert r"\x1b[31mred \u202e is in" in outcome.error

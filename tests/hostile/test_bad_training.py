@@ -324,7 +324,7 @@ def test_left_out(files: Path, options: str, message: str, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("options", "message"), [("--seq-length 65", "is above max_position_embeddings"), ("--sequence-lenght 3", "--help")]
 )
-def test_the_command_says_one_line(files: Path, options: str, message: str) -> None:
+def test_the_command_prints_one_line(files: Path, options: str, message: str) -> None:
     command = [sys.executable, str(ROOT / "tools/pretrain.py"), *f"{GIVEN} {options}".split()]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=files, capture_output=True, text=True, timeout=120, env=environment, check=False)

@@ -137,7 +137,7 @@ def test_what_surrounds_the_numbers(good: Good, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
-def test_links_and_pipes_are_no_files_of_a_checkpoint(good: Good, tmp_path: Path, name: str) -> None:
+def test_links_and_pipes_are_not_files_of_a_checkpoint(good: Good, tmp_path: Path, name: str) -> None:
     copied = shutil.copytree(good.release.parent, tmp_path / "copy") / "release"
     (copied / name).unlink()
     (copied / name).symlink_to(good.release / name)

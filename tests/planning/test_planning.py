@@ -114,7 +114,7 @@ def test_what_is_not_allowed(layout: TrainLayout, why: str) -> None:
     assert isinstance(found, Rejected) and found.kind == "not allowed" and why in found.why
 
 
-def test_what_does_not_fit_says_of_what() -> None:
+def test_what_does_not_fit_names_the_largest_part() -> None:
     found = Search(job()).look_at(TrainLayout(256, tp=2, pp=2, ep=8, micro_batch=4))
     assert isinstance(found, Rejected) and re.match(r"pipeline rank 0 of 2 needs \d+\.\d GB \(static \d", found.why)
     found = Search(job()).look_at(TrainLayout(256))
@@ -249,7 +249,7 @@ def test_tables_fit_the_terminal(tool: Any, monkeypatch: pytest.MonkeyPatch, col
         (["--gpus", "256", "--global-batch-size", "7"], "a global batch of 7 does not divide"),
     ],
 )
-def test_refusals(tool: Any, arguments: list[str], message: str) -> None:
+def test_errors(tool: Any, arguments: list[str], message: str) -> None:
     assert message in tool(TOOL, "--recipe", BEST, *arguments).error
 
 

@@ -176,7 +176,7 @@ def test_nonfinite_weights_are_refused_or_taken(
     assert int(torch.isinf(pruned.read(name)).sum()) == 1
 
 
-def test_room_is_looked_for_before_calibration(
+def test_space_is_looked_for_before_calibration(
     tool: Tool, source: HFCheckpoint, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "statvfs", lambda _: types.SimpleNamespace(f_bavail=9, f_frsize=1))

@@ -197,7 +197,7 @@ def test_numbers_as_people_write_them() -> None:
         assert parse_recipe(recipe.to_dict()) == recipe
 
 
-def test_a_stage_has_a_budget_of_its_own() -> None:
+def test_a_phase_has_a_budget_of_its_own() -> None:
     phases = [{"target": {"num_layers": 6}}, {"target": {"params": "1M"}, "search": {"grid": {"hidden_size": [8]}}}]
     first, second = parse_recipe({"version": 1, "phases": phases, "search": {"axes": ["hidden_size"]}}).phases
     assert first.budget is None and second.budget is not None and second.budget.params == 10**6

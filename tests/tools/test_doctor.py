@@ -307,7 +307,7 @@ def test_several_nodes_need_storage_that_all_see(doctor: Doctor, work: Path, mon
         assert all(f"{kind} at /data" in finding["found"] for finding in storage.values())
 
 
-def test_no_room_for_a_checkpoint(doctor: Doctor, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_space_for_a_checkpoint(doctor: Doctor, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type(real(path))(1 << 20, 0, 1 << 20))
     code, findings = doctor(*given(work))

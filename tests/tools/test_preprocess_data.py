@@ -260,7 +260,7 @@ def flipped(content: bytes) -> bytes:
     return content[:10] + bytes([content[10] | 0b110]) + content[11:]
 
 
-def test_refusals_leave_nothing(tool: Callable[..., Any], tmp_path: Path, tokenizer: Path) -> None:
+def test_errors_leave_nothing(tool: Callable[..., Any], tmp_path: Path, tokenizer: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     good = data / "good.jsonl"

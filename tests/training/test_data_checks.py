@@ -45,7 +45,7 @@ BLENDS = {
 
 
 @pytest.mark.parametrize("words", BLENDS)
-def test_what_is_no_blend(words: str) -> None:
+def test_what_is_not_a_blend(words: str) -> None:
     with pytest.raises(DataError) as caught:
         parse_blend(words.split(), "--data-path")
     assert str(caught.value).startswith("--data-path: ") and BLENDS[words] in str(caught.value)

@@ -77,7 +77,7 @@ def test_layers_are_trained(alone) -> None:  # type: ignore[no-untyped-def]
     assert mean[-1] < mean[0] - 0.02 and logged["hidden kd weight"] == [2.0, 1.625, 1.25, 0.875, 0.5]
 
 
-def test_goes_on_to_the_bit(workplace, alone) -> None:  # type: ignore[no-untyped-def]
+def test_resumes_to_the_bit(workplace, alone) -> None:  # type: ignore[no-untyped-def]
     save, logged = alone
     resumed = workplace.train("hidden-resumed", 1, *MBS, *FLAGS.split(), "--load", str(save))
     for term in TERMS:

@@ -140,7 +140,7 @@ def test_in_a_whole_model_it_is_transformers_loss_of_every_layer_alone(tmp_path:
         torch.testing.assert_close(ours[name], reference, rtol=1e-4, atol=1e-4 * float(reference.abs().max()), msg=name)
 
 
-def test_the_coefficient_of_config_json_is_taken_as_it_is_and_said(tmp_path: Path) -> None:
+def test_the_coefficient_of_config_json_is_taken_as_it_is_and_printed(tmp_path: Path) -> None:
     shape = tiny_shape(num_layers=8, router_aux_loss_coef=0.003)
     (tmp_path / "config.json").write_text(to_json(tiny_hf_config(shape)))
     given = ["--hf-config", str(tmp_path)]

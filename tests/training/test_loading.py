@@ -88,7 +88,7 @@ def test_a_flipped_bit_of_the_student(workplace, ours: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_verified_run_goes_on_converts_and_is_tuned(workplace, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_verified_run_resumes_converts_and_is_tuned(workplace, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """What Megatron saved with hashes and a distributed optimizer: resumed strictly, as Hugging Face, as a start."""
     save = tmp_path / "run"
     flags = f"--micro-batch-size 2 --train-iters 4 --save-interval 2 {TP2} {EP2}".split()

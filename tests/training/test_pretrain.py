@@ -26,7 +26,7 @@ from megatron_slim.training.hidden_kd import check_projections  # noqa: E402
 from megatron_slim.training.start_checks import check_mtp  # noqa: E402
 
 
-def test_what_export_needs_is_kept_beside_the_checkpoints_once(tmp_path: Path) -> None:
+def test_what_export_needs_is_kept_next_to_the_checkpoints_once(tmp_path: Path) -> None:
     source, save = tmp_path / "source", tmp_path / "deep" / "run"
     source.mkdir()
     config = tiny_hf_config(tiny_shape())
@@ -42,7 +42,7 @@ def test_what_export_needs_is_kept_beside_the_checkpoints_once(tmp_path: Path) -
     assert stated_mtp_layers(read_json(tmp_path / "other" / "hf" / "config.json")) == 0
 
 
-def test_how_experts_were_stored_is_kept_beside_the_checkpoints(tmp_path: Path) -> None:
+def test_how_experts_were_stored_is_kept_next_to_the_checkpoints(tmp_path: Path) -> None:
     """Of Hugging Face files that a run starts from, and of a torch_dist checkpoint made of such files."""
     plain = HFCheckpoint.open(write_tiny_checkpoint(tmp_path / "plain", tiny_shape()))
     write_checkpoint(plain, tmp_path / "fused", to="hf", expert_storage="fused")

@@ -106,7 +106,7 @@ def test_a_schedule_that_cannot(given: dict[str, Any], message: str) -> None:
         ({"default_lr_warmup_iters": None}, [], []),
     ],
 )
-def test_a_default_gives_way(
+def test_a_default_yields(
     given: dict[str, Any], argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = arguments(**{"default_lr_warmup_iters": 2000} | given)
@@ -118,7 +118,7 @@ def test_a_default_gives_way(
     assert not words or rate_violations(args) == []
 
 
-def test_nothing_is_built_before_it_is_said(workplace: Any) -> None:
+def test_nothing_is_built_before_the_error(workplace: Any) -> None:
     argv = workplace.argv("too-long", "--micro-batch-size", "2", "--lr-warmup-iters", "5")
     log: Path = workplace.log("too-long")
     (found,) = run_distributed(1, refusal, argv, str(log), initialise=False)

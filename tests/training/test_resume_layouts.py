@@ -104,7 +104,7 @@ def test_without_the_distributed_optimizer_too(  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("interval", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_an_interrupted_run_tells_what_a_whole_one_does(workplace, tmp_path: Path, interval: int) -> None:  # type: ignore[no-untyped-def]
+def test_an_interrupted_run_logs_what_a_whole_one_does(workplace, tmp_path: Path, interval: int) -> None:  # type: ignore[no-untyped-def]
     """On the console and in tensorboard, by iteration; with an interval of two it stops in the middle of one."""
     argv = ["--micro-batch-size", "2", "--train-iters", "6", "--log-interval", str(interval), "--save-interval", "3"]
     argv += ["--save", str(tmp_path), "--load", str(tmp_path)]

@@ -145,7 +145,7 @@ def test_tokens_per_expert_are_those_that_experts_were_given(one: Any) -> None:
             assert logged[f"slim/experts/without_tokens/{tag}"][number] == (counts == 0).mean()
 
 
-def test_every_layout_tells_the_same(one: Any, many: dict[str, list[float]]) -> None:
+def test_every_layout_logs_the_same(one: Any, many: dict[str, list[float]]) -> None:
     logged, _ = one
     layout = ("stage_seconds", "pipeline", "memory", "throughput", "mfu", "elapsed", "remaining")
     same = [tag for tag in logged if tag.startswith("slim/") and not any(word in tag for word in layout)]
@@ -344,7 +344,7 @@ class Event:
         return (end.at - self.at) * 1000.0
 
 
-def test_the_clock_tells_parts_apart(distilling: DistillationModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_separates_parts(distilling: DistillationModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Time passes in one place of each part; two micro-batches, and a pass of validation that does not count."""
     now, weights = [0.0], distilling._output_weights
     parts = {STUDENT: 1.0, TEACHER: 2.0, LOSSES: 4.0, BACKWARD: 8.0}

@@ -184,7 +184,7 @@ def test_what_training_saved_becomes_a_hugging_face_model(workplace, saved, tmp_
     assert all(same_bytes(again.read(name), exported.read(name)) for name in exported.names)
 
 
-def test_a_run_is_pruned_as_it_lies_there(workplace, saved, tmp_path: Path, tool: Any) -> None:  # type: ignore[no-untyped-def]
+def test_a_run_is_pruned_as_it_is(workplace, saved, tmp_path: Path, tool: Any) -> None:  # type: ignore[no-untyped-def]
     """With its optimizer state next to the weights, by the plan and to the bytes of the model that it exports."""
     save, _ = saved
     torch_dist_to_hf(save, tmp_path / "hf")

@@ -52,7 +52,7 @@ def test_balanced_stages_train_as_one_rank(uneven, alone, balanced, interleaved)
     assert float(table[6].split()[-1]) <= 1.05
 
 
-def test_a_run_goes_on_in_other_stages(uneven, alone, balanced, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_run_resumes_in_other_stages(uneven, alone, balanced, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """With its optimizer, into an interleaved pipeline of which no stage is as it was."""
     save, _ = balanced
     (save / "latest_checkpointed_iteration.txt").write_text("3")

@@ -84,7 +84,7 @@ def test_another_embedding_is_refused_everywhere(
         assert outcome.code == 2 and "wrong shapes: " in outcome.stderr, outcome.stderr
 
 
-def test_another_padding_is_said_and_changes_nothing(workplace: Workplace, foreign: Path) -> None:
+def test_another_padding_is_printed_and_changes_nothing(workplace: Workplace, foreign: Path) -> None:
     """A stock model's 136 rows where ours has 128; the losses are those of the directory that it was made of."""
     start = ["--hf-config", str(workplace.student), "--pretrained-checkpoint", str(foreign / "padded")]
     short = [*MBS, "--train-iters", "2", "--eval-iters", "0"]
