@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,12 +30,11 @@ from megatron_slim.checkpoint.records import PROVENANCE
 from megatron_slim.checkpoint.side_files import carried_bytes, say_left_behind
 from megatron_slim.checkpoint.torch_dist_names import RELEASE
 from megatron_slim.checkpoint.transfer import transfer
-from megatron_slim.checkpoint.units import Source, units
+from megatron_slim.checkpoint.units import Checkpoint as Checkpoint
+from megatron_slim.checkpoint.units import units
 from megatron_slim.cli import say
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.files import check_space, new_directory, to_json
-
-Checkpoint: TypeAlias = HFCheckpoint | DistCheckpoint
 
 
 def open_checkpoint(
@@ -72,7 +71,7 @@ def open_checkpoint(
     )
 
 
-def say_left_out(source: Source) -> None:
+def say_left_out(source: Checkpoint) -> None:
     """Tell the user of tensors in the files of a checkpoint that are not part of the model as it is read."""
     if source.left_out:
         say(f"{source.path}: left out {len(source.left_out)} tensors: {summarise(source.left_out)}")
@@ -87,7 +86,7 @@ def config_for(shape_config: Mapping[str, Any], dtypes: Iterable[torch.dtype]) -
 
 
 def write_checkpoint(
-    source: Source,
+    source: Checkpoint,
     target: Path,
     *,
     to: str,
@@ -153,7 +152,7 @@ def write_checkpoint(
 
 
 def _write_torch_dist(
-    source: Source,
+    source: Checkpoint,
     directory: Path,
     config: Mapping[str, Any],
     dtypes: Mapping[str, torch.dtype],
@@ -172,7 +171,7 @@ def _write_torch_dist(
 
 
 def _write_hf(
-    source: Source,
+    source: Checkpoint,
     directory: Path,
     config: Mapping[str, Any],
     dtypes: Mapping[str, torch.dtype],
@@ -190,7 +189,7 @@ def _write_hf(
 
 
 def _check_reopened(
-    written: Checkpoint, source: Source, dtypes: Mapping[str, torch.dtype], fused_blocks: frozenset[str]
+    written: Checkpoint, source: Checkpoint, dtypes: Mapping[str, torch.dtype], fused_blocks: frozenset[str]
 ) -> None:
     wanted = (source.shape, dict(dtypes), fused_blocks)
     if (written.shape, dict(written.dtypes), written.fused_blocks) != wanted:

@@ -16,7 +16,7 @@ import torch
 
 from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.records import REFERENCE
-from megatron_slim.checkpoint.units import Source
+from megatron_slim.checkpoint.units import Checkpoint
 from megatron_slim.errors import CheckpointError
 from megatron_slim.files import read_json, to_json, write_atomic
 
@@ -76,7 +76,7 @@ def read_reference(directory: Path, vocab_size: int) -> Reference | None:
     return Reference(tuple(map(tuple, tokens)), tuple(map(tuple, losses)), dtype)
 
 
-def carry_reference(source: Source, target: Path, dtype: torch.dtype | None) -> Mapping[str, Any]:
+def carry_reference(source: Checkpoint, target: Path, dtype: torch.dtype | None) -> Mapping[str, Any]:
     """Take it along to the same model in another format, whose losses are the same; ``dtype`` if that was cast."""
     for directory in (source.path, source.path.parent):
         if (found := read_reference(directory, source.shape.vocab_size)) is not None:

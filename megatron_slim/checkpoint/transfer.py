@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from megatron_slim.checkpoint.units import UNIT_BYTES, Source, Unit
+from megatron_slim.checkpoint.units import UNIT_BYTES, Checkpoint, Unit
 from megatron_slim.cli import byte_progress, die_with_parent
 from megatron_slim.errors import CheckpointError, SlimError
 
@@ -52,7 +52,7 @@ def default_processes(nbytes: int) -> int:
 
 
 def transfer(
-    source: Source,
+    source: Checkpoint,
     writer: Callable[[int], Writer],
     units: Sequence[Unit],
     *,
@@ -104,7 +104,7 @@ def transfer(
 
 
 def read_ahead(
-    source: Source, units: Sequence[Unit], dtype: torch.dtype | None
+    source: Checkpoint, units: Sequence[Unit], dtype: torch.dtype | None
 ) -> Iterator[tuple[Unit, dict[str, Tensor]]]:
     """Every unit and its tensors; while the caller works on one, threads read those that follow.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from megatron_slim.cli import positive, say
 from megatron_slim.errors import SlimError
@@ -70,8 +70,7 @@ def losses_of(
         from megatron_slim.evaluation.perplexity import evaluate
         from megatron_slim.pruning.apply import PrunedCheckpoint
 
-        # Evaluation reads sizes and tensors, which a pruned checkpoint gives without being on disk.
-        found = evaluate(cast("Checkpoint", PrunedCheckpoint(plan, source, check_source=False)), samples).loss
+        found = evaluate(PrunedCheckpoint(plan, source, check_source=False), samples).loss
         assert plan.search is not None, "only candidates are measured"
         sizes = plan.search.candidates[plan.search.chosen].sizes
         say(f"candidate {', '.join(f'{axis} {size}' for axis, size in sizes.items())}: loss {found:.4f}")
