@@ -24,7 +24,7 @@ from megatron_slim.architecture.shape import FAMILIES, ModelShape, layer_pattern
 from megatron_slim.architecture.table import hf_tensors
 from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.huggingface_writer import specs_of, write_hf_checkpoint
-from megatron_slim.cli import exit_at_once
+from megatron_slim.processes import exit_at_once
 
 
 def tiny_shape(model_type: str = "qwen3_next", **overrides: Any) -> ModelShape:
