@@ -158,8 +158,8 @@ def refusal(code: int, *name: str) -> Callable[[], object]:
 @pytest.mark.parametrize(
     ("code", "line"),
     [
-        (errno.ENOSPC, "no space left on device; make room"),
-        (errno.EDQUOT, "disk quota exceeded; make room or ask for a larger quota"),
+        (errno.ENOSPC, "no space left on device; make space"),
+        (errno.EDQUOT, "disk quota exceeded; make space or ask for a larger quota"),
         (errno.EFBIG, "file too large; raise the limit of file sizes (ulimit -f)"),
         (errno.EIO, "input/output error; check the storage it is on and run again"),
         (errno.ESTALE, "stale file handle; check the storage it is on and run again"),

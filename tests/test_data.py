@@ -114,7 +114,7 @@ def test_refuses_what_is_not_there(tmp_path: Path, prefix: Path) -> None:
     assert "other half is missing" in refusal(prefix, seq_length=3)
 
 
-def test_training_is_not_told_of_matrices(tmp_path: Path) -> None:
+def test_training_does_not_mention_matrices(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.zeros((2, 3), np.int64))
     for path, expected in ((tmp_path / "x.npy", "not the prefix of a Megatron"), (tmp_path / "none", "no such data")):
         with pytest.raises(DataError, match=expected) as caught:

@@ -1,10 +1,8 @@
-"""The CPU seam: what "cuda" means, generators, streams, and the optimizer."""
+"""The CPU compatibility layer: what "cuda" means, generators, streams, and the optimizer."""
 
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -12,11 +10,11 @@ import torch
 
 from megatron_slim import device
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the seam changes nothing where CUDA is available")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the layer changes nothing where CUDA is available")
 
 
 @pytest.fixture(autouse=True)
-def seam() -> None:
+def cpu_layer() -> None:
     device.install()
 
 

@@ -126,7 +126,7 @@ class Statistics:
             path: the file, or the directory of a pruned checkpoint that keeps it under its present or former name.
 
         Raises:
-            CheckpointError: the file is missing, is no safetensors file or holds something else.
+            CheckpointError: the file is missing, is not a safetensors file or holds something else.
         """
         from safetensors import SafetensorError, safe_open
 

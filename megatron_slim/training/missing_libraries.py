@@ -13,7 +13,7 @@ NOTE = (
     "note: Transformer Engine is not installed: Megatron's own layers run, experts one after the other and with whole "
     "matrices of attention scores (tools/doctor.py)"
 )
-# Arguments that need it, beside those of FP8, and the value with which they do.
+# Arguments that need it, in addition to those of FP8, and the value with which they do.
 _NEED_IT = {"transformer_impl": "transformer_engine", "moe_grouped_gemm": True, "use_precision_aware_optimizer": True}
 
 

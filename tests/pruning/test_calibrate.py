@@ -22,7 +22,7 @@ from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 device.install()
 
-from megatron_slim.pruning.calibrate import calibrate  # noqa: E402 (megatron is imported after the seam)
+from megatron_slim.pruning.calibrate import calibrate  # noqa: E402 (megatron is imported after the CPU layer)
 
 SHAPES = {
     "hybrid": tiny_shape(num_layers=5),
