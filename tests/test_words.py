@@ -1,9 +1,11 @@
-"""The words of the documentation, of help texts and of messages: plain, one for one thing, in short sentences."""
+"""The words of documentation, help, messages and comments: plain, one for one thing, in short sentences."""
 
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +25,10 @@ _PAGES = (
     "benchmarks/gpu/README.md",
 )
 PAGES = [path for path in (ROOT / page for page in _PAGES) if path.exists()] + sorted((ROOT / "docs").rglob("*.md"))
-SOURCES = sorted(path for folder in ("megatron_slim", "tools") for path in (ROOT / folder).rglob("*.py"))
+_FOLDERS = ("megatron_slim", "tools", "benchmarks", "examples", "findings")
+SOURCES = sorted(
+    path for folder in _FOLDERS for end in ("py", "sh", "yaml") for path in (ROOT / folder).rglob(f"*.{end}")
+)
 
 # What not to write, and what to write in its place. Inline code and code blocks are not looked at.
 BANNED = {
@@ -191,13 +196,25 @@ def _strings(tree: ast.AST) -> Iterator[Passage]:
             yield Passage(node.lineno, node.value)
 
 
+def _texts(source: Path) -> Iterator[Passage]:
+    """Strings and comments of a Python file; of a script or a recipe, every line."""
+    text = source.read_text(encoding="utf-8")
+    if source.suffix != ".py":
+        yield from (Passage(number, line) for number, line in enumerate(text.splitlines(), start=1))
+        return
+    yield from _strings(ast.parse(text))
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            yield Passage(token.start[0], token.string)
+
+
 @pytest.mark.parametrize("source", SOURCES, ids=_page_id)
-def test_help_and_messages_use_plain_words(source: Path) -> None:
-    """Of strings that are text: what has no blank in it is a name or a key."""
+def test_help_messages_and_comments_use_plain_words(source: Path) -> None:
+    """A string without a blank is a name or a key, and not looked at."""
     _report(
         [
             _named(source, passage.line, f"{found}: {' '.join(passage.text.split())}")
-            for passage in _strings(ast.parse(source.read_text(encoding="utf-8")))
+            for passage in _texts(source)
             if " " in passage.text.strip()
             for found in banned_words(re.sub(r"`[^`]+`", "CODE", passage.text))
         ]
