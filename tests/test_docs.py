@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_slim.cli import distill
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Of pip, git, docker, sbatch, hf and the like; docs/comparison.md has two columns of other people's flags.
@@ -58,7 +60,7 @@ def flags() -> set[str]:
     for folder in ("megatron_slim", "tools", "benchmarks", "examples"):
         for path in (ROOT / folder).rglob("*.py"):
             known |= set(re.findall(r'"(--[a-z][\w-]*)"', path.read_text(encoding="utf-8")))
-    return known
+    return known | set(map(distill.flag, distill.VARIABLES))
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "comparison.md"], ids=lambda page: page.name)
