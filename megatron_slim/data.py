@@ -36,7 +36,7 @@ def read_samples(
     Args:
         data: prefix of a Megatron .bin/.idx pair (either file name is accepted too), a ``.npy`` file, or its matrix.
         seq_length: tokens per sample; for a matrix None or its width.
-        num_samples: number of samples; fewer than there are: at random without replacement, kept in the order of
+        num_samples: number of samples; if fewer than there are, random ones, in the order of
             the data. None takes all.
         vocab_size: ids must be smaller than this; None is any.
         seed: of the random choice.

@@ -76,10 +76,10 @@ class DistCheckpoint:
         fused_blocks: the blocks whose experts were fused in the files that it was made of.
         notes: nothing; see `HFCheckpoint`.
         num_ignored: entries that are not weights (optimizer, random state, ...).
-        left_out: names of tensors that are not part of the model: what else training has trained (`HIDDEN_KD`), and the
+        left_out: names of tensors that are not part of the model: projections of hidden states (`HIDDEN_KD`), and the
             MTP block where it is not wanted.
         vocab_rows: rows, padding included, of what has a row for every token, by key.
-        optimizer_by_buckets: its optimizer state has the layout of the run's buffers, not as the parameters.
+        optimizer_by_buckets: its optimizer state has the layout of the run's buffers, not of its parameters.
     """
 
     def __init__(

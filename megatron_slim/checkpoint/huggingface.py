@@ -47,7 +47,7 @@ class HFCheckpoint:
         config: its config.json.
         shape: sizes of the model, MTP blocks counted from the tensor names.
         names: every tensor name, in the order of the architecture table.
-        entries: where every tensor is; of experts that the files hold fused, where each one's part does.
+        entries: where every tensor is; of experts that the files hold fused, where each one's part is.
         fused_blocks: the blocks whose experts the files hold fused.
         notes: what a person who has it written again should know.
         dtypes: type of every tensor.
