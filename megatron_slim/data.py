@@ -17,7 +17,7 @@ Tokens = npt.NDArray[np.int64]
 # Of each data set before a run, in stretches from its beginning to its end. All of it would be hours of reading where
 # data are terabytes; training looks at what it reads.
 _SEEN_TOKENS, _STRETCHES = 1 << 20, 16
-_AGAIN = "run tools/preprocess_data.py again"
+_AGAIN = "run megatron-slim preprocess again"
 
 
 def read_samples(
@@ -89,7 +89,7 @@ def data_prefix(path: Path, *, or_matrix: bool = False) -> Path:
             if or_matrix
             else "not the prefix of a Megatron .bin/.idx pair",
             where=name,
-            fix="tokenize text with tools/preprocess_data.py",
+            fix="tokenize text with megatron-slim preprocess",
         )
     fix = "give the prefix of a .bin/.idx pair" + (", or a .npy matrix" if or_matrix else "")
     raise DataError("no such data", where=name, fix=fix)

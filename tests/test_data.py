@@ -109,7 +109,7 @@ def test_refuses_what_is_not_there(tmp_path: Path, prefix: Path) -> None:
     assert "no such file" in refusal(tmp_path / "nothing.npy")
     assert "a directory" in refusal(tmp_path, seq_length=3)
     (tmp_path / "text.jsonl").write_text("{}")
-    assert "preprocess_data.py" in refusal(tmp_path / "text.jsonl", seq_length=3)
+    assert "megatron-slim preprocess" in refusal(tmp_path / "text.jsonl", seq_length=3)
     os.unlink(f"{prefix}.idx")
     assert "other half is missing" in refusal(prefix, seq_length=3)
 

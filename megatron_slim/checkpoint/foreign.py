@@ -164,7 +164,7 @@ def refuse_quantized(config: Mapping[str, Any], file: Path, fp8: bool) -> None:
                 f"{key}: weights quantized with {kind} are not supported", where=str(file), fix=_ORIGINAL
             )
         if not fp8:
-            fix = "give --dequantize-fp8, or convert first: tools/convert_checkpoint.py --to hf --dequantize-fp8"
+            fix = "give --dequantize-fp8, or convert first: megatron-slim convert --to hf --dequantize-fp8"
             raise CheckpointError(f"{key}: the weights are in FP8", where=str(file), fix=fix)
 
 

@@ -71,7 +71,7 @@ def read_reference(directory: Path, vocab_size: int) -> Reference | None:
     except (TypeError, KeyError, ValueError):
         good = False
     if not good:
-        fix = "write it again with tools/evaluate.py --record, or remove it"
+        fix = "write it again with megatron-slim evaluate --record, or remove it"
         raise CheckpointError("is not a record of tokens and losses of this model", where=str(file), fix=fix)
     return Reference(tuple(map(tuple, tokens)), tuple(map(tuple, losses)), dtype)
 

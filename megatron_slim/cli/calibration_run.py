@@ -72,7 +72,7 @@ def calibration_options(args: argparse.Namespace) -> CalibrationOptions:
 def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     """The parallel sizes, under Megatron's names."""
     group = parser.add_argument_group(
-        "parallel calibration", "under tools/torchrun.py; processes beyond these sizes are data parallel"
+        "parallel calibration", "under megatron-slim torchrun; processes beyond these sizes are data parallel"
     )
     for kind in ("tensor", "pipeline", "expert"):
         group.add_argument(f"--{kind}-model-parallel-size", type=positive, default=1, help=f"{kind} parallel size")
@@ -93,7 +93,7 @@ def layout_options(args: argparse.Namespace) -> Layout | None:
     if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
         return layout
     if layout != Layout(layout.world):
-        raise SlimError("parallel sizes need processes", fix="start it with tools/torchrun.py --nproc-per-node N")
+        raise SlimError("parallel sizes need processes", fix="start it with megatron-slim torchrun --nproc-per-node N")
     return None
 
 

@@ -96,7 +96,7 @@ def run_plan(
     pruned = PrunedCheckpoint(plan, source, check_source=False)
     plan.save(save)
     Console().print(comparison_table(pruned))
-    logger.info(f"{save}: the plan; tools/show_plan.py shows it")
+    logger.info(f"{save}: the plan; megatron-slim show-plan shows it")
     return {"load": str(load), "save": str(save), "plan_sha256": plan.sha256, **comparison(pruned)}
 
 
@@ -240,7 +240,7 @@ def _load_stats(path: Path, source: Checkpoint) -> Statistics:
 
 
 def refuse_conflicts(args: argparse.Namespace) -> None:
-    """Refuse arguments of tools/prune_checkpoint.py that say too much or too little.
+    """Refuse arguments of megatron-slim prune that say too much or too little.
 
     Raises:
         SlimError: says which.

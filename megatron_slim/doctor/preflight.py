@@ -79,7 +79,7 @@ def _model(name: str, path: Path, shapes: dict[str, ModelShape], *, without_mtp:
     yield Finding(name, OK, found + f"{parameters(count.active)} active, vocabulary {shape.vocab_size}: complete")
     if name == "teacher":
         there = (path / REFERENCE).is_file()
-        fix = "tools/evaluate.py --record, so that training recognises the teacher by its losses"
+        fix = "megatron-slim evaluate --record, so that training recognises the teacher by its losses"
         yield good_or(NOTE, "teacher's losses", there, "recorded" if there else "not recorded", fix)
 
 

@@ -98,7 +98,7 @@ def evaluate_checkpoint(
     record: bool = False,
     **reading: Any,
 ) -> dict[str, Any]:
-    """Evaluate a Hugging Face or torch_dist directory; what tools/evaluate.py runs.
+    """Evaluate a Hugging Face or torch_dist directory; what megatron-slim evaluate runs.
 
     ``record`` writes a `Reference` into ``load``; ``reading`` goes to `open_checkpoint`.
 

@@ -73,7 +73,7 @@ def flops_per_token(shape: ModelShape) -> dict[str, float]:
 
 
 def calibration(shape: ModelShape, gpu: Gpu = GPUS["h200"]) -> Calibration:
-    """Time and memory of ``tools/calibrate.py`` on one GPU: counted work over assumed rates, not a measurement."""
+    """Time and memory of ``megatron-slim calibrate`` on one GPU: counted work over assumed rates, not a measurement."""
     tokens, blocks, experts = NUM_SAMPLES * SEQ_LENGTH, len(list(shape.blocks)), shape.num_moe_experts
     nbytes = BF16_BYTES * count_parameters(shape).total
     flops = {name: tokens * each for name, each in flops_per_token(shape).items()}

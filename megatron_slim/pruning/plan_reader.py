@@ -46,7 +46,7 @@ def parse_plan(document: Any, *, where: str = "plan") -> Plan:
         PlanError: lists every violation of the part that fails first.
     """
     if not isinstance(document, Mapping) or document.get("version") != VERSION:
-        raise PlanError(f"not a plan of version {VERSION}", where=where, fix="make it with tools/plan_pruning.py")
+        raise PlanError(f"not a plan of version {VERSION}", where=where, fix="make it with megatron-slim plan")
     _refuse([f"missing key {key}" for key in (*_KEYS, *_INNER) if key not in document], where)
     _refuse([f"unknown key {key}" for key in document if key not in (*_KEYS, *_INNER)], where)
     recipe = parse_recipe(document["recipe"], where=f"{where}: recipe")

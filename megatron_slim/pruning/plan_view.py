@@ -1,7 +1,8 @@
 """A plan as numbers: what stays, what goes, and what was lost by it (no torch).
 
-`summary` is the JSON of tools/show_plan.py, `ranking_lines` its ranking of experts; `plan_tables` and `plan_plots` show
-them. Everything that is ranked is an `Axis`; a further one is an entry in `ranked_axes`, a row and a curve.
+`summary` is the JSON of megatron-slim show-plan, `ranking_lines` its ranking of experts; `plan_tables` and
+`plan_plots` show them. Everything that is ranked is an `Axis`; a further one is an entry in `ranked_axes`, a row and a
+curve.
 """
 
 from __future__ import annotations

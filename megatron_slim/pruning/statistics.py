@@ -102,7 +102,7 @@ def _refuse_other_format(metadata: Mapping[str, str], path: Path) -> None:
         raise CheckpointError(
             f"not a file of calibration statistics (metadata 'format' is not {FORMAT!r})",
             where=str(path),
-            fix="make it with tools/calibrate.py",
+            fix="make it with megatron-slim calibrate",
         )
 
 
@@ -133,7 +133,7 @@ class Statistics:
         if path.is_dir():
             path = next(filter(Path.is_file, (path / STATS, path / FORMER_STATS)), path / STATS)
         if not path.is_file():
-            raise CheckpointError("no such file", where=str(path), fix="make it with tools/calibrate.py")
+            raise CheckpointError("no such file", where=str(path), fix="make it with megatron-slim calibrate")
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}

@@ -42,7 +42,7 @@ def fp8_violations(shape: ModelShape, teacher: ModelShape | None, args: Any) -> 
     if not args.fp8 and teacher_fp8 is None:
         return found
     if not HAVE_TE:
-        return [*found, "FP8 needs Transformer Engine, which is not installed (tools/doctor.py says what is)"]
+        return [*found, "FP8 needs Transformer Engine, which is not installed (megatron-slim doctor says what is)"]
     if args.transformer_impl != "transformer_engine":
         return [*found, f"--transformer-impl {args.transformer_impl} has no FP8; leave it out"]
     if args.fp8:

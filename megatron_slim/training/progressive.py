@@ -96,7 +96,7 @@ def find_place(phase: Phase | None, args: Any) -> Place | None:
     if args.pretrained_checkpoint is None:
         raise SlimError(f"{FLAG} without --pretrained-checkpoint", fix="give the student of a phase (STUDENT)")
     if phase is None:
-        fix, start = "start from what tools/prune_checkpoint.py --phase K wrote", args.pretrained_checkpoint
+        fix, start = "start from what megatron-slim prune --phase K wrote", args.pretrained_checkpoint
         raise SlimError(f"{FLAG}: no {PLAN} of a phase next to --pretrained-checkpoint {start}", fix=fix)
     if not phase.schedule:
         fix = "give every phase of the recipe its tokens, and prune again"

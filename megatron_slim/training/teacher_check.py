@@ -173,7 +173,7 @@ def judge_difference(nats: float, tolerance: float, where: Path) -> None:
             f"the teacher's losses differ from {REFERENCE} by {nats:.4g} nats a token, {tolerance} is rounding",
             where=str(where),
             fix="its weights are not, or not in the order, of the model that was evaluated: convert or copy it again; "
-            "if it was changed on purpose, run tools/evaluate.py --record",
+            "if it was changed on purpose, run megatron-slim evaluate --record",
         )
     if torch.distributed.get_rank() == 0:
         logger.info(f"teacher: the losses of {REFERENCE} to {nats:.2g} nats a token")

@@ -218,7 +218,7 @@ def test_a_parameter_may_be_of_fp8_and_bf16(source: tuple[Path, Tensors], tmp_pa
 def test_tools_take_it_with_the_flag(source: tuple[Path, Tensors], tmp_path: Path, tool: Callable[..., Any]) -> None:
     convert = ("tools/convert_checkpoint.py", "--load", source[0], "--save", tmp_path / "out")
     assert tool(*convert).error.endswith(
-        "the weights are in FP8; give --dequantize-fp8, or convert first: tools/convert_checkpoint.py --to hf "
+        "the weights are in FP8; give --dequantize-fp8, or convert first: megatron-slim convert --to hf "
         "--dequantize-fp8"
     )
     assert tool(*convert, "--dequantize-fp8").code == 0

@@ -56,7 +56,7 @@ def test_dry_run_prints_the_command() -> None:
     assert done.returncode == 0, done.stderr
     words = done.stdout.split()
     command = " ".join(words)
-    assert "tools/torchrun.py --node-rank 0 --nproc-per-node 4 " in command
+    assert "-m megatron_slim torchrun --node-rank 0 --nproc-per-node 4 " in command
     assert "--data-path 0.3 a 0.7 b --split" in command
     assert "--sequence-parallel --bf16 --pretrained-checkpoint pruned --teacher-load big" in command
     assert "--default-lr-warmup-iters 2000" in command and "--lr-warmup-iters" not in words

@@ -273,7 +273,7 @@ DATA = {
     "objects": Case(EVALUATE, "--data x.npy", array(np.array([[1], "a"], object)), "x.npy: not readable as a .npy"),
     "torn matrix": Case(EVALUATE, "", cut("tokens.npy", 5), "tokens.npy: not readable as a .npy matrix"),
     "directory": Case(EVALUATE, "--data x.npy", lambda work: (work / "x.npy").mkdir(), "not readable as a .npy matrix"),
-    "text": Case(CALIBRATE, "--calibration-data text.txt", untouched, "tokenize text with tools/preprocess_data.py"),
+    "text": Case(CALIBRATE, "--calibration-data text.txt", untouched, "tokenize text with megatron-slim preprocess"),
     "nothing": Case(CALIBRATE, "--calibration-data nowhere", untouched, "nowhere: no such data"),
     "torn .bin": Case(EVALUATE, BIN, steps(dataset(), cut("d.bin", 2)), "d.bin: truncated: 158 bytes"),
     "empty .bin": Case(EVALUATE, BIN, dataset(tokens=0), "d.bin: holds no tokens"),

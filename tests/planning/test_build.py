@@ -129,7 +129,7 @@ def pasted(request: Request, models: Path, tmp_path: Path) -> list[str]:
     done = subprocess.run(script, env=os.environ | given, capture_output=True, text=True, check=True)
     words = shlex.split(done.stdout)
     assert words[words.index("--nproc-per-node") + 1] == str(layout.gpus)
-    argv = words[words.index(next(word for word in words if word.endswith("tools/pretrain.py"))) + 1 :]
+    argv = words[words.index("megatron_slim.cli.pretrain") + 1 :]
     planned = flags.megatron_arguments(layout, settings, tokens)
     assert {each for each in planned if each.startswith("--")} <= set(argv)
     for flag in ("--data-path", "--split", "--tensorboard-dir", "--save", "--load"):

@@ -122,7 +122,7 @@ def test_layouts_that_do_not_fit_are_refused(sizes: dict[str, int], length: int,
 def test_parallel_sizes_need_a_launcher(tool: Callable[..., Any], tmp_path: Path) -> None:
     flags = ["--load", tmp_path, "--save", tmp_path / "stats", "--calibration-data", tmp_path / "data.npy"]
     outcome = tool("tools/calibrate.py", *flags, "--expert-model-parallel-size", 2)
-    assert outcome.error == "parallel sizes need processes; start it with tools/torchrun.py --nproc-per-node N"
+    assert outcome.error == "parallel sizes need processes; start it with megatron-slim torchrun --nproc-per-node N"
 
 
 def launch(*words: object) -> subprocess.CompletedProcess[str]:

@@ -267,8 +267,8 @@ def lose_a_shard(work: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "name", "found", "fix"),
     [
-        (break_index, "data data", "data.idx: its other half is missing", "preprocess_data.py"),
-        (cut_data, "data data", "data.bin: truncated", "preprocess_data.py"),
+        (break_index, "data data", "data.idx: its other half is missing", "megatron-slim preprocess"),
+        (cut_data, "data data", "data.bin: truncated", "megatron-slim preprocess"),
         (large_ids, "data data", "token id 265 is beyond the vocabulary of 128", "own tokenizer"),
         (ignored_ids, "data data", "data.bin: token id -100 is below 0", "preprocess again"),
         (overflowed_ids, "data data", "data.bin: token id -1 is below 0", "preprocess again"),
