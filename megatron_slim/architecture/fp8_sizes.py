@@ -101,7 +101,7 @@ def size_violations(shape: ModelShape, recipe: str, *, tp: int = 1, etp: int = 1
     >>> from megatron_slim.testing import tiny_shape
     >>> for sentence in size_violations(tiny_shape(linear_num_value_heads=8, moe_ffn_hidden_size=40), "delayed"):
     ...     print(sentence)
-    linear_fc2 of experts has 40 inputs, no multiple of 16: moe_ffn_hidden_size 40 would have to be 32 or 48
+    linear_fc2 of experts has 40 inputs, not a multiple of 16: moe_ffn_hidden_size 40 would have to be 32 or 48
     """
     known = {*shape.violations(), *layout_violations(shape, tp=tp, etp=etp)}
 
