@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.models import Needed, model_bytes, needed_by_plan, read_config, shape_of, write_recipe, write_statistics
 from benchmarks.processes import ROOT, Run, StartUp, python, run, start_up
 from benchmarks.storage import drop_cache, files_of, fill_cache, raw_read, raw_write
-from megatron_slim.cli import say
+from megatron_slim.cli.terminal import say
 
 HF, TORCH_DIST = "hf", "torch_dist"
 CONVERT, PRUNE = "convert", "prune"

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.calibration import medians
-from megatron_slim.cli import positive, run_tool, tool_parser
+from megatron_slim.cli.tool import run_tool
+from megatron_slim.command_line import positive, tool_parser
 from megatron_slim.errors import SlimError
 
 if TYPE_CHECKING:

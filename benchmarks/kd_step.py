@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.models import PUBLISHED, shape_of
 from benchmarks.processes import free_port
 from megatron_slim.architecture.flops import FUSED, TORCH, Kernels, student_work, teacher_work
-from megatron_slim.cli import positive, run_tool, tool_parser
+from megatron_slim.cli.tool import run_tool
+from megatron_slim.command_line import positive, tool_parser
 from megatron_slim.errors import SlimError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -27,7 +27,7 @@ from benchmarks.report import machine
 from benchmarks.storage import bytes_of
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import count_parameters, hf_tensors
-from megatron_slim.cli import say
+from megatron_slim.cli.terminal import say
 from megatron_slim.errors import SlimError
 
 SAMPLE_SECONDS = 0.1  # a run is timed and watched at once, and 48 layers are alike

@@ -14,8 +14,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_slim.cli import add_load_arguments, load_options, positive, run_tool, tool_parser
-from megatron_slim.pruning.calibration_commands import add_calibration_arguments
+from megatron_slim.cli.calibration_run import add_calibration_arguments
+from megatron_slim.cli.tool import run_tool
+from megatron_slim.command_line import add_load_arguments, load_options, positive, tool_parser
 
 RECIPE = Path(__file__).resolve().parents[1] / "examples" / "slimqwen" / "recipes" / "demo.yaml"
 

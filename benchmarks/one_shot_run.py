@@ -10,7 +10,7 @@ from typing import Any, cast
 from benchmarks.one_shot_variants import Variant, variants
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.checkpoint.convert import Checkpoint, open_checkpoint
-from megatron_slim.cli import say
+from megatron_slim.cli.terminal import say
 from megatron_slim.data import Tokens
 from megatron_slim.errors import SlimError
 from megatron_slim.evaluation.perplexity import evaluate, read_evaluation_data

@@ -15,7 +15,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.pipeline_simulator import Pipeline, simulate
-from megatron_slim.cli import positive, run_tool, tool_parser
+from megatron_slim.cli.tool import run_tool
+from megatron_slim.command_line import positive, tool_parser
 from megatron_slim.errors import SlimError
 
 STUDENT = {"num_hidden_layers": 36, "hidden_size": 1536, "num_experts": 256, "num_experts_per_tok": 8}

@@ -21,7 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.kd_step import shapes, write_models
-from megatron_slim.cli import positive, run_tool, tool_parser
+from megatron_slim.cli.tool import run_tool
+from megatron_slim.command_line import positive, tool_parser
 
 WARM_UP = 2  # iterations that are not counted: the first ones allocate
 

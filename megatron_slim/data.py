@@ -21,7 +21,12 @@ _AGAIN = "run tools/preprocess_data.py again"
 
 
 def read_samples(
-    path: Path, *, seq_length: int | None, num_samples: int | None, vocab_size: int | None = None, seed: int = 0
+    data: Path | Tokens,
+    *,
+    seq_length: int | None,
+    num_samples: int | None,
+    vocab_size: int | None = None,
+    seed: int = 0,
 ) -> Tokens:
     """Read token ids for calibration or evaluation.
 
@@ -29,7 +34,7 @@ def read_samples(
     ``seq_length`` tokens; what is left over at the end is not used. A ``.npy`` matrix is used as it is.
 
     Args:
-        path: prefix of a Megatron .bin/.idx pair (either file name is accepted too), or a ``.npy`` file.
+        data: prefix of a Megatron .bin/.idx pair (either file name is accepted too), a ``.npy`` file, or its matrix.
         seq_length: tokens per sample; for a matrix None or its width.
         num_samples: number of samples; fewer than there are draws at random without replacement, kept in the order of
             the data. None takes all.
@@ -45,8 +50,10 @@ def read_samples(
     for name, value in (("seq_length", seq_length), ("num_samples", num_samples)):
         if value is not None and value < 1:
             raise DataError(f"{name} {value} is not a positive number")
-    path = Path(path)
-    if path.suffix == ".npy":
+    path = Path("samples" if isinstance(data, np.ndarray) else data)
+    if isinstance(data, np.ndarray):
+        matrix = _check_matrix(data, seq_length, str(path))
+    elif path.suffix == ".npy":
         matrix = _open_matrix(path, seq_length)
     else:
         matrix = _open_windows(data_prefix(path, or_matrix=True), seq_length)
@@ -95,13 +102,17 @@ def _open_matrix(path: Path, seq_length: int | None) -> npt.NDArray[Any]:
         raise DataError("no such file", where=str(path)) from None
     except (OSError, ValueError, EOFError, SyntaxError) as error:
         raise DataError(f"not readable as a .npy matrix ({error})", where=str(path)) from None
+    return _check_matrix(matrix, seq_length, str(path))
+
+
+def _check_matrix(matrix: Any, seq_length: int | None, where: str) -> npt.NDArray[Any]:
     if not isinstance(matrix, np.ndarray) or matrix.ndim != 2 or matrix.dtype.kind not in "iu" or matrix.size == 0:
         found = f"{matrix.dtype} {list(matrix.shape)}" if isinstance(matrix, np.ndarray) else "an archive"
-        raise DataError(f"is {found}, not an integer matrix [samples, sequence]", where=str(path))
+        raise DataError(f"is {found}, not an integer matrix [samples, sequence]", where=where)
     if seq_length not in (None, matrix.shape[1]):
         raise DataError(
             f"its samples have {matrix.shape[1]} tokens, seq_length is {seq_length}",
-            where=str(path),
+            where=where,
             fix="leave the sequence length out: a matrix is used as it is",
         )
     return matrix

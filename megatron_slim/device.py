@@ -24,7 +24,9 @@ import torch
 from torch.utils._device import _device_constructors
 
 from megatron_slim import linear_attention, megatron_faults
+from megatron_slim.errors import SlimError
 
+logger = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
 _FACTORIES = (
     "arange as_tensor asarray empty empty_like empty_strided eye full full_like linspace logspace ones ones_like rand "
@@ -36,17 +38,23 @@ _installed = False
 
 
 def install() -> None:
-    """Make this process able to run Megatron-Core; call it before anything of ``megatron`` is imported.
+    """Make this process able to run Megatron-Core; importing `megatron_slim.mcore` does it.
 
     Idempotent. Where CUDA is available only Megatron's faults and what is not installed are touched.
+
+    Raises:
+        SlimError: there is no CUDA, and Megatron was imported already: it has bound what had to be replaced.
     """
     global _installed
     if _installed:
         return
+    if not torch.cuda.is_available() and "megatron.core" in sys.modules:
+        raise SlimError(
+            "megatron was imported first, and can no longer be prepared for a machine without CUDA",
+            fix="import megatron_slim.mcore before megatron",
+        )
     _installed = True
     if not torch.cuda.is_available():
-        loaded = sorted(name for name in sys.modules if name.split(".")[0] == "megatron")
-        assert not loaded, f"device.install() must run before megatron is imported, found {loaded[0]}"
         _disable_compilation()
         _redirect_tensors()
         _redirect_generator()
@@ -361,7 +369,7 @@ def _fill_in_for_missing_libraries() -> None:
         said.append("neither Transformer Engine nor Apex is installed: Adam updates one parameter at a time")
     if os.environ.get("RANK", "0") == "0":
         for sentence in said:
-            print(f"note: {sentence} (tools/doctor.py)", file=sys.stderr, flush=True)
+            logger.warning("%s (megatron-slim doctor)", sentence)
 
 
 def _patch_core() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_slim.errors import DataError
+from megatron_slim.extras import require
 
 JSON_SUFFIXES, TEXT_SUFFIXES = (".jsonl", ".json"), (".txt",)
 BATCH_BYTES = 1 << 18
@@ -146,6 +147,7 @@ def sentence_splitter(lang: str | None) -> Callable[[str], list[str]]:
     Raises:
         DataError: nltk's model of that language is not installed.
     """
+    require("text", "nltk", "--split-sentences")
     from nltk.tokenize import punkt
 
     try:

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from megatron_slim.errors import RecipeError
+from megatron_slim.packaged import find_recipe
 from megatron_slim.recipe_budget import (
     BOUNDS,
     Budget,
@@ -162,15 +163,14 @@ CHOICES = {
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe from a YAML file.
+    """Read a recipe from a YAML file, or by the name of one that comes with the package.
 
     Raises:
         RecipeError: the file is missing, is not YAML, or breaks the schema; lists every violation.
     """
+    path = find_recipe(path)
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise RecipeError("no such file", where=str(path)) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
         raise RecipeError(f"not readable as YAML ({error})", where=str(path)) from None
     return parse_recipe(document, where=str(path))

@@ -23,7 +23,7 @@ from megatron_slim import device
 from megatron_slim.architecture.shape import FAMILIES, ModelShape, lacking, layer_pattern, shape_to_hf_config
 from megatron_slim.architecture.table import hf_tensors
 from megatron_slim.checkpoint.huggingface_writer import specs_of, write_hf_checkpoint
-from megatron_slim.cli import exit_at_once
+from megatron_slim.processes import exit_at_once
 
 
 def tiny_shape(model_type: str = "qwen3_next", **overrides: Any) -> ModelShape:

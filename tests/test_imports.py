@@ -18,10 +18,13 @@ LAYERS = (
     (
         "errors",
         "files",
-        "cli",
+        "reporting",
+        "processes",
+        "command_line",
         "linear_attention",
         "megatron_faults",
         "device",
+        "mcore",
         "data",
         "data_index",
         "documents",
@@ -37,13 +40,16 @@ LAYERS = (
     ("planning",),
     ("evaluation",),
     ("doctor",),
+    ("cli", "__main__"),
     ("testing", "testing_preload"),
 )
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 INSTANT = (
     "megatron_slim.errors",
     "megatron_slim.files",
-    "megatron_slim.cli",
+    "megatron_slim",
+    "megatron_slim.cli.main",
+    "megatron_slim.reporting",
     "megatron_slim.data",
     "megatron_slim.documents",
     "megatron_slim.doctor.machine",
@@ -70,7 +76,7 @@ INSTANT = (
     "megatron_slim.architecture.parallelism",
     "megatron_slim.architecture.published",
     "megatron_slim.planning.build",
-    "megatron_slim.planning.commands",
+    "megatron_slim.cli.plan_parallelism",
     "megatron_slim.planning.sources",
 )
 HEAVY = ("torch", "transformers", "megatron", "nltk", "sentencepiece", "matplotlib")

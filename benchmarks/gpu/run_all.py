@@ -25,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu.parts import FAILED, NOT_RUN, PARTS, PASSED, Outcome
 from benchmarks.gpu.tables import markdown, summary, write_tables
-from megatron_slim.cli import positive, run_tool, say, tool_parser
+from megatron_slim.cli.terminal import say
+from megatron_slim.cli.tool import run_tool
+from megatron_slim.command_line import positive, tool_parser
 from megatron_slim.errors import SlimError, one_line
 from megatron_slim.files import read_json, to_json
 

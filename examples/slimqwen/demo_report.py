@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_slim.architecture.shape import shape_from_hf_config
 from megatron_slim.architecture.table import count_parameters
-from megatron_slim.cli import run_tool, tool_parser
+from megatron_slim.cli.tool import run_tool
+from megatron_slim.command_line import tool_parser
 from megatron_slim.files import read_json, to_json, write_atomic
 
 # Model -> the step that evaluated it and the directory of its export.

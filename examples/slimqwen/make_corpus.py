@@ -13,7 +13,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_slim.cli import run_tool, say, tool_parser
+from megatron_slim.cli.terminal import say
+from megatron_slim.cli.tool import run_tool
+from megatron_slim.command_line import tool_parser
 from megatron_slim.errors import DataError, SlimError
 from megatron_slim.files import new_directory
 

@@ -63,7 +63,7 @@ node_mounts() {
   local path words=()
   read -r -a words <<<"$DATA $VALID_DATA"
   {
-    printf '%s\n' "$root" "$SAVE"
+    printf '%s\n' "$mounted" "$SAVE"
     for path in "$STUDENT" "$HF_CONFIG" "$TEACHER"; do [[ -z $path ]] || echo "$path"; done
     for path in "${words[@]}"; do [[ $path != /* ]] || dirname "$path"; done
   } | sort -u | sed 's/.*/&:&/'
@@ -82,13 +82,13 @@ slurm_launch() { # slurm_launch LOG READY
   case $IMAGE in
     '') ;;
     *.sif)
-      launch+=("$(command -v apptainer || command -v singularity || echo apptainer)" exec --bind "$mounts" --pwd "$root")
+      launch+=("$(command -v apptainer || command -v singularity || echo apptainer)" exec --bind "$mounts" --pwd "$mounted")
       if [[ $gpus -gt 0 ]]; then launch+=(--nv); fi
       launch+=("$IMAGE")
       ;;
-    *) launch+=(--container-image "$IMAGE" --container-mounts "$mounts" --container-workdir "$root") ;;
+    *) launch+=(--container-image "$IMAGE" --container-mounts "$mounts" --container-workdir "$mounted") ;;
   esac
-  launch+=(env "${environment[@]}" bash "$root/examples/slimqwen/slurm_node.sh" "$2" "$python" "${job[@]}")
+  launch+=(env "${environment[@]}" bash "$files/slurm_node.sh" "$2" "$python" "${job[@]}")
 }
 
 # Start it; on USR1 or TERM save, and have Slurm run the same job again.
@@ -153,7 +153,7 @@ slurm_submit() { # slurm_submit [Megatron's flags]
   NNODES=${SETTINGS_NODES:-$NNODES}
   submit=(sbatch --nodes "$NNODES" --output "$SAVE/logs/%j.out")
   if [[ -n ${SETTINGS_NODES:-} || $gpus -gt 0 ]]; then submit+=(--gpus-per-node "$NPROC_PER_NODE"); fi
-  submit+=("$root/examples/slimqwen/pretrain_distill.sh" "$@")
+  submit+=("$files/pretrain_distill.sh" "$@")
   if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf '%q ' "${submit[@]}"
     echo
@@ -171,7 +171,7 @@ slurm_print() { # slurm_print SRUN-COMMAND...
   echo
   for ((node = 0; node < NNODES; node++)); do
     printf 'node %d: ' "$node"
-    printf '%q ' "$python" "$root/tools/torchrun.py" --node-rank "$node" "${job[@]}"
+    printf '%q ' "$python" -m megatron_slim torchrun --node-rank "$node" "${job[@]}"
     echo
   done
 }

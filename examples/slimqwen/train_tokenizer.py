@@ -10,7 +10,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_slim.cli import run_tool, say, tool_parser
+from megatron_slim.cli.terminal import say
+from megatron_slim.cli.tool import run_tool
+from megatron_slim.command_line import tool_parser
 from megatron_slim.documents import check_inputs, read_sources
 from megatron_slim.errors import SlimError
 from megatron_slim.files import new_directory, read_json, to_json

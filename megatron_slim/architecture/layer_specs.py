@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import megatron_slim.mcore
+
 import torch
 import torch.nn.functional as F
 from megatron.core.extensions.transformer_engine import HAVE_TE

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import megatron_slim.mcore
+
 import torch
 import torch.distributed as dist
 from megatron.core.models.backends import LocalSpecProvider

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -26,12 +27,13 @@ from megatron_slim.checkpoint.huggingface_writer import (
 from megatron_slim.checkpoint.integrity import verify_manifest
 from megatron_slim.checkpoint.provenance import describe_source, software
 from megatron_slim.checkpoint.records import PROVENANCE
-from megatron_slim.checkpoint.side_files import carried_bytes, say_left_behind
+from megatron_slim.checkpoint.side_files import carried_bytes, log_left_behind
 from megatron_slim.checkpoint.transfer import transfer
 from megatron_slim.checkpoint.units import Source, units
-from megatron_slim.cli import say
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.files import check_space, new_directory, to_json
+
+logger = logging.getLogger(__name__)
 
 Checkpoint: TypeAlias = HFCheckpoint | DistCheckpoint
 
@@ -70,10 +72,10 @@ def open_checkpoint(
     )
 
 
-def say_left_out(source: Source) -> None:
+def log_left_out(source: Source) -> None:
     """Tell the user of tensors in the files of a checkpoint that are no part of the model as it is read."""
     if source.left_out:
-        say(f"{source.path}: left out {len(source.left_out)} tensors: {summarise(source.left_out)}")
+        logger.info(f"{source.path}: left out {len(source.left_out)} tensors: {summarise(source.left_out)}")
 
 
 def config_for(shape_config: Mapping[str, Any], dtypes: Iterable[torch.dtype]) -> dict[str, Any]:
@@ -124,14 +126,14 @@ def write_checkpoint(
     config = config_for(shape_to_hf_config(source.shape, source.config), dtypes.values())
     fused_blocks = fused_blocks_for(expert_storage, source.shape, source.fused_blocks)
     for note in source.notes:
-        say(f"{source.path}: {note}")
+        logger.info(f"{source.path}: {note}")
     options: dict[str, Any] = {"dtype": dtype, "verify": verify, "processes": processes, "where": str(target)}
     beside = carried_bytes(source.config_path)  # refuses links that leave the checkpoint now, not at the end
     if isinstance(source, DistCheckpoint):
         source.check_parts()  # everything is read; a pruning reads some rows of much, and does not
     with new_directory(target) as partial:
         check_space(target, nbytes + beside)
-        say_left_behind(source.config_path)
+        log_left_behind(source.config_path)
         write = _write_torch_dist if to == "torch_dist" else _write_hf
         content = write(source, partial, config, dtypes, fused_blocks, options)
         results = {

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from megatron_slim.checkpoint.distributed_writer import BACKEND, INTEGRITY
 from megatron_slim.checkpoint.torch_dist_files import METADATA
-from megatron_slim.cli import byte_progress
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.files import read_json
+from megatron_slim.reporting import byte_progress
 
 _AT_ONCE = 8 << 20
 

@@ -104,6 +104,8 @@ def _union_over_ranks(found: set[T]) -> set[T]:
 
 def _shards(model: nn.Module) -> list[Any]:
     """Which rectangle of which parameter each of a model's tensors is."""
+    import megatron_slim.mcore
+
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from megatron_slim.checkpoint.units import UNIT_BYTES, Source, Unit
-from megatron_slim.cli import byte_progress, die_with_parent
 from megatron_slim.errors import CheckpointError, SlimError
+from megatron_slim.processes import die_with_parent
+from megatron_slim.reporting import byte_progress
 
 T = TypeVar("T")
 BYTES_PER_PROCESS = 500_000_000  # below that, another process costs more than it brings

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import megatron_slim.mcore
+
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_slim.architecture.published import MODELS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.errors import RecipeError, SlimError
+from megatron_slim.packaged import find_recipe
 from megatron_slim.pruning.depth import layers_before_statistics
 from megatron_slim.pruning.plan import check_recipe, space_before_statistics, target_shape
 from megatron_slim.pruning.plan_reader import load_plan
@@ -93,6 +94,7 @@ def _read(directory: Path, without_mtp: bool) -> ModelShape:
 def _of_recipe(file: Path, asked: Asked) -> Models:
     if asked.hf_config is not None:
         raise SlimError("--hf-config and --recipe both say what the student is", fix="leave one out")
+    file = find_recipe(file)
     whole = load_recipe(file)
     recipe = select_stage(whole, asked.stage, where=str(file))
     origin, source = _source(recipe, file, asked)

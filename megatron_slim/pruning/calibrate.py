@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
+
+import megatron_slim.mcore
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +17,6 @@ from torch import Tensor
 from megatron_slim import __version__
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint
-from megatron_slim.cli import say
 from megatron_slim.device import default_dtype, init_single_process
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.pruning.fingerprint import fingerprint
@@ -24,6 +26,8 @@ from megatron_slim.pruning.samples import check_samples
 from megatron_slim.pruning.statistics import FORMAT, Array, Statistics, importance_key
 from megatron_slim.pruning.streaming import FINAL_NORM, StreamingForward
 from megatron_slim.pruning.work_dir import WorkDir
+
+logger = logging.getLogger(__name__)
 
 # On a CPU, tokens in one forward pass so that an expert multiplies more than a few at a time: 5x faster than 256.
 FORWARD_TOKENS = 4096
@@ -119,7 +123,7 @@ def say_unrouted(tensors: Mapping[str, Array], shape: ModelShape) -> None:
     """Tell how many experts no token visited, by block."""
     counts = {block: int((tensors[importance_key(block, "frequency")] == 0).sum()) for block in shape.blocks}
     if found := [f"{count} of {block}" for block, count in counts.items() if count]:
-        say(f"experts that no token visited, whose importances are 0: {summarise(found)}")
+        logger.info(f"experts that no token visited, whose importances are 0: {summarise(found)}")
 
 
 def not_finite(module: str, checkpoint: Checkpoint) -> CheckpointError:

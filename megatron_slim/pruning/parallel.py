@@ -12,6 +12,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import numpy.typing as npt
 import torch

@@ -19,6 +19,7 @@ import numpy as np
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import RecipeError
+from megatron_slim.extras import require
 from megatron_slim.files import sha256, write_atomic
 from megatron_slim.pruning import statistics
 from megatron_slim.pruning.depth import kept_layers, possible_types
@@ -91,9 +92,15 @@ class Plan:
         """Hash of the plan's JSON."""
         return sha256(self.to_json())
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the plan's JSON."""
-        write_atomic(path, self.to_json())
+        write_atomic(Path(path), self.to_json())
+
+    def __str__(self) -> str:
+        """The plan as tables."""
+        from megatron_slim.pruning.plan_tables import text
+
+        return text(self)
 
 
 def make_plan(
@@ -162,7 +169,10 @@ def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") ->
 
     Raises:
         RecipeError: lists every violation.
+        SlimError: what it asks for needs a package that is not installed.
     """
+    if recipe.experts.align != "none":
+        require("align", "scipy", "experts.align")
     wanted = dataclasses.asdict(recipe.target)
     found = [
         f"target.{key} {value} is larger than the source's {getattr(shape, key)}"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import statistics as averages
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_slim.architecture.fp8_sizes import RECIPES, size_violations
 from megatron_slim.architecture.parallelism import layout_violations
@@ -13,6 +14,13 @@ from megatron_slim.pruning import report
 from megatron_slim.pruning.plan import Plan
 from megatron_slim.pruning.plan_view import Axis, ranked_axes, summary
 from megatron_slim.pruning.statistics import LAYER_KINDS, Statistics
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+TEXT_WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,37 @@ class Section:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+
+
+def table(section: Section) -> Table:
+    """A section as a table of rich."""
+    from rich.table import Table
+
+    found = Table(*section.columns, title=section.title, title_justify="left")
+    found.columns[0].no_wrap = True
+    for column in found.columns[1:]:
+        column.justify = "right"
+    for row in section.rows:
+        found.add_row(*row)
+    return found
+
+
+def text(plan: Plan, stats: Statistics | None = None) -> str:
+    """The tables of a plan as plain text."""
+    from rich.console import Console
+
+    stream = io.StringIO()
+    show(sections(plan, stats), Console(width=TEXT_WIDTH, file=stream, color_system=None))
+    return stream.getvalue()
+
+
+def show(shown: Sequence[Section], console: Console) -> None:
+    """Tables and notes on ``console``."""
+    for section in shown:
+        if section.rows:
+            console.print(table(section))
+        if section.note:
+            console.print(section.note, markup=False, highlight=False)
 
 
 def _section(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> Section:

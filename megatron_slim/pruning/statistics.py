@@ -143,9 +143,9 @@ class Statistics:
             raise CheckpointError(f"not readable as safetensors ({error})", where=str(path)) from None
         return cls(tensors, metadata)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the statistics; equal statistics give equal bytes."""
-        write_atomic(path, self._serialized)
+        write_atomic(Path(path), self._serialized)
 
     @property
     def sha256(self) -> str:

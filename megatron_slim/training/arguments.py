@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
@@ -19,7 +21,7 @@ from megatron_slim.architecture.layer_specs import shape_config_fields
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.distributed_writer import HF_DIR
 from megatron_slim.checkpoint.huggingface import read_shape
-from megatron_slim.cli import ToolParser
+from megatron_slim.command_line import ToolParser
 from megatron_slim.errors import SlimError
 from megatron_slim.training.slim_arguments import WITHOUT_MTP
 

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
 

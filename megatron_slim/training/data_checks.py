@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets.blended_megatron_dataset_config import (

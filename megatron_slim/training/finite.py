@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import megatron_slim.mcore
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads

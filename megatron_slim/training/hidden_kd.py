@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import megatron_slim.mcore
+
 import torch
 from megatron.core import parallel_state
 from megatron.training import get_args

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import megatron_slim.mcore
+
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import megatron_slim.mcore
+
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 

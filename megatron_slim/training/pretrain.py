@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import megatron_slim.mcore
 
 import torch
 from megatron.core import parallel_state
@@ -34,13 +37,13 @@ from megatron_slim.checkpoint.expert_storage import write_storage
 from megatron_slim.checkpoint.huggingface import read_config, storage_of
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.checkpoint.precision import keep_types
-from megatron_slim.checkpoint.side_files import carry_files, say_left_behind
-from megatron_slim.cli import leave_ranks, say
+from megatron_slim.checkpoint.side_files import carry_files, log_left_behind
 from megatron_slim.distillation.divergences import KDLoss
 from megatron_slim.distillation.losses import KD_LAMBDA, MTP_BETA, LossWeights, TokenLosses, combine, gradients_of_total
 from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.files import new_directory, to_json, write_atomic
+from megatron_slim.processes import leave_ranks
 from megatron_slim.training.arguments import install_argv, load_balancing_note, shape_directory
 from megatron_slim.training.checks import check_run, open_student, open_teacher, start_of, starts_by_ourselves
 from megatron_slim.training.data import Batch, build_datasets, next_batch
@@ -56,6 +59,8 @@ from megatron_slim.training.stage_layout import plan_stages
 from megatron_slim.training.teacher_ahead import TeacherAhead, check_host_memory, held_bytes
 from megatron_slim.training.teacher_check import check_teacher
 from megatron_slim.training.teacher_config import teacher_config
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -295,7 +300,7 @@ def keep_hf_files(source: Path, save: Path, shape: ModelShape) -> None:
         write_atomic(directory / "config.json", to_json(shape_to_hf_config(shape, read_config(source))))
         carry_files(source, directory)
         write_storage(directory, storage_of(source, without_mtp=not shape.mtp_num_layers))
-    say_left_behind(source)
+    log_left_behind(source)
 
 
 class _PlainHelp(argparse.HelpFormatter):
@@ -367,21 +372,21 @@ def main(argv: list[str]) -> None:
     if place is not None:
         if is_done(place, parsed.load, parsed.ckpt_step) and not parsed.skip_train:
             if parsed.rank == 0:
-                say(f"{parsed.load}: this stage is done, at iteration {place.stop}")
+                logger.info(f"{parsed.load}: this stage is done, at iteration {place.stop}")
             return
         sys.argv[1:] = place.command_line(sys.argv[1:])
     if parsed.rank == 0 and (note := library_note()) is not None:
-        print(note, file=sys.stderr, flush=True)
+        logger.info(note)
     balancing = load_balancing_note(shape, argv, parsed.moe_router_load_balancing_type)
     if parsed.rank == 0 and balancing is not None:
-        say(balancing)
+        logger.info(balancing)
     megatron_faults.log_what_the_iteration_was()
     device.keep_schedule_with_iterations(0 if place is None else place.start)
     target = _mtp_kd_target(shape, teacher, parsed)
     runs_mtp = target == TEACHER_MTP and shape.mtp_num_layers > 0
     layout = plan_stages(shape, teacher, parsed, teacher_runs_mtp=runs_mtp)
     if parsed.rank == 0 and parsed.pipeline_model_parallel_size > 1:
-        print(layout.table(), flush=True)
+        logger.info(layout.table())
     sys.argv[1:] = layout.command_line(sys.argv[1:])
     check_stages(parsed.hidden_kd_layers, layout.stages)
     args = _validated_arguments()

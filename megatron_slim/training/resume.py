@@ -7,6 +7,7 @@ first checkpoint, none) beside a complete checkpoint: Megatron then exits with s
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -14,9 +15,10 @@ from pathlib import Path
 from megatron_slim.checkpoint.distributed import iteration_directory
 from megatron_slim.checkpoint.distributed_writer import BACKEND, RELEASE, TRACKER
 from megatron_slim.checkpoint.torch_dist_files import METADATA, read_metadata
-from megatron_slim.cli import say
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.files import write_atomic
+
+logger = logging.getLogger(__name__)
 
 SECONDS_FOR_TRACKER = 60.0  # for rank 0 to repair it, and for a shared file system to show it
 
@@ -101,7 +103,7 @@ def mend_tracker(directory: Path, *, rank: int) -> None:
         state = "was empty" if tracker.is_file() else "was missing"
         write_atomic(tracker, str(number))
         name = _iterations(directory)[number].name
-        say(f"{tracker}: {state}; going on from {name}, the last complete checkpoint")
+        logger.info(f"{tracker}: {state}; going on from {name}, the last complete checkpoint")
     else:
         _wait_for(tracker)
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_slim.cli import duration
+from megatron_slim.reporting import duration
 
 Floats = NDArray[np.float64]
 Figures = dict[str, float]

@@ -9,12 +9,15 @@ interval therefore ends there; it is as long as Megatron's own, and one optimize
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
+
+import megatron_slim.mcore
 
 import torch
 from megatron.core import parallel_state
@@ -32,6 +35,8 @@ from megatron_slim.training.progressive import Place
 from megatron_slim.training.run_figures import KINDS, Interval, Progress, RunConstants, figures, line
 from megatron_slim.training.stage_layout import kernels_of
 from megatron_slim.training.teacher_config import teacher_recipe
+
+logger = logging.getLogger(__name__)
 
 
 def logging_violations(args: Any) -> list[str]:
@@ -194,7 +199,7 @@ class RunLog:
 
     def _tell(self, interval: Interval, done: Progress) -> None:
         found = figures(self.constants, interval, done)
-        print(line(self.constants, found, done), flush=True)
+        logger.info(line(self.constants, found, done))
         writer, wandb = get_tensorboard_writer(), get_wandb_writer()
         for tag, value in found.items() if writer else ():
             writer.add_scalar(tag, value, done.iteration)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slim.architecture.fp8_sizes import TEACHER_RECIPES
-from megatron_slim.cli import ToolParser
+from megatron_slim.command_line import ToolParser
 from megatron_slim.distillation.layer_pairs import FLAG, parse_layer_pairs
 from megatron_slim.distillation.schedule import SHAPES, Schedule
 
@@ -16,10 +16,10 @@ MEGATRON_HELP, WITHOUT_MTP = "--help-megatron", "--without-mtp"
 TOP_K = 64
 
 
-def help_parser() -> argparse.ArgumentParser:
+def help_parser(prog: str) -> argparse.ArgumentParser:
     """A parser that knows how to print the help of our arguments alone."""
     parser = argparse.ArgumentParser(
-        prog="pretrain.py",
+        prog=prog,
         description="Train or distil with Megatron's loop. Takes all of Megatron's arguments but those of the model's "
         "shape, which comes from its config.json.",
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import megatron_slim.mcore
+
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
@@ -27,7 +29,7 @@ from megatron_slim.architecture.pipeline_layout import (
     even_layers,
 )
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.cli import ToolParser
+from megatron_slim.command_line import ToolParser
 from megatron_slim.errors import SlimError
 
 TARGET = 1.05  # slowest rank over the mean that needs no explanation

@@ -10,11 +10,14 @@ So the data of training, what counts as consumed, and resuming know nothing of b
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+
+import megatron_slim.mcore
 
 import psutil
 import torch
@@ -33,6 +36,8 @@ from megatron_slim.errors import SlimError
 from megatron_slim.training.data import Batch
 from megatron_slim.training.finite import FiniteWatch
 from megatron_slim.training.teacher_config import DTYPES
+
+logger = logging.getLogger(__name__)
 
 # Flags of Megatron under which a block's batches, or the moment before a schedule, would not be what they seem.
 _NOT_TOGETHER = {
@@ -99,7 +104,7 @@ def check_host_memory(needed: int, args: Any) -> None:
         what = f"--teacher-ahead {args.teacher_ahead} needs {sizes}, of which {available / 1e9:.3g} GB are left"
         raise SlimError(what, fix="give a smaller number of iterations")
     if args.rank == 0:
-        print(f"teacher ahead: hidden states of {args.teacher_ahead} iterations take {sizes}", flush=True)
+        logger.info(f"teacher ahead: hidden states of {args.teacher_ahead} iterations take {sizes}")
 
 
 def block_end(start: int, length: int, args: Any) -> int:

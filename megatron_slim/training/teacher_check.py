@@ -8,11 +8,14 @@ same tokens again, and must give each the same loss up to rounding.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import megatron_slim.mcore
 
 import torch
 from megatron.core import parallel_state
@@ -27,6 +30,8 @@ from megatron_slim.distillation.losses import TokenLosses
 from megatron_slim.distillation.model import DistillationModel
 from megatron_slim.errors import CheckpointError
 from megatron_slim.training.data import Batch, Repeated, first_batch, reference_batch
+
+logger = logging.getLogger(__name__)
 
 GUESSING = 0.95  # a teacher whose cross entropy is above this share of log V has learnt nothing of use
 # Mean difference per token, in nats, that is still rounding. In fp32 it is some 1e-5; in 16 bits 0.01 to 0.03, routers
@@ -61,7 +66,7 @@ def check_teacher(chunks: Sequence[DistillationModel], next_batch: NextBatch, da
         found = _measured(chunks, next_batch, batch, partial(_mean_difference, losses))
         judge_difference(found, tolerance_of(reference, chunks), where)
     elif torch.distributed.get_rank() == 0:
-        print(f"no {REFERENCE} in {where}: its losses are compared with nothing but guessing", flush=True)
+        logger.info(f"no {REFERENCE} in {where}: its losses are compared with nothing but guessing")
 
 
 def tolerance_of(reference: Reference, chunks: Sequence[DistillationModel]) -> float:
@@ -154,7 +159,7 @@ def judge_teacher(loss: float, vocab_size: int, where: Path) -> None:
             fix=FIX,
         )
     if torch.distributed.get_rank() == 0:
-        print(f"teacher lm loss on the first batch: {loss:.6f} (guessing: {uniform:.6f})", flush=True)
+        logger.info(f"teacher lm loss on the first batch: {loss:.6f} (guessing: {uniform:.6f})")
 
 
 def judge_difference(nats: float, tolerance: float, where: Path) -> None:
@@ -171,4 +176,4 @@ def judge_difference(nats: float, tolerance: float, where: Path) -> None:
             "if it was changed on purpose, run tools/evaluate.py --record",
         )
     if torch.distributed.get_rank() == 0:
-        print(f"teacher: the losses of {REFERENCE} to {nats:.2g} nats a token", flush=True)
+        logger.info(f"teacher: the losses of {REFERENCE} to {nats:.2g} nats a token")

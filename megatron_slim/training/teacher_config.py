@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import megatron_slim.mcore
+
 import torch
 from megatron.core.transformer import TransformerConfig
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_slim.pruning.calibration_commands import CalibrationOptions, run_calibrate
-from megatron_slim.pruning.commands import run_plan
+from megatron_slim.cli.calibration_run import CalibrationOptions, run_calibrate
+from megatron_slim.cli.pruning_run import run_plan
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 PRUNE, CALIBRATE, PLAN = "tools/prune_checkpoint.py", "tools/calibrate.py", "tools/plan_pruning.py"

@@ -269,7 +269,7 @@ def test_models_to_choose_from(tool: Any, tmp_path: Path) -> None:
 
 def test_help_is_instant_and_search_imports_no_torch() -> None:
     code = (
-        "import sys; from pathlib import Path; from megatron_slim.planning.commands import *; "
+        "import sys; from pathlib import Path; from megatron_slim.cli.plan_parallelism import *; "
         "from megatron_slim.planning.sources import *; "
         f"m = find_models(Asked(recipe=Path({str(BEST)!r}))); "
         "Search(Job(m.student, m.teacher, Settings(), 256, GPUS['h100'])).run(Wanted([2], [2], [1], [8], [1])); "

@@ -266,7 +266,7 @@ def test_the_tools_go_on(tool: Callable[..., Any], model: HFCheckpoint, tmp_path
 
 def killed_by_tool(model: str, folder: str) -> None:
     """As tools/calibrate.py would run, killed after three modules."""
-    from megatron_slim.pruning.calibration_commands import CalibrationOptions, run_calibrate
+    from megatron_slim.cli.calibration_run import CalibrationOptions, run_calibrate
 
     commit = WorkDir.commit
 

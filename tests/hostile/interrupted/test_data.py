@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from megatron_slim import device, encoding, preprocessing
-from megatron_slim.cli import run_tool
+from megatron_slim.cli.tool import run_tool
 from megatron_slim.data import read_stream
 from megatron_slim.encoding import Options
 from megatron_slim.errors import DataError

@@ -1,9 +1,10 @@
-"""What tools/calibrate.py does, and what of it tools/prune_checkpoint.py does too: options, data, measuring."""
+"""What ``calibrate`` and ``prune`` share: arguments and data of calibration, and the pass itself."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,9 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_slim.architecture.parallelism import Layout
-from megatron_slim.cli import leave_ranks, not_negative, positive, say, user_error
-from megatron_slim.errors import SlimError
+from megatron_slim.command_line import not_negative, positive
+from megatron_slim.errors import SlimError, user_error
 from megatron_slim.files import refuse_existing
+from megatron_slim.processes import leave_ranks
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,18 +113,20 @@ def run_calibrate(
         What was written; nothing on ranks other than 0.
     """
     refuse_existing(save)
-    from megatron_slim.checkpoint.convert import open_checkpoint, say_left_out
+    from megatron_slim.checkpoint.convert import log_left_out, open_checkpoint
 
     _refuse_as_weights(save)
     source = open_checkpoint(load, **reading)
     if layout is None or os.environ["RANK"] == "0":
-        say_left_out(source)
+        log_left_out(source)
     with opened_work_dir(options) as work:
         stats = measure(source, options, work) if layout is None else _measure_parallel(source, options, layout)
         if stats is None:
             return {}
         stats.save(save)
-    say(f"{save}: statistics of {stats.metadata['num_samples']} samples of {stats.metadata['seq_length']} tokens")
+    logger.info(
+        f"{save}: statistics of {stats.metadata['num_samples']} samples of {stats.metadata['seq_length']} tokens"
+    )
     return {"load": str(load), "save": str(save), "sha256": stats.sha256, **stats.metadata}
 
 
@@ -160,39 +166,26 @@ def opened_work_dir(options: CalibrationOptions | None) -> AbstractContextManage
 
 def measure(source: Checkpoint, options: CalibrationOptions, work: WorkDir | None) -> Statistics:
     """Measure in this process; ``work`` as `calibrate.calibrate`."""
-    from megatron_slim import device
-
     samples = _read_samples(source, options)
-    device.install()
     from megatron_slim.pruning.calibrate import calibrate
+    from megatron_slim.pruning.samples import log_calibration
 
-    _say_what(source, samples)
+    log_calibration(source, samples)
     return calibrate(source, samples, micro_batch_size=options.micro_batch_size, work=work)
 
 
 def _measure_parallel(source: Checkpoint, options: CalibrationOptions, layout: Layout) -> Statistics | None:
-    from megatron_slim import device
-
     if options.work_dir is not None:
         raise SlimError("--work-dir is for one process, which streams", fix="leave it out under a launcher")
     if found := layout.violations(source.shape, seq_length=layout.tp):  # the samples' length is not known yet
         raise SlimError("; ".join(found), fix="choose other parallel sizes")
     samples = _read_samples(source, options)
-    device.install()
     from megatron_slim.pruning.parallel import calibrate_parallel
+    from megatron_slim.pruning.samples import log_calibration
 
     if os.environ["RANK"] == "0":
-        _say_what(source, samples, f", {layout.world} processes")
+        log_calibration(source, samples, f", {layout.world} processes")
     return calibrate_parallel(source, samples, layout, micro_batch_size=options.micro_batch_size)
-
-
-def _say_what(source: Checkpoint, samples: npt.NDArray[np.int64], processes: str = "") -> None:
-    from megatron_slim.checkpoint.remarks import remarks
-    from megatron_slim.device import default_dtype
-
-    say(f"calibrating on {samples.shape[0]} samples of {samples.shape[1]} tokens{processes}")
-    for line in remarks(source, default_dtype(), "calibration"):
-        say(line)
 
 
 def _read_samples(source: Checkpoint, options: CalibrationOptions) -> npt.NDArray[np.int64]:

@@ -1,18 +1,21 @@
-"""Measuring the first candidates of a budget, for the tools that plan (no torch until it is done)."""
+"""Measuring the first candidates of a budget, for the commands that plan (no torch until it is done)."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from megatron_slim.cli import positive, say
+from megatron_slim.command_line import positive
 from megatron_slim.errors import SlimError
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from megatron_slim.checkpoint.convert import Checkpoint
-    from megatron_slim.pruning.commands import Measuring
+    from megatron_slim.cli.pruning_run import Measuring
     from megatron_slim.pruning.plan import Plan
 
 DEFAULT_TOP = 3
@@ -46,7 +49,7 @@ def measuring(args: argparse.Namespace) -> Measuring | None:
                 "--search-samples, --search-seq-length or --search-top without data", fix="give --search-data"
             )
         return None
-    from megatron_slim.pruning.commands import Measuring
+    from megatron_slim.cli.pruning_run import Measuring
 
     def losses(source: Checkpoint) -> Callable[[Plan], float]:
         return losses_of(source, args.search_data, args.search_samples, args.search_seq_length)
@@ -74,7 +77,7 @@ def losses_of(
         found = evaluate(cast("Checkpoint", PrunedCheckpoint(plan, source, check_source=False)), samples).loss
         assert plan.search is not None, "only candidates are measured"
         sizes = plan.search.candidates[plan.search.chosen].sizes
-        say(f"candidate {', '.join(f'{axis} {size}' for axis, size in sizes.items())}: loss {found:.4f}")
+        logger.info(f"candidate {', '.join(f'{axis} {size}' for axis, size in sizes.items())}: loss {found:.4f}")
         return found
 
     return loss

@@ -1,19 +1,22 @@
-"""What the pruning tools do: check everything, then measure, plan and apply."""
+"""What ``plan`` and ``prune`` do: check everything, then calibrate, plan and apply."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_slim.cli import VERIFICATION, positive, say
+from megatron_slim.cli.calibration_run import CalibrationOptions, measure, opened_work_dir
+from megatron_slim.command_line import VERIFICATION, positive
 from megatron_slim.errors import RecipeError, SlimError
 from megatron_slim.files import refuse_existing
-from megatron_slim.pruning.calibration_commands import CalibrationOptions, measure, opened_work_dir
 from megatron_slim.recipe import Recipe, load_recipe, select_stage
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from megatron_slim.checkpoint.convert import Checkpoint
@@ -64,21 +67,23 @@ def run_plan(
     refuse_existing(save)
     schedule = load_recipe(recipe_file)
     recipe = select_stage(schedule, stage, where=str(recipe_file))
-    from megatron_slim.checkpoint.convert import open_checkpoint, say_left_out
+    from rich.console import Console
+
+    from megatron_slim.checkpoint.convert import log_left_out, open_checkpoint
     from megatron_slim.pruning.apply import PrunedCheckpoint
-    from megatron_slim.pruning.pipeline import comparison, print_comparison
+    from megatron_slim.pruning.pipeline import comparison, comparison_table
     from megatron_slim.pruning.plan import check_recipe, make_plan
 
     source = open_checkpoint(load, **reading)
-    say_left_out(source)
+    log_left_out(source)
     _check_stage(schedule, stage, source, where=str(recipe_file))
     check_recipe(recipe, source.shape, where=str(recipe_file))
     options = measuring.options(recipe, source, where=str(recipe_file)) if measuring else {}
     plan = make_plan(recipe, _load_stats(stats_file, source), source.shape, **options)
     pruned = PrunedCheckpoint(plan, source, check_source=False)
     plan.save(save)
-    print_comparison(pruned)
-    say(f"{save}: the plan; tools/show_plan.py shows it")
+    Console().print(comparison_table(pruned))
+    logger.info(f"{save}: the plan; tools/show_plan.py shows it")
     return {"load": str(load), "save": str(save), "plan_sha256": plan.sha256, **comparison(pruned)}
 
 
@@ -117,13 +122,15 @@ def run_prune(
         refuse_existing(save)
     schedule = load_recipe(recipe_file) if recipe_file else None
     recipe = select_stage(schedule, stage, where=str(recipe_file)) if schedule else None
-    from megatron_slim.checkpoint.convert import open_checkpoint, say_left_out
+    from rich.console import Console
+
+    from megatron_slim.checkpoint.convert import log_left_out, open_checkpoint
     from megatron_slim.pruning.apply import PrunedCheckpoint
-    from megatron_slim.pruning.pipeline import comparison, print_comparison, write_pruned
+    from megatron_slim.pruning.pipeline import comparison, comparison_table, write_pruned
     from megatron_slim.pruning.plan_reader import load_plan
 
     source = open_checkpoint(load, **(reading or {}))
-    say_left_out(source)
+    log_left_out(source)
     if schedule is not None:
         _check_stage(schedule, stage, source, where=str(recipe_file))
     with opened_work_dir(calibration) as work:
@@ -136,13 +143,13 @@ def run_prune(
             where = str(recipe_file)
             plan, stats = _decide(recipe, source, stats_file, calibration, work, measuring, where=where)
         pruned = PrunedCheckpoint(plan, source, check_source=plan_file is not None)
-        print_comparison(pruned)
+        Console().print(comparison_table(pruned))
         results = {"load": str(load), "plan_sha256": plan.sha256, "dry_run": dry_run, **comparison(pruned)}
         if dry_run:
             return results
         assert save is not None
         written = write_pruned(pruned, save, to=to, stats=stats, **(writing or {}))
-        say(f"{save}: {len(pruned.names)} tensors as {to}, {VERIFICATION[written['verified']]}")
+        logger.info(f"{save}: {len(pruned.names)} tensors as {to}, {VERIFICATION[written['verified']]}")
         return results | {"save": str(save), **written}
 
 

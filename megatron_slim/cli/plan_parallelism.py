@@ -1,15 +1,18 @@
-"""What tools/plan_parallelism.py does."""
+"""Plan a training run: which parallel layouts fit on how many GPUs, how fast each should be, and the flags to paste."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_slim.cli import positive, progress, say
+from megatron_slim.cli.tool import run_command
+from megatron_slim.command_line import positive
 from megatron_slim.errors import SlimError
 from megatron_slim.planning import report
 from megatron_slim.planning.hardware import GPUS, parse_assumptions
@@ -18,6 +21,9 @@ from megatron_slim.planning.memory import rank_counts, rank_memory
 from megatron_slim.planning.search import TOO_LARGE, Candidate, Found, Job, Rejected, Search, why_too_large
 from megatron_slim.planning.sources import Asked, Models, find_models
 from megatron_slim.recipe_budget import whole_number
+from megatron_slim.reporting import progress
+
+logger = logging.getLogger(__name__)
 
 TOKENS = "400B"  # SlimQwen section 3.2
 SCRIPT = Settings()
@@ -95,7 +101,9 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
     if not found.ranked:
         raise _nothing(found, job)
     if not args.json:
-        report.print_plan(found, job, tokens, args.top, built, notes, models.source)
+        from rich.console import Console
+
+        report.show_plan(Console(highlight=False), found, job, tokens, args.top, built, notes, models.source)
     entries = [
         report.candidate_entry(each, job, tokens, built=each.layout.name in built) for each in found.ranked[: args.top]
     ]
@@ -167,7 +175,7 @@ def _build(found: Found, job: Job, count: int) -> dict[str, float]:
         return {}
     from megatron_slim.planning.build import Request, build_ranks, prepare
 
-    say(f"building the modules of {'the best layout' if count == 1 else f'the best {count} layouts'}")
+    logger.info(f"building the modules of {'the best layout' if count == 1 else f'the best {count} layouts'}")
     prepare()
     seconds: dict[str, float] = {}
     position = 0
@@ -206,3 +214,8 @@ def _nothing(found: Found, job: Job) -> SlimError:
         return SlimError(f"no layout fits on {where}; {miss}", fix=fix)
     reasons = [f"{reason} ({count})" for reason, count in found.reasons()[:3]]
     return SlimError(f"no layout is allowed on {where}: {'; '.join(reasons)}", fix="try other sizes")
+
+
+def main(argv: Sequence[str], prog: str) -> None:
+    """Run the command."""
+    run_command(__doc__ or "", add_arguments, run_plan, argv, prog)
