@@ -66,7 +66,10 @@ def test_no_tool_opens_a_connection(
 
 def test_code_of_a_tokenizer_is_not_run(tokenizer: Path, tmp_path: Path) -> None:
     file = tokenizer / "tokenizer_config.json"
-    config = json.loads(file.read_text()) | {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    config = json.loads(file.read_text()) | {
+        "tokenizer_class": "Own",
+        "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]},
+    }
     file.write_text(json.dumps(config))
     (tokenizer / "own.py").write_text(
         f"from pathlib import Path\nPath({str(tmp_path / 'has-run')!r}).touch()\nclass Own: pass\n"
