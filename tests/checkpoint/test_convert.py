@@ -255,7 +255,10 @@ ERRORS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "os.system does not belong",
     ),
     "not a pickle": (lambda path: (path / "release" / ".metadata").write_bytes(b"hello"), "not readable"),
-    "another pickle": (lambda path: (path / "release" / ".metadata").write_bytes(pickle.dumps([1])), "no checkpoint"),
+    "another pickle": (
+        lambda path: (path / "release" / ".metadata").write_bytes(pickle.dumps([1])),
+        "not hold checkpoint metadata",
+    ),
     "torn tracker": (lambda path: (path / "latest_checkpointed_iteration.txt").write_text(""), "neither 'release'"),
     "tracker to nowhere": (
         lambda path: (path / "latest_checkpointed_iteration.txt").write_text("12"),
