@@ -142,8 +142,8 @@ def test_broken_plan_is_refused(name: str, plan_for: PlanFor) -> None:
     [
         (lambda g: g["weights"].pop(), "no weight for every member"),
         (lambda g: g["weights"].__setitem__(0, 2.0), "do not sum to 1"),
-        (lambda g: g["weights"].__setitem__(0, -1.0), "no finite non-negative"),
-        (lambda g: g["members"].reverse(), "no ascending expert indices"),
+        (lambda g: g["weights"].__setitem__(0, -1.0), "negative or not finite"),
+        (lambda g: g["members"].reverse(), "not ascending expert indices"),
         (lambda g: g.clear(), "not an object with 'members' and 'weights'"),
     ],
 )
