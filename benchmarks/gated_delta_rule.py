@@ -49,7 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="on a GPU in bf16, as training there, and fla beside"
+        "--device", choices=("cpu", "cuda"), default="cpu", help="on a GPU in bf16, as training there, and with fla"
     )
     parser.add_argument("--repeats", type=positive, default=3, help="timed rounds; medians are reported")
     return parser.parse_args(argv)

@@ -100,7 +100,7 @@ class LayoutRun:
             if (disk := digger.dig()) > limit:
                 raise SlimError(f"the result takes {disk / 1e9:.0f} GB", where=str(save), fix="--max-disk-gb")
 
-        outcome = run(self._command(direction, save), sample_seconds=SAMPLE_SECONDS, beside=dig)
+        outcome = run(self._command(direction, save), sample_seconds=SAMPLE_SECONDS, meanwhile=dig)
         digger.dig(final=True)
         shape = shape_of_plan(self.plan) if direction.tool == PRUNE else self.shape
         tensors, parameters = (written_in_hf if direction.target == HF else written_in_torch_dist)(save)

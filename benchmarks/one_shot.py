@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--validation-data", type=Path, required=True, metavar="DATA", help="what the losses are measured on, likewise"
     )
-    parser.add_argument("--validation-samples", type=positive, metavar="N", help="draw so many; all if not given")
+    parser.add_argument("--validation-samples", type=positive, metavar="N", help="use N at random; all if not given")
     parser.add_argument("--only", choices=(*TARGETS, ALL), nargs="+", default=[*TARGETS, ALL], help="axes to measure")
     parser.add_argument("--save", type=Path, metavar="FILE", help="new file for the table as Markdown")
     add_calibration_arguments(parser, required=False)

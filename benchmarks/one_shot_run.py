@@ -28,7 +28,7 @@ def measure(args: argparse.Namespace, reading: dict[str, Any]) -> dict[str, Any]
     """Losses of the source and of every variant; ``reading`` goes to `open_checkpoint`.
 
     Raises:
-        SlimError: a faulty input; all of them are looked at before anything is measured.
+        SlimError: an invalid input; all of them are looked at before anything is measured.
     """
     recipe, source = load_recipe(args.recipe), open_checkpoint(args.load, **reading)
     chosen = [variant for variant in variants(recipe) if variant.axis in args.only]

@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
         nargs="+",
         default=[1.0, 3.0],
         metavar="T",
-        help="beside the counted ratio",
+        help="in addition to the counted ratio",
     )
     parser.add_argument("--block", type=positive, default=4, metavar="K", help="steps of --teacher-ahead")
     parser.add_argument("--steps", type=positive, default=4, help="simulated once nothing changes from one to the next")

@@ -56,7 +56,7 @@ def ours(layer: Any, shape: Any, batches: list[Tensor]) -> dict[str, Tensor]:
 
 
 def theirs(layer: Any, batches: list[Tensor], topk: int) -> dict[str, Tensor]:
-    """The same from their code, which wants the output of every expert for every token.
+    """The same from their code, which needs the output of every expert for every token.
 
     They average the router's similarity batch by batch; it is taken over all tokens at once here, by their distance.
     """

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Measure what the log costs: time inside of everything that measures and tells, over the time of training steps.
+"""Measure what the log costs: time inside of everything that measures and logs, over the time of training steps.
 
-One process trains the student of kd_step.py beside its teacher, in Megatron's loop, and logs every iteration, which is
+One process trains the student of kd_step.py with its teacher, in Megatron's loop, and logs every iteration, which is
 the most that can be asked for. See docs/benchmarks.md.
 """
 

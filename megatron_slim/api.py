@@ -33,7 +33,7 @@ from megatron_slim.pruning.plan import make_plan as _make_plan
 from megatron_slim.pruning.plan_reader import load_plan
 from megatron_slim.pruning.samples import log_calibration, read_calibration_samples
 from megatron_slim.pruning.statistics import Statistics
-from megatron_slim.recipe import Recipe, load_recipe, parse_recipe, select_stage
+from megatron_slim.recipe import Recipe, load_recipe, parse_recipe, select_phase
 from megatron_slim.reporting import Progress, use_progress
 
 if TYPE_CHECKING:
@@ -131,8 +131,8 @@ def read_recipe(recipe: StrPath | Mapping[str, Any], *, phase: int | None = None
         RecipeError: it breaks the schema; lists every violation.
     """
     if isinstance(recipe, Mapping):
-        return select_stage(parse_recipe(recipe), phase, where="recipe")
-    return select_stage(load_recipe(Path(recipe)), phase, where=str(recipe))
+        return select_phase(parse_recipe(recipe), phase, where="recipe")
+    return select_phase(load_recipe(Path(recipe)), phase, where=str(recipe))
 
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint | StrPath, statistics: Statistics) -> Plan:

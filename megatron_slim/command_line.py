@@ -11,7 +11,7 @@ from megatron_slim.errors import EXIT_USER_ERROR
 
 
 class ToolParser(argparse.ArgumentParser):
-    """An argument parser whose complaint is one line, as every other error of a tool is."""
+    """An argument parser whose error is one line, as every other error of a tool is."""
 
     def error(self, message: str) -> NoReturn:
         """End the tool."""

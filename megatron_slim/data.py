@@ -17,7 +17,7 @@ Tokens = npt.NDArray[np.int64]
 # Of each data set before a run, in stretches from its beginning to its end. All of it would be hours of reading where
 # data are terabytes; training looks at what it reads.
 _SEEN_TOKENS, _STRETCHES = 1 << 20, 16
-_AGAIN = "run tools/preprocess_data.py again"
+_AGAIN = "run megatron-slim preprocess again"
 
 
 def read_samples(
@@ -36,10 +36,10 @@ def read_samples(
     Args:
         data: prefix of a Megatron .bin/.idx pair (either file name is accepted too), a ``.npy`` file, or its matrix.
         seq_length: tokens per sample; for a matrix None or its width.
-        num_samples: number of samples; fewer than there are draws at random without replacement, kept in the order of
+        num_samples: number of samples; if fewer than there are, random ones, in the order of
             the data. None takes all.
         vocab_size: ids must be smaller than this; None is any.
-        seed: of the random draw.
+        seed: of the random choice.
 
     Returns:
         Token ids, int64 [samples, sequence].
@@ -69,7 +69,7 @@ def data_prefix(path: Path, *, or_matrix: bool = False) -> Path:
 
     Args:
         path: as a user gave it.
-        or_matrix: whether a ``.npy`` matrix would do as well, which a refusal then says.
+        or_matrix: whether a ``.npy`` matrix would do as well, which the error then says.
 
     Raises:
         DataError: one or both of the files are missing.
@@ -89,7 +89,7 @@ def data_prefix(path: Path, *, or_matrix: bool = False) -> Path:
             if or_matrix
             else "not the prefix of a Megatron .bin/.idx pair",
             where=name,
-            fix="tokenize text with tools/preprocess_data.py",
+            fix="tokenize text with megatron-slim preprocess",
         )
     fix = "give the prefix of a .bin/.idx pair" + (", or a .npy matrix" if or_matrix else "")
     raise DataError("no such data", where=name, fix=fix)
@@ -131,7 +131,7 @@ def _open_windows(prefix: Path, seq_length: int | None) -> npt.NDArray[Any]:
 def read_stream(prefix: Path) -> npt.NDArray[Any]:
     """All documents of a Megatron data set one after the other, memory-mapped.
 
-    Megatron's own reader takes seconds to import, and opens a truncated .bin without complaint.
+    Megatron's own reader takes seconds to import, and opens a truncated .bin without an error.
 
     Raises:
         DataError: the index is not one, holds no integer ids, or the .bin is not as long as the index says.
@@ -154,7 +154,7 @@ def open_stream(prefix: Path, vocab_size: int | None) -> tuple[npt.NDArray[Any],
     """A data set that a model with ``vocab_size`` ids can read, as `read_stream`, and the largest id that was seen.
 
     Raises:
-        DataError: as `read_stream`; or ids of another vocabulary, as far as its type and a part of it tell.
+        DataError: as `read_stream`; or ids of another vocabulary, as far as its type and a part of it show.
     """
     stream, where = read_stream(prefix), f"{prefix}.bin"
     _check_type(stream.dtype, vocab_size, where)

@@ -52,7 +52,7 @@ class Source:
     def texts(self, keys: Sequence[str]) -> Texts:
         """The document's text under each of ``keys``; a text file has the same text under all of them.
 
-        JSON may name half of a surrogate pair, which is no character: no tokenizer takes it. It is what is left of one
+        JSON may name half of a surrogate pair, not a character: no tokenizer takes it. It is what is left of one
         that another program cut in two, so the rest of the document is kept.
 
         Raises:

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 
 EXIT_USER_ERROR = 2
 MAX_MESSAGE = 4000
-_ROOM, _ACCESS, _NAME = "make room", "check its permissions", "choose another name"
+_SPACE, _ACCESS, _NAME = "make space", "check its permissions", "choose another name"
 _STORAGE = "check the storage it is on and run again"
 # What the operating system refuses and a user can fix: what to do about it.
 _FIXES = {
-    errno.ENOSPC: _ROOM,
-    errno.EDQUOT: f"{_ROOM} or ask for a larger quota",
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: f"{_SPACE} or ask for a larger quota",
     errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
     errno.EIO: _STORAGE,
     errno.ESTALE: _STORAGE,
@@ -32,7 +32,7 @@ _FIXES = {
 
 
 class SlimError(Exception):
-    """Something the user can mend.
+    """Something the user can fix.
 
     The message is one line: what is wrong, where (file, key, value), and what to do about it.
     Tools print it as ``error: <message>`` and exit with code 2.

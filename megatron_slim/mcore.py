@@ -16,3 +16,4 @@ with warnings.catch_warnings():
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     device.install()
+warnings.filterwarnings("ignore", message="full scope is deprecated", module=r"megatron\.")  # of its own default

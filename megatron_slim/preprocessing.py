@@ -46,6 +46,8 @@ class _Writer:
     """A Megatron data set under temporary names, renamed by `publish`."""
 
     def __init__(self, prefix: Path, directory: Path, dtype: Any) -> None:
+        import megatron_slim.mcore
+
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
         self.prefix, self.temporary = prefix, directory / TEMPORARY
@@ -172,9 +174,8 @@ def preprocess(
     with contextlib.ExitStack() as stack:
         directories = {key: stack.enter_context(_building(prefix)) for key, prefix in prefixes.items()}
         encoder = Encoder(options)
-        from megatron_slim import device
+        import megatron_slim.mcore
 
-        device.install()
         from megatron.core.datasets.indexed_dataset import DType
 
         dtype = DType.optimal_dtype(encoder.tokenizer.vocab_size)

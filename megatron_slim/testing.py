@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from megatron_slim import device
-from megatron_slim.architecture.shape import FAMILIES, ModelShape, lacking, layer_pattern, shape_to_hf_config
+from megatron_slim.architecture.shape import FAMILIES, ModelShape, layer_pattern, shape_to_hf_config, unused_fields
 from megatron_slim.architecture.table import hf_tensors
+from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.huggingface_writer import specs_of, write_hf_checkpoint
 from megatron_slim.processes import exit_at_once
 
@@ -59,7 +60,7 @@ def tiny_shape(model_type: str = "qwen3_next", **overrides: Any) -> ModelShape:
         "layernorm_epsilon": 1e-6,
         "norm_topk_prob": True,
     }
-    shape = ModelShape(**{**sizes, **lacking(family), **overrides})
+    shape = ModelShape(**{**sizes, **unused_fields(family), **overrides})
     shape.validate()
     return shape
 
@@ -126,7 +127,7 @@ def write_tiny_checkpoint(
     tensors = random_tensors(shape, seed, dtype, float32)
     specs = specs_of(shape, {name: tensor.dtype for name, tensor in tensors.items()})
     total, largest = sum(spec.nbytes for spec in specs), max(spec.nbytes for spec in specs)
-    config = tiny_hf_config(shape) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    config = tiny_hf_config(shape) | {"torch_dtype": dtype_name(dtype)}
     limit = total if shards == 1 else total // shards + largest
     write_hf_checkpoint(directory, config, specs, tensors.items(), max_shard_bytes=limit)
     return directory

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import json
 import logging
+import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors import safe_open
+import torch
+from safetensors.torch import load_file
 
 import megatron_slim as slim
 from megatron_slim import api
-from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
+from megatron_slim.testing import tiny_shape, write_tiny_checkpoint, write_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_slim"
@@ -75,8 +78,7 @@ def content(directory: Path) -> dict[str, bytes]:
     """Every tensor of a Hugging Face directory as the bytes that the files hold."""
     found = {}
     for path in directory.glob("*.safetensors"):
-        with safe_open(path, framework="numpy") as file:
-            found |= {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
+        found |= {name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in load_file(path).items()}
     return found
 
 
@@ -124,6 +126,34 @@ def test_convert_and_evaluate(teacher: Path, samples: np.ndarray[Any, Any], tmp_
     one, other = slim.evaluate(teacher, samples), slim.evaluate(tmp_path / "dist", samples)
     assert one == other and one.loss == pytest.approx(np.log(tiny_shape().vocab_size), rel=0.2)
     assert len(one.mtp_loss) == tiny_shape().mtp_num_layers and one.perplexity > 1
+
+
+def examples() -> list[tuple[str, str]]:
+    """Page and code of every example that goes from a checkpoint to a pruned one."""
+    text = str(slim.__doc__)
+    indented = text[text.index("    import") : text.rindex("The names")]
+    blocks = [("megatron_slim", textwrap.dedent(indented))]
+    for page in ("README.md", "docs/python_api.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        codes = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+        blocks += [(page, code) for code in codes if "calibrate(" in code]
+    return blocks
+
+
+@pytest.mark.parametrize("page_and_code", examples(), ids=lambda example: example[0])
+def test_examples_of_the_docs_run(
+    page_and_code: tuple[str, str], teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a tiny model and a tiny recipe under the published names: a file comes before a name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Qwen3-Next-80B-A3B").symlink_to(teacher)
+    (tmp_path / "qwen3_next_80a3b_to_23a2b").write_text(json.dumps(RECIPE))
+    for name in ("corpus_text_document", "validation_text_document"):
+        write_tokens(tmp_path / name, [np.arange(64) % 100])
+    code = page_and_code[1].replace("seq_length=4096", "seq_length=16").replace("num_samples=1024", "num_samples=2")
+    code = code.replace('"corpus_text_document")', '"corpus_text_document", num_samples=2, seq_length=16)')
+    exec(code, {})
+    assert slim.open_checkpoint("student").shape.hidden_size == RECIPE["target"]["hidden_size"]  # type: ignore[index]
 
 
 def test_what_a_caller_can_fix_is_a_slim_error(teacher: Path, samples: np.ndarray[Any, Any], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import io
 import logging
@@ -158,8 +159,8 @@ def refusal(code: int, *name: str) -> Callable[[], object]:
 @pytest.mark.parametrize(
     ("code", "line"),
     [
-        (errno.ENOSPC, "no space left on device; make room"),
-        (errno.EDQUOT, "disk quota exceeded; make room or ask for a larger quota"),
+        (errno.ENOSPC, "no space left on device; make space"),
+        (errno.EDQUOT, "disk quota exceeded; make space or ask for a larger quota"),
         (errno.EFBIG, "file too large; raise the limit of file sizes (ulimit -f)"),
         (errno.EIO, "input/output error; check the storage it is on and run again"),
         (errno.ESTALE, "stale file handle; check the storage it is on and run again"),
@@ -246,6 +247,17 @@ def test_progress_of_an_unknown_number_in_a_log(
             now += 10.0
             advance(1500)
     assert capsys.readouterr().err == "tokenizing: 4,500 tokens, 150 tokens/s\n"
+
+
+def test_only_commands_print() -> None:
+    """A library that prints cannot be used by another program; processes that end on an error are the exception."""
+    found = []
+    for path in sorted((ROOT / "megatron_slim").rglob("*.py")):
+        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        prints = any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls)
+        if prints and path.parent.name != "cli":
+            found.append(path.name)
+    assert found == ["processes.py"]
 
 
 def test_without_a_command_the_library_is_silent(capsys: pytest.CaptureFixture[str]) -> None:

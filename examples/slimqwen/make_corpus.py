@@ -19,7 +19,7 @@ from megatron_slim.command_line import tool_parser
 from megatron_slim.errors import DataError, SlimError
 from megatron_slim.files import new_directory
 
-# Tests, other people's packages, and generated tables would teach a model to recite rather than to write.
+# Tests, other people's packages, and generated tables would train a model to recite rather than to write.
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "lib2to3", "pydoc_data"}
 
 

@@ -52,7 +52,7 @@ DATA=${DATA:-}             # prefix of a .bin/.idx pair, or "weight prefix weigh
 VALID_DATA=${VALID_DATA:-} # the same, for validation; without it a part of DATA is set aside
 [[ -n $SAVE ]] || fail "SAVE is not set; it is the directory for checkpoints and logs, and a run found there is resumed"
 [[ -n $DATA ]] || fail "DATA is not set; make it with megatron-slim preprocess"
-[[ -n $STUDENT || -n $HF_CONFIG ]] || fail "neither STUDENT nor HF_CONFIG is set; see the head of ${BASH_SOURCE[0]}"
+[[ -n $STUDENT || -n $HF_CONFIG ]] || fail "neither STUDENT nor HF_CONFIG is set; see the first lines of ${BASH_SOURCE[0]}"
 
 # Layout: NPROC_PER_NODE processes a node, of which TP x PP hold one copy of both models and the rest is data parallel.
 TP=${TP:-1}
@@ -72,7 +72,7 @@ LAUNCHER=${LAUNCHER:-$([[ -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]] && ec
 SEQ_LENGTH=${SEQ_LENGTH:-4096}
 MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-1}
 GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-1024}
-# PROGRESSIVE=1: the student is that of a stage of a recipe, and takes its part in the one schedule of all stages, whose
+# PROGRESSIVE=1: the student is that of a phase of a recipe, and takes its part in the one schedule of all phases, whose
 # length follows from the recipe's tokens.
 PROGRESSIVE=${PROGRESSIVE:-0}
 length_args=(--progressive-schedule ${TRAIN_ITERS:+--train-iters "$TRAIN_ITERS"})
@@ -126,7 +126,7 @@ if [[ -n $STUDENT ]]; then args+=(--pretrained-checkpoint "$STUDENT"); fi
 if [[ -n $HF_CONFIG ]]; then args+=(--hf-config "$HF_CONFIG"); fi
 if [[ -n $TEACHER ]]; then args+=(--teacher-load "$TEACHER"); fi
 
-# Variables that ranks need, beside those of the environment. One hardware queue makes kernels start in the order in
+# Variables that ranks need in addition to those of the environment. One hardware queue makes kernels start in the order in
 # which they were launched, by which tensor parallelism overlaps up to Hopper (Megatron insists on it); Blackwell has
 # another way, and there, as for overlapped all-to-all of experts, streams should not wait for each other.
 compute_capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 || true)

@@ -48,7 +48,7 @@ slurm_prepare() { # slurm_prepare [Megatron's flags]
   MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # two jobs may share a node
 }
 
-# What of the environment a container must be told, since its image may have set it otherwise.
+# Variables that must be passed into a container, since its image may have set it otherwise.
 node_environment() {
   local name
   while read -r name; do
@@ -75,7 +75,7 @@ slurm_launch() { # slurm_launch LOG READY
   local environment mounts
   mapfile -t environment < <(node_environment)
   mounts=$(node_mounts | paste -sd ,)
-  # A launcher that has ended gives the others a minute, in which they find the same fault, or have lost their peer.
+  # A launcher that has ended gives the others a minute, in which they find the same error, or have lost their peer.
   launch=(srun --nodes "$NNODES" --ntasks "$NNODES" --ntasks-per-node 1 --mpi none --cpu-bind none)
   if [[ -n ${SLURM_CPUS_ON_NODE:-} ]]; then launch+=(--cpus-per-task "$SLURM_CPUS_ON_NODE"); fi
   launch+=(--kill-on-bad-exit 0 --wait 60 --label --open-mode append --output "$1")
@@ -111,7 +111,7 @@ slurm_run() {
   wait "$step" || code=$?
   rm -f "$ready"
   echo "job $SLURM_JOB_ID: ended with code $code at checkpoint $(last_checkpoint)"
-  # Slurm may also have told the ranks alone.
+  # Slurm may also have signalled the ranks alone.
   if grep -qs "exiting program after receiving SIGTERM" "$log"; then signalled=1; fi
   if [[ -n $signalled && $code != 2 ]]; then
     code=0
@@ -147,7 +147,7 @@ requeue() { # requeue CHECKPOINT-AT-THE-START
   scontrol requeue "$SLURM_JOB_ID"
 }
 
-# Outside of a job: hand this very script to Slurm, its output beside the checkpoints.
+# Outside of a job: hand this very script to Slurm, its output next to the checkpoints.
 slurm_submit() { # slurm_submit [Megatron's flags]
   local submit
   NNODES=${SETTINGS_NODES:-$NNODES}

@@ -35,7 +35,7 @@ def train_tokenizer(inputs: Sequence[Path], output: Path, *, vocab_size: int, ke
 
     check_inputs(inputs)
     if vocab_size <= 257:
-        raise SlimError(f"--vocab-size {vocab_size} leaves no room beside 256 bytes and {END_OF_TEXT}")
+        raise SlimError(f"--vocab-size {vocab_size} is too small for 256 bytes and {END_OF_TEXT}")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

@@ -94,7 +94,7 @@ class LocalAttention(DotProductAttention):
 
 
 class LocalBackend(LocalSpecProvider):
-    """Megatron-Core's local backend with norms that may be zero-centred, and attention that may be shared out."""
+    """Megatron-Core's local backend with norms that may be zero-centred, and attention that may be sharded."""
 
     def core_attention(self) -> type:
         """The module that attends."""

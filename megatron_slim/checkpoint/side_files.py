@@ -1,4 +1,4 @@
-"""What lies beside the weights of a checkpoint directory: what goes along to a new one, and what does not."""
+"""Side files of a checkpoint directory: which are copied to a new one, and which are not."""
 
 from __future__ import annotations
 

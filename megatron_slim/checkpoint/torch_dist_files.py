@@ -37,9 +37,9 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_slim.checkpoint.archives import Frame, Window, locate_data, make_frame, saved_object
 from megatron_slim.checkpoint.raw_files import OpenFile, OpenFiles, OutputFile, as_bytes, as_tensor
+from megatron_slim.checkpoint.torch_dist_names import METADATA
 from megatron_slim.errors import CheckpointError, summarise
 
-METADATA = ".metadata"
 MAX_FILE_BYTES = 4_000_000_000
 _PASS_BYTES = 8 << 20
 MAX_METADATA_BYTES = 2_000_000_000  # the published 80B model takes 15 MB; optimizer states of many ranks, much more
@@ -47,7 +47,7 @@ MAX_METADATA_BYTES = 2_000_000_000  # the published 80B model takes 15 MB; optim
 
 @dataclass(frozen=True)
 class Piece:
-    """A rectangle of a tensor and where its archive lies."""
+    """A rectangle of a tensor and where its archive is."""
 
     file: Path
     offsets: tuple[int, ...]
@@ -100,7 +100,7 @@ class PieceWriter:
         return piece
 
     def add_object(self, key: str, value: Any) -> None:
-        """Append an object that is no tensor."""
+        """Append an object that is not a tensor."""
         file, position, length = self._append(saved_object(value))
         self.part.objects[key] = Piece(file, (), (), torch.uint8, position, length)
 
@@ -197,7 +197,7 @@ def read_metadata(directory: Path) -> Metadata:
     if file.is_symlink():
         raise CheckpointError("is a link, which is not followed", where=str(file), fix="copy the file here")
     if file.stat().st_size > MAX_METADATA_BYTES:
-        raise CheckpointError(f"is {file.stat().st_size} bytes long: no checkpoint metadata", where=str(file))
+        raise CheckpointError(f"is {file.stat().st_size} bytes long: not checkpoint metadata", where=str(file))
     try:
         metadata = _MetadataUnpickler(io.BytesIO(file.read_bytes())).load()
         _validate(metadata)
@@ -211,7 +211,7 @@ def read_metadata(directory: Path) -> Metadata:
 def _validate(metadata: Any) -> None:
     """Unpickling sets attributes unchecked: look at the type of everything that will be used."""
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise ValueError("holds no checkpoint metadata")
+        raise ValueError("does not hold checkpoint metadata")
     if not isinstance(metadata.state_dict_metadata, dict):
         raise ValueError("holds no table of entries")
     for index, info in metadata.storage_data.items():
@@ -221,7 +221,7 @@ def _validate(metadata: Any) -> None:
             raise ValueError(f"malformed storage of {index.fqn}")
     for key, entry in metadata.state_dict_metadata.items():
         if not isinstance(key, str):
-            raise ValueError("a key that is no name")
+            raise ValueError("a key that is not a name")
         if isinstance(entry, TensorStorageMetadata) and not _well_formed(entry):
             raise ValueError(f"malformed entry {key}")
 
@@ -241,15 +241,15 @@ def _well_formed(entry: TensorStorageMetadata) -> bool:
 def locate_pieces(
     directory: Path, entries: Mapping[str, TensorStorageMetadata], storage: Mapping[MetadataIndex, _StorageInfo]
 ) -> dict[str, list[Piece]]:
-    """Where the pieces of every tensor lie, by first row; all bytes must be there and every element covered once."""
+    """Where the pieces of every tensor are, by first row; all bytes must be there and every element covered once."""
     found: dict[str, list[Piece]] = defaultdict(list)
     sizes: dict[str, int] = {}
-    faults = []
+    violations = []
     for key, entry in entries.items():
         for chunk in entry.chunks:
             info = storage.get(MetadataIndex(key, chunk.offsets))
             if info is None or info.relative_path != os.path.basename(info.relative_path):
-                faults.append(f"{key} lies in no file of this directory")
+                violations.append(f"{key} is in no file of this directory")
                 continue
             file = directory / info.relative_path
             if info.relative_path not in sizes:
@@ -257,14 +257,14 @@ def locate_pieces(
                 sizes[info.relative_path] = file.stat().st_size if regular else -1
             if info.offset + info.length > sizes[info.relative_path]:
                 state = "truncated" if sizes[info.relative_path] >= 0 else "missing"
-                faults.append(f"{info.relative_path} is {state}: {key} lies there")
+                violations.append(f"{info.relative_path} is {state}: {key} is there")
             rectangle = tuple(chunk.offsets), tuple(chunk.sizes)
             found[key].append(Piece(file, *rectangle, entry.properties.dtype, info.offset, info.length))
         found[key].sort(key=lambda piece: piece.offsets)
         if not _cover(tuple(entry.size), found[key]):
-            faults.append(f"the pieces of {key} do not make up the whole")
-    if faults:
-        raise CheckpointError(summarise(faults), where=str(directory), fix="the checkpoint is damaged")
+            violations.append(f"the pieces of {key} do not make up the whole")
+    if violations:
+        raise CheckpointError(summarise(violations), where=str(directory), fix="the checkpoint is damaged")
     return dict(found)
 
 
@@ -316,7 +316,7 @@ class PieceReader:
             [rows, remaining dimensions].
 
         Raises:
-            CheckpointError: the bytes are not the tensor that the metadata promises.
+            CheckpointError: the bytes are not the tensor that the metadata describes.
         """
         shape = (rows.size, *piece.sizes[dims:])
         if rows.size == math.prod(piece.sizes[:dims]) and bool(np.all(np.diff(rows) == 1)):
@@ -361,7 +361,7 @@ class PieceReader:
     def _locate(self, piece: Piece) -> tuple[int, int | None]:
         """Byte of its file at which the data start, and their CRC-32 if it was written.
 
-        One framed as one parsed before lies as that does.
+        One framed as one parsed before has the same layout.
         """
         known = self._frames.get((piece.sizes, piece.dtype))
         if known is not None:
@@ -376,7 +376,7 @@ class PieceReader:
             start, crc_at = locate_data(window, piece.length, piece.sizes, piece.dtype)
         except ValueError as error:
             raise CheckpointError(
-                f"byte {piece.position} is no tensor as {METADATA} has it ({error})", where=str(piece.file)
+                f"byte {piece.position} is not the tensor that {METADATA} describes ({error})", where=str(piece.file)
             ) from None
         end = start + piece.nbytes
         head, tail = self._ends(piece, start, piece.length - end)

@@ -1,6 +1,6 @@
 """Measure what pruning decides by: importances of hidden dimensions, layers, experts, neurons and heads.
 
-One process streams through the model; under tools/torchrun.py the model is laid out over all processes.
+One process streams through the model; under megatron-slim torchrun the model is sharded over all processes.
 """
 
 from __future__ import annotations

@@ -52,13 +52,13 @@ def add_calibration_arguments(parser: argparse.ArgumentParser, *, required: bool
     )
     group.add_argument("--num-samples", type=positive, help="samples, drawn at random (.bin: 1024 if not given)")
     group.add_argument("--seq-length", type=positive, help="tokens per sample (.bin: at most 4096 if not given)")
-    group.add_argument("--seed", type=not_negative, default=1234, help="seed of the draw")
+    group.add_argument("--seed", type=not_negative, default=1234, help="seed of the random choice")
     group.add_argument("--micro-batch-size", type=positive, help="samples in one forward pass (about 4096 tokens)")
     group.add_argument(
         "--work-dir",
         type=Path,
         metavar="DIR",
-        help="keep hidden states here, not in memory, and progress: the same command goes on after a kill",
+        help="keep hidden states here, not in memory, and progress: the same command resumes after a kill",
     )
 
 
@@ -72,7 +72,7 @@ def calibration_options(args: argparse.Namespace) -> CalibrationOptions:
 def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     """The parallel sizes, under Megatron's names."""
     group = parser.add_argument_group(
-        "parallel calibration", "under tools/torchrun.py; processes beyond these sizes are data parallel"
+        "parallel calibration", "under megatron-slim torchrun; processes beyond these sizes are data parallel"
     )
     for kind in ("tensor", "pipeline", "expert"):
         group.add_argument(f"--{kind}-model-parallel-size", type=positive, default=1, help=f"{kind} parallel size")
@@ -93,7 +93,7 @@ def layout_options(args: argparse.Namespace) -> Layout | None:
     if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
         return layout
     if layout != Layout(layout.world):
-        raise SlimError("parallel sizes need processes", fix="start it with tools/torchrun.py --nproc-per-node N")
+        raise SlimError("parallel sizes need processes", fix="start it with megatron-slim torchrun --nproc-per-node N")
     return None
 
 
@@ -131,26 +131,26 @@ def run_calibrate(
 
 
 def _refuse_as_weights(save: Path) -> None:
-    """Refuse a name that clients would load as weights of the model beside it."""
+    """Refuse a name that clients would load as weights of the model next to it."""
     from megatron_slim.checkpoint.huggingface_files import INDEX, SINGLE
 
     if save.suffix == ".safetensors" and any((save.parent / name).exists() for name in (INDEX, SINGLE)):
         fix = "name it calibration.stats, or save it elsewhere"
-        raise SlimError("would be read as weights by what serves the model beside it", where=str(save), fix=fix)
+        raise SlimError("would be read as weights by what serves the model next to it", where=str(save), fix=fix)
 
 
 def run_rank(load: Path, save: Path, options: CalibrationOptions, layout: Layout, **reading: Any) -> dict[str, Any]:
-    """`run_calibrate` on one rank of many: a fault is said in one line, and every rank leaves with exit code 2."""
+    """`run_calibrate` on one rank of many: an error is one line, and every rank leaves with exit code 2."""
     try:
         results = run_calibrate(load, save, options, layout, **reading)
     except Exception as error:
-        fault = user_error(error)
-        if fault is None:
+        mistake = user_error(error)
+        if mistake is None:
             raise
-        leave_ranks(fault)
+        leave_ranks(mistake)
     import torch
 
-    torch.distributed.barrier()  # nobody leaves with success before the file is there
+    torch.distributed.barrier()  # no rank leaves with success before the file is there
     torch.distributed.destroy_process_group()
     return results
 

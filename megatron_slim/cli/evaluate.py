@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--record",
         action="store_true",
-        help="keep the losses of the first tokens in slim_reference.json beside the checkpoint: training compares its "
+        help="keep the losses of the first tokens in slim_reference.json next to the checkpoint: training compares its "
         "teacher with them before the first step",
     )
 

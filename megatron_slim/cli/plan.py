@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_slim.cli.pruning_run import add_stage_argument, run_plan
+from megatron_slim.cli.pruning_run import add_phase_argument, run_plan
 from megatron_slim.cli.search_arguments import add_search_arguments, measuring
 from megatron_slim.cli.tool import run_command
 from megatron_slim.command_line import add_load_arguments, load_options
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="statistics, or the pruned checkpoint that keeps them",
     )
     parser.add_argument("--recipe", type=Path, required=True, metavar="YAML", help="what the model is to become")
-    add_stage_argument(parser)
+    add_phase_argument(parser)
     parser.add_argument("--save", type=Path, required=True, metavar="FILE", help="new file, plan.json")
     add_search_arguments(parser)
 
@@ -36,7 +36,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         args.stats,
         args.recipe,
         args.save,
-        stage=args.stage,
+        phase=args.phase,
         measuring=measuring(args),
         **load_options(args),
     )

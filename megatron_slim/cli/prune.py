@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slim.cli.calibration_run import add_calibration_arguments, calibration_options
-from megatron_slim.cli.pruning_run import add_stage_argument, refuse_conflicts, run_prune
+from megatron_slim.cli.pruning_run import add_phase_argument, refuse_conflicts, run_prune
 from megatron_slim.cli.search_arguments import add_search_arguments, measuring
 from megatron_slim.cli.tool import run_command
 from megatron_slim.command_line import add_load_arguments, add_write_arguments, load_options, write_options
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_load_arguments(parser, "prune")
     parser.add_argument("--save", type=Path, metavar="DIR", help="new directory for the result")
     parser.add_argument("--recipe", type=Path, metavar="YAML", help="what the model is to become")
-    add_stage_argument(parser)
+    add_phase_argument(parser)
     parser.add_argument(
         "--stats",
         type=Path,
@@ -42,7 +42,7 @@ def prune(args: argparse.Namespace) -> dict[str, Any]:
         args.save,
         to=args.to,
         recipe_file=args.recipe,
-        stage=args.stage,
+        phase=args.phase,
         plan_file=args.plan,
         stats_file=args.stats,
         calibration=calibration_options(args) if args.calibration_data else None,

@@ -6,7 +6,7 @@ import argparse
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from megatron_slim.command_line import positive
 from megatron_slim.errors import SlimError
@@ -31,7 +31,7 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         help="evaluate the best candidates, unwritten and untrained, on this .bin/.idx prefix or .npy matrix, and take "
         "the one of the least loss",
     )
-    group.add_argument("--search-samples", type=positive, metavar="N", help="draw so many samples; all if not given")
+    group.add_argument("--search-samples", type=positive, metavar="N", help="use N at random; all if not given")
     group.add_argument("--search-seq-length", type=positive, metavar="L", help="tokens per sample; needed with .bin")
     group.add_argument("--search-top", type=positive, metavar="K", help=f"evaluate so many ({DEFAULT_TOP})")
 
@@ -73,8 +73,7 @@ def losses_of(
         from megatron_slim.evaluation.perplexity import evaluate
         from megatron_slim.pruning.apply import PrunedCheckpoint
 
-        # Evaluation reads sizes and tensors, which a pruned checkpoint gives without being on disk.
-        found = evaluate(cast("Checkpoint", PrunedCheckpoint(plan, source, check_source=False)), samples).loss
+        found = evaluate(PrunedCheckpoint(plan, source, check_source=False), samples).loss
         assert plan.search is not None, "only candidates are measured"
         sizes = plan.search.candidates[plan.search.chosen].sizes
         logger.info(f"candidate {', '.join(f'{axis} {size}' for axis, size in sizes.items())}: loss {found:.4f}")

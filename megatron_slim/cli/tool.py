@@ -65,7 +65,7 @@ def run_tool(main: Callable[[], dict[str, Any]], *, as_json: bool) -> None:
     except BrokenPipeError:
         if not _reader_left():
             raise
-        # Python flushes both at its end, and would complain.
+        # Python flushes both when it ends, and would print an error.
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         raise SystemExit(128 + signal.SIGPIPE) from None

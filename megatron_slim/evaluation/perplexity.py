@@ -17,6 +17,7 @@ import torch
 from megatron_slim import device
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint, log_left_out, open_checkpoint
+from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.reference import Reference
 from megatron_slim.checkpoint.remarks import remarks
 from megatron_slim.data import Tokens, read_samples
@@ -97,7 +98,7 @@ def evaluate_checkpoint(
     record: bool = False,
     **reading: Any,
 ) -> dict[str, Any]:
-    """Evaluate a Hugging Face or torch_dist directory; what tools/evaluate.py runs.
+    """Evaluate a Hugging Face or torch_dist directory; what megatron-slim evaluate runs.
 
     ``record`` writes a `Reference` into ``load``; ``reading`` goes to `open_checkpoint`.
 
@@ -115,7 +116,7 @@ def evaluate_checkpoint(
         logger.info(line)
     result = evaluate(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype)
     if record:
-        Reference.of(samples.tolist(), result.token_losses, str(dtype).removeprefix("torch.")).save(load)
+        Reference.of(samples.tolist(), result.token_losses, dtype_name(dtype)).save(load)
     return {
         "loss": result.loss,
         "perplexity": result.perplexity,
@@ -123,6 +124,6 @@ def evaluate_checkpoint(
         "mtp_loss": list(result.mtp_loss),
         "samples": samples.shape[0],
         "seq_length": samples.shape[1],
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "load": str(load),
     }

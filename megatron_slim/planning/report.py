@@ -122,7 +122,7 @@ def show_plan(
 ) -> None:
     """Tables and flags on ``console``, as wide as it is."""
     models = [("student", job.student), ("teacher", job.teacher)]
-    named = " beside ".join(f"{_size(shape)} {name}" for name, shape in models if shape is not None)
+    named = " with ".join(f"{_size(shape)} {name}" for name, shape in models if shape is not None)
     settings = job.settings
     console.print(
         f"{named}, {tokens / 1e9:,.3g}B tokens in steps of {settings.global_batch} x {settings.seq_length}, "
@@ -205,10 +205,10 @@ def _show_reasons(console: Console, found: Found, top: int) -> None:
     )
     reasons = found.reasons()
     for reason, count in reasons[:SHOWN_REASONS]:
-        said = f"as {reason}"
+        why = f"as {reason}"
         if reason == TOO_LARGE and found.nearest is not None:
-            said = f"{TOO_LARGE}; nearest {found.nearest.layout.name}: {found.nearest.why}"
-        console.print(f"  {count:>5}  {said}")
+            why = f"{TOO_LARGE}; nearest {found.nearest.layout.name}: {found.nearest.why}"
+        console.print(f"  {count:>5}  {why}")
     if rest := sum(count for _, count in reasons[SHOWN_REASONS:]):
         console.print(f"  {rest:>5}  other reasons (--json has them all)")
 

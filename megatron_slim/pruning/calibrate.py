@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_slim import __version__
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint
+from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.device import default_dtype, init_single_process
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.pruning.fingerprint import fingerprint
@@ -51,9 +52,9 @@ def calibrate(
         work: where hidden states and progress are kept, see `work_dir.open_work_dir`; None keeps them in memory.
 
     Raises:
-        DataError: the samples do not suit the model.
+        DataError: the samples do not fit the model.
         CheckpointError: an activation is not finite; names its block.
-        SlimError: what is in the work directory does not suit these inputs, or there is too little room.
+        SlimError: what is in the work directory does not belong to these inputs, or there is too little space.
     """
     check_samples(samples, checkpoint.shape)
     init_single_process()
@@ -103,7 +104,7 @@ class _Calibration(StreamingForward):
             self.tensors.update(block_statistics(module, self.shape, sums, router))
 
     def state(self) -> Mapping[str, Tensor]:
-        """All tensors so far, and the sums that go on over the blocks."""
+        """All tensors so far, and the sums that continue over the blocks."""
         tensors = {f"{_TENSORS}{name}": torch.from_numpy(value) for name, value in self.tensors.items()}
         return tensors | {f"{_HIDDEN}{kind}": values for kind, values in self.importance.sums.items()}
 
@@ -142,7 +143,7 @@ def metadata(checkpoint: Checkpoint, samples: npt.NDArray[np.int64], dtype: torc
         "source_sha256": fingerprint(checkpoint),
         "num_samples": str(samples.shape[0]),
         "seq_length": str(samples.shape[1]),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "megatron_slim": __version__,
         "torch": torch.__version__,
     }

@@ -39,7 +39,7 @@ def comparison_table(pruned: PrunedCheckpoint) -> Table:
 
 
 def write_pruned(pruned: PrunedCheckpoint, target: Path, *, stats: Statistics | None, **options: Any) -> dict[str, Any]:
-    """Write the target of a plan; beside the weights it gets the plan, the statistics and the before/after table.
+    """Write the target of a plan; next to the weights it gets the plan, the statistics and the before/after table.
 
     Args:
         pruned: the target.

@@ -209,25 +209,25 @@ def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") ->
         raise RecipeError("; ".join(found), where=where)
 
 
-def check_later_stages(schedule: Recipe, number: int, shape: ModelShape, *, where: str) -> None:
-    """Refuse now what a later stage of a schedule would refuse after the training of the one before.
+def check_later_phases(schedule: Recipe, number: int, shape: ModelShape, *, where: str) -> None:
+    """Refuse now what a later phase of a schedule would refuse after the training of the one before.
 
     Args:
-        schedule: a recipe with stages; of one without there is nothing to check.
-        number: the stage that is about to begin, from 1.
+        schedule: a recipe with phases; of one without there is nothing to check.
+        number: the phase that is about to begin, from 1.
         shape: the model that it is given.
         where: the recipe's file, for errors.
 
     Raises:
-        RecipeError: a later stage cannot be met, whatever statistics choose until then. What follows a stage with a
+        RecipeError: a later phase cannot be met, whatever statistics choose until then. What follows a phase with a
             budget is not known yet.
     """
     possible = {shape}
-    for stage, recipe in enumerate(schedule.stages[number - 1 :], number):
+    for phase, recipe in enumerate(schedule.phases[number - 1 :], number):
         accepted: list[ModelShape] = []
         for source in possible:
             try:
-                check_recipe(recipe, source, where=f"{where}: stage {stage}")
+                check_recipe(recipe, source, where=f"{where}: phase {phase}")
                 accepted.append(source)
             except RecipeError as error:
                 refused = error

@@ -58,7 +58,7 @@ def text(plan: Plan, stats: Statistics | None = None) -> str:
     from rich.console import Console
 
     stream = io.StringIO()
-    show(sections(plan, stats), Console(width=TEXT_WIDTH, file=stream, color_system=None))
+    show(sections(plan, stats), Console(width=TEXT_WIDTH, file=stream, color_system=None, force_jupyter=False))
     return stream.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""Calibration samples that suit a model: read, checked, and refused before anything is measured."""
+"""Calibration samples: read, and checked against the model before anything is measured."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# SlimQwen 3.2 draws 1024 samples; 4096 tokens is our choice, the paper names none.
+# SlimQwen 3.2 takes 1024 samples; 4096 tokens is our choice, the paper names none.
 NUM_SAMPLES, SEQ_LENGTH = 1024, 4096
 
 
@@ -32,7 +32,7 @@ def read_calibration_samples(
         shape: sizes of the model.
         num_samples: drawn at random; None takes all of a matrix and `NUM_SAMPLES` of a Megatron data set.
         seq_length: tokens per sample of a Megatron data set; None is `SEQ_LENGTH`, or all that the model reads.
-        seed: of the draw.
+        seed: of the random choice.
 
     Raises:
         DataError: not data, or not for this model.

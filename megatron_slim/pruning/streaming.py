@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_slim import __version__
 from megatron_slim.architecture.local_modules import rms_norm
 from megatron_slim.checkpoint.convert import Checkpoint
+from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.raw_files import as_bytes
 from megatron_slim.files import sha256
 from megatron_slim.pruning.block import block_config, build_block, rotary_embedding
@@ -104,7 +105,7 @@ class StreamingForward:
             if saved := self._work.begin(self._inputs(), nbytes):
                 finished = saved.finished
                 self.restore(saved.measured)
-                logger.info(f"{self._work.path}: going on after {finished} of {len(list(self._modules()))} modules")
+                logger.info(f"{self._work.path}: resuming after {finished} of {len(list(self._modules()))} modules")
             self._hidden = InFiles(
                 self._work, self.shape.hidden_size, self.micro_batch_size, len(self.samples), self.dtype
             )
@@ -124,7 +125,7 @@ class StreamingForward:
             "checkpoint": fingerprint(self.checkpoint),
             "samples": f"{list(self.samples.shape)} {sha256(bytes(as_bytes(self.samples)))}",
             "micro-batch size": str(self.micro_batch_size),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "device": self.device.type,
             "megatron_slim": __version__,
             "torch": torch.__version__,

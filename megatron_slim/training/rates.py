@@ -86,7 +86,7 @@ def _of_rates(args: Any) -> Iterator[str]:
     rates = {"--lr": args.lr, "--min-lr": args.min_lr, "--lr-warmup-init": args.lr_warmup_init}
     for flag, rate in rates.items():
         if not (math.isfinite(rate) and rate >= 0):
-            yield f"{flag} {rate:g} is no rate"
+            yield f"{flag} {rate:g} is not a finite non-negative rate"
         elif rate > args.lr:
             yield f"{flag} {rate:g} is above --lr {args.lr:g}"
 

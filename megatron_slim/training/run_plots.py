@@ -98,5 +98,5 @@ def _experts(figure: Any, axes: Any, run: Series) -> None:
     axes.set_yticks([row + 0.5 for row in rows], labels, fontsize="small")
     axes.invert_yaxis()
     axes.set(title="Tokens of the busiest expert over the mean", xlabel="iteration", ylabel="layer")
-    # Beside the map: the layout would put it beyond the second scale of the picture above.
+    # Next to the map: the layout would put it beyond the second scale of the picture above.
     figure.colorbar(drawn, cax=axes.inset_axes((1.02, 0.0, 0.03, 1.0)))

@@ -35,7 +35,7 @@ def read_run(directory: Path) -> dict[str, dict[int, float]]:
     """Scalars of a run, all its starts together; what was done again counts as it was done last.
 
     Args:
-        directory: ``--tensorboard-dir`` of the run, or what lies above it (``SAVE`` of pretrain_distill.sh).
+        directory: ``--tensorboard-dir`` of the run, or a directory above it (``SAVE`` of pretrain_distill.sh).
 
     Raises:
         SlimError: there are none.

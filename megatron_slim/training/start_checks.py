@@ -1,4 +1,4 @@
-"""What a run does not take from its checkpoints as it is: said, or refused where Megatron would not notice."""
+"""What a run does not take from its checkpoints as it is: reported, or refused where Megatron would not notice."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def check_mtp(checkpoint: Checkpoint) -> None:
 
 
 def check_rows(checkpoint: Checkpoint, args: Any) -> None:
-    """See that state of the optimizer that is laid out as buffers were finds buffers of the same layout.
+    """See that optimizer state saved in the layout of buffers finds buffers of the same layout.
 
-    With another padding of the vocabulary all that lies behind the embedding is shifted; where the buffers' own padding
+    With another padding of the vocabulary all that follows the embedding is shifted; where the buffers' own padding
     takes up the difference, Megatron does not notice.
 
     Args:

@@ -1,8 +1,8 @@
 """A teacher that computes ahead: some iterations' batches in one forward-only pass, then the student alone.
 
 The pass comes before the first iteration of a block, outside the student's schedule, through the same pipeline stages.
-The last stage keeps the hidden states that the losses want in host memory; they are what the teacher beside the student
-would have ended with, bit for bit. Validation runs the teacher beside the student as always.
+The last stage keeps the hidden states that the losses need in host memory; they are what a co-located teacher
+would have ended with, bit for bit. Validation runs the teacher co-located with the student as always.
 
 The block's batches are read a second time, by a loader that starts where a run resumed at this iteration would start.
 So the data of training, what counts as consumed, and resuming know nothing of blocks, which begin wherever a run does.
@@ -54,7 +54,7 @@ def ahead_violations(args: Any) -> list[str]:
         args: Megatron's arguments and ours, as parsed.
     """
     if args.teacher_ahead == 0:
-        why = "a teacher beside its student is used in every micro-batch; give --teacher-ahead"
+        why = "a co-located teacher is used in every micro-batch; give --teacher-ahead"
         return [f"--teacher-offload alone has no effect: {why}"] if args.teacher_offload else []
     if args.teacher_ahead < 0:
         return [f"--teacher-ahead {args.teacher_ahead} is not a number of iterations"]
@@ -63,7 +63,7 @@ def ahead_violations(args: Any) -> list[str]:
         if getattr(args, name, None):
             found.append(f"--teacher-ahead does not go with --{name.replace('_', '-')}: {why}")
     if args.hidden_kd_layers:
-        found.append("--teacher-ahead does not go with --hidden-kd-layers, which need the teacher beside the student")
+        found.append("--teacher-ahead does not go with --hidden-kd-layers, which need a co-located teacher")
     if args.dataloader_type == "external":
         found.append("--teacher-ahead does not go with --dataloader-type external: batches are read twice")
     if args.cuda_graph_impl == "full_iteration":
@@ -76,7 +76,7 @@ def ahead_violations(args: Any) -> list[str]:
 def held_bytes(teacher: ModelShape, args: Any, depths: int) -> int:
     """Host memory that a rank of the last stage needs for the hidden states of a block.
 
-    Tokens of a data-parallel rank, shared out under context and sequence parallelism, times hidden size, heads and
+    Tokens of a data-parallel rank, split under context and sequence parallelism, times hidden size, heads and
     bytes a number.
 
     Args:

@@ -76,7 +76,7 @@ def test_every_dimension(field: str, value: int, tp: int, sixteen: str, thirty_t
 
 
 def test_no_number_of_heads_may_do() -> None:
-    """linear_proj wants a multiple of 8 heads, linear_qkv with its 2 keys and values an even one that is not of 4."""
+    """linear_proj needs a multiple of 8 heads, linear_qkv with its 2 keys and values an even one that is not of 4."""
     shape = dataclasses.replace(FITTING, kv_channels=8, num_attention_heads=6)
     assert size_violations(shape, "mxfp8", tp=2) == ["linear_proj has 24 inputs on each of 2 ranks, no multiple of 32"]
 

@@ -208,7 +208,7 @@ def _lie_about_shape(path: Path) -> None:
     (path / FIRST).write_bytes(content.replace(b'"shape":[128,64]', b'"shape":[128,63]', 1))
 
 
-FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+ERRORS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing tensor": (_drop_from_both, r"1 missing tensors: model\.norm\.weight"),
     "extra tensor": (_add_to_both, r"1 extra tensors: model\.extra"),
     "wrong shape": (_reshape, r"embed_tokens\.weight \[64, 64\], config\.json says \[128, 64\]"),
@@ -248,9 +248,9 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_bad_checkpoints_are_refused_before_any_tensor_is_read(copy: Path, fault: str) -> None:
-    damage, message = FAULTS[fault]
+@pytest.mark.parametrize("case", ERRORS)
+def test_bad_checkpoints_are_refused_before_any_tensor_is_read(copy: Path, case: str) -> None:
+    damage, message = ERRORS[case]
     damage(copy)
     with pytest.raises(SlimError, match=message) as caught:
         HFCheckpoint.open(copy)
@@ -258,7 +258,7 @@ def test_bad_checkpoints_are_refused_before_any_tensor_is_read(copy: Path, fault
     assert str(copy) in str(caught.value)
 
 
-def test_all_kinds_of_faults_in_one_message(copy: Path) -> None:
+def test_all_kinds_of_errors_in_one_message(copy: Path) -> None:
     _drop_from_both(copy)
     _add_to_both(copy)
     _reshape(copy)

@@ -166,7 +166,7 @@ def test_a_member_of_two_groups_is_refused(plan_for: PlanFor) -> None:
         parse_plan(document)
 
 
-def test_files_that_are_no_plan(tmp_path: Path) -> None:
+def test_files_that_are_not_plans(tmp_path: Path) -> None:
     with pytest.raises(SlimError, match="no such file"):
         load_plan(tmp_path / "plan.json")
     for text in ("", "{", "[]", "null", '{"version": 1}'):

@@ -91,11 +91,11 @@ def test_tables_hold_the_same_numbers(plan_for: Callable[..., Plan], stats: Stat
     for recipe, *cells in fp8.rows:
         ranks = [int(column.removeprefix("tp ")) for column in fp8.columns[1:]]
         found = [size_violations(plan.target_shape, recipe, tp=tp) for tp in ranks]
-        assert cells == ["no" if faults else "fits" for faults in found], recipe
+        assert cells == ["no" if violations else "fits" for violations in found], recipe
     assert fp8.note and fp8.note in size_violations(plan.target_shape, "tensorwise")
 
 
-def test_without_statistics_what_they_tell_is_left_out(tool: Tool, work: Path, plan_for: Callable[..., Plan]) -> None:
+def test_without_statistics_their_figures_are_left_out(tool: Tool, work: Path, plan_for: Callable[..., Plan]) -> None:
     outcome = tool(SHOW, work / "plan.json", "--json")
     assert outcome.code == 0 and "Experts by block" in outcome.stdout and "block influence" in outcome.stdout
     assert outcome.json["axes"][0]["importance_share"] is None and outcome.json["save"] is None

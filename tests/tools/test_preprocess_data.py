@@ -217,9 +217,9 @@ def test_bad_lines_are_left_out_and_counted(
     assert (result["documents"], result["bad_lines"]) == (len(GOOD_LINES), len(BAD_LINES) + 1)
     assert result["first_bad_line"].startswith(f"{tmp_path}/some.jsonl:2: not a line of JSON")
     assert (result["replaced_documents"], result["first_replaced"]) == (2, f"{tmp_path}/some.jsonl:1")
-    said = outcome.stderr.splitlines()
-    assert said[0].startswith(f"left out lines: {len(BAD_LINES) + 1}, the first: {tmp_path}/some.jsonl:2: not a line")
-    assert said[1] == f"2 documents had halves of surrogate pairs, now U+FFFD, the first: {tmp_path}/some.jsonl:1"
+    each = outcome.stderr.splitlines()
+    assert each[0].startswith(f"left out lines: {len(BAD_LINES) + 1}, the first: {tmp_path}/some.jsonl:2: not a line")
+    assert each[1] == f"2 documents had halves of surrogate pairs, now U+FFFD, the first: {tmp_path}/some.jsonl:1"
     found = [decode(tokenizer, document[0][:-1]) for document in documents(result["prefix"])]
     assert found == list(GOOD_LINES.values())
     assert "\n" not in result["first_bad_line"]
@@ -260,7 +260,7 @@ def flipped(content: bytes) -> bytes:
     return content[:10] + bytes([content[10] | 0b110]) + content[11:]
 
 
-def test_refusals_leave_nothing(tool: Callable[..., Any], tmp_path: Path, tokenizer: Path) -> None:
+def test_errors_leave_nothing(tool: Callable[..., Any], tmp_path: Path, tokenizer: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     good = data / "good.jsonl"

@@ -67,12 +67,12 @@ def read_scalars(directory: Path) -> dict[str, list[float]]:
 
 
 def read_console(log: Path) -> dict[int, dict[str, str]]:
-    """What Megatron's lines tell by iteration and name, but for times."""
+    """What Megatron's lines say by iteration and name, but for times."""
     found: dict[int, dict[str, str]] = {}
     for line in log.read_text().splitlines():
         if match := re.search(r"\] iteration +(\d+)/ *\d+ \| (.*)", line):
-            told = dict(part.strip().split(": ") for part in match[2].split(" | ") if ": " in part)
-            found[int(match[1])] = {name: text.strip(" |") for name, text in told.items() if "elapsed" not in name}
+            values = dict(part.strip().split(": ") for part in match[2].split(" | ") if ": " in part)
+            found[int(match[1])] = {name: text.strip(" |") for name, text in values.items() if "elapsed" not in name}
     return found
 
 

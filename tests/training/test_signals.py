@@ -1,4 +1,4 @@
-"""Jobs under the launcher that get signals, lose ranks or diverge: exit codes, time, and the curve they go on with."""
+"""Jobs under the launcher that get signals, lose ranks or diverge: exit codes, time, and the curve they resume with."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def balanced(uneven) -> tuple[Path, dict[str, list[float]]]:  # type: ignore[no-
 
 @pytest.fixture(scope="module")
 def interleaved(uneven) -> tuple[Path, dict[str, list[float]]]:  # type: ignore[no-untyped-def]
-    """The same in an interleaved pipeline, saved as Megatron does when it is not told otherwise."""
+    """The same in an interleaved pipeline, saved as Megatron does by default."""
     save, virtual = uneven.root / "interleaved", ("--num-virtual-stages-per-pipeline-rank", "2")
     return save, uneven.train("vpp2", 2, *MBS, *AUTO, *virtual, "--save", str(save))
 
@@ -52,7 +52,7 @@ def test_balanced_stages_train_as_one_rank(uneven, alone, balanced, interleaved)
     assert float(table[6].split()[-1]) <= 1.05
 
 
-def test_a_run_goes_on_in_other_stages(uneven, alone, balanced, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_run_resumes_in_other_stages(uneven, alone, balanced, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """With its optimizer, into an interleaved pipeline of which no stage is as it was."""
     save, _ = balanced
     (save / "latest_checkpointed_iteration.txt").write_text("3")
@@ -69,7 +69,7 @@ def test_an_optimizer_that_belongs_to_other_stages_is_refused(uneven, interleave
 
 
 def test_the_dtype_of_the_teacher_is_its_own(uneven, alone) -> None:  # type: ignore[no-untyped-def]
-    """Its own loss tells how it was computed: as alone in that dtype, across stages, whatever the student's is."""
+    """Its own loss shows how it was computed: as alone in that dtype, across stages, whatever the student's is."""
     short, term = (*MBS, "--train-iters", "2"), "teacher lm loss"
     narrow = uneven.train("bf16", 1, *short, "--bf16")
     beside_fp32 = uneven.train("teacher-bf16", 2, *short, *AUTO, "--teacher-dtype", "bf16")

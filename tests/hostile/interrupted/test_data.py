@@ -63,7 +63,7 @@ def test_disturbed_at_any_operation(
     for at in range(1, undisturbed.operations + 1):
         ended = start(main, at=at, action=action)()
         if action is refuse:
-            assert "no space left on device; make room" in ended.error
+            assert "no space left on device; make space" in ended.error
         else:
             assert -ended.code in (signal.SIGKILL, -128 - signal.SIGTERM), ended.stderr
         left = os.listdir(data)
