@@ -26,6 +26,7 @@ LAYERS = (
         "device",
         "mcore",
         "extras",
+        "garbage",
         "data",
         "data_index",
         "documents",

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_slim.architecture.axes import size
 from megatron_slim.architecture.mtp_keys import without_mtp_keys
@@ -27,6 +26,7 @@ from megatron_slim.checkpoint.finite import refuse_nonfinite
 from megatron_slim.checkpoint.huggingface import CONFIG, Index, read_config, select_columns
 from megatron_slim.checkpoint.integrity import verify_metadata
 from megatron_slim.checkpoint.layout import fits, rows_in_megatron, split_keys, stored_shapes
+from megatron_slim.checkpoint.metadata_pickle import Metadata, TensorStorageMetadata
 from megatron_slim.checkpoint.mtp import MTP, count_mtp_layers
 from megatron_slim.checkpoint.torch_dist_files import Piece, PieceReader, locate_pieces, read_metadata
 from megatron_slim.checkpoint.torch_dist_names import HF_DIR, HIDDEN_KD, METADATA, RELEASE, TRACKER, hf_files

@@ -12,7 +12,6 @@ import io
 import itertools
 import math
 import os
-import pickle
 import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -24,18 +23,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
+
+from megatron_slim.checkpoint.archives import Frame, Window, locate_data, make_frame, saved_object
+from megatron_slim.checkpoint.metadata_pickle import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    StorageInfo,
     StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
+    dumps,
+    loads,
 )
-
-from megatron_slim.checkpoint.archives import Frame, Window, locate_data, make_frame, saved_object
 from megatron_slim.checkpoint.raw_files import OpenFile, OpenFiles, OutputFile, as_bytes, as_tensor
 from megatron_slim.checkpoint.torch_dist_names import METADATA
 from megatron_slim.errors import CheckpointError, summarise
@@ -126,7 +127,7 @@ class PieceWriter:
 def write_metadata(directory: Path, parts: Sequence[Part]) -> bytes:
     """Write the metadata of all parts, which makes the directory a checkpoint; returns their content."""
     tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    storage: dict[MetadataIndex, _StorageInfo] = {}
+    storage: dict[MetadataIndex, StorageInfo] = {}
     for part in parts:
         for key, pieces in part.pieces.items():
             entry = tensors.setdefault(
@@ -136,50 +137,16 @@ def write_metadata(directory: Path, parts: Sequence[Part]) -> bytes:
             assert all(piece.dtype == entry.properties.dtype for piece in pieces), f"{key}: mixed dtypes"
             for piece in pieces:
                 entry.chunks.append(ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes)))
-                storage[MetadataIndex(key, piece.offsets)] = _info(piece)
+                storage[MetadataIndex.of(key, piece.offsets)] = _info(piece)
         for key, piece in part.objects.items():
             tensors[key], storage[MetadataIndex(key)] = BytesStorageMetadata(), _info(piece)
-    content = pickle.dumps(
-        Metadata(tensors, storage_data=storage, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION)
-    )
+    content = dumps(Metadata(tensors, storage_data=storage, storage_meta=StorageMeta()))
     (directory / METADATA).write_bytes(content)
     return content
 
 
-def _info(piece: Piece) -> _StorageInfo:
-    return _StorageInfo(piece.file.name, piece.position, piece.length)
-
-
-_DCP = "torch.distributed.checkpoint"
-_ALLOWED = {
-    f"{_DCP}.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    f"{_DCP}.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    f"{_DCP}.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
-    "torch": {"Size", *(str(d).removeprefix("torch.") for d in vars(torch).values() if isinstance(d, torch.dtype))},
-    "torch.serialization": {"_get_layout"},
-    "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath"},
-    "pathlib._local": {"PosixPath"},
-    "builtins": {"set", "frozenset", "slice"},
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickles the plain data classes of a ``.metadata`` file and refuses everything else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint's metadata")
-        return super().find_class(module, name)
+def _info(piece: Piece) -> StorageInfo:
+    return StorageInfo(piece.file.name, piece.position, piece.length)
 
 
 def read_metadata(directory: Path) -> Metadata:
@@ -199,7 +166,7 @@ def read_metadata(directory: Path) -> Metadata:
     if file.stat().st_size > MAX_METADATA_BYTES:
         raise CheckpointError(f"is {file.stat().st_size} bytes long: not checkpoint metadata", where=str(file))
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(file.read_bytes())).load()
+        metadata = loads(file.read_bytes())
         _validate(metadata)
     except Exception as error:  # any exception: the bytes are not ours
         what = " ".join(str(error).split())[:200]
@@ -215,7 +182,7 @@ def _validate(metadata: Any) -> None:
     if not isinstance(metadata.state_dict_metadata, dict):
         raise ValueError("holds no table of entries")
     for index, info in metadata.storage_data.items():
-        if not isinstance(index, MetadataIndex) or not isinstance(info, _StorageInfo):
+        if not isinstance(index, MetadataIndex) or not isinstance(info, StorageInfo):
             raise ValueError("its storage table is malformed")
         if not isinstance(info.relative_path, str) or not _whole(info.offset, info.length):
             raise ValueError(f"malformed storage of {index.fqn}")
@@ -239,7 +206,7 @@ def _well_formed(entry: TensorStorageMetadata) -> bool:
 
 
 def locate_pieces(
-    directory: Path, entries: Mapping[str, TensorStorageMetadata], storage: Mapping[MetadataIndex, _StorageInfo]
+    directory: Path, entries: Mapping[str, TensorStorageMetadata], storage: Mapping[MetadataIndex, StorageInfo]
 ) -> dict[str, list[Piece]]:
     """Where the pieces of every tensor are, by first row; all bytes must be there and every element covered once."""
     found: dict[str, list[Piece]] = defaultdict(list)
@@ -247,7 +214,7 @@ def locate_pieces(
     violations = []
     for key, entry in entries.items():
         for chunk in entry.chunks:
-            info = storage.get(MetadataIndex(key, chunk.offsets))
+            info = storage.get(MetadataIndex.of(key, chunk.offsets))
             if info is None or info.relative_path != os.path.basename(info.relative_path):
                 violations.append(f"{key} is in no file of this directory")
                 continue

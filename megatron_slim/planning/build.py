@@ -9,7 +9,6 @@ equally much.
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import multiprocessing
 import os
@@ -23,6 +22,7 @@ from typing import Any
 
 from megatron_slim.architecture.pipeline_layout import Stages
 from megatron_slim.architecture.shape import ModelShape, shape_to_hf_config
+from megatron_slim.garbage import without_collection
 from megatron_slim.planning.flags import megatron_arguments
 from megatron_slim.planning.layouts import Settings, TrainLayout
 from megatron_slim.planning.memory import GRADIENT, MAIN_COPY, MOMENTS, Memory
@@ -149,18 +149,6 @@ def _on_meta() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    """Tens of thousands of modules, all of which stay: the collector going through them takes a fifth of the time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-@contextlib.contextmanager
 def _world(layout: TrainLayout, rank: int) -> Iterator[None]:
     """Megatron's parallel state as a rank of the whole world sees it."""
     import torch
@@ -202,7 +190,7 @@ def _build_rank(rank: int) -> BuiltRank:
     layouts = {"teacher_layout": _state["teacher_layout"]}
     run = WithoutWeights(request.student, request.teacher, "teacher-main", nothing, **layouts)
     with _world(layout, rank * (layout.gpus // layout.pp)):
-        with _on_meta(), _without_collection():
+        with _on_meta(), without_collection():
             for chunk in range(layout.vpp):
                 at = {"vp_stage": chunk if layout.vpp > 1 else None}
                 first, last = (

@@ -139,7 +139,7 @@ def _layer_section(numbers: dict[str, Any]) -> Section:
         for entry in numbers["dropped_layers"]
     ]
     columns = ("layer", "attention", "cosine of input and output", "block influence")
-    return _section("Layers that go", columns, rows, numbers["depth_reason"])
+    return _section("Removed layers", columns, rows, numbers["depth_reason"])
 
 
 def _axis_sections(plan: Plan, stats: Statistics | None, numbers: dict[str, Any]) -> Iterator[Section]:
@@ -147,7 +147,7 @@ def _axis_sections(plan: Plan, stats: Statistics | None, numbers: dict[str, Any]
     rows = [
         _axis_row([axis for axis in axes if axis.name == name]) for name in dict.fromkeys(axis.name for axis in axes)
     ]
-    yield _section("What is ranked", AXIS_COLUMNS, rows)
+    yield _section("Ranked axes", AXIS_COLUMNS, rows)
     yield _section(
         "Experts by block", EXPERT_COLUMNS, [_expert_row(entry) for entry in numbers["experts"]], EXPERT_NOTE
     )

@@ -25,6 +25,7 @@ from megatron_slim.checkpoint.convert import (
 )
 from megatron_slim.checkpoint.distributed import DistCheckpoint
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.checkpoint.metadata_pickle import dumps
 from megatron_slim.checkpoint.torch_dist_files import read_metadata
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
@@ -217,7 +218,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _edit_metadata(path: Path, change: Callable[[Any], Any]) -> None:
     metadata = read_metadata(path / "release")
     change(metadata)
-    (path / "release" / ".metadata").write_bytes(pickle.dumps(metadata))
+    (path / "release" / ".metadata").write_bytes(dumps(metadata))
 
 
 NORM = "decoder.final_layernorm.weight"
@@ -255,7 +256,10 @@ ERRORS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "os.system does not belong",
     ),
     "not a pickle": (lambda path: (path / "release" / ".metadata").write_bytes(b"hello"), "not readable"),
-    "another pickle": (lambda path: (path / "release" / ".metadata").write_bytes(pickle.dumps([1])), "no checkpoint"),
+    "another pickle": (
+        lambda path: (path / "release" / ".metadata").write_bytes(pickle.dumps([1])),
+        "not hold checkpoint metadata",
+    ),
     "torn tracker": (lambda path: (path / "latest_checkpointed_iteration.txt").write_text(""), "neither 'release'"),
     "tracker to nowhere": (
         lambda path: (path / "latest_checkpointed_iteration.txt").write_text("12"),

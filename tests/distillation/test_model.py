@@ -198,8 +198,8 @@ def test_a_teacher_leaves_nothing_for_backward(checkpoints: dict[str, HFCheckpoi
     alone = build(checkpoints["student"], DistillationModel, post_process=False)
     assert isinstance(alone, DistillationModel)
     alone.load_state_dict(both.state_dict())
-    (hidden, kept), (joined, kept_beside) = (saved_for_backward(model, batch) for model in (alone, both))
-    assert kept_beside == kept > 0
+    (hidden, kept), (joined, kept_colocated) = (saved_for_backward(model, batch) for model in (alone, both))
+    assert kept_colocated == kept > 0
     upstream = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
     hidden.backward(upstream)
     joined.backward(torch.cat([upstream, torch.full_like(joined[..., hidden.shape[-1] :], torch.nan)], dim=-1))

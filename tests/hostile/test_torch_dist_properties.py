@@ -10,7 +10,6 @@ import copy
 import io
 import math
 import os
-import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +19,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_slim.checkpoint.archives import data_offset
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, same_bytes
 from megatron_slim.checkpoint.distributed import DistCheckpoint
+from megatron_slim.checkpoint.metadata_pickle import Metadata, TensorStorageMetadata, dumps
 from megatron_slim.checkpoint.torch_dist_files import read_metadata
 from megatron_slim.errors import SlimError
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
@@ -114,7 +113,7 @@ def test_values_of_the_metadata(good: Good, data: st.DataObject) -> None:
         else:
             value = data.draw(ODD)
         object.__setattr__(owner, name, value)
-    good.check(pickle.dumps(metadata))
+    good.check(dumps(metadata))
 
 
 @settings(PROPERTY, max_examples=50)

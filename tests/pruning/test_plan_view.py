@@ -80,8 +80,8 @@ def test_tables_hold_the_same_numbers(plan_for: Callable[..., Plan], stats: Stat
     plan = plan_for(TARGET, method="prune")
     tables = {section.title: section for section in sections(plan, stats)}
     assert all(len(row) == len(section.columns) for section in tables.values() for row in section.rows)
-    assert [row[0] for row in tables["Layers that go"].rows] == ["5", "6", "7"]
-    assert tables["Layers that go"].note == "3 of 8 layers go: the last ones"
+    assert [row[0] for row in tables["Removed layers"].rows] == ["5", "6", "7"]
+    assert tables["Removed layers"].note == "3 of 8 layers go: the last ones"
     first = dict(zip(tables["Experts by block"].columns, tables["Experts by block"].rows[0], strict=True))
     numbers = summary(plan, stats)["experts"][0]
     assert first["importance"] == f"{numbers['importance_share']:.1%}"
@@ -102,7 +102,7 @@ def test_without_statistics_their_figures_are_left_out(tool: Tool, work: Path, p
     assert all(entry["cosine"] is None for entry in outcome.json["dropped_layers"])
     tables = {section.title: section for section in sections(plan_for(TARGET), None)}
     assert "importance" not in tables["Experts by block"].columns
-    assert tables["What is ranked"].rows[0] == ("hidden dimensions", "residual stream", "48", "64")
+    assert tables["Ranked axes"].rows[0] == ("hidden dimensions", "residual stream", "48", "64")
 
 
 def test_why_layers_go(plan_for: Callable[..., Plan], stats: Statistics) -> None:

@@ -71,12 +71,12 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ),
     (
         {"shape": FITTING.replace(moe_ffn_hidden_size=40)},
-        ["student: linear_fc2 of experts has 40 inputs, no multiple of 16: moe_ffn_hidden_size 40 would have to be 32"],
+        ["student: linear_fc2 of experts has 40 inputs, not a multiple of 16: moe_ffn_hidden_size 40 would have"],
     ),
     (BF16 | {"shape": FITTING.replace(moe_ffn_hidden_size=40), "teacher": TEACHER.replace(hidden_size=97)}, []),
     (
         {"teacher": TEACHER.replace(hidden_size=88), "teacher_fp8_recipe": "mxfp8"},
-        ["teacher: every layer has 88 inputs and eh_proj of the MTP block has 88 outputs, no multiple of 32: "],
+        ["teacher: every layer has 88 inputs and eh_proj of the MTP block has 88 outputs, not a multiple of 32: "],
     ),
     ({"teacher": TEACHER.replace(hidden_size=88), "teacher_dtype": "bf16"}, []),
     (

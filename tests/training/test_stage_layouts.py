@@ -72,12 +72,12 @@ def test_the_dtype_of_the_teacher_is_its_own(uneven, alone) -> None:  # type: ig
     """Its own loss shows how it was computed: as alone in that dtype, across stages, whatever the student's is."""
     short, term = (*MBS, "--train-iters", "2"), "teacher lm loss"
     narrow = uneven.train("bf16", 1, *short, "--bf16")
-    beside_fp32 = uneven.train("teacher-bf16", 2, *short, *AUTO, "--teacher-dtype", "bf16")
-    beside_bf16 = uneven.train("teacher-fp32", 2, *short, *AUTO, "--bf16", "--teacher-dtype", "fp32")
-    assert beside_fp32[term] == narrow[term] != alone[term][:2]
-    assert beside_fp32["lm loss"][0] == pytest.approx(alone["lm loss"][0], rel=1e-6)
-    assert beside_bf16[term] == pytest.approx(alone[term][:2], rel=1e-6)
-    assert beside_bf16["lm loss"][0] == pytest.approx(narrow["lm loss"][0], rel=1e-6) != alone["lm loss"][0]
+    with_fp32 = uneven.train("teacher-bf16", 2, *short, *AUTO, "--teacher-dtype", "bf16")
+    with_bf16 = uneven.train("teacher-fp32", 2, *short, *AUTO, "--bf16", "--teacher-dtype", "fp32")
+    assert with_fp32[term] == narrow[term] != alone[term][:2]
+    assert with_fp32["lm loss"][0] == pytest.approx(alone["lm loss"][0], rel=1e-6)
+    assert with_bf16[term] == pytest.approx(alone[term][:2], rel=1e-6)
+    assert with_bf16["lm loss"][0] == pytest.approx(narrow["lm loss"][0], rel=1e-6) != alone["lm loss"][0]
 
 
 def test_layouts_in_megatrons_words() -> None:
