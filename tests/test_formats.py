@@ -27,7 +27,7 @@ PAGE = (Path(__file__).resolve().parents[1] / "docs/formats.md").read_text(encod
 
 def row(start: str) -> list[str]:
     """Cells of the first row of the page's tables whose first cell begins so."""
-    (line,) = re.findall(rf"^\| {re.escape(start)}.*$", PAGE[: PAGE.index("## What a newer")], flags=re.MULTILINE)
+    (line,) = re.findall(rf"^\| {re.escape(start)}.*$", PAGE[: PAGE.index("## Newer")], flags=re.MULTILINE)
     return [cell.strip().strip("`") for cell in line.strip("|").split("|")]
 
 

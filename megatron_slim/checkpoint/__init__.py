@@ -5,6 +5,8 @@
 - `distributed`, `torch_dist_files`, `archives`: torch_dist, read through restricted unpicklers
 - `distributed_writer`: its writer
 - `raw_files`: bytes by position, with many files open
+- `torch_dist_names`, `dtype_names`, `tracker`: names of files and number types, and which checkpoint a run resumes
+  from
 - `layout`: rows of the table as permutations, both ways
 - `units`, `transfer`, `convert`: what is streamed, the loop that reads, writes and reads back, and the whole
 - `expert_storage`, `fp8`, `mtp`, `foreign`, `finite`: fused experts, FP8, MTP blocks, layouts of other programs, NaN
