@@ -3,7 +3,7 @@
 # save_pretrained writes a checkpoint without them whose config.json still has num_nextn_predict_layers: 1. A program
 # that believes the key then builds a head without weights.
 #
-# Expected: the tensors, or a warning, or a config.json that promises no head.
+# Expected: the tensors, or a warning, or a config.json that declares no head.
 # Seen: 1 mtp.* tensor before, 0 after; num_nextn_predict_layers 1 before and after; no warning names mtp.
 set -euo pipefail
 # shellcheck source=/dev/null

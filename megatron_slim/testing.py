@@ -10,7 +10,7 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -133,10 +133,16 @@ def write_tiny_checkpoint(
     return directory
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A TCP port that nobody is given who asks for any while the context lasts, as runs of other tests do.
+
+    Only what asks for this one and sets SO_REUSEADDR can have it; the store that ranks meet at does.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("", 0))
+        yield int(held.getsockname()[1])
 
 
 def _run_rank(rank: int, function: Callable[..., Any], args: tuple[Any, ...], folder: str, env: dict[str, str]) -> None:
@@ -178,14 +184,14 @@ def run_distributed(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_slim.testing_preload"])
-    env = {
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "SLIM_INIT": str(int(initialise)),
-    }
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        env = {
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(stack.enter_context(reserved_port())),
+            "SLIM_INIT": str(int(initialise)),
+        }
         ranks: list[BaseProcess] = []
         stack.callback(_kill, ranks)
         for rank in range(world_size):

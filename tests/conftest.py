@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -15,8 +16,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-
-# What is imported stays: looking for garbage among it takes a sixth of the time of the imports, and time in every test.
+# Before torch is imported, and for all that tests start: the threads of OpenMP wait for one another in turns that
+# spin, which costs several times what operations of a tiny model do.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What is imported stays: looking for garbage among it takes a sixth of the time of the imports, and some in every test.
 gc.disable()
 
 

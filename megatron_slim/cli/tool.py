@@ -79,7 +79,7 @@ def run_tool(main: Callable[[], dict[str, Any]], *, as_json: bool) -> None:
 
 
 def _reader_left() -> bool:
-    """Whether standard output or standard error is a pipe that nobody reads any more."""
+    """Whether standard output or standard error is a pipe whose reader has gone."""
     poll = select.poll()
     for stream in (1, 2):
         poll.register(stream, 0)

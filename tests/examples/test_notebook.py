@@ -1,4 +1,4 @@
-"""The notebook runs from its first cell to its last, in order, and shows what its text promises."""
+"""The notebook runs from its first cell to its last, in order, and shows what its text describes."""
 
 from __future__ import annotations
 

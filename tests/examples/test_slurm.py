@@ -60,8 +60,8 @@ def test_dry_run_of_a_job_prints_srun_and_every_node(slurm: dict[str, str]) -> N
     assert {"CUDA_DEVICE_MAX_CONNECTIONS=1", "NCCL_IB_HCA=mlx5"} <= set(step)
     for number, words in enumerate(nodes):
         assert words[:2] == ["node", f"{number}:"]
-        assert words[4:6] == ["--node-rank", str(number)]
-        assert words[6:] == step[step.index("--nproc-per-node") :]  # what the step hands to each node
+        assert words[3:7] == ["-m", "megatron_slim", "torchrun", "--node-rank"] and words[7] == str(number)
+        assert words[8:] == step[step.index("--nproc-per-node") :]  # what the step hands to each node
     command = " ".join(nodes[1])
     assert "--nnodes 2 --master-addr localhost --master-port 24242" in command
     assert f"--data-path 0.3 {ROOT}/a 0.7 {ROOT}/b --split" in command and "--exit-signal-handler" in command

@@ -1,4 +1,4 @@
-"""What SECURITY.md states of every tool: it connects to nobody, and runs no code that lies with a model."""
+"""What SECURITY.md states of every tool: it opens no connection, and runs no code that comes with a model."""
 
 from __future__ import annotations
 

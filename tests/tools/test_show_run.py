@@ -38,7 +38,7 @@ def write_start(directory: Path, iterations: range, seconds: float) -> None:
 
 @pytest.fixture
 def save(tmp_path: Path) -> Path:
-    """Killed after iteration 20, gone on from 10 at half the speed."""
+    """Killed after iteration 20, resumed from 10 at half the speed."""
     write_start(tmp_path / "run/tensorboard", range(1, 21), seconds=10.0)
     write_start(tmp_path / "run/tensorboard", range(11, 31), seconds=20.0)
     return tmp_path / "run"

@@ -89,10 +89,10 @@ def test_schedules_and_data_go_on_from_anywhere(workplace, tmp_path: Path) -> No
     argv = [*MBS, *data, "--train-iters", "7", "--lr-warmup-iters", "3", "--eod-mask-loss"]
     argv += ["--null-tokenizer-eod-id", "119"]
 
-    def go_on(name: str, save: Path, *more: str) -> dict[str, list[float]]:
+    def resume(name: str, save: Path, *more: str) -> dict[str, list[float]]:
         return workplace.train(name, 1, *argv, "--save", str(save), "--load", str(save), *more)
 
-    whole = go_on("from-0", tmp_path / "run", "--save-interval", "1")
+    whole = resume("from-0", tmp_path / "run", "--save-interval", "1")
     assert all(len(set(whole[term])) == 7 for term in (*TERMS, *SCHEDULES))
     assert (whole["kd lambda"][-1], whole["mtp beta"][-1]) == pytest.approx((0.75, 0.1))
     for stop in (2, 4):
@@ -100,10 +100,10 @@ def test_schedules_and_data_go_on_from_anywhere(workplace, tmp_path: Path) -> No
         shutil.copytree(tmp_path / "run", keep)
         keep_only(keep, stop)
         more = ["--save-interval", "1", "--exit-interval", "5"] if stop == 4 else ["--save-interval", "1000"]
-        resumed = go_on(f"from-{stop}", keep, *more)
+        resumed = resume(f"from-{stop}", keep, *more)
         if stop == 4:
             assert len(resumed["lm loss"]) == 1
-            again = go_on("from-5", keep)
+            again = resume("from-5", keep)
             resumed = {term: values + again[term] for term, values in resumed.items() if term in again}
         for term in (*TERMS, *SCHEDULES):
             assert resumed[term] == whole[term][stop:], (stop, term)

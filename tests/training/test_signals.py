@@ -33,20 +33,19 @@ SCRIPTS = {
 @contextlib.contextmanager
 def launch(log: Path, script: Path, *argv: str) -> Iterator[subprocess.Popen[bytes]]:
     """Two ranks under tools/torchrun.py; none of them is there afterwards."""
-    command = [sys.executable, str(ROOT / "tools/torchrun.py"), "--nproc-per-node", "2"]
-    command += ["--master-port", str(_free_port()), str(script), *argv]
+    command = [sys.executable, str(ROOT / "tools/torchrun.py"), "--nproc-per-node", "2", "--master-port"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with log.open("wb") as stream:
-        job = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
-    try:
-        yield job
-    finally:
-        left = psutil.Process(job.pid).children(recursive=True) if job.poll() is None else []
-        job.kill()
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        job.wait()
+    with reserved_port() as port, log.open("wb") as stream:
+        job = subprocess.Popen([*command, str(port), str(script), *argv], stdout=stream, stderr=stream, env=environment)
+        try:
+            yield job
+        finally:
+            left = psutil.Process(job.pid).children(recursive=True) if job.poll() is None else []
+            job.kill()
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            job.wait()
 
 
 def wait_for(job: subprocess.Popen[bytes], log: Path, pattern: str, count: int = 1) -> None:

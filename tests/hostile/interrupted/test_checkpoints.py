@@ -245,11 +245,11 @@ def test_a_full_disk(inputs: Path, small_disk: Path, start: Start, announced: bo
 @pytest.mark.parametrize("case", ["to torch_dist", "pruned to hf"], indirect=True)
 def test_two_at_once_and_the_second_is_refused(case: Case, start: Start) -> None:
     started_in, started = os.pipe()
-    go, go_on = os.pipe()
+    go, release = os.pipe()
 
     def wait(name: str, argument: Any) -> None:
         os.close(started)
-        os.close(go_on)
+        os.close(release)
         os.read(go, 1)
 
     first = start(case.main, at=case.operations // 2, action=wait)
@@ -258,7 +258,7 @@ def test_two_at_once_and_the_second_is_refused(case: Case, start: Start) -> None
     second = start(case.main)()
     assert second.error == f"{case.out}: {BUSY}; wait for it, end it, or choose another name"
     assert not case.out.exists()
-    for descriptor in (started_in, go, go_on):
+    for descriptor in (started_in, go, release):
         os.close(descriptor)
     assert first().code == 0
     assert os.listdir(case.out.parent) == ["out"] and assert_absent_or_whole(case)
