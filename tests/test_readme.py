@@ -99,7 +99,8 @@ def test_step_by_step(tmp_path: Path) -> None:
     script = f'set -euo pipefail\nmegatron-slim() {{ "{sys.executable}" -m megatron_slim "$@"; }}\n'
     script += "".join(block for block in blocks(STEPS, "bash") if "make venv" not in block)
     # The teacher keeps its sixty steps: with two it would be refused as no better than guessing.
-    script = script.replace("--train-iters 30", "--train-iters 2").replace("runs/steps", str(tmp_path))
+    script = script.replace("--train-iters 30", "--train-iters 2").replace("--log-interval 5", "--log-interval 1")
+    script = script.replace("runs/steps", str(tmp_path))
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         ["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False

@@ -74,9 +74,9 @@ def plot(out: Path, report: dict[str, Any], target: Path) -> None:
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
     for run, caption in CURVES.items():
         left.plot(*zip(*curves[run]["lm loss"], strict=True), label=caption)
-    for run in ("distillation", "random-init"):
-        for tag, style in (("logits distillation loss", "-"), ("mtp distillation loss", "--")):
-            middle.plot(*zip(*curves[run][tag], strict=True), style, label=f"{CURVES[run]}: {tag}")
+    for run, color in (("distillation", "C1"), ("random-init", "C2")):  # as on either side
+        for tag, style in (("logits distillation loss", "-"), ("mtp distillation loss", ":")):
+            middle.plot(*zip(*curves[run][tag], strict=True), style, color=color, label=f"{CURVES[run]}: {tag}")
     left.set(title="LM loss in training", xlabel="iteration", ylabel="nats per token")
     middle.set(title="Distillation losses", xlabel="iteration")
     losses = report["validation_loss"]

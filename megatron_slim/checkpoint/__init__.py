@@ -2,7 +2,7 @@
 
 - `huggingface`, `huggingface_files`, `safetensors_reader`: the strict reader of Hugging Face directories
 - `huggingface_writer`, `safetensors_writer`: their writer
-- `distributed`, `torch_dist_files`, `archives`: torch_dist, read through restricted unpicklers
+- `distributed`, `torch_dist_files`, `metadata_pickle`, `archives`: torch_dist, read through restricted unpicklers
 - `distributed_writer`: its writer
 - `raw_files`: bytes by position, with many files open
 - `torch_dist_names`, `dtype_names`, `tracker`: names of files and number types, and which checkpoint a run resumes
