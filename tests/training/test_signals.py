@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_slim.testing import _free_port
+from megatron_slim.testing import reserved_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60.0  # in which a job must be gone
