@@ -80,7 +80,7 @@ def test_the_launcher_ends_as_its_ranks_do(tmp_path: Path, case: str) -> None:
 def test_ranks_die_with_their_launcher(tmp_path: Path) -> None:
     script, log = tmp_path / "rank.py", tmp_path / "log"
     script.write_text(
-        "import time; from megatron_slim.cli import die_with_parent; die_with_parent(); "
+        "import time; from megatron_slim.processes import die_with_parent; die_with_parent(); "
         "print('ready', flush=True); time.sleep(60)"
     )
     with launch(log, script) as job:
