@@ -9,6 +9,15 @@ from typing import Any, NoReturn
 from megatron_slim import __version__
 from megatron_slim.errors import EXIT_USER_ERROR
 
+RECIPE_HELP = "sizes and methods: a YAML file, or a name that `megatron-slim recipes` lists"
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something: not those of flags, and not None."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default not in (None, False) else action.help
+
 
 class ToolParser(argparse.ArgumentParser):
     """An argument parser whose error is one line, as every other error of a tool is."""
@@ -40,9 +49,7 @@ def _integer(text: str, least: int, wanted: str) -> int:
 
 def tool_parser(description: str, *, as_json: bool = True) -> argparse.ArgumentParser:
     """An argument parser with the arguments that every command has; ``as_json``: it can give its results as JSON."""
-    parser = ToolParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    parser = ToolParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     if as_json:
         parser.add_argument("--json", action="store_true", help="make the last line of standard output one JSON object")
     parser.add_argument("--version", action="version", version=f"megatron_slim {__version__}")
@@ -71,7 +78,9 @@ def add_load_arguments(parser: argparse.ArgumentParser, purpose: str) -> None:
         "--verify-integrity", action="store_true", help="hash the files of a torch_dist checkpoint first and compare"
     )
     parser.add_argument(
-        "--without-mtp", action="store_true", help="leave its MTP block out, or the word of one that is not there"
+        "--without-mtp",
+        action="store_true",
+        help="leave the MTP block out, or the declaration of one that has no tensors",
     )
 
 

@@ -50,10 +50,16 @@ def add_calibration_arguments(parser: argparse.ArgumentParser, *, required: bool
         metavar="DATA",
         help="prefix of a Megatron .bin/.idx pair, or a .npy integer matrix [samples, sequence] used as it is",
     )
-    group.add_argument("--num-samples", type=positive, help="samples, drawn at random (.bin: 1024 if not given)")
-    group.add_argument("--seq-length", type=positive, help="tokens per sample (.bin: at most 4096 if not given)")
-    group.add_argument("--seed", type=not_negative, default=1234, help="seed of the random choice")
-    group.add_argument("--micro-batch-size", type=positive, help="samples in one forward pass (about 4096 tokens)")
+    group.add_argument(
+        "--num-samples", type=positive, metavar="N", help="samples, drawn at random (.bin: 1024 if not given)"
+    )
+    group.add_argument(
+        "--seq-length", type=positive, metavar="N", help="tokens per sample (.bin: at most 4096 if not given)"
+    )
+    group.add_argument("--seed", type=not_negative, metavar="N", default=1234, help="seed of the random choice")
+    group.add_argument(
+        "--micro-batch-size", type=positive, metavar="N", help="samples in one forward pass (about 4096 tokens)"
+    )
     group.add_argument(
         "--work-dir",
         type=Path,
@@ -75,7 +81,9 @@ def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
         "parallel calibration", "under megatron-slim torchrun; processes beyond these sizes are data parallel"
     )
     for kind in ("tensor", "pipeline", "expert"):
-        group.add_argument(f"--{kind}-model-parallel-size", type=positive, default=1, help=f"{kind} parallel size")
+        group.add_argument(
+            f"--{kind}-model-parallel-size", type=positive, metavar="N", default=1, help=f"{kind} parallel size"
+        )
 
 
 def layout_options(args: argparse.Namespace) -> Layout | None:

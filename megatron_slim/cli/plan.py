@@ -10,7 +10,7 @@ from typing import Any
 from megatron_slim.cli.pruning_run import add_phase_argument, run_plan
 from megatron_slim.cli.search_arguments import add_search_arguments, measuring
 from megatron_slim.cli.tool import run_command
-from megatron_slim.command_line import add_load_arguments, load_options
+from megatron_slim.command_line import RECIPE_HELP, add_load_arguments, load_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="statistics, or the pruned checkpoint that keeps them",
     )
-    parser.add_argument("--recipe", type=Path, required=True, metavar="YAML", help="what the model is to become")
+    parser.add_argument("--recipe", type=Path, required=True, metavar="RECIPE", help=RECIPE_HELP)
     add_phase_argument(parser)
     parser.add_argument("--save", type=Path, required=True, metavar="FILE", help="new file, plan.json")
     add_search_arguments(parser)

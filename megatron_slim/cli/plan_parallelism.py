@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_slim.cli.pruning_run import PhaseAction
 from megatron_slim.cli.tool import run_command
-from megatron_slim.command_line import positive
+from megatron_slim.command_line import RECIPE_HELP, positive
 from megatron_slim.distillation.loss_options import KD_LOSSES
 from megatron_slim.errors import SlimError
 from megatron_slim.planning import report
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the tool."""
     models = parser.add_argument_group("models")
     student = models.add_mutually_exclusive_group(required=True)
-    student.add_argument("--recipe", type=Path, metavar="YAML", help="what is pruned, and to what")
+    student.add_argument("--recipe", type=Path, metavar="RECIPE", help=RECIPE_HELP)
     student.add_argument("--plan", type=Path, metavar="FILE", help="plan.json of a pruning, which knows both models")
     student.add_argument("--hf-config", type=Path, metavar="DIR", help="whose config.json gives the student")
     what = "of a recipe with phases"

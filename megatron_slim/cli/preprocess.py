@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=".jsonl or .json (one JSON object a line) or .txt (one document a file), each also as .gz",
     )
     data.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys of a line to tokenize")
-    data.add_argument("--output-prefix", type=Path, required=True, help="path of the outputs without suffix")
+    data.add_argument(
+        "--output-prefix", type=Path, metavar="PREFIX", required=True, help="path of the outputs without suffix"
+    )
     data.add_argument(
         "--skip-bad-lines",
         action="store_true",
@@ -35,13 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "fails on, and say how many; without it the first ends the tool",
     )
     tokens = parser.add_argument_group("tokens")
-    tokens.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default=TOKENIZER_TYPES[0], help="kind")
-    tokens.add_argument("--tokenizer-model", type=Path, required=True, help="local directory (Hugging Face) or file")
+    tokens.add_argument(
+        "--tokenizer-type", choices=TOKENIZER_TYPES, default=TOKENIZER_TYPES[0], help="kind of tokenizer"
+    )
+    tokens.add_argument(
+        "--tokenizer-model", type=Path, metavar="PATH", required=True, help="local directory (Hugging Face) or file"
+    )
     tokens.add_argument("--append-eod", action="store_true", help="end every document with the tokenizer's eos")
     tokens.add_argument("--split-sentences", action="store_true", help="one sequence per sentence (nltk's Punkt)")
     tokens.add_argument("--lang", help="language of an installed nltk punkt_tab model; without it Punkt is untrained")
     runtime = parser.add_argument_group("runtime")
-    runtime.add_argument("--workers", type=positive, default=1, help="processes that tokenize; the output is the same")
+    runtime.add_argument(
+        "--workers", type=positive, metavar="N", default=1, help="processes that tokenize; the output is the same"
+    )
     runtime.add_argument("--log-interval", type=positive, metavar="N", help="log a line every N documents")
 
 

@@ -1,4 +1,4 @@
-"""Prune a Qwen3-Next checkpoint in depth, width and experts: calibrate, plan, apply, verify."""
+"""Prune a checkpoint in depth, width and experts: calibrate, plan, prune, verify."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from megatron_slim.cli.calibration_run import add_calibration_arguments, calibra
 from megatron_slim.cli.pruning_run import add_phase_argument, refuse_conflicts, run_prune
 from megatron_slim.cli.search_arguments import add_search_arguments, measuring
 from megatron_slim.cli.tool import run_command
-from megatron_slim.command_line import add_load_arguments, add_write_arguments, load_options, write_options
+from megatron_slim.command_line import RECIPE_HELP, add_load_arguments, add_write_arguments, load_options, write_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     add_load_arguments(parser, "prune")
     parser.add_argument("--save", type=Path, metavar="DIR", help="new directory for the result")
-    parser.add_argument("--recipe", type=Path, metavar="YAML", help="what the model is to become")
+    parser.add_argument("--recipe", type=Path, metavar="RECIPE", help=RECIPE_HELP)
     add_phase_argument(parser)
     parser.add_argument(
         "--stats",
         type=Path,
         metavar="FILE",
-        help="made before, or the pruned checkpoint that keeps them: nothing is measured",
+        help="statistics made before, or a pruned checkpoint that keeps them: nothing is measured",
     )
     parser.add_argument("--plan", type=Path, metavar="FILE", help="a plan made before: nothing is measured or decided")
     parser.add_argument("--to", choices=("hf", "torch_dist"), default="hf", help="format of the result")

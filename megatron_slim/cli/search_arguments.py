@@ -31,9 +31,13 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         help="evaluate the best candidates, unwritten and untrained, on this .bin/.idx prefix or .npy matrix, and take "
         "the one of the least loss",
     )
-    group.add_argument("--search-samples", type=positive, metavar="N", help="use N at random; all if not given")
+    group.add_argument(
+        "--search-samples", type=positive, metavar="N", help="samples to choose at random; all if not given"
+    )
     group.add_argument("--search-seq-length", type=positive, metavar="L", help="tokens per sample; needed with .bin")
-    group.add_argument("--search-top", type=positive, metavar="K", help=f"evaluate so many ({DEFAULT_TOP})")
+    group.add_argument(
+        "--search-top", type=positive, metavar="K", help=f"how many candidates to evaluate ({DEFAULT_TOP})"
+    )
 
 
 def measuring(args: argparse.Namespace) -> Measuring | None:

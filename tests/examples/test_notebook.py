@@ -20,7 +20,9 @@ class Image:
         self.data = data
 module = types.ModuleType("IPython.display")
 module.Image, module.display = Image, shown.append
-sys.modules["IPython"], sys.modules["IPython.display"] = types.ModuleType("IPython"), module
+package = types.ModuleType("IPython")
+package.version_info = (9, 0)  # what matplotlib looks at
+sys.modules["IPython"], sys.modules["IPython.display"] = package, module
 """
 CHECKS = """
 assert [image.data[:4] for image in shown] == [b"\\x89PNG"] * 2
