@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_slim.testing import _free_port
+from megatron_slim.testing import reserved_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60.0  # in which a job must be gone
@@ -80,7 +80,7 @@ def test_the_launcher_ends_as_its_ranks_do(tmp_path: Path, case: str) -> None:
 def test_ranks_die_with_their_launcher(tmp_path: Path) -> None:
     script, log = tmp_path / "rank.py", tmp_path / "log"
     script.write_text(
-        "import time; from megatron_slim.cli import die_with_parent; die_with_parent(); "
+        "import time; from megatron_slim.processes import die_with_parent; die_with_parent(); "
         "print('ready', flush=True); time.sleep(60)"
     )
     with launch(log, script) as job:
