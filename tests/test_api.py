@@ -150,7 +150,7 @@ def test_examples_of_the_docs_run(
     (tmp_path / "qwen3_next_80a3b_to_23a2b").write_text(json.dumps(RECIPE))
     for name in ("corpus_text_document", "validation_text_document"):
         write_tokens(tmp_path / name, [np.arange(64) % 100])
-    code = page_and_code[1].replace("seq_length=4096", "seq_length=16").replace("num_samples=1024", "num_samples=2")
+    code = re.sub(r"num_samples=\d+", "num_samples=2", page_and_code[1].replace("seq_length=4096", "seq_length=16"))
     code = code.replace('"corpus_text_document")', '"corpus_text_document", num_samples=2, seq_length=16)')
     exec(code, {})
     assert slim.open_checkpoint("student").shape.hidden_size == RECIPE["target"]["hidden_size"]  # type: ignore[index]
