@@ -153,7 +153,8 @@ def test_examples_of_the_docs_run(
     code = re.sub(r"num_samples=\d+", "num_samples=2", page_and_code[1].replace("seq_length=4096", "seq_length=16"))
     code = code.replace('"corpus_text_document")', '"corpus_text_document", num_samples=2, seq_length=16)')
     exec(code, {})
-    assert slim.open_checkpoint("student").shape.hidden_size == RECIPE["target"]["hidden_size"]  # type: ignore[index]
+    (student,) = re.findall(r'slim.prune\(teacher, plan, "([^"]+)"', code)
+    assert slim.open_checkpoint(student).shape.hidden_size == RECIPE["target"]["hidden_size"]  # type: ignore[index]
 
 
 def test_what_a_caller_can_fix_is_a_slim_error(teacher: Path, samples: np.ndarray[Any, Any], tmp_path: Path) -> None:
