@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_slim.cli.terminal import messages_shown
 from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkpoint
 
 SIZES = {"num_layers": 4, "layer_types": ("linear_attention", "full_attention") * 2, "vocab_size": 120}
@@ -37,7 +38,8 @@ def train(argv: list[str], log: str) -> None:
 
     sys.argv = ["pretrain", *argv]
     try:
-        main(argv)
+        with messages_shown("stdout"):
+            main(argv)
     except SystemExit as exit_:  # how Megatron ends at --exit-interval
         assert not exit_.code, exit_.code
     if (writer := get_tensorboard_writer()) is not None:
@@ -52,7 +54,8 @@ def refusal(argv: list[str], log: str) -> str:
 
     sys.argv = ["pretrain", *argv]
     try:
-        main(argv)
+        with messages_shown("stdout"):
+            main(argv)
     except SlimError as error:
         return str(error)
     return ""

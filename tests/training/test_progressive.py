@@ -123,7 +123,11 @@ def test_without_the_flag_a_run_is_one_of_its_own() -> None:
     ("phase", "given", "message"),
     [
         (None, {"pretrained_checkpoint": None}, "without --pretrained-checkpoint; give the student of a phase"),
-        (None, {}, r"no plan\.json of a phase next to --pretrained-checkpoint student; start from what tools/prune_ch"),
+        (
+            None,
+            {},
+            r"no plan\.json of a phase next to --pretrained-checkpoint student; start from what megatron-slim prune",
+        ),
         (
             Phase(1, 2, "", 4),
             {},

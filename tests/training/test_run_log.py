@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import sys
 import time
@@ -23,6 +24,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP  # noqa: E402
 
 from megatron_slim.architecture.flops import TORCH, student_flops, teacher_flops  # noqa: E402
 from megatron_slim.architecture.layer_specs import build_model, transformer_config  # noqa: E402
+from megatron_slim.cli.terminal import messages_shown  # noqa: E402
 from megatron_slim.distillation.losses import LossWeights  # noqa: E402
 from megatron_slim.distillation.model import TEACHER_MTP, DistillationModel, HiddenStatesModel  # noqa: E402
 from megatron_slim.testing import run_distributed, tiny_shape  # noqa: E402
@@ -86,7 +88,8 @@ def train_and_count(argv: list[str], log: str, result: str) -> None:
     counts: list[dict[tuple[str, int], int]] = []
     count_rows(counts)
     sys.argv = ["pretrain", *argv]
-    pretrain.main(argv)
+    with messages_shown("stdout"):
+        pretrain.main(argv)
     Path(result).write_bytes(pickle.dumps(counts[:STEPS]))
 
 
@@ -103,7 +106,8 @@ def train_with_a_slow_stage(argv: list[str], log: str) -> None:
 
     pretrain.Run.model_provider = slow  # type: ignore[method-assign]
     sys.argv = ["pretrain", *argv]
-    pretrain.main(argv)
+    with messages_shown("stdout"):
+        pretrain.main(argv)
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +119,9 @@ def one(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> tuple
     argv = workplace.argv("logged", "--micro-batch-size", "2", *FLAGS.split(), *wandb)
     run_distributed(1, train_and_count, argv, str(workplace.log("logged")), str(counted), initialise=False)
     logged = read_scalars(workplace.root / "tensorboard" / "logged")
-    logged = [json.loads(text) for text in (counted.parent / "logged").read_text().splitlines()]
-    assert [step for values, step in logged if "slim/throughput/seconds_per_iteration" in values] == [2, 4, 6]
-    ours = {tag: value for values, step in logged if step == 2 for tag, value in values.items() if "slim/" in tag}
+    sent = [json.loads(text) for text in (counted.parent / "logged").read_text().splitlines()]
+    assert [step for values, step in sent if "slim/throughput/seconds_per_iteration" in values] == [2, 4, 6]
+    ours = {tag: value for values, step in sent if step == 2 for tag, value in values.items() if "slim/" in tag}
     assert ours == pytest.approx({tag: values[0] for tag, values in logged.items() if tag in ours}, rel=1e-6)
     return logged, pickle.loads(counted.read_bytes())
 
@@ -293,8 +297,9 @@ def test_each_model_has_the_peak_of_what_it_runs_in(  # type: ignore[no-untyped-
     assert found == pytest.approx({"student": student * 1e12, "teacher": teacher * 1e12})
 
 
-def test_a_fake_clock(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fake_clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Intervals of different speed, one of them with a break for validation, and a run that was resumed at step 5."""
+    caplog.set_level(logging.INFO)
     clock = {"training": 0.0, "wall": 1000.0}
     log, logged = fake_log(monkeypatch, clock)
     # Step 6 ends an interval of which this start has seen one step.
@@ -315,7 +320,7 @@ def test_a_fake_clock(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert "slim/progress/remaining_seconds" not in first
     assert second["slim/progress/remaining_seconds"] == 91 * 12.0
     assert second["slim/progress/elapsed_seconds"] == 40.0 and second["slim/progress/fraction"] == 0.09
-    assert capsys.readouterr().out.count("\nslim ") == 1  # the second of two lines
+    assert sum(message.startswith("slim ") for message in caplog.messages) == 2
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -320,10 +321,11 @@ def test_a_teacher_that_guesses_is_refused(workplace, tmp_path: Path, flags: str
         workplace.train("zero", ranks, *MBS, *flags.split(), "--teacher-load", str(teacher), check_teacher=True)
 
 
-def test_the_verdict_on_a_teacher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verdict_on_a_teacher(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     judge_teacher(4.0, 1000, Path("teacher"))
-    assert "4.0" in capsys.readouterr().out
+    assert "4.0" in caplog.text
     for loss in (6.9, float("inf"), float("nan")):
         with pytest.raises(CheckpointError, match="teacher"):
             judge_teacher(loss, 1000, Path("teacher"))

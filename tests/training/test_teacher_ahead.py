@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import doctest
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,7 +130,8 @@ def test_what_does_not_go_together() -> None:
     assert len(found_all) == len(words) and all(word in one for word, one in zip(words, found_all, strict=True))
 
 
-def test_host_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_host_memory(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     """Of 4 iterations of 8 samples of 32 tokens, over two data-parallel ranks: 512 tokens; two heads; bytes; TP."""
     args = parsed("--teacher-ahead=4", global_batch_size=8, data_parallel_size=2, seq_length=32, rank=0)
     args.context_parallel_size = 1
@@ -140,7 +142,7 @@ def test_host_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     args.context_parallel_size = 2
     assert held_bytes(tiny_shape(), args, 0) == 512 * 64 * 4 // 4
     teacher_ahead.check_host_memory(10**6, args)
-    assert "take 0.001 GB of host memory" in capsys.readouterr().out
+    assert "take 0.001 GB of host memory" in caplog.text
     with pytest.raises(SlimError, match=r"--teacher-ahead 4 needs 1e\+09 GB"):
         teacher_ahead.check_host_memory(10**18, args)
 
