@@ -43,11 +43,15 @@ $(VENV)/.complete: pyproject.toml
 demo: $(READY)
 	PYTHON="$(PY)" bash examples/slimqwen/demo.sh
 
-test: lint
-	$(PY) -m pytest -m "not slow"
+# Tests wait much, for processes that start and for ranks that meet: one more at a time than a small machine has cores.
+WORKERS ?= 3
 
-test-all: lint
-	$(PY) -m pytest
+test: lint
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+
+# The slow ones have up to eight ranks each, and some of them ports of their own.
+test-all: test
+	$(PY) -m pytest -m slow
 
 lint: $(READY)
 	$(PY) -m ruff check .

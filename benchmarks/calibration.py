@@ -18,7 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_slim.cli import positive, run_tool, tool_parser
+from megatron_slim.cli.tool import run_tool
+from megatron_slim.command_line import positive, tool_parser
 
 BLOCK = "model.layers.0"
 
@@ -171,9 +172,10 @@ def published_layers(args: argparse.Namespace, **changes: Any) -> dict[str, Any]
     from benchmarks.models import PUBLISHED, model_bytes, shape_of
     from megatron_slim.architecture.layer_specs import layer_spec
     from megatron_slim.device import default_dtype
-    from megatron_slim.planning.preparation import ASSUMED, SAMPLES, SEQ_LENGTH
+    from megatron_slim.planning.preparation import ASSUMED
     from megatron_slim.pruning.block import block_config, rotary_embedding
     from megatron_slim.pruning.recorder import BlockRecorder
+    from megatron_slim.pruning.samples import NUM_SAMPLES, SEQ_LENGTH
 
     shape, dtype, device = shape_of(PUBLISHED | changes), default_dtype(), torch.device(torch.cuda.current_device())
     config, rotary = block_config(shape, dtype), rotary_embedding(shape, args.layer_tokens)
@@ -193,7 +195,7 @@ def published_layers(args: argparse.Namespace, **changes: Any) -> dict[str, Any]
 
         seconds |= medians({kind: one_pass}, args.repeats)
         del layer, one_pass
-    passes = SAMPLES * SEQ_LENGTH / args.layer_tokens
+    passes = NUM_SAMPLES * SEQ_LENGTH / args.layer_tokens
     computing = passes * sum(seconds[shape.layer_type(block)] for block in shape.blocks)
     reading = model_bytes(shape) / ASSUMED["disk_bytes_per_second"]
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

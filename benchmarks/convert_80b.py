@@ -16,7 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_slim.cli import positive, run_tool, tool_parser
+from megatron_slim.cli.tool import run_tool
+from megatron_slim.command_line import positive, tool_parser
 
 PUBLISHED_COUNTS = {"shards": 41, "tensors": 75_944, "mtp_tensors": 1_553, "parameters": 81_324_862_720}
 DEFAULT_DIRECTIONS = ("hf_to_torch_dist", "hf_to_pruned_hf", "hf_to_pruned_torch_dist")

@@ -1,4 +1,4 @@
-"""Every direction of conversion and pruning, run round by round beside the raw reads and writes of its bytes."""
+"""Every direction of conversion and pruning, run round by round with the raw reads and writes of its bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.models import Needed, model_bytes, needed_by_plan, read_config, shape_of, write_recipe, write_statistics
 from benchmarks.processes import ROOT, Run, StartUp, python, run, start_up
 from benchmarks.storage import drop_cache, files_of, fill_cache, raw_read, raw_write
-from megatron_slim.cli import say
+from megatron_slim.cli.terminal import say
 
 HF, TORCH_DIST = "hf", "torch_dist"
 CONVERT, PRUNE = "convert", "prune"
@@ -44,8 +44,8 @@ DIRECTIONS = {
 }
 LOAD_ALL = "load_all"
 SAMPLE_SECONDS = 0.02
-# A virtual machine gives free pages back to its host after two seconds, and pays for each that it takes again. Whatever
-# is measured pays alike, and nothing profits from what ran before it.
+# A virtual machine gives free pages back to its host after two seconds, and takes time for each that it gets again.
+# Whatever is measured bears that alike, and nothing profits from what ran before it.
 SETTLE_SECONDS = 4
 
 

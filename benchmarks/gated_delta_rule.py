@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.calibration import medians
-from megatron_slim.cli import positive, run_tool, tool_parser
+from megatron_slim.cli.tool import run_tool
+from megatron_slim.command_line import positive, tool_parser
 from megatron_slim.errors import SlimError
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="on a GPU in bf16, as training there, and fla beside"
+        "--device", choices=("cpu", "cuda"), default="cpu", help="on a GPU in bf16, as training there, and with fla"
     )
     parser.add_argument("--repeats", type=positive, default=3, help="timed rounds; medians are reported")
     return parser.parse_args(argv)

@@ -22,7 +22,7 @@ _PUNCH_HOLE, _KEEP_SIZE = 0x02, 0x01
 class HoleDigger:
     """Turns zeros in the files of a directory into holes, without changing what the files read as.
 
-    A block is dug once, only if it held data at the pass before too and lies well before the end of its file, so that
+    A block is dug once, only if it held data at the pass before too and is well before the end of its file, so that
     no page is dug that is still being written; and only pages that are all zero when they are read.
 
     Attributes:
@@ -30,7 +30,7 @@ class HoleDigger:
     """
 
     def __init__(self, parent: Path, name: str) -> None:
-        """Dig in ``parent/name`` and in what it is built in beside it, ``parent/.name.*``."""
+        """Dig in ``parent/name`` and in what it is built in next to it, ``parent/.name.*``."""
         self._parent, self._name = parent, name
         self._seen: dict[int, set[int]] = {}  # blocks with data, by the file's inode, because files are renamed
         self._dug: dict[int, set[int]] = {}
@@ -39,7 +39,7 @@ class HoleDigger:
         self.peak_disk = 0
 
     def dig(self, *, final: bool = False) -> int:
-        """One pass; ``final`` when nobody writes any more. Returns the bytes that the files took before it."""
+        """One pass; ``final`` when nothing is written any more. Returns the bytes that the files took before it."""
         files = list(self._files())
         disk = sum(_blocks(file) for file in files)
         self.peak_disk = max(self.peak_disk, disk)

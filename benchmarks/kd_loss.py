@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.calibration import medians
-from megatron_slim.cli import positive, run_tool, tool_parser
+from megatron_slim.cli.tool import run_tool
+from megatron_slim.command_line import positive, tool_parser
 
 if TYPE_CHECKING:
     import torch
@@ -111,11 +112,11 @@ def naive(case: Case, *, distil: bool = True) -> Tensor:
 
 
 def fused(case: Case, chunk: int | None, *, distil: bool = True, main: bool = False) -> Tensor:
-    """What training runs; with ``main`` both heads learn from the teacher's main head."""
+    """What training runs; with ``main`` both heads are supervised by the teacher's main head."""
     import torch
 
     from megatron_slim.distillation.divergences import KDLoss
-    from megatron_slim.distillation.fused import Lesson, OutputLayer, Target, default_chunk, fused_losses
+    from megatron_slim.distillation.fused import DistillationInputs, OutputLayer, Target, default_chunk, fused_losses
     from megatron_slim.distillation.vocabulary import VocabShard
 
     shard = VocabShard.of(None, *2 * (case.weight.shape[0],))
@@ -125,10 +126,10 @@ def fused(case: Case, chunk: int | None, *, distil: bool = True, main: bool = Fa
     elif distil:
         targets = tuple(Target(hidden, ((head, 0),)) for head, hidden in enumerate(case.teacher_hidden))
     teacher = OutputLayer(case.teacher_weight, shard) if distil else None
-    lesson = Lesson(case.labels, targets, teacher, KDLoss(), chunk or default_chunk(case.weight.device))
+    inputs = DistillationInputs(case.labels, targets, teacher, KDLoss(), chunk or default_chunk(case.weight.device))
     ones = torch.full(case.labels.shape, 1 / case.labels.shape[1], device=case.weight.device)
     a, b = ((LM if distil else 1.0) * ones, (KD if distil else 0.0) * ones)
-    lm, kd, _ = fused_losses(OutputLayer(case.weight, shard), case.hidden, lesson, (a, b))
+    lm, kd, _ = fused_losses(OutputLayer(case.weight, shard), case.hidden, inputs, (a, b))
     total = (a * lm + b * kd).sum()
     total.backward()
     case.weight.grad = None
@@ -152,7 +153,7 @@ def same_results(case: Case, chunk: int | None) -> None:
 
 
 def peak_above(function: Callable[[], Any], device: str) -> int | None:
-    """Bytes that the function needs at its peak beyond what is there before; None where that cannot be told."""
+    """Bytes that the function needs at its peak beyond what is there before; None where that cannot be measured."""
     import torch
 
     if device == "cuda":
@@ -183,7 +184,7 @@ def counted(function: Callable[[Case], Any], sizes: dict[str, int], dtype: torch
     from benchmarks.live_bytes import LiveBytes
 
     with FakeTensorMode():
-        case = Case.make(**sizes, device="cpu", dtype=dtype)  # a backward of fake CUDA tensors wants a driver
+        case = Case.make(**sizes, device="cpu", dtype=dtype)  # a backward of fake CUDA tensors needs a driver
         live = LiveBytes()
         live.know(*case.tensors())
         with live:
@@ -211,8 +212,9 @@ def liger(case: Case) -> dict[str, Callable[[], Any]] | None:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # type: ignore[import-not-found]
     except ImportError:
         return None
-    from megatron_slim.distillation.divergences import JSD, KDLoss
-    from megatron_slim.distillation.fused import Lesson, OutputLayer, Target, default_chunk, fused_losses
+    from megatron_slim.distillation.divergences import KDLoss
+    from megatron_slim.distillation.fused import DistillationInputs, OutputLayer, Target, default_chunk, fused_losses
+    from megatron_slim.distillation.loss_options import JSD
     from megatron_slim.distillation.vocabulary import VocabShard
 
     theirs = LigerFusedLinearJSDLoss(weight_hard_loss=LM, weight_soft_loss=KD)
@@ -225,7 +227,7 @@ def liger(case: Case) -> dict[str, Callable[[], Any]] | None:
     def run_ours() -> None:
         shard = VocabShard.of(None, *2 * (case.weight.shape[0],))
         labels = case.labels[:1]
-        lesson = Lesson(
+        inputs = DistillationInputs(
             labels,
             (Target(case.teacher_hidden[0], ((0, 0),)),),
             OutputLayer(case.teacher_weight, shard),
@@ -233,7 +235,7 @@ def liger(case: Case) -> dict[str, Callable[[], Any]] | None:
             default_chunk(labels.device),
         )
         a, b = (torch.full(labels.shape, size / labels.shape[1], device=labels.device) for size in (LM, KD))
-        lm, kd, _ = fused_losses(OutputLayer(case.weight, shard), case.hidden[:1], lesson, (a, b))
+        lm, kd, _ = fused_losses(OutputLayer(case.weight, shard), case.hidden[:1], inputs, (a, b))
         (a * lm + b * kd).sum().backward()
         case.weight.grad = None
 

@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.models import PUBLISHED, shape_of
 from benchmarks.processes import free_port
-from megatron_slim.architecture.flops import FUSED, TORCH, Kernels, student_work, teacher_work
-from megatron_slim.cli import positive, run_tool, tool_parser
+from megatron_slim.architecture.flops import FUSED, TORCH, Kernels, student_flops, teacher_flops
+from megatron_slim.cli.tool import run_tool
+from megatron_slim.command_line import positive, tool_parser
 from megatron_slim.errors import SlimError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,8 +129,8 @@ def kernels() -> Kernels:
 def floor(teacher: Any, student: Any, seq_length: int) -> dict[str, float]:
     """The least that a distilling step costs, in steps of LM training, by operations alone."""
     used = kernels()
-    forward = student_work(student, seq_length, used).total / 3
-    ratio = teacher_work(teacher, seq_length, used, runs_mtp=True).total / forward
+    forward = student_flops(student, seq_length, used).total / 3
+    ratio = teacher_flops(teacher, seq_length, used, runs_mtp=True).total / forward
     return {"teacher_over_student_forward": ratio, "flop_floor": 1 + ratio / 3}
 
 

@@ -27,7 +27,7 @@ from benchmarks.report import machine
 from benchmarks.storage import bytes_of
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import count_parameters, hf_tensors
-from megatron_slim.cli import say
+from megatron_slim.cli.terminal import say
 from megatron_slim.errors import SlimError
 
 SAMPLE_SECONDS = 0.1  # a run is timed and watched at once, and 48 layers are alike
@@ -100,7 +100,7 @@ class LayoutRun:
             if (disk := digger.dig()) > limit:
                 raise SlimError(f"the result takes {disk / 1e9:.0f} GB", where=str(save), fix="--max-disk-gb")
 
-        outcome = run(self._command(direction, save), sample_seconds=SAMPLE_SECONDS, beside=dig)
+        outcome = run(self._command(direction, save), sample_seconds=SAMPLE_SECONDS, meanwhile=dig)
         digger.dig(final=True)
         shape = shape_of_plan(self.plan) if direction.tool == PRUNE else self.shape
         tensors, parameters = (written_in_hf if direction.target == HF else written_in_torch_dist)(save)

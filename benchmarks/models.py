@@ -102,15 +102,15 @@ def plan_shards(shape: ModelShape) -> list[dict[str, tuple[int, ...]]]:
     names = _as_modules_have_them(tensors)
     mtp = {name: tensors[name] for name in names if name.startswith("mtp.")}
     shards: list[dict[str, tuple[int, ...]]] = [{}]
-    room = MAX_SHARD_BYTES
+    left = MAX_SHARD_BYTES
     for name in names:
         if name in mtp:
             continue
-        if shards[-1] and _nbytes(tensors[name]) > room:
+        if shards[-1] and _nbytes(tensors[name]) > left:
             shards.append({})
-            room = MAX_SHARD_BYTES
+            left = MAX_SHARD_BYTES
         shards[-1][name] = tensors[name]
-        room -= _nbytes(tensors[name])
+        left -= _nbytes(tensors[name])
     return [*shards, mtp]
 
 

@@ -14,8 +14,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_slim.cli import add_load_arguments, load_options, positive, run_tool, tool_parser
-from megatron_slim.pruning.calibration_commands import add_calibration_arguments
+from megatron_slim.cli.calibration_run import add_calibration_arguments
+from megatron_slim.cli.tool import run_tool
+from megatron_slim.command_line import add_load_arguments, load_options, positive, tool_parser
 
 RECIPE = Path(__file__).resolve().parents[1] / "examples" / "slimqwen" / "recipes" / "demo.yaml"
 
@@ -31,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--validation-data", type=Path, required=True, metavar="DATA", help="what the losses are measured on, likewise"
     )
-    parser.add_argument("--validation-samples", type=positive, metavar="N", help="draw so many; all if not given")
+    parser.add_argument("--validation-samples", type=positive, metavar="N", help="use N at random; all if not given")
     parser.add_argument("--only", choices=(*TARGETS, ALL), nargs="+", default=[*TARGETS, ALL], help="axes to measure")
     parser.add_argument("--save", type=Path, metavar="FILE", help="new file for the table as Markdown")
     add_calibration_arguments(parser, required=False)

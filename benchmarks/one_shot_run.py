@@ -10,7 +10,7 @@ from typing import Any, cast
 from benchmarks.one_shot_variants import Variant, variants
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.checkpoint.convert import Checkpoint, open_checkpoint
-from megatron_slim.cli import say
+from megatron_slim.cli.terminal import say
 from megatron_slim.data import Tokens
 from megatron_slim.errors import SlimError
 from megatron_slim.evaluation.perplexity import evaluate, read_evaluation_data
@@ -28,7 +28,7 @@ def measure(args: argparse.Namespace, reading: dict[str, Any]) -> dict[str, Any]
     """Losses of the source and of every variant; ``reading`` goes to `open_checkpoint`.
 
     Raises:
-        SlimError: a faulty input; all of them are looked at before anything is measured.
+        SlimError: an invalid input; all of them are looked at before anything is measured.
     """
     recipe, source = load_recipe(args.recipe), open_checkpoint(args.load, **reading)
     chosen = [variant for variant in variants(recipe) if variant.axis in args.only]

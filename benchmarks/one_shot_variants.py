@@ -19,7 +19,7 @@ TARGETS = {
     "query heads": ("num_attention_heads",),
     "linear value heads": ("linear_num_value_heads",),
 }
-# Axis -> name of the variant -> the sections of its recipe, beside the target.
+# Axis -> name of the variant -> the sections of its recipe other than the target.
 VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "depth": {method: {"depth": {"method": method}} for method in CHOICES["depth.method"]},
     "width": {kind: {"width": {"importance": kind}} for kind in CHOICES["width.importance"]},

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Slowest pipeline rank over the mean, by operations: layers divided evenly, and by --pipeline-layout auto.
 
-Nothing is run: the operations are those of a training step of the published 80B teacher beside a student of SlimQwen's
+Nothing is run: the operations are those of a training step of the published 80B teacher and a student of SlimQwen's
 sizes, counted from the architecture table (`megatron_slim.architecture.flops`). See docs/benchmarks.md.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.models import PUBLISHED, shape_of
-from megatron_slim.architecture.flops import student_work, teacher_work
+from megatron_slim.architecture.flops import student_flops, teacher_flops
 from megatron_slim.architecture.pipeline_layout import Stages, balanced, even_layers
 from megatron_slim.architecture.shape import layer_pattern
 
@@ -37,7 +37,7 @@ def measure(student: str, ranks: int, virtual: int, seq_length: int) -> dict[str
         num_moe_experts=experts,
         moe_router_topk=topk,
     )
-    works = student_work(shape, seq_length), teacher_work(teacher, seq_length, runs_mtp=True)
+    works = student_flops(shape, seq_length), teacher_flops(teacher, seq_length, runs_mtp=True)
     stages, even = ranks * virtual, None
     if layers % stages == teacher.num_layers % stages == 0:
         divided = (even_layers(layers, stages), even_layers(teacher.num_layers, stages))

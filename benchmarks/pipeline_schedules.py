@@ -15,7 +15,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.pipeline_simulator import Pipeline, simulate
-from megatron_slim.cli import positive, run_tool, tool_parser
+from megatron_slim.cli.tool import run_tool
+from megatron_slim.command_line import positive, tool_parser
 from megatron_slim.errors import SlimError
 
 STUDENT = {"num_hidden_layers": 36, "hidden_size": 1536, "num_experts": 256, "num_experts_per_tok": 8}
@@ -35,7 +36,7 @@ def parse_args() -> argparse.Namespace:
         nargs="+",
         default=[1.0, 3.0],
         metavar="T",
-        help="beside the counted ratio",
+        help="in addition to the counted ratio",
     )
     parser.add_argument("--block", type=positive, default=4, metavar="K", help="steps of --teacher-ahead")
     parser.add_argument("--steps", type=positive, default=4, help="simulated once nothing changes from one to the next")

@@ -2,7 +2,7 @@
 
 1F1B and interleaved 1F1B (arXiv 2104.04473) in the order in which Megatron runs them. The teacher's forward pass is
 either a part of the student's (inline), or work of its own: before the first of a block of steps, or filling what would
-be idle, also of the step before (a teacher that does not learn need not wait for the optimizer). Sending takes no time.
+be idle, also of the step before (a teacher that is not trained need not wait for the optimizer). Sending takes no time.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Simulation:
         self.left = [2 * pipeline.micro_batches * pipeline.stages for _ in range(self.steps)]
         self.step_ends: list[float] = []
         self.held, self.most_held = Counter[int](), 0
-        # The teacher's work goes on past the last step, as it would.
+        # The teacher continues past the last step, as it would.
         self.ranks = [
             Rank(self._student(rank, self.steps), self._teacher(rank, self.steps + 2)) for rank in range(pipeline.ranks)
         ]

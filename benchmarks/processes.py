@@ -20,7 +20,7 @@ import psutil
 from megatron_slim.errors import SlimError
 
 ROOT = Path(__file__).resolve().parents[1]
-BESIDE_SECONDS = 0.1
+MEANWHILE_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Run:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """A free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -58,7 +58,7 @@ def run(
     command: Sequence[str],
     *,
     sample_seconds: float | None = None,
-    beside: Callable[[], None] | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Run:
     """Run a command to its end.
 
@@ -66,7 +66,7 @@ def run(
         command: the program and its arguments.
         sample_seconds: look at its memory this often, or less often where a look (30 ms a GB) would take a core more
             than a quarter of its time; None does not look.
-        beside: called again and again until the command has ended; an exception from it ends the command.
+        meanwhile: called again and again until the command has ended; an exception from it ends the command.
 
     Raises:
         SlimError: it failed; holds the end of its standard error.
@@ -80,8 +80,8 @@ def run(
             if sample_seconds is not None:
                 look = functools.partial(_keep_largest, peak, process.pid)
                 watchers.enter_context(_repeated(look, sample_seconds, process, rest=3.0))
-            if beside is not None:
-                watchers.enter_context(_repeated(beside, BESIDE_SECONDS, process))
+            if meanwhile is not None:
+                watchers.enter_context(_repeated(meanwhile, MEANWHILE_SECONDS, process))
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
             seconds = time.monotonic() - started
             # Not reaped yet: its counters are still there, those of the children that it waited for added.
@@ -206,7 +206,7 @@ class StartUp:
 
 
 def start_up(modules: Sequence[str]) -> StartUp:
-    """Start an interpreter that imports these modules and tells its own memory; sampling would slow it down."""
-    tell = "import os; from benchmarks.processes import tree_anonymous; print(tree_anonymous(os.getpid()))"
-    found = run(python("-c", f"import {', '.join(modules)}; {tell}"))
+    """Start an interpreter that imports these modules and reports its own memory; sampling would slow it down."""
+    code = "import os; from benchmarks.processes import tree_anonymous; print(tree_anonymous(os.getpid()))"
+    found = run(python("-c", f"import {', '.join(modules)}; {code}"))
     return StartUp(found.seconds, int(found.stdout))

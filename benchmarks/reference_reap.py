@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.calibration import BLOCK, moe_layer
-from megatron_slim.cli import positive, run_tool, tool_parser
+from megatron_slim.cli.tool import run_tool
+from megatron_slim.command_line import positive, tool_parser
 from megatron_slim.errors import SlimError
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def ours(layer: Any, shape: Any, batches: list[Tensor]) -> dict[str, Tensor]:
 
 
 def theirs(layer: Any, batches: list[Tensor], topk: int) -> dict[str, Tensor]:
-    """The same from their code, which wants the output of every expert for every token.
+    """The same from their code, which needs the output of every expert for every token.
 
     They average the router's similarity batch by batch; it is taken over all tokens at once here, by their distance.
     """

@@ -173,7 +173,7 @@ def print_table(results: dict[str, Any]) -> None:
         peak = (f"{other['peak_anonymous_bytes'] / 1e6:.0f}", f"{other['peak_memory_fraction']:.1%}")
         table.add_row("load all, then save", "", "", "", "", "", f"{other['seconds']:.2f}", "", *peak)
     console = Console()
-    console.width = max(console.width, 120)  # whole even where that is no terminal
+    console.width = max(console.width, 120)  # whole even where that is not a terminal
     console.print(table)
     for tool, entry in results["start_up"].items():
         print(

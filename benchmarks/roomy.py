@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Run a tool that believes to have a disk large enough: the benchmark digs its zeros away behind it.
+"""Run a tool as if its disk were large enough: the benchmark digs holes where it writes zeros.
 
     python benchmarks/roomy.py tools/convert_checkpoint.py --load ... --save ...
 
-Only `os.statvfs` is changed, by which the tools ask how much room there is.
+Only `os.statvfs` is changed, by which the tools ask how much space is free.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import runpy
 import sys
 
-ROOM = 1 << 50  # bytes
+FREE = 1 << 50  # bytes
 
 
 def pretend() -> None:
@@ -21,7 +21,7 @@ def pretend() -> None:
 
     def statvfs(path: int | str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> os.statvfs_result:
         found = real(path)
-        blocks = ROOM // found.f_frsize
+        blocks = FREE // found.f_frsize
         return os.statvfs_result((*found[:2], blocks, blocks, blocks, *found[5:]))
 
     os.statvfs = statvfs

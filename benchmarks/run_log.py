@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Measure what the log costs: time inside of everything that measures and tells, over the time of training steps.
+"""Measure what the log costs: time inside of everything that measures and logs, over the time of training steps.
 
-One process trains the student of kd_step.py beside its teacher, in Megatron's loop, and logs every iteration, which is
+One process trains the student of kd_step.py with its teacher, in Megatron's loop, and logs every iteration, which is
 the most that can be asked for. See docs/benchmarks.md.
 """
 
@@ -21,7 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.kd_step import shapes, write_models
-from megatron_slim.cli import positive, run_tool, tool_parser
+from megatron_slim.cli.tool import run_tool
+from megatron_slim.command_line import positive, tool_parser
 
 WARM_UP = 2  # iterations that are not counted: the first ones allocate
 

@@ -3,7 +3,7 @@
 
 The run is that of examples/slimqwen/pretrain_distill.sh: teacher and student under PP2 x EP2, four processes, fp32.
 Of the three kills one ends a single rank, one all processes in the middle of saving a checkpoint, one all processes at
-any step; the same command then goes on. Weights, optimizer state, and every loss that either run logged are compared;
+any step; the same command then resumes. Weights, optimizer state, and every loss that either run logged are compared;
 a difference ends the benchmark with an error. See docs/training.md.
 """
 
@@ -16,7 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_slim.cli import not_negative, positive, run_tool, tool_parser
+from megatron_slim.cli.tool import run_tool
+from megatron_slim.command_line import not_negative, positive, tool_parser
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,7 +45,7 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
 
     refuse_existing(args.dir)
     if args.steps < 4 * args.save_interval:
-        raise SlimError(f"{args.steps} steps leave no room for three kills", fix="give a smaller --save-interval")
+        raise SlimError(f"{args.steps} steps are too few for three kills", fix="give a smaller --save-interval")
     from benchmarks.soak_run import run
 
     results = run(args)

@@ -19,7 +19,7 @@ def contents(directory: Path) -> dict[tuple[Any, ...], str]:
     """Hash of every piece of a checkpoint as it is stored: weights and optimizer state.
 
     Not of the common state, which names directories, nor of the generators: a torch data loader draws a number when a
-    run starts or goes on, and nothing in these models draws any.
+    run starts or resumes, and nothing in these models draws any.
     """
     found = {}
     for index, info in read_metadata(directory).storage_data.items():
@@ -58,7 +58,7 @@ def compare(directory: Path, steps: int, *, averaged: set[int]) -> dict[str, Any
     """See that the runs ``whole`` and ``killed`` are one; a step done twice must have been the same both times.
 
     Args:
-        directory: where both lie.
+        directory: of both.
         steps: how many they have done.
         averaged: steps of which the log of the killed run has the mean with the step before, as Megatron's second line
             after a start has; tensorboard has both.

@@ -23,7 +23,7 @@ from benchmarks.report import machine
 from benchmarks.soak_compare import LOGGED, compare
 from megatron_slim import device
 from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
-from megatron_slim.checkpoint.torch_dist_files import METADATA
+from megatron_slim.checkpoint.torch_dist_names import METADATA
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
@@ -107,7 +107,7 @@ class Job:
             "PYTHONUNBUFFERED": 1,
             "PYTHON": sys.executable,
         }
-        # Random weights know nothing. Tensorboard is to lose as little as it can. Optimizer state by parameter: by
+        # Random weights predict nothing. Tensorboard is to lose as little as it can. Optimizer state by parameter: by
         # bucket, Megatron saves the padding between parameters too, which is whatever was in memory.
         flags = ["--no-teacher-check", "--tensorboard-queue-size", "1", "--tensorboard-log-interval", "1"]
         end = shapes(args.model)[1].vocab_size - 1  # a token like others, which sets the loss mask at random
@@ -170,7 +170,7 @@ def plan_kills(args: argparse.Namespace) -> list[Kill]:
 
 
 def strike(args: argparse.Namespace, name: str, kill: Kill) -> None:
-    """Start or go on, and kill when it is time."""
+    """Start or resume, and kill when it is time."""
     job = Job(args, name)
     if kill.what == "save":
         directory = job.save / f"iter_{kill.step:07d}"
@@ -187,7 +187,7 @@ def strike(args: argparse.Namespace, name: str, kill: Kill) -> None:
 
 
 def finish(args: argparse.Namespace, name: str) -> float:
-    """Start or go on, to the end; seconds."""
+    """Start or resume, to the end; seconds."""
     begin = time.monotonic()
     job = Job(args, name)
     if code := job.process.wait():

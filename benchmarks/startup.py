@@ -19,19 +19,22 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_slim.cli import positive, progress, run_tool, tool_parser
+from megatron_slim.cli.main import COMMANDS
+from megatron_slim.cli.tool import run_tool
+from megatron_slim.command_line import positive, tool_parser
+from megatron_slim.reporting import progress
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "tools"
 RECIPE = ROOT / "examples" / "slimqwen" / "recipes" / "qwen3_next_80a3b_to_23a2b.yaml"
 GROUPS = ("import", "help", "convert", "evaluate", "plan")
-NO_HELP_OF_ITS_OWN = ("torchrun.py",)  # its help is that of torch's torchrun, which imports torch
+NO_HELP_OF_ITS_OWN = ("torchrun",)  # its help is that of torch's torchrun, which imports torch
 # What an evaluation on a CPU needs, in the order in which it imports it.
 EVALUATION = (
     "import torch; import megatron_slim.evaluation.perplexity; from megatron_slim import device; "
     "device.install(); import megatron_slim.evaluation.losses"
 )
-# A part of the name of every command -> what is run before it, and the command.
+# What is measured -> what is done before each run, and the command.
 Commands = Mapping[str, tuple[Callable[[], None], list[str]]]
 
 
@@ -61,8 +64,8 @@ def commands(groups: list[str], work: Path) -> Commands:
     if "import" in groups:
         found["import megatron_slim"] = nothing, python("-c", "import megatron_slim")
     if "help" in groups:
-        tools = [tool for tool in sorted(TOOLS.glob("*.py")) if tool.name not in NO_HELP_OF_ITS_OWN]
-        found |= {f"{tool.stem} --help": (nothing, python(tool, "--help")) for tool in tools}
+        for name in ("", *(command for command in COMMANDS if command not in NO_HELP_OF_ITS_OWN)):
+            found[f"{name} --help".strip()] = nothing, python("-m", "megatron_slim", *name.split(), "--help")
     if "convert" in groups:
         found["import torch"] = nothing, python("-c", "import torch")
         for direction, source in (("hf_to_torch_dist", "hf"), ("torch_dist_to_hf", "torch_dist")):

@@ -73,7 +73,7 @@ def raw_read(files: Iterable[Path], nbytes: int, *, threads: int) -> float:
 def raw_write(directory: Path, nbytes: int, *, threads: int) -> float:
     """Seconds to write ``nbytes`` in blocks of 4 MiB and fsync them, each thread a file of its own; then deletes them.
 
-    As the tools do, it tells the kernel to begin writing what is there already instead of waiting for the fsync.
+    As the tools do, it asks the kernel to begin writing what is there already instead of waiting for the fsync.
     """
     directory.mkdir()
     content = memoryview(np.random.default_rng(0).bytes(BLOCK))

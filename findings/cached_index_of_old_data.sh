@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # megatron-core 0.19.2: GPTDataset finds its cached sample index by the data set's path, and by nothing that changes when
-# the data set is written anew. Documents of other lengths under the same name are then cut into samples at the old
+# the data set is rewritten. Documents of other lengths under the same name are then cut into samples at the old
 # places: samples are of wrong lengths, and the error is about a mask and names neither cache nor data.
 #
-# Expected: a data set that was written anew has the samples of one that was never there before.
+# Expected: a data set that was rewritten has the samples of one that was never there before.
 # Seen: under a new name 12 samples; under the old name IndexError: The shape of the mask [16] at index 0 does not match ...
 set -euo pipefail
 # shellcheck source=/dev/null

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # transformers 5.24.0: MtpModel takes the class of its norms from the first norm in the trunk's last layer. In a Qwen3-Next
-# whose last layer is Gated DeltaNet (any depth that is no multiple of four, as pruning leaves it) that is the gated
+# whose last layer is Gated DeltaNet (any depth that is not a multiple of four, as pruning leaves it) that is the gated
 # norm, which wants a second argument: the MTP block is built, and its first forward pass fails.
 #
 # Expected: the MTP block does not depend on the type of the trunk's last layer.

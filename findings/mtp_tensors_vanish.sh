@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# transformers 5.24.0: Qwen3NextForCausalLM has no MTP head. from_pretrained leaves mtp.* tensors out without a word, and
+# transformers 5.24.0: Qwen3NextForCausalLM has no MTP head. from_pretrained leaves mtp.* tensors out silently, and
 # save_pretrained writes a checkpoint without them whose config.json still has num_nextn_predict_layers: 1. A program
 # that believes the key then builds a head without weights.
 #
-# Expected: the tensors, or a warning, or a config.json that promises no head.
+# Expected: the tensors, or a warning, or a config.json that declares no head.
 # Seen: 1 mtp.* tensor before, 0 after; num_nextn_predict_layers 1 before and after; no warning names mtp.
 set -euo pipefail
 # shellcheck source=/dev/null
@@ -30,13 +30,13 @@ save_file(weights | {"mtp.fc.weight": torch.zeros(32, 64)}, "before/model.safete
 Qwen3NextForCausalLM.from_pretrained("before").save_pretrained("after")
 for folder in map(Path, ("before", "after")):
     tensors = [name for name in load_file(folder / "model.safetensors") if name.startswith("mtp.")]
-    promised = json.loads((folder / "config.json").read_text())["num_nextn_predict_layers"]
-    print(f"{folder}: {len(tensors)} mtp.* tensors, num_nextn_predict_layers {promised}")
+    declared = json.loads((folder / "config.json").read_text())["num_nextn_predict_layers"]
+    print(f"{folder}: {len(tensors)} mtp.* tensors, num_nextn_predict_layers {declared}")
 PY
 cat seen
-echo "lines that name mtp: $(grep -ci mtp said || true)"
+echo "lines that name mtp: $(grep -ci mtp output || true)"
 diff seen - <<'TEXT'
 before: 1 mtp.* tensors, num_nextn_predict_layers 1
 after: 0 mtp.* tensors, num_nextn_predict_layers 1
 TEXT
-if grep -qi mtp said; then exit 1; fi
+if grep -qi mtp output; then exit 1; fi

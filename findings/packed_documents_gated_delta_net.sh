@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# transformers 5.24.0: position ids that start again at 0 tell packed documents apart. In Qwen3-MoE the second document
+# transformers 5.24.0: position ids that start again at 0 separate packed documents. In Qwen3-MoE the second document
 # then does not see the first. In Qwen3-Next the state of Gated DeltaNet and its convolution run on across the
-# boundary, so the second document's logits depend on the first. Neither says so.
+# boundary, so the second document's logits depend on the first. Neither reports it.
 #
 # Expected: logits of the second document do not depend on the first, in both or in neither.
 # Seen: they differ by 6e-08 (rounding) in Qwen3-MoE and by 2e-02 in Qwen3-Next, for two first documents that differ.

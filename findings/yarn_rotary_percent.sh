@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# megatron-core 0.19.2: YarnRotaryEmbedding takes rotary_percent and does not heed it. RotaryEmbedding rotates that part of
+# megatron-core 0.19.2: YarnRotaryEmbedding takes rotary_percent and ignores it. RotaryEmbedding rotates that part of
 # a head; with YaRN all of it is rotated. Qwen3-Next rotates a quarter.
 #
 # Expected: a quarter of the 64 channels are 8 frequencies, with YaRN and without.

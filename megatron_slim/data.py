@@ -17,11 +17,16 @@ Tokens = npt.NDArray[np.int64]
 # Of each data set before a run, in stretches from its beginning to its end. All of it would be hours of reading where
 # data are terabytes; training looks at what it reads.
 _SEEN_TOKENS, _STRETCHES = 1 << 20, 16
-_AGAIN = "run tools/preprocess_data.py again"
+_AGAIN = "run megatron-slim preprocess again"
 
 
 def read_samples(
-    path: Path, *, seq_length: int | None, num_samples: int | None, vocab_size: int | None = None, seed: int = 0
+    data: Path | Tokens,
+    *,
+    seq_length: int | None,
+    num_samples: int | None,
+    vocab_size: int | None = None,
+    seed: int = 0,
 ) -> Tokens:
     """Read token ids for calibration or evaluation.
 
@@ -29,12 +34,12 @@ def read_samples(
     ``seq_length`` tokens; what is left over at the end is not used. A ``.npy`` matrix is used as it is.
 
     Args:
-        path: prefix of a Megatron .bin/.idx pair (either file name is accepted too), or a ``.npy`` file.
+        data: prefix of a Megatron .bin/.idx pair (either file name is accepted too), a ``.npy`` file, or its matrix.
         seq_length: tokens per sample; for a matrix None or its width.
-        num_samples: number of samples; fewer than there are draws at random without replacement, kept in the order of
+        num_samples: number of samples; if fewer than there are, random ones, in the order of
             the data. None takes all.
         vocab_size: ids must be smaller than this; None is any.
-        seed: of the random draw.
+        seed: of the random choice.
 
     Returns:
         Token ids, int64 [samples, sequence].
@@ -45,8 +50,10 @@ def read_samples(
     for name, value in (("seq_length", seq_length), ("num_samples", num_samples)):
         if value is not None and value < 1:
             raise DataError(f"{name} {value} is not a positive number")
-    path = Path(path)
-    if path.suffix == ".npy":
+    path = Path("samples" if isinstance(data, np.ndarray) else data)
+    if isinstance(data, np.ndarray):
+        matrix = _check_matrix(data, seq_length, str(path))
+    elif path.suffix == ".npy":
         matrix = _open_matrix(path, seq_length)
     else:
         matrix = _open_windows(data_prefix(path, or_matrix=True), seq_length)
@@ -62,7 +69,7 @@ def data_prefix(path: Path, *, or_matrix: bool = False) -> Path:
 
     Args:
         path: as a user gave it.
-        or_matrix: whether a ``.npy`` matrix would do as well, which a refusal then says.
+        or_matrix: whether a ``.npy`` matrix would do as well, which the error then says.
 
     Raises:
         DataError: one or both of the files are missing.
@@ -82,7 +89,7 @@ def data_prefix(path: Path, *, or_matrix: bool = False) -> Path:
             if or_matrix
             else "not the prefix of a Megatron .bin/.idx pair",
             where=name,
-            fix="tokenize text with tools/preprocess_data.py",
+            fix="tokenize text with megatron-slim preprocess",
         )
     fix = "give the prefix of a .bin/.idx pair" + (", or a .npy matrix" if or_matrix else "")
     raise DataError("no such data", where=name, fix=fix)
@@ -95,13 +102,17 @@ def _open_matrix(path: Path, seq_length: int | None) -> npt.NDArray[Any]:
         raise DataError("no such file", where=str(path)) from None
     except (OSError, ValueError, EOFError, SyntaxError) as error:
         raise DataError(f"not readable as a .npy matrix ({error})", where=str(path)) from None
+    return _check_matrix(matrix, seq_length, str(path))
+
+
+def _check_matrix(matrix: Any, seq_length: int | None, where: str) -> npt.NDArray[Any]:
     if not isinstance(matrix, np.ndarray) or matrix.ndim != 2 or matrix.dtype.kind not in "iu" or matrix.size == 0:
         found = f"{matrix.dtype} {list(matrix.shape)}" if isinstance(matrix, np.ndarray) else "an archive"
-        raise DataError(f"is {found}, not an integer matrix [samples, sequence]", where=str(path))
+        raise DataError(f"is {found}, not an integer matrix [samples, sequence]", where=where)
     if seq_length not in (None, matrix.shape[1]):
         raise DataError(
             f"its samples have {matrix.shape[1]} tokens, seq_length is {seq_length}",
-            where=str(path),
+            where=where,
             fix="leave the sequence length out: a matrix is used as it is",
         )
     return matrix
@@ -120,7 +131,7 @@ def _open_windows(prefix: Path, seq_length: int | None) -> npt.NDArray[Any]:
 def read_stream(prefix: Path) -> npt.NDArray[Any]:
     """All documents of a Megatron data set one after the other, memory-mapped.
 
-    Megatron's own reader takes seconds to import, and opens a truncated .bin without complaint.
+    Megatron's own reader takes seconds to import, and opens a truncated .bin without an error.
 
     Raises:
         DataError: the index is not one, holds no integer ids, or the .bin is not as long as the index says.
@@ -143,7 +154,7 @@ def open_stream(prefix: Path, vocab_size: int | None) -> tuple[npt.NDArray[Any],
     """A data set that a model with ``vocab_size`` ids can read, as `read_stream`, and the largest id that was seen.
 
     Raises:
-        DataError: as `read_stream`; or ids of another vocabulary, as far as its type and a part of it tell.
+        DataError: as `read_stream`; or ids of another vocabulary, as far as its type and a part of it show.
     """
     stream, where = read_stream(prefix), f"{prefix}.bin"
     _check_type(stream.dtype, vocab_size, where)

@@ -1,7 +1,7 @@
-"""The CPU seam: all that lets Megatron-Core run without a GPU. Only this and `megatron_faults` patch a library.
+"""The CPU compatibility layer: how Megatron-Core runs without a GPU. Only this and `megatron_fixes` patch a library.
 
-On a machine with CUDA `install` only repairs faults of Megatron (the dataset helpers, the padding of buckets, resuming
-with another learning rate, and those of `megatron_faults`), and fills in for flash-linear-attention and a fused Adam
+On a machine with CUDA `install` only repairs bugs of Megatron (the dataset helpers, the padding of buckets, resuming
+with another learning rate, and those of `megatron_fixes`), and fills in for flash-linear-attention and a fused Adam
 where these are not installed.
 Without CUDA the word "cuda" comes to mean the CPU for the whole process: tensor factories, ``.cuda()`` and ``.to()``,
 the CUDA generator, streams and events. The real Megatron-Core modules then run, over gloo; only kernels differ.
@@ -23,9 +23,11 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
-from megatron_slim import linear_attention, megatron_faults
+from megatron_slim import linear_attention, megatron_fixes
+from megatron_slim.errors import SlimError
 from megatron_slim.garbage import without_collection
 
+logger = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
 _FACTORIES = (
     "arange as_tensor asarray empty empty_like empty_strided eye full full_like linspace logspace ones ones_like rand "
@@ -37,13 +39,21 @@ _installed = False
 
 
 def install() -> None:
-    """Make this process able to run Megatron-Core; call it before anything of ``megatron`` is imported.
+    """Make this process able to run Megatron-Core; importing `megatron_slim.mcore` does it.
 
-    Idempotent. Where CUDA is available only Megatron's faults and what is not installed are touched.
+    Idempotent. Where CUDA is available only Megatron's bugs and what is not installed are touched.
+
+    Raises:
+        SlimError: there is no CUDA, and Megatron was imported already: it has bound what had to be replaced.
     """
     global _installed
     if _installed:
         return
+    if not torch.cuda.is_available() and "megatron.core" in sys.modules:
+        raise SlimError(
+            "megatron was imported first, and can no longer be prepared for a machine without CUDA",
+            fix="import megatron_slim.mcore before megatron",
+        )
     _installed = True
     with without_collection():  # most of it is importing Megatron
         _patch_libraries()
@@ -51,8 +61,6 @@ def install() -> None:
 
 def _patch_libraries() -> None:
     if not torch.cuda.is_available():
-        loaded = sorted(name for name in sys.modules if name.split(".")[0] == "megatron")
-        assert not loaded, f"device.install() must run before megatron is imported, found {loaded[0]}"
         _disable_compilation()
         _redirect_tensors()
         _redirect_generator()
@@ -66,12 +74,12 @@ def _patch_libraries() -> None:
         _fill_in_for_missing_libraries()
     _use_built_dataset_helpers()
     _count_bucket_padding()
-    megatron_faults.count_tokens_in_fp32()
-    megatron_faults.restore_fp32_parameters()
-    megatron_faults.order_fp32_parameters()
-    megatron_faults.save_fp32_parameters()
+    megatron_fixes.count_tokens_in_fp32()
+    megatron_fixes.restore_fp32_parameters()
+    megatron_fixes.order_fp32_parameters()
+    megatron_fixes.save_fp32_parameters()
     _override_learning_rates()
-    megatron_faults.resume_with_other_expert_parallelism()
+    megatron_fixes.resume_with_other_expert_parallelism()
 
 
 def backend() -> str:
@@ -80,7 +88,7 @@ def backend() -> str:
 
 
 def default_dtype() -> torch.dtype:
-    """What tools compute in unless told: bf16 on a GPU, where the large models are; fp32 on a CPU."""
+    """What tools compute in by default: bf16 on a GPU, where the large models are; fp32 on a CPU."""
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
@@ -141,11 +149,11 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _redirect_tensors() -> None:
     # A TorchFunctionMode would be shorter, but it is inactive in autograd's threads, where recomputation runs.
-    # `with torch.device(...)` knows the factories by identity: let it remember the real ones (it caches them), or it
+    # `with torch.device(...)` compares the factories by identity: let it remember the real ones (it caches them), or it
     # has no effect any more, and transformers, which builds on "meta", then leaves its rotary buffers uninitialised.
     _device_constructors()
     with torch.device("cpu"):
-        # `with torch.device(...)` knows the factories by identity, and remembers them at its first use: before ours.
+        # `with torch.device(...)` compares the factories by identity, and remembers them at its first use: before ours.
         torch.empty(0)
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -163,7 +171,7 @@ def _redirect_tensors() -> None:
 
     def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = type_name(self, *args, **kwargs)
-        # Megatron's optimizers tell precisions apart by this string.
+        # Megatron's optimizers distinguish precisions by this string.
         return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
     torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.type = to, cuda, tensor_type  # type: ignore[method-assign, assignment]
@@ -363,20 +371,20 @@ def _use_torch_adam() -> None:
 
 
 def _fill_in_for_missing_libraries() -> None:
-    """On a GPU: Megatron stops without the one, and cannot resume without the other. Said once, by rank 0."""
+    """On a GPU: Megatron stops without the one, and cannot resume without the other. Rank 0 prints it once."""
     import megatron.core.optimizer as optimizer
     from megatron.core.ssm.gated_delta_net import common
 
-    said = []
+    notes = []
     if not common.HAVE_FLA:
         _use_torch_delta_rule()
-        said.append("flash-linear-attention is not installed: Gated DeltaNet runs in PyTorch, many times slower")
+        notes.append("flash-linear-attention is not installed: Gated DeltaNet runs in PyTorch, many times slower")
     if optimizer.USING_PYTORCH_OPTIMIZER:
         _use_torch_adam()
-        said.append("neither Transformer Engine nor Apex is installed: Adam updates one parameter at a time")
+        notes.append("neither Transformer Engine nor Apex is installed: Adam updates one parameter at a time")
     if os.environ.get("RANK", "0") == "0":
-        for sentence in said:
-            print(f"note: {sentence} (tools/doctor.py)", file=sys.stderr, flush=True)
+        for sentence in notes:
+            logger.warning("%s (megatron-slim doctor)", sentence)
 
 
 def _patch_core() -> None:
@@ -443,7 +451,7 @@ def keep_schedule_with_iterations(start: int) -> None:
     """Have Megatron's schedules be where the iteration is, whatever was loaded.
 
     A run that finds no checkpoint of its own begins at ``start``, its data too. With ``--no-load-optim`` Megatron
-    0.19.2 goes on at the checkpoint's iteration, but with the learning rate of the first.
+    0.19.2 resumes at the checkpoint's iteration, but with the learning rate of the first.
     """
     import megatron.training.training as training
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_slim.errors import DataError
+from megatron_slim.extras import require
 
 JSON_SUFFIXES, TEXT_SUFFIXES = (".jsonl", ".json"), (".txt",)
 BATCH_BYTES = 1 << 18
@@ -51,7 +52,7 @@ class Source:
     def texts(self, keys: Sequence[str]) -> Texts:
         """The document's text under each of ``keys``; a text file has the same text under all of them.
 
-        JSON may name half of a surrogate pair, which is no character: no tokenizer takes it. It is what is left of one
+        JSON may name half of a surrogate pair, not a character: no tokenizer takes it. It is what is left of one
         that another program cut in two, so the rest of the document is kept.
 
         Raises:
@@ -146,6 +147,7 @@ def sentence_splitter(lang: str | None) -> Callable[[str], list[str]]:
     Raises:
         DataError: nltk's model of that language is not installed.
     """
+    require("text", "nltk", "--split-sentences")
     from nltk.tokenize import punkt
 
     try:

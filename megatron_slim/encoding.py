@@ -31,7 +31,7 @@ class Options:
         append_eod: end every document with the tokenizer's eos.
         split_sentences: one sequence per sentence, cut by nltk's Punkt.
         lang: see `documents.sentence_splitter`.
-        skip_bad_lines: leave out what is no document, instead of ending with the first.
+        skip_bad_lines: leave out what is not a document, instead of ending with the first.
     """
 
     tokenizer_type: str
@@ -77,7 +77,7 @@ class Encoder:
         """Token ids of a batch of documents.
 
         Raises:
-            DataError: what the first source is that is no document, unless such are left out.
+            DataError: what the first source is that is not a document, unless such are left out.
         """
         try:
             return self._encode(sources)
@@ -157,4 +157,4 @@ def encode_all(encoder: Encoder, groups: Iterable[list[Source]], workers: int) -
         except BrokenProcessPool:
             raise DataError("a worker process died", fix="out of memory? use fewer --workers") from None
         finally:
-            pool.shutdown(cancel_futures=True)  # and wait: CPython may deadlock when told not to
+            pool.shutdown(cancel_futures=True)  # and wait: CPython may deadlock otherwise

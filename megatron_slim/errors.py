@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable, Sequence
 
 EXIT_USER_ERROR = 2
 MAX_MESSAGE = 4000
+_SPACE, _ACCESS, _NAME = "make space", "check its permissions", "choose another name"
+_STORAGE = "check the storage it is on and run again"
+# What the operating system refuses and a user can fix: what to do about it.
+_FIXES = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: f"{_SPACE} or ask for a larger quota",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+    errno.EIO: _STORAGE,
+    errno.ESTALE: _STORAGE,
+    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: _ACCESS,
+    errno.EPERM: _ACCESS,
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs: the machine has too many files open",
+    errno.ENOMEM: "free memory or take a machine with more",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTEMPTY: _NAME,
+    errno.EISDIR: _NAME,
+    errno.ENOTDIR: _NAME,
+    errno.ELOOP: _NAME,
+}
 
 
 class SlimError(Exception):
-    """Something the user can mend.
+    """Something the user can fix.
 
     The message is one line: what is wrong, where (file, key, value), and what to do about it.
     Tools print it as ``error: <message>`` and exit with code 2.
@@ -82,3 +105,17 @@ def summarise(found: Sequence[str], limit: int = 4) -> str:
     """
     shown = ", ".join(found[:limit])
     return f"{shown} and {len(found) - limit} more" if len(found) > limit else shown
+
+
+def user_error(error: Exception) -> SlimError | None:
+    """The error as one that a user can fix, if it is one."""
+    if isinstance(error, SlimError):
+        return error
+    if isinstance(error, OSError) and error.errno in _FIXES:
+        where = "" if error.filename is None else str(error.filename)
+        return SlimError(os.strerror(error.errno).lower(), where=where, fix=_FIXES[error.errno])
+    # torch's allocator raises a RuntimeError on a CPU.
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+        details = f" ({str(error)[:200]})" if str(error) else ""
+        return SlimError(f"not enough memory{details}", fix=_FIXES[errno.ENOMEM])
+    return None

@@ -1,6 +1,6 @@
 """Files and directories that appear whole or not at all, and that one process at a time writes.
 
-While ``NAME`` is being written there are two entries beside it: ``.NAME.partial``, which gets that name when it is
+While ``NAME`` is being written there are two entries next to it: ``.NAME.partial``, which gets that name when it is
 complete, and ``.NAME.lock``, which its writer holds locked. The kernel unlocks it when the writer dies, however it
 dies, so the next writer of ``NAME`` finds out what is left of a killed one, and removes it.
 """
@@ -91,7 +91,7 @@ def _temporary(path: Path) -> Path:
 
 @contextlib.contextmanager
 def sole_writer(path: Path) -> Iterator[Path]:
-    """Be the only process that writes ``path``; yields the name beside it under which to build it.
+    """Be the only process that writes ``path``; yields the name next to it under which to build it.
 
     What has that name at the start was left by a process that was killed: `remove` it. What has it at the end is
     removed: rename it to publish it. Where files cannot be locked, every process gets a name of its own.
@@ -230,7 +230,7 @@ def refuse_existing(path: Path) -> None:
 
 
 def check_space(path: Path, needed: int) -> None:
-    """Refuse to start writing what the disk has no room for.
+    """Refuse to start writing what the disk has no space for.
 
     Args:
         path: what is to be written, or the directory that it is built in.
@@ -244,12 +244,12 @@ def check_space(path: Path, needed: int) -> None:
     for folder, _, files in os.walk(_temporary(path)):
         free += sum(os.lstat(os.path.join(folder, file)).st_blocks * 512 for file in files)
     if needed > free:
-        raise SlimError(f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", where=str(path), fix="make room")
+        raise SlimError(f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", where=str(path), fix="make space")
 
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Build a directory under a temporary name beside ``path``; flush it and rename it to ``path`` on success only.
+    """Build a directory under a temporary name next to ``path``; flush it and rename it to ``path`` on success only.
 
     An exception, or a signal that Python turns into one, removes the temporary directory; what a killed process has
     left is removed by the next one that writes ``path``.
@@ -265,7 +265,7 @@ def new_directory(path: Path) -> Iterator[Path]:
         made = temporary.stat()
         yield temporary
         _fsync_tree(temporary)
-        refuse_existing(path)  # renaming would replace an empty directory without a word
+        refuse_existing(path)  # renaming would replace an empty directory silently
         if not temporary.is_dir() or not os.path.samestat(made, temporary.stat()):
             raise SlimError("was removed while it was being written", where=str(temporary), fix="run again")
         os.rename(temporary, path)

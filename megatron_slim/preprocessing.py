@@ -7,8 +7,8 @@ the index last, because a data set without its index cannot be opened.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_slim.cli import say
 from megatron_slim.documents import batches, check_inputs, read_sources
 from megatron_slim.encoding import Document, Encoded, Encoder, Options, encode_all
 from megatron_slim.errors import DataError
 from megatron_slim.files import fsync_path, refuse_existing, remove, sole_writer
+from megatron_slim.reporting import count_progress
+
+logger = logging.getLogger(__name__)
 
 TEMPORARY, SUFFIXES = "data", (".bin", ".idx")
 
@@ -44,6 +46,8 @@ class _Writer:
     """A Megatron data set under temporary names, renamed by `publish`."""
 
     def __init__(self, prefix: Path, directory: Path, dtype: Any) -> None:
+        import megatron_slim.mcore
+
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
         self.prefix, self.temporary = prefix, directory / TEMPORARY
@@ -116,24 +120,33 @@ def _take_back(data: Path, directory: Path) -> None:
         data.unlink(missing_ok=True)
 
 
-def _fill(writers: dict[str, _Writer], encoded: Iterable[Encoded], log_interval: int) -> tuple[Remarks, Remarks]:
+def _fill(writers: dict[str, _Writer], encoded: Iterable[Encoded], log_interval: int | None) -> tuple[Remarks, Remarks]:
     """Write all documents; gives those that were left out, and those with characters replaced."""
-    started, done, left_out, replaced = time.monotonic(), 0, Remarks(), Remarks()
-    for batch in encoded:
-        left_out.add(batch.left_out)
-        replaced.add(batch.replaced)
-        for document in batch.documents:
-            for key, ids in document.items():
-                writers[key].add(ids)
-            done += 1
-            if done % log_interval == 0 and sys.stderr.isatty():
-                tokens = sum(writer.tokens for writer in writers.values())
-                say(f"{done} documents, {tokens} tokens ({tokens / (time.monotonic() - started):.0f}/s)")
+    started, done, tokens, left_out, replaced = time.monotonic(), 0, 0, Remarks(), Remarks()
+    reported = count_progress("tokenizing", "tokens") if log_interval is None else contextlib.nullcontext(_ignore)
+    with reported as advance:
+        for batch in encoded:
+            left_out.add(batch.left_out)
+            replaced.add(batch.replaced)
+            for document in batch.documents:
+                for key, ids in document.items():
+                    writers[key].add(ids)
+                done += 1
+                if log_interval is not None and done % log_interval == 0:
+                    tokens = sum(writer.tokens for writer in writers.values())
+                    speed = tokens / (time.monotonic() - started)
+                    logger.info(f"{done} documents, {tokens} tokens ({speed:.0f}/s)")
+            before, tokens = tokens, sum(writer.tokens for writer in writers.values())
+            advance(tokens - before)
     return left_out, replaced
 
 
+def _ignore(done: int) -> None:
+    """Progress that is logged in another way."""
+
+
 def preprocess(
-    inputs: Sequence[Path], output_prefix: Path, options: Options, *, workers: int = 1, log_interval: int = 1000
+    inputs: Sequence[Path], output_prefix: Path, options: Options, *, workers: int = 1, log_interval: int | None = None
 ) -> dict[str, Any]:
     """Tokenize text files into Megatron data sets, one per JSON key.
 
@@ -142,7 +155,7 @@ def preprocess(
         output_prefix: see `Options.prefixes`.
         options: how documents become tokens.
         workers: number of processes that tokenize.
-        log_interval: documents between two lines of progress.
+        log_interval: documents between two lines of progress; None: progress is reported as tokens (`reporting`).
 
     Returns:
         ``prefix`` (of the first key), ``prefixes``, ``documents``, ``skipped_documents`` (without a token), ``tokens``
@@ -154,16 +167,15 @@ def preprocess(
         SlimError: an output exists.
     """
     for name, value in (("--workers", workers), ("--log-interval", log_interval)):
-        if value < 1:
+        if value is not None and value < 1:
             raise DataError(f"{name} {value} is not a positive number")
     check_inputs(inputs)
     prefixes = options.prefixes(output_prefix)
     with contextlib.ExitStack() as stack:
         directories = {key: stack.enter_context(_building(prefix)) for key, prefix in prefixes.items()}
         encoder = Encoder(options)
-        from megatron_slim import device
+        import megatron_slim.mcore
 
-        device.install()
         from megatron.core.datasets.indexed_dataset import DType
 
         dtype = DType.optimal_dtype(encoder.tokenizer.vocab_size)

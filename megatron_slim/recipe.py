@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 import yaml
 
 from megatron_slim.errors import RecipeError
+from megatron_slim.packaged import find_recipe
 from megatron_slim.recipe_budget import (
     BOUNDS,
     Budget,
@@ -30,6 +32,8 @@ from megatron_slim.recipe_budget import (
 )
 
 VERSION = 1
+_STAGES = "stages"  # what the list of phases was called
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Width:
 
 @dataclass(frozen=True)
 class Experts:
-    """What becomes of the experts that the target has no room for.
+    """What becomes of the experts that do not fit into the target.
 
     Attributes:
         method: ``prune`` drops them, ``merge`` folds each into its nearest survivor, ``partial_preservation`` leaves
@@ -89,15 +93,15 @@ class Experts:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Which stage of a progressive schedule a recipe is.
+class Phase:
+    """Which phase of a progressive schedule a recipe is.
 
     Attributes:
         number: from 1.
-        count: stages of the whole schedule.
+        count: phases of the whole schedule.
         name: what a person calls it.
         tokens: that training sees after this pruning; None where the recipe does not say.
-        schedule: tokens of all stages; empty where the recipe leaves those of any out.
+        schedule: tokens of all phases; empty where the recipe leaves those of any out.
     """
 
     number: int
@@ -116,8 +120,8 @@ class Recipe:
     """A recipe; every section but ``target`` has defaults.
 
     Attributes:
-        stage: of a schedule, where it is one.
-        stages: the recipes of a progressive schedule; then `select_stage` gives the one to follow, and ``target`` is
+        phase: of a schedule, where it is one.
+        phases: the recipes of a progressive schedule; then `select_phase` gives the one to follow, and ``target`` is
             empty.
         budget: bounds, given in ``target``, that the sizes it leaves out are searched under.
         search: how they are searched.
@@ -129,23 +133,24 @@ class Recipe:
     depth: Depth = Depth()
     width: Width = Width()
     experts: Experts = Experts()
-    stage: Stage | None = None
-    stages: tuple[Recipe, ...] = ()
+    phase: Phase | None = None
+    phases: tuple[Recipe, ...] = ()
     budget: Budget | None = None
     search: Search = field(default_factory=Search)
     source: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As a version 1 document, all defaults filled in; of a recipe to follow, not of a schedule."""
-        assert not self.stages, "a plan follows one stage"
+        assert not self.phases, "a plan follows one phase"
         sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
         sections["target"] = _given(sections["target"])
         if self.budget is not None:
             sections["target"] |= _given(dataclasses.asdict(self.budget))
             sections["search"] = self.search.to_dict()
-        stage = {} if self.stage is None else {"stage": self.stage.to_dict()}
+        # Plans keep the key they have always had, so that earlier releases read them too.
+        phase = {} if self.phase is None else {"stage": self.phase.to_dict()}
         source = {"source": self.source} if self.source else {}
-        return {"version": VERSION, **source, **sections, **stage}
+        return {"version": VERSION, **source, **sections, **phase}
 
 
 SECTIONS: dict[str, type] = {"target": Target, "depth": Depth, "width": Width, "experts": Experts}
@@ -162,15 +167,14 @@ CHOICES = {
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe from a YAML file.
+    """Read a recipe from a YAML file, or by the name of one that comes with the package.
 
     Raises:
         RecipeError: the file is missing, is not YAML, or breaks the schema; lists every violation.
     """
+    path = find_recipe(path)
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise RecipeError("no such file", where=str(path)) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
         raise RecipeError(f"not readable as YAML ({error})", where=str(path)) from None
     return parse_recipe(document, where=str(path))
@@ -185,73 +189,83 @@ def parse_recipe(document: Any, *, where: str = "recipe") -> Recipe:
     if not isinstance(document, Mapping):
         kind = type(document).__name__
         raise RecipeError(f"a recipe is a mapping, not {kind}", where=where, fix="start it with 'version: 1'")
+    document = _with_phases(document, where)
     found = _version_violations(document)
-    found += unknown_keys(document, ["version", *SECTIONS, "search", "stages", "stage", "source"], "")
+    keys = {key: None for key in document if key != _STAGES}
+    found += unknown_keys(keys, ["version", *SECTIONS, "search", "phases", "stage", "source"], "")
     if "source" in document and (not isinstance(document["source"], str) or not document["source"].strip()):
         found.append(f"source {document['source']!r} is neither a model's name nor a directory")
-    if "target" not in document and "stages" not in document:
-        found.append("target is missing (or stages)")
+    if "target" not in document and "phases" not in document:
+        found.append("target is missing (or phases)")
     for section, schema in SECTIONS.items():
         if section in document:
             found += _section_violations(section, schema, document[section])
     if "stage" in document:
-        found += _section_violations("stage", Stage, document["stage"])
+        found += _section_violations("stage", Phase, document["stage"])
         if isinstance(document["stage"], Mapping):
             found += [f"stage.{key} is missing" for key in ("number", "count") if key not in document["stage"]]
             found += [] if found else _schedule_violations(document["stage"])
-    if "stages" in document:
-        found += [f"{key} and stages exclude one another" for key in ("target", "stage") if key in document]
-        found += _stages_violations(document["stages"], document.get("search"))
-        if "search" in document and not (found or any(parse_budget(stage["target"]) for stage in document["stages"])):
-            found.append(f"search without a bound ({', '.join(BOUNDS)}) in the target of any stage")
+    if "phases" in document:
+        found += [f"{key} and phases exclude one another" for key in ("target", "stage", _STAGES) if key in document]
+        found += _phases_violations(document["phases"], document.get("search"))
+        if "search" in document and not (found or any(parse_budget(phase["target"]) for phase in document["phases"])):
+            found.append(f"search without a bound ({', '.join(BOUNDS)}) in the target of any phase")
     elif "search" in document:
         found += _search_violations(document["search"], document.get("target"))
     if found:
         raise RecipeError("; ".join(found), where=where)
-    stages = document.get("stages", [])
+    phases = document.get("phases", [])
     return dataclasses.replace(
-        _recipe(document), stages=tuple(_stage(document, k, len(stages), stage) for k, stage in enumerate(stages, 1))
+        _recipe(document), phases=tuple(_phase(document, k, len(phases), phase) for k, phase in enumerate(phases, 1))
     )
 
 
-def select_stage(recipe: Recipe, number: int | None, *, where: str = "recipe") -> Recipe:
-    """The recipe to follow: a stage of a schedule, or the recipe itself where it is none.
+def _with_phases(document: Mapping[Any, Any], where: str) -> Mapping[Any, Any]:
+    """The document with its phases under today's key; one with both keys stays as it is, to be refused."""
+    if _STAGES not in document or "phases" in document:
+        return document
+    logger.warning("%s: the key 'stages' is now called 'phases'; both are read", where)
+    return {"phases" if key == _STAGES else key: value for key, value in document.items()}
+
+
+def select_phase(recipe: Recipe, number: int | None, *, where: str = "recipe") -> Recipe:
+    """The recipe to follow: a phase of a schedule, or the recipe itself where it is none.
 
     Raises:
-        RecipeError: a schedule and no number, a number and no schedule, or no such stage.
+        RecipeError: a schedule and no number, a number and no schedule, or no such phase.
     """
-    count = len(recipe.stages)
+    count = len(recipe.phases)
     if number is None and not count:
         return recipe
     if not count:
-        raise RecipeError(f"--stage {number}, but the recipe has no stages", where=where, fix="leave --stage out")
+        raise RecipeError(f"--phase {number}, but the recipe has no phases", where=where, fix="leave --phase out")
     if number is None or not 1 <= number <= count:
-        what = f"the recipe has {count} stages" if number is None else f"no stage {number}: the recipe has {count}"
-        raise RecipeError(what, where=where, fix=f"give --stage 1 to {count}")
-    return recipe.stages[number - 1]
+        what = f"the recipe has {count} phases" if number is None else f"no phase {number}: the recipe has {count}"
+        raise RecipeError(what, where=where, fix=f"give --phase 1 to {count}")
+    return recipe.phases[number - 1]
 
 
 def _recipe(sections: Mapping[str, Any]) -> Recipe:
-    kinds = {**SECTIONS, "stage": Stage}
+    kinds = {**SECTIONS, "stage": Phase}
     parts = {
         name: kind(**{key: value for key, value in sections[name].items() if (name, key) not in _BOUNDS})
         for name, kind in kinds.items()
         if name in sections
     }
-    if stage := parts.get("stage"):
-        tokens = None if stage.tokens is None else whole_number(stage.tokens)
-        parts["stage"] = dataclasses.replace(stage, tokens=tokens, schedule=tuple(stage.schedule))
+    if phase := parts.pop("stage", None):
+        tokens = None if phase.tokens is None else whole_number(phase.tokens)
+        parts["phase"] = dataclasses.replace(phase, tokens=tokens, schedule=tuple(phase.schedule))
     budget = parse_budget(sections.get("target", {}))
     search = parse_search(sections.get("search", {})) if budget else Search()
     source = sections.get("source", "")
     return Recipe(**{"target": Target(), **parts}, budget=budget, search=search, source=source)
 
 
-def _stage(document: Mapping[str, Any], number: int, count: int, stage: Mapping[str, Any]) -> Recipe:
-    """A stage with what it leaves out taken from the recipe's own sections, key by key."""
-    sections = {name: {**document.get(name, {}), **stage.get(name, {})} for name in (*SECTIONS, "search")}
-    own = {key: stage[key] for key in ("name", "tokens") if key in stage}
-    tokens = [whole_number(each["tokens"]) for each in document["stages"] if "tokens" in each]
+def _phase(document: Mapping[str, Any], number: int, count: int, phase: Mapping[str, Any]) -> Recipe:
+    """A phase with what it leaves out taken from the recipe's own sections, key by key."""
+    sections = {name: {**document.get(name, {}), **phase.get(name, {})} for name in (*SECTIONS, "search")}
+    own = {key: phase[key] for key in ("name", "tokens") if key in phase}
+    tokens = [whole_number(each["tokens"]) for each in document["phases"] if "tokens" in each]
     schedule = {"schedule": tokens} if len(tokens) == count else {}
     source = {"source": document["source"]} if "source" in document else {}
     return _recipe({**sections, **source, "stage": {"number": number, "count": count, **own, **schedule}})
@@ -263,52 +277,52 @@ def _search_violations(search: Any, target: Any) -> list[str]:
     return found + search_violations(search, target)
 
 
-def _stage_search_violations(stage: Mapping[str, Any], search: Any) -> list[str]:
-    """What is wrong with how a stage searches; that of the whole schedule is for those of its stages with a bound."""
-    own, whole, target = stage.get("search", {}), search if search is not None else {}, stage.get("target")
+def _phase_search_violations(phase: Mapping[str, Any], search: Any) -> list[str]:
+    """What is wrong with how a phase searches; that of the whole schedule is for those of its phases with a bound."""
+    own, whole, target = phase.get("search", {}), search if search is not None else {}, phase.get("target")
     if not isinstance(own, Mapping) or not isinstance(whole, Mapping):
         return search_violations(whole if isinstance(own, Mapping) else own, target)
     bounded = isinstance(target, Mapping) and any(bound in target for bound in BOUNDS)
-    return _search_violations({**whole, **own}, target) if bounded or "search" in stage else []
+    return _search_violations({**whole, **own}, target) if bounded or "search" in phase else []
 
 
-def _stages_violations(stages: Any, search: Any) -> list[str]:
-    """What is wrong with each stage, and sizes that grow from one to the next."""
-    if not isinstance(stages, list) or not stages:
-        return [f"stages {stages!r} is not a list of stages"]
+def _phases_violations(phases: Any, search: Any) -> list[str]:
+    """What is wrong with each phase, and sizes that grow from one to the next."""
+    if not isinstance(phases, list) or not phases:
+        return [f"phases {phases!r} is not a list of phases"]
     found: list[str] = []
     least: dict[str, tuple[int, int]] = {}  # size -> the smallest so far, and whose it is
-    for number, stage in enumerate(stages, 1):
-        if not isinstance(stage, Mapping):
-            found.append(f"stage {number}: {stage!r} is not a mapping")
+    for number, phase in enumerate(phases, 1):
+        if not isinstance(phase, Mapping):
+            found.append(f"phase {number}: {phase!r} is not a mapping")
             continue
-        faults = unknown_keys(stage, ["name", "tokens", *SECTIONS, "search"], "")
-        faults += [] if "target" in stage else ["target is missing"]
+        violations = unknown_keys(phase, ["name", "tokens", *SECTIONS, "search"], "")
+        violations += [] if "target" in phase else ["target is missing"]
         for name, kind in SECTIONS.items():
-            faults += _section_violations(name, kind, stage[name]) if name in stage else []
+            violations += _section_violations(name, kind, phase[name]) if name in phase else []
         for key in ("name", "tokens"):
-            if key in stage and (sentence := _value_violation(f"stage.{key}", stage[key])):
-                faults.append(sentence.removeprefix("stage."))
-        if "search" in stage or search is not None:
-            faults += _stage_search_violations(stage, search)
-        target = stage.get("target") if not faults else {}
+            if key in phase and (sentence := _value_violation(f"stage.{key}", phase[key])):
+                violations.append(sentence.removeprefix("stage."))
+        if "search" in phase or search is not None:
+            violations += _phase_search_violations(phase, search)
+        target = phase.get("target") if not violations else {}
         for key, value in (target or {}).items():
             size: Any = whole_number(value) if key in ("params", "active_params") else value
             if key in least and size > least[key][0]:
-                faults.append(f"target.{key} {size} is larger than the {least[key][0]} of stage {least[key][1]}")
+                violations.append(f"target.{key} {size} is larger than the {least[key][0]} of phase {least[key][1]}")
             least[key] = min(least.get(key, (size, number)), (size, number))
-        found += [f"stage {number}: {fault}" for fault in faults]
+        found += [f"phase {number}: {violation}" for violation in violations]
     return found
 
 
-def _schedule_violations(stage: Mapping[str, Any]) -> list[str]:
-    """What does not fit together in the stage that a plan records."""
-    number, count, schedule = stage["number"], stage["count"], stage.get("schedule", [])
+def _schedule_violations(phase: Mapping[str, Any]) -> list[str]:
+    """What does not fit together in the phase that a plan records."""
+    number, count, schedule = phase["number"], phase["count"], phase.get("schedule", [])
     if number > count:
         return [f"stage.number {number} is larger than stage.count {count}"]
-    if schedule and (len(schedule) != count or schedule[number - 1] != whole_number(stage.get("tokens"))):
+    if schedule and (len(schedule) != count or schedule[number - 1] != whole_number(phase.get("tokens"))):
         return [
-            f"stage.schedule {schedule!r} is not that of {count} stages with {stage.get('tokens')} tokens in this one"
+            f"stage.schedule {schedule!r} is not that of {count} phases with {phase.get('tokens')} tokens in this one"
         ]
     return []
 

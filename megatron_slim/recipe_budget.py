@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-# Top-k is not among them: nothing that is measured tells what a smaller one costs.
+# Top-k is not among them: nothing that is measured says what a smaller one costs.
 SEARCHABLE = (
     *("num_layers", "hidden_size", "num_moe_experts", "moe_ffn_hidden_size"),
     *("moe_shared_expert_intermediate_size", "num_attention_heads", "linear_num_value_heads"),
@@ -53,7 +53,7 @@ class Search:
 
 
 def whole_number(value: Any) -> int | None:
-    """A number as people write it, None where it is no whole number above zero.
+    """A number as people write it, None where it is not a positive integer.
 
     >>> whole_number("40B"), whole_number("2.5e9"), whole_number("1.5K"), whole_number("0.1")
     (40000000000, 2500000000, 1500, None)
@@ -91,7 +91,7 @@ def parse_budget(target: Mapping[str, Any]) -> Budget | None:
 
 
 def search_violations(search: Any, target: Any) -> list[str]:
-    """What is wrong with the section ``search``, beside this target."""
+    """What is wrong with the section ``search``, with this target."""
     if not isinstance(search, Mapping):
         return [f"search {search!r} is not a mapping"]
     found = unknown_keys(search, ["axes", "grid"], "search.")

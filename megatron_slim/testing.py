@@ -10,7 +10,7 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from megatron_slim import device
-from megatron_slim.architecture.shape import FAMILIES, ModelShape, lacking, layer_pattern, shape_to_hf_config
+from megatron_slim.architecture.shape import FAMILIES, ModelShape, layer_pattern, shape_to_hf_config, unused_fields
 from megatron_slim.architecture.table import hf_tensors
+from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.huggingface_writer import specs_of, write_hf_checkpoint
-from megatron_slim.cli import exit_at_once
+from megatron_slim.processes import exit_at_once
 
 
 def tiny_shape(model_type: str = "qwen3_next", **overrides: Any) -> ModelShape:
@@ -59,7 +60,7 @@ def tiny_shape(model_type: str = "qwen3_next", **overrides: Any) -> ModelShape:
         "layernorm_epsilon": 1e-6,
         "norm_topk_prob": True,
     }
-    shape = ModelShape(**{**sizes, **lacking(family), **overrides})
+    shape = ModelShape(**{**sizes, **unused_fields(family), **overrides})
     shape.validate()
     return shape
 
@@ -126,16 +127,22 @@ def write_tiny_checkpoint(
     tensors = random_tensors(shape, seed, dtype, float32)
     specs = specs_of(shape, {name: tensor.dtype for name, tensor in tensors.items()})
     total, largest = sum(spec.nbytes for spec in specs), max(spec.nbytes for spec in specs)
-    config = tiny_hf_config(shape) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    config = tiny_hf_config(shape) | {"torch_dtype": dtype_name(dtype)}
     limit = total if shards == 1 else total // shards + largest
     write_hf_checkpoint(directory, config, specs, tensors.items(), max_shard_bytes=limit)
     return directory
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A TCP port that nobody is given who asks for any while the context lasts, as runs of other tests do.
+
+    Only what asks for this one and sets SO_REUSEADDR can have it; the store that ranks meet at does.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("", 0))
+        yield int(held.getsockname()[1])
 
 
 def _run_rank(rank: int, function: Callable[..., Any], args: tuple[Any, ...], folder: str, env: dict[str, str]) -> None:
@@ -177,14 +184,14 @@ def run_distributed(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_slim.testing_preload"])
-    env = {
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "SLIM_INIT": str(int(initialise)),
-    }
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        env = {
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(stack.enter_context(reserved_port())),
+            "SLIM_INIT": str(int(initialise)),
+        }
         ranks: list[BaseProcess] = []
         stack.callback(_kill, ranks)
         for rank in range(world_size):

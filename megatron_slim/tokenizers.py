@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_slim.errors import DataError
+from megatron_slim.extras import require
 
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken")  # one of them holds what a tokenizer knows
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer")
@@ -32,6 +33,7 @@ class HuggingFaceTokenizer:
     """A tokenizer directory as `transformers` saves it, a model's own directory included; its eos ends a document."""
 
     def __init__(self, path: Path) -> None:
+        require("text", "transformers", "a Hugging Face tokenizer")
         from transformers import AutoTokenizer
 
         if not path.is_dir():
@@ -61,6 +63,7 @@ class SentencePieceTokenizer:
     """A SentencePiece ``.model`` file; its eos ends a document."""
 
     def __init__(self, path: Path) -> None:
+        require("text", "sentencepiece", "a SentencePiece tokenizer")
         from sentencepiece import SentencePieceProcessor
 
         if not path.is_file():

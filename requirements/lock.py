@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_slim.doctor.packages import declared
+from megatron_slim.doctor.packages import PACKAGE, declared
+from megatron_slim.extras import EXTRAS
 
 HERE = Path(__file__).resolve().parent
 OWN = re.compile(r"(torch|triton|numpy|setuptools|nvidia-.*|cuda-.*)==")  # of NVIDIA's image
@@ -42,6 +43,8 @@ def write(name: str, what: str, pins: list[str]) -> None:
 def main() -> None:
     """Write the four files."""
     wanted = declared()
+    wanted[""] += [line for extra in EXTRAS for line in wanted[extra]]  # an image can do everything
+    wanted["dev"] = [line for line in wanted["dev"] if not line.startswith(PACKAGE)]
     common = resolve(wanted[""])
     write("image.txt", "what NVIDIA's image has", [pin for pin in common if OWN.match(pin)])
     base = [pin for pin in common if not OWN.match(pin)]

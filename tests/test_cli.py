@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import io
+import logging
 import os
 import re
 import select
@@ -16,16 +18,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_slim import cli
-from megatron_slim.cli import byte_progress, progress, run_tool
+from megatron_slim import reporting
+from megatron_slim.cli import terminal
+from megatron_slim.cli.terminal import TerminalProgress, messages_shown
+from megatron_slim.cli.tool import run_tool
 from megatron_slim.errors import SlimError
+from megatron_slim.reporting import byte_progress, count_progress, progress, use_progress
 from tests.signals import default_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = """
 import multiprocessing, os, sys, time
 from pathlib import Path
-from megatron_slim.cli import run_tool, say
+from megatron_slim.cli.terminal import say
+from megatron_slim.cli.tool import run_tool
 from megatron_slim.files import new_directory
 """
 CONVERSION = """
@@ -153,8 +159,8 @@ def refusal(code: int, *name: str) -> Callable[[], object]:
 @pytest.mark.parametrize(
     ("code", "line"),
     [
-        (errno.ENOSPC, "no space left on device; make room"),
-        (errno.EDQUOT, "disk quota exceeded; make room or ask for a larger quota"),
+        (errno.ENOSPC, "no space left on device; make space"),
+        (errno.EDQUOT, "disk quota exceeded; make space or ask for a larger quota"),
         (errno.EFBIG, "file too large; raise the limit of file sizes (ulimit -f)"),
         (errno.EIO, "input/output error; check the storage it is on and run again"),
         (errno.ESTALE, "stale file handle; check the storage it is on and run again"),
@@ -206,8 +212,8 @@ def test_progress_in_a_log_is_a_line_every_half_minute(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 1000.0
-    monkeypatch.setattr(cli, "monotonic", lambda: now)
-    with byte_progress("writing", 163_000_000_000) as advance:
+    monkeypatch.setattr(reporting, "monotonic", lambda: now)
+    with messages_shown(), byte_progress("writing", 163_000_000_000) as advance:
         for step in range(240):
             now += 0.25
             advance(152_500_000)
@@ -220,9 +226,10 @@ def test_progress_in_a_log_is_a_line_every_half_minute(
 
 def test_progress_of_items_in_a_log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     now = 1000.0
-    monkeypatch.setattr(cli, "monotonic", lambda: now)
-    for number in progress(range(8), "blocks"):
-        now += 12.0 + number
+    monkeypatch.setattr(reporting, "monotonic", lambda: now)
+    with messages_shown():
+        for number in progress(range(8), "blocks"):
+            now += 12.0 + number
     assert capsys.readouterr().err.splitlines() == [
         "blocks: 3 of 8, 1 min left",
         "blocks: 5 of 8, 42 s left",
@@ -230,9 +237,45 @@ def test_progress_of_items_in_a_log(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     ]
 
 
+def test_progress_of_an_unknown_number_in_a_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(reporting, "monotonic", lambda: now)
+    with messages_shown(), count_progress("tokenizing", "tokens") as advance:
+        for _ in range(5):
+            now += 10.0
+            advance(1500)
+    assert capsys.readouterr().err == "tokenizing: 4,500 tokens, 150 tokens/s\n"
+
+
+def test_only_commands_print() -> None:
+    """A library that prints cannot be used by another program; processes that end on an error are the exception."""
+    found = []
+    for path in sorted((ROOT / "megatron_slim").rglob("*.py")):
+        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        prints = any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls)
+        if prints and path.parent.name != "cli":
+            found.append(path.name)
+    assert found == ["processes.py"]
+
+
+def test_without_a_command_the_library_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    with byte_progress("writing", 100) as advance:
+        advance(100)
+    logging.getLogger("megatron_slim.x").info("a message")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_messages_go_where_a_program_wants_them(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "megatron_slim"):
+        logging.getLogger("megatron_slim.x").info("a message")
+    assert caplog.messages == ["a message"]
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (60, "1 min"), (9000, "2.5 h")])
 def test_durations(seconds: float, text: str) -> None:
-    assert cli.duration(seconds) == text
+    assert reporting.duration(seconds) == text
 
 
 def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,18 +283,18 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("COLUMNS", "120")
     ours, theirs = os.openpty()
     now = 1000.0
-    with os.fdopen(ours, "rb", buffering=0) as screen, os.fdopen(theirs, "w") as terminal:
-        monkeypatch.setattr(sys, "stderr", terminal)
-        monkeypatch.setattr(cli, "monotonic", lambda: now)
-        with byte_progress("writing", 8_000_000_000) as advance:
+    with os.fdopen(ours, "rb", buffering=0) as screen, os.fdopen(theirs, "w") as screen_end:
+        monkeypatch.setattr(sys, "stderr", screen_end)
+        monkeypatch.setattr(terminal, "monotonic", lambda: now)
+        with use_progress(TerminalProgress()), byte_progress("writing", 8_000_000_000) as advance:
             for _ in range(4):
                 now += 0.5
                 advance(1_000_000_000)
-        terminal.flush()
+        screen_end.flush()
         text = b""
-        while b"4.0/8.0 GB" not in text and select.select([screen], [], [], 10)[0]:
+        while b"4.0 of 8.0 GB" not in text and select.select([screen], [], [], 10)[0]:
             text += screen.read(100_000)
         while select.select([screen], [], [], 0.2)[0]:
             text += screen.read(100_000)
         shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.decode())
-    assert "writing" in shown and "4.0/8.0 GB" in shown and "2.0 GB/s" in shown and "0:00:02" in shown
+    assert "writing" in shown and "4.0 of 8.0 GB" in shown and "2.0 GB/s" in shown and "0:00:02" in shown

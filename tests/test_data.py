@@ -109,12 +109,12 @@ def test_refuses_what_is_not_there(tmp_path: Path, prefix: Path) -> None:
     assert "no such file" in refusal(tmp_path / "nothing.npy")
     assert "a directory" in refusal(tmp_path, seq_length=3)
     (tmp_path / "text.jsonl").write_text("{}")
-    assert "preprocess_data.py" in refusal(tmp_path / "text.jsonl", seq_length=3)
+    assert "megatron-slim preprocess" in refusal(tmp_path / "text.jsonl", seq_length=3)
     os.unlink(f"{prefix}.idx")
     assert "other half is missing" in refusal(prefix, seq_length=3)
 
 
-def test_training_is_not_told_of_matrices(tmp_path: Path) -> None:
+def test_training_does_not_mention_matrices(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.zeros((2, 3), np.int64))
     for path, expected in ((tmp_path / "x.npy", "not the prefix of a Megatron"), (tmp_path / "none", "no such data")):
         with pytest.raises(DataError, match=expected) as caught:

@@ -1,4 +1,4 @@
-"""Links, paths and flags in README, CONTRIBUTING and docs/ are there."""
+"""Links, paths and flags in README, CONTRIBUTING, CHANGELOG, docs/ and the READMEs of folders are there."""
 
 from __future__ import annotations
 
@@ -9,10 +9,24 @@ from pathlib import Path
 
 import pytest
 
+from megatron_slim.cli import distill
+
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    ROOT / "findings/README.md",
+    ROOT / "benchmarks/gpu/README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 # Of pip, git, docker, sbatch, hf and the like; docs/comparison.md has two columns of other people's flags.
-FOREIGN = {"--local-dir", "--target", "--build-arg", "--requeue", "--wait"}
+FOREIGN = set(
+    "--local-dir --target --build-arg --requeue --wait --no-deps --no-index --only-binary --python-version"
+    " --implementation --platform --quiet".split()
+)
+
+
+def _page_id(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 def _anchors(page: Path) -> set[str]:
@@ -21,7 +35,7 @@ def _anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=_page_id)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
         if target.startswith(("http://", "https://")):
@@ -32,7 +46,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in _anchors(there), f"{page.name}: {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=_page_id)
 def test_files_named_are_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for path in re.findall(
@@ -43,9 +57,8 @@ def test_files_named_are_there(page: Path) -> None:
 
 def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
-    assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"} == set(
-        re.findall(r"\]\((\w+\.md)\)", index)
-    )
+    pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")} - {"README.md"}
+    assert pages == set(re.findall(r"\]\(([\w/]+\.md)\)", index))
 
 
 @pytest.fixture(scope="session")
@@ -58,10 +71,10 @@ def flags() -> set[str]:
     for folder in ("megatron_slim", "tools", "benchmarks", "examples"):
         for path in (ROOT / folder).rglob("*.py"):
             known |= set(re.findall(r'"(--[a-z][\w-]*)"', path.read_text(encoding="utf-8")))
-    return known
+    return known | set(map(distill.flag, distill.VARIABLES))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "comparison.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "comparison.md"], ids=_page_id)
 def test_flags_exist(page: Path, flags: set[str]) -> None:
     lines = [line for line in page.read_text(encoding="utf-8").splitlines() if "-->" not in line]
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*\w", "\n".join(lines)))

@@ -80,7 +80,7 @@ def test_all_is_flushed_before_the_rename_and_the_parent_after(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])
-def test_a_directory_that_cannot_be_flushed_is_no_fault(
+def test_a_directory_that_cannot_be_flushed_is_not_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     def fsync(descriptor: int) -> None:
@@ -197,7 +197,7 @@ def test_an_output_that_appears_meanwhile_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_what_somebody_removed_is_not_published(tmp_path: Path, replaced: bool) -> None:
+def test_what_was_removed_is_not_published(tmp_path: Path, replaced: bool) -> None:
     with pytest.raises(SlimError, match="was removed while"), new_directory(tmp_path / "out") as partial:
         partial.rename(tmp_path / "elsewhere")  # kept, so that its inode is not used again
         if replaced:
@@ -238,7 +238,7 @@ def test_space_is_that_of_the_disk_for_this_user(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(os, "statvfs", statvfs)
     check_space(tmp_path / "out", 500 * block)
-    with pytest.raises(SlimError, match=r"out: needs 0\.1 GB, 0\.0 GB are free; make room"):
+    with pytest.raises(SlimError, match=r"out: needs 0\.1 GB, 0\.0 GB are free; make space"):
         check_space(tmp_path / "out", 100_000_000)
     with pytest.raises(SlimError, match="are free"):
         check_space(tmp_path, 500 * block + 1)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_slim"
@@ -18,10 +19,14 @@ LAYERS = (
     (
         "errors",
         "files",
-        "cli",
+        "reporting",
+        "processes",
+        "command_line",
         "linear_attention",
-        "megatron_faults",
+        "megatron_fixes",
         "device",
+        "mcore",
+        "extras",
         "garbage",
         "data",
         "data_index",
@@ -30,7 +35,7 @@ LAYERS = (
         "encoding",
         "preprocessing",
     ),
-    ("recipe_budget", "recipe", "architecture"),
+    ("packaged", "recipe_budget", "recipe", "architecture"),
     ("checkpoint",),
     ("pruning",),
     ("distillation",),
@@ -38,13 +43,17 @@ LAYERS = (
     ("planning",),
     ("evaluation",),
     ("doctor",),
+    ("api",),
+    ("cli", "__main__"),
     ("testing", "testing_preload"),
 )
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 INSTANT = (
     "megatron_slim.errors",
     "megatron_slim.files",
-    "megatron_slim.cli",
+    "megatron_slim",
+    "megatron_slim.cli.main",
+    "megatron_slim.reporting",
     "megatron_slim.data",
     "megatron_slim.documents",
     "megatron_slim.doctor.machine",
@@ -52,6 +61,7 @@ INSTANT = (
     "megatron_slim.tokenizers",
     "megatron_slim.recipe",
     "megatron_slim.recipe_budget",
+    "megatron_slim.distillation.loss_options",
     "megatron_slim.architecture.axes",
     "megatron_slim.architecture.flops",
     "megatron_slim.architecture.gpus",
@@ -71,7 +81,7 @@ INSTANT = (
     "megatron_slim.architecture.parallelism",
     "megatron_slim.architecture.published",
     "megatron_slim.planning.build",
-    "megatron_slim.planning.commands",
+    "megatron_slim.cli.plan_parallelism",
     "megatron_slim.planning.sources",
 )
 HEAVY = ("torch", "transformers", "megatron", "nltk", "sentencepiece", "matplotlib")
@@ -121,10 +131,28 @@ def test_imports_run_one_way(path: Path) -> None:
     assert not wrong
 
 
-def loaded_after(statement: str) -> list[str]:
-    code = f"import sys; {statement}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+def modules_after(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    return [name for name in HEAVY if name in found.stdout.split()]
+    return set(found.stdout.split())
+
+
+def loaded_after(statement: str) -> list[str]:
+    modules = modules_after(statement)
+    return [name for name in HEAVY if name in modules]
+
+
+def test_a_conversion_imports_little_beside_torch() -> None:
+    """torch.distributed.checkpoint would bring sympy, FSDP and DTensor: as much as half of torch again."""
+    modules = modules_after("import megatron_slim.checkpoint.convert")
+    assert not modules & {"torch.distributed.checkpoint", "torch._dynamo", "sympy", "transformers", "megatron"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU Megatron's functions are compiled")
+def test_an_evaluation_imports_no_compiler_and_no_tokenizers() -> None:
+    modules = modules_after("import megatron_slim.evaluation.perplexity, megatron_slim.evaluation.losses")
+    assert "megatron.core" in modules
+    assert not modules & {"torch._dynamo", "torch._inductor", "transformers", "matplotlib"}
 
 
 def test_instant_modules_load_nothing_heavy() -> None:

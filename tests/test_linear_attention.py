@@ -125,7 +125,7 @@ def test_megatron_s_module_keeps_packed_documents_apart(module: GatedDeltaNet) -
     for found, expected in zip(gradients, sums, strict=True):  # Megatron decays in fp32
         assert float((found - expected).norm()) <= 1e-6 * float(expected.norm())
     crossing, *_ = _output_and_gradients(module, hidden, weights, None)
-    assert float((crossing - output)[BOUNDS[3] :].abs().max()) > 1e-3, "documents that nobody separates do mix"
+    assert float((crossing - output)[BOUNDS[3] :].abs().max()) > 1e-3, "documents that are not separated do mix"
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
 import os
 import re
 import shutil
@@ -17,7 +18,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import megatron_slim
-from megatron_slim import device
+from megatron_slim import device, extras
+from megatron_slim.errors import SlimError
 
 ROOT = Path(__file__).resolve().parents[1]
 IGNORED_PARTS = {".venv", ".git", "runs", "build"}
@@ -30,15 +32,34 @@ WITH_DOCTESTS = sorted(
 
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-REQUIREMENTS = [Requirement(line) for line in PROJECT["dependencies"]]
 EXTRAS = {name: list(map(Requirement, lines)) for name, lines in PROJECT["optional-dependencies"].items()}
-DEVELOPMENT = EXTRAS["dev"]
+# An image has everything, and so has the environment of `make venv`, whose extra names the others.
+REQUIREMENTS = [Requirement(line) for line in PROJECT["dependencies"]]
+REQUIREMENTS += [each for name in extras.EXTRAS for each in EXTRAS[name]]
+(OURS,) = [each for each in EXTRAS["dev"] if each.name == PROJECT["name"]]
+DEVELOPMENT = [each for each in EXTRAS["dev"] if each is not OURS]
 
 
 @pytest.mark.parametrize("requirement", REQUIREMENTS + DEVELOPMENT, ids=lambda requirement: requirement.name)
 def test_tested_versions_are_installed(requirement: Requirement) -> None:
     assert requirement.specifier, "unpinned"
     assert requirement.specifier.contains(version(requirement.name).split("+")[0])
+
+
+def test_extras() -> None:
+    assert OURS.extras == extras.EXTRAS.keys() == EXTRAS.keys() - {"gpu", "dev"}
+    for name, (purpose, modules) in extras.EXTRAS.items():
+        assert purpose and [each.name for each in EXTRAS[name]] == list(modules)
+
+
+def test_what_needs_an_extra_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    extras.require("align", "scipy", "experts.align")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SlimError) as caught:
+        extras.require("align", "scipy", "experts.align")
+    assert str(caught.value) == (
+        "experts.align needs scipy, which is not installed; pip install 'megatron_slim[align]'"
+    )
 
 
 def pins(name: str) -> dict[str, str]:
@@ -55,7 +76,7 @@ def test_images_install_what_the_project_allows() -> None:
     assert len(every) == len(set(every))
     for declared, places in (
         (REQUIREMENTS, ("image.txt", "base.txt")),
-        (DEVELOPMENT, ("dev.txt",)),
+        (DEVELOPMENT, ("image.txt", "base.txt", "dev.txt")),
         (EXTRAS["gpu"], ("gpu.txt",)),
     ):
         found = {name: pinned for place in places for name, pinned in files[place].items()}

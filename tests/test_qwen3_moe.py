@@ -31,7 +31,7 @@ def model() -> Qwen3MoeForCausalLM:
 
 @pytest.fixture(scope="module")
 def converted(model: Qwen3MoeForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where transformers' own directory ``hf`` lies, its torch_dist, and what came ``back``."""
+    """Where transformers' own directory ``hf`` is, its torch_dist, and what came ``back``."""
     root = tmp_path_factory.mktemp("qwen3-moe")
     model.save_pretrained(root / "hf", max_shard_size="200KB")
     hf_to_torch_dist(root / "hf", root / "torch_dist")

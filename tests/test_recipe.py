@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_slim.architecture.shape import FAMILIES, ModelShape, lacking, layer_pattern, shape_from_hf_config
+from megatron_slim.architecture.shape import FAMILIES, ModelShape, layer_pattern, shape_from_hf_config, unused_fields
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import RecipeError
 from megatron_slim.pruning.plan import check_recipe, space_before_statistics, target_shape
 from megatron_slim.pruning.search import search
 from megatron_slim.pruning.statistics import Statistics, expected_shapes
-from megatron_slim.recipe import Depth, Experts, Recipe, Stage, Target, load_recipe, parse_recipe, select_stage
+from megatron_slim.recipe import Depth, Experts, Phase, Recipe, Target, load_recipe, parse_recipe, select_phase
 
 RECIPES = Path(__file__).parents[1] / "examples" / "slimqwen" / "recipes"
 ISSUE_RECIPE = """
@@ -79,7 +79,7 @@ def moe_teacher() -> ModelShape:
         max_position_embeddings=40960,
         layernorm_epsilon=1e-6,
         norm_topk_prob=True,
-        **lacking(FAMILIES["qwen3_moe"]),
+        **unused_fields(FAMILIES["qwen3_moe"]),
     )
 
 
@@ -142,7 +142,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("text", BAD)
-def test_each_fault_has_its_one_line(text: str, tmp_path: Path) -> None:
+def test_each_error_has_its_one_line(text: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load(text, tmp_path)
     message = str(caught.value)
@@ -150,7 +150,7 @@ def test_each_fault_has_its_one_line(text: str, tmp_path: Path) -> None:
     assert "recipe.yaml" in message and "\n" not in message
 
 
-def test_all_faults_at_once(tmp_path: Path) -> None:
+def test_all_errors_at_once(tmp_path: Path) -> None:
     text = "version: 3\ntarget: {num_layer: 3, hidden_size: -1}\nwidth: {importance: norm}\nexperts: {preserve: 2}\n"
     with pytest.raises(RecipeError) as caught:
         load(text, tmp_path)
@@ -159,7 +159,7 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[" * 100_000], ids=["no text", "very deep"])
-def test_what_is_no_yaml_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_what_is_not_yaml_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
     with pytest.raises(RecipeError, match="not readable as YAML"):
@@ -219,83 +219,93 @@ def test_adjacent_cosine_may_keep_three_layers_of_which_one_is_full_attention() 
 
 SCHEDULE = """
 version: 1
-stages:
+phases:
   - {name: depth, tokens: 40B, target: {num_layers: 42}}
   - {tokens: 3.6e11, target: {hidden_size: 1536}, experts: {method: merge}}
 experts: {importance: reap}
 """
 
 
-def test_a_stage_takes_from_the_recipe_what_it_leaves_out(tmp_path: Path) -> None:
+def test_a_phase_takes_from_the_recipe_what_it_leaves_out(tmp_path: Path) -> None:
     recipe = load(SCHEDULE, tmp_path)
-    first, second = select_stage(recipe, 1), select_stage(recipe, 2)
+    first, second = select_phase(recipe, 1), select_phase(recipe, 2)
     schedule = (40_000_000_000, 360_000_000_000)
-    stage = Stage(1, 2, "depth", schedule[0], schedule)
-    assert first == Recipe(Target(num_layers=42), experts=Experts(importance="reap"), stage=stage)
-    assert second.experts == Experts("merge", "reap") and second.stage == Stage(2, 2, "", schedule[1], schedule)
-    assert all(parse_recipe(json.loads(json.dumps(stage.to_dict()))) == stage for stage in recipe.stages)
+    phase = Phase(1, 2, "depth", schedule[0], schedule)
+    assert first == Recipe(Target(num_layers=42), experts=Experts(importance="reap"), phase=phase)
+    assert second.experts == Experts("merge", "reap") and second.phase == Phase(2, 2, "", schedule[1], schedule)
+    assert all(parse_recipe(json.loads(json.dumps(phase.to_dict()))) == phase for phase in recipe.phases)
 
 
-def test_a_schedule_of_which_one_stage_has_no_tokens_is_not_recorded(tmp_path: Path) -> None:
+def test_a_schedule_of_which_one_phase_has_no_tokens_is_not_recorded(tmp_path: Path) -> None:
     recipe = load(SCHEDULE.replace("tokens: 3.6e11", "name: rest"), tmp_path)
-    assert [stage.stage for stage in recipe.stages] == [Stage(1, 2, "depth", 40_000_000_000), Stage(2, 2, "rest")]
+    assert [phase.phase for phase in recipe.phases] == [Phase(1, 2, "depth", 40_000_000_000), Phase(2, 2, "rest")]
+
+
+def test_the_old_key_of_phases_is_read_with_a_notice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = load(SCHEDULE, tmp_path)
+    assert not caplog.records
+    old = load(SCHEDULE.replace("phases:", "stages:"), tmp_path)
+    assert old == recipe and len(caplog.messages) == 1
+    assert caplog.messages[0].endswith(".yaml: the key 'stages' is now called 'phases'; both are read")
 
 
 @pytest.mark.parametrize("number", [None, 3])
-def test_a_schedule_needs_a_stage_that_it_has(number: int | None, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"2.*give --stage 1 to 2"):
-        select_stage(load(SCHEDULE, tmp_path), number)
+def test_a_schedule_needs_a_phase_that_it_has(number: int | None, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"2.*give --phase 1 to 2"):
+        select_phase(load(SCHEDULE, tmp_path), number)
 
 
-def test_a_recipe_without_stages_has_none_to_select() -> None:
+def test_a_recipe_without_phases_has_none_to_select() -> None:
     recipe = parse_recipe({"version": 1, "target": {}})
-    assert select_stage(recipe, None) is recipe
-    with pytest.raises(RecipeError, match="--stage 1, but the recipe has no stages"):
-        select_stage(recipe, 1)
+    assert select_phase(recipe, None) is recipe
+    with pytest.raises(RecipeError, match="--phase 1, but the recipe has no phases"):
+        select_phase(recipe, 1)
 
 
-BAD_STAGES = {
-    "stages: 5": "stages 5 is not a list of stages",
-    "stages: []": "stages [] is not a list of stages",
-    "stages: [7]": "stage 1: 7 is not a mapping",
-    "target: {}\nstages: [{target: {}}]": "target and stages exclude one another",
+BAD_PHASES = {
+    "stages: 5": "phases 5 is not a list of phases",
+    "stages: []\nphases: []": "stages and phases exclude one another",
+    "phases: 5": "phases 5 is not a list of phases",
+    "phases: []": "phases [] is not a list of phases",
+    "phases: [7]": "phase 1: 7 is not a mapping",
+    "target: {}\nphases: [{target: {}}]": "target and phases exclude one another",
     "target: {}\nstage: 5": "stage 5 is not a mapping",
     "target: {}\nstage: {number: 1}": "stage.count is missing",
     "target: {}\nstage: {number: 3, count: 2}": "stage.number 3 is larger than stage.count 2",
     "target: {}\nstage: {number: 1, count: 2, schedule: 4B}": "stage.schedule '4B' is not a list of numbers of tokens",
     "target: {}\nstage: {number: 1, count: 2, tokens: 5, schedule: [6, 5]}": "stage.schedule [6, 5] is not that of 2",
-    "target: {}\nstage: {number: 1, count: 2, tokens: 5, schedule: [5]}": "stage.schedule [5] is not that of 2 stages",
-    "stages: [{tokens: 1B}]": "stage 1: target is missing",
-    "stages: [{target: {}, token: 1B}]": "stage 1: unknown key token (did you mean 'tokens'?)",
-    "stages: [{target: {}, tokens: 40 B}]": "stage 1: tokens '40 B' is not a number of tokens",
-    "stages: [{target: {}, tokens: 0}]": "stage 1: tokens 0 is not a number of tokens",
-    "stages: [{target: {}, tokens: 0.5}]": "stage 1: tokens 0.5 is not a number of tokens",
-    "stages: [{target: {}, tokens: true}]": "stage 1: tokens True is not a number of tokens",
-    "stages: [{target: {}, name: 3}]": "stage 1: name 3 is not a text",
-    "stages: [{target: {}, experts: {method: merges}}]": "stage 1: experts.method 'merges' is unknown",
+    "target: {}\nstage: {number: 1, count: 2, tokens: 5, schedule: [5]}": "stage.schedule [5] is not that of 2 phases",
+    "phases: [{tokens: 1B}]": "phase 1: target is missing",
+    "phases: [{target: {}, token: 1B}]": "phase 1: unknown key token (did you mean 'tokens'?)",
+    "phases: [{target: {}, tokens: 40 B}]": "phase 1: tokens '40 B' is not a number of tokens",
+    "phases: [{target: {}, tokens: 0}]": "phase 1: tokens 0 is not a number of tokens",
+    "phases: [{target: {}, tokens: 0.5}]": "phase 1: tokens 0.5 is not a number of tokens",
+    "phases: [{target: {}, tokens: true}]": "phase 1: tokens True is not a number of tokens",
+    "phases: [{target: {}, name: 3}]": "phase 1: name 3 is not a text",
+    "phases: [{target: {}, experts: {method: merges}}]": "phase 1: experts.method 'merges' is unknown",
 }
 
 
-@pytest.mark.parametrize("text", BAD_STAGES)
-def test_each_fault_of_a_stage_has_its_line(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", BAD_PHASES)
+def test_each_error_of_a_phase_has_its_line(text: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load(f"version: 1\n{text}\n", tmp_path)
-    assert BAD_STAGES[text] in str(caught.value) and "\n" not in str(caught.value)
+    assert BAD_PHASES[text] in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_stages_never_grow_and_all_that_do_are_listed() -> None:
+def test_phases_never_grow_and_all_that_do_are_listed() -> None:
     sizes = ({"num_layers": 40, "hidden_size": 1536}, {}, {"num_layers": 42, "hidden_size": 1792}, {"num_layers": 41})
     with pytest.raises(RecipeError) as caught:
-        parse_recipe({"version": 1, "stages": [{"target": target} for target in sizes]})
+        parse_recipe({"version": 1, "phases": [{"target": target} for target in sizes]})
     for part in (
-        "stage 3: target.num_layers 42 is larger than the 40 of stage 1",
-        "stage 3: target.hidden_size 1792 is larger than the 1536 of stage 1",
-        "stage 4: target.num_layers 41 is larger than the 40 of stage 1",
+        "phase 3: target.num_layers 42 is larger than the 40 of phase 1",
+        "phase 3: target.hidden_size 1792 is larger than the 1536 of phase 1",
+        "phase 4: target.num_layers 41 is larger than the 40 of phase 1",
     ):
         assert part in str(caught.value)
 
 
-# Parameters and active parameters of every stage, MTP left out, in billions; the last ones are SlimQwen's (table 6, and
+# Parameters and active parameters of every phase, MTP left out, in billions; the last ones are SlimQwen's (table 6, and
 # its text where they differ).
 BUDGET = "qwen3_next_80a3b_budget_23b.yaml"
 SHIPPED: dict[str, tuple[ModelShape, list[tuple[float, float]]]] = {
@@ -330,12 +340,12 @@ def test_every_shipped_recipe_is_tested() -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipe(name: str) -> None:
-    """Every stage can become what it names of what the stage before it gave, down to the paper's sizes."""
+    """Every phase can become what it names of what the phase before it gave, down to the paper's sizes."""
     shape, expected = SHIPPED[name]
     recipe, billions = load_recipe(RECIPES / name), []
-    for stage in recipe.stages or (recipe,):
-        check_recipe(stage, shape)
-        shape = target_shape(stage, shape, tuple(range(stage.target.num_layers or shape.num_layers)))
+    for phase in recipe.phases or (recipe,):
+        check_recipe(phase, shape)
+        shape = target_shape(phase, shape, tuple(range(phase.target.num_layers or shape.num_layers)))
         counted = count_parameters(shape, include_mtp=False)
         billions.append((round(counted.total / 1e9, 1), round(counted.active / 1e9, 1)))
         if shape.model_type == "qwen3_next" and expected:
@@ -343,8 +353,8 @@ def test_shipped_recipe(name: str) -> None:
             assert counted.active == by_hand(shape, shape.moe_router_topk)
             assert shape.full_attention_interval == 4
     assert billions == expected or not expected
-    assert [stage.stage.tokens for stage in recipe.stages if stage.stage] == [40 * 10**9, 360 * 10**9][
-        : len(recipe.stages)
+    assert [phase.phase.tokens for phase in recipe.phases if phase.phase] == [40 * 10**9, 360 * 10**9][
+        : len(recipe.phases)
     ]
 
 

@@ -55,7 +55,7 @@ def _calls() -> Iterator[ast.Call]:
 
 
 def test_every_message_is_explained_and_every_explanation_has_its_message() -> None:
-    """Messages that are put together elsewhere (lists of faults) are not compared."""
+    """Messages that are put together elsewhere (lists of violations) are not compared."""
     messages = {template for call in _calls() if call.args for template in _templates(call.args[0])}
     messages = {template for template in messages if re.search("[a-z]{2}", template)}
     first_columns = (line.split("|")[1] for line in PAGE.read_text().splitlines() if line.startswith("| "))

@@ -1,78 +1,12 @@
 #!/usr/bin/env python3
-"""Convert a checkpoint between Hugging Face safetensors and Megatron's torch_dist, every weight bit for bit."""
+"""``megatron-slim convert``, from a checkout that is not installed."""
 
-from __future__ import annotations
-
-import argparse
 import sys
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_slim.cli import (
-    VERIFICATION,
-    add_load_arguments,
-    add_write_arguments,
-    load_options,
-    run_tool,
-    say,
-    tool_parser,
-    write_options,
-)
-
-DTYPES = ("bfloat16", "float16", "float32")
-
-
-def parse_args() -> argparse.Namespace:
-    """Command line."""
-    parser = tool_parser(__doc__)
-    add_load_arguments(parser, "convert")
-    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="new directory for the result")
-    parser.add_argument(
-        "--to",
-        choices=("hf", "torch_dist"),
-        help="format of the result; the other one if not given. The same one takes a reason: --dequantize-fp8, "
-        "--expert-storage, --without-mtp or --dtype",
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="cast every tensor; if not given, each keeps its type")
-    add_write_arguments(parser)
-    return parser.parse_args()
-
-
-def convert(args: argparse.Namespace) -> dict[str, Any]:
-    """Detect the direction, convert, say what was done."""
-    from megatron_slim.errors import CheckpointError
-    from megatron_slim.files import refuse_existing
-
-    refuse_existing(args.save)
-    import torch
-
-    from megatron_slim.checkpoint.convert import open_checkpoint, say_left_out, write_checkpoint
-    from megatron_slim.checkpoint.distributed import DistCheckpoint, is_torch_dist
-    from megatron_slim.checkpoint.reference import carry_reference
-    from megatron_slim.checkpoint.remarks import padding
-
-    source = "torch_dist" if is_torch_dist(args.load) else "hf"
-    target = args.to or ("hf" if source == "torch_dist" else "torch_dist")
-    checkpoint = open_checkpoint(args.load, **load_options(args))
-    changes = args.dtype or args.dequantize_fp8 or args.expert_storage or args.without_mtp or checkpoint.notes
-    if source == target and not changes:
-        fix = "leave --to out, or say what is to change: --dequantize-fp8, --expert-storage, --without-mtp, --dtype"
-        raise CheckpointError(f"is a {source} checkpoint already", where=str(args.load), fix=fix)
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    carry = partial(carry_reference, checkpoint, dtype=dtype)
-    results = write_checkpoint(checkpoint, args.save, to=target, dtype=dtype, records=carry, **write_options(args))
-    ending = VERIFICATION[results["verified"]]
-    for line in padding(checkpoint, "conversion") if isinstance(checkpoint, DistCheckpoint) else ():
-        say(line)
-    say_left_out(checkpoint)
-    what = target if results["expert_storage"] == "separate" else f"{target} (experts {results['expert_storage']})"
-    say(f"{args.save}: {results['tensors']} tensors, {results['parameters']:,} parameters as {what}, {ending}")
-    return {"load": str(args.load), "save": str(args.save), **results}
-
+from megatron_slim.cli.convert import main
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    run_tool(lambda: convert(arguments), as_json=arguments.json)
+    main(sys.argv[1:], Path(sys.argv[0]).name)

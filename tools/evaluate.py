@@ -1,73 +1,12 @@
 #!/usr/bin/env python3
-"""Loss and perplexity of a Hugging Face or torch_dist checkpoint, main head and MTP."""
+"""``megatron-slim evaluate``, from a checkout that is not installed."""
 
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_slim.cli import add_load_arguments, load_options, not_negative, positive, run_tool, say, tool_parser
-
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-
-
-def parse_args() -> argparse.Namespace:
-    """Command line."""
-    parser = tool_parser(__doc__)
-    parser.epilog = (
-        "With --json: loss (nats per token), perplexity, tokens (predicted by the main head), mtp_loss (a list, one "
-        "number per MTP depth, depth 1 first; empty without MTP), samples, seq_length, dtype."
-    )
-    add_load_arguments(parser, "evaluate")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        help="prefix of a Megatron .bin/.idx pair, or a .npy integer matrix [samples, sequence], used as it is",
-    )
-    parser.add_argument("--seq-length", type=positive, metavar="N", help="tokens per sample; needed with .bin/.idx")
-    parser.add_argument("--num-samples", type=positive, metavar="N", help="draw so many samples; all if not given")
-    parser.add_argument("--seed", type=not_negative, default=0, help="of the draw")
-    parser.add_argument("--micro-batch-size", type=positive, default=1, metavar="N", help="samples in one forward pass")
-    parser.add_argument("--dtype", choices=DTYPES, help="if not given, bf16 on a GPU and fp32 on a CPU")
-    parser.add_argument(
-        "--record",
-        action="store_true",
-        help="keep the losses of the first tokens in slim_reference.json beside the checkpoint: training compares its "
-        "teacher with them before the first step",
-    )
-    return parser.parse_args()
-
-
-def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Evaluate, say the result."""
-    import torch
-
-    from megatron_slim.checkpoint.records import REFERENCE
-    from megatron_slim.evaluation.perplexity import evaluate_checkpoint
-
-    results = evaluate_checkpoint(
-        args.load,
-        args.data,
-        seq_length=args.seq_length,
-        num_samples=args.num_samples,
-        micro_batch_size=args.micro_batch_size,
-        dtype=getattr(torch, DTYPES[args.dtype]) if args.dtype else None,
-        seed=args.seed,
-        record=args.record,
-        **load_options(args),
-    )
-    mtp = "".join(f", mtp {depth} {loss:.4f}" for depth, loss in enumerate(results["mtp_loss"], start=1))
-    say(f"loss {results['loss']:.4f}, perplexity {results['perplexity']:.3f}{mtp} over {results['tokens']} tokens")
-    if args.record:
-        say(f"losses of the first tokens written to {args.load / REFERENCE}")
-    return results
-
+from megatron_slim.cli.evaluate import main
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    run_tool(lambda: evaluate(arguments), as_json=arguments.json)
+    main(sys.argv[1:], Path(sys.argv[0]).name)

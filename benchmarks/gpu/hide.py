@@ -8,7 +8,7 @@ import runpy
 import sys
 from collections.abc import Iterable
 
-# What belongs on a GPU and may be left out; top-level modules, those that apex installs beside itself included.
+# What belongs on a GPU and may be left out; top-level modules, those that apex installs with itself included.
 LIBRARIES = {
     "te": ("transformer_engine", "transformer_engine_torch"),
     "apex": ("apex", "amp_C", "fused_weight_gradient_mlp_cuda"),

@@ -1,4 +1,4 @@
-"""What the machine has: found in a process of its own, so that nobody else holds memory of the GPU."""
+"""What the machine has: found in a process of its own, so that no other process holds memory of the GPU."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from benchmarks.gpu.parts import MISSING, NOT_RUN, PARTS, Missing, NotRun, Outco
 
 
 def outcome_of(name: str, setting: Setting) -> Outcome:
-    """Run a part; its faults are raised as they are."""
+    """Run a part; its errors are raised as they are."""
     try:
         return Outcome.of(PARTS[name].run(setting))
     except Missing as missing:

@@ -116,7 +116,7 @@ def parity(setting: Setting) -> Found:
 
 
 def resume(setting: Setting) -> Found:
-    """Steps after a checkpoint, in a run that goes on from it, as in the run that saved it."""
+    """Steps after a checkpoint, in a run that resumes from it, as in the run that saved it."""
     write_models(setting.work)
     save, last = setting.work / "save", STEPS - 2
     whole = train(setting, "whole", "--save", str(save), "--save-interval", str(last))

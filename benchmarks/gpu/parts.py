@@ -78,7 +78,7 @@ class Missing(Exception):
 
 
 class NotRun(Exception):
-    """The part cannot run on this machine, which is no fault."""
+    """The part cannot run on this machine, which is not an error."""
 
 
 @dataclass
@@ -140,7 +140,7 @@ PARTS = {
     "memory": Part("Memory of training and of the fused losses", "memory", "memory"),
     "calibration": Part("Calibration, a layer of each kind at the published sizes", "speed", "calibration"),
     "kd_step": Part("A step of distillation against one of LM training", "speed", "kd_step"),
-    "resume": Part("Going on from a checkpoint", "parity", "resume"),
+    "resume": Part("Resuming from a checkpoint", "parity", "resume"),
     "conversion": Part("Conversion of a layer of each kind at the published sizes", "conversion", "conversion"),
     "liger": Part("Fused losses against Liger's", "speed", "liger"),
     "te": Part("Transformer Engine against Megatron's own layers", "libraries", "transformer_engine"),

@@ -3,7 +3,7 @@
 
 Every part runs in a process of its own with a time limit, so that one that crashes, hangs or runs out of memory stops
 no other. Without a GPU the same code runs on the CPU at tiny sizes. Exit code 1 when a part failed; what is missing on
-this machine, or cannot be run on it, is no failure. See benchmarks/gpu/README.md.
+this machine, or cannot be run on it, is not a failure. See benchmarks/gpu/README.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu.parts import FAILED, NOT_RUN, PARTS, PASSED, Outcome
 from benchmarks.gpu.tables import markdown, summary, write_tables
-from megatron_slim.cli import positive, run_tool, say, tool_parser
+from megatron_slim.cli.terminal import say
+from megatron_slim.cli.tool import run_tool
+from megatron_slim.command_line import positive, tool_parser
 from megatron_slim.errors import SlimError, one_line
 from megatron_slim.files import read_json, to_json
 
@@ -53,7 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dir", type=Path, default=Path("runs/gpu"), help="a JSON file and a log of every part")
     parser.add_argument("--out", type=Path, help=f"where tables go; default: {TABLES.relative_to(ROOT)} on a GPU")
     parser.add_argument("--part-seconds", type=positive, default=480, help="after which a part is ended")
-    parser.add_argument("--total-seconds", type=positive, help="after which no part is started or goes on")
+    parser.add_argument("--total-seconds", type=positive, help="after which no part is started or continues")
     return parser.parse_args(argv)
 
 
@@ -100,7 +102,7 @@ class Kit:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.started = args, time.monotonic()
         self.outcomes: dict[str, Outcome] = {}
-        # What tests set, and what the seam sets in this process, is not for parts.
+        # What tests set, and what the CPU compatibility layer sets in this process, is not for parts.
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         self.environment = os.environ | {"PYTHONPATH": path}
         self.environment.pop("TORCHDYNAMO_DISABLE", None)
@@ -126,13 +128,13 @@ class Kit:
 
     @property
     def name(self) -> str:
-        """The device, tiny sizes told apart."""
+        """The device; another name for tiny sizes."""
         machine = self.outcomes["machine"].details
         tiny = self.args.quick or not machine["gpus"]
         return f"{machine['device']}{', tiny sizes' if tiny else ''}"
 
     def known(self) -> dict[str, Outcome]:
-        """These outcomes, and those of earlier runs on such a device that lie in the same directory."""
+        """These outcomes, and those of earlier runs on such a device in the same directory."""
         found = {}
         for name in PARTS:
             file = self.args.dir / f"{name}.json"

@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_slim.architecture.shape import shape_from_hf_config
 from megatron_slim.architecture.table import count_parameters
-from megatron_slim.cli import run_tool, tool_parser
+from megatron_slim.cli.tool import run_tool
+from megatron_slim.command_line import tool_parser
 from megatron_slim.files import read_json, to_json, write_atomic
 
 # Model -> the step that evaluated it and the directory of its export.
@@ -73,9 +74,9 @@ def plot(out: Path, report: dict[str, Any], target: Path) -> None:
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
     for run, caption in CURVES.items():
         left.plot(*zip(*curves[run]["lm loss"], strict=True), label=caption)
-    for run in ("distillation", "random-init"):
-        for tag, style in (("logits distillation loss", "-"), ("mtp distillation loss", "--")):
-            middle.plot(*zip(*curves[run][tag], strict=True), style, label=f"{CURVES[run]}: {tag}")
+    for run, color in (("distillation", "C1"), ("random-init", "C2")):  # as on either side
+        for tag, style in (("logits distillation loss", "-"), ("mtp distillation loss", ":")):
+            middle.plot(*zip(*curves[run][tag], strict=True), style, color=color, label=f"{CURVES[run]}: {tag}")
     left.set(title="LM loss in training", xlabel="iteration", ylabel="nats per token")
     middle.set(title="Distillation losses", xlabel="iteration")
     losses = report["validation_loss"]

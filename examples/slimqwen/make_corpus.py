@@ -13,11 +13,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_slim.cli import run_tool, say, tool_parser
+from megatron_slim.cli.terminal import say
+from megatron_slim.cli.tool import run_tool
+from megatron_slim.command_line import tool_parser
 from megatron_slim.errors import DataError, SlimError
 from megatron_slim.files import new_directory
 
-# Tests, other people's packages, and generated tables would teach a model to recite rather than to write.
+# Tests, other people's packages, and generated tables would train a model to recite rather than to write.
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "lib2to3", "pydoc_data"}
 
 

@@ -7,6 +7,7 @@
 #   ... SETTINGS=h100_64 sbatch --nodes 8 --gpus-per-node 8 examples/slimqwen/pretrain_distill.sh
 #
 # Arguments go to Megatron as they are and win over what is set here. DRY_RUN=1 prints the commands and does nothing.
+# `megatron-slim distill` runs this script with its variables as flags: TEACHER is --teacher.
 #SBATCH --job-name=slim
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
@@ -19,16 +20,24 @@ fail() { echo "error: $*" >&2; exit 2; }
 
 # Slurm runs a copy of the script that it keeps elsewhere; then the job was submitted from the repository, or ROOT is set.
 root=${ROOT:-$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)}
-[[ -f $root/tools/torchrun.py ]] || root=${SLURM_SUBMIT_DIR:-}
-[[ -f $root/tools/torchrun.py ]] || fail "ROOT is not set; it is the repository's directory, on storage that all nodes see"
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+[[ -d $root/megatron_slim ]] || root=${SLURM_SUBMIT_DIR:-}
+[[ -d $root/megatron_slim ]] || fail "ROOT is not set; it is the repository's directory, on storage that all nodes see"
+# The scripts of a checkout, which is what nodes mount and import; or of an installed package, which every node has.
+files=$root/examples/slimqwen
+if [[ -d $files ]]; then
+  mounted=$root
+  export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+else
+  files=$root/megatron_slim/slimqwen
+  mounted=$files
+fi
 
 # Layout and batch for a number of GPUs, from a file that is a list of defaults: the environment wins over it.
 SETTINGS=${SETTINGS:-}
 settings_args=()
 if [[ -n $SETTINGS ]]; then
-  [[ -f $SETTINGS ]] || SETTINGS=$root/examples/slimqwen/settings/$SETTINGS.sh
-  [[ -f $SETTINGS ]] || fail "$SETTINGS: no such settings; there are $(cd "$root/examples/slimqwen/settings" && echo *.sh)"
+  [[ -f $SETTINGS ]] || SETTINGS=$files/settings/$SETTINGS.sh
+  [[ -f $SETTINGS ]] || fail "$SETTINGS: no such settings; there are $(cd "$files/settings" && echo *.sh)"
   # shellcheck source=examples/slimqwen/settings/h100_64.sh
   source "$SETTINGS"
 fi
@@ -41,9 +50,9 @@ TEACHER=${TEACHER:-}
 SAVE=${SAVE:-}
 DATA=${DATA:-}             # prefix of a .bin/.idx pair, or "weight prefix weight prefix ..."
 VALID_DATA=${VALID_DATA:-} # the same, for validation; without it a part of DATA is set aside
-[[ -n $SAVE ]] || fail "SAVE is not set; it is the directory for checkpoints and logs, and a run found there goes on"
-[[ -n $DATA ]] || fail "DATA is not set; make it with tools/preprocess_data.py"
-[[ -n $STUDENT || -n $HF_CONFIG ]] || fail "neither STUDENT nor HF_CONFIG is set; see the head of ${BASH_SOURCE[0]}"
+[[ -n $SAVE ]] || fail "SAVE is not set; it is the directory for checkpoints and logs, and a run found there is resumed"
+[[ -n $DATA ]] || fail "DATA is not set; make it with megatron-slim preprocess"
+[[ -n $STUDENT || -n $HF_CONFIG ]] || fail "neither STUDENT nor HF_CONFIG is set; see the first lines of ${BASH_SOURCE[0]}"
 
 # Layout: NPROC_PER_NODE processes a node, of which TP x PP hold one copy of both models and the rest is data parallel.
 TP=${TP:-1}
@@ -63,7 +72,7 @@ LAUNCHER=${LAUNCHER:-$([[ -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]] && ec
 SEQ_LENGTH=${SEQ_LENGTH:-4096}
 MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-1}
 GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-1024}
-# PROGRESSIVE=1: the student is that of a stage of a recipe, and takes its part in the one schedule of all stages, whose
+# PROGRESSIVE=1: the student is that of a phase of a recipe, and takes its part in the one schedule of all phases, whose
 # length follows from the recipe's tokens.
 PROGRESSIVE=${PROGRESSIVE:-0}
 length_args=(--progressive-schedule ${TRAIN_ITERS:+--train-iters "$TRAIN_ITERS"})
@@ -84,7 +93,7 @@ PRECISION=${PRECISION:-$([[ $gpus -gt 0 ]] && echo bf16 || echo fp32)}
 
 if [[ $LAUNCHER == slurm ]]; then
   # shellcheck source=examples/slimqwen/slurm.sh
-  source "$root/examples/slimqwen/slurm.sh"
+  source "$files/slurm.sh"
   slurm_prepare "$@"
 elif [[ ${SLURM_STEP_NUM_NODES:-1} -gt 1 && $NNODES == 1 ]]; then
   fail "srun started this on $SLURM_STEP_NUM_NODES nodes; start it once, in the job, and it starts them (LAUNCHER=slurm)"
@@ -117,7 +126,7 @@ if [[ -n $STUDENT ]]; then args+=(--pretrained-checkpoint "$STUDENT"); fi
 if [[ -n $HF_CONFIG ]]; then args+=(--hf-config "$HF_CONFIG"); fi
 if [[ -n $TEACHER ]]; then args+=(--teacher-load "$TEACHER"); fi
 
-# Variables that ranks need, beside those of the environment. One hardware queue makes kernels start in the order in
+# Variables that ranks need in addition to those of the environment. One hardware queue makes kernels start in the order in
 # which they were launched, by which tensor parallelism overlaps up to Hopper (Megatron insists on it); Blackwell has
 # another way, and there, as for overlapped all-to-all of experts, streams should not wait for each other.
 compute_capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 || true)
@@ -138,13 +147,13 @@ fi
 python=${PYTHON:-python3}
 job=(
   --nproc-per-node "$NPROC_PER_NODE" --nnodes "$NNODES" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"
-  "$root/tools/pretrain.py" "${args[@]}" "${settings_args[@]}" "$@"
+  --module megatron_slim.cli.pretrain "${args[@]}" "${settings_args[@]}" "$@"
 )
 if [[ $LAUNCHER == slurm ]]; then
   slurm_run
   exit
 fi
-command=("$python" "$root/tools/torchrun.py" --node-rank "$NODE_RANK" "${job[@]}")
+command=("$python" -m megatron_slim torchrun --node-rank "$NODE_RANK" "${job[@]}")
 if [[ ${DRY_RUN:-0} == 1 ]]; then
   printf '%q ' "${command[@]}"
   echo

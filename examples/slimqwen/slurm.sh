@@ -48,7 +48,7 @@ slurm_prepare() { # slurm_prepare [Megatron's flags]
   MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # two jobs may share a node
 }
 
-# What of the environment a container must be told, since its image may have set it otherwise.
+# Variables that must be passed into a container, since its image may have set it otherwise.
 node_environment() {
   local name
   while read -r name; do
@@ -63,7 +63,7 @@ node_mounts() {
   local path words=()
   read -r -a words <<<"$DATA $VALID_DATA"
   {
-    printf '%s\n' "$root" "$SAVE"
+    printf '%s\n' "$mounted" "$SAVE"
     for path in "$STUDENT" "$HF_CONFIG" "$TEACHER"; do [[ -z $path ]] || echo "$path"; done
     for path in "${words[@]}"; do [[ $path != /* ]] || dirname "$path"; done
   } | sort -u | sed 's/.*/&:&/'
@@ -75,20 +75,20 @@ slurm_launch() { # slurm_launch LOG READY
   local environment mounts
   mapfile -t environment < <(node_environment)
   mounts=$(node_mounts | paste -sd ,)
-  # A launcher that has ended gives the others a minute, in which they find the same fault, or have lost their peer.
+  # A launcher that has ended gives the others a minute, in which they find the same error, or have lost their peer.
   launch=(srun --nodes "$NNODES" --ntasks "$NNODES" --ntasks-per-node 1 --mpi none --cpu-bind none)
   if [[ -n ${SLURM_CPUS_ON_NODE:-} ]]; then launch+=(--cpus-per-task "$SLURM_CPUS_ON_NODE"); fi
   launch+=(--kill-on-bad-exit 0 --wait 60 --label --open-mode append --output "$1")
   case $IMAGE in
     '') ;;
     *.sif)
-      launch+=("$(command -v apptainer || command -v singularity || echo apptainer)" exec --bind "$mounts" --pwd "$root")
+      launch+=("$(command -v apptainer || command -v singularity || echo apptainer)" exec --bind "$mounts" --pwd "$mounted")
       if [[ $gpus -gt 0 ]]; then launch+=(--nv); fi
       launch+=("$IMAGE")
       ;;
-    *) launch+=(--container-image "$IMAGE" --container-mounts "$mounts" --container-workdir "$root") ;;
+    *) launch+=(--container-image "$IMAGE" --container-mounts "$mounts" --container-workdir "$mounted") ;;
   esac
-  launch+=(env "${environment[@]}" bash "$root/examples/slimqwen/slurm_node.sh" "$2" "$python" "${job[@]}")
+  launch+=(env "${environment[@]}" bash "$files/slurm_node.sh" "$2" "$python" "${job[@]}")
 }
 
 # Start it; on USR1 or TERM save, and have Slurm run the same job again.
@@ -111,7 +111,7 @@ slurm_run() {
   wait "$step" || code=$?
   rm -f "$ready"
   echo "job $SLURM_JOB_ID: ended with code $code at checkpoint $(last_checkpoint)"
-  # Slurm may also have told the ranks alone.
+  # Slurm may also have signalled the ranks alone.
   if grep -qs "exiting program after receiving SIGTERM" "$log"; then signalled=1; fi
   if [[ -n $signalled && $code != 2 ]]; then
     code=0
@@ -147,13 +147,13 @@ requeue() { # requeue CHECKPOINT-AT-THE-START
   scontrol requeue "$SLURM_JOB_ID"
 }
 
-# Outside of a job: hand this very script to Slurm, its output beside the checkpoints.
+# Outside of a job: hand this very script to Slurm, its output next to the checkpoints.
 slurm_submit() { # slurm_submit [Megatron's flags]
   local submit
   NNODES=${SETTINGS_NODES:-$NNODES}
   submit=(sbatch --nodes "$NNODES" --output "$SAVE/logs/%j.out")
   if [[ -n ${SETTINGS_NODES:-} || $gpus -gt 0 ]]; then submit+=(--gpus-per-node "$NPROC_PER_NODE"); fi
-  submit+=("$root/examples/slimqwen/pretrain_distill.sh" "$@")
+  submit+=("$files/pretrain_distill.sh" "$@")
   if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf '%q ' "${submit[@]}"
     echo
@@ -171,7 +171,7 @@ slurm_print() { # slurm_print SRUN-COMMAND...
   echo
   for ((node = 0; node < NNODES; node++)); do
     printf 'node %d: ' "$node"
-    printf '%q ' "$python" "$root/tools/torchrun.py" --node-rank "$node" "${job[@]}"
+    printf '%q ' "$python" -m megatron_slim torchrun --node-rank "$node" "${job[@]}"
     echo
   done
 }

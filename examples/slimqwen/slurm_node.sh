@@ -6,7 +6,6 @@
 set -euo pipefail
 ready=$1 python=$2
 shift 2
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 for _ in {1..30}; do # a network file system may show it late
   [[ -e $ready ]] && break
   sleep 1
@@ -16,4 +15,4 @@ if [[ ! -e $ready ]]; then
   exit 2
 fi
 if [[ $SLURM_NODEID == 0 ]]; then echo $$ >"$ready"; fi
-exec "$python" "$root/tools/torchrun.py" --node-rank "$SLURM_NODEID" "$@"
+exec "$python" -m megatron_slim torchrun --node-rank "$SLURM_NODEID" "$@"

@@ -10,7 +10,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_slim.cli import run_tool, say, tool_parser
+from megatron_slim.cli.terminal import say
+from megatron_slim.cli.tool import run_tool
+from megatron_slim.command_line import tool_parser
 from megatron_slim.documents import check_inputs, read_sources
 from megatron_slim.errors import SlimError
 from megatron_slim.files import new_directory, read_json, to_json
@@ -33,7 +35,7 @@ def train_tokenizer(inputs: Sequence[Path], output: Path, *, vocab_size: int, ke
 
     check_inputs(inputs)
     if vocab_size <= 257:
-        raise SlimError(f"--vocab-size {vocab_size} leaves no room beside 256 bytes and {END_OF_TEXT}")
+        raise SlimError(f"--vocab-size {vocab_size} is too small for 256 bytes and {END_OF_TEXT}")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

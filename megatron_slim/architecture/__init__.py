@@ -1,0 +1,15 @@
+"""What a model is: sizes, families, and the table of its parameters, from which nearly everything follows.
+
+- `axes`, `weight`, `rows`, `family`: named axes, a row of the table, rows that families share, what sets a family
+  apart
+- `qwen3_next`, `qwen3_moe`: the families
+- `shape`, `mtp_keys`, `published`: sizes and config.json, what it states of MTP, published models
+- `table`: all parameters of a model, and how many there are
+- `rope`, `rotary`: rotary embeddings as config.json asks for them, and in Megatron's modules
+- `flops`, `gpus`: FLOPs of a token by layer, peak rates of GPUs
+- `parallelism`, `fp8_sizes`, `pipeline_layout`: layouts and FP8 recipes that a shape allows, balanced pipeline stages
+- `layer_specs`, `local_modules`: Megatron's modules, with Transformer Engine and without
+- `hidden_states`, `context_parallel`: a GPTModel that ends with hidden states, a rank's part of a sequence
+
+All but rotary and the last two lines imports no torch.
+"""

@@ -172,13 +172,3 @@ def _has_labels(dim: Dim) -> bool:
             return True
         case Product(parts) | Concat(parts):
             return any(_has_labels(part) for part in parts)
-
-
-def permutation(source: Dim, target: Dim, sizes: Sizes) -> npt.NDArray[np.int64]:
-    """Index ``p`` with ``target_rows = source_rows[p]`` for two layouts of the same labelled rows."""
-    source_at, target_at = labelled_positions(source, sizes), labelled_positions(target, sizes)
-    assert source_at.keys() == target_at.keys(), (source_at.keys(), target_at.keys())
-    index = np.empty(size(target, sizes), dtype=np.int64)
-    for name, positions in target_at.items():
-        index[positions] = source_at[name]
-    return index

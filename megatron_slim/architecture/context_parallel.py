@@ -21,13 +21,13 @@ def positions_of(rank: int, ranks: int, length: int) -> Tensor:
     return torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]])
 
 
-def own_positions(group: dist.ProcessGroup | None, length: int) -> Tensor | None:
+def local_positions(group: dist.ProcessGroup | None, length: int) -> Tensor | None:
     """Those of this rank; None where it has the whole sequence."""
     if group is None or dist.get_world_size(group) == 1:
         return None
     return positions_of(dist.get_rank(group), dist.get_world_size(group), length)
 
 
-def own_part(values: Tensor, positions: Tensor | None) -> Tensor:
-    """What is at ``positions`` (from `own_positions`) of values [..., length]."""
+def local_slice(values: Tensor, positions: Tensor | None) -> Tensor:
+    """What is at ``positions`` (from `local_positions`) of values [..., length]."""
     return values if positions is None else values[..., positions]

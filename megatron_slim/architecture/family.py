@@ -52,7 +52,7 @@ class Family:
         last_rows: parameters after the blocks.
         keys: Megatron's name -> key in config.json, of the sizes that this family has.
         accepted: keys that ask for what is not implemented -> values accepted.
-        mtp_rows: what the MTP block has beside a full-attention block; empty: there is none.
+        mtp_rows: what the MTP block adds to a full-attention block; empty: there is none.
         full_attention_interval: period of the full-attention layers where config.json does not list the layers' types.
         attention_output_gate: ``q_proj`` holds a gate for every head's output.
         zero_centered_norms: norms multiply by 1 + weight, all but that of Gated DeltaNet's output.

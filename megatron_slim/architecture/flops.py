@@ -90,7 +90,7 @@ def head_flops(shape: ModelShape) -> float:
 
 
 def mtp_flops(shape: ModelShape) -> float:
-    """Forward operations per token of what an MTP block has beside its transformer block and the output layer."""
+    """Forward operations per token of what an MTP block adds to its transformer block and the output layer."""
     return _products(shape.family.mtp_rows, shape)
 
 
@@ -114,7 +114,7 @@ class Recompute:
 
 
 @dataclass(frozen=True)
-class Work:
+class Flops:
     """Operations per token of one training step of one model, as pipeline stages share them.
 
     Attributes:
@@ -164,9 +164,9 @@ def _blocks(shape: ModelShape, seq_length: int, kernels: Kernels) -> Iterator[di
 
 
 @cache
-def student_work(
+def student_flops(
     shape: ModelShape, seq_length: int, kernels: Kernels = FUSED, recompute: Recompute = Recompute()
-) -> Work:
+) -> Flops:
     """Forward and backward, three times the forward operations, and what is recomputed.
 
     Args:
@@ -181,27 +181,27 @@ def student_work(
     mtp_block = block_flops(shape, FULL_ATTENTION, seq_length, kernels)
     projection = mtp_flops(shape)
     mtp = 3.0 * (projection + sum(mtp_block.values()))
-    if not by_block:  # under full recomputation the projection lies inside the checkpoint
+    if not by_block:  # under full recomputation the projection is inside the checkpoint
         mtp += recompute.again(mtp_block) + (projection if recompute.granularity == "full" else 0.0)
     depths = shape.mtp_num_layers
     last = 3.0 * head_flops(shape) * (1 + depths) + depths * mtp
     thrice = tuple(3.0 * sum(block.values()) for block in blocks)
     if by_block:
-        return Work(thrice, last, first_layers=again, first=recompute.num_layers)
-    return Work(tuple(once + more for once, more in zip(thrice, again, strict=True)), last)
+        return Flops(thrice, last, first_layers=again, first=recompute.num_layers)
+    return Flops(tuple(once + more for once, more in zip(thrice, again, strict=True)), last)
 
 
 @cache
-def teacher_work(shape: ModelShape, seq_length: int, kernels: Kernels = FUSED, *, runs_mtp: bool) -> Work:
+def teacher_flops(shape: ModelShape, seq_length: int, kernels: Kernels = FUSED, *, runs_mtp: bool) -> Flops:
     """The forward pass alone.
 
     Args:
         shape: sizes of the teacher.
         seq_length: positions of a sequence.
         kernels: how attention and delta rule are computed.
-        runs_mtp: the student's MTP heads learn from the teacher's, and not from its main head.
+        runs_mtp: the student's MTP heads are supervised by the teacher's, and not by its main head.
     """
     depths = shape.mtp_num_layers if runs_mtp else 0
     mtp = mtp_flops(shape) + sum(block_flops(shape, FULL_ATTENTION, seq_length, kernels).values())
     layers = tuple(sum(block.values()) for block in _blocks(shape, seq_length, kernels))
-    return Work(layers, head_flops(shape) * (1 + depths) + depths * mtp)
+    return Flops(layers, head_flops(shape) * (1 + depths) + depths * mtp)

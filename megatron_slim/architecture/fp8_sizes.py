@@ -48,7 +48,7 @@ class Side:
         """What each rank's part must be a multiple of."""
         if recipe == "mxfp8":
             return 32
-        # Megatron asks 16 of in_proj's outputs before they are shared out, trained or not: not worth a case of its own.
+        # Megatron asks 16 of in_proj's outputs before they are sharded, trained or not: not worth a case of its own.
         return 16 if self.inputs or trained or self.ways == 1 else 8
 
     def fits(self, recipe: str, *, trained: bool) -> bool:
@@ -101,7 +101,7 @@ def size_violations(shape: ModelShape, recipe: str, *, tp: int = 1, etp: int = 1
     >>> from megatron_slim.testing import tiny_shape
     >>> for sentence in size_violations(tiny_shape(linear_num_value_heads=8, moe_ffn_hidden_size=40), "delayed"):
     ...     print(sentence)
-    linear_fc2 of experts has 40 inputs, no multiple of 16: moe_ffn_hidden_size 40 would have to be 32 or 48
+    linear_fc2 of experts has 40 inputs, not a multiple of 16: moe_ffn_hidden_size 40 would have to be 32 or 48
     """
     known = {*shape.violations(), *layout_violations(shape, tp=tp, etp=etp)}
 
@@ -128,7 +128,7 @@ def size_violations(shape: ModelShape, recipe: str, *, tp: int = 1, etp: int = 1
         unit = max(side.unit(recipe, trained=trained) for side in sides)
         fixes = [f"{field} {value} would have to be {near}"] if (near := _either(_nearest(value, allows))) else []
         fixes += [f"tensor parallel size {smaller} would do"] if smaller else []
-        sentences.append(f"{what}, no multiple of {unit}" + (f": {', or '.join(fixes)}" if fixes else ""))
+        sentences.append(f"{what}, not a multiple of {unit}" + (f": {', or '.join(fixes)}" if fixes else ""))
     return sentences
 
 
@@ -145,7 +145,7 @@ def row_violations(
         trained: there is a backward pass.
 
     >>> row_violations(100, 1, "mxfp8")
-    ['a micro-batch of 100 tokens is no multiple of 32: --seq-length 100 would have to be 96 or 128']
+    ['a micro-batch of 100 tokens is not a multiple of 32: --seq-length 100 would have to be 96 or 128']
     >>> row_violations(100, 4, "delayed")
     []
     """
@@ -159,7 +159,7 @@ def row_violations(
         return []
     near = _either(_nearest(seq_length, allows))
     fix = f": --seq-length {seq_length} would have to be {near}" if near else ""
-    return [f"a micro-batch of {seq_length * micro_batch_size} tokens is no multiple of {unit}{fix}"]
+    return [f"a micro-batch of {seq_length * micro_batch_size} tokens is not a multiple of {unit}{fix}"]
 
 
 def _nearest(value: int, allows: Callable[[int], bool]) -> Iterator[int]:

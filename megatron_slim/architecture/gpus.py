@@ -27,7 +27,7 @@ def _row(words: str, bf16: float, fp8: float | None, source: str) -> PeakRate:
     return PeakRate(frozenset(words.split()), bf16 * 1e12, None if fp8 is None else fp8 * 1e12, source)
 
 
-# The variants of a GPU before the GPU: the first row whose words all occur counts. SXM parts have no word of their own.
+# The variants of a GPU before the GPU: the first row whose words all occur counts. SXM parts have none of these words.
 PEAK_RATES = (
     _row("A100", 312.0, None, "NVIDIA A100 data sheet"),
     _row("H100 PCIE", 756.5, 1513.0, "NVIDIA H100 data sheet, November 2022"),

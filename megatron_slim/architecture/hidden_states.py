@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Self
 
+import megatron_slim.mcore
+
 import torch
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
-from megatron_slim.architecture.context_parallel import own_part, own_positions
+from megatron_slim.architecture.context_parallel import local_positions, local_slice
 
 
 class HiddenStatesModel(GPTModel):
@@ -28,7 +30,7 @@ class HiddenStatesModel(GPTModel):
     def forward(self, input_ids: Tensor | None, position_ids: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """As GPTModel's, of whole sequences [b, S]: under context parallelism a rank computes its part of them."""
         own = (
-            ids if ids is None else own_part(ids, own_positions(self.pg_collection.cp, ids.shape[-1]))
+            ids if ids is None else local_slice(ids, local_positions(self.pg_collection.cp, ids.shape[-1]))
             for ids in (input_ids, position_ids)
         )
         hidden_states: Tensor = super().forward(*own, *args, **kwargs)

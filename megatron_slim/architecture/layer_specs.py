@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import megatron_slim.mcore
+
 import torch
 import torch.nn.functional as F
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -48,7 +50,7 @@ def shape_config_fields(shape: ModelShape) -> dict[str, Any]:
     return {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
-        # There is no dense layer; Megatron wants a size all the same.
+        # There is no dense layer; Megatron needs a size all the same.
         "ffn_hidden_size": shape.moe_ffn_hidden_size,
         "num_attention_heads": shape.num_attention_heads,
         "num_query_groups": shape.num_query_groups,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import megatron_slim.mcore
+
 import torch
 import torch.distributed as dist
 from megatron.core.models.backends import LocalSpecProvider
@@ -92,7 +94,7 @@ class LocalAttention(DotProductAttention):
 
 
 class LocalBackend(LocalSpecProvider):
-    """Megatron-Core's local backend with norms that may be zero-centred, and attention that may be shared out."""
+    """Megatron-Core's local backend with norms that may be zero-centred, and attention that may be sharded."""
 
     def core_attention(self) -> type:
         """The module that attends."""

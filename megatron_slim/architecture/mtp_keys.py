@@ -5,7 +5,7 @@
     mtp_layer_types            transformers' MtpModel: the type of every block's layer
     mtp_num_hidden_layers      vLLM (Qwen3.5), llm-compressor; read here, not written
 
-The published Qwen3-Next says nothing of its MTP block: whether there is one, the names of the tensors tell.
+The published Qwen3-Next states nothing about its MTP block: the names of the tensors say whether there is one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def stated_mtp_layers(config: Mapping[str, Any], where: str = "config.json") -> 
     """How many MTP blocks a config.json says that there are; None where it says nothing.
 
     Raises:
-        ShapeError: values that are no counts, contradict each other, or ask for another block than there is.
+        ShapeError: values that are not counts, contradict each other, or ask for another block than there is.
     """
     found, stated = [], {key: config[key] for key in COUNTS if config.get(key) is not None}
     found += [

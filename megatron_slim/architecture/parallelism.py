@@ -20,7 +20,7 @@ def padded_vocab_size(shape: ModelShape, multiple: int = VOCAB_MULTIPLE) -> int:
 def layout_violations(
     shape: ModelShape, *, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 1, cp: int = 1
 ) -> list[str]:
-    """Everything that keeps a model from being laid out like this, one sentence each.
+    """Everything that rules this layout out for a model, one sentence each.
 
     Args:
         shape: sizes of the model.
@@ -60,7 +60,7 @@ def layout_violations(
 
 @dataclass(frozen=True)
 class Layout:
-    """A way to lay a model out over processes; experts are not split (expert tensor parallel size 1).
+    """A way to split a model across processes; experts are not split (expert tensor parallel size 1).
 
     Attributes:
         world: number of processes.
@@ -75,7 +75,7 @@ class Layout:
     ep: int = 1
 
     def violations(self, shape: ModelShape, seq_length: int) -> list[str]:
-        """Everything that keeps a model, or sequences of this length, from being laid out like this.
+        """Everything that rules this layout out for a model, or for sequences of this length.
 
         >>> from megatron_slim.testing import tiny_shape
         >>> Layout(4, tp=2, pp=4).violations(tiny_shape(), seq_length=7)

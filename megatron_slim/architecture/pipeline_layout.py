@@ -1,7 +1,7 @@
 """Which layers of student and teacher each pipeline stage holds, so that none is much slower than the mean (no torch).
 
-The hidden states of both models travel side by side, so each has stages of its own: contiguous, in order, the embedding
-on the first, heads, MTP blocks and loss on the last. Stage c of P x V virtual ones lies on rank c modulo P.
+The hidden states of both models are sent together, and each model has its own stages: contiguous, in order, the
+embedding on the first, heads, MTP blocks and loss on the last. Stage c of P x V virtual ones is on rank c modulo P.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from functools import lru_cache
 from itertools import accumulate, pairwise, permutations
 from operator import add
 
-from megatron_slim.architecture.flops import Work
+from megatron_slim.architecture.flops import Flops
 
 SKEWS = (1.0, 0.5, 2.0)  # of what interleaved stages start from
 NEAR = 1.01  # slowest rank over the mean that is as good as even
-NO_TEACHER = Work((), 0.0)
+NO_TEACHER = Flops((), 0.0)
 Counts = tuple[int, ...]
 # Layers of student and teacher that a trial of `_improved` moves from one stage to another.
 MOVES = ((1, 0), (0, 1), (1, -1), (1, -2), (1, -3))
@@ -37,16 +37,16 @@ class Stages:
     """
 
     ranks: int
-    student: Work
-    teacher: Work
+    student: Flops
+    teacher: Flops
     student_layers: Counts
     teacher_layers: Counts
 
     def model_loads(self) -> list[tuple[float, float]]:
         """Operations per token of student and teacher on each virtual stage."""
         models = ((self.student, self.student_layers), (self.teacher, self.teacher_layers))
-        own, taught = (_loads(work, counts) for work, counts in models)
-        return list(zip(own, taught, strict=True))
+        own, theirs = (_loads(flops, counts) for flops, counts in models)
+        return list(zip(own, theirs, strict=True))
 
     def rank_loads(self) -> list[float]:
         """Operations per token of each rank, over all its virtual stages."""
@@ -67,10 +67,10 @@ class Stages:
         return max(1.0, least * self.ranks / sum(loads))
 
 
-def _loads(work: Work, counts: Counts) -> list[float]:
+def _loads(flops: Flops, counts: Counts) -> list[float]:
     ends = [0, *accumulate(counts)]
-    loads = [work.stages_from(start)[stop - start] for start, stop in pairwise(ends)]
-    loads[-1] += work.last
+    loads = [flops.stages_from(start)[stop - start] for start, stop in pairwise(ends)]
+    loads[-1] += flops.last
     return loads
 
 
@@ -80,7 +80,7 @@ def even_layers(num_layers: int, stages: int) -> Counts:
     return (num_layers // stages,) * stages
 
 
-def balanced(student: Work, teacher: Work | None, ranks: int, virtual: int = 1) -> Stages | None:
+def balanced(student: Flops, teacher: Flops | None, ranks: int, virtual: int = 1) -> Stages | None:
     """Stages whose slowest rank does the least.
 
     Without interleaving that is exact, but for `NEAR`: the smallest limit is found (by bisection) that stages of both
@@ -105,7 +105,7 @@ def balanced(student: Work, teacher: Work | None, ranks: int, virtual: int = 1) 
     return best
 
 
-def balanced_apart(student: Work, teacher: Work, losses: float, ranks: int, virtual: int = 1) -> Stages | None:
+def balanced_apart(student: Flops, teacher: Flops, losses: float, ranks: int, virtual: int = 1) -> Stages | None:
     """Stages of which each model's are even by themselves, for a teacher that computes ahead of its student.
 
     Args:
@@ -119,27 +119,27 @@ def balanced_apart(student: Work, teacher: Work, losses: float, ranks: int, virt
         None when one of them has too few layers.
     """
     own = balanced(replace(student, last=student.last + losses), None, ranks, virtual)
-    taught = balanced(replace(teacher, last=teacher.last - losses), None, ranks, virtual)
-    if own is None or taught is None:
+    theirs = balanced(replace(teacher, last=teacher.last - losses), None, ranks, virtual)
+    if own is None or theirs is None:
         return None
-    return Stages(ranks, student, teacher, own.student_layers, taught.student_layers)
+    return Stages(ranks, student, teacher, own.student_layers, theirs.student_layers)
 
 
-def _starts(student: Work, teacher: Work, ranks: int, virtual: int) -> Iterator[Stages]:
+def _starts(student: Flops, teacher: Flops, ranks: int, virtual: int) -> Iterator[Stages]:
     """Stages that each model would have alone; then stages of both, filled together."""
     if teacher.layers:
-        own, taught = (
-            _tightest(work, NO_TEACHER, _shares(work, NO_TEACHER, ranks, virtual)) for work in (student, teacher)
+        own, theirs = (
+            _tightest(flops, NO_TEACHER, _shares(flops, NO_TEACHER, ranks, virtual)) for flops in (student, teacher)
         )
-        if own and taught:
-            yield Stages(ranks, student, teacher, own[0], taught[0])
+        if own and theirs:
+            yield Stages(ranks, student, teacher, own[0], theirs[0])
     shares = [_shares(student, teacher, ranks, virtual, skew) for skew in SKEWS]
     for share in [(1.0,) * ranks] if virtual == 1 else shares:
         if together := _tightest(student, teacher, share):
             yield Stages(ranks, student, teacher, *together)
 
 
-def _shares(student: Work, teacher: Work, ranks: int, virtual: int, skew: float = 1.0) -> tuple[float, ...]:
+def _shares(student: Flops, teacher: Flops, ranks: int, virtual: int, skew: float = 1.0) -> tuple[float, ...]:
     """What each virtual stage should do: ranks alike as far as possible.
 
     Of a rank's virtual stages, each should do ``skew`` times what the one before does.
@@ -156,8 +156,8 @@ def _shares(student: Work, teacher: Work, ranks: int, virtual: int, skew: float 
 
 
 @lru_cache(maxsize=256)  # the teacher's own stages are the same however much of the student is recomputed
-def _tightest(student: Work, teacher: Work, share: tuple[float, ...]) -> tuple[Counts, Counts] | None:
-    """Stages within the smallest multiple of ``share`` that leaves room for all layers."""
+def _tightest(student: Flops, teacher: Flops, share: tuple[float, ...]) -> tuple[Counts, Counts] | None:
+    """Stages within the smallest multiple of ``share`` that all layers fit in."""
     low, high = 0.0, (student.total + sum(student.first_layers) + teacher.total) / min(share)
     found = _filled(student, teacher, [high * part for part in share])
     while found and high - low > 1e-7 * high:
@@ -169,7 +169,7 @@ def _tightest(student: Work, teacher: Work, share: tuple[float, ...]) -> tuple[C
     return found
 
 
-def _filled(student: Work, teacher: Work, caps: Sequence[float]) -> tuple[Counts, Counts] | None:
+def _filled(student: Flops, teacher: Flops, caps: Sequence[float]) -> tuple[Counts, Counts] | None:
     """Stages that do at most ``caps`` each, None where there are none.
 
     After every stage and for every number of the student's layers in it and before it, only the largest number of the
@@ -180,11 +180,11 @@ def _filled(student: Work, teacher: Work, caps: Sequence[float]) -> tuple[Counts
     steps = []
     for stage, cap in enumerate(caps):
         here: dict[int, tuple[int, int]] = {}
-        room = cap - (student.last + teacher.last if stage == final else 0.0)
-        for start, (taught, _) in reached.items():
-            loads, done = student.stages_from(start), ahead[taught]
+        limit = cap - (student.last + teacher.last if stage == final else 0.0)
+        for start, (theirs, _) in reached.items():
+            loads, done = student.stages_from(start), ahead[theirs]
             for stop in range(start + (0 < stage < final), layers + 1):
-                left = room - loads[stop - start]
+                left = limit - loads[stop - start]
                 if left < 0:
                     break
                 most = bisect_right(ahead, done + left * (1 + 1e-12)) - 1
@@ -199,26 +199,26 @@ def _filled(student: Work, teacher: Work, caps: Sequence[float]) -> tuple[Counts
 
 def _counts(steps: list[dict[int, tuple[int, int]]], layers: int) -> tuple[Counts, Counts]:
     """The stages that led to all layers, backwards through what `_filled` reached."""
-    student, taught = [], []
+    student, theirs = [], []
     for here in reversed(steps):
         most, start = here[layers]
         student.append(layers - start)
-        taught.append(most)
+        theirs.append(most)
         layers = start
-    return tuple(reversed(student)), tuple(stop - start for start, stop in pairwise([0, *reversed(taught)]))
+    return tuple(reversed(student)), tuple(stop - start for start, stop in pairwise([0, *reversed(theirs)]))
 
 
 def _badness(stages: Stages) -> tuple[float, ...]:
     """Slowest rank beyond `NEAR`; unevenness of the student over ranks, of ranks, of virtual stages; rounded."""
-    own, taught = zip(*stages.model_loads(), strict=True)
-    return _badness_of(own, taught, stages.ranks)
+    own, theirs = zip(*stages.model_loads(), strict=True)
+    return _badness_of(own, theirs, stages.ranks)
 
 
 def _badness_of(
-    own: Sequence[float], taught: Sequence[float], ranks: int, seen: tuple[float, ...] = (math.inf,)
+    own: Sequence[float], theirs: Sequence[float], ranks: int, seen: tuple[float, ...] = (math.inf,)
 ) -> tuple[float, ...]:
     """The same, by what both models do on each virtual stage; cut off where it is known to be worse than ``seen``."""
-    each = list(map(add, own, taught))
+    each = list(map(add, own, theirs))
     of_ranks = _over_ranks(each, ranks)
     found: tuple[float, ...] = (round(max(NEAR, max(of_ranks) * ranks / sum(of_ranks)), 9),)
     if found > seen:
@@ -240,12 +240,12 @@ def _over_ranks(each: Sequence[float], ranks: int) -> Sequence[float]:
 class _Loads(dict[Counts, list[float]]):
     """What a model does on each virtual stage, by its layers there: the same divisions come up again and again."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, flops: Flops) -> None:
         super().__init__()
-        self._work = work
+        self._flops = flops
 
     def __missing__(self, counts: Counts) -> list[float]:
-        found = self[counts] = _loads(self._work, counts)
+        found = self[counts] = _loads(self._flops, counts)
         return found
 
 
@@ -254,7 +254,7 @@ def _improved(stages: Stages) -> Stages:
 
     What fills the memory of a rank is its share of the student, so that comes right after the slowest rank.
     """
-    own, taught, worse = _Loads(stages.student), _Loads(stages.teacher), set[tuple[Counts, Counts]]()
+    own, theirs, worse = _Loads(stages.student), _Loads(stages.teacher), set[tuple[Counts, Counts]]()
     best, seen, tried = (stages.student_layers, stages.teacher_layers), _badness(stages), None
     while tried != seen:
         tried = seen
@@ -262,7 +262,7 @@ def _improved(stages: Stages) -> Stages:
             moved = _moved(best, *other)
             if moved is None or moved in worse:
                 continue
-            now = _badness_of(own[moved[0]], taught[moved[1]], stages.ranks, seen)
+            now = _badness_of(own[moved[0]], theirs[moved[1]], stages.ranks, seen)
             if now < seen:
                 best, seen = moved, now
             else:
@@ -280,8 +280,8 @@ def _moved(
     layers: tuple[Counts, Counts], source: int, target: int, student: int, teacher: int
 ) -> tuple[Counts, Counts] | None:
     """Layers of both models with so many on ``target`` instead of ``source``; None where there are none left."""
-    own, taught = _moved_of(layers[0], source, target, student, 1), _moved_of(layers[1], source, target, teacher, 0)
-    return None if own is None or taught is None else (own, taught)
+    own, theirs = _moved_of(layers[0], source, target, student, 1), _moved_of(layers[1], source, target, teacher, 0)
+    return None if own is None or theirs is None else (own, theirs)
 
 
 def _moved_of(layers: Counts, source: int, target: int, moved: int, keep: int) -> Counts | None:

@@ -13,7 +13,7 @@ class Published:
     """A model's config.json, and what that does not say.
 
     Attributes:
-        config: as it lies beside the weights.
+        config: as published with the weights.
         mtp_num_layers: MTP blocks among the tensors.
     """
 

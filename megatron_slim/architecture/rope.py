@@ -1,6 +1,6 @@
 """Rotary embeddings as config.json describes them: plain ones, and YaRN (arXiv 2309.00071), as transformers reads both.
 
-There are two spellings: ``rope_scaling`` beside ``rope_theta`` and ``partial_rotary_factor``, as published, and
+There are two spellings: ``rope_scaling`` with ``rope_theta`` and ``partial_rotary_factor``, as published, and
 ``rope_parameters`` with everything inside, as transformers 5 writes it.
 """
 
@@ -102,10 +102,10 @@ def _read_yarn(rope: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Yarn
     values: dict[str, Any] = {_ORIGINAL: config.get("max_position_embeddings")}
     values |= {name: value for name, value in rope.items() if value is not None and name not in (*_TYPES, *INSIDE)}
     found = [] if "factor" in values else ["factor is missing"]
-    if (beside := config.get(_ORIGINAL)) is not None:  # which transformers lets win
-        if rope.get(_ORIGINAL, beside) != beside:
-            found.append(f"{_ORIGINAL} {rope[_ORIGINAL]!r}, and {beside!r} beside it")
-        values[_ORIGINAL] = beside
+    if (outside := config.get(_ORIGINAL)) is not None:  # which transformers lets win
+        if rope.get(_ORIGINAL, outside) != outside:
+            found.append(f"{_ORIGINAL} {rope[_ORIGINAL]!r}, and {outside!r} outside it")
+        values[_ORIGINAL] = outside
     for name, value in values.items():
         least = _LEAST.get(name)
         if name == "truncate" and type(value) is not bool:

@@ -6,6 +6,8 @@ frequencies, and attention the factor by which it multiplies sine and cosine.
 
 from __future__ import annotations
 
+import megatron_slim.mcore
+
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.attention import SelfAttention

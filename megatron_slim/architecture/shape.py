@@ -20,13 +20,13 @@ __all__ = [
     "FULL_ATTENTION",
     "LINEAR_ATTENTION",
     "ModelShape",
-    "lacking",
     "layer_pattern",
     "shape_from_hf_config",
     "shape_to_hf_config",
+    "unused_fields",
 ]
 FAMILIES = {family.model_type: family for family in (QWEN3_NEXT, QWEN3_MOE)}
-# Keys of config.json that only some families have, about things that are no plain sizes.
+# Keys of config.json that only some families have, about things that are not plain sizes.
 LAYER_TYPES, INTERVAL = "layer_types", "full_attention_interval"
 MAX_LAYERS = 100_000  # far above any model: a typo must not fill the memory with layer types
 MAX_SIZE = 2**31 - 1  # torch and Megatron index many things with 32 bits
@@ -154,14 +154,14 @@ class ModelShape:
         return found
 
     def type_violations(self, names: Mapping[str, str] | None = None) -> list[str]:
-        """Values that are no numbers of the right kind; with one of them no other check makes sense.
+        """Values that are not numbers of the right kind; with one of them no other check makes sense.
 
         Args:
             names: what the values are called where they were read, as far as that differs.
         """
         if self.model_type not in FAMILIES:
             return [_unknown_model_type(self.model_type)]
-        found, absent = [], lacking(self.family)
+        found, absent = [], unused_fields(self.family)
         for field in dataclasses.fields(self):
             value, name = getattr(self, field.name), (names or {}).get(field.name, field.name)
             if field.name in absent:
@@ -202,10 +202,10 @@ def layer_pattern(num_layers: int, full_attention_interval: int) -> tuple[str, .
     )
 
 
-def lacking(family: Family) -> dict[str, int | float]:
+def unused_fields(family: Family) -> dict[str, int | float]:
     """The sizes that a family does not have, and what they are in its shapes.
 
-    >>> lacking(QWEN3_MOE)["linear_num_key_heads"], lacking(QWEN3_MOE)["rotary_percent"]
+    >>> unused_fields(QWEN3_MOE)["linear_num_key_heads"], unused_fields(QWEN3_MOE)["rotary_percent"]
     (0, 1.0)
     """
     neutral = {field.name: 0 for field in dataclasses.fields(ModelShape) if field.type == "int"} | {
@@ -251,7 +251,7 @@ def shape_from_hf_config(config: Mapping[str, Any], *, mtp_num_layers: int, wher
             layer_types=_layer_types(values, family),
             mtp_num_layers=mtp_num_layers,
             rope_scaling=yarn,
-            **lacking(family) | {name: _as_declared(name, value) for name, value in sizes.items()},
+            **unused_fields(family) | {name: _as_declared(name, value) for name, value in sizes.items()},
         )
         found = shape.type_violations(family.keys) or shape.violations()
     if found:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
 from megatron_slim.architecture.weight import HFTensor, Weight
 
+BF16_BYTES = 2  # of a parameter
+
 
 def weights(model: ModelShape) -> Iterator[Weight]:
     """Every parameter of a model, in the order of the forward pass, names complete but for ``{expert}``."""
@@ -53,7 +55,7 @@ def hf_tensors(model: ModelShape, fused_blocks: Collection[str] = ()) -> dict[st
 
 
 def mtp_layers_in(names: Iterator[str] | set[str]) -> int:
-    """Number of MTP blocks in a set of Hugging Face tensor names; 0 when there is no ``mtp.`` tensor at all."""
+    """Number of MTP blocks in a set of Hugging Face tensor names; 0 when there is no ``mtp.`` tensor."""
     depths = [-1]
     for name in names:
         if name.startswith("mtp."):

@@ -12,12 +12,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from megatron_slim.architecture.axes import Dim, concat, label, size
+from megatron_slim.architecture.axes import Dim, Sizes, concat, label, size
 
-if TYPE_CHECKING:  # a shape knows its family, whose rows are made of what is here
-    from megatron_slim.architecture.shape import ModelShape
+
+class SizedModel(Protocol):
+    """What rows need of a model's shape (which knows its family, whose rows are made of what is here)."""
+
+    @property
+    def num_moe_experts(self) -> int:
+        """Routed experts of a block."""
+        ...
+
+    @property
+    def sizes(self) -> Sizes:
+        """Size of every named axis."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,7 @@ class HFTensor:
     name: str
     dims: tuple[Dim, ...]
 
-    def shape(self, model: ModelShape) -> tuple[int, ...]:
+    def shape(self, model: SizedModel) -> tuple[int, ...]:
         """Its shape in a model of these sizes."""
         return tuple(size(dim, model.sizes) for dim in self.dims)
 
@@ -59,19 +70,19 @@ class Weight:
     fused: HFTensor | None = None
     float32: bool = False
 
-    def shape(self, model: ModelShape) -> tuple[int, ...]:
+    def shape(self, model: SizedModel) -> tuple[int, ...]:
         """Shape of the whole parameter, experts included."""
         shape = tuple(size(dim, model.sizes) for dim in self.dims)
         return (model.num_moe_experts, *shape) if self.stacked else shape
 
-    def numel(self, model: ModelShape) -> int:
+    def numel(self, model: SizedModel) -> int:
         """Number of elements, experts included."""
         total = 1
         for extent in self.shape(model):
             total *= extent
         return total
 
-    def hf_tensors(self, model: ModelShape) -> Iterator[tuple[HFTensor, int | None]]:
+    def hf_tensors(self, model: SizedModel) -> Iterator[tuple[HFTensor, int | None]]:
         """Its Hugging Face tensors with their names complete, and the expert that each belongs to."""
         for expert in range(model.num_moe_experts) if self.stacked else [None]:
             for source in self.sources:

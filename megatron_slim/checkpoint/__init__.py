@@ -1,0 +1,18 @@
+"""Reading and writing weights: two formats, one interface, one loop.
+
+- `huggingface`, `huggingface_files`, `safetensors_reader`: the strict reader of Hugging Face directories
+- `huggingface_writer`, `safetensors_writer`: their writer
+- `distributed`, `torch_dist_files`, `metadata_pickle`, `archives`: torch_dist, read through restricted unpicklers
+- `distributed_writer`: its writer
+- `raw_files`: bytes by position, with many files open
+- `torch_dist_names`, `dtype_names`, `tracker`: names of files and number types, and which checkpoint a run resumes
+  from
+- `layout`: rows of the table as permutations, both ways
+- `units`, `transfer`, `convert`: what is streamed, the loop that reads, writes and reads back, and the whole
+- `expert_storage`, `fp8`, `mtp`, `foreign`, `finite`: fused experts, FP8, MTP blocks, layouts of other programs, NaN
+- `loading`, `precision`: a built model's own shard from either format, and what stays in fp32
+- `side_files`, `records`, `provenance`, `reference`: files next to the weights
+- `integrity`, `remarks`: SHA-256 of files, and what is not taken as it is
+
+A source is anything that gives Hugging Face tensors by name: a directory of either format, or a pruned model.
+"""

@@ -1,10 +1,10 @@
-"""The archives that `torch.save` makes of one tensor: where the data lies in them, and writing them without copying.
+"""The archives that `torch.save` makes of one tensor: where the data is in them, and writing them without copying.
 
 An archive is a zip file, not compressed: a pickle that says type, size and strides, then the data, aligned, then a
 directory. All that surrounds the data is the same for all tensors of one type and size, so it is made by `torch.save`
 once and written around the data of every other one; read back, it is parsed once and compared from then on.
 
-Only the CRC-32 of the data differs, which is in the archive twice. torch writes it unless told otherwise, slowly, and
+Only the CRC-32 of the data differs, which is in the archive twice. torch writes it by default, slowly, and
 never looks at it. An archive has none where that of the pickle is 0, which is never empty.
 """
 
@@ -98,7 +98,7 @@ def data_offset(stream: BinaryIO, length: int, shape: tuple[int, ...], dtype: to
 def locate_data(
     stream: BinaryIO, length: int, shape: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[int, tuple[int, ...]]:
-    """Where the data lies in an archive that holds one contiguous tensor and nothing else.
+    """Where the data is in an archive that holds one contiguous tensor and nothing else.
 
     Args:
         stream: the archive.
@@ -161,7 +161,7 @@ def _start(stream: BinaryIO, info: zipfile.ZipInfo, length: int) -> int:
 
 
 def _content(stream: BinaryIO, info: zipfile.ZipInfo, length: int, checked: bool) -> bytes:
-    """A small entry. `zipfile` would insist on its checksum, which is absent where somebody told torch so."""
+    """A small entry. `zipfile` would insist on its checksum, which is absent where torch was set to leave it out."""
     if info.file_size > MAX_SMALL_BYTES:
         raise ValueError(f"{info.filename} of {info.file_size} bytes")
     stream.seek(_start(stream, info, length))
@@ -177,7 +177,7 @@ def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _Description:
-    """A pickled tensor: what it says of the storage, and how the tensor lies in it."""
+    """A pickled tensor: what it says of the storage, and which part of it the tensor is."""
 
     dtype: torch.dtype
     storage_numel: int

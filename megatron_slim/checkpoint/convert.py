@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from torch import Tensor
 from megatron_slim.architecture.shape import shape_to_hf_config
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.checkpoint.distributed import DistCheckpoint, is_torch_dist, iteration_directory
-from megatron_slim.checkpoint.distributed_writer import RELEASE, TorchDistWriter, finish_torch_dist
+from megatron_slim.checkpoint.distributed_writer import TorchDistWriter, finish_torch_dist
+from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.expert_storage import fused_blocks_for, separated, storage_name
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.huggingface_writer import (
@@ -26,14 +28,15 @@ from megatron_slim.checkpoint.huggingface_writer import (
 from megatron_slim.checkpoint.integrity import verify_manifest
 from megatron_slim.checkpoint.provenance import describe_source, software
 from megatron_slim.checkpoint.records import PROVENANCE
-from megatron_slim.checkpoint.side_files import carried_bytes, say_left_behind
+from megatron_slim.checkpoint.side_files import carried_bytes, log_left_behind
+from megatron_slim.checkpoint.torch_dist_names import RELEASE
 from megatron_slim.checkpoint.transfer import transfer
-from megatron_slim.checkpoint.units import Source, units
-from megatron_slim.cli import say
+from megatron_slim.checkpoint.units import Checkpoint as Checkpoint
+from megatron_slim.checkpoint.units import units
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.files import check_space, new_directory, to_json
 
-Checkpoint: TypeAlias = HFCheckpoint | DistCheckpoint
+logger = logging.getLogger(__name__)
 
 
 def open_checkpoint(
@@ -64,28 +67,28 @@ def open_checkpoint(
     if verify_integrity:
         raise CheckpointError("has no hashes to verify", where=str(path), fix="leave --verify-integrity out")
     if hf_config is not None:
-        raise CheckpointError("is no torch_dist checkpoint", where=str(path), fix="leave --hf-config out")
+        raise CheckpointError("is not a torch_dist checkpoint", where=str(path), fix="leave --hf-config out")
     return HFCheckpoint.open(
         path, allow_nonfinite=allow_nonfinite, dequantize_fp8=dequantize_fp8, without_mtp=without_mtp
     )
 
 
-def say_left_out(source: Source) -> None:
-    """Tell the user of tensors in the files of a checkpoint that are no part of the model as it is read."""
+def log_left_out(source: Checkpoint) -> None:
+    """Tell the user of tensors in the files of a checkpoint that are not part of the model as it is read."""
     if source.left_out:
-        say(f"{source.path}: left out {len(source.left_out)} tensors: {summarise(source.left_out)}")
+        logger.info(f"{source.path}: left out {len(source.left_out)} tensors: {summarise(source.left_out)}")
 
 
 def config_for(shape_config: Mapping[str, Any], dtypes: Iterable[torch.dtype]) -> dict[str, Any]:
     """A config.json that names the type which most of the tensors have."""
     dtype = Counter(dtypes).most_common(1)[0][0]
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     stale = {"dtype": name} if "dtype" in shape_config else {}
     return {**shape_config, "torch_dtype": name, **stale}
 
 
 def write_checkpoint(
-    source: Source,
+    source: Checkpoint,
     target: Path,
     *,
     to: str,
@@ -117,21 +120,21 @@ def write_checkpoint(
         What was done, for a tool's ``--json``.
 
     Raises:
-        CheckpointError: not enough room, or what was read back differs from what was written.
+        CheckpointError: not enough space, or what was read back differs from what was written.
     """
     dtypes = source.dtypes if dtype is None else dict.fromkeys(source.dtypes, dtype)
     nbytes = total_bytes(source.shape, dtypes)
     config = config_for(shape_to_hf_config(source.shape, source.config), dtypes.values())
     fused_blocks = fused_blocks_for(expert_storage, source.shape, source.fused_blocks)
     for note in source.notes:
-        say(f"{source.path}: {note}")
+        logger.info(f"{source.path}: {note}")
     options: dict[str, Any] = {"dtype": dtype, "verify": verify, "processes": processes, "where": str(target)}
-    beside = carried_bytes(source.config_path)  # refuses links that leave the checkpoint now, not at the end
+    side_bytes = carried_bytes(source.config_path)  # refuses links that leave the checkpoint now, not at the end
     if isinstance(source, DistCheckpoint):
         source.check_parts()  # everything is read; a pruning reads some rows of much, and does not
     with new_directory(target) as partial:
-        check_space(target, nbytes + beside)
-        say_left_behind(source.config_path)
+        check_space(target, nbytes + side_bytes)
+        log_left_behind(source.config_path)
         write = _write_torch_dist if to == "torch_dist" else _write_hf
         content = write(source, partial, config, dtypes, fused_blocks, options)
         results = {
@@ -151,7 +154,7 @@ def write_checkpoint(
 
 
 def _write_torch_dist(
-    source: Source,
+    source: Checkpoint,
     directory: Path,
     config: Mapping[str, Any],
     dtypes: Mapping[str, torch.dtype],
@@ -170,7 +173,7 @@ def _write_torch_dist(
 
 
 def _write_hf(
-    source: Source,
+    source: Checkpoint,
     directory: Path,
     config: Mapping[str, Any],
     dtypes: Mapping[str, torch.dtype],
@@ -188,7 +191,7 @@ def _write_hf(
 
 
 def _check_reopened(
-    written: Checkpoint, source: Source, dtypes: Mapping[str, torch.dtype], fused_blocks: frozenset[str]
+    written: Checkpoint, source: Checkpoint, dtypes: Mapping[str, torch.dtype], fused_blocks: frozenset[str]
 ) -> None:
     wanted = (source.shape, dict(dtypes), fused_blocks)
     if (written.shape, dict(written.dtypes), written.fused_blocks) != wanted:

@@ -1,6 +1,6 @@
 """Megatron's distributed checkpoints (torch_dist), reading: strict and lazy, whatever layout saved them.
 
-See `distributed_writer` for what lies where.
+See `distributed_writer` for what is where.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from megatron_slim.architecture.mtp_keys import without_mtp_keys
 from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
 from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import Weight
-from megatron_slim.checkpoint.distributed_writer import HF_DIR, RELEASE, TRACKER, hf_files
 from megatron_slim.checkpoint.expert_storage import expert_blocks, recorded_storage
 from megatron_slim.checkpoint.finite import refuse_nonfinite
 from megatron_slim.checkpoint.huggingface import CONFIG, Index, read_config, select_columns
@@ -29,13 +28,12 @@ from megatron_slim.checkpoint.integrity import verify_metadata
 from megatron_slim.checkpoint.layout import fits, rows_in_megatron, split_keys, stored_shapes
 from megatron_slim.checkpoint.metadata_pickle import Metadata, TensorStorageMetadata
 from megatron_slim.checkpoint.mtp import MTP, count_mtp_layers
-from megatron_slim.checkpoint.torch_dist_files import METADATA, Piece, PieceReader, locate_pieces, read_metadata
+from megatron_slim.checkpoint.torch_dist_files import Piece, PieceReader, locate_pieces, read_metadata
+from megatron_slim.checkpoint.torch_dist_names import HF_DIR, HIDDEN_KD, METADATA, RELEASE, TRACKER, hf_files
 from megatron_slim.errors import CheckpointError, summarise
 
-# What Megatron saves beside the weights; none of it describes the model.
+# What Megatron saves in addition to the weights; none of it describes the model.
 _NOT_WEIGHTS = ("optimizer", "chained_", "opt_param_scheduler", "rng_state", "rerun_state_machine")
-# What hidden-state distillation has learned beside the model: projections that the run needs to go on, and nobody else.
-HIDDEN_KD = "hidden_kd."
 _NOT_THE_MODEL = (*_NOT_WEIGHTS, HIDDEN_KD)
 
 
@@ -78,10 +76,10 @@ class DistCheckpoint:
         fused_blocks: the blocks whose experts were fused in the files that it was made of.
         notes: nothing; see `HFCheckpoint`.
         num_ignored: entries that are not weights (optimizer, random state, ...).
-        left_out: names of tensors that are no part of the model: what training learned beside it (`HIDDEN_KD`), and the
+        left_out: names of tensors that are not part of the model: projections of hidden states (`HIDDEN_KD`), and the
             MTP block where it is not wanted.
         vocab_rows: rows, padding included, of what has a row for every token, by key.
-        optimizer_by_buckets: its optimizer state is laid out as the buffers of the run were, not as the parameters.
+        optimizer_by_buckets: its optimizer state has the layout of the run's buffers, not of its parameters.
     """
 
     def __init__(
@@ -247,7 +245,7 @@ def _find_config(path: Path, directory: Path, hf_config: Path | str | None) -> P
         if (place / CONFIG).is_file():
             return place
     raise CheckpointError(
-        f"no {HF_DIR}/{CONFIG} beside this checkpoint",
+        f"no {HF_DIR}/{CONFIG} in this checkpoint",
         where=str(path),
         fix="name the directory of the model's config.json with --hf-config",
     )
@@ -258,7 +256,7 @@ def _check_against_table(
 ) -> None:
     table = {key: (weight, extents) for weight in weights(shape) for key, extents in stored_shapes(weight, shape)}
     tensors = {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
-    faults = {
+    violations = {
         "missing weights": [key for key in table if key not in tensors],
         "unknown weights": [key for key in tensors if key not in table and not key.startswith(_NOT_THE_MODEL)],
         "wrong shapes": [
@@ -267,7 +265,7 @@ def _check_against_table(
             if key in tensors and not fits(weight, tuple(tensors[key].size), extents)
         ],
     }
-    found = [f"{len(names)} {kind}: {summarise(names)}" for kind, names in faults.items() if names]
+    found = [f"{len(names)} {kind}: {summarise(names)}" for kind, names in violations.items() if names]
     if found:
         raise CheckpointError(
             "; ".join(found), where=str(directory), fix=f"the checkpoint and {config_path} do not belong together"

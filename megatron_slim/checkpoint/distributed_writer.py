@@ -29,13 +29,18 @@ from megatron_slim.checkpoint.expert_storage import write_storage
 from megatron_slim.checkpoint.huggingface import CONFIG
 from megatron_slim.checkpoint.layout import from_megatron, runs_of_sources, split_keys, stored_shapes, to_megatron
 from megatron_slim.checkpoint.side_files import carry_files
-from megatron_slim.checkpoint.torch_dist_files import METADATA, Part, Piece, PieceReader, PieceWriter, write_metadata
+from megatron_slim.checkpoint.torch_dist_files import Part, Piece, PieceReader, PieceWriter, write_metadata
+from megatron_slim.checkpoint.torch_dist_names import (
+    BACKEND,
+    COMMON_STATE,
+    INTEGRITY,
+    METADATA,
+    RELEASE,
+    TRACKER,
+    hf_files,
+)
 from megatron_slim.checkpoint.units import Unit
 from megatron_slim.files import sha256, to_json
-
-TRACKER, HF_DIR, BACKEND, RELEASE = "latest_checkpointed_iteration.txt", "hf", "metadata.json", "release"
-INTEGRITY = "integrity.json"
-COMMON_STATE = "common_state/shard_0_1"  # Megatron's key for all that is not a tensor
 
 
 class TorchDistWriter:
@@ -130,11 +135,6 @@ def finish_torch_dist(
     (release / INTEGRITY).write_text(to_json({"algorithm": "sha256", "files": hashes}))
     write_storage(write_hf_files(directory, config, copy_files_from), fused_blocks)
     (directory / TRACKER).write_text(RELEASE)
-
-
-def hf_files(directory: Path | str) -> Path:
-    """Where a Megatron checkpoint directory keeps its model's config.json and tokenizer."""
-    return Path(directory) / HF_DIR
 
 
 def write_hf_files(directory: Path, config: Mapping[str, Any], copy_files_from: Path | None = None) -> Path:

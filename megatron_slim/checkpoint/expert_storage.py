@@ -83,7 +83,7 @@ def _runs(weight: Weight, shape: ModelShape) -> list[slice]:
     """Rows of an expert's part of the fused tensor that each source is."""
     assert weight.fused is not None
     runs = runs_of_sources(dataclasses.replace(weight, dims=weight.fused.dims[1:]), shape)
-    assert runs is not None, f"{weight.fused.name}: a source is no run of rows"
+    assert runs is not None, f"{weight.fused.name}: a source is not a run of rows"
     return runs
 
 
@@ -168,7 +168,7 @@ def _scale_runs(
 
 
 def write_storage(directory: Path, fused_blocks: Collection[str]) -> None:
-    """Record the form that the experts had, beside a config.json; nothing where they were one by one."""
+    """Record the form that the experts had, next to a config.json; nothing where they were one by one."""
     if fused_blocks:
         (directory / STORAGE).write_text(to_json({_KEY: sorted(fused_blocks)}), encoding="utf-8")
 
@@ -186,5 +186,5 @@ def recorded_storage(directory: Path) -> frozenset[str]:
     blocks = content.get(_KEY) if isinstance(content, dict) else None
     if not isinstance(blocks, list) or not all(isinstance(block, str) for block in blocks):
         fix = "remove it: experts are then written one by one"
-        raise CheckpointError("is no record of which experts are stored fused", where=str(file), fix=fix)
+        raise CheckpointError("is not a record of which experts are stored fused", where=str(file), fix=fix)
     return frozenset(blocks)

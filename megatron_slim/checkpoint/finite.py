@@ -13,7 +13,7 @@ from megatron_slim.errors import CheckpointError
 def is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite.
 
-    A sum is 100 times faster than `torch.isfinite` in bf16, as long as it is not told a type, for which torch would
+    A sum is 100 times faster than `torch.isfinite` in bf16, as long as it is not given a type, for which torch would
     convert all elements first (it adds them in fp32 anyway). It may overflow without anything being wrong, so only a
     sum that is not finite makes us look at every element.
     """

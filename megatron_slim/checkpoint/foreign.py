@@ -1,4 +1,4 @@
-"""Checkpoints that other programs have laid out or quantized: what they are, told by names, and what can be read.
+"""Checkpoints that other programs have arranged or quantized: what they are, by their names, and what can be read.
 
 Read are tensors that merely carry a prefix, as language models do that were part of something larger. All else is
 refused by what it is, because "tensors are missing" would send people looking for a broken download.
@@ -20,7 +20,7 @@ from megatron_slim.checkpoint.fp8 import FP8_METHOD, QUANTIZATION, SCALE
 from megatron_slim.checkpoint.safetensors_reader import mlx_layout
 from megatron_slim.errors import CheckpointError, summarise
 
-_MLX_QUANTIZATION = "quantization"  # its own key in config.json, beside a copy under everybody else's
+_MLX_QUANTIZATION = "quantization"  # its own key in config.json, next to a copy under everybody else's
 _MLX_KEYS = {"group_size", "bits", "mode"}
 _METHOD_KEYS = ("quant_method", "quant_algo", "quant_type", "quantization_method")
 _ORIGINAL = "use the checkpoint in bf16 that they were made of"
@@ -62,7 +62,7 @@ def plain_names(names: Collection[str], path: Path) -> tuple[dict[str, str], str
         return same, None
     if len(found) > 1:
         raise CheckpointError(
-            f"several language models: {summarise(found)}", where=str(path), fix="save the one that is meant alone"
+            f"several language models: {summarise(found)}", where=str(path), fix="save only the one to use"
         )
     prefix = found[0].removesuffix(_EMBED)
     renamed = {name: _plain(name, prefix) for name in names}
@@ -88,7 +88,7 @@ def _in(prefix: str) -> tuple[str, ...]:
 
 
 def _plain(name: str, prefix: str) -> str:
-    """A name without the prefix of the trunk; what lies beside the trunk may carry less of it."""
+    """A name without the prefix of the trunk; tensors outside the trunk may carry less of it."""
     if name.startswith(_in(prefix)):
         return f"{_TRUNK}.{name.removeprefix(prefix)}"
     parts = prefix.split(".")[:-1]
@@ -164,7 +164,7 @@ def refuse_quantized(config: Mapping[str, Any], file: Path, fp8: bool) -> None:
                 f"{key}: weights quantized with {kind} are not supported", where=str(file), fix=_ORIGINAL
             )
         if not fp8:
-            fix = "give --dequantize-fp8, or convert first: tools/convert_checkpoint.py --to hf --dequantize-fp8"
+            fix = "give --dequantize-fp8, or convert first: megatron-slim convert --to hf --dequantize-fp8"
             raise CheckpointError(f"{key}: the weights are in FP8", where=str(file), fix=fix)
 
 

@@ -1,6 +1,6 @@
 """Checkpoints in block-scaled FP8, as Qwen and DeepSeek publish them, read as bf16.
 
-Beside a weight ``X.weight`` [rows, columns] of type E4M3 lies ``X.weight_scale_inv``, one scale per block of r x c,
+A weight ``X.weight`` [rows, columns] of type E4M3 comes with ``X.weight_scale_inv``, one scale per block of r x c,
 [ceil(rows / r), ceil(columns / c)], where ``quantization_config.weight_block_size`` of config.json is [r, c]. A value
 is its E4M3 number times the scale of its block: multiplied in fp32, rounded to bf16, as in transformers and in
 DeepSeek's own code. What is not quantized stays as it is.
@@ -74,7 +74,7 @@ def dequantized(
         path: the checkpoint, for errors.
 
     Raises:
-        CheckpointError: it is no FP8 checkpoint, or weights and scales do not belong together.
+        CheckpointError: it is not an FP8 checkpoint, or weights and scales do not belong together.
     """
     weights = {name: entry for name, entry in entries.items() if entry.dtype == FP8}
     if not weights:
@@ -118,8 +118,8 @@ def _check_pairs(
     weights: Mapping[str, TensorEntry], entries: Mapping[str, TensorEntry], block: tuple[int, int], path: Path
 ) -> None:
     scales = {name.removesuffix(SCALE): entry for name, entry in entries.items() if name.endswith(SCALE)}
-    faults = {
-        "FP8 tensors that are no matrices": [name for name, entry in weights.items() if len(entry.shape) != 2],
+    violations = {
+        "FP8 tensors that are not matrices": [name for name, entry in weights.items() if len(entry.shape) != 2],
         "FP8 weights without scales": [name for name in weights if name not in scales],
         "scales without FP8 weights": [name + SCALE for name in scales if name not in weights],
         "scales that are not F32 or BF16": [
@@ -131,6 +131,6 @@ def _check_pairs(
             if name in scales and scales[name].shape != grid(entry.shape, block)
         ],
     }
-    found = [f"{len(names)} {kind}: {summarise(names)}" for kind, names in faults.items() if names]
+    found = [f"{len(names)} {kind}: {summarise(names)}" for kind, names in violations.items() if names]
     if found:
         raise CheckpointError("; ".join(found), where=str(path), fix="weights and scales must belong together")

@@ -47,7 +47,7 @@ class HFCheckpoint:
         config: its config.json.
         shape: sizes of the model, MTP blocks counted from the tensor names.
         names: every tensor name, in the order of the architecture table.
-        entries: where every tensor lies; of experts that the files hold fused, where each one's part does.
+        entries: where every tensor is; of experts that the files hold fused, where each one's part is.
         fused_blocks: the blocks whose experts the files hold fused.
         notes: what a person who has it written again should know.
         dtypes: type of every tensor.
@@ -95,7 +95,7 @@ class HFCheckpoint:
             without_mtp: give it as a model without MTP, whether it has tensors of one or only says so.
 
         Raises:
-            CheckpointError: names every kind of fault: missing or extra tensors, shapes, types, shards.
+            CheckpointError: names every kind of error: missing or extra tensors, shapes, types, shards.
             ShapeError: config.json describes no model that can be built.
         """
         path = Path(path)
@@ -194,7 +194,7 @@ def _refuse_oversize(shape: ModelShape, entries: Mapping[str, TensorEntry], unkn
 
 def _check_against_table(entries: Mapping[str, Entry], shape: ModelShape, unknown: list[str], path: Path) -> None:
     table = hf_tensors(shape)
-    faults = {
+    violations = {
         "missing tensors": [name for name in table if name not in entries],
         "extra tensors": [name for name in entries if name not in table],
         "wrong shapes": [
@@ -208,16 +208,16 @@ def _check_against_table(entries: Mapping[str, Entry], shape: ModelShape, unknow
             if len({entries[t.name].dtype for t, _ in weight.hf_tensors(shape) if t.name in entries}) > 1
         ],
     }
-    found = [f"{len(names)} {kind}: {summarise(names)}" for kind, names in faults.items() if names]
+    found = [f"{len(names)} {kind}: {summarise(names)}" for kind, names in violations.items() if names]
     if found:
-        fix = _ANOTHER_LAYOUT if unknown and faults["missing tensors"] else _ANOTHER_CONFIG
+        fix = _ANOTHER_LAYOUT if unknown and violations["missing tensors"] else _ANOTHER_CONFIG
         raise CheckpointError("; ".join(found), where=str(path), fix=fix)
 
 
 def read_shape(directory: Path, *, without_mtp: bool = False) -> ModelShape:
     """Shape of the model that a config.json describes, ``without_mtp`` as if it had none.
 
-    Where tensors lie beside it their names tell whether there is an MTP block, because published files do not say.
+    Where there are tensors next to it, their names say whether there is an MTP block: published files do not.
     """
     if any((directory / name).exists() for name in (INDEX, SINGLE)):
         return HFCheckpoint.open(directory, without_mtp=without_mtp).shape
@@ -227,7 +227,7 @@ def read_shape(directory: Path, *, without_mtp: bool = False) -> ModelShape:
 
 
 def storage_of(directory: Path, *, without_mtp: bool = False) -> frozenset[str]:
-    """The blocks whose experts are fused in the files beside a config.json, or were where its weights came from.
+    """The blocks whose experts are fused in the files next to a config.json, or were where its weights came from.
 
     ``without_mtp`` as in `read_shape`.
     """

@@ -1,9 +1,9 @@
 """The files of a Hugging Face checkpoint directory: which there are, which are its own, and their headers.
 
 Links. The files of a checkpoint may be links to other files in its directory. The cache of the Hugging Face hub keeps
-``snapshots/REVISION/`` full of links into ``blobs/`` beside ``snapshots/``, so for a directory there, these are its
+``snapshots/REVISION/`` full of links into ``blobs/`` next to ``snapshots/``, so for a directory there, these are its
 own too. A link to anywhere else is refused: a downloaded directory could have any file of this machine read as
-weights, and copied beside them.
+weights, and copied next to them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def find_file(directory: Path, name: str) -> Path | None:
     """A regular file of a checkpoint directory; None if there is no such file.
 
     Raises:
-        CheckpointError: it is no regular file, cannot be read, or is a link that leaves the checkpoint.
+        CheckpointError: it is not a regular file, cannot be read, or is a link that leaves the checkpoint.
     """
     file = directory / name
     try:
@@ -141,7 +141,7 @@ def _refuse_strays(path: Path, used: list[str]) -> None:
     """Refuse shards of another state of the model; other names (consolidated.safetensors) are none of our business."""
     if strays := [name for name in _names_in(path) if _SHARD.fullmatch(name) and name not in used]:
         raise CheckpointError(
-            f"shards beside those of the checkpoint: {summarise(strays)}",
+            f"shards that the checkpoint does not name: {summarise(strays)}",
             where=str(path),
             fix="remove them, or download the index again: there may be two models in this directory",
         )
@@ -161,7 +161,7 @@ def _read_weight_map(path: Path) -> dict[str, str] | None:
         raise CheckpointError("has no weight_map", where=str(file))
     if unsafe := [f"{name} -> {shard!r}" for name, shard in weight_map.items() if not _is_shard_name(shard)]:
         raise CheckpointError(
-            f"weight_map entries that are no safetensors file of this directory: {summarise(unsafe)}", where=str(file)
+            f"weight_map entries that are not safetensors files of this directory: {summarise(unsafe)}", where=str(file)
         )
     return weight_map
 

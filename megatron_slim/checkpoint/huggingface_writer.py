@@ -25,7 +25,7 @@ MAX_SHARD_BYTES = 5_000_000_000  # that of the published checkpoints
 
 
 class HFWriter:
-    """Writes one process's part of what `start_hf_checkpoint` has laid out; see `transfer.Writer`."""
+    """Writes one process's part of what `start_hf_checkpoint` has prepared; see `transfer.Writer`."""
 
     def __init__(self, entries: Mapping[str, TensorEntry]) -> None:
         self._entries = entries
@@ -65,7 +65,7 @@ class HFWriter:
 def start_hf_checkpoint(
     directory: Path, specs: Sequence[TensorSpec], *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> dict[str, TensorEntry]:
-    """Lay out the shards of a checkpoint, headers written and every tensor's place known.
+    """Prepare the shards of a checkpoint, headers written and every tensor's place known.
 
     Args:
         directory: exists, is empty (usually one from `files.new_directory`).
@@ -86,7 +86,7 @@ def start_hf_checkpoint(
 
 
 def finish_hf_checkpoint(directory: Path, config: Mapping[str, Any], copy_files_from: Path | None = None) -> None:
-    """Write all that is not weights: config.json, and what lies beside them in another directory (`side_files`)."""
+    """Write all that is not weights: config.json, and the side files of another directory (`side_files`)."""
     (directory / CONFIG).write_text(to_json(config), encoding="utf-8")
     if copy_files_from is not None:
         carry_files(copy_files_from, directory)

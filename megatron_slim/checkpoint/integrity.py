@@ -6,11 +6,10 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_slim.checkpoint.distributed_writer import BACKEND, INTEGRITY
-from megatron_slim.checkpoint.torch_dist_files import METADATA
-from megatron_slim.cli import byte_progress
+from megatron_slim.checkpoint.torch_dist_names import BACKEND, INTEGRITY, METADATA
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.files import read_json
+from megatron_slim.reporting import byte_progress
 
 _AT_ONCE = 8 << 20
 
@@ -27,7 +26,7 @@ def read_manifest(directory: Path) -> dict[str, str]:
     manifest = read_json(directory / INTEGRITY)
     named = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(named, dict):
-        raise CheckpointError("is no manifest of hashes", where=str(directory / INTEGRITY))
+        raise CheckpointError("is not a manifest of hashes", where=str(directory / INTEGRITY))
     found = {path.name for path in directory.iterdir()}
     needed = {name for name in found if name in (METADATA, BACKEND) or name.endswith(".distcp")}
     for names, what in (
@@ -47,7 +46,7 @@ def verify_manifest(directory: Path) -> None:
     """
     named = read_manifest(directory)
     if odd := [name for name in named if not (directory / name).is_file() or (directory / name).is_symlink()]:
-        raise CheckpointError(f"names what are no regular files: {summarise(odd)}", where=str(directory / INTEGRITY))
+        raise CheckpointError(f"names what are not regular files: {summarise(odd)}", where=str(directory / INTEGRITY))
     total = sum((directory / name).stat().st_size for name in named)
     with byte_progress("verifying", total) as advance:
         for name, wanted in sorted(named.items()):

@@ -1,7 +1,7 @@
 """Megatron's row layouts and Hugging Face's, one as a permutation of the other, bit for bit.
 
 Both layouts of a parameter are dimension trees of the architecture table; rows with the same label are the same rows.
-Nothing here knows a tensor by name.
+Nothing here depends on the name of a tensor.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.convert import Checkpoint
-from megatron_slim.checkpoint.distributed import HIDDEN_KD, DistCheckpoint
+from megatron_slim.checkpoint.distributed import DistCheckpoint
 from megatron_slim.checkpoint.layout import fits, split_keys, stored_shapes, to_megatron
+from megatron_slim.checkpoint.torch_dist_names import HIDDEN_KD
 from megatron_slim.errors import CheckpointError, summarise
 
 T = TypeVar("T")
@@ -57,7 +58,7 @@ def load_hf_weights(models: nn.Module | Sequence[nn.Module], checkpoint: Checkpo
         models: a model, or the list of its virtual pipeline stages; wrappers (DDP, Float16Module) are looked through.
         checkpoint: where the weights come from.
 
-    What hidden-state distillation learns beside the model stays as it is.
+    Projections of hidden-state distillation stay as they are.
 
     Raises:
         CheckpointError: the model has a weight that the checkpoint lacks, or of another shape, or the checkpoint one
@@ -75,7 +76,7 @@ def load_hf_weights(models: nn.Module | Sequence[nn.Module], checkpoint: Checkpo
 def _compare(model: set[tuple[str, tuple[int, ...]]], regions: _Regions) -> None:
     """See that the parameters of a model, all ranks', are those of the checkpoint; rows of a vocabulary may be more."""
     names = {key for key, _ in model}
-    faults = {
+    violations = {
         "weights of the model are not in the checkpoint": names - regions.table.keys(),
         "weights that no rank's model has": regions.table.keys() - names,
         "weights of other shapes": {
@@ -84,7 +85,7 @@ def _compare(model: set[tuple[str, tuple[int, ...]]], regions: _Regions) -> None
             if key in regions.table and not fits(regions.table[key][0], extents, regions.shapes[key])
         },
     }
-    if found := [f"{len(those)} {kind}: {summarise(sorted(those))}" for kind, those in faults.items() if those]:
+    if found := [f"{len(those)} {kind}: {summarise(sorted(those))}" for kind, those in violations.items() if those]:
         raise CheckpointError("; ".join(found), where=str(regions.checkpoint.path))
 
 
@@ -104,6 +105,8 @@ def _union_over_ranks(found: set[T]) -> set[T]:
 
 def _shards(model: nn.Module) -> list[Any]:
     """Which rectangle of which parameter each of a model's tensors is."""
+    import megatron_slim.mcore
+
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 

@@ -28,7 +28,7 @@ def count_mtp_layers(config: Mapping[str, Any], names: Iterable[str], *, where: 
     stated, found = stated_mtp_layers(config, where), mtp_layers_in(set(names))
     if stated is not None and stated > 0 and not found:
         raise CheckpointError(
-            f"config.json promises an MTP block ({stated}), but there is no {MTP}* tensor",
+            f"config.json declares an MTP block ({stated}), but there is no {MTP}* tensor",
             where=where,
             fix=f"get the weights again from where they have it, or {WITHOUT_MTP}",
         )

@@ -1,4 +1,4 @@
-"""Weights that a checkpoint has in fp32 beside others of 16 bits, and that stay so in a model of 16 bits."""
+"""Weights that a checkpoint has in fp32 among others of 16 bits, and that stay so in a model of 16 bits."""
 
 from __future__ import annotations
 

@@ -12,15 +12,15 @@ from megatron_slim import __version__
 from megatron_slim.checkpoint.distributed import is_torch_dist
 from megatron_slim.checkpoint.huggingface import CONFIG
 from megatron_slim.checkpoint.records import PROVENANCE
-from megatron_slim.checkpoint.units import Source
+from megatron_slim.checkpoint.units import Checkpoint
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json, sha256
 
 _PACKAGES = ("torch", "megatron-core", "numpy", "transformers")
 
 
-def describe_source(source: Source) -> dict[str, Any]:
-    """Where a checkpoint came from, and what of it is no part of the model; its own provenance too, if it has one."""
+def describe_source(source: Checkpoint) -> dict[str, Any]:
+    """Where a checkpoint came from, and what of it is not part of the model; its own provenance too, if it has one."""
     described: dict[str, Any] = {
         "path": str(source.path.absolute()),
         "format": "torch_dist" if is_torch_dist(source.path) else "hf",

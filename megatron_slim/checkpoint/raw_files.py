@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_slim.errors import CheckpointError
 
-PAGE = 4096  # also what reads past the page cache are aligned to, as much as any disk wants
+PAGE = 4096  # also what reads past the page cache are aligned to, as much as any disk needs
 MOST_BETWEEN = 32 << 10  # bytes of unwanted rows that are read to get the rows around them in one go
 MAX_OPEN_FILES = 64
 WRITEBACK_BYTES = 32 << 20
@@ -54,7 +54,7 @@ def cached_share(file: Path) -> float:
 
 
 class OpenFile:
-    """A file open for reading, until nobody has it any more."""
+    """A file open for reading, closed with the last reference to it."""
 
     def __init__(self, file: Path, *, once: bool = False) -> None:
         """Open it; what is read ``once`` is read past the page cache, unless it is there already."""
@@ -110,7 +110,7 @@ class OpenFiles:
         """Reads within go past the page cache, where file system and disk can do that.
 
         For a stream that reads everything once: models are larger than the memory, and to fill that with pages which
-        nobody reads again costs two copies of everything, other programs their memory, and a virtual machine the time
+        nothing reads again costs two copies of everything, other programs their memory, and a virtual machine the time
         to get it from its host.
         """
         self._once = True
@@ -180,7 +180,7 @@ class OpenFiles:
 
 
 class OutputFile:
-    """A file that is being written, which the kernel is told to send to the disk as it grows.
+    """A file that is being written, which the kernel is asked to send to the disk as it grows.
 
     Left to itself the kernel waits until a tenth of the memory is dirty, and the fsync at the end then takes long.
     """
@@ -189,8 +189,8 @@ class OutputFile:
         flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
         self.path, self.size = path, 0
         self._descriptor = os.open(path, flags, 0o666)
-        self._first, self._last, self._waiting = 0, 0, 0  # written since the kernel was told
-        self._sent: tuple[int, int] | None = None  # what it was told of before
+        self._first, self._last, self._waiting = 0, 0, 0  # written since the kernel was asked
+        self._sent: tuple[int, int] | None = None  # what it was asked for before
 
     def append(self, buffers: Sequence[bytes | memoryview]) -> None:
         """Write at the end."""

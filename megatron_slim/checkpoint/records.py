@@ -1,10 +1,10 @@
-"""Names of what this package keeps beside a model; none of it may look like weights to anybody."""
+"""Names of what this package keeps next to a model; none of it may look like weights to any reader."""
 
 from __future__ import annotations
 
 PROVENANCE = "slim_provenance.json"
 REFERENCE = "slim_reference.json"
-STORAGE = "slim_storage.json"  # beside the config.json of a torch_dist checkpoint, whose own layout cannot tell
+STORAGE = "slim_storage.json"  # next to the config.json of a torch_dist checkpoint, whose own layout cannot say
 PLAN, REPORT = "plan.json", "pruning_report.md"
 STATS, FORMER_STATS = "calibration.stats", "stats.safetensors"
 RECORDS = frozenset({PROVENANCE, REFERENCE, STORAGE, PLAN, REPORT, STATS, FORMER_STATS})

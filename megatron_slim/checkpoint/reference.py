@@ -1,7 +1,7 @@
-"""``slim_reference.json``: some tokens and the loss that a model has on each of them, beside its checkpoint.
+"""``slim_reference.json``: some tokens and the loss that a model has on each of them, next to its checkpoint.
 
 Written where the model was evaluated in the streaming pass, which builds no pipeline and shards nothing. A training run
-whose teacher, as loaded and laid out there, gives other losses on the same tokens has another teacher.
+whose teacher, as loaded and sharded there, gives other losses on the same tokens has another teacher.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.records import REFERENCE
-from megatron_slim.checkpoint.units import Source
+from megatron_slim.checkpoint.units import Checkpoint
 from megatron_slim.errors import CheckpointError
 from megatron_slim.files import read_json, to_json, write_atomic
 
@@ -47,12 +48,12 @@ class Reference:
         )
 
     def save(self, directory: Path) -> None:
-        """Write it beside a checkpoint."""
+        """Write it next to a checkpoint."""
         write_atomic(directory / REFERENCE, to_json(dataclasses.asdict(self)))
 
 
 def read_reference(directory: Path, vocab_size: int) -> Reference | None:
-    """What lies beside a checkpoint, None where nothing was recorded.
+    """What was recorded for a checkpoint, None where nothing was recorded.
 
     Raises:
         CheckpointError: it is malformed, or has token ids beyond the vocabulary.
@@ -70,17 +71,17 @@ def read_reference(directory: Path, vocab_size: int) -> Reference | None:
     except (TypeError, KeyError, ValueError):
         good = False
     if not good:
-        fix = "write it again with tools/evaluate.py --record, or remove it"
-        raise CheckpointError("is no record of tokens and losses of this model", where=str(file), fix=fix)
+        fix = "write it again with megatron-slim evaluate --record, or remove it"
+        raise CheckpointError("is not a record of tokens and losses of this model", where=str(file), fix=fix)
     return Reference(tuple(map(tuple, tokens)), tuple(map(tuple, losses)), dtype)
 
 
-def carry_reference(source: Source, target: Path, dtype: torch.dtype | None) -> Mapping[str, Any]:
+def carry_reference(source: Checkpoint, target: Path, dtype: torch.dtype | None) -> Mapping[str, Any]:
     """Take it along to the same model in another format, whose losses are the same; ``dtype`` if that was cast."""
     for directory in (source.path, source.path.parent):
         if (found := read_reference(directory, source.shape.vocab_size)) is not None:
             if dtype is not None and dtype != torch.float32:
-                found = dataclasses.replace(found, dtype=str(dtype).removeprefix("torch."))
+                found = dataclasses.replace(found, dtype=dtype_name(dtype))
             found.save(target)
             return {"reference": REFERENCE}
     return {}

@@ -8,6 +8,7 @@ import torch
 
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.distributed import DistCheckpoint
+from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.precision import float32_weights
 from megatron_slim.errors import summarise
 
@@ -45,10 +46,6 @@ def _rounding(checkpoint: Checkpoint, dtype: torch.dtype, what: str) -> Iterator
     total, found = len(checkpoint.dtypes), []
     for own, rounded in names.items():
         which = f" ({summarise(rounded)})" if len(rounded) < total else ""
-        found.append(f"{len(rounded)} of {total} tensors from {_name(own)}{which}")
+        found.append(f"{len(rounded)} of {total} tensors from {dtype_name(own)}{which}")
     if found:
-        yield f"{what}: rounds to {_name(dtype)} {' and '.join(found)}, of {checkpoint.path}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        yield f"{what}: rounds to {dtype_name(dtype)} {' and '.join(found)}, of {checkpoint.path}"

@@ -32,7 +32,7 @@ _AGAIN = "download it again"
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies: file, first byte, type and shape."""
+    """Where a tensor is: file, first byte, type and shape."""
 
     file: Path
     offset: int
@@ -58,7 +58,7 @@ class TensorEntry:
 
 
 def mlx_layout(where: str) -> CheckpointError:
-    """The refusal of what MLX has written, whose files hold other values under names of their own."""
+    """The error for what MLX has written, whose files hold other values under names of their own."""
     return CheckpointError(
         "is in MLX's layout: experts under switch_mlp, convolutions transposed, norms of Qwen3-Next shifted by 1",
         where=where,
@@ -67,7 +67,7 @@ def mlx_layout(where: str) -> CheckpointError:
 
 
 def read_header(file: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[str, TensorEntry]:
-    """Where every tensor of a file lies.
+    """Where every tensor of a file is.
 
     Args:
         file: a regular file.
@@ -132,7 +132,7 @@ def _parse_entry(file: Path, name: str, info: Any) -> tuple[int, int, tuple[int,
 
 
 def _refuse_gaps(file: Path, start: int, size: int, ranges: list[tuple[int, int, str]]) -> None:
-    """The format wants every byte after the header to belong to exactly one tensor."""
+    """The format requires every byte after the header to belong to exactly one tensor."""
     end = start
     for begin, stop, name in sorted(ranges):
         if stop > size:

@@ -33,13 +33,13 @@ class TensorSpec:
 def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
     """Fill shards in order; a shard is larger than the limit only where one tensor is."""
     shards: list[list[TensorSpec]] = [[]]
-    room = max_shard_bytes
+    left = max_shard_bytes
     for spec in specs:
-        if shards[-1] and spec.nbytes > room:
+        if shards[-1] and spec.nbytes > left:
             shards.append([])
-            room = max_shard_bytes
+            left = max_shard_bytes
         shards[-1].append(spec)
-        room -= spec.nbytes
+        left -= spec.nbytes
     # Wider types first: every tensor then starts at a multiple of its item size, which readers that map files need.
     return [sorted(shard, key=lambda spec: -spec.dtype.itemsize) for shard in shards]
 

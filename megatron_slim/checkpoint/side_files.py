@@ -1,7 +1,8 @@
-"""What lies beside the weights of a checkpoint directory: what goes along to a new one, and what does not."""
+"""Side files of a checkpoint directory: which are copied to a new one, and which are not."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from pathlib import Path
 
 from megatron_slim.checkpoint.huggingface_files import CONFIG, find_file
 from megatron_slim.checkpoint.records import RECORDS
-from megatron_slim.cli import say
 from megatron_slim.errors import one_line, summarise
+
+logger = logging.getLogger(__name__)
 
 # In lower case, as names are compared; of a name with a directory both parts.
 CARRIED_FILES = (
@@ -82,10 +84,10 @@ def left_behind(source: Path) -> list[str]:
     ]
 
 
-def say_left_behind(source: Path) -> None:
+def log_left_behind(source: Path) -> None:
     """Name it in a line, if there is any."""
     if found := left_behind(source):
-        say(one_line(f"{source}: not carried over: {len(found)} ({summarise(found)})"))
+        logger.info(one_line(f"{source}: not carried over: {len(found)} ({summarise(found)})"))
 
 
 def _is_carried(name: str) -> bool:

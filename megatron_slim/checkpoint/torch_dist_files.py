@@ -38,9 +38,9 @@ from megatron_slim.checkpoint.metadata_pickle import (
     loads,
 )
 from megatron_slim.checkpoint.raw_files import OpenFile, OpenFiles, OutputFile, as_bytes, as_tensor
+from megatron_slim.checkpoint.torch_dist_names import METADATA
 from megatron_slim.errors import CheckpointError, summarise
 
-METADATA = ".metadata"
 MAX_FILE_BYTES = 4_000_000_000
 _PASS_BYTES = 8 << 20
 MAX_METADATA_BYTES = 2_000_000_000  # the published 80B model takes 15 MB; optimizer states of many ranks, much more
@@ -48,7 +48,7 @@ MAX_METADATA_BYTES = 2_000_000_000  # the published 80B model takes 15 MB; optim
 
 @dataclass(frozen=True)
 class Piece:
-    """A rectangle of a tensor and where its archive lies."""
+    """A rectangle of a tensor and where its archive is."""
 
     file: Path
     offsets: tuple[int, ...]
@@ -101,7 +101,7 @@ class PieceWriter:
         return piece
 
     def add_object(self, key: str, value: Any) -> None:
-        """Append an object that is no tensor."""
+        """Append an object that is not a tensor."""
         file, position, length = self._append(saved_object(value))
         self.part.objects[key] = Piece(file, (), (), torch.uint8, position, length)
 
@@ -164,7 +164,7 @@ def read_metadata(directory: Path) -> Metadata:
     if file.is_symlink():
         raise CheckpointError("is a link, which is not followed", where=str(file), fix="copy the file here")
     if file.stat().st_size > MAX_METADATA_BYTES:
-        raise CheckpointError(f"is {file.stat().st_size} bytes long: no checkpoint metadata", where=str(file))
+        raise CheckpointError(f"is {file.stat().st_size} bytes long: not checkpoint metadata", where=str(file))
     try:
         metadata = loads(file.read_bytes())
         _validate(metadata)
@@ -178,7 +178,7 @@ def read_metadata(directory: Path) -> Metadata:
 def _validate(metadata: Any) -> None:
     """Unpickling sets attributes unchecked: look at the type of everything that will be used."""
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise ValueError("holds no checkpoint metadata")
+        raise ValueError("does not hold checkpoint metadata")
     if not isinstance(metadata.state_dict_metadata, dict):
         raise ValueError("holds no table of entries")
     for index, info in metadata.storage_data.items():
@@ -188,7 +188,7 @@ def _validate(metadata: Any) -> None:
             raise ValueError(f"malformed storage of {index.fqn}")
     for key, entry in metadata.state_dict_metadata.items():
         if not isinstance(key, str):
-            raise ValueError("a key that is no name")
+            raise ValueError("a key that is not a name")
         if isinstance(entry, TensorStorageMetadata) and not _well_formed(entry):
             raise ValueError(f"malformed entry {key}")
 
@@ -208,15 +208,15 @@ def _well_formed(entry: TensorStorageMetadata) -> bool:
 def locate_pieces(
     directory: Path, entries: Mapping[str, TensorStorageMetadata], storage: Mapping[MetadataIndex, StorageInfo]
 ) -> dict[str, list[Piece]]:
-    """Where the pieces of every tensor lie, by first row; all bytes must be there and every element covered once."""
+    """Where the pieces of every tensor are, by first row; all bytes must be there and every element covered once."""
     found: dict[str, list[Piece]] = defaultdict(list)
     sizes: dict[str, int] = {}
-    faults = []
+    violations = []
     for key, entry in entries.items():
         for chunk in entry.chunks:
             info = storage.get(MetadataIndex.of(key, chunk.offsets))
             if info is None or info.relative_path != os.path.basename(info.relative_path):
-                faults.append(f"{key} lies in no file of this directory")
+                violations.append(f"{key} is in no file of this directory")
                 continue
             file = directory / info.relative_path
             if info.relative_path not in sizes:
@@ -224,14 +224,14 @@ def locate_pieces(
                 sizes[info.relative_path] = file.stat().st_size if regular else -1
             if info.offset + info.length > sizes[info.relative_path]:
                 state = "truncated" if sizes[info.relative_path] >= 0 else "missing"
-                faults.append(f"{info.relative_path} is {state}: {key} lies there")
+                violations.append(f"{info.relative_path} is {state}: {key} is there")
             rectangle = tuple(chunk.offsets), tuple(chunk.sizes)
             found[key].append(Piece(file, *rectangle, entry.properties.dtype, info.offset, info.length))
         found[key].sort(key=lambda piece: piece.offsets)
         if not _cover(tuple(entry.size), found[key]):
-            faults.append(f"the pieces of {key} do not make up the whole")
-    if faults:
-        raise CheckpointError(summarise(faults), where=str(directory), fix="the checkpoint is damaged")
+            violations.append(f"the pieces of {key} do not make up the whole")
+    if violations:
+        raise CheckpointError(summarise(violations), where=str(directory), fix="the checkpoint is damaged")
     return dict(found)
 
 
@@ -283,7 +283,7 @@ class PieceReader:
             [rows, remaining dimensions].
 
         Raises:
-            CheckpointError: the bytes are not the tensor that the metadata promises.
+            CheckpointError: the bytes are not the tensor that the metadata describes.
         """
         shape = (rows.size, *piece.sizes[dims:])
         if rows.size == math.prod(piece.sizes[:dims]) and bool(np.all(np.diff(rows) == 1)):
@@ -328,7 +328,7 @@ class PieceReader:
     def _locate(self, piece: Piece) -> tuple[int, int | None]:
         """Byte of its file at which the data start, and their CRC-32 if it was written.
 
-        One framed as one parsed before lies as that does.
+        One framed as one parsed before has the same layout.
         """
         known = self._frames.get((piece.sizes, piece.dtype))
         if known is not None:
@@ -343,7 +343,7 @@ class PieceReader:
             start, crc_at = locate_data(window, piece.length, piece.sizes, piece.dtype)
         except ValueError as error:
             raise CheckpointError(
-                f"byte {piece.position} is no tensor as {METADATA} has it ({error})", where=str(piece.file)
+                f"byte {piece.position} is not the tensor that {METADATA} describes ({error})", where=str(piece.file)
             ) from None
         end = start + piece.nbytes
         head, tail = self._ends(piece, start, piece.length - end)

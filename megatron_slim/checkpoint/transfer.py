@@ -20,9 +20,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from megatron_slim.checkpoint.units import UNIT_BYTES, Source, Unit
-from megatron_slim.cli import byte_progress, die_with_parent
+from megatron_slim.checkpoint.units import UNIT_BYTES, Checkpoint, Unit
 from megatron_slim.errors import CheckpointError, SlimError
+from megatron_slim.processes import die_with_parent
+from megatron_slim.reporting import byte_progress
 
 T = TypeVar("T")
 BYTES_PER_PROCESS = 500_000_000  # below that, another process costs more than it brings
@@ -47,12 +48,12 @@ class Writer(Protocol):
 
 
 def default_processes(nbytes: int) -> int:
-    """How many processes write a checkpoint of this size if nobody says."""
+    """How many processes write a checkpoint of this size by default."""
     return max(1, min(len(os.sched_getaffinity(0)), MOST_PROCESSES, nbytes // BYTES_PER_PROCESS))
 
 
 def transfer(
-    source: Source,
+    source: Checkpoint,
     writer: Callable[[int], Writer],
     units: Sequence[Unit],
     *,
@@ -104,7 +105,7 @@ def transfer(
 
 
 def read_ahead(
-    source: Source, units: Sequence[Unit], dtype: torch.dtype | None
+    source: Checkpoint, units: Sequence[Unit], dtype: torch.dtype | None
 ) -> Iterator[tuple[Unit, dict[str, Tensor]]]:
     """Every unit and its tensors; while the caller works on one, threads read those that follow.
 

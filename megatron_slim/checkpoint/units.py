@@ -22,8 +22,8 @@ from megatron_slim.checkpoint.raw_files import as_bytes
 UNIT_BYTES = 8 << 20
 
 
-class Source(Protocol):
-    """A checkpoint that gives Hugging Face tensors by name: one on disk, or one that is made as it is read.
+class Checkpoint(Protocol):
+    """What gives Hugging Face tensors by name: a checkpoint on disk in either format, or one made as it is read.
 
     Names are those of one tensor per expert, whatever form the files have.
     """
@@ -32,6 +32,7 @@ class Source(Protocol):
     config_path: Path
     config: dict[str, Any]
     shape: ModelShape
+    names: tuple[str, ...]
     left_out: tuple[str, ...]
 
     @property
@@ -48,6 +49,9 @@ class Source(Protocol):
 
     def reading_once(self) -> AbstractContextManager[None]:
         """Reads within leave the page cache as it is."""
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor."""
 
     def read_rows(self, name: str, dim0_index: Any = None, dim1_index: Any = None) -> Tensor:
         """Rows and columns of one tensor, in the order given; None for all."""
@@ -75,7 +79,7 @@ class Unit:
         for tensor in self.weight.sources:
             yield tensor.name if self.expert is None else tensor.name.format(expert=self.expert), tensor
 
-    def read(self, source: Source, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def read(self, source: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Read it, cast to ``dtype`` if one is given."""
         index = None if self.rows is None else np.arange(self.rows.start, self.rows.stop)
         found = {name: source.read_rows(name, index) for name, _ in self.tensors}

@@ -15,9 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from megatron_slim.distillation.loss_options import DEFAULTS, FORWARD_KL, JSD, REVERSE_KL, TOP_K
 from megatron_slim.distillation.vocabulary import VocabShard
 
-FORWARD_KL, REVERSE_KL, JSD, TOP_K = "forward-kl", "reverse-kl", "jsd", "top-k"
 Divergence = Callable[[Tensor, Tensor, VocabShard], tuple[Tensor, Tensor]]
 
 
@@ -36,14 +36,14 @@ class KDLoss:
     teacher's own cross entropy are at temperature 1 whatever T is.
 
     Attributes:
-        kind: one of the names above.
+        kind: one of the names above, `KD_LOSSES`.
         temperature: T > 0.
         top_k: k >= 1, for ``top-k`` alone.
     """
 
-    kind: str = FORWARD_KL
-    temperature: float = 1.0
-    top_k: int = 64
+    kind: str = DEFAULTS.kd_loss
+    temperature: float = DEFAULTS.kd_temperature
+    top_k: int = DEFAULTS.kd_top_k
 
     @property
     def shares_softmax(self) -> bool:

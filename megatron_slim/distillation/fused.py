@@ -36,18 +36,18 @@ class OutputLayer:
 
 @dataclass(frozen=True)
 class Target:
-    """Hidden states [T, Ht] of one head of the teacher (None without one) and which heads of the student they teach.
+    """Hidden states [T, Ht] of one head of the teacher (None without one) and the student's heads that they supervise.
 
-    ``learners`` are pairs (head, ahead): row r of the student's head learns from row r + ahead, and its last rows,
-    for which there is none, from nothing.
+    ``student_heads`` are pairs (head, ahead): row r of the student's head is supervised by row r + ahead, and its
+    last rows, for which there is none, by nothing.
     """
 
     hidden: Tensor | None
-    learners: tuple[tuple[int, int], ...]
+    student_heads: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Lesson:
+class DistillationInputs:
     """What the student's heads are compared with.
 
     Attributes:
@@ -74,7 +74,7 @@ def default_chunk(device: torch.device) -> int:
 
 
 def fused_losses(
-    student: OutputLayer, hidden: Sequence[Tensor], lesson: Lesson, expected: Upstream | None = None
+    student: OutputLayer, hidden: Sequence[Tensor], inputs: DistillationInputs, expected: Upstream | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss terms of every row of every head, in fp32.
 
@@ -84,27 +84,32 @@ def fused_losses(
     Args:
         student: whose weight and hidden states get gradients.
         hidden: [T, H] of each head, of the whole sequence. Their gradient is this rank's columns' part of the sum.
-        lesson: labels, teacher, loss.
+        inputs: labels, targets, teacher, loss.
         expected: what backward will be given, if that is known now. Backward fails if it was not true.
 
     Returns:
         lm [heads, T], kd [heads, T] (zeros without a teacher), the teacher's own cross entropy [T] (no gradient).
     """
-    if lesson.teacher is not None:
-        ours, theirs = student.shard, lesson.teacher.shard
+    if inputs.teacher is not None:
+        ours, theirs = student.shard, inputs.teacher.shard
         assert (ours.start, ours.valid) == (theirs.start, theirs.valid), "teacher and student are padded alike under TP"
     expected = expected if torch.is_grad_enabled() else None
-    lm, kd, teacher_lm = _FusedLosses.apply(student.shard, lesson, expected, student.weight, *hidden)
+    lm, kd, teacher_lm = _FusedLosses.apply(student.shard, inputs, expected, student.weight, *hidden)
     return lm, kd, teacher_lm
 
 
 class _FusedLosses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, shard: VocabShard, lesson: Lesson, expected: Upstream | None, weight: Tensor, *hidden: Tensor
+        ctx: Any,
+        shard: VocabShard,
+        inputs: DistillationInputs,
+        expected: Upstream | None,
+        weight: Tensor,
+        *hidden: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        sweep = _Sweep(OutputLayer(weight, shard), hidden, lesson)
-        ctx.shard, ctx.lesson, ctx.expected, ctx.gradients = shard, lesson, expected, None
+        sweep = _Sweep(OutputLayer(weight, shard), hidden, inputs)
+        ctx.shard, ctx.inputs, ctx.expected, ctx.gradients = shard, inputs, expected, None
         if expected is None:
             ctx.save_for_backward(weight, *hidden)
         else:
@@ -120,7 +125,7 @@ class _FusedLosses(torch.autograd.Function):
         if gradients is None:
             weight, *hidden = ctx.saved_tensors
             gradients = _Gradients(weight, hidden)
-            _Sweep(OutputLayer(weight, ctx.shard), hidden, ctx.lesson).run(given, gradients)
+            _Sweep(OutputLayer(weight, ctx.shard), hidden, ctx.inputs).run(given, gradients)
         else:
             # Rounding apart: it is the same product, taken in another order.
             same = torch.isclose(torch.stack(given), torch.stack(ctx.expected), rtol=1e-4, atol=0.0).all()
@@ -144,8 +149,8 @@ class _Gradients:
 class _Sweep:
     """One pass over all rows."""
 
-    def __init__(self, student: OutputLayer, hidden: Sequence[Tensor], lesson: Lesson) -> None:
-        self.student, self.hidden, self.lesson = student, hidden, lesson
+    def __init__(self, student: OutputLayer, hidden: Sequence[Tensor], inputs: DistillationInputs) -> None:
+        self.student, self.hidden, self.inputs = student, hidden, inputs
         self.shard, self.rows = student.shard, hidden[0].shape[0]
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
@@ -153,39 +158,39 @@ class _Sweep:
         """Loss terms as of `fused_losses`, and gradients if they are wanted."""
         lm = self.student.weight.new_zeros(len(self.hidden), self.rows, dtype=torch.float32)
         kd, teacher_lm = torch.zeros_like(lm), torch.zeros_like(lm[0])
-        for number, target in enumerate(self.lesson.targets):
-            for start in range(0, self.rows, self.lesson.chunk):
-                stop = min(start + self.lesson.chunk, self.rows)
+        for number, target in enumerate(self.inputs.targets):
+            for start in range(0, self.rows, self.inputs.chunk):
+                stop = min(start + self.inputs.chunk, self.rows)
                 teacher = None
                 if target.hidden is not None:
-                    teacher, own = self._teach(target.hidden[start:stop], self.lesson.labels[0, start:stop])
+                    teacher, own = self._teacher_part(target.hidden[start:stop], self.inputs.labels[0, start:stop])
                     if number == 0:
                         teacher_lm[start:stop] = own
-                for head, ahead in target.learners:
+                for head, ahead in target.student_heads:
                     rows = slice(max(0, start - ahead), max(0, stop - ahead))
                     if rows.stop == 0:
                         continue
                     of_rows = None if teacher is None else teacher[rows.start + ahead - start :]
                     a_b = None if upstream is None else (upstream[0][head, rows], upstream[1][head, rows])
-                    lm[head, rows], kd[head, rows] = self._learn(head, rows, of_rows, a_b, gradients)
+                    lm[head, rows], kd[head, rows] = self._student_part(head, rows, of_rows, a_b, gradients)
         return lm, kd, teacher_lm
 
     def _buffer(self, name: str, rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The first rows of a [chunk, valid] buffer that is allocated once: fresh memory costs more than filling it."""
         if (name, dtype) not in self.buffers:
-            size = min(self.lesson.chunk, self.rows), self.shard.valid
+            size = min(self.inputs.chunk, self.rows), self.shard.valid
             self.buffers[name, dtype] = self.student.weight.new_empty(size, dtype=dtype)
         return self.buffers[name, dtype][:rows]
 
-    def _teach(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _teacher_part(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's part in a chunk.
 
         Returns:
             probabilities [n, valid], or log-probabilities at the temperature for losses that need these; and its own
             cross entropy [n].
         """
-        assert self.lesson.teacher is not None
-        layer, kd, shard = self.lesson.teacher, self.lesson.kd, self.shard
+        assert self.inputs.teacher is not None
+        layer, kd, shard = self.inputs.teacher, self.inputs.kd, self.shard
         dtype, n = layer.weight.dtype, hidden.shape[0]
         logits = layer.logits(hidden.to(dtype), self._buffer("logits", n, dtype))
         out = self._buffer("teacher", n)
@@ -197,12 +202,12 @@ class _Sweep:
             out.mul_((log_sum - log_z).exp_()[:, None])
         return out, log_z - shard.reduce(at_label)
 
-    def _learn(
+    def _student_part(
         self, head: int, rows: slice, teacher: Tensor | None, upstream: Upstream | None, gradients: _Gradients | None
     ) -> tuple[Tensor, Tensor]:
         """Losses lm [n] and kd [n] of some rows of a head; their gradients, if wanted, are added to the others."""
-        hidden, labels = self.hidden[head][rows], self.lesson.labels[head, rows]
-        shard, kd_loss, dtype = self.shard, self.lesson.kd, self.student.weight.dtype
+        hidden, labels = self.hidden[head][rows], self.inputs.labels[head, rows]
+        shard, kd_loss, dtype = self.shard, self.inputs.kd, self.student.weight.dtype
         logits = self.student.logits(hidden, self._buffer("logits", hidden.shape[0], dtype))
         q = self._buffer("student", hidden.shape[0])
         at_label, column, mine = shard.at_labels(logits, labels)

@@ -1,8 +1,8 @@
-"""Hidden states of chosen layers of the student learn from the teacher's, through a learned projection.
+"""Hidden states of chosen layers of the student are supervised by the teacher's, through a trained projection.
 
 What a layer of the student gives, its part of the residual stream, goes through a linear map to the teacher's width and
 is compared with what a layer of the teacher gives (FitNets, arXiv 1412.6550; TinyBERT, arXiv 1909.10351). Both layers
-lie in the same pipeline stage, so nothing travels for it; the gradient joins the one that comes back through the layer.
+are in the same pipeline stage, so nothing is sent for it; the gradient joins the one that comes back through the layer.
 
 Shapes: S sequence, s that of this rank (under sequence and context parallelism), b batch, H and Ht widths of student
 and teacher.
@@ -17,21 +17,22 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import megatron_slim.mcore
+
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor, nn
 
-from megatron_slim.architecture.context_parallel import own_part, own_positions
+from megatron_slim.architecture.context_parallel import local_positions, local_slice
 from megatron_slim.distillation.layer_pairs import LayerPair, name_of
-
-COSINE, MSE = "cosine", "mse"
+from megatron_slim.distillation.loss_options import COSINE
 
 
 @dataclass(frozen=True)
-class HiddenLesson:
-    """What a micro-batch of a training step has to say: the loss mask [b, S], and what the loss is multiplied by."""
+class HiddenInputs:
+    """What the loss of a micro-batch needs: the loss mask [b, S], and what the loss is multiplied by."""
 
     mask: Tensor
     weight: float
@@ -44,7 +45,7 @@ class _MicroBatch:
     mask: Tensor
     weight: float
     targets: dict[int, Tensor] = field(default_factory=dict)
-    learnt: set[LayerPair] = field(default_factory=set)
+    done: set[LayerPair] = field(default_factory=set)
 
 
 def token_losses(projected: Tensor, target: Tensor, kind: str) -> Tensor:
@@ -92,7 +93,7 @@ class HiddenDistillation(nn.Module):
 
     Attributes:
         pairs: those of this stage.
-        sums: loss of each over the tokens that count, added up until somebody takes it.
+        sums: loss of each over the tokens that count, added up until it is taken.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class HiddenDistillation(nn.Module):
         config = student.config
         self.cp = student.pg_collection.cp
         self.tp = student.pg_collection.tp if config.sequence_parallel else None
-        # A seed for each pair that is the same in whatever stage it lies.
+        # A seed for each pair that is the same whichever stage it is in.
         seeds = {pair: seed + pair[0] + pair[1] * config.num_layers for pair in self.pairs}
         self.projections = nn.ModuleDict({_key(pair): Projection(student, teacher, seeds[pair]) for pair in self.pairs})
         self._now: _MicroBatch | None = None
@@ -114,29 +115,29 @@ class HiddenDistillation(nn.Module):
         self._recomputed: dict[LayerPair, deque[_MicroBatch]] = {pair: deque() for pair in self.pairs}
         own, others = layers_of(student), layers_of(teacher)
         for pair in self.pairs:
-            own[pair[0]].register_forward_hook(partial(self._learn, pair))
+            own[pair[0]].register_forward_hook(partial(self._add_loss, pair))
         for layer in {layer for _, layer in self.pairs}:
             others[layer].register_forward_hook(partial(self._keep, layer))
 
     @contextlib.contextmanager
-    def lesson(self, lesson: HiddenLesson | None) -> Iterator[None]:
+    def distilling(self, inputs: HiddenInputs | None) -> Iterator[None]:
         """Forward passes within, of the teacher and then of the student, are those of a training step, if of any."""
-        if lesson is None:
+        if inputs is None:
             yield
             return
-        mask = own_part(lesson.mask, own_positions(self.cp, lesson.mask.shape[-1])).float().transpose(0, 1)
+        mask = local_slice(inputs.mask, local_positions(self.cp, inputs.mask.shape[-1])).float().transpose(0, 1)
         if self.tp is not None:
             mask = mask.chunk(self.tp.size())[self.tp.rank()]
-        now = self._now = _MicroBatch(mask, lesson.weight * self.share)
+        now = self._now = _MicroBatch(mask, inputs.weight * self.share)
         yield
-        assert now.learnt == set(self.pairs), f"layers were passed over: {now.learnt} of {self.pairs}"
+        assert now.done == set(self.pairs), f"layers were passed over: {now.done} of {self.pairs}"
         self._now = None
 
     def _keep(self, layer: int, module: nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> None:
         if self._now is not None:
             self._now.targets[layer] = output[0].detach()
 
-    def _learn(
+    def _add_loss(
         self, pair: LayerPair, module: nn.Module, inputs: Any, output: tuple[Tensor, Any]
     ) -> tuple[Tensor, Any] | None:
         """Put the loss into the graph, whose value changes nothing; its gradient comes as Megatron's auxiliary ones do.
@@ -148,7 +149,7 @@ class HiddenDistillation(nn.Module):
         if waiting and torch.is_grad_enabled():
             now = waiting.popleft()
         elif now is not None:
-            now.learnt.add(pair)
+            now.done.add(pair)
             if not torch.is_grad_enabled():
                 waiting.append(now)
         if now is None or not torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""Which layer of the student learns from which layer of the teacher (no torch)."""
+"""Which layer of the student is supervised by which layer of the teacher (no torch)."""
 
 from __future__ import annotations
 

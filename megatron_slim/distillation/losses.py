@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_slim.architecture.context_parallel import own_part
+from megatron_slim.architecture.context_parallel import local_slice
 
-KD_LAMBDA, MTP_BETA = "kd lambda", "mtp beta"  # in the log, beside the terms
+KD_LAMBDA, MTP_BETA = "kd lambda", "mtp beta"  # in the log, next to the terms
 
 
 def shift(values: Tensor, depth: int) -> Tensor:
@@ -61,8 +61,8 @@ def mtp_mask(loss_mask: Tensor, depth: int, position_ids: Tensor | None = None) 
     """Where the prediction of MTP depth ``depth`` counts.
 
     At position i that is token i + 1 + depth. It counts if all predictions of the main head on the way there count, and
-    if it is in the document of position i as far as position ids tell. Megatron's own MTP loss looks at the main head's
-    prediction of that one token alone: from the end of a document it learns the second token of the next one.
+    if it is in the document of position i as far as position ids show. Megatron's own MTP loss looks at the main head's
+    prediction of that one token alone: from the end of a document it is given the second token of the next one.
 
     >>> mtp_mask(torch.tensor([[1, 1, 0, 1, 1, 1]]), 1).tolist()
     [[1, 0, 0, 1, 1, 0]]
@@ -96,7 +96,7 @@ def _over_depths(
     length = loss_mask.shape[-1]
     total, log_sum, log_count = (loss_mask.new_zeros(()) for _ in range(3))
     for depth, term in enumerate(terms, start=1):
-        mask = own_part(mtp_mask(loss_mask, depth, position_ids), positions)
+        mask = local_slice(mtp_mask(loss_mask, depth, position_ids), positions)
         depth_sum = (term * mask).sum()
         total = total + depth_sum * (length / max(1, length - depth)) / len(terms)
         log_sum, log_count = log_sum + depth_sum, log_count + mask.sum()
@@ -118,7 +118,7 @@ def combine(
         losses: terms of every token.
         loss_mask: [b, s], 1 where the main head's token counts.
         weights: lambda and beta.
-        position_ids: [b, s] or [1, s], which tell the documents of a sequence apart for `mtp_mask`.
+        position_ids: [b, s] or [1, s], which separate the documents of a sequence for `mtp_mask`.
         positions: where in the sequence the terms are, under context parallelism; masks are those of the whole.
 
     Returns:
@@ -127,7 +127,7 @@ def combine(
         mean over all tokens.
     """
     whole_mask = loss_mask.float()
-    mask = own_part(whole_mask, positions)
+    mask = local_slice(whole_mask, positions)
     tokens = mask.sum()
     has_teacher = losses.kd is not None
     kd_lambda = weights.kd_lambda if has_teacher else 0.0
@@ -170,7 +170,7 @@ def gradients_of_total(
     """
     terms = 3 + 2 * depths if has_teacher else 1 + depths
     with torch.enable_grad():
-        shape = own_part(loss_mask, positions).shape
+        shape = local_slice(loss_mask, positions).shape
         stacked = loss_mask.new_zeros((terms, *shape), dtype=torch.float32).requires_grad_()
         losses = TokenLosses.unstack(stacked, has_teacher=has_teacher)
         total, _, _ = combine(losses, loss_mask, weights, position_ids, positions)

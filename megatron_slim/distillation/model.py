@@ -7,7 +7,7 @@ they read it from ``model.config``, which is therefore a copy of the student's c
 teacher of another dtype sends the bytes of its hidden states as numbers of the student's: nothing is rounded.
 
 A teacher may also have computed ahead (`training.teacher_ahead`): in training mode the student then has the pipeline to
-itself, and is given the teacher's last hidden states; in evaluation mode the teacher runs beside it as before.
+itself, and is given the teacher's last hidden states; in evaluation mode the teacher runs co-located with it as before.
 
 Shapes: S sequence, s that of this rank (under sequence and context parallelism), b batch, h hidden size, D MTP depths.
 """
@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import megatron_slim.mcore
+
 import torch
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -28,11 +30,11 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.multi_token_prediction import roll_tensor
 from torch import Tensor
 
-from megatron_slim.architecture.context_parallel import own_part, own_positions
+from megatron_slim.architecture.context_parallel import local_positions, local_slice
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.distillation.divergences import KDLoss
-from megatron_slim.distillation.fused import Lesson, OutputLayer, Target, default_chunk, fused_losses
-from megatron_slim.distillation.hidden import HiddenDistillation, HiddenLesson, layers_of
+from megatron_slim.distillation.fused import DistillationInputs, OutputLayer, Target, default_chunk, fused_losses
+from megatron_slim.distillation.hidden import HiddenDistillation, HiddenInputs, layers_of
 from megatron_slim.distillation.layer_pairs import LayerPair
 from megatron_slim.distillation.losses import TokenLosses, shift
 from megatron_slim.distillation.offload import OffloadedWeights
@@ -61,14 +63,14 @@ class DistillationModel(HiddenStatesModel):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.hidden_kd: HiddenDistillation | None = None  # a submodule where there is one: its projections are learned
+        self.hidden_kd: HiddenDistillation | None = None  # a submodule where there is one: its projections are trained
 
     def attach_teacher(self, teacher: HiddenStatesModel, mtp_kd_target: str, *, ahead: bool = False) -> None:
-        """Put a frozen teacher of the same pipeline stage beside the student.
+        """Co-locate a frozen teacher of the same pipeline stage with the student.
 
         Args:
             teacher: built for the same parallel layout; any layers, widths and experts.
-            mtp_kd_target: what an MTP head learns from, `TEACHER_MTP` or `TEACHER_MAIN`.
+            mtp_kd_target: what supervises an MTP head, `TEACHER_MTP` or `TEACHER_MAIN`.
             ahead: in training mode `forward` does not run it, and is given its hidden states.
         """
         teacher.requires_grad_(False).eval()
@@ -88,27 +90,27 @@ class DistillationModel(HiddenStatesModel):
         self.train(self.training)
 
     @property
-    def beside(self) -> HiddenStatesModel | None:
+    def colocated_teacher(self) -> HiddenStatesModel | None:
         """The teacher if it runs in the student's forward pass."""
         return None if self.teacher_ahead and self.training else self.teacher
 
     def train(self, mode: bool = True) -> DistillationModel:
-        """Set training or evaluation mode, of which a teacher that computes ahead runs beside the student in one."""
+        """Set training or evaluation mode; a teacher that computes ahead is co-located in evaluation alone."""
         super().train(mode)
         if self.teacher is not None:
             self.config.hidden_size = self.student_hidden_size
-            if self.beside is not None:
+            if self.colocated_teacher is not None:
                 teacher_bytes = self.teacher.config.hidden_size * _between_stages(self.teacher.config).itemsize
                 self.config.hidden_size += teacher_bytes // _between_stages(self.config).itemsize
         if self.teacher_weights is not None:
-            self.teacher_weights.drop() if self.beside is None else self.teacher_weights.load()
+            self.teacher_weights.drop() if self.colocated_teacher is None else self.teacher_weights.load()
         return self
 
     def attach_hidden_distillation(self, pairs: Sequence[LayerPair], kind: str, seed: int) -> None:
-        """Let layers of this stage learn from the teacher's layers of this stage.
+        """Supervise layers of this stage by the teacher's layers of this stage.
 
         Args:
-            pairs: those of the whole model; no pair lies in two stages.
+            pairs: those of the whole model; no pair is in two stages.
             kind: of the loss, as `hidden.token_losses`.
             seed: of the projections.
         """
@@ -121,19 +123,19 @@ class DistillationModel(HiddenStatesModel):
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Take what the previous stage sent: [s, b, student h + teacher h in numbers of the student's dtype]."""
         received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
-        if self.beside is None or received is None:
+        if self.colocated_teacher is None or received is None:
             super().set_input_tensor(received)
             return
         states = self.states_between_stages(received)
         super().set_input_tensor(states["student"])
-        self.beside.set_input_tensor(states["teacher"])
+        self.colocated_teacher.set_input_tensor(states["teacher"])
 
     def states_between_stages(self, joined: Tensor) -> dict[str, Tensor]:
         """Hidden states [s, b, h] of each model, from what one stage sends to the next; the teacher's without graph."""
-        if self.beside is None:
+        if self.colocated_teacher is None:
             return {"student": joined}
         teacher_bytes = joined[..., self.student_hidden_size :].detach().contiguous()
-        teacher = teacher_bytes.view(_between_stages(self.beside.config))
+        teacher = teacher_bytes.view(_between_stages(self.colocated_teacher.config))
         return {"student": joined[..., : self.student_hidden_size], "teacher": teacher}
 
     def forward(
@@ -143,7 +145,7 @@ class DistillationModel(HiddenStatesModel):
         attention_mask: Tensor | None,
         labels: Tensor | None = None,
         expected: TokenLosses | None = None,
-        hidden_lesson: HiddenLesson | None = None,
+        hidden_inputs: HiddenInputs | None = None,
         teacher_hidden: Tensor | None = None,
     ) -> Tensor:
         """Run this stage of both models.
@@ -155,18 +157,18 @@ class DistillationModel(HiddenStatesModel):
             labels: [b, S], on the last stage.
             expected: gradients that backward will bring each of the returned terms, where they are known already:
                 logits are then computed once instead of twice (`fused_losses`).
-            hidden_lesson: in a training step, for the layers that learn from the teacher's; None, they do not.
+            hidden_inputs: in a training step, for the layers that the teacher's supervise; None: none are.
             teacher_hidden: on the last stage, where the teacher computed ahead: what it ends with.
 
         Returns:
             [s, b, student h + teacher h in numbers of the student's dtype]; on the last stage `TokenLosses.stack`,
             [terms, b, s].
         """
-        with nullcontext() if self.hidden_kd is None else self.hidden_kd.lesson(hidden_lesson):
-            # The teacher first: layers of the student may learn from its.
-            if self.beside is not None:
+        with nullcontext() if self.hidden_kd is None else self.hidden_kd.distilling(hidden_inputs):
+            # The teacher first: its layers may supervise layers of the student.
+            if self.colocated_teacher is not None:
                 with torch.no_grad():
-                    teacher_hidden = self.beside(input_ids, position_ids, attention_mask)
+                    teacher_hidden = self.colocated_teacher(input_ids, position_ids, attention_mask)
             hidden = super().forward(input_ids, position_ids, attention_mask)
         if self.post_process:
             assert labels is not None and (teacher_hidden is None) == (self.teacher is None)
@@ -178,14 +180,14 @@ class DistillationModel(HiddenStatesModel):
     ) -> TokenLosses:
         heads = [_rows(self._whole_input(head)) for head in self.heads(hidden)]
         depths, positions = range(len(heads)), self._positions(labels)
-        own = (own_part(shift(labels, depth), positions) for depth in depths)
+        own = (local_slice(shift(labels, depth), positions) for depth in depths)
         shifted = torch.stack([_rows(each.transpose(0, 1)) for each in own])
         targets, teacher = self._targets(teacher_hidden, batch=labels.shape[0])
         chunk = self.loss_chunk or default_chunk(hidden.device)
         upstream = None if expected is None else _upstream(expected)
-        lesson = Lesson(shifted, targets, teacher, self.kd_loss, chunk)
+        inputs = DistillationInputs(shifted, targets, teacher, self.kd_loss, chunk)
         with self.timed_losses():
-            terms = fused_losses(self._output_weights(self), heads, lesson, upstream)
+            terms = fused_losses(self._output_weights(self), heads, inputs, upstream)
         lm, kd, teacher_lm = (term.unflatten(-1, (-1, labels.shape[0])).transpose(-1, -2) for term in terms)
         if teacher is None:
             return TokenLosses(lm[0], mtp_lm=tuple(lm[1:]))
@@ -193,7 +195,7 @@ class DistillationModel(HiddenStatesModel):
 
     def _positions(self, whole: Tensor) -> Tensor | None:
         """Positions of this rank's part of a sequence [..., S] under context parallelism; None for all."""
-        return own_positions(self.pg_collection.cp, whole.shape[-1])
+        return local_positions(self.pg_collection.cp, whole.shape[-1])
 
     def _output_weights(self, model: HiddenStatesModel) -> OutputLayer:
         """A model's output layer, its parameters ready to be read."""
@@ -214,7 +216,7 @@ class DistillationModel(HiddenStatesModel):
 
     @torch.no_grad()
     def _targets(self, teacher_hidden: Tensor | None, batch: int) -> tuple[tuple[Target, ...], OutputLayer | None]:
-        """What each head learns from.
+        """What supervises each head.
 
         Depth k at position i predicts token i + 1 + k: that is the teacher's own MTP head at position i, or its main
         head at position i + k, k times the batch size rows further on, whose logits then serve all heads.

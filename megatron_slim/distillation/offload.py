@@ -1,4 +1,4 @@
-"""A frozen model's weights in host memory while nobody computes with them."""
+"""A frozen model's weights in host memory while nothing computes with them."""
 
 from __future__ import annotations
 

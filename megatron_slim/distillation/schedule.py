@@ -38,7 +38,7 @@ class Schedule:
     def at(self, iteration: int, train_iters: int) -> float:
         """Value at a 0-based iteration; the last iteration of the run has exactly ``end``.
 
-        Depends on nothing else, so a resumed run goes on with the same values.
+        Depends on nothing else, so a resumed run continues with the same values.
 
         >>> [Schedule("linear", 1.0, 0.75).at(i, 3) for i in range(3)]
         [1.0, 0.875, 0.75]

@@ -1,4 +1,4 @@
-"""A vocabulary shared out over tensor-parallel ranks."""
+"""A vocabulary sharded over tensor-parallel ranks."""
 
 from __future__ import annotations
 

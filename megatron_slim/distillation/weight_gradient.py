@@ -1,4 +1,4 @@
-"""The gradient of a weight that several products add to, put where Megatron wants it."""
+"""The gradient of a weight that several products add to, put where Megatron expects it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,6 @@
+"""What a machine, data and checkpoints lack for a run, as findings with fixes; no torch until it is asked for.
+
+- `findings`: what a finding is
+- `machine`, `packages`: the machine and its versions
+- `preflight`: what a run is given
+"""

@@ -22,8 +22,8 @@ def machine() -> Iterator[Finding]:
 
     cuda = torch.cuda.is_available()
     yield from _gpus() if cuda else _no_gpu(psutil.cpu_count() or 1)
-    seam = "not used: CUDA is there" if cuda else "in use: Megatron-Core runs on the CPU, as if on CUDA"
-    yield Finding("cpu seam", OK, seam)
+    layer = "not used: CUDA is there" if cuda else "in use: Megatron-Core runs on the CPU, as if on CUDA"
+    yield Finding("cpu layer", OK, layer)
     yield _backend(cuda)
     yield from kernels(cuda)
     memory = psutil.virtual_memory()
@@ -52,16 +52,16 @@ def _gpus() -> Iterator[Finding]:
     fix = "a run is as slow as its slowest GPU: leave the others out (CUDA_VISIBLE_DEVICES)"
     yield good_or(NOTE, "device", len(names) == 1, f"{count} x CUDA {torch.version.cuda}: {', '.join(names)}", fix)
     capability = min(torch.cuda.get_device_capability(index) for index in range(count))
-    said = f"{capability[0]}.{capability[1]}"
+    found = f"{capability[0]}.{capability[1]}"
     if capability < (8, 0):
-        yield Finding("compute capability", PROBLEM, said, "bf16 needs 8.0 (A100) or more: train with PRECISION=fp32")
+        yield Finding("compute capability", PROBLEM, found, "bf16 needs 8.0 (A100) or more: train with PRECISION=fp32")
     else:
-        yield good_or(NOTE, "compute capability", capability >= (8, 9), said, "FP8 needs 8.9 or more; bf16 works")
+        yield good_or(NOTE, "compute capability", capability >= (8, 9), found, "FP8 needs 8.9 or more; bf16 works")
     for index in range(count):
         free, total = torch.cuda.mem_get_info(index)
         if free < 0.9 * total:
             found = f"{free / GIB:.0f} of {total / GIB:.0f} GiB free"
-            yield Finding(f"memory of GPU {index}", NOTE, found, "somebody else is on it: see nvidia-smi")
+            yield Finding(f"memory of GPU {index}", NOTE, found, "another process uses it: see nvidia-smi")
     if count > 1:
         apart = [i for i in range(1, count) if not torch.cuda.can_device_access_peer(0, i)]
         fix = "expert and tensor parallelism will be slow; see nvidia-smi topo -m"
@@ -133,7 +133,7 @@ def file_system(path: Path) -> tuple[str, str]:
 
 
 def storage(name: str, path: Path, *, nodes: int) -> Finding:
-    """Whether other nodes can see a path, as far as the type of its file system tells."""
+    """Whether other nodes can see a path, as far as the type of its file system shows."""
     kind, point = file_system(path)
     found = f"{kind} at {point}"
     if kind in LOCAL and nodes > 1:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_slim.doctor.findings import NOTE, OK, PROBLEM, Finding, good_or
+from megatron_slim.extras import EXTRAS
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 PACKAGE = "megatron_slim"
@@ -21,7 +22,7 @@ def declared() -> dict[str, list[str]]:
     """Requirements of this checkout or, installed from a wheel, of that: "" for all machines, else by extra."""
     if PYPROJECT.is_file():
         project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
-        if project["name"] == PACKAGE:  # others install a file of that name beside the packages
+        if project["name"] == PACKAGE:  # others install a file of that name next to the packages
             return {"": project["dependencies"]} | project["optional-dependencies"]
     from packaging.requirements import Requirement
 
@@ -31,13 +32,13 @@ def declared() -> dict[str, list[str]]:
         marker = Requirement(line).marker
         for name in ("", *extras):
             if marker is None or marker.evaluate({"extra": name}):
-                found[name].append(line)
+                found[name].append(line.partition(";")[0].strip())
                 break
     return found
 
 
 def packages() -> Iterator[Finding]:
-    """Python and the packages that every machine needs."""
+    """Python, the packages that every machine needs, and those that some commands need."""
     version = platform.python_version()
     yield good_or(PROBLEM, "python", sys.version_info >= (3, 12), version, "megatron-core needs 3.12")
     try:
@@ -45,12 +46,17 @@ def packages() -> Iterator[Finding]:
     except ModuleNotFoundError:
         yield Finding("packaging", PROBLEM, "not installed", "make venv, or pip install -e .")
         return
-    for line in declared()[""]:
+    lines = declared()
+    missing = dict.fromkeys(lines[""], (PROBLEM, "not installed", "make venv, or pip install -e ."))
+    for extra, (purpose, _) in EXTRAS.items():
+        finding = (NOTE, f"not installed; for {purpose}", f"pip install 'megatron_slim[{extra}]'")
+        missing |= {line: finding for line in lines[extra] if line not in missing}
+    for line, absent in missing.items():
         requirement = Requirement(line)
         try:
             found = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(requirement.name, PROBLEM, "not installed", "make venv, or pip install -e .")
+            yield Finding(requirement.name, *absent)
             continue
         # NVIDIA's builds are called 2.13.0a0+hash.nv26.06: before the release that they are built from.
         tested = requirement.specifier.contains(found.split("+")[0].split("a0")[0], prereleases=True)

@@ -60,13 +60,13 @@ def _model(name: str, path: Path, shapes: dict[str, ModelShape], *, without_mtp:
     from megatron_slim.architecture.table import count_parameters
     from megatron_slim.checkpoint.convert import open_checkpoint
     from megatron_slim.checkpoint.records import REFERENCE
-    from megatron_slim.training.resume import missing_in_tracker
+    from megatron_slim.checkpoint.tracker import missing_in_tracker
 
     try:
         number = missing_in_tracker(path)
         if number is not None:
             yield Finding(
-                name, NOTE, f"its tracker is torn; {number} is the last complete checkpoint", "training mends it"
+                name, NOTE, f"its tracker is torn; {number} is the last complete checkpoint", "training repairs it"
             )
             return
         shape = open_checkpoint(path, without_mtp=without_mtp).shape
@@ -79,7 +79,7 @@ def _model(name: str, path: Path, shapes: dict[str, ModelShape], *, without_mtp:
     yield Finding(name, OK, found + f"{parameters(count.active)} active, vocabulary {shape.vocab_size}: complete")
     if name == "teacher":
         there = (path / REFERENCE).is_file()
-        fix = "tools/evaluate.py --record, so that training knows the teacher by its losses"
+        fix = "megatron-slim evaluate --record, so that training recognises the teacher by its losses"
         yield good_or(NOTE, "teacher's losses", there, "recorded" if there else "not recorded", fix)
 
 
@@ -91,7 +91,7 @@ def _pair(student: ModelShape, teacher: ModelShape) -> Iterator[Finding]:
         )
     if teacher.mtp_num_layers < student.mtp_num_layers:
         found = f"teacher {teacher.mtp_num_layers}, student {student.mtp_num_layers}"
-        yield Finding("MTP heads", NOTE, found, "the student's learns from the teacher's main head")
+        yield Finding("MTP heads", NOTE, found, "the student's is supervised by the teacher's main head")
 
 
 def _blend(words: Sequence[str], vocabulary: int | None, nodes: int) -> Iterator[Finding]:
@@ -122,9 +122,9 @@ def _data(prefix: Path, vocabulary: int | None) -> Finding:
 
 
 def _save(save: Path, shape: ModelShape | None, nodes: int) -> Iterator[Finding]:
-    """Whether it can be written, what a run would go on from, and whether a checkpoint will fit."""
-    from megatron_slim.checkpoint.distributed_writer import TRACKER
-    from megatron_slim.training.resume import missing_in_tracker
+    """Whether it can be written, what a run would resume from, and whether a checkpoint will fit."""
+    from megatron_slim.checkpoint.torch_dist_names import TRACKER
+    from megatron_slim.checkpoint.tracker import missing_in_tracker
 
     existing = next(each for each in (save.absolute(), *save.absolute().parents) if each.exists())
     if not save.absolute().parent.exists():
@@ -137,9 +137,9 @@ def _save(save: Path, shape: ModelShape | None, nodes: int) -> Iterator[Finding]
         number = missing_in_tracker(save)
         tracker = save / TRACKER
         if number is not None:
-            yield Finding("resume", NOTE, f"torn tracker: training will go on from {number}", "")
+            yield Finding("resume", NOTE, f"torn tracker: training will resume from {number}", "")
         elif tracker.is_file():
-            yield Finding("resume", OK, f"a run will go on from iteration {tracker.read_text().strip()}")
+            yield Finding("resume", OK, f"a run will resume from iteration {tracker.read_text().strip()}")
         else:
             yield Finding("resume", OK, "nothing saved yet: a run will start")
     except SlimError as error:
@@ -150,11 +150,11 @@ def _save(save: Path, shape: ModelShape | None, nodes: int) -> Iterator[Finding]
         need = count_parameters(shape).total * BYTES_PER_PARAMETER
         free = shutil.disk_usage(existing).free
         found = f"a checkpoint takes {size(need)}, {size(free)} are free"
-        fix = "make room: all checkpoints of a run are kept"
+        fix = "make space: all checkpoints of a run are kept"
         yield (
-            Finding("room", PROBLEM if free < need else NOTE, found, fix)
+            Finding("free space", PROBLEM if free < need else NOTE, found, fix)
             if free < 3 * need
-            else Finding("room", OK, found)
+            else Finding("free space", OK, found)
         )
 
 

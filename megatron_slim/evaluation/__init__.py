@@ -1,0 +1,5 @@
+"""Loss, perplexity and MTP loss of a checkpoint of either format, with one block in memory at a time.
+
+- `perplexity`: the pass
+- `losses`: what it computes at the end of the model
+"""

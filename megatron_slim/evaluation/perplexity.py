@@ -6,6 +6,7 @@ i + 1 + k, so S - 1 - k tokens count there.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,15 @@ import torch
 
 from megatron_slim import device
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.checkpoint.convert import Checkpoint, open_checkpoint, say_left_out
+from megatron_slim.checkpoint.convert import Checkpoint, log_left_out, open_checkpoint
+from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.reference import Reference
 from megatron_slim.checkpoint.remarks import remarks
-from megatron_slim.cli import say
 from megatron_slim.data import Tokens, read_samples
 from megatron_slim.errors import DataError
 from megatron_slim.pruning.samples import check_samples
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,15 @@ class Evaluation:
 
 
 def read_evaluation_data(
-    path: Path, shape: ModelShape, *, seq_length: int | None, num_samples: int | None, seed: int = 0
+    data: Path | Tokens, shape: ModelShape, *, seq_length: int | None, num_samples: int | None, seed: int = 0
 ) -> Tokens:
     """Samples that this model can be evaluated on; see `data.read_samples`."""
-    samples = read_samples(path, seq_length=seq_length, num_samples=num_samples, vocab_size=shape.vocab_size, seed=seed)
+    where = str(data) if isinstance(data, Path) else "samples"
+    samples = read_samples(data, seq_length=seq_length, num_samples=num_samples, vocab_size=shape.vocab_size, seed=seed)
     needed, length = 2 + shape.mtp_num_layers, samples.shape[1]
     if length < needed:
-        raise DataError(f"samples of {length} tokens leave nothing to predict", where=str(path), fix=f"use >= {needed}")
-    check_samples(samples, shape, where=str(path))
+        raise DataError(f"samples of {length} tokens leave nothing to predict", where=where, fix=f"use >= {needed}")
+    check_samples(samples, shape, where=where)
     return samples
 
 
@@ -94,7 +98,7 @@ def evaluate_checkpoint(
     record: bool = False,
     **reading: Any,
 ) -> dict[str, Any]:
-    """Evaluate a Hugging Face or torch_dist directory; what tools/evaluate.py runs.
+    """Evaluate a Hugging Face or torch_dist directory; what megatron-slim evaluate runs.
 
     ``record`` writes a `Reference` into ``load``; ``reading`` goes to `open_checkpoint`.
 
@@ -105,14 +109,14 @@ def evaluate_checkpoint(
     if micro_batch_size < 1:
         raise DataError(f"--micro-batch-size {micro_batch_size} is not a positive number")
     checkpoint = open_checkpoint(load, **reading)
-    say_left_out(checkpoint)
+    log_left_out(checkpoint)
     samples = read_evaluation_data(data, checkpoint.shape, seq_length=seq_length, num_samples=num_samples, seed=seed)
     dtype = dtype or device.default_dtype()
     for line in remarks(checkpoint, dtype, "evaluation"):
-        say(line)
+        logger.info(line)
     result = evaluate(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype)
     if record:
-        Reference.of(samples.tolist(), result.token_losses, str(dtype).removeprefix("torch.")).save(load)
+        Reference.of(samples.tolist(), result.token_losses, dtype_name(dtype)).save(load)
     return {
         "loss": result.loss,
         "perplexity": result.perplexity,
@@ -120,6 +124,6 @@ def evaluate_checkpoint(
         "mtp_loss": list(result.mtp_loss),
         "samples": samples.shape[0],
         "seq_length": samples.shape[1],
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "load": str(load),
     }

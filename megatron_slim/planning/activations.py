@@ -2,7 +2,7 @@
 
 `FUSED` kernels are Transformer Engine's, flash attention's and flash-linear-attention's, read from their sources;
 `TORCH` are the plain modules of a CPU, where tests count what autograd really saves. Tensor parallelism comes with
-sequence parallelism, so that every rank keeps 1 / tp of everything. Routed tokens are shared out evenly.
+sequence parallelism, so that every rank keeps 1 / tp of everything. Routed tokens are split evenly.
 
 Letters: h hidden, q queries, k keys of a token in full attention, f hidden neurons of an expert.
 """

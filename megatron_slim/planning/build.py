@@ -2,7 +2,7 @@
 
 A process of its own parses the flags as training does, joins a world of any size whose communication is fake (torch's
 ``fake`` backend), and lets training's model provider build each pipeline rank's modules on the meta device. Megatron's
-own rules then lay their parameters out in buffers. Ranks that differ in tensor, expert or data-parallel rank alone hold
+own rules then put their parameters into buffers. Ranks that differ in tensor, expert or data-parallel rank alone hold
 equally much.
 """
 
@@ -75,7 +75,7 @@ def build_ranks(request: Request, *, processes: int | None = None) -> list[Built
     ranks = range(request.layout.pp)
     wanted = processes or min(4, os.cpu_count() or 1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, which here hold no locks
+        warnings.simplefilter("ignore", DeprecationWarning)  # a fork with threads, which hold no locks
         pool = multiprocessing.get_context("fork").Pool(min(wanted, len(ranks)), _start, (request,))
     with pool:
         return pool.map(_build_rank, ranks, chunksize=1)
@@ -104,7 +104,7 @@ def _start(request: Request) -> None:
         Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
         argv = ["--hf-config", folder, "--mock-data", "--lr", "1e-4"]
         argv += megatron_arguments(layout, request.settings, tokens=1)
-        argv += ["--use-cpu-initialization"]  # which leaves it to the default device where weights lie
+        argv += ["--use-cpu-initialization"]  # which leaves it to the default device where weights are
         if layout.pp > 1:
             # The stages themselves: "auto" counts with the kernels of the machine it runs on.
             argv = _without(argv, {"--pipeline-layout": 1, "--num-virtual-stages-per-pipeline-rank": 1})
@@ -188,7 +188,7 @@ def _build_rank(rank: int) -> BuiltRank:
 
     request: Request = _state["request"]
     layout = request.layout
-    # What an MTP head learns from changes no parameter.
+    # What supervises an MTP head changes no parameter.
     nothing: Any = None
     layouts = {"teacher_layout": _state["teacher_layout"]}
     run = WithoutWeights(request.student, request.teacher, "teacher-main", nothing, **layouts)
@@ -205,17 +205,17 @@ def _build_rank(rank: int) -> BuiltRank:
 
 
 def _summed(chunks: list[Any], layout: TrainLayout) -> BuiltRank:
-    """Memory of built chunks, laid out in buffers as Megatron's DDP and distributed optimizer would."""
+    """Memory of built chunks, in buffers as Megatron's DDP and distributed optimizer would."""
     student, teacher, memory = Count(), Count(), Memory()
     for chunk in chunks:
         memory = _added(memory, _buffers(list(chunk.parameters()), layout))
         student += _count(chunk.parameters())
         other = sum(each.nbytes for each in chunk.buffers())
-        taught = 0
+        teacher_bytes = 0
         if chunk.teacher is not None:
             teacher += _count(chunk.teacher.parameters())
-            taught = sum(each.nbytes for each in (*chunk.teacher.parameters(), *chunk.teacher.buffers()))
-        memory = _added(memory, Memory(weights=other, teacher=taught))
+            teacher_bytes = sum(each.nbytes for each in (*chunk.teacher.parameters(), *chunk.teacher.buffers()))
+        memory = _added(memory, Memory(weights=other, teacher=teacher_bytes))
     return BuiltRank(memory, student, teacher)
 
 

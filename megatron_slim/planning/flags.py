@@ -48,7 +48,7 @@ def arguments(layout: TrainLayout, settings: Settings) -> list[str]:
         found += ["--recompute-modules", *recompute.modules]
     if recompute.method is not None:
         found += ["--recompute-method", recompute.method, "--recompute-num-layers", str(recompute.num_layers)]
-    if settings.kd_loss != "forward-kl":
+    if settings.kd_loss != Settings.kd_loss:
         found += ["--kd-loss", settings.kd_loss]
     if settings.loss_chunk != Settings.loss_chunk:
         found += ["--loss-chunk-size", str(settings.loss_chunk)]
@@ -78,7 +78,7 @@ def megatron_arguments(layout: TrainLayout, settings: Settings, tokens: int) -> 
 def command(layout: TrainLayout, settings: Settings, tokens: int, per_node: int, *, has_teacher: bool = True) -> str:
     """The whole, to paste into a shell at the root of the checkout; models and data are to be filled in.
 
-    On several nodes it is a Slurm job, told how many GPUs to ask for: a login node has none that could be counted.
+    On several nodes it is a Slurm job that asks for so many GPUs: a login node has none that could be counted.
     """
     given = variables(layout, settings, tokens, per_node)
     words = [f"{name}={value}" for name, value in given.items()]

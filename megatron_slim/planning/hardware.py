@@ -94,7 +94,7 @@ class Assumptions:
         network: share of the adapters' rate that NCCL reaches between nodes.
         forward_traffic: how often an element-wise byte that is kept for backward crosses memory in the forward pass:
             written once, read once.
-        backward_traffic: likewise in the backward pass: gradients are read and written beside it.
+        backward_traffic: likewise in the backward pass: gradients are read and written too.
         block_seconds: least time of a block forward: about 80 launches of 5 microseconds, and one wait for how many
             tokens each expert gets. Backward it counts once more.
         overhead_gib: CUDA context, cuBLAS and cuDNN work spaces, NCCL's buffers of some seven communicators.
@@ -136,7 +136,7 @@ def parse_assumptions(words: Sequence[str]) -> Assumptions:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
             fix = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
-            raise SlimError(f"{word!r} names no assumption", where="--assume", fix=fix)
+            raise SlimError(f"{word!r} is not the name of an assumption", where="--assume", fix=fix)
         least, most = (1.0, 100.0) if name == "imbalance" else (0.0, 1.0 if name in SHARES else 100.0)
         try:
             value = float(text)

@@ -9,6 +9,7 @@ from itertools import product
 from megatron_slim.architecture.flops import FUSED, Kernels, Recompute
 from megatron_slim.architecture.parallelism import layout_violations, padded_vocab_size
 from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.distillation.loss_options import DEFAULTS
 
 RECOMPUTE = {
     "none": Recompute(),
@@ -29,7 +30,7 @@ class Settings:
         kd_loss: as ``--kd-loss``.
         loss_chunk: tokens whose logits are in memory at once.
         kernels: how attention and delta rule are computed.
-        progressive: whether it is a stage's part in a schedule whose length the student's plan knows.
+        progressive: whether it is a phase's part in a schedule whose length the student's plan knows.
         without_mtp: whether the student's MTP block is left out when its checkpoint is read.
         teacher_without_mtp: the same of the teacher.
     """
@@ -37,7 +38,7 @@ class Settings:
     seq_length: int = 4096
     global_batch: int = 1024
     precision: str = "bf16"
-    kd_loss: str = "forward-kl"
+    kd_loss: str = DEFAULTS.kd_loss
     loss_chunk: int = 1024
     kernels: Kernels = FUSED
     progressive: bool = False
@@ -52,7 +53,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class TrainLayout:
-    """A way to lay training out over GPUs; experts are not split (expert tensor parallel size 1).
+    """A way to split training across GPUs; experts are not split (expert tensor parallel size 1).
 
     Attributes:
         gpus: all of them.
@@ -96,7 +97,7 @@ class TrainLayout:
     def violations(
         self, student: ModelShape, teacher: ModelShape | None, settings: Settings, per_node: int = 8
     ) -> list[str]:
-        """Everything that keeps the run from being laid out like this, as training would refuse it."""
+        """Everything that rules this layout out for the run, as training would refuse it."""
         found = [
             f"{self.gpus} GPUs do not divide into groups of {name} {size} x PP {self.pp}"
             for name, size in (("TP", self.tp), ("EP", self.ep))

@@ -13,6 +13,7 @@ from functools import cache
 from megatron_slim.architecture.parallelism import padded_vocab_size
 from megatron_slim.architecture.pipeline_layout import Stages
 from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.distillation.loss_options import FORWARD_KL
 from megatron_slim.planning.activations import Pass, largest_block_bytes, stage_bytes
 from megatron_slim.planning.hardware import GIB, Assumptions
 from megatron_slim.planning.layouts import RECOMPUTE, Settings, TrainLayout
@@ -24,7 +25,7 @@ MOMENTS = 8
 MAIN_COPY = 4
 # Of a chunk of the losses, a token and column of the vocabulary (docs/distillation.md).
 LOSS_BYTES = {"bf16": 14, "fp32": 12}
-LOSS_OTHERS = 3.0  # losses that need both models' probabilities beside the logits
+LOSS_OTHERS = 3.0  # losses that need both models' probabilities as well as the logits
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def static_memory(student: Count, teacher: Count, layout: TrainLayout, settings:
 
 
 def least_static(student: ModelShape, teacher: ModelShape | None, layout: TrainLayout, settings: Settings) -> float:
-    """What no stages go below on the fullest rank: everything, shared out evenly."""
+    """What no stages go below on the fullest rank: everything, split evenly."""
 
     def spread(shape: ModelShape | None) -> Count:
         whole = (
@@ -99,7 +100,7 @@ def loss_bytes(student: ModelShape, teacher: ModelShape | None, layout: TrainLay
     """Of output layer and losses, on the last stage."""
     tokens = settings.seq_length * layout.micro_batch
     columns = padded_vocab_size(student) / layout.tp
-    each = LOSS_BYTES[settings.precision] * (1.0 if settings.kd_loss == "forward-kl" else LOSS_OTHERS)
+    each = LOSS_BYTES[settings.precision] * (1.0 if settings.kd_loss == FORWARD_KL else LOSS_OTHERS)
     chunk = each * min(settings.loss_chunk, tokens) * columns
     heads = 2 * (1 + student.mtp_num_layers) * student.hidden_size  # and their gradients
     if teacher is not None:
@@ -133,7 +134,7 @@ def rank_memory(
     Args:
         student: sizes of the student.
         teacher: of the teacher.
-        layout: what is laid out.
+        layout: the parallel sizes.
         stages: layers of both models on each virtual stage.
         settings: the run.
         assumed: overhead and fragmentation.
@@ -146,7 +147,7 @@ def rank_memory(
             rank_counts(teacher, stages.teacher_layers, layout),
             strict=True,
         )
-        static = [static_memory(own, taught, layout, settings) for own, taught in counts]
+        static = [static_memory(own, theirs, layout, settings) for own, theirs in counts]
     held, start, number = [], 0, len(stages.student_layers)
     for stage, count in enumerate(stages.student_layers):
         kept = stage_bytes(student, start, start + count, of, recompute, is_last=stage == number - 1)

@@ -60,7 +60,7 @@ class Counter:
         """Of a pipeline stage with the layers from ``start`` up to ``stop``.
 
         An MTP block on another stage than the first has an embedding of its own there, a copy of the first one's.
-        Beside an MTP block, Megatron puts the final norm where the last layer is, and else on the last stage.
+        With an MTP block, Megatron puts the final norm where the last layer is, and else on the last stage.
         """
         found = Count()
         for kind in self.shape.layer_types[start:stop]:

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from megatron_slim.architecture.flops import block_flops
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.architecture.table import count_parameters
+from megatron_slim.architecture.table import BF16_BYTES, count_parameters
 from megatron_slim.planning.hardware import GIB, GPUS, Gpu
+from megatron_slim.pruning.samples import NUM_SAMPLES, SEQ_LENGTH
 
-SAMPLES, SEQ_LENGTH = 1024, 4096  # SlimQwen section 3.2
-BF16 = 2
 # Shares of the GPU's peaks are guesses, and so are the others.
 ASSUMED = {
     "bf16_share_of_peak": 0.35,
@@ -30,7 +29,7 @@ CONVERSION = {
 
 @dataclass(frozen=True)
 class Calibration:
-    """A pass of `SAMPLES` samples over a model, one block at a time on one GPU; nothing is assumed to overlap.
+    """A pass of `NUM_SAMPLES` samples over a model, one block at a time on one GPU; nothing is assumed to overlap.
 
     Attributes:
         flops: operations of the forward pass by what does them.
@@ -74,14 +73,14 @@ def flops_per_token(shape: ModelShape) -> dict[str, float]:
 
 
 def calibration(shape: ModelShape, gpu: Gpu = GPUS["h200"]) -> Calibration:
-    """Time and memory of ``tools/calibrate.py`` on one GPU: counted work over assumed rates, not a measurement."""
-    tokens, blocks, experts = SAMPLES * SEQ_LENGTH, len(list(shape.blocks)), shape.num_moe_experts
-    nbytes = BF16 * count_parameters(shape).total
+    """Time and memory of ``megatron-slim calibrate`` on one GPU: counted work over assumed rates, not a measurement."""
+    tokens, blocks, experts = NUM_SAMPLES * SEQ_LENGTH, len(list(shape.blocks)), shape.num_moe_experts
+    nbytes = BF16_BYTES * count_parameters(shape).total
     flops = {name: tokens * each for name, each in flops_per_token(shape).items()}
     gram = 2.0 * tokens * blocks * experts**2
     # Every routed output is read in bf16, and written and read twice in fp64.
     routed = SEQ_LENGTH * shape.moe_router_topk * shape.hidden_size
-    traffic = SAMPLES * blocks * routed * (2 + 3 * 8)
+    traffic = NUM_SAMPLES * blocks * routed * (2 + 3 * 8)
     seconds = {
         "forward": sum(flops.values()) / (gpu.bf16 * ASSUMED["bf16_share_of_peak"]),
         "gram_of_router_logits": gram / (gpu.fp64 * ASSUMED["fp64_share_of_peak"]),
@@ -89,8 +88,8 @@ def calibration(shape: ModelShape, gpu: Gpu = GPUS["h200"]) -> Calibration:
         "reading_weights": nbytes / ASSUMED["disk_bytes_per_second"],
     }
     host = {
-        "hidden_states": tokens * shape.hidden_size * BF16 / GIB,  # on the GPU where there is room, else here
-        "embedding": shape.vocab_size * shape.hidden_size * BF16 / GIB,
+        "hidden_states": tokens * shape.hidden_size * BF16_BYTES / GIB,  # on the GPU where there is memory, else here
+        "embedding": shape.vocab_size * shape.hidden_size * BF16_BYTES / GIB,
         "token_ids": tokens * 8 / GIB,
         "statistics": 4 * blocks * 4 * experts**2 / GIB,
         "interpreter_and_cuda": ASSUMED["host_gib_of_interpreter_and_cuda"],
@@ -101,7 +100,7 @@ def calibration(shape: ModelShape, gpu: Gpu = GPUS["h200"]) -> Calibration:
 
 def conversion(shape: ModelShape) -> dict[str, dict[str, float]]:
     """Minutes and GB of memory of each way to convert or prune a model of this size, as measured on 2 cores."""
-    gigabytes = BF16 * count_parameters(shape).total / 1e9
+    gigabytes = BF16_BYTES * count_parameters(shape).total / 1e9
     return {
         name: {"minutes": seconds * gigabytes / 60, "host_gb": memory, "source_gb": gigabytes}
         for name, (seconds, memory) in CONVERSION.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import count_parameters
@@ -13,6 +13,9 @@ from megatron_slim.planning.memory import Memory
 from megatron_slim.planning.preparation import calibration, conversion
 from megatron_slim.planning.search import TOO_LARGE, Candidate, Found, Job
 from megatron_slim.planning.speed import Step
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 WIDE = 108  # columns from which memory is shown in parts
 SHOWN_REASONS = 6
@@ -107,7 +110,8 @@ def preparation_entry(source: ModelShape, job: Job) -> dict[str, Any]:
     return {"calibration": entry, "conversion": conversion(source)}
 
 
-def print_plan(
+def show_plan(
+    console: Console,
     found: Found,
     job: Job,
     tokens: int,
@@ -116,12 +120,9 @@ def print_plan(
     notes: Sequence[str],
     source: ModelShape | None,
 ) -> None:
-    """Tables and flags, as wide as the terminal allows."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    """Tables and flags on ``console``, as wide as it is."""
     models = [("student", job.student), ("teacher", job.teacher)]
-    named = " beside ".join(f"{_size(shape)} {name}" for name, shape in models if shape is not None)
+    named = " with ".join(f"{_size(shape)} {name}" for name, shape in models if shape is not None)
     settings = job.settings
     console.print(
         f"{named}, {tokens / 1e9:,.3g}B tokens in steps of {settings.global_batch} x {settings.seq_length}, "
@@ -134,7 +135,7 @@ def print_plan(
     if tight := [str(row) for row, each in enumerate(found.ranked[:top], 1) if each.needed > TIGHT * job.gpu.memory]:
         named = ", ".join(tight)
         console.print(f"Less than {1 - TIGHT:.0%} of memory is left in layout {named}: uneven routing may need it.")
-    _print_reasons(console, found, top)
+    _show_reasons(console, found, top)
     best = found.ranked[0]
     worst = best.memory[best.worst]
     console.print(f"\n[bold]1: {best.layout.name}[/bold]")
@@ -153,7 +154,7 @@ def print_plan(
         console.print(f"  before  {_preparation(source, job)}")
     submits = "; submits a Slurm job" if best.layout.gpus > job.gpu.per_node else ""
     console.print(f"\nto paste, with your own TEACHER, STUDENT, SAVE and DATA{submits}:\n")
-    print(_command(best, job, tokens))  # past rich, which would break lines
+    console.out(_command(best, job, tokens), highlight=False)  # as it is, without breaking lines
 
 
 def _size(shape: ModelShape) -> str:
@@ -197,17 +198,17 @@ def _days(value: float) -> str:
     return f"{value:,.1f}" if value >= 1 else f"{value:.2f}"
 
 
-def _print_reasons(console: Any, found: Found, top: int) -> None:
+def _show_reasons(console: Console, found: Found, top: int) -> None:
     more = max(0, len(found.ranked) - top)
     console.print(
         f"\n{more} more fit, {len(found.rejected)} are out ({found.spared} were not needed: less is recomputed):"
     )
     reasons = found.reasons()
     for reason, count in reasons[:SHOWN_REASONS]:
-        said = f"as {reason}"
+        why = f"as {reason}"
         if reason == TOO_LARGE and found.nearest is not None:
-            said = f"{TOO_LARGE}; nearest {found.nearest.layout.name}: {found.nearest.why}"
-        console.print(f"  {count:>5}  {said}")
+            why = f"{TOO_LARGE}; nearest {found.nearest.layout.name}: {found.nearest.why}"
+        console.print(f"  {count:>5}  {why}")
     if rest := sum(count for _, count in reasons[SHOWN_REASONS:]):
         console.print(f"  {rest:>5}  other reasons (--json has them all)")
 

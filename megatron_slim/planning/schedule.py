@@ -12,7 +12,7 @@ SETTLED = 4  # micro-batches a rank after which nothing changes from one to the 
 
 
 class Task(NamedTuple):
-    """Work that is not interrupted; ``batch`` counts micro-batches, ``stage`` the virtual stages of all ranks."""
+    """A task that is not interrupted; ``batch`` counts micro-batches, ``stage`` the virtual stages of all ranks."""
 
     kind: str
     batch: int

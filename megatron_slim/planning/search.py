@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from megatron_slim.architecture.flops import student_work, teacher_work
+from megatron_slim.architecture.flops import student_flops, teacher_flops
 from megatron_slim.architecture.pipeline_layout import NO_TEACHER, Stages, balanced
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.planning.hardware import GIB, Assumptions, Gpu
@@ -19,7 +19,7 @@ from megatron_slim.planning.speed import Step, step
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be laid out on what.
+    """Which models are to be split across which GPUs.
 
     Attributes:
         student: sizes of the student.
@@ -169,16 +169,16 @@ class Search:
         job, key = self.job, (layout.pp, layout.vpp, layout.recompute)
         if key not in self._stages:
             settings = job.settings
-            own = student_work(job.student, settings.seq_length, settings.kernels, RECOMPUTE[layout.recompute])
-            taught = None
+            own = student_flops(job.student, settings.seq_length, settings.kernels, RECOMPUTE[layout.recompute])
+            theirs = None
             if job.teacher is not None:
                 runs_mtp = job.teacher.mtp_num_layers >= job.student.mtp_num_layers > 0
-                taught = teacher_work(job.teacher, settings.seq_length, settings.kernels, runs_mtp=runs_mtp)
+                theirs = teacher_flops(job.teacher, settings.seq_length, settings.kernels, runs_mtp=runs_mtp)
             if layout.pp == 1:
                 layers = (job.student.num_layers,), (job.teacher.num_layers if job.teacher else 0,)
-                self._stages[key] = Stages(1, own, taught or NO_TEACHER, *layers)
+                self._stages[key] = Stages(1, own, theirs or NO_TEACHER, *layers)
             else:
-                self._stages[key] = balanced(own, taught, layout.pp, layout.vpp)
+                self._stages[key] = balanced(own, theirs, layout.pp, layout.vpp)
         return self._stages[key]
 
 

@@ -10,24 +10,25 @@ from typing import Any
 from megatron_slim.architecture.published import MODELS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.errors import RecipeError, SlimError
+from megatron_slim.packaged import find_recipe
 from megatron_slim.pruning.depth import layers_before_statistics
 from megatron_slim.pruning.plan import check_recipe, space_before_statistics, target_shape
 from megatron_slim.pruning.plan_reader import load_plan
 from megatron_slim.pruning.search import Ranking, resolved
-from megatron_slim.recipe import Recipe, load_recipe, select_stage
+from megatron_slim.recipe import Recipe, load_recipe, select_phase
 
 
 @dataclass(frozen=True)
 class Models:
-    """What is trained and what teaches it.
+    """The student and its teacher.
 
     Attributes:
         student: its sizes.
         teacher: None for training without one.
         source: what the student is pruned from; None where nothing says.
-        tokens: that the recipe wants trained; None where it does not say.
+        tokens: that the recipe trains on; None where it does not say.
         notes: what was assumed on the way.
-        progressive: whether that is a stage's part in a schedule of known length.
+        progressive: whether that is a phase's part in a schedule of known length.
     """
 
     student: ModelShape
@@ -43,7 +44,7 @@ class Asked:
     """Where sizes come from, as on the command line; what is None was not given."""
 
     recipe: Path | None = None
-    stage: int | None = None
+    phase: int | None = None
     plan: Path | None = None
     hf_config: Path | None = None
     teacher_config: Path | None = None
@@ -56,7 +57,7 @@ def find_models(asked: Asked) -> Models:
     """Sizes of both models.
 
     Raises:
-        SlimError: nothing says what the student is, or what teaches it; or it cannot be made of its source.
+        SlimError: nothing says what the student or the teacher is; or the student cannot be made of its source.
     """
     if asked.plan is not None:
         plan = load_plan(asked.plan)
@@ -64,7 +65,7 @@ def find_models(asked: Asked) -> Models:
     elif asked.recipe is not None:
         found = _of_recipe(asked.recipe, asked)
     else:
-        assert asked.hf_config is not None, "the command line wants one of them"
+        assert asked.hf_config is not None, "the command line requires one of them"
         found = Models(_read(asked.hf_config, asked.without_mtp), None, None)
     teacher = found.teacher
     if asked.teacher_config is not None:
@@ -81,7 +82,7 @@ def find_models(asked: Asked) -> Models:
 
 def _length(recipe: Recipe) -> dict[str, Any]:
     """What a recipe says of how long training is."""
-    return {} if recipe.stage is None else {"tokens": recipe.stage.tokens, "progressive": bool(recipe.stage.schedule)}
+    return {} if recipe.phase is None else {"tokens": recipe.phase.tokens, "progressive": bool(recipe.phase.schedule)}
 
 
 def _read(directory: Path, without_mtp: bool) -> ModelShape:
@@ -93,11 +94,12 @@ def _read(directory: Path, without_mtp: bool) -> ModelShape:
 def _of_recipe(file: Path, asked: Asked) -> Models:
     if asked.hf_config is not None:
         raise SlimError("--hf-config and --recipe both say what the student is", fix="leave one out")
+    file = find_recipe(file)
     whole = load_recipe(file)
-    recipe = select_stage(whole, asked.stage, where=str(file))
+    recipe = select_phase(whole, asked.phase, where=str(file))
     origin, source = _source(recipe, file, asked)
     notes = [f"pruned from {origin}"]
-    earlier = whole.stages[: recipe.stage.number - 1] if recipe.stage else ()
+    earlier = whole.phases[: recipe.phase.number - 1] if recipe.phase else ()
     pruned = before = source
     for step in [*earlier, recipe]:
         before = pruned
@@ -107,14 +109,14 @@ def _of_recipe(file: Path, asked: Asked) -> Models:
 
 
 def _source(recipe: Recipe, file: Path, asked: Asked) -> tuple[str, ModelShape]:
-    """What the recipe prunes, and where that is said; without a word of its own, the teacher."""
+    """What the recipe prunes, and where that is stated; where it states nothing, the teacher."""
     if recipe.source in MODELS:
         return recipe.source, MODELS[recipe.source].shape
     if recipe.source:
         directory = file.parent / recipe.source
         if not directory.is_dir():
             known = ", ".join(MODELS)
-            what = f"source {recipe.source!r} is no directory here, and none of {known}"
+            what = f"source {recipe.source!r} is not a directory here and not one of {known}"
             raise RecipeError(what, where=str(file), fix="name one of them, or a directory with a config.json")
         return os.path.normpath(directory), _read(directory, asked.teacher_without_mtp)
     if asked.teacher_config is not None:

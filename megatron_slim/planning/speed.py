@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_slim.architecture.flops import block_flops, head_flops, mtp_flops, student_work, teacher_work
+from megatron_slim.architecture.flops import block_flops, head_flops, mtp_flops, student_flops, teacher_flops
 from megatron_slim.architecture.parallelism import padded_vocab_size
 from megatron_slim.architecture.pipeline_layout import Stages
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
@@ -155,13 +155,14 @@ class Cost:
             return found + self.block(kind, 1)
         return found + self.moe(1) if self.layout.recompute == "moe" else found
 
-    def heads(self, depths: int, *, learns: bool) -> Seconds:
+    def heads(self, depths: int, *, trained: bool) -> Seconds:
         """Output layer and losses of the main head and MTP heads: the student's gradients come with the losses."""
         tokens = self.of.share * self.layout.tp
         columns = padded_vocab_size(self.shape) / self.layout.tp
-        flops = (3.0 if learns else 1.0) * head_flops(self.shape) * self.of.share / self.gpu.bf16 / self.assumed.gemm
+        flops = (3.0 if trained else 1.0) * head_flops(self.shape) * self.of.share / self.gpu.bf16 / self.assumed.gemm
         each = LOSS_BYTES[self.settings.precision] * tokens * columns / self.hbm
-        one = Seconds(flops, each * (self.assumed.forward_traffic if learns else 1.0), self.tensor(2 if learns else 1))
+        traffic = each * (self.assumed.forward_traffic if trained else 1.0)
+        one = Seconds(flops, traffic, self.tensor(2 if trained else 1))
         return sum([one] * depths, one)
 
     def mtp(self, passes: int) -> Seconds:
@@ -180,25 +181,26 @@ def stage_seconds(
 ) -> list[tuple[Seconds, Seconds]]:
     """Forward (the teacher's too) and backward of one micro-batch on every virtual stage."""
     found = []
-    number, start, taught = len(stages.student_layers), 0, 0
+    number, start, teacher_start = len(stages.student_layers), 0, 0
     layers = zip(stages.student_layers, stages.teacher_layers or (0,) * number, strict=True)
     ahead = {kind: student.block(kind, 1) for kind in student.counts}
     back = {kind: student.backward(kind) for kind in student.counts}
-    teaching = {kind: teacher.block(kind, 1) for kind in teacher.counts} if teacher else {}
+    ahead_of_teacher = {kind: teacher.block(kind, 1) for kind in teacher.counts} if teacher else {}
     for stage, (own, theirs) in enumerate(layers):
         kinds = student.shape.layer_types[start : start + own]
         forward, backward = _sum([ahead[kind] for kind in kinds]), _sum([back[kind] for kind in kinds])
         if teacher is not None:
-            forward += _sum([teaching[kind] for kind in teacher.shape.layer_types[taught : taught + theirs]])
+            layers_of_stage = teacher.shape.layer_types[teacher_start : teacher_start + theirs]
+            forward += _sum([ahead_of_teacher[kind] for kind in layers_of_stage])
         if stage == number - 1:
             depths = student.shape.mtp_num_layers
-            forward += student.heads(depths, learns=True) + _sum([student.mtp(1)] * depths)
+            forward += student.heads(depths, trained=True) + _sum([student.mtp(1)] * depths)
             backward += _sum([student.mtp(2)] * depths)
             if teacher is not None:
                 runs = teacher.shape.mtp_num_layers if teacher_runs_mtp else 0
-                forward += teacher.heads(runs, learns=False) + _sum([teacher.mtp(1)] * runs)
+                forward += teacher.heads(runs, trained=False) + _sum([teacher.mtp(1)] * runs)
         found.append((forward, backward))
-        start, taught = start + own, taught + theirs
+        start, teacher_start = start + own, teacher_start + theirs
     return found
 
 
@@ -233,8 +235,8 @@ def step(
     """What a training step takes."""
     runs_mtp = teacher is not None and teacher.mtp_num_layers >= student.mtp_num_layers > 0
     cost = Cost(student, layout, settings, gpu, assumed)
-    taught = Cost(teacher, layout, settings, gpu, assumed) if teacher is not None else None
-    each = stage_seconds(cost, taught, stages, teacher_runs_mtp=runs_mtp)
+    teacher_cost = Cost(teacher, layout, settings, gpu, assumed) if teacher is not None else None
+    each = stage_seconds(cost, teacher_cost, stages, teacher_runs_mtp=runs_mtp)
     count, nbytes = layout.micro_batches(settings), received_bytes(student, teacher, cost.of)
     near = layout.gpus <= gpu.per_node  # else some stage's next one is on another node
     rate = gpu.nvlink * assumed.nvlink if near else gpu.network * assumed.network
@@ -247,9 +249,9 @@ def step(
     share = count / layout.pp
     mean = Seconds(*(value * share for value in (busy.compute, busy.traffic, busy.tensor, busy.all_to_all, busy.host)))
     tokens = settings.global_batch * settings.seq_length
-    flops = student_work(student, settings.seq_length, settings.kernels).total
+    flops = student_flops(student, settings.seq_length, settings.kernels).total
     if teacher is not None:
-        flops += teacher_work(teacher, settings.seq_length, settings.kernels, runs_mtp=runs_mtp).total
+        flops += teacher_flops(teacher, settings.seq_length, settings.kernels, runs_mtp=runs_mtp).total
     return Step(
         seconds=seconds,
         pipeline=pipeline,

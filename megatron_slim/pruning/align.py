@@ -1,7 +1,7 @@
 """Matching the hidden neurons of experts before they are averaged.
 
 The order of an expert's hidden neurons means nothing: rows of gate and up and columns of down may be permuted together
-and the expert computes what it did. Two experts that have learnt the same thing have learnt it in different orders,
+and the expert computes what it did. Two experts that compute the same thing hold it in different orders,
 and the mean of neurons that have nothing to do with one another is neither. So each member of a group is permuted to
 match its base first (Git Re-Basin's weight matching, arXiv 2209.04836, of one layer): the assignment of its neurons to
 the base's that maximises the sum of their inner products over gate, up and down together, which is also the one whose

@@ -99,7 +99,7 @@ class PrunedCheckpoint:
         return self.source.read_rows(name, _within(rows, dim0_index), _within(columns, dim1_index))
 
     def _read_neurons(self, block: str, expert: int, neurons: Neurons | None) -> Tensor:
-        """All surviving weights of some neurons of a source expert, as `Alignment` wants them: [neurons, weights]."""
+        """All surviving weights of some neurons of a source expert, as `Alignment` takes them: [neurons, weights]."""
         kept = {"hidden": self._kept_hidden} | ({} if neurons is None else {"moe_ffn": neurons})
         found = []
         for weight in weights(self.plan.source_shape):

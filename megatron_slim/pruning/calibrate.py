@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
+
+import megatron_slim.mcore
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +17,7 @@ from torch import Tensor
 from megatron_slim import __version__
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint
-from megatron_slim.cli import say
+from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.device import default_dtype, init_single_process
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.pruning.fingerprint import fingerprint
@@ -24,6 +27,8 @@ from megatron_slim.pruning.samples import check_samples
 from megatron_slim.pruning.statistics import FORMAT, Array, Statistics, importance_key
 from megatron_slim.pruning.streaming import FINAL_NORM, StreamingForward
 from megatron_slim.pruning.work_dir import WorkDir
+
+logger = logging.getLogger(__name__)
 
 # On a CPU, tokens in one forward pass so that an expert multiplies more than a few at a time: 5x faster than 256.
 FORWARD_TOKENS = 4096
@@ -47,9 +52,9 @@ def calibrate(
         work: where hidden states and progress are kept, see `work_dir.open_work_dir`; None keeps them in memory.
 
     Raises:
-        DataError: the samples do not suit the model.
+        DataError: the samples do not fit the model.
         CheckpointError: an activation is not finite; names its block.
-        SlimError: what is in the work directory does not suit these inputs, or there is too little room.
+        SlimError: what is in the work directory does not belong to these inputs, or there is too little space.
     """
     check_samples(samples, checkpoint.shape)
     init_single_process()
@@ -99,7 +104,7 @@ class _Calibration(StreamingForward):
             self.tensors.update(block_statistics(module, self.shape, sums, router))
 
     def state(self) -> Mapping[str, Tensor]:
-        """All tensors so far, and the sums that go on over the blocks."""
+        """All tensors so far, and the sums that continue over the blocks."""
         tensors = {f"{_TENSORS}{name}": torch.from_numpy(value) for name, value in self.tensors.items()}
         return tensors | {f"{_HIDDEN}{kind}": values for kind, values in self.importance.sums.items()}
 
@@ -119,7 +124,7 @@ def say_unrouted(tensors: Mapping[str, Array], shape: ModelShape) -> None:
     """Tell how many experts no token visited, by block."""
     counts = {block: int((tensors[importance_key(block, "frequency")] == 0).sum()) for block in shape.blocks}
     if found := [f"{count} of {block}" for block, count in counts.items() if count]:
-        say(f"experts that no token visited, whose importances are 0: {summarise(found)}")
+        logger.info(f"experts that no token visited, whose importances are 0: {summarise(found)}")
 
 
 def not_finite(module: str, checkpoint: Checkpoint) -> CheckpointError:
@@ -138,7 +143,7 @@ def metadata(checkpoint: Checkpoint, samples: npt.NDArray[np.int64], dtype: torc
         "source_sha256": fingerprint(checkpoint),
         "num_samples": str(samples.shape[0]),
         "seq_length": str(samples.shape[1]),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "megatron_slim": __version__,
         "torch": torch.__version__,
     }

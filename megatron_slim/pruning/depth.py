@@ -1,4 +1,4 @@
-"""Depth: which layers survive, and what can be said of it before anything is measured.
+"""Depth: which layers survive, and what is known of it before anything is measured.
 
 transformers cannot run a model without a full-attention layer. Statistics may favour a choice that leaves none; of the
 choices that leave one the best is taken then, so that what `possible_types` allows before calibration is never refused

@@ -11,7 +11,7 @@ from megatron_slim.checkpoint.raw_files import as_bytes
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 that tells checkpoints apart without reading all of them.
+    """SHA-256 that distinguishes checkpoints without reading all of them.
 
     It covers the sizes, the name, shape and type of every tensor, and the values of all vectors and routers, which
     training moves first and which are a thousandth of the bytes. A checkpoint has one fingerprint, in either format.

@@ -24,7 +24,7 @@ class HiddenStates(Protocol):
         """Everything has gone through a module."""
 
     def commit(self, measured: Mapping[str, Tensor]) -> None:
-        """The module is done with; ``measured`` is what a run that goes on from here must know."""
+        """The module is done with; ``measured`` is what a run that resumes from here must know."""
 
 
 class InMemory:
@@ -80,5 +80,5 @@ class InFiles:
         self._work.turn()
 
     def commit(self, measured: Mapping[str, Tensor]) -> None:
-        """Make this the state to go on from."""
+        """Make this the state to resume from."""
         self._work.commit(measured)

@@ -12,6 +12,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -37,7 +39,7 @@ from megatron_slim.pruning.samples import check_samples
 from megatron_slim.pruning.statistics import Array, Statistics
 from megatron_slim.pruning.streaming import EMBEDDING, FINAL_NORM, MTP_INPUT, MTP_NORM
 
-SEED = 1234  # of Megatron's generators, which nothing draws from in a forward pass
+SEED = 1234  # of Megatron's generators, which nothing uses in a forward pass
 Samples = npt.NDArray[np.int64]
 
 
@@ -56,7 +58,7 @@ def calibrate_parallel(
         The statistics on rank 0, None on the others.
 
     Raises:
-        SlimError: the layout or the samples do not suit the model (before weights are read), or an activation is not
+        SlimError: the layout or the samples do not fit the model (before weights are read), or an activation is not
             finite; all ranks raise it.
     """
     shape, dtype = checkpoint.shape, default_dtype()
@@ -66,10 +68,10 @@ def calibrate_parallel(
     _start(layout)
     with torch.no_grad():
         model = _load(checkpoint, _config(shape, layout, dtype))
-        recorders, faults = _listen(model, shape)
+        recorders, nonfinite = _listen(model, shape)
         _run(model, recorders, samples, micro_batch_size)
     del model
-    _refuse_faults(faults, checkpoint)
+    _refuse_nonfinite(nonfinite, checkpoint)
     return _collect(recorders, checkpoint, samples, dtype)
 
 
@@ -121,12 +123,12 @@ def _listen(model: HiddenStatesModel, shape: ModelShape) -> tuple[dict[str, Reco
     """Recorders of this rank's modules, and how many values of every module's output are not finite."""
     names = [EMBEDDING, *(name for name in shape.blocks if name.startswith("model.")), FINAL_NORM]
     names += [MTP_INPUT, *(name for name in shape.blocks if name.startswith("mtp.")), MTP_NORM]
-    faults = {name: torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device()) for name in names}
+    nonfinite = {name: torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device()) for name in names}
 
     def watch(name: str, module: nn.Module) -> None:
         def count(module: Any, args: Any, output: Any) -> None:
             values = output[0] if isinstance(output, tuple) else output
-            faults[name] += (~torch.isfinite(values)).sum()
+            nonfinite[name] += (~torch.isfinite(values)).sum()
 
         module.register_forward_hook(count)
 
@@ -146,7 +148,7 @@ def _listen(model: HiddenStatesModel, shape: ModelShape) -> tuple[dict[str, Reco
     for name, layer in blocks.items():
         watch(name, layer)
         recorders[name] = BlockRecorder(name, shape, layer)
-    return recorders, faults
+    return recorders, nonfinite
 
 
 def micro_batches(samples: Samples, rank: int, ranks: int, size: int | None) -> tuple[Tensor, Tensor]:
@@ -195,11 +197,11 @@ def _run(model: HiddenStatesModel, recorders: dict[str, Recorder], samples: Samp
     )
 
 
-def _refuse_faults(faults: dict[str, Tensor], checkpoint: Checkpoint) -> None:
+def _refuse_nonfinite(nonfinite: dict[str, Tensor], checkpoint: Checkpoint) -> None:
     """Raise on all ranks, naming the first module whose output was not finite on any."""
-    counts = torch.stack(list(faults.values()))
+    counts = torch.stack(list(nonfinite.values()))
     torch.distributed.all_reduce(counts)
-    for name, count in zip(faults, counts.tolist(), strict=True):
+    for name, count in zip(nonfinite, counts.tolist(), strict=True):
         if count:
             raise not_finite(name, checkpoint)
 

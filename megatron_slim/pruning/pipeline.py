@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_slim.checkpoint.convert import write_checkpoint
 from megatron_slim.checkpoint.huggingface_writer import total_bytes
@@ -12,6 +12,9 @@ from megatron_slim.files import write_atomic
 from megatron_slim.pruning.apply import PrunedCheckpoint
 from megatron_slim.pruning.report import markdown, rows, summarise
 from megatron_slim.pruning.statistics import Statistics
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def comparison(pruned: PrunedCheckpoint) -> dict[str, Any]:
@@ -23,9 +26,8 @@ def comparison(pruned: PrunedCheckpoint) -> dict[str, Any]:
     }
 
 
-def print_comparison(pruned: PrunedCheckpoint) -> None:
-    """The before/after table on standard output."""
-    from rich.console import Console
+def comparison_table(pruned: PrunedCheckpoint) -> Table:
+    """The before/after table."""
     from rich.table import Table
 
     table = Table("", "before", "after", "left")
@@ -33,11 +35,11 @@ def print_comparison(pruned: PrunedCheckpoint) -> None:
         column.justify = "right"
     for row in rows(**comparison(pruned)):
         table.add_row(*row)
-    Console().print(table)
+    return table
 
 
 def write_pruned(pruned: PrunedCheckpoint, target: Path, *, stats: Statistics | None, **options: Any) -> dict[str, Any]:
-    """Write the target of a plan; beside the weights it gets the plan, the statistics and the before/after table.
+    """Write the target of a plan; next to the weights it gets the plan, the statistics and the before/after table.
 
     Args:
         pruned: the target.

@@ -19,6 +19,7 @@ import numpy as np
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import RecipeError
+from megatron_slim.extras import require
 from megatron_slim.files import sha256, write_atomic
 from megatron_slim.pruning import statistics
 from megatron_slim.pruning.depth import kept_layers, possible_types
@@ -91,9 +92,15 @@ class Plan:
         """Hash of the plan's JSON."""
         return sha256(self.to_json())
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the plan's JSON."""
-        write_atomic(path, self.to_json())
+        write_atomic(Path(path), self.to_json())
+
+    def __str__(self) -> str:
+        """The plan as tables."""
+        from megatron_slim.pruning.plan_tables import text
+
+        return text(self)
 
 
 def make_plan(
@@ -162,7 +169,10 @@ def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") ->
 
     Raises:
         RecipeError: lists every violation.
+        SlimError: what it asks for needs a package that is not installed.
     """
+    if recipe.experts.align != "none":
+        require("align", "scipy", "experts.align")
     wanted = dataclasses.asdict(recipe.target)
     found = [
         f"target.{key} {value} is larger than the source's {getattr(shape, key)}"
@@ -199,25 +209,25 @@ def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") ->
         raise RecipeError("; ".join(found), where=where)
 
 
-def check_later_stages(schedule: Recipe, number: int, shape: ModelShape, *, where: str) -> None:
-    """Refuse now what a later stage of a schedule would refuse after the training of the one before.
+def check_later_phases(schedule: Recipe, number: int, shape: ModelShape, *, where: str) -> None:
+    """Refuse now what a later phase of a schedule would refuse after the training of the one before.
 
     Args:
-        schedule: a recipe with stages; of one without there is nothing to check.
-        number: the stage that is about to begin, from 1.
+        schedule: a recipe with phases; of one without there is nothing to check.
+        number: the phase that is about to begin, from 1.
         shape: the model that it is given.
         where: the recipe's file, for errors.
 
     Raises:
-        RecipeError: a later stage cannot be met, whatever statistics choose until then. What follows a stage with a
+        RecipeError: a later phase cannot be met, whatever statistics choose until then. What follows a phase with a
             budget is not known yet.
     """
     possible = {shape}
-    for stage, recipe in enumerate(schedule.stages[number - 1 :], number):
+    for phase, recipe in enumerate(schedule.phases[number - 1 :], number):
         accepted: list[ModelShape] = []
         for source in possible:
             try:
-                check_recipe(recipe, source, where=f"{where}: stage {stage}")
+                check_recipe(recipe, source, where=f"{where}: phase {phase}")
                 accepted.append(source)
             except RecipeError as error:
                 refused = error

@@ -1,4 +1,4 @@
-"""What tools/show_plan.py does: the tables of a plan on a terminal, and a page that holds everything."""
+"""A plan as a page that holds everything: tables, pictures, and a ranking next to it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,14 @@ import base64
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from megatron_slim.cli import say
-from megatron_slim.errors import SlimError
-from megatron_slim.files import new_directory, refuse_existing
+from megatron_slim.files import new_directory
 from megatron_slim.pruning.plan import Plan
-from megatron_slim.pruning.plan_reader import load_plan
-from megatron_slim.pruning.plan_tables import Section, sections
-from megatron_slim.pruning.plan_view import check_statistics, ranking_lines, summary
+from megatron_slim.pruning.plan_tables import Section
+from megatron_slim.pruning.plan_view import ranking_lines
 from megatron_slim.pruning.statistics import Statistics
 
 PAGE, RANKING = "index.html", "ranking.jsonl"
-TERMINAL_WIDTH = 120  # where standard output is no terminal
 
 # The page may load nothing, whatever a name in the plan holds.
 _HEAD = """<!DOCTYPE html>
@@ -40,58 +35,6 @@ code { overflow-wrap: anywhere; }
 <body>
 <h1>Pruning plan</h1>
 """
-
-
-def run_show(plan_file: Path, *, stats_file: Path | None = None, save: Path | None = None) -> dict[str, Any]:
-    """Print a plan; with ``save``, write it as a page, pictures and a ranking into a new directory.
-
-    Args:
-        plan_file: plan.json.
-        stats_file: the statistics that the plan follows from; without them no importance is known.
-        save: a new directory; needs the statistics.
-
-    Returns:
-        `plan_view.summary`, with the paths.
-
-    Raises:
-        SlimError: no plan, other statistics, or ``save`` exists.
-    """
-    if save is not None:
-        refuse_existing(save)
-        if stats_file is None:
-            raise SlimError("pictures and ranking are made of statistics", where="--save", fix="give --stats")
-    plan = load_plan(plan_file)
-    stats = None
-    if stats_file is not None:
-        stats = Statistics.load(stats_file)
-        check_statistics(plan, stats, where=str(stats_file))
-    tables = sections(plan, stats)
-    print_sections(tables)
-    if save is not None:
-        assert stats is not None
-        write_page(plan, stats, tables, save)
-        say(f"{save}: open {PAGE} in a browser")
-    return {"plan": str(plan_file), "save": None if save is None else str(save), **summary(plan, stats)}
-
-
-def print_sections(tables: Sequence[Section]) -> None:
-    """Tables on standard output."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    console.width = max(console.width, TERMINAL_WIDTH)
-    for section in tables:
-        if section.rows:
-            table = Table(*section.columns, title=section.title, title_justify="left")
-            table.columns[0].no_wrap = True
-            for column in table.columns[1:]:
-                column.justify = "right"
-            for row in section.rows:
-                table.add_row(*row)
-            console.print(table)
-        if section.note:
-            console.print(section.note, markup=False, highlight=False)
 
 
 def write_page(plan: Plan, stats: Statistics, tables: Sequence[Section], directory: Path) -> None:

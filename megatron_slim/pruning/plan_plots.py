@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_slim.extras import require
 from megatron_slim.pruning.plan import Plan
 from megatron_slim.pruning.plan_view import EXPERTS, Axis, block_experts, dropped_layers, ranked_axes
 from megatron_slim.pruning.statistics import LAYER_KINDS, Statistics, importance_key, layer_key
@@ -22,18 +23,13 @@ KEPT_COLOUR, CUT_COLOUR, OTHER_COLOUR = "tab:blue", "tab:red", "tab:orange"
 
 def figures(plan: Plan, stats: Statistics) -> dict[str, bytes]:
     """Every picture as PNG bytes, the same for the same plan; by file name."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    require("plots", "matplotlib", "the page of a plan")
     return {"importances.png": _png(_importances(plan, stats)), "experts.png": _png(_experts(plan, stats))}
 
 
 def _png(figure: Any) -> bytes:
-    from matplotlib import pyplot
-
     stream = io.BytesIO()
     figure.savefig(stream, dpi=DPI, format="png", metadata={"Software": None})
-    pyplot.close(figure)
     return stream.getvalue()
 
 
@@ -75,13 +71,13 @@ def _label_blocks(axes: Any, blocks: Sequence[str], dropped: frozenset[int] = fr
 
 def _importances(plan: Plan, stats: Statistics) -> Any:
     """Experts' importances by block, their cumulative share, every other ranked axis, and what layers do."""
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     others = [axis for axis in ranked_axes(plan, stats) if axis.name != EXPERTS]
     names = list(dict.fromkeys(axis.name for axis in others))
     rows = 1 + -(-len(names) // 2)
     top = _height(len(list(plan.source_shape.blocks)))
-    figure = pyplot.figure(figsize=(13, top + 3.4 * rows), layout="constrained")
+    figure = Figure(figsize=(13, top + 3.4 * rows), layout="constrained")
     grid = figure.add_gridspec(rows + 1, 2, height_ratios=[top, *[3.2] * rows])
     _heatmap(figure, figure.add_subplot(grid[0, :]), plan, stats)
     _cumulative(figure.add_subplot(grid[1, 0]), [axis for axis in ranked_axes(plan, stats) if axis.name == EXPERTS])
@@ -194,14 +190,13 @@ def _ranked(axes: Any, places: Sequence[Axis]) -> None:
 
 def _experts(plan: Plan, stats: Statistics) -> Any:
     """By surviving block: what became of the experts, how large groups are, and what the survivors had."""
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     blocks = block_experts(plan, stats)
     names = [block.axis.place for block in blocks]
     height = _height(len(blocks))
-    figure, (left, middle, right) = pyplot.subplots(
-        1, 3, figsize=(13, height + 1.6), sharey=True, layout="constrained", width_ratios=[4, 4, 3]
-    )
+    figure = Figure(figsize=(13, height + 1.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=[4, 4, 3])
     rows = np.arange(len(blocks))
     _fates(left, rows, blocks)
     _legend_below(left, height)

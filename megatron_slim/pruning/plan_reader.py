@@ -34,7 +34,7 @@ def load_plan(path: Path) -> Plan:
     """Read and check a plan.
 
     Raises:
-        PlanError: the file is no plan, or one that cannot be applied.
+        PlanError: the file is not a plan, or is one that cannot be applied.
     """
     return parse_plan(read_json(path), where=str(path))
 
@@ -46,7 +46,7 @@ def parse_plan(document: Any, *, where: str = "plan") -> Plan:
         PlanError: lists every violation of the part that fails first.
     """
     if not isinstance(document, Mapping) or document.get("version") != VERSION:
-        raise PlanError(f"not a plan of version {VERSION}", where=where, fix="make it with tools/plan_pruning.py")
+        raise PlanError(f"not a plan of version {VERSION}", where=where, fix="make it with megatron-slim plan")
     _refuse([f"missing key {key}" for key in (*_KEYS, *_INNER) if key not in document], where)
     _refuse([f"unknown key {key}" for key in document if key not in (*_KEYS, *_INNER)], where)
     recipe = parse_recipe(document["recipe"], where=f"{where}: recipe")
@@ -109,7 +109,7 @@ def _search(value: Any, recipe: Recipe, target: ModelShape, where: str) -> Ranki
     axes = {axis for axis in recipe.search.axes if getattr(recipe.target, axis) is None}
     _refuse([f"search.candidates {k} {row!r}" for k, row in enumerate(rows) if not _is_candidate(row, axes)], where)
     if type(value["chosen"]) is not int or not 0 <= value["chosen"] < len(rows):
-        raise PlanError(f"search.chosen {value['chosen']!r} is none of {len(rows)} candidates", where=where)
+        raise PlanError(f"search.chosen {value['chosen']!r} is not one of {len(rows)} candidates", where=where)
     candidates = tuple(Candidate(**row) for row in rows)
     chosen = candidates[value["chosen"]]
     if counted(target, chosen.sizes, chosen.score, chosen.loss) != chosen or chosen.over(recipe.budget):
@@ -176,11 +176,11 @@ def _group_violation(base: str, group: Any, kept: list[int], used: set[int], lim
     if not isinstance(members, list) or not isinstance(weights, list) or len(members) != len(weights):
         return "has no weight for every member"
     if index_violations("members", members, len(members), limit) or base not in map(str, kept):
-        return "has members that are no ascending expert indices, or a base that is not kept"
+        return "has members that are not ascending expert indices, or a base that is not kept"
     if int(base) not in members or used & (set(members) - {int(base)}):
         return "lacks its base or shares a member with another group"
     if any(type(w) not in (int, float) or not math.isfinite(w) or w < 0 for w in weights):
-        return "has weights that are no finite non-negative numbers"
+        return "has weights that are negative or not finite"
     return None if abs(math.fsum(weights) - 1) <= _SUM_TOLERANCE else "has weights that do not sum to 1"
 
 

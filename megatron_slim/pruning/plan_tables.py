@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import statistics as averages
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_slim.architecture.fp8_sizes import RECIPES, size_violations
 from megatron_slim.architecture.parallelism import layout_violations
@@ -13,6 +14,13 @@ from megatron_slim.pruning import report
 from megatron_slim.pruning.plan import Plan
 from megatron_slim.pruning.plan_view import Axis, ranked_axes, summary
 from megatron_slim.pruning.statistics import LAYER_KINDS, Statistics
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+TEXT_WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,37 @@ class Section:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+
+
+def table(section: Section) -> Table:
+    """A section as a table of rich."""
+    from rich.table import Table
+
+    found = Table(*section.columns, title=section.title, title_justify="left")
+    found.columns[0].no_wrap = True
+    for column in found.columns[1:]:
+        column.justify = "right"
+    for row in section.rows:
+        found.add_row(*row)
+    return found
+
+
+def text(plan: Plan, stats: Statistics | None = None) -> str:
+    """The tables of a plan as plain text."""
+    from rich.console import Console
+
+    stream = io.StringIO()
+    show(sections(plan, stats), Console(width=TEXT_WIDTH, file=stream, color_system=None, force_jupyter=False))
+    return stream.getvalue()
+
+
+def show(shown: Sequence[Section], console: Console) -> None:
+    """Tables and notes on ``console``."""
+    for section in shown:
+        if section.rows:
+            console.print(table(section))
+        if section.note:
+            console.print(section.note, markup=False, highlight=False)
 
 
 def _section(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> Section:
@@ -100,7 +139,7 @@ def _layer_section(numbers: dict[str, Any]) -> Section:
         for entry in numbers["dropped_layers"]
     ]
     columns = ("layer", "attention", "cosine of input and output", "block influence")
-    return _section("Layers that go", columns, rows, numbers["depth_reason"])
+    return _section("Removed layers", columns, rows, numbers["depth_reason"])
 
 
 def _axis_sections(plan: Plan, stats: Statistics | None, numbers: dict[str, Any]) -> Iterator[Section]:
@@ -108,7 +147,7 @@ def _axis_sections(plan: Plan, stats: Statistics | None, numbers: dict[str, Any]
     rows = [
         _axis_row([axis for axis in axes if axis.name == name]) for name in dict.fromkeys(axis.name for axis in axes)
     ]
-    yield _section("What is ranked", AXIS_COLUMNS, rows)
+    yield _section("Ranked axes", AXIS_COLUMNS, rows)
     yield _section(
         "Experts by block", EXPERT_COLUMNS, [_expert_row(entry) for entry in numbers["experts"]], EXPERT_NOTE
     )

@@ -1,7 +1,8 @@
 """A plan as numbers: what stays, what goes, and what was lost by it (no torch).
 
-`summary` is the JSON of tools/show_plan.py, `ranking_lines` its ranking of experts; `plan_tables` and `plan_plots` show
-them. Everything that is ranked is an `Axis`; a further one is an entry in `ranked_axes`, a row and a curve.
+`summary` is the JSON of megatron-slim show-plan, `ranking_lines` its ranking of experts; `plan_tables` and
+`plan_plots` show them. Everything that is ranked is an `Axis`; a further one is an entry in `ranked_axes`, a row and a
+curve.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
-from megatron_slim.architecture.table import count_parameters
+from megatron_slim.architecture.table import BF16_BYTES, count_parameters
 from megatron_slim.pruning import report
 from megatron_slim.pruning.experts import ExpertGroup, Vector, ranking
 from megatron_slim.pruning.inner_axes import HEADS
@@ -33,7 +34,6 @@ from megatron_slim.pruning.statistics import (
 
 HIDDEN, EXPERTS = "hidden dimensions", "experts"
 STREAM = "residual stream"
-BF16_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Axis:
 
 
 def share(values: Vector | None, kept: Sequence[int]) -> float | None:
-    """Sum over the kept ones of the sum over all; None where that is no number.
+    """Sum over the kept ones of the sum over all; None where that is not a number.
 
     >>> share(np.array([1.0, 2.0, 5.0]), [1, 2])
     0.875
@@ -217,7 +217,7 @@ def _reason_of_a_run(first: int, starts: int, stats: Statistics | None) -> str:
         return f"in a row from layer {first}, whose input and output are most alike"
     cosines = [float(stats.tensors[layer_key(f"model.layers.{i}", "cosine")]) for i in range(1, starts + 1)]
     own = cosines[first - 1]
-    rest = " of the runs beside which a full-attention layer is left" if max(cosines) > own else ""
+    rest = " of the runs that leave a full-attention layer" if max(cosines) > own else ""
     return f"in a row from layer {first}, whose input and output are most alike (cosine {own:.4f}){rest}"
 
 
@@ -257,7 +257,7 @@ def _sizes(shape: ModelShape) -> report.Summary:
 
 
 def summary(plan: Plan, stats: Statistics | None) -> dict[str, Any]:
-    """All numbers of the tables, for ``--json``; what only statistics tell is null without them."""
+    """All numbers of the tables, for ``--json``; what only statistics show is null without them."""
     return {
         "plan_sha256": plan.sha256,
         "source_sha256": plan.source_sha256,

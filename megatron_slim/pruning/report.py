@@ -108,11 +108,11 @@ def markdown(plan: Plan, before: Summary, after: Summary) -> str:
 
 
 def _stage(plan: Plan) -> list[str]:
-    stage = plan.recipe.stage
-    if stage is None:
+    phase = plan.recipe.phase
+    if phase is None:
         return []
-    name, tokens = stage.name and f" ({stage.name})", f"; then {stage.tokens:,} tokens" if stage.tokens else ""
-    return [f"- stage {stage.number} of {stage.count}{name}{tokens}"]
+    name, tokens = phase.name and f" ({phase.name})", f"; then {phase.tokens:,} tokens" if phase.tokens else ""
+    return [f"- phase {phase.number} of {phase.count}{name}{tokens}"]
 
 
 def _search(plan: Plan) -> list[str]:

@@ -1,8 +1,10 @@
-"""Calibration samples that suit a model: read, checked, and refused before anything is measured."""
+"""Calibration samples: read, and checked against the model before anything is measured."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -11,31 +13,46 @@ from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.data import check_ids, read_samples
 from megatron_slim.errors import DataError
 
-# SlimQwen 3.2 draws 1024 samples; 4096 tokens is our choice, the paper names none.
+if TYPE_CHECKING:
+    from megatron_slim.checkpoint.convert import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+# SlimQwen 3.2 takes 1024 samples; 4096 tokens is our choice, the paper names none.
 NUM_SAMPLES, SEQ_LENGTH = 1024, 4096
 
 
 def read_calibration_samples(
-    path: Path, shape: ModelShape, *, num_samples: int | None, seq_length: int | None, seed: int
+    data: Path | npt.NDArray[np.int64], shape: ModelShape, *, num_samples: int | None, seq_length: int | None, seed: int
 ) -> npt.NDArray[np.int64]:
     """Read token ids [samples, sequence] for a model.
 
     Args:
-        path: prefix of a Megatron .bin/.idx pair, or a ``.npy`` matrix, which is used as it is.
+        data: prefix of a Megatron .bin/.idx pair, or a ``.npy`` file or its matrix, which is used as it is.
         shape: sizes of the model.
         num_samples: drawn at random; None takes all of a matrix and `NUM_SAMPLES` of a Megatron data set.
         seq_length: tokens per sample of a Megatron data set; None is `SEQ_LENGTH`, or all that the model reads.
-        seed: of the draw.
+        seed: of the random choice.
 
     Raises:
         DataError: not data, or not for this model.
     """
-    if path.suffix != ".npy":
+    if isinstance(data, Path) and data.suffix != ".npy":
         num_samples = num_samples or NUM_SAMPLES
         seq_length = seq_length or min(SEQ_LENGTH, shape.max_position_embeddings)
-    samples = read_samples(path, seq_length=seq_length, num_samples=num_samples, vocab_size=shape.vocab_size, seed=seed)
-    check_samples(samples, shape, where=str(path))
+    samples = read_samples(data, seq_length=seq_length, num_samples=num_samples, vocab_size=shape.vocab_size, seed=seed)
+    check_samples(samples, shape, where=str(data) if isinstance(data, Path) else "samples")
     return samples
+
+
+def log_calibration(source: Checkpoint, samples: npt.NDArray[np.int64], processes: str = "") -> None:
+    """Log what calibration is about to do, and what of the checkpoint it takes in another precision."""
+    from megatron_slim.checkpoint.remarks import remarks
+    from megatron_slim.device import default_dtype
+
+    logger.info(f"calibrating on {samples.shape[0]} samples of {samples.shape[1]} tokens{processes}")
+    for line in remarks(source, default_dtype(), "calibration"):
+        logger.info(line)
 
 
 def check_samples(samples: npt.NDArray[np.int64], shape: ModelShape, *, where: str = "calibration data") -> None:

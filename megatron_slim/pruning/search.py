@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
-from megatron_slim.architecture.table import count_parameters
+from megatron_slim.architecture.table import BF16_BYTES, count_parameters
 from megatron_slim.errors import RecipeError
 from megatron_slim.pruning import statistics
 from megatron_slim.pruning.experts import Vector
@@ -42,7 +42,6 @@ from megatron_slim.recipe import Recipe
 from megatron_slim.recipe_budget import Budget, Search
 
 LAYERS, HIDDEN, EXPERTS = "num_layers", "hidden_size", "num_moe_experts"
-BF16_BYTES = 2
 MAX_RECORDED = 50
 STEPS = 16  # of an axis, about
 # Sizes are multiples of the first, which kernels like; of the second where that leaves fewer than `FEWEST` sizes.
@@ -193,7 +192,7 @@ class Space:
                 yield found
 
     def _largest(self, sizes: Mapping[str, int], axis: str) -> Candidate | None:
-        """With the largest size of one axis that the bounds allow beside these sizes."""
+        """With the largest size of one axis that the bounds allow with these sizes."""
         least, beyond, found = -1, len(self.grid[axis]), None
         while beyond - least > 1:
             middle = (least + beyond) // 2

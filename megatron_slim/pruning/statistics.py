@@ -102,7 +102,7 @@ def _refuse_other_format(metadata: Mapping[str, str], path: Path) -> None:
         raise CheckpointError(
             f"not a file of calibration statistics (metadata 'format' is not {FORMAT!r})",
             where=str(path),
-            fix="make it with tools/calibrate.py",
+            fix="make it with megatron-slim calibrate",
         )
 
 
@@ -126,14 +126,14 @@ class Statistics:
             path: the file, or the directory of a pruned checkpoint that keeps it under its present or former name.
 
         Raises:
-            CheckpointError: the file is missing, is no safetensors file or holds something else.
+            CheckpointError: the file is missing, is not a safetensors file or holds something else.
         """
         from safetensors import SafetensorError, safe_open
 
         if path.is_dir():
             path = next(filter(Path.is_file, (path / STATS, path / FORMER_STATS)), path / STATS)
         if not path.is_file():
-            raise CheckpointError("no such file", where=str(path), fix="make it with tools/calibrate.py")
+            raise CheckpointError("no such file", where=str(path), fix="make it with megatron-slim calibrate")
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
@@ -143,9 +143,9 @@ class Statistics:
             raise CheckpointError(f"not readable as safetensors ({error})", where=str(path)) from None
         return cls(tensors, metadata)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the statistics; equal statistics give equal bytes."""
-        write_atomic(path, self._serialized)
+        write_atomic(Path(path), self._serialized)
 
     @property
     def sha256(self) -> str:

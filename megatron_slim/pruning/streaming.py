@@ -8,7 +8,10 @@ MTP block goes last: its input is made of the trunk's final hidden state and the
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
+
+import megatron_slim.mcore
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +23,16 @@ from megatron_slim import __version__
 from megatron_slim.architecture.local_modules import rms_norm
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.checkpoint.convert import Checkpoint
+from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.raw_files import as_bytes
-from megatron_slim.cli import progress, say
 from megatron_slim.files import sha256
 from megatron_slim.pruning.block import block_config, build_block, rotary_embedding
 from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.hidden_states import HiddenStates, InFiles, InMemory
 from megatron_slim.pruning.work_dir import WorkDir
+from megatron_slim.reporting import progress
+
+logger = logging.getLogger(__name__)
 
 EMBEDDING, FINAL_NORM, MTP_NORM = "model.embed_tokens", "model.norm", "mtp.norm"
 MTP_INPUT, MTP_INPUT_NORMS = "mtp.fc", ("mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden")
@@ -102,7 +108,7 @@ class StreamingForward:
             if saved := self._work.begin(self._inputs(), nbytes):
                 finished = saved.finished
                 self.restore(saved.measured)
-                say(f"{self._work.path}: going on after {finished} of {len(list(self._modules()))} modules")
+                logger.info(f"{self._work.path}: resuming after {finished} of {len(list(self._modules()))} modules")
             self._hidden = InFiles(
                 self._work, self.shape.hidden_size, self.micro_batch_size, len(self.samples), self.dtype
             )
@@ -134,7 +140,7 @@ class StreamingForward:
             "checkpoint": fingerprint(self.checkpoint),
             "samples": f"{list(self.samples.shape)} {sha256(bytes(as_bytes(self.samples)))}",
             "micro-batch size": str(self.micro_batch_size),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "device": self.device.type,
             "megatron_slim": __version__,
             "torch": torch.__version__,

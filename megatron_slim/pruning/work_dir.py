@@ -64,7 +64,7 @@ class WorkDir:
             nbytes: size of all hidden states.
 
         Raises:
-            SlimError: what is here was begun with other inputs or is damaged, or there is too little room.
+            SlimError: what is here was begun with other inputs or is damaged, or there is too little space.
         """
         self._inputs = dict(inputs)
         saved = self._load() if (self.path / STATE).exists() else None
@@ -107,7 +107,7 @@ class WorkDir:
         self._finished += 1
 
     def commit(self, measured: Mapping[str, Tensor]) -> None:
-        """Make the state after the last module the one that a later run goes on from."""
+        """Make the state after the last module the one that a later run resumes from."""
         metadata = {
             "inputs": json.dumps(self._inputs),
             "finished": str(self._finished),
@@ -163,7 +163,7 @@ def open_work_dir(path: Path) -> Iterator[WorkDir]:
     if not path.parent.is_dir():
         raise SlimError("parent directory of the work directory does not exist", where=str(path), fix="create it first")
     if path.exists() and not path.is_dir():
-        raise SlimError("is no directory", where=str(path), fix="choose another name")
+        raise SlimError("is not a directory", where=str(path), fix="choose another name")
     with sole_writer(path):
         if foreign := [name for name in _entries(path) if not _OURS.fullmatch(name)]:
             fix = "name a new or an empty directory"

@@ -11,15 +11,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 
 from megatron_slim.architecture.layer_specs import shape_config_fields
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.checkpoint.distributed_writer import HF_DIR
 from megatron_slim.checkpoint.huggingface import read_shape
-from megatron_slim.cli import ToolParser
+from megatron_slim.checkpoint.torch_dist_names import HF_DIR
+from megatron_slim.command_line import ToolParser
 from megatron_slim.errors import SlimError
 from megatron_slim.training.slim_arguments import WITHOUT_MTP
 
@@ -78,7 +80,7 @@ def model_flags(shape: ModelShape) -> dict[str, Any]:
     """Megatron's flags that a model's shape decides, and their values; None and False: the flag is not to be given."""
     fields = {name: value for name, value in shape_config_fields(shape).items() if name not in _NOT_FIXED}
     if (pattern := fields["linear_attention_freq"]) is not None:
-        # Megatron's FLOP count, the only reader of this flag besides the config, wants the MTP blocks in the pattern.
+        # Megatron's FLOP count, the only reader of this flag besides the config, needs the MTP blocks in the pattern.
         fields["linear_attention_freq"] = str([*pattern, *[0] * shape.mtp_num_layers]).replace(" ", "")
     fields |= dict.fromkeys(_ROTARY)
     fields |= {
@@ -120,7 +122,7 @@ CPU_FLAGS = (
 
 
 def default_flags() -> list[str]:
-    """Flags that this kind of model wants and the command line may override by naming them itself."""
+    """Flags that this kind of model needs and the command line may override by naming them itself."""
     flags = ["--moe-router-load-balancing-type=global_aux_loss", "--moe-token-dispatcher-type=alltoall"]
     # Without an interval Megatron fails, also where there is no validation (--eval-iters 0).
     flags += ["--moe-router-dtype=fp32", "--ckpt-format=torch_dist", "--eval-interval=1000"]

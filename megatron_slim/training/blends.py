@@ -1,6 +1,6 @@
 """Which data sets a run is given, in which of the ways that Megatron has: on the command line, or in a file.
 
-A blend is a list of prefixes, or of a weight before every prefix. Megatron tells the two apart by whether their number
+A blend is a list of prefixes, or of a weight before every prefix. Megatron separates the two by whether their number
 is even, and takes a mixture of both for prefixes.
 """
 
@@ -85,7 +85,7 @@ def parse_blend(words: Sequence[str], where: str) -> Blend:
 
 
 def read_sources(args: Any) -> Sources:
-    """What the arguments name, read from files where they name files; mock data are no source.
+    """What the arguments name, read from files where they name files; mock data are not a source.
 
     Args:
         args: Megatron's arguments as parsed.
@@ -136,7 +136,7 @@ def _read_parts(path: Path) -> Sources:
     """Blends from a JSON file with keys train, valid and test, of words in one string or in a list."""
     content = read_json(path)
     if not isinstance(content, dict) or (unknown := content.keys() - set(PARTS)):
-        found = f"has key {sorted(unknown)[0]}" if isinstance(content, dict) else "is no JSON object"
+        found = f"has key {sorted(unknown)[0]}" if isinstance(content, dict) else "is not a JSON object"
         raise DataError(f"{found}, not train, valid and test", where=str(path))
     blends: list[Blend | None] = []
     for part in PARTS:

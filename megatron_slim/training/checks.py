@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
 
@@ -14,8 +16,9 @@ from megatron_slim.architecture.parallelism import layout_violations, padded_voc
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint, open_checkpoint
 from megatron_slim.checkpoint.distributed import is_torch_dist, iteration_directory
-from megatron_slim.checkpoint.distributed_writer import TRACKER
 from megatron_slim.checkpoint.integrity import read_manifest
+from megatron_slim.checkpoint.torch_dist_names import TRACKER
+from megatron_slim.checkpoint.tracker import missing_parts, repair_tracker
 from megatron_slim.distillation.model import TEACHER_MTP
 from megatron_slim.errors import CheckpointError, SlimError, summarise
 from megatron_slim.training.data_checks import check_data
@@ -24,7 +27,6 @@ from megatron_slim.training.hidden_kd import check_projections, hidden_violation
 from megatron_slim.training.loss_checks import loss_violations
 from megatron_slim.training.missing_libraries import library_violations
 from megatron_slim.training.rates import rate_violations
-from megatron_slim.training.resume import faults_of, mend_tracker
 from megatron_slim.training.run_log import logging_violations
 from megatron_slim.training.stage_layout import layer_violations, stage_violations
 from megatron_slim.training.start_checks import check_mtp, check_rows, say_remarks
@@ -46,8 +48,8 @@ def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
     Raises:
         SlimError: lists every violation of the part that fails first.
     """
-    taught_by = open_teacher(args) if args.teacher_load is not None else None
-    teacher = taught_by.shape if taught_by is not None else None
+    teacher_checkpoint = open_teacher(args) if args.teacher_load is not None else None
+    teacher = teacher_checkpoint.shape if teacher_checkpoint is not None else None
     small = [f"{name} parallel size {size} is not positive" for name, size in _sizes(args).items() if size < 1]
     for name in ("eval_interval", "make_vocab_size_divisible_by"):
         if getattr(args, name) < 1:
@@ -70,30 +72,30 @@ def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
     if "MASTER_ADDR" not in os.environ:
         raise SlimError("not started by torchrun", fix="use examples/slimqwen/pretrain_distill.sh, or torchrun")
     if args.rank == 0:
-        say_remarks(shape, start, taught_by, args)
+        say_remarks(shape, start, teacher_checkpoint, args)
     return teacher
 
 
 def open_teacher(args: Any) -> Checkpoint:
-    """The teacher's checkpoint, as the command line wants it read."""
+    """The teacher's checkpoint, opened as the command line says."""
     return open_checkpoint(args.teacher_load, without_mtp=args.teacher_without_mtp)
 
 
 def open_student(path: Path, args: Any) -> Checkpoint:
-    """A checkpoint of the student, as the command line wants it read."""
+    """A checkpoint of the student, opened as the command line says."""
     config = args.hf_config if is_torch_dist(path) else None
     return open_checkpoint(path, config, without_mtp=args.without_mtp)
 
 
 def holds_checkpoint(directory: str | None) -> bool:
-    """Whether Megatron would find a checkpoint there; then a run goes on from it instead of starting."""
+    """Whether Megatron would find a checkpoint there; then a run resumes from it instead of starting."""
     return directory is not None and (Path(directory) / TRACKER).exists()
 
 
 def starts_by_ourselves(args: Any) -> bool:
     """Whether the student's weights do not come through Megatron.
 
-    That is a ``--pretrained-checkpoint`` in Hugging Face's format, and any where projections are to be learned, which
+    That is a ``--pretrained-checkpoint`` in Hugging Face's format, and any where projections are to be trained, which
     Megatron would look for in it. Like Megatron's own, it counts only as long as ``--load`` holds no checkpoint.
     """
     path = args.pretrained_checkpoint
@@ -104,7 +106,7 @@ def starts_by_ourselves(args: Any) -> bool:
 def _check_start(shape: ModelShape, args: Any) -> Checkpoint | None:
     """See that the weights to start from are whole and the student's; gives them, None where they are random."""
     for directory in sorted({path for path in (args.load, args.save) if path is not None}):
-        mend_tracker(Path(directory), rank=args.rank)
+        repair_tracker(Path(directory), rank=args.rank)
     start = start_of(args)
     if start is None:
         if args.load is not None and args.exit_on_missing_checkpoint:  # Megatron would exit with status 0
@@ -136,7 +138,7 @@ def start_of(args: Any) -> Path | None:
         directory = Path(args.load) / f"iter_{args.ckpt_step:07d}"
         if not directory.is_dir():
             raise CheckpointError("no such directory", where=str(directory), fix="check --ckpt-step")
-        if found := faults_of(directory):
+        if found := missing_parts(directory):
             raise CheckpointError(f"is incomplete: {summarise(found)}", where=str(directory), fix="check --ckpt-step")
         return directory
     start = args.load if holds_checkpoint(args.load) else args.pretrained_checkpoint
@@ -227,7 +229,7 @@ def _pair_violations(shape: ModelShape, teacher: ModelShape, args: Any) -> list[
         heads = f"{teacher.mtp_num_layers or 'no'} MTP head"
         found.append(f"teacher: {heads} for --mtp-kd-target teacher-mtp; use teacher-main")
     if args.tp_comm_overlap:
-        found.append("--tp-comm-overlap has buffers of the student's size alone; leave it out beside a teacher")
+        found.append("--tp-comm-overlap has buffers of the student's size alone; leave it out with a teacher")
     narrow = args.teacher_dtype in ("bf16", "fp16", "fp8") and not (args.bf16 or args.fp16)
     if narrow and teacher.hidden_size % 2 and args.pipeline_model_parallel_size > 1:
         found.append(

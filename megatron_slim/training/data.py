@@ -8,6 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -45,7 +47,7 @@ class _OwnMasks:
 
 @dataclass
 class DatasetConfig(GPTDatasetConfig):
-    """Megatron's configuration, and what tells two states of the same data sets apart.
+    """Megatron's configuration, and what distinguishes two states of the same data sets.
 
     Attributes:
         lengths: hash of the documents' lengths in all data sets, of which indices are made.
@@ -61,7 +63,7 @@ class GPTDataset(_OwnMasks, gpt_dataset.GPTDataset):
     cut a data set that was written anew into the samples of the old one.
 
     What the file holds is the lowest and the highest id (``ids``), and the file. Megatron fills a last sample with its
-    padding id, mostly -1, and masks every position that has it: from its samples nobody can tell that -1 stood in the
+    padding id, mostly -1, and masks every position that has it: its samples do not show that -1 stood in the
     file.
     """
 
@@ -185,7 +187,7 @@ def next_batch(
         vp_stage: virtual pipeline stage.
         micro_batch_size: samples in it, which validation may have another number of.
         whole: without it that is tokens and positions on the first stage, labels and mask on the last, nothing between.
-        refuse: is told of a batch with ids outside the vocabulary. Ids of the vocabulary stand in for them, so that
+        refuse: is called for a batch with ids outside the vocabulary. Ids of the vocabulary stand in for them, so that
             this rank computes on until all of them hear of it: one that left would leave the others waiting.
     """
     args = get_args()

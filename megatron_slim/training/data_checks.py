@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets.blended_megatron_dataset_config import (
@@ -31,7 +33,7 @@ def check_data(args: Any, vocab_size: int) -> None:
     Training checks the ids of every batch; here it is a part of each data set.
 
     Raises:
-        DataError: the first fault found.
+        DataError: the first error found.
     """
     sources = read_sources(args)
     if args.mock_data:
@@ -63,11 +65,11 @@ def part_bounds(sources: Sources, args: Any) -> tuple[Bounds, Bounds, Bounds]:
     """Where each part begins and ends in the documents of its data sets, as fractions; None for a part without any.
 
     Raises:
-        DataError: ``--split`` is no list of shares, or there is nothing to split.
+        DataError: ``--split`` is not a list of shares, or there is nothing to split.
     """
     if sources.whole is None:
         if args.split is not None:
-            raise DataError(f"--split {args.split} has nothing to split", fix=f"leave it out beside {_OWN_PATHS}")
+            raise DataError(f"--split {args.split} has nothing to split", fix=f"leave it out with {_OWN_PATHS}")
         train, valid, test = (None if blend is None else (0.0, 1.0) for blend in sources.parts)
         return train, valid, test
     split = args.split or DEFAULT_SPLIT
@@ -105,7 +107,7 @@ def _check_part(
 ) -> None:
     """See that a data set has at least one sample for a part.
 
-    Of no tokens Megatron builds an index for ever: it adds epochs until they are enough. Of fewer than one sample's it
+    Of no tokens Megatron builds an index forever: it adds epochs until they are enough. Of fewer than one sample's it
     would fill samples with the same documents again and again, which measures nothing.
     """
     begin, end = (round(fraction * len(lengths)) for fraction in ends)

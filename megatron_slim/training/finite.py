@@ -1,8 +1,8 @@
-"""NaN, infinity, token ids of no vocabulary: found once per iteration before the optimizer steps, and where they began.
+"""NaN, infinity, token ids beyond the vocabulary: found before each optimizer step, and where they began.
 
 What is watched is reduced to one number where it arises and stays on the device; the host looks once per iteration,
-just before Megatron reads the gradient norm, which waits for the device anyway. All ranks then learn together whether
-anything was found on any of them, so that they leave together and nobody waits for a rank that has gone.
+just before Megatron reads the gradient norm, which waits for the device anyway. All ranks then know together whether
+anything was found on any of them, so that they leave together and no rank waits for one that has gone.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+import megatron_slim.mcore
 
 import torch
 from megatron.core import parallel_state
@@ -21,7 +23,7 @@ from torch import Tensor
 from megatron_slim.errors import DataError, SlimError, summarise
 
 T = TypeVar("T")
-FIX = "nothing of this step was saved: go on from the last checkpoint with other data or a lower learning rate"
+FIX = "nothing of this step was saved: resume from the last checkpoint with other data or a lower learning rate"
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def _stages() -> int:
 
 
 def _stage(vp_stage: int | None) -> int:
-    """Position in the whole pipeline, from 1; interleaved, a rank's chunks lie a pipeline's length apart."""
+    """Position in the whole pipeline, from 1; interleaved, a rank's chunks are a pipeline's length apart."""
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
     return int((vp_stage or 0) * pipeline + parallel_state.get_pipeline_model_parallel_rank() + 1)
 

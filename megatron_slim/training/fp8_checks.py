@@ -1,12 +1,14 @@
 """What keeps a run from multiplying in FP8, found before anything is built.
 
-Without Transformer Engine Megatron ignores ``--fp8-format`` without a word, and what the modules of Transformer Engine
+Without Transformer Engine Megatron ignores ``--fp8-format`` silently, and what the modules of Transformer Engine
 refuse, they refuse at the first step, with a traceback.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+import megatron_slim.mcore
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -33,19 +35,19 @@ def fp8_violations(shape: ModelShape, teacher: ModelShape | None, args: Any) -> 
         teacher: sizes of the teacher, if there is one.
         args: Megatron's arguments and ours, as parsed.
     """
-    taught = None if teacher is None else _teacher_recipe(args)
+    teacher_fp8 = None if teacher is None else _teacher_recipe(args)
     found = []
-    if args.teacher_fp8_recipe is not None and taught is None:
+    if args.teacher_fp8_recipe is not None and teacher_fp8 is None:
         found.append("--teacher-fp8-recipe needs a teacher in FP8; give --teacher-load and --teacher-dtype fp8")
-    if not args.fp8 and taught is None:
+    if not args.fp8 and teacher_fp8 is None:
         return found
     if not HAVE_TE:
-        return [*found, "FP8 needs Transformer Engine, which is not installed (tools/doctor.py says what is)"]
+        return [*found, "FP8 needs Transformer Engine, which is not installed (megatron-slim doctor says what is)"]
     if args.transformer_impl != "transformer_engine":
         return [*found, f"--transformer-impl {args.transformer_impl} has no FP8; leave it out"]
     if args.fp8:
         found += _student_violations(args)
-    for name, model, recipe in (("student", shape, args.fp8 and args.fp8_recipe), ("teacher", teacher, taught)):
+    for name, model, recipe in (("student", shape, args.fp8 and args.fp8_recipe), ("teacher", teacher, teacher_fp8)):
         if model is not None and recipe in RECIPES:
             of_model = _model_violations(model, recipe, args, trained=name == "student")
             found += [f"{name}: {sentence}; or leave its FP8 out" for sentence in of_model]
@@ -90,10 +92,10 @@ def _gpu_violations(recipe: str) -> list[str]:
     if has >= least and (below is None or has < below) and (cuda is None or has_cuda >= cuda):
         return []
     fitting = [name for name, (low, high, _) in _GPUS.items() if has >= low and (high is None or has < high)]
-    wants = f"compute capability {_dotted(least)}" + (f" to below {_dotted(below)}" if below else "")
-    wants += f" and CUDA {_dotted(cuda)}" if cuda else ""
+    wanted = f"compute capability {_dotted(least)}" + (f" to below {_dotted(below)}" if below else "")
+    wanted += f" and CUDA {_dotted(cuda)}" if cuda else ""
     fix = f"this GPU can do {', '.join(fitting)}" if fitting else "this GPU has no FP8"
-    return [f"FP8 recipe {recipe} needs {wants}, here is {_dotted(has)} with CUDA {torch.version.cuda}; {fix}"]
+    return [f"FP8 recipe {recipe} needs {wanted}, here is {_dotted(has)} with CUDA {torch.version.cuda}; {fix}"]
 
 
 def _dotted(version: tuple[int, ...]) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import megatron_slim.mcore
+
 import torch
 from megatron.core import parallel_state
 from megatron.training import get_args
@@ -15,16 +17,18 @@ from torch import Tensor
 from megatron_slim.architecture.pipeline_layout import Stages
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint
-from megatron_slim.checkpoint.distributed import HIDDEN_KD, DistCheckpoint
-from megatron_slim.distillation.hidden import HiddenLesson
+from megatron_slim.checkpoint.distributed import DistCheckpoint
+from megatron_slim.checkpoint.torch_dist_names import HIDDEN_KD
+from megatron_slim.distillation.hidden import HiddenInputs
 from megatron_slim.distillation.layer_pairs import FLAG, LayerPair, name_of, pair_violations, stage_violations
+from megatron_slim.distillation.loss_options import DEFAULTS
 from megatron_slim.distillation.model import DistillationModel
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.training.finite import FiniteWatch
 from megatron_slim.training.slim_arguments import hidden_schedule, now
 
 LOSS, WEIGHT = "hidden distillation loss", "hidden kd weight"
-# Flags with which Megatron runs layers by another way than calling them, at which nobody could look.
+# Flags with which Megatron runs layers by another way than calling them, where no hook sees them.
 _PAST_LAYERS = ("enable_cuda_graph", "external_cuda_graph", "overlap_moe_expert_parallel_comm")
 
 
@@ -37,9 +41,9 @@ def hidden_violations(shape: ModelShape, teacher: ModelShape | None, args: Any) 
         args: Megatron's arguments and ours, as parsed.
     """
     schedule, pairs = hidden_schedule(args), args.hidden_kd_layers
-    given = (args.hidden_kd_loss, schedule.shape, schedule.start, schedule.end)
+    given = (args.hidden_kd_loss, schedule) != (DEFAULTS.hidden_kd_loss, DEFAULTS.hidden_kd_weight)
     if not pairs:
-        return [f"--hidden-kd-* has no effect without {FLAG}"] if given != ("cosine", "constant", 1.0, 1.0) else []
+        return [f"--hidden-kd-* has no effect without {FLAG}"] if given else []
     found = [
         f"--hidden-kd-weight-{name} {value:g} is not a weight: it must be finite and not negative"
         for name, value in (("start", schedule.start), ("end", schedule.end))
@@ -56,33 +60,33 @@ def hidden_violations(shape: ModelShape, teacher: ModelShape | None, args: Any) 
 
 
 def check_stages(pairs: Sequence[LayerPair], stages: Stages) -> None:
-    """See that the two layers of a pair lie in the same (virtual) pipeline stage.
+    """See that the two layers of a pair are in the same (virtual) pipeline stage.
 
     Raises:
         SlimError: names the pairs of which they do not.
     """
     if found := list(stage_violations(pairs, stages.student_layers, stages.teacher_layers)):
         raise SlimError(
-            f"{FLAG}: layers of a pair lie in different pipeline stages: {'; '.join(found)}",
+            f"{FLAG}: layers of a pair are in different pipeline stages: {'; '.join(found)}",
             fix="choose layers of one stage, or other stages by --pipeline-layout, --pipeline-model-parallel-layout or "
             "--teacher-pipeline-layout",
         )
 
 
 def check_projections(found: Checkpoint, args: Any) -> None:
-    """See that a run which goes on by ``--load`` finds the projections that it wants.
+    """See that a run which resumes by ``--load`` finds the projections that it needs.
 
     Args:
-        found: the checkpoint that it goes on from.
+        found: the checkpoint that it resumes from.
         args: Megatron's arguments and ours, as parsed.
 
     Raises:
-        CheckpointError: it has others, or none; or it has some and the run wants none.
+        CheckpointError: it has others, or none; or it has some and the run uses none.
     """
     left_out = found.left_out if isinstance(found, DistCheckpoint) else ()
     there = {key for key in left_out if key.startswith(HIDDEN_KD)}  # an MTP block that is not wanted is none
     wanted = {f"{HIDDEN_KD}projections.{own}-{other}.weight" for own, other in args.hidden_kd_layers}
-    # Without its optimizer's state, which Megatron reads by position, a run can do without what it does not want.
+    # Without its optimizer's state, which Megatron reads by position, a run can leave out what it does not use.
     if wanted - there or (there - wanted and not (args.no_load_optim or args.finetune)):
         names = sorted(key.split(".")[-2].replace("-", ":") for key in there)
         saved = f"with {FLAG} {','.join(names)}" if names else f"without {FLAG}"
@@ -100,12 +104,12 @@ def _weight() -> float:
     return now(hidden_schedule(args), args)
 
 
-def hidden_lesson(chunk: DistillationModel, loss_mask: Tensor | None) -> HiddenLesson | None:
-    """What a stage's layers need to learn from those of the teacher; None where there are none, and in validation."""
+def hidden_inputs(chunk: DistillationModel, loss_mask: Tensor | None) -> HiddenInputs | None:
+    """What the hidden-state loss of a stage's layers needs; None where there are none, and in validation."""
     if chunk.hidden_kd is None or not chunk.training:
         return None
     assert loss_mask is not None
-    return HiddenLesson(loss_mask, _weight())
+    return HiddenInputs(loss_mask, _weight())
 
 
 @dataclass

@@ -6,13 +6,14 @@ import math
 from typing import Any
 
 from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.distillation.loss_options import DEFAULTS, TOP_K
 
 # Flags of Megatron that its own output layer, losses or batches would heed, and why ours do not.
 _WITHOUT_EFFECT = {
     "defer_embedding_wgrad_compute": "the output layer's gradient comes with the loss, chunk by chunk",
     "fp16_lm_cross_entropy": "losses are computed in fp32",
     "fp8_output_proj": "the output layer is part of the losses and stays in bf16",
-    "mtp_detach_heads": "the output layer learns from all heads",
+    "mtp_detach_heads": "all heads train the output layer",
     "use_mup": "logits are not scaled",
     "reset_attention_mask": "attention sees the whole sequence",
     "dataloader_inter_document_masking": "attention sees the whole sequence",
@@ -38,11 +39,12 @@ def loss_violations(shape: ModelShape, args: Any) -> list[str]:
     if not (math.isfinite(args.kd_temperature) and args.kd_temperature > 0):
         found.append(f"--kd-temperature {args.kd_temperature:g} is not positive")
     if args.kd_top_k is not None:
-        if args.kd_loss != "top-k":
+        if args.kd_loss != TOP_K:
             found.append(f"--kd-top-k has no effect on --kd-loss {args.kd_loss}; use --kd-loss top-k")
         if not 1 <= args.kd_top_k <= shape.vocab_size:
             found.append(f"--kd-top-k {args.kd_top_k} is not between 1 and the vocabulary's {shape.vocab_size}")
-    if args.teacher_load is None and (args.kd_loss, args.kd_temperature) != ("forward-kl", 1.0):
+    given = args.kd_loss, args.kd_temperature
+    if args.teacher_load is None and given != (DEFAULTS.kd_loss, DEFAULTS.kd_temperature):
         found.append("--kd-loss and --kd-temperature need a teacher; give --teacher-load")
     if args.loss_chunk_size is not None and args.loss_chunk_size < 1:
         found.append(f"--loss-chunk-size {args.loss_chunk_size} is not positive")

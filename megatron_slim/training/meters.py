@@ -1,6 +1,6 @@
 """What one rank measures as it trains: compute time, tokens per expert, loss terms.
 
-Nothing here synchronises with the device or with other ranks: sums stay on the device, and time is what lies between
+Nothing here synchronises with the device or with other ranks: sums stay on the device, and time is what passes between
 two CUDA events, which are read at the end of an iteration, when the device has done its work anyway.
 """
 
@@ -10,6 +10,8 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import megatron_slim.mcore
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
@@ -51,7 +53,7 @@ def _now() -> Any:
 
 @dataclass(frozen=True)
 class _Span:
-    """Work of one kind on one virtual stage, from one event to another."""
+    """Time of one kind of work on one virtual stage, from one event to another."""
 
     chunk: int
     kind: str

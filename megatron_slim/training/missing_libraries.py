@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import megatron_slim.mcore
+
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 
 NOTE = (
     "note: Transformer Engine is not installed: Megatron's own layers run, experts one after the other and with whole "
-    "matrices of attention scores (tools/doctor.py)"
+    "matrices of attention scores (megatron-slim doctor)"
 )
-# Arguments that need it, beside those of FP8, and the value with which they do.
+# Arguments that need it, in addition to those of FP8, and the value with which they do.
 _NEED_IT = {"transformer_impl": "transformer_engine", "moe_grouped_gemm": True, "use_precision_aware_optimizer": True}
 
 
@@ -28,4 +30,6 @@ def library_violations(args: Any) -> list[str]:
     if not flags:
         return []
     needs = "needs" if len(flags) == 1 else "need"
-    return [f"{', '.join(flags)} {needs} Transformer Engine, which is not installed (tools/doctor.py says what is)"]
+    return [
+        f"{', '.join(flags)} {needs} Transformer Engine, which is not installed (megatron-slim doctor says what is)"
+    ]

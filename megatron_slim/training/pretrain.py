@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import megatron_slim.mcore
 
 import torch
 from megatron.core import parallel_state
@@ -23,39 +26,42 @@ from megatron.training.arguments import add_megatron_arguments, parse_and_valida
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_slim import device, megatron_faults
-from megatron_slim.architecture.context_parallel import own_positions
+from megatron_slim import device, megatron_fixes
+from megatron_slim.architecture.context_parallel import local_positions
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.layer_specs import build_model, shape_config_fields
 from megatron_slim.architecture.parallelism import padded_vocab_size
 from megatron_slim.architecture.shape import ModelShape, shape_to_hf_config
-from megatron_slim.checkpoint.distributed_writer import HF_DIR
 from megatron_slim.checkpoint.expert_storage import write_storage
 from megatron_slim.checkpoint.huggingface import read_config, storage_of
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.checkpoint.precision import keep_types
-from megatron_slim.checkpoint.side_files import carry_files, say_left_behind
-from megatron_slim.cli import leave_ranks, say
+from megatron_slim.checkpoint.side_files import carry_files, log_left_behind
+from megatron_slim.checkpoint.torch_dist_names import HF_DIR
 from megatron_slim.distillation.divergences import KDLoss
+from megatron_slim.distillation.loss_options import DEFAULTS
 from megatron_slim.distillation.losses import KD_LAMBDA, MTP_BETA, LossWeights, TokenLosses, combine, gradients_of_total
 from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.files import new_directory, to_json, write_atomic
+from megatron_slim.processes import leave_ranks
 from megatron_slim.training.arguments import install_argv, load_balancing_note, shape_directory
 from megatron_slim.training.checks import check_run, open_student, open_teacher, start_of, starts_by_ourselves
 from megatron_slim.training.data import Batch, build_datasets, next_batch
 from megatron_slim.training.finite import FiniteWatch
-from megatron_slim.training.hidden_kd import HiddenLog, check_stages, hidden_lesson
+from megatron_slim.training.hidden_kd import HiddenLog, check_stages, hidden_inputs
 from megatron_slim.training.missing_libraries import library_note
-from megatron_slim.training.progressive import find_place, is_done, stage_of
+from megatron_slim.training.progressive import find_place, is_done, phase_of
 from megatron_slim.training.rates import default_warmup
 from megatron_slim.training.resume_checks import SAME_LAYOUT, check_resume, why_not_restored
 from megatron_slim.training.run_log import RunLog, run_constants
-from megatron_slim.training.slim_arguments import MEGATRON_HELP, TOP_K, add_slim_arguments, loss_schedules, now
+from megatron_slim.training.slim_arguments import MEGATRON_HELP, add_slim_arguments, loss_schedules, now
 from megatron_slim.training.stage_layout import plan_stages
 from megatron_slim.training.teacher_ahead import TeacherAhead, check_host_memory, held_bytes
 from megatron_slim.training.teacher_check import check_teacher
 from megatron_slim.training.teacher_config import teacher_config
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -82,7 +88,7 @@ class Run:
         config: TransformerConfig | None = None,
         pg_collection: Any = None,
     ) -> DistillationModel:
-        """Build one pipeline stage of the student, its teacher beside it with weights loaded."""
+        """Build one pipeline stage of the student and, co-located, its teacher with weights loaded."""
         args = get_args()
         base = config or core_transformer_config_from_args(args)
         stage: dict[str, Any] = {
@@ -101,7 +107,7 @@ class Run:
         )
         assert isinstance(student, DistillationModel)
         student.unpadded_vocab_size = self.shape.vocab_size
-        student.kd_loss = KDLoss(args.kd_loss, args.kd_temperature, args.kd_top_k or TOP_K)
+        student.kd_loss = KDLoss(args.kd_loss, args.kd_temperature, args.kd_top_k or DEFAULTS.kd_top_k)
         student.loss_chunk = args.loss_chunk_size
         if self.teacher_shape is not None:
             student.attach_teacher(self._build_teacher(base, stage), self.mtp_kd_target, ahead=self.ahead is not None)
@@ -162,7 +168,7 @@ class Run:
         return datasets
 
     def batch(self, iterator: Iterator[Any], vp_stage: int | None) -> Batch:
-        """What this stage needs of the next micro-batch: MTP blocks the tokens, layers that learn the loss mask."""
+        """What this stage needs of the next micro-batch: MTP blocks need tokens, hidden-state losses the loss mask."""
         has_mtp = bool(self.shape.mtp_num_layers or (self.teacher_shape and self.teacher_shape.mtp_num_layers))
         chunk = self.chunks[vp_stage or 0]
         whole = (chunk.post_process and has_mtp) or chunk.hidden_kd is not None
@@ -183,15 +189,15 @@ class Run:
         weights, expected = _loss_weights(), None
         if last and torch.is_grad_enabled():
             expected = self.expected_gradients(loss_mask, weights, position_ids)
-        lessons: dict[str, Any] = {
+        targets: dict[str, Any] = {
             "expected": expected,
-            "hidden_lesson": hidden_lesson(self.chunks[vp_stage or 0], loss_mask),
+            "hidden_inputs": hidden_inputs(self.chunks[vp_stage or 0], loss_mask),
         }
         if last and model.training and self.ahead is not None:
             assert batch["labels"] is not None
-            lessons["teacher_hidden"] = self.ahead.take(batch["labels"])
+            targets["teacher_hidden"] = self.ahead.take(batch["labels"])
         with self.log.clock.forward(vp_stage):
-            output = model(batch["tokens"], position_ids, None, batch["labels"], **lessons)
+            output = model(batch["tokens"], position_ids, None, batch["labels"], **targets)
         self.log.clock.watch_backward(output, vp_stage)
         label = "" if model.training else "validation "
         if not last:
@@ -208,14 +214,14 @@ class Run:
         label: str,
         output: Tensor,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """SlimQwen eq. 12 with this iteration's lambda and beta, in the form that Megatron's loop wants."""
+        """SlimQwen eq. 12 with this iteration's lambda and beta, in the form that Megatron's loop expects."""
         assert loss_mask is not None
         losses = TokenLosses.unstack(output, has_teacher=self.teacher_shape is not None)
-        total, tokens, report = combine(losses, loss_mask, weights, position_ids, _own_positions(loss_mask))
+        total, tokens, report = combine(losses, loss_mask, weights, position_ids, _local_positions(loss_mask))
         for name, (value, _) in report.items():
             self.watch.add("loss", f"{label}{name}", vp_stage, value)
         logged = {name: torch.stack(pair) for name, pair in report.items()}
-        if label:  # after which Megatron tells a perplexity of everything
+        if label:  # after which Megatron reports a perplexity of everything
             logged = {name: value for name, value in logged.items() if name not in (KD_LAMBDA, MTP_BETA)}
         else:
             self.log.losses.add(logged)
@@ -233,7 +239,7 @@ class Run:
         """
         assert loss_mask is not None
         depths, has_teacher = self.shape.mtp_num_layers, self.teacher_shape is not None
-        positions = _own_positions(loss_mask)
+        positions = _local_positions(loss_mask)
         gradients = gradients_of_total(
             loss_mask, weights, depths, position_ids, positions, has_teacher=has_teacher
         ).stack()
@@ -243,9 +249,9 @@ class Run:
         return TokenLosses.unstack(gradients, has_teacher=has_teacher)
 
 
-def _own_positions(whole: Tensor) -> Tensor | None:
+def _local_positions(whole: Tensor) -> Tensor | None:
     """Positions of this rank's part of a sequence [..., S] under context parallelism; None for all."""
-    return own_positions(parallel_state.get_context_parallel_group(), whole.shape[-1])
+    return local_positions(parallel_state.get_context_parallel_group(), whole.shape[-1])
 
 
 def _loss_weights() -> LossWeights:
@@ -284,7 +290,7 @@ def _start(args: Any) -> dict[str, Any]:
 
 
 def keep_hf_files(source: Path, save: Path, shape: ModelShape) -> None:
-    """Put config.json, the tokenizer and the like beside the checkpoints of this run, so that they can be exported.
+    """Put config.json, the tokenizer and the like next to the checkpoints of this run, so that they can be exported.
 
     How files hold the experts is among it.
     """
@@ -295,7 +301,7 @@ def keep_hf_files(source: Path, save: Path, shape: ModelShape) -> None:
         write_atomic(directory / "config.json", to_json(shape_to_hf_config(shape, read_config(source))))
         carry_files(source, directory)
         write_storage(directory, storage_of(source, without_mtp=not shape.mtp_num_layers))
-    say_left_behind(source)
+    log_left_behind(source)
 
 
 class _PlainHelp(argparse.HelpFormatter):
@@ -317,7 +323,7 @@ def _validated_arguments() -> Any:
 
 
 def _train(run: Run, args: Any) -> None:
-    """Megatron's loop, and what it raises where a checkpoint cannot be gone on with as one line.
+    """Megatron's loop, and what it raises where a run cannot resume from a checkpoint as one line.
 
     Raises:
         SlimError: all ranks raise it together.
@@ -346,9 +352,9 @@ def _train(run: Run, args: Any) -> None:
         raise CheckpointError(f"refused by Megatron: {reasons[0]}", fix=SAME_LAYOUT) from None
     except (AssertionError, KeyError, ValueError, RuntimeError) as error:
         # Likewise, if it is about restoring the optimizer.
-        if (refusal := why_not_restored(error)) is None:
+        if (reason := why_not_restored(error)) is None:
             raise
-        raise refusal from None
+        raise reason from None
 
 
 def main(argv: list[str]) -> None:
@@ -360,33 +366,33 @@ def main(argv: list[str]) -> None:
     source = shape_directory(argv)
     shape = install_argv(argv)
     parsed = parse_args(add_slim_arguments)
-    stage = stage_of(parsed.pretrained_checkpoint)
-    place = find_place(stage, parsed)
+    phase = phase_of(parsed.pretrained_checkpoint)
+    place = find_place(phase, parsed)
     sys.argv[1:] = [*default_warmup(parsed, argv), *sys.argv[1:]]
     teacher = check_run(shape, parsed)
     if place is not None:
         if is_done(place, parsed.load, parsed.ckpt_step) and not parsed.skip_train:
             if parsed.rank == 0:
-                say(f"{parsed.load}: this stage is done, at iteration {place.stop}")
+                logger.info(f"{parsed.load}: this phase is done, at iteration {place.stop}")
             return
         sys.argv[1:] = place.command_line(sys.argv[1:])
     if parsed.rank == 0 and (note := library_note()) is not None:
-        print(note, file=sys.stderr, flush=True)
+        logger.info(note)
     balancing = load_balancing_note(shape, argv, parsed.moe_router_load_balancing_type)
     if parsed.rank == 0 and balancing is not None:
-        say(balancing)
-    megatron_faults.log_what_the_iteration_was()
+        logger.info(balancing)
+    megatron_fixes.log_what_the_iteration_was()
     device.keep_schedule_with_iterations(0 if place is None else place.start)
     target = _mtp_kd_target(shape, teacher, parsed)
     runs_mtp = target == TEACHER_MTP and shape.mtp_num_layers > 0
     layout = plan_stages(shape, teacher, parsed, teacher_runs_mtp=runs_mtp)
     if parsed.rank == 0 and parsed.pipeline_model_parallel_size > 1:
-        print(layout.table(), flush=True)
+        logger.info(layout.table())
     sys.argv[1:] = layout.command_line(sys.argv[1:])
     check_stages(parsed.hidden_kd_layers, layout.stages)
     args = _validated_arguments()
     check_resume(args)
-    constants = run_constants(shape, teacher, args, teacher_runs_mtp=runs_mtp, stage=stage, place=place)
+    constants = run_constants(shape, teacher, args, teacher_runs_mtp=runs_mtp, phase=phase, place=place)
     log = RunLog(shape, _loss_weights, constants)
     hidden_log = HiddenLog(args.hidden_kd_layers)
     run = Run(shape, teacher, target, log, teacher_layout=layout.teacher, hidden_log=hidden_log, **_start(args))

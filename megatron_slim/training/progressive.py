@@ -1,7 +1,7 @@
-"""A run's place in a progressive schedule: the stages of a recipe share one schedule, of which a run trains a part.
+"""A run's place in a progressive schedule: the phases of a recipe share one schedule, of which a run trains a part.
 
-Learning rate, lambda and beta move over the tokens of all stages, and no stage sees data of another (SlimQwen, section
-3.3): a run counts its iterations from where the stage before it ended, and ends where its own tokens do.
+Learning rate, lambda and beta move over the tokens of all phases, and no phase sees data of another (SlimQwen, section
+3.3): a run counts its iterations from where the phase before it ended, and ends where its own tokens do.
 """
 
 from __future__ import annotations
@@ -11,43 +11,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_slim.checkpoint.distributed_writer import RELEASE, TRACKER
 from megatron_slim.checkpoint.records import PLAN
+from megatron_slim.checkpoint.torch_dist_names import RELEASE, TRACKER
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.files import read_json
-from megatron_slim.recipe import Stage, parse_recipe
+from megatron_slim.recipe import Phase, parse_recipe
 
 FLAG = "--progressive-schedule"
 # With these an iteration has no fixed number of tokens, or its number is not what schedules go by.
 _EXCLUDED = {
-    "train_samples": "stages are counted in iterations",
+    "train_samples": "phases are counted in iterations",
     "rampup_batch_size": "all iterations must have equally many tokens",
     "step_batch_size_schedule": "all iterations must have equally many tokens",
-    "phase_transition_iterations": "the stages are the phases",
-    "exit_interval": "a stage ends when its tokens are done",
-    "finetune": "a run that is started again must go on",
-    "override_ckpt_iteration": "the iteration tells the stage",
+    "phase_transition_iterations": "the recipe has phases of its own",
+    "exit_interval": "a phase ends when its tokens are done",
+    "finetune": "a run that is started again must resume",
+    "override_ckpt_iteration": "the iteration says which phase it is",
 }
 
 
-def stage_of(checkpoint: str | None) -> Stage | None:
-    """The stage of a progressive schedule whose pruning made the checkpoint that a run starts from."""
+def phase_of(checkpoint: str | None) -> Phase | None:
+    """The phase of a progressive schedule whose pruning made the checkpoint that a run starts from."""
     plan = None if checkpoint is None else Path(checkpoint) / PLAN
     if plan is None or not plan.is_file():
         return None
     document = read_json(plan)
     where = f"{plan}: recipe"
-    return parse_recipe(document.get("recipe") if isinstance(document, dict) else None, where=where).stage
+    return parse_recipe(document.get("recipe") if isinstance(document, dict) else None, where=where).phase
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the whole schedule a stage lies.
+    """Which part of the whole schedule a phase is.
 
     Attributes:
-        start: iterations of the stages before it.
+        start: iterations of the phases before it.
         stop: the same with its own.
-        total: iterations of all stages.
+        total: iterations of all phases.
         tokens_before: of ``start`` iterations.
     """
 
@@ -57,35 +57,35 @@ class Place:
     tokens_before: int
 
     @staticmethod
-    def of(stage: Stage, tokens_per_iteration: int) -> Place:
-        """Every stage ends with the iteration in which the tokens of all so far are reached.
+    def of(phase: Phase, tokens_per_iteration: int) -> Place:
+        """Every phase ends with the iteration in which the tokens of all so far are reached.
 
-        >>> Place.of(Stage(2, 2, "", 25, (10, 25)), 4)
+        >>> Place.of(Phase(2, 2, "", 25, (10, 25)), 4)
         Place(start=3, stop=9, total=9, tokens_before=12)
         """
-        before, upto = (sum(stage.schedule[:number]) for number in (stage.number - 1, stage.number))
+        before, upto = (sum(phase.schedule[:number]) for number in (phase.number - 1, phase.number))
         start, stop, total = (
-            math.ceil(tokens / tokens_per_iteration) for tokens in (before, upto, sum(stage.schedule))
+            math.ceil(tokens / tokens_per_iteration) for tokens in (before, upto, sum(phase.schedule))
         )
         return Place(start, stop, total, start * tokens_per_iteration)
 
     def command_line(self, argv: list[str]) -> list[str]:
-        """Megatron's arguments for it: all stages are one run, which all but the last leave when they are done."""
+        """Megatron's arguments for it: all phases are one run, which all but the last leave when they are done."""
         given = {word.split("=")[0] for word in argv}
         length = [] if "--train-iters" in given else [f"--train-iters={self.total}"]
         return [*argv, *length, *([] if self.leaves_at is None else [f"--exit-interval={self.leaves_at}"])]
 
     @property
     def leaves_at(self) -> int | None:
-        """The iteration at which it leaves a run that goes on; the last stage goes to the end, validation included."""
+        """The iteration at which it leaves a run that resumes; the last phase goes to the end, validation included."""
         return self.stop if self.stop < self.total else None
 
 
-def find_place(stage: Stage | None, args: Any) -> Place | None:
+def find_place(phase: Phase | None, args: Any) -> Place | None:
     """A run's place, None without ``--progressive-schedule``; its iterations become those of ``args``.
 
     Args:
-        stage: of the student that it starts from.
+        phase: of the student that it starts from.
         args: Megatron's arguments as parsed; ``train_iters`` and ``exit_interval`` are set.
 
     Raises:
@@ -94,14 +94,14 @@ def find_place(stage: Stage | None, args: Any) -> Place | None:
     if not args.progressive_schedule:
         return None
     if args.pretrained_checkpoint is None:
-        raise SlimError(f"{FLAG} without --pretrained-checkpoint", fix="give the student of a stage (STUDENT)")
-    if stage is None:
-        fix, start = "start from what tools/prune_checkpoint.py --stage K wrote", args.pretrained_checkpoint
-        raise SlimError(f"{FLAG}: no {PLAN} of a stage beside --pretrained-checkpoint {start}", fix=fix)
-    if not stage.schedule:
-        fix = "give every stage of the recipe its tokens, and prune again"
+        raise SlimError(f"{FLAG} without --pretrained-checkpoint", fix="give the student of a phase (STUDENT)")
+    if phase is None:
+        fix, start = "start from what megatron-slim prune --phase K wrote", args.pretrained_checkpoint
+        raise SlimError(f"{FLAG}: no {PLAN} of a phase next to --pretrained-checkpoint {start}", fix=fix)
+    if not phase.schedule:
+        fix = "give every phase of the recipe its tokens, and prune again"
         raise SlimError(
-            f"{FLAG}: {PLAN} does not know the tokens of all stages", where=args.pretrained_checkpoint, fix=fix
+            f"{FLAG}: {PLAN} does not know the tokens of all phases", where=args.pretrained_checkpoint, fix=fix
         )
     found = [
         f"{FLAG} does not go with --{name.replace('_', '-')}: {why}"
@@ -109,41 +109,41 @@ def find_place(stage: Stage | None, args: Any) -> Place | None:
         if getattr(args, name)
     ]
     if args.load is None:
-        found.append(f"{FLAG} without --load: a run that is started again goes on from its own checkpoints")
+        found.append(f"{FLAG} without --load: a run that is started again resumes from its own checkpoints")
     if args.global_batch_size is None or args.seq_length is None:
         found.append(f"{FLAG} without --global-batch-size and --seq-length: an iteration must have a number of tokens")
     if found:
         raise SlimError("; ".join(found))
-    place = Place.of(stage, args.seq_length * args.global_batch_size)
+    place = Place.of(phase, args.seq_length * args.global_batch_size)
     if args.train_iters not in (None, place.total):
         fix = f"leave it out: {FLAG} sets it"
         raise SlimError(
-            f"--train-iters {args.train_iters}: the tokens of all stages are {place.total} iterations", fix=fix
+            f"--train-iters {args.train_iters}: the tokens of all phases are {place.total} iterations", fix=fix
         )
     if place.start == place.stop:
-        raise SlimError(f"{FLAG}: stage {stage.number} has less than one iteration", fix="give it more tokens")
+        raise SlimError(f"{FLAG}: phase {phase.number} has less than one iteration", fix="give it more tokens")
     args.train_iters, args.exit_interval = place.total, place.leaves_at
     return place
 
 
 def is_done(place: Place, load: str, step: int | None = None) -> bool:
-    """Whether the checkpoint that a run would go on from is the stage's last.
+    """Whether the checkpoint that a run would resume from is the phase's last.
 
     Args:
-        place: of the stage.
+        place: of the phase.
         load: ``--load``.
         step: ``--ckpt-step``, which wins over what the tracker names.
 
     Raises:
-        CheckpointError: it is of another stage.
+        CheckpointError: it is of another phase.
     """
     tracker = Path(load) / TRACKER
     text = str(step) if step else tracker.read_text().strip() if tracker.is_file() else RELEASE
     if text == RELEASE:
         return False
     if not place.start < int(text) <= place.stop:
-        fix = "give every stage a --load and --save of its own, and all the same sequence length and global batch"
+        fix = "give every phase a --load and --save of its own, and all the same sequence length and global batch"
         raise CheckpointError(
-            f"holds iteration {text}, and the stage has {place.start + 1} to {place.stop}", where=load, fix=fix
+            f"holds iteration {text}, and the phase has {place.start + 1} to {place.stop}", where=load, fix=fix
         )
     return int(text) == place.stop

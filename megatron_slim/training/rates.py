@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_slim.cli import say
+logger = logging.getLogger(__name__)
+
 
 DEFAULT_WARMUP = "--default-lr-warmup-iters"
 _WARMUPS = ("--lr-warmup-iters", "--lr-warmup-samples", "--lr-warmup-fraction")
@@ -58,7 +60,7 @@ def default_warmup(args: Any, argv: list[str]) -> list[str]:
     if warmup >= length:
         warmup = max(length, 0) // 10
         if args.rank == 0:
-            say(
+            logger.info(
                 f"learning rate: warm-up of {warmup} iterations, a tenth of {length}; the default of "
                 f"{args.default_lr_warmup_iters} is not below them (LR_WARMUP_ITERS or --lr-warmup-iters sets it)"
             )
@@ -84,7 +86,7 @@ def _of_rates(args: Any) -> Iterator[str]:
     rates = {"--lr": args.lr, "--min-lr": args.min_lr, "--lr-warmup-init": args.lr_warmup_init}
     for flag, rate in rates.items():
         if not (math.isfinite(rate) and rate >= 0):
-            yield f"{flag} {rate:g} is no rate"
+            yield f"{flag} {rate:g} is not a finite non-negative rate"
         elif rate > args.lr:
             yield f"{flag} {rate:g} is above --lr {args.lr:g}"
 

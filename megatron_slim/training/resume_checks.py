@@ -1,6 +1,6 @@
 """Whether the optimizer and the schedule of a checkpoint fit a run, found before anything is built.
 
-Megatron saves its arguments, its scheduler's state and the format of its optimizer's with every checkpoint, beside the
+Megatron saves its arguments, its scheduler's state and the format of its optimizer's with every checkpoint, next to the
 tensors: that is compared with the run. Megatron itself compares less of it, and while it loads.
 """
 
@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_slim.checkpoint.distributed import iteration_directory
-from megatron_slim.checkpoint.distributed_writer import RELEASE, TRACKER
+from megatron_slim.checkpoint.torch_dist_names import RELEASE, TRACKER
 from megatron_slim.errors import CheckpointError
 from megatron_slim.training.rates import Lengths
 
@@ -27,7 +29,7 @@ SAME_LAYOUT = (
 )
 OTHER_OPTIMIZER = "give what it was saved with, or --no-load-optim, which starts the optimizer afresh"
 OTHER_SCHEDULE = "give what it was saved with, or --override-opt_param-scheduler to continue with what is given"
-# What the default format of the optimizer's state, buckets of a rank, depends on beside the model.
+# What the default format of the optimizer's state, buckets of a rank, depends on in addition to the model.
 _LAYOUT = {
     "tensor_model_parallel_size": "tensor parallel size",
     "pipeline_model_parallel_size": "pipeline parallel size",
@@ -140,7 +142,7 @@ def _of_layout(state: dict[str, Any], args: Any) -> Iterator[str]:
 
 
 def _of_schedule(state: dict[str, Any], args: Any) -> Iterator[str]:
-    """Rates find the saved groups of parameters; the rest Megatron takes from the checkpoint if it is told to."""
+    """Rates find the saved groups of parameters; the rest Megatron takes from the checkpoint on request."""
     saved, scheduler = state["args"], state.get("opt_param_scheduler")
     yield from _differing(saved, args, _RATES)
     if args.use_checkpoint_opt_param_scheduler or scheduler is None:

@@ -1,4 +1,4 @@
-"""What a run tells, computed from what its ranks have measured over a logging interval (no torch).
+"""Metrics of a run, computed from what its ranks have measured over a logging interval (no torch).
 
 Times and rates are means over the interval; losses and experts are of its last iteration. Tags are those of
 tensorboard; docs/training.md says what each of them means.
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_slim.cli import duration
+from megatron_slim.reporting import duration
 
 Floats = NDArray[np.float64]
 Figures = dict[str, float]
@@ -44,9 +44,9 @@ class RunConstants:
         iterations: number of the run's last.
         flops: operations per token of a training step by model, ``student`` and ``teacher``, without recomputation.
         peaks: operations per second of a GPU by model; without an entry there is no utilisation.
-        stage: the stage of a progressive schedule that the run is, in words.
-        stage_tokens: its tokens, where a recipe gives them.
-        start: iterations of the stages before it, where they are counted on.
+        phase: the phase of a progressive schedule that the run is, in words.
+        phase_tokens: its tokens, where a recipe gives them.
+        start: iterations of the phases before it, where they are counted on.
         tokens_before: their tokens.
     """
 
@@ -58,8 +58,8 @@ class RunConstants:
     iterations: int
     flops: Mapping[str, float]
     peaks: Mapping[str, float] = field(default_factory=dict)
-    stage: str = ""
-    stage_tokens: int | None = None
+    phase: str = ""
+    phase_tokens: int | None = None
     start: int = 0
     tokens_before: int = 0
 
@@ -213,8 +213,8 @@ def progress(run: RunConstants, done: Progress) -> Figures:
     remaining = done.remaining(run.iterations)
     if remaining is not None:
         found["progress/remaining_seconds"] = remaining
-    if run.stage_tokens:
-        found["progress/fraction_of_stage_tokens"] = (tokens - run.tokens_before) / run.stage_tokens
+    if run.phase_tokens:
+        found["progress/fraction_of_stage_tokens"] = (tokens - run.tokens_before) / run.phase_tokens
     return found
 
 
@@ -243,8 +243,8 @@ def line(run: RunConstants, found: Mapping[str, float], done: Progress) -> str:
 
 def _parts(run: RunConstants, found: Mapping[str, float], done: Progress) -> Iterator[str]:
     tokens = amount(done.samples * run.seq_length - run.tokens_before)
-    of = "" if run.stage_tokens is None else f" of {amount(run.stage_tokens)}"
-    name = f" ({run.stage})" if run.stage else ""
+    of = "" if run.phase_tokens is None else f" of {amount(run.phase_tokens)}"
+    name = f" ({run.phase})" if run.phase else ""
     yield f"slim {done.iteration}/{run.iterations} ({found['progress/fraction']:.1%}){name}"
     yield f"{tokens}{of} tokens, {amount(found['throughput/tokens_per_second_per_gpu'])} tokens/s/GPU"
     if run.peaks:
@@ -265,10 +265,10 @@ def _parts(run: RunConstants, found: Mapping[str, float], done: Progress) -> Ite
     yield f"experts: max/mean {layers[worst]:.2f} ({worst.split('/')[-1].replace('_', ' ')}), {idle}"
     if "loss/kd_over_lm" in found:
         shares = {name: value for name, value in found.items() if name.startswith("loss/share_")}
-        said = ", ".join(f"{name.removeprefix('loss/share_')} {value:.0%}" for name, value in shares.items())
-        yield f"KD/LM {found['loss/kd_over_lm']:.3f}, of the loss {said}"
+        text = ", ".join(f"{name.removeprefix('loss/share_')} {value:.0%}" for name, value in shares.items())
+        yield f"KD/LM {found['loss/kd_over_lm']:.3f}, of the loss {text}"
     schedules = (f"{name} {found[f'loss/{name}']:.3f}" for name in ("kd_lambda", "mtp_beta") if f"loss/{name}" in found)
-    if said := ", ".join(schedules):
-        yield said
+    if text := ", ".join(schedules):
+        yield text
     remaining = done.remaining(run.iterations)
     yield f"elapsed {duration(done.elapsed)}, left {'?' if remaining is None else duration(remaining)}"

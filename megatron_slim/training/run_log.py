@@ -1,6 +1,6 @@
-"""What a run tells: measured on every rank, added up once per ``--log-interval``, told by the rank that logs.
+"""Metrics of a run: measured on every rank, added up once per ``--log-interval``, logged by one rank.
 
-Times are of the interval; losses and experts are of its last iteration, so that an interrupted run tells what a whole
+Times are of the interval; losses and experts are of its last iteration, so that an interrupted run logs what a whole
 one does.
 
 Megatron has one hook per iteration, ``finalize_model_grads_func``, between the backward passes and the optimizer. An
@@ -9,6 +9,7 @@ interval therefore ends there; it is as long as Megatron's own, and one optimize
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -16,22 +17,26 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
+import megatron_slim.mcore
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import get_args, get_tensorboard_writer, get_timers, get_wandb_writer
 
-from megatron_slim.architecture.flops import student_work, teacher_work
+from megatron_slim.architecture.flops import student_flops, teacher_flops
 from megatron_slim.architecture.gpus import peak_flops
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.distillation.losses import LossWeights
 from megatron_slim.distillation.model import DistillationModel
-from megatron_slim.recipe import Stage
+from megatron_slim.recipe import Phase
 from megatron_slim.training.meters import ExpertCounter, LossSums, StageClock, weights_of_terms
 from megatron_slim.training.progressive import Place
 from megatron_slim.training.run_figures import KINDS, Interval, Progress, RunConstants, figures, line
 from megatron_slim.training.stage_layout import kernels_of
 from megatron_slim.training.teacher_config import teacher_recipe
+
+logger = logging.getLogger(__name__)
 
 
 def logging_violations(args: Any) -> list[str]:
@@ -63,24 +68,24 @@ def run_constants(
     args: Any,
     *,
     teacher_runs_mtp: bool,
-    stage: Stage | None = None,
+    phase: Phase | None = None,
     place: Place | None = None,
 ) -> RunConstants:
     """What the figures of a run are relative to; ``args`` are Megatron's, validated."""
     kernels, device = kernels_of(args), torch.cuda.get_device_name()
-    flops = {"student": student_work(shape, args.seq_length, kernels).total}
+    flops = {"student": student_flops(shape, args.seq_length, kernels).total}
     student_recipe = args.fp8_recipe if args.fp8 else None
-    taught = teacher_recipe(args.teacher_dtype, args.teacher_fp8_recipe, student_recipe)
-    fp8 = {"student": bool(args.fp8), "teacher": taught is not None}
+    teacher_fp8 = teacher_recipe(args.teacher_dtype, args.teacher_fp8_recipe, student_recipe)
+    fp8 = {"student": bool(args.fp8), "teacher": teacher_fp8 is not None}
     if teacher is not None:
-        flops["teacher"] = teacher_work(teacher, args.seq_length, kernels, runs_mtp=teacher_runs_mtp).total
+        flops["teacher"] = teacher_flops(teacher, args.seq_length, kernels, runs_mtp=teacher_runs_mtp).total
     if args.peak_tflops is not None:
         peaks = dict.fromkeys(flops, args.peak_tflops * 1e12)
     elif args.bf16 or args.fp16:
         known = {model: peak_flops(device, fp8=fp8[model]) for model in flops}
         peaks = {model: peak for model, peak in known.items() if peak is not None}
     else:
-        peaks = {}  # in fp32 tensor cores are not used unless somebody asks for TF32
+        peaks = {}  # in fp32 tensor cores are not used unless TF32 is asked for
     return RunConstants(
         ranks=args.world_size,
         pipeline=args.pipeline_model_parallel_size,
@@ -90,8 +95,8 @@ def run_constants(
         iterations=args.train_iters if place is None else place.stop,
         flops=flops,
         peaks=peaks,
-        stage="" if stage is None else f"stage {stage.number} of {stage.count}{stage.name and f', {stage.name}'}",
-        stage_tokens=None if stage is None else stage.tokens,
+        phase="" if phase is None else f"phase {phase.number} of {phase.count}{phase.name and f', {phase.name}'}",
+        phase_tokens=None if phase is None else phase.tokens,
         start=0 if place is None else place.start,
         tokens_before=0 if place is None else place.tokens_before,
     )
@@ -194,7 +199,7 @@ class RunLog:
 
     def _tell(self, interval: Interval, done: Progress) -> None:
         found = figures(self.constants, interval, done)
-        print(line(self.constants, found, done), flush=True)
+        logger.info(line(self.constants, found, done))
         writer, wandb = get_tensorboard_writer(), get_wandb_writer()
         for tag, value in found.items() if writer else ():
             writer.add_scalar(tag, value, done.iteration)

@@ -17,13 +17,11 @@ STYLES = {"lm loss": "-", "logits distillation loss": "-", "teacher lm loss": ":
 
 def picture(run: Series) -> bytes:
     """PNG bytes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(13, 8.5), layout="constrained")
+    figure = Figure(figsize=(13, 8.5), layout="constrained")
+    axes = figure.subplots(2, 2)
     _losses(axes[0, 0], run)
     _throughput(axes[0, 1], run)
     _stages(axes[1, 0], run)
@@ -32,7 +30,6 @@ def picture(run: Series) -> bytes:
         over_time.xaxis.set_major_locator(MaxNLocator(integer=True))
     stream = io.BytesIO()
     figure.savefig(stream, dpi=DPI, format="png", metadata={"Software": None})
-    pyplot.close(figure)
     return stream.getvalue()
 
 
@@ -101,5 +98,5 @@ def _experts(figure: Any, axes: Any, run: Series) -> None:
     axes.set_yticks([row + 0.5 for row in rows], labels, fontsize="small")
     axes.invert_yaxis()
     axes.set(title="Tokens of the busiest expert over the mean", xlabel="iteration", ylabel="layer")
-    # Beside the map: the layout would put it beyond the second scale of the picture above.
+    # Next to the map: the layout would put it beyond the second scale of the picture above.
     figure.colorbar(drawn, cax=axes.inset_axes((1.02, 0.0, 0.03, 1.0)))

@@ -1,15 +1,17 @@
-"""What tools/show_run.py does: the scalars of a run read back, as tables and as a picture (no torch)."""
+"""The scalars of a run read back from tensorboard, as numbers and as tables (no torch)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_slim.errors import SlimError
-from megatron_slim.files import refuse_existing, write_atomic
 from megatron_slim.training.run_figures import KD, KINDS, LM, MTP_KD, MTP_LM, TEACHER_LM
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 LOSSES = (LM, KD, TEACHER_LM, MTP_LM, MTP_KD)
 FIGURES = (
@@ -25,7 +27,6 @@ FIGURES = (
     "loss/kd_over_lm",
 )
 PARTS = tuple(kind.replace(" ", "_") for kind in KINDS)
-TERMINAL_WIDTH = 120  # where standard output is no terminal
 
 Series = Mapping[str, Mapping[int, float]]  # value by iteration, by tag
 
@@ -34,7 +35,7 @@ def read_run(directory: Path) -> dict[str, dict[int, float]]:
     """Scalars of a run, all its starts together; what was done again counts as it was done last.
 
     Args:
-        directory: ``--tensorboard-dir`` of the run, or what lies above it (``SAVE`` of pretrain_distill.sh).
+        directory: ``--tensorboard-dir`` of the run, or a directory above it (``SAVE`` of pretrain_distill.sh).
 
     Raises:
         SlimError: there are none.
@@ -108,12 +109,10 @@ def summary(run: Series) -> dict[str, Any]:
     }
 
 
-def print_tables(found: Mapping[str, Any]) -> None:
-    """The summary on standard output."""
-    from rich.console import Console
+def tables(found: Mapping[str, Any]) -> list[Table]:
+    """The summary as tables: curves, stages, experts."""
     from rich.table import Table
 
-    console = Console(width=None if Console().is_terminal else TERMINAL_WIDTH)
     table = Table("", "first", "last", "least", "most", title=f"iteration {found['iteration']}")
     for name, curve in found["curves"].items():
         table.add_row(name, *(f"{value:.5g}" for value in curve.values()))
@@ -124,29 +123,8 @@ def print_tables(found: Mapping[str, Any]) -> None:
     uneven, idle = found["experts"]["max_over_mean"], found["experts"]["without_tokens"]
     for name in sorted(uneven, key=uneven.__getitem__, reverse=True)[:8]:
         experts.add_row(name, f"{uneven[name]:.3f}", f"{idle[name]:.1%}")
-    for each in (table, parts, experts):
+    found_tables = [table, parts, experts]
+    for each in found_tables:
         for column in each.columns[1:]:
             column.justify = "right"
-        console.print(each)
-
-
-def run_show(directory: Path, *, save: Path | None = None) -> dict[str, Any]:
-    """Print a run; with ``save``, draw it into a new PNG file.
-
-    Returns:
-        `summary`, with the picture's path.
-
-    Raises:
-        SlimError: no run, or ``save`` exists.
-    """
-    if save is not None:
-        refuse_existing(save)
-    run = read_run(directory)
-    found = summary(run)
-    print_tables(found)
-    if save is None:
-        return found
-    from megatron_slim.training.run_plots import picture
-
-    write_atomic(save, picture(run))
-    return {**found, "picture": str(save)}
+    return found_tables

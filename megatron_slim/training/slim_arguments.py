@@ -1,4 +1,4 @@
-"""The arguments that training has beside Megatron's; no torch, so that help is instant."""
+"""The arguments that training has in addition to Megatron's; no torch, so that help is instant."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slim.architecture.fp8_sizes import TEACHER_RECIPES
-from megatron_slim.cli import ToolParser
+from megatron_slim.command_line import ToolParser
 from megatron_slim.distillation.layer_pairs import FLAG, parse_layer_pairs
+from megatron_slim.distillation.loss_options import DEFAULTS, HIDDEN_LOSSES, KD_LOSSES
 from megatron_slim.distillation.schedule import SHAPES, Schedule
 
 MEGATRON_HELP, WITHOUT_MTP = "--help-megatron", "--without-mtp"
-TOP_K = 64
 
 
-def help_parser() -> argparse.ArgumentParser:
+def help_parser(prog: str) -> argparse.ArgumentParser:
     """A parser that knows how to print the help of our arguments alone."""
     parser = argparse.ArgumentParser(
-        prog="pretrain.py",
+        prog=prog,
         description="Train or distil with Megatron's loop. Takes all of Megatron's arguments but those of the model's "
         "shape, which comes from its config.json.",
     )
@@ -45,9 +45,9 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     group.add_argument(
         "--progressive-schedule",
         action="store_true",
-        help="The student is that of a stage of a recipe: begin at the iteration at which the stages before it ended, "
+        help="The student is that of a phase of a recipe: begin at the iteration at which the phases before it ended, "
         "and end when its own tokens are done. --train-iters, schedules and the order of the data are those of all "
-        "stages. Default: a run of its own.",
+        "phases. Default: a run of its own.",
     )
     group.add_argument(
         "--default-lr-warmup-iters",
@@ -99,7 +99,7 @@ def _add_teacher(group: Any) -> None:
         default=0,
         metavar="ITERATIONS",
         help="Let the teacher compute the batches of so many iterations in one forward pass, before the first of them, "
-        "and keep its last hidden states in host memory. 0: beside the student, in its own forward pass.",
+        "and keep its last hidden states in host memory. 0: co-located with the student, in its own forward pass.",
     )
     group.add_argument(
         "--teacher-offload",
@@ -121,62 +121,62 @@ def _add_teacher(group: Any) -> None:
 
 
 def _add_losses(group: Any) -> None:
-    """What main and MTP heads learn from, and how much each term weighs."""
+    """What supervises main and MTP heads, and how much each term weighs."""
     group.add_argument(
         "--mtp-kd-target",
         choices=("teacher-mtp", "teacher-main"),
-        help="What an MTP head learns from: the teacher's MTP head, or its main head further on. "
+        help="What supervises an MTP head: the teacher's MTP head, or its main head further on. "
         "Default: the teacher's MTP head where it has one.",
     )
     group.add_argument(
         "--kd-loss",
-        choices=("forward-kl", "reverse-kl", "jsd", "top-k"),
-        default="forward-kl",
+        choices=KD_LOSSES,
+        default=DEFAULTS.kd_loss,
         help="What distillation minimises, for main and MTP heads; docs/distillation.md has the formulas.",
     )
     group.add_argument(
         "--kd-temperature",
         type=float,
-        default=1.0,
+        default=DEFAULTS.kd_temperature,
         help="T of both softmaxes in the distillation loss, which is multiplied by T^2. LM losses are at 1.",
     )
     group.add_argument(
         "--kd-top-k",
         type=int,
-        help=f"With --kd-loss top-k: how many of the teacher's tokens count one by one. Default: {TOP_K}.",
+        help=f"With --kd-loss top-k: how many of the teacher's tokens count one by one. Default: {DEFAULTS.kd_top_k}.",
     )
     group.add_argument(
         "--loss-chunk-size",
         type=int,
         help="Tokens whose logits are in memory at once. Default: 512 on a CPU, 1024 on a GPU.",
     )
-    for name, shape, start, end in (("kd-lambda", "linear", 1.0, 0.75), ("mtp-beta", "cosine", 0.3, 0.1)):
-        _add_schedule(group, name, shape, start, end, "SlimQwen section 3.3.")
+    for name, default in (("kd-lambda", DEFAULTS.kd_lambda), ("mtp-beta", DEFAULTS.mtp_beta)):
+        _add_schedule(group, name, default, "SlimQwen section 3.3.")
 
 
 def _add_hidden_states(group: Any) -> None:
-    """What layers learn from layers."""
+    """Which layers are supervised by which layers of the teacher."""
     group.add_argument(
         FLAG,
         type=parse_layer_pairs,
         default=(),
         metavar="S:T,...",
-        help="Layers of the student, and for each a layer of the teacher from whose hidden states it learns through a "
-        "learned projection; both from 0, as in model.layers.N, and in one pipeline stage. Default: none.",
+        help="Layers of the student, and for each a layer of the teacher whose hidden states supervise it through a "
+        "trained projection; both from 0, as in model.layers.N, and in one pipeline stage. Default: none.",
     )
     group.add_argument(
         "--hidden-kd-loss",
-        choices=("cosine", "mse"),
-        default="cosine",
+        choices=HIDDEN_LOSSES,
+        default=DEFAULTS.hidden_kd_loss,
         help="What that minimises: 1 - cosine, or the mean of squared differences.",
     )
-    _add_schedule(group, "hidden-kd-weight", "constant", 1.0, 1.0, "What that loss is multiplied by.")
+    _add_schedule(group, "hidden-kd-weight", DEFAULTS.hidden_kd_weight, "What that loss is multiplied by.")
 
 
-def _add_schedule(group: Any, name: str, shape: str, start: float, end: float, about: str) -> None:
-    group.add_argument(f"--{name}-schedule", choices=sorted(SHAPES), default=shape, help=about)
-    group.add_argument(f"--{name}-start", type=float, default=start)
-    group.add_argument(f"--{name}-end", type=float, default=end)
+def _add_schedule(group: Any, name: str, default: Schedule, about: str) -> None:
+    group.add_argument(f"--{name}-schedule", choices=sorted(SHAPES), default=default.shape, help=about)
+    group.add_argument(f"--{name}-start", type=float, default=default.start)
+    group.add_argument(f"--{name}-end", type=float, default=default.end)
 
 
 def now(schedule: Schedule, args: argparse.Namespace) -> float:

@@ -5,18 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import megatron_slim.mcore
+
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from megatron_slim.architecture.flops import (
     FUSED,
     TORCH,
+    Flops,
     Kernels,
     Recompute,
-    Work,
     head_flops,
-    student_work,
-    teacher_work,
+    student_flops,
+    teacher_flops,
 )
 from megatron_slim.architecture.pipeline_layout import (
     NO_TEACHER,
@@ -27,7 +29,7 @@ from megatron_slim.architecture.pipeline_layout import (
     even_layers,
 )
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.cli import ToolParser
+from megatron_slim.command_line import ToolParser
 from megatron_slim.errors import SlimError
 
 TARGET = 1.05  # slowest rank over the mean that needs no explanation
@@ -44,7 +46,7 @@ _ONE_MODEL_ONLY = (
 
 @dataclass(frozen=True)
 class StageLayout:
-    """Stages of both models, and how Megatron is told.
+    """Stages of both models, and Megatron's flags for them.
 
     Attributes:
         stages: layers and operations of every virtual stage.
@@ -73,9 +75,9 @@ class StageLayout:
         stages, rows = self.stages, []
         mean = sum(stages.rank_loads()) / stages.ranks
         counts = zip(stages.student_layers, stages.teacher_layers, stages.model_loads(), strict=True)
-        for stage, (student, teacher, (own, taught)) in enumerate(counts):
+        for stage, (student, teacher, (own, theirs)) in enumerate(counts):
             at = f"{stage % stages.ranks}.{stage // stages.ranks}"
-            shares = f"{own / mean:>8.3f} {taught / mean:>8.3f} {(own + taught) / mean:>6.3f}"
+            shares = f"{own / mean:>8.3f} {theirs / mean:>8.3f} {(own + theirs) / mean:>6.3f}"
             rows.append(f"{at:>5} {student:>15} {teacher:>15} {shares}")
         head = f"{'stage':>5} {'student layers':>15} {'teacher layers':>15} {'student':>8} {'teacher':>8} {'sum':>6}"
         title = f"pipeline stages (rank.virtual; {self.chosen}), operations per token over the mean of the ranks:"
@@ -119,7 +121,7 @@ def stage_violations(args: Any) -> list[str]:
     if auto and any(explicit):
         found.append("--pipeline-layout auto chooses the stages itself; leave it or the explicit layout out")
     if auto and args.num_layers_per_virtual_pipeline_stage is not None:
-        found.append(f"--pipeline-layout auto wants {VIRTUAL_FLAGS[0]}, not {VIRTUAL_FLAGS[1]}")
+        found.append(f"--pipeline-layout auto needs {VIRTUAL_FLAGS[0]}, not {VIRTUAL_FLAGS[1]}")
     if explicit[1] and args.teacher_load is None:
         found.append("--teacher-pipeline-layout without a teacher")
     return found
@@ -195,20 +197,20 @@ def plan_stages(shape: ModelShape, teacher: ModelShape | None, args: Any, *, tea
         shape: the student's sizes.
         teacher: the teacher's, if there is one.
         args: Megatron's arguments as parsed, before its own validation.
-        teacher_runs_mtp: the student's MTP heads learn from the teacher's.
+        teacher_runs_mtp: the student's MTP heads are supervised by the teacher's.
 
     Raises:
         SlimError: no stages hold the layers.
     """
-    student, taught = _works(shape, teacher, args, teacher_runs_mtp)
+    student, theirs = _flops(shape, teacher, args, teacher_runs_mtp)
     ranks = args.pipeline_model_parallel_size
     if args.pipeline_layout == "auto" and ranks > 1:
         virtual = virtual_stages(shape, args)
         if teacher and args.teacher_ahead:
             losses = head_flops(teacher) * (1 + (teacher.mtp_num_layers if teacher_runs_mtp else 0))
-            stages = balanced_apart(student, taught, losses, ranks, virtual)
+            stages = balanced_apart(student, theirs, losses, ranks, virtual)
         else:
-            stages = balanced(student, taught, ranks, virtual)
+            stages = balanced(student, theirs, ranks, virtual)
         if stages is None:
             raise SlimError(f"{shape.num_layers} layers do not fill the pipeline", fix="use fewer stages")
         own = layout_string(stages.student_layers, shape.mtp_num_layers)
@@ -216,7 +218,7 @@ def plan_stages(shape: ModelShape, teacher: ModelShape | None, args: Any, *, tea
         return StageLayout(stages, own, other, AUTO)
     counts = _counts("student", shape, args)
     teacher_counts = _counts("teacher", teacher, args) if teacher else (0,) * len(counts)
-    stages = Stages(ranks, student, taught, counts, teacher_counts)
+    stages = Stages(ranks, student, theirs, counts, teacher_counts)
     explicit = _layout_of("student", args), _layout_of("teacher", args)
     chosen = "as given" if any(explicit) else "--pipeline-layout even"
     return StageLayout(stages, explicit[0], explicit[1], chosen)
@@ -227,7 +229,7 @@ def kernels_of(args: Any) -> Kernels:
     return TORCH if args.transformer_impl == "local" else FUSED
 
 
-def _works(shape: ModelShape, teacher: ModelShape | None, args: Any, teacher_runs_mtp: bool) -> tuple[Work, Work]:
+def _flops(shape: ModelShape, teacher: ModelShape | None, args: Any, teacher_runs_mtp: bool) -> tuple[Flops, Flops]:
     kernels = kernels_of(args)
     length = args.seq_length or shape.max_position_embeddings
     selective = args.recompute_activations or args.recompute_granularity == "selective"
@@ -237,7 +239,7 @@ def _works(shape: ModelShape, teacher: ModelShape | None, args: Any, teacher_run
         args.recompute_num_layers or 1,
         tuple(args.recompute_modules or (["core_attn"] if selective else [])),
     )
-    student = student_work(shape, length, kernels, recompute)
+    student = student_flops(shape, length, kernels, recompute)
     if teacher is None:
         return student, NO_TEACHER
-    return student, teacher_work(teacher, length, kernels, runs_mtp=teacher_runs_mtp)
+    return student, teacher_flops(teacher, length, kernels, runs_mtp=teacher_runs_mtp)

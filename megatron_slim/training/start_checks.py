@@ -1,7 +1,8 @@
-"""What a run does not take from its checkpoints as it is: said, or refused where Megatron would not notice."""
+"""What a run does not take from its checkpoints as it is: reported, or refused where Megatron would not notice."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.distributed import DistCheckpoint
 from megatron_slim.checkpoint.mtp import MTP
 from megatron_slim.checkpoint.remarks import remarks
-from megatron_slim.cli import say
 from megatron_slim.errors import CheckpointError
 from megatron_slim.training.slim_arguments import WITHOUT_MTP
 from megatron_slim.training.teacher_config import DTYPES
+
+logger = logging.getLogger(__name__)
 
 
 def say_remarks(shape: ModelShape, start: Checkpoint | None, teacher: Checkpoint | None, args: Any) -> None:
@@ -32,7 +34,7 @@ def say_remarks(shape: ModelShape, start: Checkpoint | None, teacher: Checkpoint
     rows = padded_vocab_size(shape, args.make_vocab_size_divisible_by)
     for name, checkpoint, dtype in (("student", start, own), ("teacher", teacher, of_teacher)):
         for line in remarks(checkpoint, dtype, name, rows) if checkpoint is not None else ():
-            say(line)
+            logger.info(line)
 
 
 def check_mtp(checkpoint: Checkpoint) -> None:
@@ -53,9 +55,9 @@ def check_mtp(checkpoint: Checkpoint) -> None:
 
 
 def check_rows(checkpoint: Checkpoint, args: Any) -> None:
-    """See that state of the optimizer that is laid out as buffers were finds buffers of the same layout.
+    """See that optimizer state saved in the layout of buffers finds buffers of the same layout.
 
-    With another padding of the vocabulary all that lies behind the embedding is shifted; where the buffers' own padding
+    With another padding of the vocabulary all that follows the embedding is shifted; where the buffers' own padding
     takes up the difference, Megatron does not notice.
 
     Args:

@@ -1,8 +1,8 @@
 """A teacher that computes ahead: some iterations' batches in one forward-only pass, then the student alone.
 
 The pass comes before the first iteration of a block, outside the student's schedule, through the same pipeline stages.
-The last stage keeps the hidden states that the losses want in host memory; they are what the teacher beside the student
-would have ended with, bit for bit. Validation runs the teacher beside the student as always.
+The last stage keeps the hidden states that the losses need in host memory; they are what a co-located teacher
+would have ended with, bit for bit. Validation runs the teacher co-located with the student as always.
 
 The block's batches are read a second time, by a loader that starts where a run resumed at this iteration would start.
 So the data of training, what counts as consumed, and resuming know nothing of blocks, which begin wherever a run does.
@@ -10,11 +10,14 @@ So the data of training, what counts as consumed, and resuming know nothing of b
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+
+import megatron_slim.mcore
 
 import psutil
 import torch
@@ -34,6 +37,8 @@ from megatron_slim.training.data import Batch
 from megatron_slim.training.finite import FiniteWatch
 from megatron_slim.training.teacher_config import DTYPES
 
+logger = logging.getLogger(__name__)
+
 # Flags of Megatron under which a block's batches, or the moment before a schedule, would not be what they seem.
 _NOT_TOGETHER = {
     "rampup_batch_size": "the batch size must be the same in all iterations of a block",
@@ -49,7 +54,7 @@ def ahead_violations(args: Any) -> list[str]:
         args: Megatron's arguments and ours, as parsed.
     """
     if args.teacher_ahead == 0:
-        why = "a teacher beside its student is used in every micro-batch; give --teacher-ahead"
+        why = "a co-located teacher is used in every micro-batch; give --teacher-ahead"
         return [f"--teacher-offload alone has no effect: {why}"] if args.teacher_offload else []
     if args.teacher_ahead < 0:
         return [f"--teacher-ahead {args.teacher_ahead} is not a number of iterations"]
@@ -58,7 +63,7 @@ def ahead_violations(args: Any) -> list[str]:
         if getattr(args, name, None):
             found.append(f"--teacher-ahead does not go with --{name.replace('_', '-')}: {why}")
     if args.hidden_kd_layers:
-        found.append("--teacher-ahead does not go with --hidden-kd-layers, which need the teacher beside the student")
+        found.append("--teacher-ahead does not go with --hidden-kd-layers, which need a co-located teacher")
     if args.dataloader_type == "external":
         found.append("--teacher-ahead does not go with --dataloader-type external: batches are read twice")
     if args.cuda_graph_impl == "full_iteration":
@@ -71,7 +76,7 @@ def ahead_violations(args: Any) -> list[str]:
 def held_bytes(teacher: ModelShape, args: Any, depths: int) -> int:
     """Host memory that a rank of the last stage needs for the hidden states of a block.
 
-    Tokens of a data-parallel rank, shared out under context and sequence parallelism, times hidden size, heads and
+    Tokens of a data-parallel rank, split under context and sequence parallelism, times hidden size, heads and
     bytes a number.
 
     Args:
@@ -99,7 +104,7 @@ def check_host_memory(needed: int, args: Any) -> None:
         what = f"--teacher-ahead {args.teacher_ahead} needs {sizes}, of which {available / 1e9:.3g} GB are left"
         raise SlimError(what, fix="give a smaller number of iterations")
     if args.rank == 0:
-        print(f"teacher ahead: hidden states of {args.teacher_ahead} iterations take {sizes}", flush=True)
+        logger.info(f"teacher ahead: hidden states of {args.teacher_ahead} iterations take {sizes}")
 
 
 def block_end(start: int, length: int, args: Any) -> int:

@@ -1,18 +1,21 @@
-"""Before the first step: is the teacher the model that it should be? A broken teacher must not train anybody.
+"""Before the first step: is the teacher the model that it should be? A broken teacher must not train a student.
 
 Its cross entropy on the run's first batch must be better than guessing: that finds weights that are zero or random, or
 another tokenizer, but not experts or layers in a wrong order, which cost less than all that a model knows. Where losses
-were recorded beside the checkpoint (`checkpoint.reference`) the teacher, as it was loaded and laid out, computes the
+were recorded for the checkpoint (`checkpoint.reference`) the teacher, as it was loaded and sharded, computes the
 same tokens again, and must give each the same loss up to rounding.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import megatron_slim.mcore
 
 import torch
 from megatron.core import parallel_state
@@ -20,7 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training import get_args
 from torch import Tensor
 
-from megatron_slim.architecture.context_parallel import own_positions
+from megatron_slim.architecture.context_parallel import local_positions
 from megatron_slim.checkpoint.records import REFERENCE
 from megatron_slim.checkpoint.reference import Reference, read_reference
 from megatron_slim.distillation.losses import TokenLosses
@@ -28,7 +31,9 @@ from megatron_slim.distillation.model import DistillationModel
 from megatron_slim.errors import CheckpointError
 from megatron_slim.training.data import Batch, Repeated, first_batch, reference_batch
 
-GUESSING = 0.95  # a teacher whose cross entropy is above this share of log V has learnt nothing of use
+logger = logging.getLogger(__name__)
+
+GUESSING = 0.95  # a teacher whose cross entropy is above this share of log V predicts nothing of use
 # Mean difference per token, in nats, that is still rounding. In fp32 it is some 1e-5; in 16 bits 0.01 to 0.03, routers
 # that decide otherwise included. Two layers exchanged change the tokens of a trained model by tenths of a nat and more.
 FP32_NATS, HALF_NATS, FP8_NATS = 0.003, 0.1, 0.2
@@ -61,7 +66,7 @@ def check_teacher(chunks: Sequence[DistillationModel], next_batch: NextBatch, da
         found = _measured(chunks, next_batch, batch, partial(_mean_difference, losses))
         judge_difference(found, tolerance_of(reference, chunks), where)
     elif torch.distributed.get_rank() == 0:
-        print(f"no {REFERENCE} in {where}: its losses are compared with nothing but guessing", flush=True)
+        logger.info(f"no {REFERENCE} in {where}: its losses are compared with nothing but guessing")
 
 
 def tolerance_of(reference: Reference, chunks: Sequence[DistillationModel]) -> float:
@@ -113,7 +118,7 @@ def _on_last_stage(measure: Measure, loss_mask: Tensor | None, output: Tensor, n
 def _whole_sequence(values: Tensor, length: int) -> Tensor:
     """Values [b, length] from those that each context-parallel rank has."""
     group = parallel_state.get_context_parallel_group()
-    positions = own_positions(group, length)
+    positions = local_positions(group, length)
     if positions is None:
         return values
     whole = values.new_zeros(len(values), length)
@@ -154,7 +159,7 @@ def judge_teacher(loss: float, vocab_size: int, where: Path) -> None:
             fix=FIX,
         )
     if torch.distributed.get_rank() == 0:
-        print(f"teacher lm loss on the first batch: {loss:.6f} (guessing: {uniform:.6f})", flush=True)
+        logger.info(f"teacher lm loss on the first batch: {loss:.6f} (guessing: {uniform:.6f})")
 
 
 def judge_difference(nats: float, tolerance: float, where: Path) -> None:
@@ -168,7 +173,7 @@ def judge_difference(nats: float, tolerance: float, where: Path) -> None:
             f"the teacher's losses differ from {REFERENCE} by {nats:.4g} nats a token, {tolerance} is rounding",
             where=str(where),
             fix="its weights are not, or not in the order, of the model that was evaluated: convert or copy it again; "
-            "if it was changed on purpose, run tools/evaluate.py --record",
+            "if it was changed on purpose, run megatron-slim evaluate --record",
         )
     if torch.distributed.get_rank() == 0:
-        print(f"teacher: the losses of {REFERENCE} to {nats:.2g} nats a token", flush=True)
+        logger.info(f"teacher: the losses of {REFERENCE} to {nats:.2g} nats a token")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import megatron_slim.mcore
+
 import torch
 from megatron.core.transformer import TransformerConfig
 
@@ -26,7 +28,7 @@ _WITHOUT_FP8 = {
 def teacher_recipe(dtype: str | None, recipe: str | None, of_student: str | None) -> str | None:
     """The FP8 recipe that a teacher runs with, None without FP8.
 
-    Delayed scaling learns its scales at the end of forward passes with gradients, of which the teacher has none, and
+    Delayed scaling updates its scales at the end of forward passes with gradients, of which the teacher has none, and
     its weights are quantised once, before any pass: it takes them from what it multiplies (``tensorwise``) instead.
 
     Args:
@@ -52,7 +54,7 @@ def teacher_config(
     dtype: str | None = None,
     fp8_recipe: str | None = None,
 ) -> TransformerConfig:
-    """Configuration of the teacher beside a student.
+    """Configuration of the teacher of a student.
 
     Args:
         shape: the teacher's sizes.

@@ -3,17 +3,19 @@ from __future__ import annotations
 import doctest
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_slim.architecture import axes, qwen3_next, shape
 from megatron_slim.architecture.axes import (
+    Dim,
+    Sizes,
     concat,
     kept_positions,
     label,
     labelled_positions,
-    permutation,
     product,
     size,
 )
@@ -40,6 +42,16 @@ def test_a_kept_index_set_of_a_missing_axis_changes_nothing() -> None:
 def test_a_label_may_occur_once_only() -> None:
     with pytest.raises(AssertionError, match="twice"):
         labelled_positions(concat(label("a", "n"), label("a", "n")), {"n": 2})
+
+
+def permutation(source: Dim, target: Dim, sizes: Sizes) -> npt.NDArray[np.int64]:
+    """Index ``p`` with ``target_rows = source_rows[p]`` for two layouts of the same labelled rows."""
+    source_at, target_at = labelled_positions(source, sizes), labelled_positions(target, sizes)
+    assert source_at.keys() == target_at.keys(), (source_at.keys(), target_at.keys())
+    index = np.empty(size(target, sizes), dtype=np.int64)
+    for name, positions in target_at.items():
+        index[positions] = source_at[name]
+    return index
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5))

@@ -17,8 +17,8 @@ from megatron_slim.architecture.flops import (  # noqa: E402
     block_flops,
     head_flops,
     mtp_flops,
-    student_work,
-    teacher_work,
+    student_flops,
+    teacher_flops,
 )
 from megatron_slim.architecture.layer_specs import build_model, transformer_config  # noqa: E402
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape  # noqa: E402
@@ -99,7 +99,7 @@ def test_the_delta_rule_alone() -> None:
     decay, write = torch.rand(2, BATCH, LENGTH, 6)
     with counting() as counter:
         chunk_gated_delta_rule(*made, -decay, write)
-    # The inverse of a chunk's triangle is no product.
+    # The inverse of a chunk's triangle is not a product.
     assert per_token(counter) == block_flops(shape, LINEAR_ATTENTION, LENGTH, TORCH)["delta_rule"]
 
 
@@ -114,7 +114,7 @@ def test_the_table_of_a_family_without_delta_net_and_shared_experts() -> None:
     model, batch = build(shape, HiddenStatesModel), tokens()
     with counting() as counter:
         model.output_layer(model(batch["input_ids"], batch["position_ids"], None))
-    assert per_token(counter) == teacher_work(shape, LENGTH, TORCH, runs_mtp=True).total
+    assert per_token(counter) == teacher_flops(shape, LENGTH, TORCH, runs_mtp=True).total
 
 
 RECOMPUTE = {
@@ -129,7 +129,7 @@ RECOMPUTE = {
 @pytest.mark.filterwarnings("ignore:recompute_method == 'block'")
 @pytest.mark.parametrize("name", RECOMPUTE)
 def test_a_training_step_of_teacher_and_student(name: str) -> None:
-    """Forward, backward and recomputation of the student beside the teacher's forward pass."""
+    """Forward, backward and recomputation of the student, and the teacher's forward pass."""
     fields, batch = RECOMPUTE[name], tokens()
     student = build(STUDENT, DistillationModel, **fields)
     assert isinstance(student, DistillationModel)
@@ -147,6 +147,6 @@ def test_a_training_step_of_teacher_and_student(name: str) -> None:
         num_layers=fields.get("recompute_num_layers", 1),
         modules=tuple(fields.get("recompute_modules", ())),
     )
-    work = student_work(STUDENT, LENGTH, TORCH, recompute)
-    whole = work.of_stage(0, 2) + work.last + teacher_work(TEACHER, LENGTH, TORCH, runs_mtp=True).total
+    flops = student_flops(STUDENT, LENGTH, TORCH, recompute)
+    whole = flops.of_stage(0, 2) + flops.last + teacher_flops(TEACHER, LENGTH, TORCH, runs_mtp=True).total
     assert per_token(counter) == pytest.approx(whole, rel=1e-12)

@@ -76,9 +76,11 @@ def test_every_dimension(field: str, value: int, tp: int, sixteen: str, thirty_t
 
 
 def test_no_number_of_heads_may_do() -> None:
-    """linear_proj wants a multiple of 8 heads, linear_qkv with its 2 keys and values an even one that is not of 4."""
+    """linear_proj needs a multiple of 8 heads, linear_qkv with its 2 keys and values an even one that is not of 4."""
     shape = dataclasses.replace(FITTING, kv_channels=8, num_attention_heads=6)
-    assert size_violations(shape, "mxfp8", tp=2) == ["linear_proj has 24 inputs on each of 2 ranks, no multiple of 32"]
+    assert size_violations(shape, "mxfp8", tp=2) == [
+        "linear_proj has 24 inputs on each of 2 ranks, not a multiple of 32"
+    ]
 
 
 def test_the_published_model() -> None:
@@ -88,8 +90,8 @@ def test_the_published_model() -> None:
     assert [bool(size_violations(PUBLISHED, "mxfp8", tp=tp)) for tp in (1, 2, 4)] == [False, False, True]
     assert size_violations(PUBLISHED, "tensorwise", tp=8, trained=False) == []
     assert size_violations(PUBLISHED, "tensorwise", tp=8) == [
-        "in_proj of Gated DeltaNet has 1544 outputs on each of 8 ranks, no multiple of 16: linear_num_value_heads 32 "
-        "would have to be 64, or tensor parallel size 4 would do"
+        "in_proj of Gated DeltaNet has 1544 outputs on each of 8 ranks, not a multiple of 16: linear_num_value_heads 32"
+        " would have to be 64, or tensor parallel size 4 would do"
     ]
 
 

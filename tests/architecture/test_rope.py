@@ -108,7 +108,7 @@ def test_what_transformers_itself_writes_is_read(tmp_path: Path) -> None:
         assert read == shape_from_hf_config(config, mtp_num_layers=0)
 
 
-def test_the_original_length_may_stand_beside_it(tmp_path: Path) -> None:
+def test_the_original_length_may_stand_outside_it(tmp_path: Path) -> None:
     asked = {"rope_type": "yarn", "factor": 4.0}
     config = spelled(tiny_shape(**FAMILIES["qwen3_next"]), asked, "rope_scaling")
     config |= {"original_max_position_embeddings": 128}
@@ -144,7 +144,7 @@ def test_plain_ones_are_plain(rope: dict[str, Any] | None) -> None:
         ({"rope_scaling": {**YARN, "factor": True}}, "factor True is not a number"),
         ({"rope_scaling": {**YARN, "factor": "4"}}, "factor '4' is not a number"),
         ({"rope_scaling": {**YARN, "original_max_position_embeddings": 64.5}}, "64.5 is not an integer"),
-        ({"rope_scaling": YARN, "original_max_position_embeddings": 128}, "embeddings 64, and 128 beside it"),
+        ({"rope_scaling": YARN, "original_max_position_embeddings": 128}, "embeddings 64, and 128 outside it"),
         ({"rope_scaling": {**YARN, "attention_factor": 0}}, "attention_factor 0 is not a number"),
         ({"rope_scaling": {**YARN, "beta_fast": 1, "beta_slow": 2}}, "beta_fast 1.0 is below beta_slow 2.0"),
         ({"rope_scaling": {**YARN, "truncate": 0}}, "truncate 0 is neither true nor false"),

@@ -25,7 +25,7 @@ def test_config_round_trip() -> None:
         assert shape_from_hf_config(config, mtp_num_layers=shape.mtp_num_layers) == shape
 
 
-def test_what_is_no_size_is_carried_over() -> None:
+def test_what_is_not_a_size_is_carried_over() -> None:
     config = shape_to_hf_config(tiny_shape(), {"architectures": ["X"], "eos_token_id": 7, "hidden_size": 1})
     assert (config["architectures"], config["eos_token_id"], config["hidden_size"]) == (["X"], 7, 64)
 
@@ -42,10 +42,10 @@ def test_every_reader_finds_the_layers() -> None:
 def test_no_word_about_mtp_survives_its_model() -> None:
     """Of a source: of another depth, of other clients, of a family that has MTP."""
     stale = {"num_nextn_predict_layers": 2, "num_mtp_layers": 2, "mtp_num_hidden_layers": 2, "mtp_layer_types": ["x"]}
-    for shape, said in ((tiny_shape(), 1), (tiny_shape(mtp_num_layers=0), 0), (tiny_shape("qwen3_moe"), None)):
+    for shape, stated in ((tiny_shape(), 1), (tiny_shape(mtp_num_layers=0), 0), (tiny_shape("qwen3_moe"), None)):
         config = shape_to_hf_config(shape, stale)
-        assert stated_mtp_layers(config) == said and "mtp_num_hidden_layers" not in config
-        assert ("num_mtp_layers" in config) == ("mtp_layer_types" in config) == (said == 1)
+        assert stated_mtp_layers(config) == stated and "mtp_num_hidden_layers" not in config
+        assert ("num_mtp_layers" in config) == ("mtp_layer_types" in config) == (stated == 1)
 
 
 def test_no_interval_is_claimed_for_an_odd_pattern() -> None:

@@ -55,7 +55,7 @@ def _losses(model: Any) -> Tensor:
 
 
 def _by_table(model: Any) -> dict[str, Tensor]:
-    """Gradients under names that do not tell grouped experts from single ones."""
+    """Gradients under names that do not distinguish grouped experts from single ones."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
@@ -87,7 +87,7 @@ def check_specs(work: Path) -> None:
 
 
 def check_types(work: Path) -> None:
-    """What stays in fp32 beside bf16: losses and gradients of Megatron's own modules, to rounding."""
+    """What stays in fp32 in bf16 training: losses and gradients of Megatron's own modules, to rounding."""
     from megatron_slim.checkpoint.convert import open_checkpoint
     from megatron_slim.checkpoint.loading import load_hf_weights
     from megatron_slim.checkpoint.precision import keep_types
@@ -161,7 +161,7 @@ WRONG: list[dict[str, int]] = [
 ]
 
 
-def check_refusals() -> None:
+def check_errors() -> None:
     """What we refuse is what stops at the first step; the recipes of 16 take one more than mxfp8 now and then."""
     for sizes in WRONG:
         shape = SHAPE.replace(**sizes, rotary_percent=1.0, num_moe_experts=2)
@@ -235,7 +235,7 @@ def check_all(work: Path) -> None:
     check_specs(work)
     check_types(work)
     check_regions()
-    check_refusals()
+    check_errors()
     check_teacher_apart(work)
     check_state_of_delayed_scaling()
 

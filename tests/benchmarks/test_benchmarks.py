@@ -109,7 +109,7 @@ def test_holes_do_not_change_what_is_read(tmp_path: Path) -> None:
     assert digger.peak_disk == before
 
 
-def test_a_tool_is_told_that_there_is_room(tmp_path: Path) -> None:
+def test_a_tool_runs_as_if_there_were_space(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("import shutil, sys; print(shutil.disk_usage('.').free, sys.argv[1:])")
     found = processes.run(processes.python(processes.ROOT / "benchmarks" / "roomy.py", script, "--a", "b"))
@@ -160,12 +160,12 @@ def test_a_command_that_fails_is_an_error() -> None:
         processes.run([sys.executable, "-c", "import sys; print('why', file=sys.stderr); sys.exit(3)"])
 
 
-def test_a_failure_beside_a_command_ends_it() -> None:
+def test_a_failure_during_a_command_ends_it() -> None:
     def full() -> None:
         raise SlimError("disk full")
 
     with pytest.raises(SlimError, match="disk full"):
-        processes.run([sys.executable, "-c", "import time; time.sleep(600)"], beside=full)
+        processes.run([sys.executable, "-c", "import time; time.sleep(600)"], meanwhile=full)
 
 
 def test_the_page_cache_is_what_was_asked_for(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_convert(tmp_path: Path, tool: Tool) -> None:
 
 
 @pytest.mark.slow
-def test_convert_in_every_direction_beside_loading_everything(tmp_path: Path, tool: Tool) -> None:
+def test_convert_in_every_direction_and_load_everything(tmp_path: Path, tool: Tool) -> None:
     outcome = tool("benchmarks/convert.py", "--dir", tmp_path / "b", "--cache", "warm", *TINY)
     assert outcome.code == 0, outcome.stderr
     check_convert(outcome.json, ALL)

@@ -1,4 +1,4 @@
-"""The benchmark of the losses runs, tiny, and at full size needs the memory that it promises."""
+"""The benchmark of the losses runs, tiny, and at full size needs the memory that it states."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ LINE = (
 
 @pytest.fixture
 def runs(tiny_release: Path, tmp_path: Path) -> Path:
-    """Four steps; the second run was killed in the third, went on from the first, and logged the mean of 2 and 3."""
+    """Four steps; the second run was killed in the third, resumed from the first, and logged the mean of 2 and 3."""
     for name, steps in (("whole", [1, 2, 3, 4]), ("killed", [1, 2, 2, 3, 4])):
         shutil.copytree(tiny_release, tmp_path / name / "iter_0000004")
         (tmp_path / f"{name}.log").write_text("".join(LINE.format(step, step / 2) for step in steps))

@@ -47,7 +47,7 @@ def test_a_framed_tensor_is_what_torch_saves(shape: tuple[int, ...], dtype: torc
     frame = make_frame(shape, dtype)
     content = bytes(as_bytes(tensor))
     archive = frame.head + content + frame.tail_for(zlib.crc32(content))
-    # torch makes an id of all checksums, which nobody compares: its 40 digits and their own checksum, twice.
+    # torch makes an id of all checksums, which nothing compares: its 40 digits and their own checksum, twice.
     differing = sum(a != b for a, b in zip(archive, saved(tensor), strict=True))
     assert len(archive) == len(saved(tensor)) and differing <= 40 + 2 * 4
     with zipfile.ZipFile(io.BytesIO(archive)) as found:

@@ -238,12 +238,12 @@ def _truncate(path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-5000])
 
 
-FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+ERRORS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "renamed": (
         lambda path: _edit_metadata(path, _rename),
         f"1 missing weights: {NORM}; 1 unknown weights: decoder.extra.weight",
     ),
-    "leaves the directory": (lambda path: _edit_metadata(path, _escape), "lies in no file of this directory"),
+    "leaves the directory": (lambda path: _edit_metadata(path, _escape), "is in no file of this directory"),
     "half of a tensor": (
         lambda path: _edit_metadata(path, lambda m: m.state_dict_metadata[NORM].chunks.pop()),
         "do not make up the whole",
@@ -256,7 +256,10 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "os.system does not belong",
     ),
     "not a pickle": (lambda path: (path / "release" / ".metadata").write_bytes(b"hello"), "not readable"),
-    "another pickle": (lambda path: (path / "release" / ".metadata").write_bytes(pickle.dumps([1])), "no checkpoint"),
+    "another pickle": (
+        lambda path: (path / "release" / ".metadata").write_bytes(pickle.dumps([1])),
+        "not hold checkpoint metadata",
+    ),
     "torn tracker": (lambda path: (path / "latest_checkpointed_iteration.txt").write_text(""), "neither 'release'"),
     "tracker to nowhere": (
         lambda path: (path / "latest_checkpointed_iteration.txt").write_text("12"),
@@ -272,10 +275,10 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_bad_torch_dist_checkpoints_are_refused(good: Path, tmp_path: Path, fault: str) -> None:
+@pytest.mark.parametrize("case", ERRORS)
+def test_bad_torch_dist_checkpoints_are_refused(good: Path, tmp_path: Path, case: str) -> None:
     path = shutil.copytree(good, tmp_path / "torch_dist")
-    damage, message = FAULTS[fault]
+    damage, message = ERRORS[case]
     damage(path)
     with pytest.raises(SlimError, match=message) as caught:
         torch_dist_to_hf(path, tmp_path / "out")
@@ -283,11 +286,11 @@ def test_bad_torch_dist_checkpoints_are_refused(good: Path, tmp_path: Path, faul
     assert not (tmp_path / "out").exists()
 
 
-def test_bytes_that_are_no_tensor_are_found_when_read(good: Path, tmp_path: Path) -> None:
+def test_bytes_that_are_not_a_tensor_are_found_when_read(good: Path, tmp_path: Path) -> None:
     path = shutil.copytree(good, tmp_path / "torch_dist")
     file = path / "release" / "__0_0.distcp"
     file.write_bytes(bytes(file.stat().st_size))
-    with pytest.raises(CheckpointError, match="is no tensor"):
+    with pytest.raises(CheckpointError, match="is not the tensor that"):
         torch_dist_to_hf(path, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["torch_dist"]
 

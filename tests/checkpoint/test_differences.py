@@ -50,8 +50,8 @@ def test_a_missing_layer_and_a_missing_expert(source: Path, tmp_path: Path, capl
     """transformers makes a layer up, with a table on stderr, and fails at an expert; neither is read here."""
     caplog.set_level(logging.ERROR)
     layer = without(source, tmp_path / "layer", lambda name: name.startswith("model.layers.2."))
-    model, told = Qwen3NextForCausalLM.from_pretrained(layer, output_loading_info=True)
-    assert len(told["missing_keys"]) == 16 and model.model.layers[2].mlp.gate.weight.isfinite().all()
+    model, info = Qwen3NextForCausalLM.from_pretrained(layer, output_loading_info=True)
+    assert len(info["missing_keys"]) == 16 and model.model.layers[2].mlp.gate.weight.isfinite().all()
     expert = without(source, tmp_path / "expert", lambda name: name.startswith("model.layers.2.mlp.experts.5."))
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         Qwen3NextForCausalLM.from_pretrained(expert)
@@ -61,7 +61,7 @@ def test_a_missing_layer_and_a_missing_expert(source: Path, tmp_path: Path, capl
 
 
 def test_the_mtp_block_is_gone_after_load_and_save(source: Path, tmp_path: Path) -> None:
-    """And config.json still promises it."""
+    """And config.json still declares it."""
     Qwen3NextForCausalLM.from_pretrained(source).save_pretrained(tmp_path)
     before, after = (load_file(path / "model.safetensors").keys() for path in (source, tmp_path))
     assert {name for name in before - after if not name.startswith("mtp.")} == set() != before - after
@@ -93,7 +93,7 @@ def test_transformers_rounds_what_is_kept_in_fp32(source: Path, tmp_path: Path) 
 def test_megatron_refuses_what_is_missing_and_takes_what_is_too_much(
     source: Path, tmp_path: Path, changes: dict[str, object], error: type[BaseException] | None
 ) -> None:
-    """Unless it is told to raise all: then what the checkpoint has beside it is refused too."""
+    """Unless it is to raise all: then what the checkpoint has in addition is refused too."""
     device.init_single_process()
     hf_to_torch_dist(source, tmp_path / "dist")
     directory = str(tmp_path / "dist" / "release")

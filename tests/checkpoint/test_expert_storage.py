@@ -185,7 +185,7 @@ def test_the_option_and_what_a_torch_dist_remembers(tmp_path: Path, tool: Callab
     for content in ("[]", '{"fused_experts": 1}', '{"fused_experts": [1]}', "{"):
         record.write_text(content)
         assert str(record) in tool(TOOL, "--load", tmp_path / "dist", "--save", tmp_path / "x").error
-    record.write_text('{"fused_experts": ["mtp.layers.0", "model.layers.99"]}')  # what is no part of the model any more
+    record.write_text('{"fused_experts": ["mtp.layers.0", "model.layers.99"]}')  # not in the model any more
     assert tool(TOOL, "--load", tmp_path / "dist", "--save", tmp_path / "some").code == 0
     assert_equal(on_disk(tmp_path / "some"), fused(tensors, MTP))
 
@@ -211,7 +211,7 @@ def _transposed(*names: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: tensors | {name: tensors[name].transpose(1, 2).contiguous() for name in names}
 
 
-FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
+ERRORS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "both": (_both, r"experts both fused and one by one in model\.layers\.1;"),
     "one projection fused": (_one_projection, r"experts both fused and one by one in model\.layers\.1;"),
     "no down": (_without(DOWN), rf"half of the fused experts is missing: {DOWN}"),
@@ -230,9 +230,9 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_faults_name_the_block(tmp_path: Path, fault: str) -> None:
-    change, message = FAULTS[fault]
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_name_the_block(tmp_path: Path, case: str) -> None:
+    change, message = ERRORS[case]
     path = write(tmp_path / "hf", change(fused(random_tensors(SHAPE), TRUNK | MTP)))
     with pytest.raises(CheckpointError, match=message) as caught:
         HFCheckpoint.open(path)
@@ -248,7 +248,7 @@ def test_a_square_that_is_transposed_is_known_by_the_other(tmp_path: Path) -> No
 
 
 def test_fp8_experts_fused(tmp_path: Path) -> None:
-    """As transformers 5 has them in memory: the scales of all experts in one tensor beside the weights."""
+    """As transformers 5 has them in memory: the scales of all experts in one tensor next to the weights."""
     from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 
     generator, block = torch.Generator().manual_seed(0), [8, 40]

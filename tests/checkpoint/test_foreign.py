@@ -1,4 +1,4 @@
-"""What other programs lay out or quantize: read where it is only a prefix, else refused by what it is."""
+"""What other programs rename or quantize: read where it is only a prefix, else refused with its name."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def renamed(*rules: tuple[str, str]) -> Tensors:
 PREFIXES = {
     "model.language_model.": renamed(("model.", "model.language_model.")),
     "language_model.model.": renamed(("model.", "language_model.model."), ("", "language_model.")),
-    "language_model.model., mtp beside": renamed(
+    "language_model.model., mtp outside": renamed(
         ("mtp.", "mtp."), ("model.", "language_model.model."), ("", "language_model.")
     ),
     "model.language_model., all within": renamed(("model.", "model.language_model."), ("", "model.language_model.")),
@@ -127,7 +127,7 @@ def _bare(tensors: Tensors) -> Tensors:
 
 
 MLX = "is in MLX's layout: experts under switch_mlp.*norms of Qwen3-Next shifted by 1; get the checkpoint that it was"
-FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
+ERRORS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "MLX": (_switch_mlp, MLX),
     "vision tower": (
         lambda t: _other("model.visual.blocks.0.attn.qkv.weight", "model.visual.merger.norm.weight")(
@@ -135,7 +135,7 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         ),
         r"2 tensors of a vision or audio part, which is not supported: model\.visual\.blocks\.0.*; save its language",
     ),
-    "vision tower beside plain names": (_other("vision_tower.x.weight"), r"1 tensors of a vision .*vision_tower\.x"),
+    "vision tower next to plain names": (_other("vision_tower.x.weight"), r"1 tensors of a vision .*vision_tower\.x"),
     "two towers": (
         _other("visual.a.weight", "audio_tower.b.weight"),
         r"2 tensors of .*: audio_tower\.b\.weight, visual\.a\.weight",
@@ -154,7 +154,7 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         _mixtral,
         r"missing tensors: model\.layers\.0\.mlp\.experts\.0.*extra tensors: .*block_sparse_moe.*another program lays",
     ),
-    "GPTQ without a word": (
+    "GPTQ that config.json does not state": (
         _other("model.layers.0.self_attn.q_proj.qweight", "model.layers.0.self_attn.q_proj.scales"),
         r"quantized weights, and config.json does not say how: model\.layers\.0\.self_attn\.q_proj\.qweight",
     ),
@@ -162,9 +162,9 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_what_it_is_is_said(tmp_path: Path, fault: str) -> None:
-    change, message = FAULTS[fault]
+@pytest.mark.parametrize("case", ERRORS)
+def test_the_message_says_what_it_is(tmp_path: Path, case: str) -> None:
+    change, message = ERRORS[case]
     path = write(tmp_path / "hf", change(random_tensors(SHAPE)))
     with pytest.raises(CheckpointError, match=message) as caught:
         HFCheckpoint.open(path)
@@ -206,7 +206,7 @@ QUANTIZED: dict[str, tuple[dict[str, Any], str]] = {
         {"compression_config": {"quant_method": "sparseml"}},
         "compression_config: .*'sparseml'",
     ),
-    "nothing said": ({"quantization_config": {}}, r"a method that it does not name \(no settings\)"),
+    "nothing stated": ({"quantization_config": {}}, r"a method that it does not name \(no settings\)"),
     "method a number": ({"quantization_config": {"quant_method": 4}}, "a method that it does not name"),
     "FP8 under another key": ({"quantization": {"quant_method": "fp8"}}, "quantization: weights quantized with 'fp8'"),
 }

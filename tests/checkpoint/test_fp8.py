@@ -1,4 +1,4 @@
-"""Block-scaled FP8 against E4M3 decoded by hand, against transformers, and with every fault it can have."""
+"""Block-scaled FP8 against E4M3 decoded by hand, against transformers, and with every error it can have."""
 
 from __future__ import annotations
 
@@ -215,10 +215,10 @@ def test_a_parameter_may_be_of_fp8_and_bf16(source: tuple[Path, Tensors], tmp_pa
     assert torch.equal(gate, checkpoint.read(UP.replace("up_proj", "gate_proj")))
 
 
-def test_tools_take_it_when_told_to(source: tuple[Path, Tensors], tmp_path: Path, tool: Callable[..., Any]) -> None:
+def test_tools_take_it_with_the_flag(source: tuple[Path, Tensors], tmp_path: Path, tool: Callable[..., Any]) -> None:
     convert = ("tools/convert_checkpoint.py", "--load", source[0], "--save", tmp_path / "out")
     assert tool(*convert).error.endswith(
-        "the weights are in FP8; give --dequantize-fp8, or convert first: tools/convert_checkpoint.py --to hf "
+        "the weights are in FP8; give --dequantize-fp8, or convert first: megatron-slim convert --to hf "
         "--dequantize-fp8"
     )
     assert tool(*convert, "--dequantize-fp8").code == 0
@@ -240,7 +240,7 @@ def _to(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Tensors], An
     return lambda tensors: tensors.update({name: change(tensors[name]).contiguous()})
 
 
-FAULTS: dict[str, tuple[Callable[[Tensors], Any], dict[str, Any], str]] = {
+ERRORS: dict[str, tuple[Callable[[Tensors], Any], dict[str, Any], str]] = {
     "no scale": (lambda t: t.pop(f"{UP}_scale_inv"), {}, rf"1 FP8 weights without scales: {UP};"),
     "no weight": (lambda t: t.pop(UP), {}, rf"1 scales without FP8 weights: {UP}_scale_inv;"),
     "scale of a bf16 weight": (_to(UP, Tensor.bfloat16), {}, rf"1 scales without FP8 weights: {UP}_scale_inv;"),
@@ -259,7 +259,7 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Any], dict[str, Any], str]] = {
     "vector": (
         lambda t: t.update({"model.norm.weight": torch.ones(64).to(FP8), "model.norm.weight_scale_inv": torch.ones(3)}),
         {},
-        r"1 FP8 tensors that are no matrices: model\.norm\.weight; ",
+        r"1 FP8 tensors that are not matrices: model\.norm\.weight; ",
     ),
     "E5M2": (_to(UP, lambda t: t.float().to(torch.float8_e5m2)), {}, rf"unsupported types: {UP} \(F8_E5M2\)"),
     "format": (lambda t: None, {"fmt": "e5m2"}, r"quantization_config\.fmt 'e5m2' is not supported"),
@@ -286,25 +286,25 @@ def changed(source: tuple[Path, Tensors], change: Callable[[Tensors], Any]) -> T
     return tensors
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_refused_on_opening(source: tuple[Path, Tensors], tmp_path: Path, fault: str) -> None:
-    change, config, message = FAULTS[fault]
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_are_found_on_opening(source: tuple[Path, Tensors], tmp_path: Path, case: str) -> None:
+    change, config, message = ERRORS[case]
     path = write(tmp_path / "hf", changed(source, change), **config)
     with pytest.raises(CheckpointError, match=message) as caught:
         HFCheckpoint.open(path, dequantize_fp8=True)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("fault", VALUES)
-def test_values_are_refused_on_reading(source: tuple[Path, Tensors], tmp_path: Path, fault: str) -> None:
-    change, message = VALUES[fault]
+@pytest.mark.parametrize("case", VALUES)
+def test_wrong_values_are_found_on_reading(source: tuple[Path, Tensors], tmp_path: Path, case: str) -> None:
+    change, message = VALUES[case]
     path = write(tmp_path / "hf", changed(source, change))
     checkpoint = HFCheckpoint.open(path, dequantize_fp8=True)
     for rows in (None, np.array([3])):
         with pytest.raises(CheckpointError, match=message):
             checkpoint.read_rows(UP, rows)
     trusting = HFCheckpoint.open(path, dequantize_fp8=True, allow_nonfinite=True)
-    if "scale" in fault:
+    if "scale" in case:
         with pytest.raises(CheckpointError, match=message):
             trusting.read(UP)
     else:

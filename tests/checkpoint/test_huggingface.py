@@ -208,7 +208,7 @@ def _lie_about_shape(path: Path) -> None:
     (path / FIRST).write_bytes(content.replace(b'"shape":[128,64]', b'"shape":[128,63]', 1))
 
 
-FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+ERRORS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing tensor": (_drop_from_both, r"1 missing tensors: model\.norm\.weight"),
     "extra tensor": (_add_to_both, r"1 extra tensors: model\.extra"),
     "wrong shape": (_reshape, r"embed_tokens\.weight \[64, 64\], config\.json says \[128, 64\]"),
@@ -219,9 +219,9 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: _edit_json(path / INDEX, lambda index: index["weight_map"].pop("model.embed_tokens.weight")),
         "embed_tokens.weight is in .* but not there in the index",
     ),
-    "parent directory": (_map("lm_head.weight", f"../{SECOND}"), r"no safetensors file of this directory"),
-    "absolute path": (_map("lm_head.weight", "/etc/passwd.safetensors"), "no safetensors file of this directory"),
-    "no path": (_map("lm_head.weight", 3), "no safetensors file of this directory"),
+    "parent directory": (_map("lm_head.weight", f"../{SECOND}"), r"not safetensors files of this directory"),
+    "absolute path": (_map("lm_head.weight", "/etc/passwd.safetensors"), "not safetensors files of this directory"),
+    "no path": (_map("lm_head.weight", 3), "not safetensors files of this directory"),
     "missing shard": (lambda path: (path / SECOND).unlink(), f"missing shards: {SECOND}"),
     "truncated data": (_truncate, "truncated: .* ends at byte"),
     "truncated header": (lambda path: _truncate(path, 100), "truncated or not a safetensors file"),
@@ -248,9 +248,9 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_bad_checkpoints_are_refused_before_any_tensor_is_read(copy: Path, fault: str) -> None:
-    damage, message = FAULTS[fault]
+@pytest.mark.parametrize("case", ERRORS)
+def test_bad_checkpoints_are_refused_before_any_tensor_is_read(copy: Path, case: str) -> None:
+    damage, message = ERRORS[case]
     damage(copy)
     with pytest.raises(SlimError, match=message) as caught:
         HFCheckpoint.open(copy)
@@ -258,7 +258,7 @@ def test_bad_checkpoints_are_refused_before_any_tensor_is_read(copy: Path, fault
     assert str(copy) in str(caught.value)
 
 
-def test_all_kinds_of_faults_in_one_message(copy: Path) -> None:
+def test_all_kinds_of_errors_in_one_message(copy: Path) -> None:
     _drop_from_both(copy)
     _add_to_both(copy)
     _reshape(copy)

@@ -97,7 +97,7 @@ def test_every_byte_is_covered_by_the_manifest_for_every_tool(tool: Tool, good: 
 
 @pytest.mark.parametrize("checksums", [True, False])
 def test_what_torch_writes_is_read_with_checksums_or_without(tmp_path: Path, checksums: bool) -> None:
-    """A zero is no checksum where torch was told to write none, and only there."""
+    """A zero is not a checksum where torch was set to write none, and only there."""
     tensor = torch.arange(96.0).reshape(12, 8)
     stream = io.BytesIO()
     torch.serialization.set_crc32_options(checksums)

@@ -17,7 +17,7 @@ from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 SHAPE = tiny_shape(vocab_size=10, hidden_size=4, num_layers=1, layer_types=("full_attention",))
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
-FOREIGN = {  # parameter, its size, and what is said of it
+FOREIGN = {  # parameter, its size, and what the message says of it
     "a narrower embedding": (EMBEDDING, (10, 3)),
     "a wider embedding": (EMBEDDING, (10, 5)),
     "fewer rows than the vocabulary": (EMBEDDING, (8, 4)),

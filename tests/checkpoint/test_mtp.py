@@ -1,4 +1,4 @@
-"""MTP blocks that config.json promises, tensors have, or nobody wants."""
+"""MTP blocks that config.json declares, tensors have, or a flag leaves out."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def commands(root: Path, load: Path, save: Path) -> dict[str, tuple[object, ...]
 
 @pytest.mark.parametrize("format_", ["resaved", "resaved-dist"])
 @pytest.mark.parametrize("name", ["convert", "calibrate", "prune", "evaluate"])
-def test_a_promise_without_tensors_is_refused(
+def test_a_declared_block_without_tensors_is_refused(
     tool: Tool, models: dict[str, Path], tmp_path: Path, name: str, format_: str
 ) -> None:
     command = commands(models["root"], models[format_], tmp_path / "out")[name]
     error = tool(*command).error
-    assert "config.json promises an MTP block (1), but there is no mtp.* tensor" in error
+    assert "config.json declares an MTP block (1), but there is no mtp.* tensor" in error
     assert "--without-mtp" in error and str(models[format_]) in error
     assert not (tmp_path / "out").exists()
     outcome = tool(*command, "--without-mtp", "--json")
@@ -80,7 +80,7 @@ def test_a_promise_without_tensors_is_refused(
 
 
 @pytest.mark.parametrize(
-    "promise",
+    "declared",
     [
         {"num_nextn_predict_layers": 1},
         {"num_mtp_layers": 1},
@@ -91,12 +91,12 @@ def test_a_promise_without_tensors_is_refused(
     ids=str,
 )
 @pytest.mark.parametrize("family", ["qwen3_next", "qwen3_moe"])
-def test_every_key_is_a_promise(tmp_path: Path, family: str, promise: dict[str, Any]) -> None:
+def test_every_key_declares_a_block(tmp_path: Path, family: str, declared: dict[str, Any]) -> None:
     shape = tiny_shape(family, mtp_num_layers=0)
     path = write_tiny_checkpoint(tmp_path / "hf", shape)
     config = {key: value for key, value in read_json(path / "config.json").items() if key not in MTP_KEYS}
-    (path / "config.json").write_text(to_json(config | promise))
-    with pytest.raises(CheckpointError, match="promises an MTP block"):
+    (path / "config.json").write_text(to_json(config | declared))
+    with pytest.raises(CheckpointError, match="declares an MTP block"):
         open_checkpoint(path)
     checkpoint = open_checkpoint(path, without_mtp=True)
     assert checkpoint.shape == shape and not MTP_KEYS & checkpoint.config.keys()
@@ -174,12 +174,12 @@ def test_keys_that_contradict_each_other_or_the_tensors(
 def test_doctor_and_planner_want_to_know_as_well(tool: Tool, models: dict[str, Path]) -> None:
     whole, resaved = models["whole"], models["resaved"]
     doctor = ("tools/doctor.py", "--checkpoint", whole, "--teacher", resaved)
-    assert "promises an MTP block" in tool(*doctor).stdout
+    assert "declares an MTP block" in tool(*doctor).stdout
     found = tool(*doctor, "--teacher-without-mtp", "--json").json
     assert not {"checkpoint", "teacher"} & set(found["problems"])
     planner = ("tools/plan_parallelism.py", "--gpus", 1, "--build", 0, "--hf-config")
-    assert "promises an MTP block" in tool(*planner, resaved, "--no-teacher").error
-    assert "promises an MTP block" in tool(*planner, whole, "--teacher-config", resaved).error
+    assert "declares an MTP block" in tool(*planner, resaved, "--no-teacher").error
+    assert "declares an MTP block" in tool(*planner, whole, "--teacher-config", resaved).error
     for models_of_a_run in ((resaved, "--no-teacher", "--without-mtp"), (whole, "--teacher-config", resaved)):
         outcome = tool(*planner, *models_of_a_run, "--teacher-without-mtp", "--json")
         assert outcome.code == 0, outcome.stderr

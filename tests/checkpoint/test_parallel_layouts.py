@@ -109,7 +109,7 @@ def _load_strictly(models: list[Any], directory: Path, *, fully_parallel: bool) 
 
 
 def _check_stock_request(models: list[Any], directory: Path) -> None:
-    """A stock GPTModel asks for the same weights, and for the extra state of its modules, which is no weight."""
+    """A stock GPTModel asks for the same weights, and for the extra state of its modules, which is not a weight."""
     from megatron.core import dist_checkpointing
 
     loaded, missing, unexpected = dist_checkpointing.load(

@@ -1,4 +1,4 @@
-"""Weights in fp32 beside others of 16 bits: which stay so in a model of 16 bits, and what they compute there."""
+"""Weights in fp32 among others of 16 bits: which stay so in a model of 16 bits, and what they compute there."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def test_what_stays_and_what_is_rounded(tmp_path: Path) -> None:
             stay = [weight.key for weight in float32_weights(checkpoint, dtype)]
             layers = "decoder.layers"
             assert stay == [f"{layers}.0.self_attention.A_log", f"{layers}.1.self_attention.out_norm.weight"]
-        (said,) = remarks(checkpoint, torch.bfloat16, "student")
-        assert said.startswith("student: rounds to bfloat16 2 of ")
-        assert f" from float32 (model.layers.2.{ROUTER}, {NORM}), of {checkpoint.path}" in said
-        (said,) = remarks(checkpoint, torch.float16, "student")
-        assert "tensors from bfloat16 (" in said and " and 2 of " in said
+        (sentence,) = remarks(checkpoint, torch.bfloat16, "student")
+        assert sentence.startswith("student: rounds to bfloat16 2 of ")
+        assert f" from float32 (model.layers.2.{ROUTER}, {NORM}), of {checkpoint.path}" in sentence
+        (sentence,) = remarks(checkpoint, torch.float16, "student")
+        assert "tensors from bfloat16 (" in sentence and " and 2 of " in sentence
         assert not float32_weights(checkpoint, torch.float32) and not [*remarks(checkpoint, torch.float32, "x")]
 
 
@@ -55,8 +55,8 @@ def test_a_checkpoint_of_one_type_says_nothing_of_single_weights(tmp_path: Path,
     checkpoint = HFCheckpoint.open(write_tiny_checkpoint(tmp_path, SHAPE, dtype=dtype))
     assert not float32_weights(checkpoint, torch.bfloat16) and not [*remarks(checkpoint, dtype, "x")]
     total, name = len(checkpoint.names), str(dtype).removeprefix("torch.")
-    said = f"teacher: rounds to bfloat16 {total} of {total} tensors from {name}, of {tmp_path}"
-    assert [*remarks(checkpoint, torch.bfloat16, "teacher")] == [said]
+    sentence = f"teacher: rounds to bfloat16 {total} of {total} tensors from {name}, of {tmp_path}"
+    assert [*remarks(checkpoint, torch.bfloat16, "teacher")] == [sentence]
 
 
 @pytest.mark.parametrize("cast", ["bfloat16", "half"])

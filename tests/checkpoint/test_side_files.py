@@ -1,4 +1,4 @@
-"""What lies beside the weights: carried to every place that a model is written to, or named."""
+"""Side files: copied to every place that a model is written to, or named."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def model(tmp_path: Path) -> Path:
     return path
 
 
-def beside(directory: Path) -> dict[str, str]:
+def side_files_of(directory: Path) -> dict[str, str]:
     """Content of every file but config.json, weights and our own."""
     files = (file for file in directory.rglob("*") if file.is_file() and "slim_" not in file.name)
     own = ("config.json", "plan.json", "pruning_report.md", "calibration.stats")
@@ -76,19 +76,20 @@ def test_they_go_along_to_every_place_or_are_named(tool: Tool, model: Path, tmp_
     assert "not carried" not in second.stderr
     assert "not carried" in tool("tools/prune_checkpoint.py", "--load", model, "--save", pruned, *prune).stderr
     for place in (dist / "hf", back, pruned):
-        assert beside(place) == {name: name for name in CARRIED}
+        assert side_files_of(place) == {name: name for name in CARRIED}
     assert left_behind(model) == sorted(LEFT) and left_behind(back) == left_behind(pruned) == []
 
 
-def test_training_keeps_them_too(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_keeps_them_too(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from megatron_slim import device
 
     device.install()
     from megatron_slim.training.pretrain import keep_hf_files
 
+    caplog.set_level("INFO", "megatron_slim")
     keep_hf_files(model, tmp_path / "run", tiny_shape(num_layers=1, layer_types=("full_attention",)))
-    assert beside(tmp_path / "run/hf") == {name: name for name in CARRIED}
-    assert "not carried over: 6 (README.md" in capsys.readouterr().err
+    assert side_files_of(tmp_path / "run/hf") == {name: name for name in CARRIED}
+    assert "not carried over: 6 (README.md" in caplog.text
 
 
 def test_a_cache_of_the_hub_has_links_in_directories_too(tool: Tool, model: Path, tmp_path: Path) -> None:
@@ -100,7 +101,7 @@ def test_a_cache_of_the_hub_has_links_in_directories_too(tool: Tool, model: Path
         shutil.copyfile(file, blobs / str(number))
         link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
     assert tool(CONVERT, "--load", snapshot, "--save", tmp_path / "dist").code == 0
-    assert beside(tmp_path / "dist/hf") == {name: name for name in CARRIED}
+    assert side_files_of(tmp_path / "dist/hf") == {name: name for name in CARRIED}
     assert not any(file.is_symlink() for file in (tmp_path / "dist/hf").rglob("*"))
 
 
@@ -116,7 +117,7 @@ def test_links_that_leave_the_checkpoint_are_refused(tool: Tool, model: Path, tm
     assert "outside the checkpoint" in error and not (tmp_path / "out").exists()
 
 
-def test_a_pipe_is_no_licence(model: Path, tmp_path: Path) -> None:
+def test_a_pipe_is_not_a_licence(model: Path, tmp_path: Path) -> None:
     from megatron_slim.checkpoint.convert import hf_to_torch_dist
 
     (model / "LICENSE").unlink()

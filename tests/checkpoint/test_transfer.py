@@ -148,7 +148,7 @@ def _raise(error: Exception) -> Callable[[], Any]:
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        (CheckpointError("odd", where="file", fix="mend it"), SlimError, "^file: odd; mend it$"),
+        (CheckpointError("odd", where="file", fix="fix it"), SlimError, "^file: odd; fix it$"),
         (OSError(28, "No space left on device"), OSError, "No space left"),
         (ZeroDivisionError("oops"), Exception, "oops"),
     ],

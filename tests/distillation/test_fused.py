@@ -1,4 +1,4 @@
-"""The fused losses against fp64 formulas by autograd: values and gradients, whole and shared out over ranks."""
+"""The fused losses against fp64 formulas by autograd: values and gradients, whole and sharded over ranks."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_slim.distillation.divergences import FORWARD_KL, JSD, REVERSE_KL, TOP_K, KDLoss
-from megatron_slim.distillation.fused import Lesson, OutputLayer, Target, fused_losses
+from megatron_slim.distillation.divergences import KDLoss
+from megatron_slim.distillation.fused import DistillationInputs, OutputLayer, Target, fused_losses
+from megatron_slim.distillation.loss_options import FORWARD_KL, JSD, KD_LOSSES, REVERSE_KL, TOP_K
 from megatron_slim.distillation.vocabulary import VocabShard
 from megatron_slim.testing import run_distributed
 from tests.distillation.reference import lm_and_kd_loss
 
 V, ROWS, WIDTH, TEACHER_WIDTH, K = 37, 11, 5, 7, 4
 PADDED, TEACHER_PADDED = 48, 60
-KINDS = [KDLoss(kind, temperature, K) for kind in (FORWARD_KL, REVERSE_KL, JSD, TOP_K) for temperature in (1.0, 2.5)]
+KINDS = [KDLoss(kind, temperature, K) for kind in KD_LOSSES for temperature in (1.0, 2.5)]
 # fp32 arithmetic against fp64: a few units in the last of 24 bits, on sums of 37 terms of order one.
 CLOSE: dict[str, Any] = {"rtol": 5e-6, "atol": 5e-6}
 
@@ -100,9 +101,9 @@ def ours(
     weight, parameter = layers[0].weight, layers[0].weight
     if main_grad:
         parameter.main_grad, parameter.grad_added_to_main_grad = torch.ones_like(weight, dtype=torch.float32), False  # type: ignore[attr-defined]
-    lesson = Lesson(example.labels, targets(example, ahead), layers[1], kd, chunk)
+    inputs = DistillationInputs(example.labels, targets(example, ahead), layers[1], kd, chunk)
     upstream = (example.upstream[0], example.upstream[1])
-    lm, loss, teacher_lm = fused_losses(layers[0], hidden, lesson, upstream if announced else None)
+    lm, loss, teacher_lm = fused_losses(layers[0], hidden, inputs, upstream if announced else None)
     (upstream[0] * lm + upstream[1] * loss).sum().backward()
     assert layers[1].weight.grad is None and not teacher_lm.requires_grad
     found = {"lm": lm, "kd": loss, "teacher_lm": teacher_lm, "weight": weight.grad}
@@ -131,7 +132,7 @@ def test_against_fp64(kd: KDLoss, announced: bool) -> None:
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 @pytest.mark.parametrize("ahead", [1, 2, 5])
 def test_one_teacher_head_for_two(chunk: int, ahead: int) -> None:
-    """The second head learns from rows further on, across chunks; its last rows from nothing."""
+    """Rows further on supervise the second head, across chunks; nothing supervises its last rows."""
     kd = KDLoss()
     assert_same(ours(Example(), kd, ahead, chunk=chunk), reference(Example(), kd, ahead))
 
@@ -165,8 +166,8 @@ def test_a_rank_with_padding_alone() -> None:
             OutputLayer(example.teacher_weight, nothing),
         )
         hidden = [each.clone().requires_grad_() for each in example.hidden]
-        lesson = Lesson(example.labels, targets(example, None), teacher, kd, 4)
-        fused_losses(layer, hidden, lesson, (example.upstream[0], example.upstream[1]))
+        inputs = DistillationInputs(example.labels, targets(example, None), teacher, kd, 4)
+        fused_losses(layer, hidden, inputs, (example.upstream[0], example.upstream[1]))
 
 
 @pytest.mark.parametrize("announced", [True, False])
@@ -183,8 +184,8 @@ def test_what_ddp_gets_in_place_of_a_gradient(tied: bool) -> None:
     weight.zero_out_wgrad = tied  # type: ignore[attr-defined]
     example, fired = Example(), []
     weight.register_post_accumulate_grad_hook(lambda p: fired.append(p.grad))
-    lesson = Lesson(example.labels, (Target(None, ((0, 0), (1, 0))),), None, KDLoss(), 4)
-    lm, _, _ = fused_losses(OutputLayer(weight, VocabShard.of(None, PADDED, V)), example.hidden, lesson)
+    inputs = DistillationInputs(example.labels, (Target(None, ((0, 0), (1, 0))),), None, KDLoss(), 4)
+    lm, _, _ = fused_losses(OutputLayer(weight, VocabShard.of(None, PADDED, V)), example.hidden, inputs)
     lm.sum().backward()
     assert len(fired) == 1 and fired[0].shape == weight.shape
     assert weight.main_grad.any() and (not tied or not fired[0].any())  # type: ignore[attr-defined]
@@ -193,10 +194,10 @@ def test_what_ddp_gets_in_place_of_a_gradient(tied: bool) -> None:
 def test_backward_refuses_another_gradient_than_was_announced() -> None:
     example = Example()
     hidden = [each.requires_grad_() for each in example.hidden]
-    lesson = Lesson(example.labels, (Target(None, ((0, 0), (1, 0))),), None, KDLoss(), 4)
+    inputs = DistillationInputs(example.labels, (Target(None, ((0, 0), (1, 0))),), None, KDLoss(), 4)
     ones, zeros = torch.ones(2, ROWS), torch.zeros(2, ROWS)
     layer = OutputLayer(example.weight, VocabShard.of(None, PADDED, V))
-    lm, _, _ = fused_losses(layer, hidden, lesson, (ones, zeros))
+    lm, _, _ = fused_losses(layer, hidden, inputs, (ones, zeros))
     with pytest.raises(RuntimeError, match="another gradient"):
         (lm.sum() * 1.001).backward()
 
@@ -252,9 +253,9 @@ def test_evaluation_makes_no_gradients() -> None:
 def ours_without_backward(example: Example) -> tuple[Tensor, Tensor, Tensor]:
     weight = torch.nn.Parameter(example.weight)
     weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(PADDED, WIDTH), False  # type: ignore[attr-defined]
-    lesson = Lesson(example.labels, (Target(None, ((0, 0), (1, 0))),), None, KDLoss(), 4)
+    inputs = DistillationInputs(example.labels, (Target(None, ((0, 0), (1, 0))),), None, KDLoss(), 4)
     layer = OutputLayer(weight, VocabShard.of(None, PADDED, V))
-    found = fused_losses(layer, example.hidden, lesson, (example.upstream[0], example.upstream[1]))
+    found = fused_losses(layer, example.hidden, inputs, (example.upstream[0], example.upstream[1]))
     assert not weight.main_grad.any()  # type: ignore[attr-defined]
     return found
 

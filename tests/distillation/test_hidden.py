@@ -17,11 +17,11 @@ device.install()
 
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler  # noqa: E402
 
-from megatron_slim.checkpoint.distributed import HIDDEN_KD  # noqa: E402
 from megatron_slim.checkpoint.huggingface import HFCheckpoint  # noqa: E402
 from megatron_slim.checkpoint.loading import load_hf_weights  # noqa: E402
+from megatron_slim.checkpoint.torch_dist_names import HIDDEN_KD  # noqa: E402
 from megatron_slim.distillation import layer_pairs  # noqa: E402
-from megatron_slim.distillation.hidden import HiddenLesson, Projection  # noqa: E402
+from megatron_slim.distillation.hidden import HiddenInputs, Projection  # noqa: E402
 from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine  # noqa: E402
 from megatron_slim.distillation.model import TEACHER_MTP, DistillationModel, HiddenStatesModel  # noqa: E402
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint  # noqa: E402
@@ -60,7 +60,7 @@ def batches() -> list[dict[str, Tensor]]:
     return found
 
 
-def taught(checkpoints: dict[str, HFCheckpoint], kind: str | None = None) -> DistillationModel:
+def distilled(checkpoints: dict[str, HFCheckpoint], kind: str | None = None) -> DistillationModel:
     teacher, student = (
         build(checkpoints["teacher"], HiddenStatesModel),
         build(checkpoints["student"], DistillationModel),
@@ -72,9 +72,9 @@ def taught(checkpoints: dict[str, HFCheckpoint], kind: str | None = None) -> Dis
     return student.train()
 
 
-def run(model: DistillationModel, batch: dict[str, Tensor], lesson: HiddenLesson | None = None) -> Tensor:
+def run(model: DistillationModel, batch: dict[str, Tensor], inputs: HiddenInputs | None = None) -> Tensor:
     """The four terms, summed over tokens and multiplied by the loss scale, as Megatron's schedules do."""
-    stacked = model(batch["tokens"], torch.arange(24)[None], None, batch["labels"], hidden_lesson=lesson)
+    stacked = model(batch["tokens"], torch.arange(24)[None], None, batch["labels"], hidden_inputs=inputs)
     losses = TokenLosses.unstack(stacked, has_teacher=True)
     return combine(losses, batch["mask"], LossWeights(0.8, 0.25))[0] * SCALE
 
@@ -98,7 +98,7 @@ def test_values_and_gradients_against_fp64(
 ) -> None:
     """Both micro-batches go forward before the first goes back, as in a pipeline; layers may be recomputed."""
     monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", torch.tensor(SCALE))
-    student, reference = taught(checkpoints, kind), taught(checkpoints)
+    student, reference = distilled(checkpoints, kind), distilled(checkpoints)
     assert student.hidden_kd is not None and reference.teacher is not None
     weights = {
         pair: student.hidden_kd.projections[f"{pair[0]}-{pair[1]}"].weight.detach().clone().requires_grad_()
@@ -123,7 +123,7 @@ def test_values_and_gradients_against_fp64(
     if recompute is not None:
         own = student.decoder.config
         own.recompute_granularity, own.recompute_method, own.recompute_num_layers = "full", recompute, 1
-    forward = [run(student, batch, HiddenLesson(batch["mask"], WEIGHT)) for batch in batches]
+    forward = [run(student, batch, HiddenInputs(batch["mask"], WEIGHT)) for batch in batches]
     for part in forward:
         part.backward()
     for pair in PAIRS:
@@ -139,15 +139,15 @@ def test_values_and_gradients_against_fp64(
 def test_validation_and_the_teacher_check_pass_by(
     checkpoints: dict[str, HFCheckpoint], batches: list[dict[str, Tensor]]
 ) -> None:
-    student, plain = taught(checkpoints, "cosine").eval(), taught(checkpoints).eval()
+    student, plain = distilled(checkpoints, "cosine").eval(), distilled(checkpoints).eval()
     assert student.hidden_kd is not None
     with torch.no_grad():
         assert torch.equal(run(student, batches[0]), run(plain, batches[0]))
     assert not student.hidden_kd.sums and student.hidden_kd._now is None
 
 
-def test_projections_are_learned_saved_and_no_part_of_the_model(checkpoints: dict[str, HFCheckpoint]) -> None:
-    student, plain = taught(checkpoints, "cosine"), taught(checkpoints)
+def test_projections_are_trained_saved_and_not_part_of_the_model(checkpoints: dict[str, HFCheckpoint]) -> None:
+    student, plain = distilled(checkpoints, "cosine"), distilled(checkpoints)
     extra = {f"{HIDDEN_KD}projections.{own}-{other}.weight" for own, other in PAIRS}
     assert dict(student.named_parameters()).keys() - dict(plain.named_parameters()).keys() == extra
     assert {key for key in student.sharded_state_dict() if key.startswith(HIDDEN_KD)} == extra

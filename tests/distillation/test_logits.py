@@ -11,13 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_slim import device
-from megatron_slim.distillation.divergences import FORWARD_KL, JSD, REVERSE_KL, TOP_K, KDLoss
-from megatron_slim.distillation.fused import Lesson, OutputLayer, Target, fused_losses
+from megatron_slim.distillation.divergences import KDLoss
+from megatron_slim.distillation.fused import DistillationInputs, OutputLayer, Target, fused_losses
+from megatron_slim.distillation.loss_options import KD_LOSSES
 from megatron_slim.distillation.vocabulary import VocabShard
 from megatron_slim.testing import run_distributed
 
 V, PADDED, ROWS, WIDTH = 37, 48, 11, 5
-KINDS = [KDLoss(kind, temperature, 4) for kind in (FORWARD_KL, REVERSE_KL, JSD, TOP_K) for temperature in (1.0, 2.0)]
+KINDS = [KDLoss(kind, temperature, 4) for kind in KD_LOSSES for temperature in (1.0, 2.0)]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -58,7 +59,7 @@ class Watch:
         return found
 
 
-def lessons(dtype: torch.dtype, group: dist.ProcessGroup | None, rank: int, ranks: int) -> list[tuple[Any, ...]]:
+def all_losses(dtype: torch.dtype, group: dist.ProcessGroup | None, rank: int, ranks: int) -> list[tuple[Any, ...]]:
     """Bits of lm and the teacher's own loss without KD, and with each kind of it; kd; in fp32 without rounding."""
     generator = torch.Generator().manual_seed(0)
     hidden, teacher_hidden, labels = (
@@ -79,9 +80,9 @@ def lessons(dtype: torch.dtype, group: dist.ProcessGroup | None, rank: int, rank
         teacher = None if kd is None else theirs
         weight, states = (each.clone().requires_grad_() for each in (ours.weight, hidden))
         with Watch() as watch:
-            lesson = Lesson(labels, (target,), teacher, kd or KDLoss(), chunk=4)
+            inputs = DistillationInputs(labels, (target,), teacher, kd or KDLoss(), chunk=4)
             student = OutputLayer(weight, ours.shard)
-            lm, kd_loss, teacher_lm = fused_losses(student, [states], lesson, (upstream[0], upstream[1]))
+            lm, kd_loss, teacher_lm = fused_losses(student, [states], inputs, (upstream[0], upstream[1]))
         assert watch.compared >= 2 * len(watch.made) and len(watch.made) == 3 * (1 if kd is None else 2)
         found.append((lm.detach(), kd_loss.detach(), teacher_lm))
         assert all(now.equal(each) for now, each in zip(given, before, strict=True))
@@ -90,7 +91,7 @@ def lessons(dtype: torch.dtype, group: dist.ProcessGroup | None, rank: int, rank
 
 def check(dtype: torch.dtype, group: dist.ProcessGroup | None = None, rank: int = 0, ranks: int = 1) -> None:
     """LM is the same to the last bit without KD, and with KD of any kind before, after or in between."""
-    (alone, _, _), *others = lessons(dtype, group, rank, ranks)
+    (alone, _, _), *others = all_losses(dtype, group, rank, ranks)
     assert alone.isfinite().all() and float(alone.min()) > 0
     for (lm, kd, teacher_lm), kind in zip(others, KINDS, strict=True):
         assert lm.equal(alone), kind

@@ -1,4 +1,4 @@
-"""Loss terms and their gradients against plain fp64 formulas, whole and shared out over ranks."""
+"""Loss terms and their gradients against plain fp64 formulas, whole and sharded over ranks."""
 
 from __future__ import annotations
 

@@ -198,8 +198,8 @@ def test_a_teacher_leaves_nothing_for_backward(checkpoints: dict[str, HFCheckpoi
     alone = build(checkpoints["student"], DistillationModel, post_process=False)
     assert isinstance(alone, DistillationModel)
     alone.load_state_dict(both.state_dict())
-    (hidden, kept), (joined, kept_beside) = (saved_for_backward(model, batch) for model in (alone, both))
-    assert kept_beside == kept > 0
+    (hidden, kept), (joined, kept_colocated) = (saved_for_backward(model, batch) for model in (alone, both))
+    assert kept_colocated == kept > 0
     upstream = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
     hidden.backward(upstream)
     joined.backward(torch.cat([upstream, torch.full_like(joined[..., hidden.shape[-1] :], torch.nan)], dim=-1))
@@ -216,15 +216,15 @@ def test_a_teacher_leaves_nothing_for_backward(checkpoints: dict[str, HFCheckpoi
 def test_a_teacher_that_computed_ahead(checkpoints: dict[str, HFCheckpoint], batch: dict[str, Tensor]) -> None:
     """Training, the student has the pipeline to itself and the same losses; in evaluation it is as ever."""
     inputs = (batch["tokens"], batch["position_ids"], None, batch["labels"])
-    beside, ahead = side_by_side(checkpoints), side_by_side(checkpoints, ahead=True)
-    joint = beside.config.hidden_size
+    colocated, ahead = side_by_side(checkpoints), side_by_side(checkpoints, ahead=True)
+    joint = colocated.config.hidden_size
     assert ahead.config.hidden_size == ahead.decoder.config.hidden_size == joint - 64
     teacher = ahead.teacher
     assert teacher is not None
     weights = {name: parameter.clone() for name, parameter in teacher.named_parameters()}
     with torch.no_grad():
         states = teacher(*inputs[:3])
-    wanted = beside(*inputs)
+    wanted = colocated(*inputs)
     ahead.offload_teacher()
     away = {name: parameter.data_ptr() for name, parameter in teacher.named_parameters()}
     assert torch.equal(ahead(*inputs, teacher_hidden=states), wanted)

@@ -1,4 +1,4 @@
-"""Which token every head learns at every position, from a teacher that knows the text by heart."""
+"""Which token supervises every head at every position, from a teacher that predicts the text without a miss."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def by_heart(stream: Tensor, depths: int) -> Callable[..., Tensor]:
 @pytest.mark.parametrize("depths", [1, 2])
 @pytest.mark.parametrize("target", [TEACHER_MTP, TEACHER_MAIN])
 @pytest.mark.parametrize("chunk", [5, 1000])
-def test_every_position_learns_the_token_it_predicts(depths: int, target: str, chunk: int) -> None:
-    """Head k at position i learns token i + 1 + k from label and teacher, wherever chunks end."""
+def test_every_position_is_supervised_by_the_token_it_predicts(depths: int, target: str, chunk: int) -> None:
+    """Head k at position i gets token i + 1 + k from label and teacher, wherever chunks end."""
     stream = torch.stack([torch.randperm(V, generator=torch.Generator().manual_seed(seed))[: S + 4] for seed in (0, 1)])
     student, teacher = build(DistillationModel, depths), build(HiddenStatesModel, depths, hidden_size=128)
     student.unpadded_vocab_size, student.loss_chunk = V, chunk

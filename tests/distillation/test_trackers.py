@@ -69,7 +69,7 @@ PASSES: dict[str, tuple[type[GPTModel], dict[str, bool]]] = {
 
 
 @pytest.mark.parametrize("name", PASSES)
-def test_a_pass_without_labels_learns_nothing_of_mtp(name: str) -> None:
+def test_a_pass_without_labels_leaves_mtp_alone(name: str) -> None:
     """Megatron's model makes labels of the tokens then, and puts its MTP loss behind the hidden states."""
     model_class, stage = PASSES[name]
 
@@ -92,7 +92,7 @@ def test_a_pass_without_labels_learns_nothing_of_mtp(name: str) -> None:
 @pytest.mark.parametrize("target", [TEACHER_MTP, TEACHER_MAIN])
 @pytest.mark.parametrize("depth", [2, 7])
 def test_teacher_and_student_of_different_depth_share_no_tracker(depth: int, target: str) -> None:
-    """What is logged, counted and learned of load balancing is the student's alone; validation leaves none of it."""
+    """What is logged, counted and trained of load balancing is the student's alone; validation leaves none of it."""
     balanced = {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.01}
 
     def train(teacher: Any) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:

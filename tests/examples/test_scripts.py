@@ -36,18 +36,18 @@ def run(script: Path, *arguments: str, timeout: float = 60, **variables: str) ->
 
 
 @pytest.mark.parametrize(
-    ("variables", "fault"),
+    ("variables", "message"),
     [
         ({}, "SAVE is not set"),
         ({"SAVE": "run"}, "DATA is not set"),
         ({"SAVE": "run", "DATA": "text"}, "neither STUDENT nor HF_CONFIG is set"),
     ],
 )
-def test_what_is_missing_is_said(variables: dict[str, str], fault: str) -> None:
+def test_what_is_missing_is_named(variables: dict[str, str], message: str) -> None:
     done = run(TRAIN, **variables)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ") and fault in line
+    assert line.startswith("error: ") and message in line
 
 
 def test_dry_run_prints_the_command() -> None:
@@ -56,7 +56,7 @@ def test_dry_run_prints_the_command() -> None:
     assert done.returncode == 0, done.stderr
     words = done.stdout.split()
     command = " ".join(words)
-    assert "tools/torchrun.py --node-rank 0 --nproc-per-node 4 " in command
+    assert "-m megatron_slim torchrun --node-rank 0 --nproc-per-node 4 " in command
     assert "--data-path 0.3 a 0.7 b --split" in command
     assert "--sequence-parallel --bf16 --pretrained-checkpoint pruned --teacher-load big" in command
     assert "--default-lr-warmup-iters 2000" in command and "--lr-warmup-iters" not in words
@@ -103,22 +103,22 @@ def test_the_demo_in_miniature(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_schedule_in_stages(tmp_path: Path) -> None:
+def test_a_schedule_in_phases(tmp_path: Path) -> None:
     """As in docs/cluster.md: prune, train, prune what training gave, train on, with one schedule over both."""
     teacher, recipe, data = tmp_path / "teacher", tmp_path / "recipe.yaml", tmp_path / "data"
     write_tiny_checkpoint(teacher, tiny_shape(num_layers=8, num_moe_experts=8, vocab_size=96), seed=1)
     write_tokens(data, np.random.default_rng(0).integers(0, 96, (40, 33)))
     recipe.write_text(
-        "version: 1\nstages:\n- {tokens: 128, target: {num_layers: 6}}\n"
+        "version: 1\nphases:\n- {tokens: 128, target: {num_layers: 6}}\n"
         "- {tokens: 192, target: {num_layers: 4, num_moe_experts: 4}}\n"
     )
     small = {"SEQ_LENGTH": "32", "GLOBAL_BATCH_SIZE": "2", "LR_WARMUP_ITERS": "1", "EVAL_ITERS": "0"}
     small |= {"LOG_INTERVAL": "1", "LR": "1e-3", "MIN_LR": "1e-4", "MASTER_PORT": "29679"}
     previous, rates = teacher, []
-    for stage, iterations in ((1, range(1, 3)), (2, range(3, 6))):
-        student, save = tmp_path / f"student_{stage}", tmp_path / f"run_{stage}"
+    for phase, iterations in ((1, range(1, 3)), (2, range(3, 6))):
+        student, save = tmp_path / f"student_{phase}", tmp_path / f"run_{phase}"
         prune = [sys.executable, ROOT / "tools/prune_checkpoint.py", "--load", previous, "--recipe", recipe]
-        prune += ["--stage", stage, "--calibration-data", data, "--num-samples", 2, "--seq-length", 32]
+        prune += ["--phase", phase, "--calibration-data", data, "--num-samples", 2, "--seq-length", 32]
         subprocess.run([str(word) for word in [*prune, "--save", student]], check=True, capture_output=True)
         variables = {"TEACHER": str(teacher), "STUDENT": str(student), "SAVE": str(save), "DATA": str(data)}
         done = run(TRAIN, "--split", "1,0,0", "--no-teacher-check", PROGRESSIVE="1", timeout=300, **variables, **small)
@@ -126,14 +126,14 @@ def test_a_schedule_in_stages(tmp_path: Path) -> None:
         lines = re.findall(r" iteration +(\d+)/ +(\d+) .*learning rate: (\S+)", done.stdout)
         assert [(int(number), int(total)) for number, total, _ in lines] == [(number, 5) for number in iterations]
         rates += [float(rate) for _, _, rate in lines]
-        assert f"slim {iterations[-1]}/{iterations[-1]} (100.0%) (stage {stage} of 2)" in done.stdout
+        assert f"slim {iterations[-1]}/{iterations[-1]} (100.0%) (phase {phase} of 2)" in done.stdout
         previous = save
     # Warm-up of one of five iterations, then half a cosine.
     decay = [1e-4 + 9e-4 * (1 + math.cos(math.pi * part / 4)) / 2 for part in range(5)]
     assert rates == pytest.approx(decay, rel=1e-5)
 
 
-def test_a_schedule_in_stages_has_the_length_of_its_recipe() -> None:
+def test_a_schedule_in_phases_has_the_length_of_its_recipe() -> None:
     variables = {"SAVE": "run", "DATA": "a", "STUDENT": "pruned", "DRY_RUN": "1"}
     words = run(TRAIN, PROGRESSIVE="1", **variables).stdout.split()
     assert "--progressive-schedule" in words and "--train-iters" not in words
@@ -142,7 +142,7 @@ def test_a_schedule_in_stages_has_the_length_of_its_recipe() -> None:
     assert run(TRAIN, PROGRESSIVE="yes", **variables).stderr == "error: PROGRESSIVE=yes: it is 0 or 1\n"
 
 
-def test_a_fault_found_by_all_ranks_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+def test_an_error_found_by_all_ranks_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     """Through the launcher: torchrun by itself would add thirty lines and exit with 1."""
     shape = tiny_shape(vocab_size=96)
     (tmp_path / "config.json").write_text(to_json(tiny_hf_config(shape)))

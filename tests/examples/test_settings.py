@@ -59,7 +59,7 @@ def test_they_fit(name: str) -> None:
     assert (layout.tp == 1) or "--expert-tensor-parallel-size" in flags, "Megatron would divide experts by TP, too"
     assert not layout.violations(STUDENT, TEACHER, run, GPUS[gpu].per_node)
     used = planned(layout, flags, gpu, run).total / GPUS[gpu].memory
-    # Beside what the planner adds: routing is uneven.
+    # On top of what the planner adds: routing is uneven.
     assert used < 0.92, f"{used:.2f} of the memory"
     # And is not left idle by a factor of two: then there is a faster layout.
     assert used > 0.5, f"{used:.2f} of the memory"

@@ -60,8 +60,8 @@ def test_dry_run_of_a_job_prints_srun_and_every_node(slurm: dict[str, str]) -> N
     assert {"CUDA_DEVICE_MAX_CONNECTIONS=1", "NCCL_IB_HCA=mlx5"} <= set(step)
     for number, words in enumerate(nodes):
         assert words[:2] == ["node", f"{number}:"]
-        assert words[4:6] == ["--node-rank", str(number)]
-        assert words[6:] == step[step.index("--nproc-per-node") :]  # what the step hands to each node
+        assert words[3:7] == ["-m", "megatron_slim", "torchrun", "--node-rank"] and words[7] == str(number)
+        assert words[8:] == step[step.index("--nproc-per-node") :]  # what the step hands to each node
     command = " ".join(nodes[1])
     assert "--nnodes 2 --master-addr localhost --master-port 24242" in command
     assert f"--data-path 0.3 {ROOT}/a 0.7 {ROOT}/b --split" in command and "--exit-signal-handler" in command
@@ -116,7 +116,7 @@ def test_containers(slurm: dict[str, str], tmp_path: Path, image: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variables", "fault"),
+    ("variables", "message"),
     [
         (TRAINING | {"SETTINGS": "h100_63"}, "settings/h100_63.sh: no such settings; there are h100_256.sh h100_64.sh"),
         (TRAINING | {"LAUNCHER": "mpi"}, "LAUNCHER=mpi: it is torchrun or slurm"),
@@ -128,17 +128,17 @@ def test_containers(slurm: dict[str, str], tmp_path: Path, image: str) -> None:
         (job(SAVE=""), "SAVE is not set"),
     ],
 )
-def test_wrong_settings_are_one_line(slurm: dict[str, str], variables: dict[str, str], fault: str) -> None:
+def test_wrong_settings_are_one_line(slurm: dict[str, str], variables: dict[str, str], message: str) -> None:
     done = script(slurm | variables)
     assert done.returncode == 2, done.stdout
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ") and fault in line
+    assert line.startswith("error: ") and message in line
 
 
 # What a launcher does, in place of Python; the last words of each case are what the job must come to.
 LAUNCHERS = {
     "saves": "signal_the_job; wait_for_term; echo $((START * 10 + 5)) >$SAVE/latest_checkpointed_iteration.txt; exit 0",
-    "tells Slurm's signal": "echo 'exiting program after receiving SIGTERM.'; exit 0",
+    "reports Slurm's signal": "echo 'exiting program after receiving SIGTERM.'; exit 0",
     "dies of it": "signal_the_job; wait_for_term; exit 1",
     "is refused": "signal_the_job; wait_for_term; exit 2",
     "crashes": "exit 1",
@@ -160,7 +160,7 @@ if [[ $START -ge {ends} ]]; then exit 0; fi
         ("saves", {"signal": "TERM"}, [0, 0, 0], "ended with code 0 at checkpoint 15"),
         ("saves", {"STUB_STATE": "CANCELLED"}, [0], "left as it is"),
         ("saves", {"STUB_STATE": "COMPLETING"}, [0], "left as it is"),
-        ("tells Slurm's signal", {}, [0, 0, 0], "ended with code 0"),
+        ("reports Slurm's signal", {}, [0, 0, 0], "ended with code 0"),
         ("dies of it", {"ends": "9"}, [0, 0, 1], "error: 3 starts without a new checkpoint"),
         ("is refused", {}, [2], "ended with code 2"),
         ("crashes", {}, [1], "ended with code 1"),
@@ -258,7 +258,7 @@ def test_a_job_of_two_nodes_saves_at_the_signal(slurm: dict[str, str], tmp_path:
 
 
 @pytest.mark.slow
-def test_a_job_that_runs_again_goes_on(slurm: dict[str, str], tmp_path: Path) -> None:
+def test_a_job_that_runs_again_resumes(slurm: dict[str, str], tmp_path: Path) -> None:
     state, logs = Path(slurm["SLURM_STUB"]), tmp_path / "run/logs"
     with submitted(slurm, tmp_path, "--exit-interval", "200") as batch:
         stop(batch, slurm, logs)
@@ -272,7 +272,7 @@ def test_a_job_that_runs_again_goes_on(slurm: dict[str, str], tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_a_failing_job_is_not_run_again(slurm: dict[str, str], tmp_path: Path) -> None:
-    """A fault that the user can mend keeps its exit code through ranks, launchers, srun and the job."""
+    """An error that the user can fix keeps its exit code through ranks, launchers, srun and the job."""
     with submitted(slurm, tmp_path, DATA=str(tmp_path / "nothing")) as batch:
         assert batch.wait(timeout=150) == 2
     log = (tmp_path / "run/logs/4242-0.log").read_text()

@@ -1,6 +1,6 @@
 """Hugging Face directories made to mislead the reader: each is refused with one line that names the file.
 
-What happens to honest checkpoints by accident is in tests/checkpoint/test_huggingface.py.
+What happens to checkpoints by accident is in tests/checkpoint/test_huggingface.py.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def content(name: str, data: bytes | str) -> Damage:
 
 
 def sparse(name: str, size: int, start: bytes = b"") -> Damage:
-    """A file of a size that takes no room on the disk."""
+    """A file of a size that takes no space on the disk."""
 
     def damage(path: Path) -> None:
         (path / name).write_bytes(start)
@@ -111,7 +111,7 @@ def edit(name: str, change: Callable[[Any], Any]) -> Damage:
 
 
 def twice(name: str, text: str) -> Damage:
-    """The first key of a JSON file again, at its end."""
+    """The first key of a JSON file again, as the last one."""
     return lambda path: (path / name).write_text((path / name).read_text().rstrip().removesuffix("}") + text)
 
 
@@ -222,17 +222,17 @@ INDICES: dict[str, tuple[Damage, str]] = {
     "list": (content(INDEX, "[1]"), "has no weight_map"),
     "weight_map a list": (content(INDEX, '{"weight_map": ["x"]}'), "has no weight_map"),
     "null byte": (index(x="a\0.safetensors"), r"x -> 'a\\x00\.safetensors'"),
-    "surrogate": (index(x="\udc80.safetensors"), "no safetensors file of this directory"),
-    "newline": (index(x="a\n.safetensors"), "no safetensors file of this directory"),
-    "dots": (index(x=".."), "no safetensors file of this directory"),
-    "directory below": (index(x="a/b.safetensors"), "no safetensors file of this directory"),
-    "another kind": (index(x=CONFIG), "no safetensors file of this directory"),
+    "surrogate": (index(x="\udc80.safetensors"), "not safetensors files of this directory"),
+    "newline": (index(x="a\n.safetensors"), "not safetensors files of this directory"),
+    "dots": (index(x=".."), "not safetensors files of this directory"),
+    "directory below": (index(x="a/b.safetensors"), "not safetensors files of this directory"),
+    "another kind": (index(x=CONFIG), "not safetensors files of this directory"),
     "long file name": (index(x="x" * 300 + ".safetensors"), r"not readable \(File name too long\)"),
     "name of control characters": (index(**{RED: "y"}), r"directory: \\x1b\[31mred \\u202e -> 'y'"),
     "is a directory": (replaced(INDEX, Path.mkdir), "is a directory, not a file"),
     "is a pipe": (replaced(INDEX, os.mkfifo), "is a pipe, socket or device"),
-    "shard of before": (content("model-00003-of-00003.safetensors", ""), "beside those of the checkpoint: model-00003"),
-    "single file too": (content(SINGLE, ""), "shards beside those of the checkpoint: model.safetensors"),
+    "shard of before": (content("model-00003-of-00003.safetensors", ""), "checkpoint does not name: model-00003"),
+    "single file too": (content(SINGLE, ""), "shards that the checkpoint does not name: model.safetensors"),
 }
 FILES: dict[str, tuple[Damage, str]] = {
     "shard is a directory": (replaced(FIRST, Path.mkdir), f"{FIRST}: is a directory, not a file"),
@@ -266,16 +266,16 @@ FILES: dict[str, tuple[Damage, str]] = {
     "archive": (only("model.tar.gz"), "holds only an archive; unpack it"),
     "hub cache": (only("blobs", "refs", "snapshots"), "cache of the Hugging Face hub; give the directory in snapshots"),
 }
-FAULTS = {
-    **{f"header: {name}": fault for name, fault in HEADERS.items()},
-    **{f"index: {name}": fault for name, fault in INDICES.items()},
-    **{f"file: {name}": fault for name, fault in FILES.items()},
+ERRORS = {
+    **{f"header: {name}": case for name, case in HEADERS.items()},
+    **{f"index: {name}": case for name, case in INDICES.items()},
+    **{f"file: {name}": case for name, case in FILES.items()},
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_refused_in_one_line(copy: Path, limits: Limits, fault: str) -> None:
-    damage, message = FAULTS[fault]
+@pytest.mark.parametrize("case", ERRORS)
+def test_refused_in_one_line(copy: Path, limits: Limits, case: str) -> None:
+    damage, message = ERRORS[case]
     damage(copy)
     with limits(), pytest.raises(SlimError, match=message) as caught:
         HFCheckpoint.open(copy)
@@ -292,7 +292,7 @@ def test_the_undamaged_checkpoint_is_read(good: Path, limits: Limits) -> None:
 
 
 def test_experts_by_the_billion(tmp_path: Path, limits: Limits) -> None:
-    """What the header of a fused tensor and config.json agree on, with no room on the disk taken."""
+    """What the header of a fused tensor and config.json agree on, with no space on the disk taken."""
     experts = "model.layers.0.mlp.experts"
     count = 10**9
     sizes = {"moe_intermediate_size": 1, "hidden_size": 1, "num_experts": count}
@@ -316,14 +316,14 @@ def test_a_file_for_a_directory(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "model.Q8_0.gguf", "pytorch_model.bin", "model.tgz"])
-def test_other_weights_beside_a_config(good: Path, tmp_path: Path, name: str) -> None:
+def test_other_weights_next_to_a_config(good: Path, tmp_path: Path, name: str) -> None:
     shutil.copy(good / CONFIG, tmp_path)
     (tmp_path / name).touch()
     with pytest.raises(CheckpointError, match=f"{tmp_path}: holds only .*; "):
         HFCheckpoint.open(tmp_path)
 
 
-def test_weights_that_are_no_shards_may_lie_beside(copy: Path) -> None:
+def test_weights_that_are_not_shards_may_be_there_too(copy: Path) -> None:
     (copy / "consolidated.safetensors").touch()
     (copy / "model.safetensors.old").touch()
     assert read_all(copy).keys() == random_tensors(SHAPE).keys()
@@ -440,7 +440,7 @@ def test_values_whose_sum_overflows_are_finite(copy: Path) -> None:
     assert same_bytes(HFCheckpoint.open(copy).read(NORM), tensors[NORM])
 
 
-def test_a_tool_says_it_in_one_line(copy: Path, tool: Callable[..., Any]) -> None:
+def test_a_tool_reports_it_in_one_line(copy: Path, tool: Callable[..., Any]) -> None:
     header(lambda parsed: parsed.update({RED: parsed.pop(NORM)}))(copy)
     outcome = tool("tools/convert_checkpoint.py", "--load", copy, "--save", copy.with_name("out"))
     assert r"\x1b[31mred \u202e is in" in outcome.error

@@ -1,6 +1,6 @@
 """What a person sees who gives a tool something wrong: one line, exit code 2, nothing left behind.
 
-Faults of shards and index are in tests/checkpoint, of recipes in tests/test_recipe.py, of text in tests/tools.
+Errors of shards and index are in tests/checkpoint, of recipes in tests/test_recipe.py, of text in tests/tools.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_slim.pruning.calibration_commands import CalibrationOptions, run_calibrate
-from megatron_slim.pruning.commands import run_plan
+from megatron_slim.cli.calibration_run import CalibrationOptions, run_calibrate
+from megatron_slim.cli.pruning_run import run_plan
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 PRUNE, CALIBRATE, PLAN = "tools/prune_checkpoint.py", "tools/calibrate.py", "tools/plan_pruning.py"
@@ -41,7 +41,7 @@ Prepare = Callable[[Path], Any]
 
 
 class Case(NamedTuple):
-    """A tool, its options where they differ from `OPTIONS` ("-" drops one), what to break, what must be said."""
+    """A tool, its options where they differ from `OPTIONS` ("-" drops one), what to break, what the error says."""
 
     tool: str
     options: str
@@ -273,7 +273,7 @@ DATA = {
     "objects": Case(EVALUATE, "--data x.npy", array(np.array([[1], "a"], object)), "x.npy: not readable as a .npy"),
     "torn matrix": Case(EVALUATE, "", cut("tokens.npy", 5), "tokens.npy: not readable as a .npy matrix"),
     "directory": Case(EVALUATE, "--data x.npy", lambda work: (work / "x.npy").mkdir(), "not readable as a .npy matrix"),
-    "text": Case(CALIBRATE, "--calibration-data text.txt", untouched, "tokenize text with tools/preprocess_data.py"),
+    "text": Case(CALIBRATE, "--calibration-data text.txt", untouched, "tokenize text with megatron-slim preprocess"),
     "nothing": Case(CALIBRATE, "--calibration-data nowhere", untouched, "nowhere: no such data"),
     "torn .bin": Case(EVALUATE, BIN, steps(dataset(), cut("d.bin", 2)), "d.bin: truncated: 158 bytes"),
     "empty .bin": Case(EVALUATE, BIN, dataset(tokens=0), "d.bin: holds no tokens"),
@@ -344,7 +344,7 @@ FLAGS = {
 }
 CASES = {
     **CHECKPOINTS,
-    **{f"config: {name}": Case(CONVERT, "", *fault) for name, fault in CONFIGS.items()},
+    **{f"config: {name}": Case(CONVERT, "", *each) for name, each in CONFIGS.items()},
     **{f"data: {name}": case for name, case in DATA.items()},
     **FILES,
     **{f"flag: {name}": case for name, case in FLAGS.items()},

@@ -44,7 +44,7 @@ CASES = {
     ),
     "virtual stages by layers": (
         f"--pipeline-layout auto {PP4} --num-layers-per-virtual-pipeline-stage 1",
-        "wants --num-virtual-stages-per-pipeline-rank, not",
+        "needs --num-virtual-stages-per-pipeline-rank, not",
     ),
     "stages of one model": (
         f"{PP4} --decoder-first-pipeline-num-layers 1",
@@ -71,7 +71,7 @@ CASES = {
         f"--teacher-load odd {PP4} --teacher-pipeline-layout Ett|||mL",
         "teacher: layout 'Ett|||mL' has 2 layers, the model 3",
     ),
-    "a layout for nobody": (
+    "a teacher's layout without a teacher": (
         f"{PP4} --teacher-pipeline-layout Etttt|||mL",
         "--teacher-pipeline-layout without a teacher",
     ),
@@ -126,7 +126,7 @@ CASES = {
         "--kd-top-k 121 is not between 1 and the vocabulary's 120; --kd-loss and --kd-temperature need a teacher; "
         "give --teacher-load; --loss-chunk-size 0 is not positive",
     ),
-    "hidden states of nobody": (
+    "hidden states without a teacher": (
         "--hidden-kd-layers 0:1",
         "--hidden-kd-layers needs a teacher; give --teacher-load",
     ),
@@ -143,7 +143,7 @@ CASES = {
     ),
     "without effect": (
         "--reset-attention-mask --mtp-detach-heads",
-        "--mtp-detach-heads is not supported: the output layer learns from all heads; --reset-attention-mask is not "
+        "--mtp-detach-heads is not supported: all heads train the output layer; --reset-attention-mask is not "
         "supported: attention sees the whole sequence",
     ),
     "teacher ahead": (
@@ -153,7 +153,7 @@ CASES = {
     ),
     "fp8 without its library": ("--fp8-format hybrid --bf16", "FP8 needs Transformer Engine, which is not installed"),
     "a teacher in fp8 without it": ("--teacher-load teacher --teacher-dtype fp8", "FP8 needs Transformer Engine"),
-    "a recipe for nobody": (
+    "a teacher's FP8 recipe without a teacher": (
         "--teacher-load teacher --teacher-dtype bf16 --teacher-fp8-recipe mxfp8",
         "--teacher-fp8-recipe needs a teacher in FP8; give --teacher-load and --teacher-dtype fp8",
     ),
@@ -211,13 +211,13 @@ CASES = {
     "data twice": ("--mock-data", "data are given twice: by --data-path and by --mock-data"),
     "all of the validation": ("--full-validation", "--full-validation is not supported: some samples would count more"),
     "no training part": ("--split 0.1,9,9 --data-path few", "none of its 3 documents for the training part"),
-    "a student's promise": ("--pretrained-checkpoint promise", "promise: config.json promises an MTP block (1), but"),
-    "a teacher's promise": (
-        "--teacher-load promise",
+    "a student's declared block": ("--pretrained-checkpoint declared", ": config.json declares an MTP block (1), but"),
+    "a teacher's declared block": (
+        "--teacher-load declared",
         "or leave MTP out with --without-mtp (a teacher's with",
     ),
-    "promises that nobody wants": (
-        "--pretrained-checkpoint promise --teacher-load promise --without-mtp --teacher-without-mtp --data-path none",
+    "declared blocks that are left out": (
+        "--pretrained-checkpoint declared --teacher-load declared --without-mtp --teacher-without-mtp --data-path none",
         "none: no such data",
     ),
     "no teacher": ("--teacher-load nowhere", "nowhere: no such directory"),
@@ -240,8 +240,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("training")
     write_tiny_checkpoint(root / "teacher", tiny_shape(**SIZES))
     write_tiny_checkpoint(root / "student", tiny_shape(**SIZES, hidden_size=48, num_moe_experts=4))
-    write_tiny_checkpoint(root / "promise", tiny_shape(**SIZES, mtp_num_layers=0))
-    shutil.copyfile(root / "teacher" / "config.json", root / "promise" / "config.json")
+    write_tiny_checkpoint(root / "declared", tiny_shape(**SIZES, mtp_num_layers=0))
+    shutil.copyfile(root / "teacher" / "config.json", root / "declared" / "config.json")
     kinds = ("linear_attention", "full_attention", "full_attention")
     odd = {"layer_types": kinds, "vocab_size": 130, "max_position_embeddings": 32, "num_moe_experts": 6}
     write_tiny_checkpoint(root / "odd", tiny_shape(**odd))
@@ -286,7 +286,7 @@ def test_refused(files: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     [
         (
             "--hidden-kd-layers 0:1,1:3",
-            "--hidden-kd-layers: layers of a pair lie in different pipeline stages: 1:3 (stages 1 and 2 of 2; stage 1 "
+            "--hidden-kd-layers: layers of a pair are in different pipeline stages: 1:3 (stages 1 and 2 of 2; stage 1 "
             "has layers 0-1 of the student, 0-1 of the teacher); choose layers of one stage, or other stages by",
         ),
         (
@@ -324,7 +324,7 @@ def test_left_out(files: Path, options: str, message: str, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("options", "message"), [("--seq-length 65", "is above max_position_embeddings"), ("--sequence-lenght 3", "--help")]
 )
-def test_the_command_says_one_line(files: Path, options: str, message: str) -> None:
+def test_the_command_prints_one_line(files: Path, options: str, message: str) -> None:
     command = [sys.executable, str(ROOT / "tools/pretrain.py"), *f"{GIVEN} {options}".split()]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=files, capture_output=True, text=True, timeout=120, env=environment, check=False)

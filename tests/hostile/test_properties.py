@@ -217,7 +217,7 @@ def test_files_in_each_other_s_place(victim: Victim, data: st.DataObject) -> Non
 
 
 def test_the_damage_does_damage(victim: Victim) -> None:
-    """What makes the tests above mean something: a checkpoint of other weights is told from this one."""
+    """What makes the tests above mean something: a checkpoint of other weights is distinguished from this one."""
     header, tensors = split(victim.files[SHARDS[0]])
     (victim.path / SHARDS[0]).write_bytes(join(header, tensors[:-1] + bytes([tensors[-1] ^ 1])))
     other = victim.read()

@@ -1,7 +1,7 @@
 """Whatever is done to the files around the numbers of a torch_dist checkpoint: one error, or the same numbers.
 
 Numbers that were changed in place are Megatron's integrity.json to find, and two entries that were exchanged whole are
-another checkpoint, which nothing can tell from a damaged one.
+another checkpoint, which nothing can distinguish from a damaged one.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def test_what_surrounds_the_numbers(good: Good, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
-def test_links_and_pipes_are_no_files_of_a_checkpoint(good: Good, tmp_path: Path, name: str) -> None:
+def test_links_and_pipes_are_not_files_of_a_checkpoint(good: Good, tmp_path: Path, name: str) -> None:
     copied = shutil.copytree(good.release.parent, tmp_path / "copy") / "release"
     (copied / name).unlink()
     (copied / name).symlink_to(good.release / name)

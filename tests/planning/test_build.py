@@ -52,19 +52,19 @@ def requested(layout: TrainLayout, student: ModelShape, teacher: ModelShape | No
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
 def test_modules_have_what_the_table_says(family: str, layout: TrainLayout) -> None:
-    """Of every pipeline rank of worlds of any size, embedding's copy beside the MTP block included."""
+    """Of every pipeline rank of worlds of any size, the embedding's copy for the MTP block included."""
     teacher = tiny_shape(family, vocab_size=120, num_layers=8, num_query_groups=4)
     student = tiny_shape(family, vocab_size=120, hidden_size=48, num_query_groups=4)
     settings = Settings(seq_length=32, global_batch=2048)
     request = requested(layout, student, teacher, settings)
     (ranks,) = run_distributed(1, build, request, initialise=False)
     own = rank_counts(student, request.stages.student_layers, layout)
-    taught = rank_counts(teacher, request.stages.teacher_layers, layout)
-    assert [rank.teacher.total for rank in ranks] == [count.total for count in taught]
+    theirs = rank_counts(teacher, request.stages.teacher_layers, layout)
+    assert [rank.teacher.total for rank in ranks] == [count.total for count in theirs]
     assert [rank.student.total for rank in ranks] == [count.total for count in own]
     if layout.ep > 1:  # experts of one group are data parallel like all else
         assert [rank.student for rank in ranks] == own
-    for rank, one, other in zip(ranks, own, taught, strict=True):
+    for rank, one, other in zip(ranks, own, theirs, strict=True):
         counted = static_memory(one, other, layout, settings)
         assert 0 <= rank.memory.teacher - counted.teacher < 1000  # counters of routed tokens
         # Megatron pads every parameter to 64 elements and every buffer to shares of 128.
@@ -129,7 +129,7 @@ def pasted(request: Request, models: Path, tmp_path: Path) -> list[str]:
     done = subprocess.run(script, env=os.environ | given, capture_output=True, text=True, check=True)
     words = shlex.split(done.stdout)
     assert words[words.index("--nproc-per-node") + 1] == str(layout.gpus)
-    argv = words[words.index(next(word for word in words if word.endswith("tools/pretrain.py"))) + 1 :]
+    argv = words[words.index("megatron_slim.cli.pretrain") + 1 :]
     planned = flags.megatron_arguments(layout, settings, tokens)
     assert {each for each in planned if each.startswith("--")} <= set(argv)
     for flag in ("--data-path", "--split", "--tensorboard-dir", "--save", "--load"):
@@ -146,7 +146,7 @@ def pasted(request: Request, models: Path, tmp_path: Path) -> list[str]:
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
 def test_a_run_allocates_what_was_planned(layout: TrainLayout, precision: str, tmp_path: Path) -> None:
-    """The flags that the planner prints, through the script, really start; 8 ranks hold what it said, within 1%."""
+    """The flags that the planner prints, through the script, really start; 8 ranks hold what it printed, within 1%."""
     teacher = tiny_shape(vocab_size=120, num_layers=8, hidden_size=96)
     student = tiny_shape(vocab_size=120, num_layers=6)
     for name, shape in (("teacher", teacher), ("student", student)):
@@ -182,7 +182,7 @@ def test_benchmark(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_models_in_directories_are_built_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """Reading their shapes must not bring in Megatron before the CPU seam is there."""
+    """Reading their shapes must not bring in Megatron before the CPU compatibility layer is there."""
     (tmp_path / "config.json").write_text(json.dumps(tiny_hf_config(tiny_shape())))
     given = ["--hf-config", str(tmp_path), "--teacher-config", str(tmp_path), "--gpus", "2", "--seq-length", "64"]
     command = [sys.executable, str(ROOT / "tools/plan_parallelism.py"), *given, "--build", "1", "--json"]

@@ -34,19 +34,19 @@ BEST = RECIPES / "qwen3_next_80a3b_to_23a2b.yaml"
 NARROW = "--tp 2 --pp 2 --vpp 1 --ep 8 --micro-batch-size 1 --recompute none --build 0".split()
 
 
-def stages_of(recipe: Path) -> list[int | None]:
+def phases_of(recipe: Path) -> list[int | None]:
     count = len(re.findall(r"^  - name:", recipe.read_text(), re.MULTILINE))
     return list(range(1, count + 1)) if count else [None]
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_says_what_it_trains(recipe: Path) -> None:
-    for stage in stages_of(recipe):
-        found = find_models(Asked(recipe=recipe, stage=stage))
+    for phase in phases_of(recipe):
+        found = find_models(Asked(recipe=recipe, phase=phase))
         assert found.teacher is not None and found.source is not None
         params = [count_parameters(each).total for each in (found.student, found.source, found.teacher)]
         assert params == sorted(params) and params[0] < params[2]
-        assert (found.tokens is None) == (stage is None)
+        assert (found.tokens is None) == (phase is None)
 
 
 def test_published_sizes() -> None:
@@ -56,15 +56,15 @@ def test_published_sizes() -> None:
     assert round(count_parameters(MODELS["SlimQwen-24A2B"].shape, include_mtp=False).total / 1e9) == 24
 
 
-def test_a_stage_prunes_what_the_one_before_left(tmp_path: Path) -> None:
-    found = find_models(Asked(recipe=RECIPES / "qwen3_next_80a3b_to_23a2b_depth_first.yaml", stage=2))
+def test_a_phase_prunes_what_the_one_before_left(tmp_path: Path) -> None:
+    found = find_models(Asked(recipe=RECIPES / "qwen3_next_80a3b_to_23a2b_depth_first.yaml", phase=2))
     assert found.source is not None and found.teacher is not None
     assert (found.student.num_layers, found.source.num_layers, found.teacher.num_layers) == (36, 42, 48)
 
 
-def test_a_stage_is_pasted_as_its_part_of_the_whole_schedule(tool: Any) -> None:
+def test_a_phase_is_pasted_as_its_part_of_the_whole_schedule(tool: Any) -> None:
     recipe = RECIPES / "qwen3_next_80a3b_to_23a2b_depth_first.yaml"
-    given = (TOOL, "--recipe", recipe, "--stage", 2, "--gpus", 256, *NARROW, "--json")
+    given = (TOOL, "--recipe", recipe, "--phase", 2, "--gpus", 256, *NARROW, "--json")
     for more, expected in (((), {"PROGRESSIVE": "1"}), (("--tokens", "1B"), {"TRAIN_ITERS": "239"})):
         (entry,) = tool(*given, *more).json["ranked"]
         names = ("PROGRESSIVE", "TRAIN_ITERS")
@@ -81,7 +81,7 @@ def test_a_recipe_without_a_source(tmp_path: Path) -> None:
     recipe.write_text("version: 1\nsource: .\ntarget: {num_layers: 3}\n")
     assert find_models(Asked(recipe=recipe)).student.num_layers == 3
     recipe.write_text("version: 1\nsource: Qwen4\ntarget: {num_layers: 3}\n")
-    with pytest.raises(RecipeError, match="source 'Qwen4' is no directory here, and none of Qwen3-Next-80B-A3B"):
+    with pytest.raises(RecipeError, match="source 'Qwen4' is not a directory here and not one of Qwen3-Next-80B-A3B"):
         find_models(Asked(recipe=recipe))
     recipe.write_text("version: 1\nsource: 3\ntarget: {num_layers: 3}\n")
     with pytest.raises(RecipeError, match="source 3 is neither a model's name nor a directory"):
@@ -114,7 +114,7 @@ def test_what_is_not_allowed(layout: TrainLayout, why: str) -> None:
     assert isinstance(found, Rejected) and found.kind == "not allowed" and why in found.why
 
 
-def test_what_does_not_fit_says_of_what() -> None:
+def test_what_does_not_fit_names_the_largest_part() -> None:
     found = Search(job()).look_at(TrainLayout(256, tp=2, pp=2, ep=8, micro_batch=4))
     assert isinstance(found, Rejected) and re.match(r"pipeline rank 0 of 2 needs \d+\.\d GB \(static \d", found.why)
     found = Search(job()).look_at(TrainLayout(256))
@@ -171,8 +171,8 @@ def test_faster_networks_and_gpus_are_faster() -> None:
 
 def test_assumptions() -> None:
     assert parse_assumptions(["gemm=0.5", "overhead_gib=2"]) == replace(Assumptions(), gemm=0.5, overhead_gib=2.0)
-    for word, fault in (("gem=0.5", "did you mean 'gemm'"), ("gemm=2", "from 0 to 1"), ("gemm=x", "not a number")):
-        with pytest.raises(SlimError, match=fault):
+    for word, message in (("gem=0.5", "did you mean 'gemm'"), ("gemm=2", "from 0 to 1"), ("gemm=x", "not a number")):
+        with pytest.raises(SlimError, match=message):
             parse_assumptions([word])
 
 
@@ -235,22 +235,22 @@ def test_tables_fit_the_terminal(tool: Any, monkeypatch: pytest.MonkeyPatch, col
 
 
 @pytest.mark.parametrize(
-    ("arguments", "fault"),
+    ("arguments", "message"),
     [
         (["--gpus", "0"], "'0' is not a positive integer"),
         (["--gpus", "-8"], "'-8' is not a positive integer"),
-        (["--gpus", "12"], "--gpus 12 are no whole nodes of 8"),
+        (["--gpus", "12"], "--gpus 12 is not a multiple of 8 GPUs per node"),
         (["--gpus", "8", "--tokens", "many"], "--tokens 'many' is not a number of tokens"),
         (["--gpus", "8", "--assume", "gem=1"], "did you mean 'gemm'"),
-        (["--gpus", "8", "--stage", "2"], "the recipe has no stages"),
+        (["--gpus", "8", "--phase", "2"], "the recipe has no phases"),
         (["--gpus", "8", "--build", "-1"], "--build -1 is negative"),
         (["--gpus", "1"], "no layout fits on 1 x H100 SXM of 80 GB; the nearest miss is TP1 PP1 EP1 DP1 MBS1"),
         (["--gpus", "8", "--tp", "3"], "no layout is allowed on 8 x H100 SXM"),
         (["--gpus", "256", "--global-batch-size", "7"], "a global batch of 7 does not divide"),
     ],
 )
-def test_refusals(tool: Any, arguments: list[str], fault: str) -> None:
-    assert fault in tool(TOOL, "--recipe", BEST, *arguments).error
+def test_errors(tool: Any, arguments: list[str], message: str) -> None:
+    assert message in tool(TOOL, "--recipe", BEST, *arguments).error
 
 
 def test_models_to_choose_from(tool: Any, tmp_path: Path) -> None:
@@ -263,13 +263,13 @@ def test_models_to_choose_from(tool: Any, tmp_path: Path) -> None:
     assert (
         alone.json["settings"]["seq_length"] == 512 and "as many as the model has positions" in alone.json["notes"][0]
     )
-    taught = tool(TOOL, "--hf-config", tmp_path, "--teacher-config", tmp_path, "--gpus", 1, "--build", 0)
-    assert taught.code == 0 and "TEACHER=teacher" in taught.stdout
+    with_teacher = tool(TOOL, "--hf-config", tmp_path, "--teacher-config", tmp_path, "--gpus", 1, "--build", 0)
+    assert with_teacher.code == 0 and "TEACHER=teacher" in with_teacher.stdout
 
 
 def test_help_is_instant_and_search_imports_no_torch() -> None:
     code = (
-        "import sys; from pathlib import Path; from megatron_slim.planning.commands import *; "
+        "import sys; from pathlib import Path; from megatron_slim.cli.plan_parallelism import *; "
         "from megatron_slim.planning.sources import *; "
         f"m = find_models(Asked(recipe=Path({str(BEST)!r}))); "
         "Search(Job(m.student, m.teacher, Settings(), 256, GPUS['h100'])).run(Wanted([2], [2], [1], [8], [1])); "

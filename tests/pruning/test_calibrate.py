@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 device.install()
 
-from megatron_slim.pruning.calibrate import calibrate  # noqa: E402 (megatron is imported after the seam)
+from megatron_slim.pruning.calibrate import calibrate  # noqa: E402 (megatron is imported after the CPU layer)
 
 SHAPES = {
     "hybrid": tiny_shape(num_layers=5),
@@ -80,10 +81,11 @@ def test_the_format_of_the_checkpoint_does_not_matter(tmp_path: Path) -> None:
     assert calibrate(converted, samples).sha256 == stats.sha256
 
 
-def test_experts_that_no_token_visits_are_reported_by_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_experts_that_no_token_visits_are_reported_by_block(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     shape = tiny_shape(num_moe_experts=16, mtp_num_layers=0)
     _, stats = calibrated(tmp_path / "hf", shape, np.zeros((1, 2), dtype=np.int64))
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("experts that no token")]
+    (line,) = [line for line in caplog.messages if line.startswith("experts that no token")]
     for block in shape.blocks:
         count = int((stats.tensors[statistics.importance_key(block, "reap")] == 0).sum())
         assert count >= 12 and f"{count} of {block}" in line

@@ -14,7 +14,7 @@ from megatron_slim.architecture.shape import LINEAR_ATTENTION as LINEAR
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import RecipeError
 from megatron_slim.planning.sources import Asked, find_models
-from megatron_slim.pruning.plan import check_later_stages, check_recipe, make_plan
+from megatron_slim.pruning.plan import check_later_phases, check_recipe, make_plan
 from megatron_slim.pruning.plan_view import depth_reason
 from megatron_slim.pruning.statistics import Statistics, layer_key
 from megatron_slim.recipe import parse_recipe
@@ -87,30 +87,30 @@ def test_what_is_accepted_before_calibration_is_never_refused_after_it(
 
 
 STAGES: dict[str, tuple[list[dict[str, Any]], int, str | None]] = {
-    "last, then last": ([{"num_layers": 6}, {"num_layers": 3}], 1, "stage 2: target.num_layers 3 leaves no full_att"),
-    "seen from the second stage": ([{"num_layers": 9}, {"num_layers": 3}], 2, "stage 2: target.num_layers 3 leaves no"),
+    "last, then last": ([{"num_layers": 6}, {"num_layers": 3}], 1, "phase 2: target.num_layers 3 leaves no full_att"),
+    "seen from the second phase": ([{"num_layers": 9}, {"num_layers": 3}], 2, "phase 2: target.num_layers 3 leaves no"),
     "the third": (
         [{"num_layers": 7}, {"num_layers": 5}, {"num_layers": 2}],
         1,
-        "stage 3: target.num_layers 2 leaves no",
+        "phase 3: target.num_layers 2 leaves no",
     ),
     "as it should be": ([{"num_layers": 6}, {"num_layers": 4}], 1, None),
     "another size": ([{"num_moe_experts": 6}, {"num_moe_experts": 4}], 1, None),
-    "top-k": ([{"num_moe_experts": 6}, {"num_moe_experts": 1}], 1, "stage 2: moe_router_topk 2 is larger than num_moe"),
+    "top-k": ([{"num_moe_experts": 6}, {"num_moe_experts": 1}], 1, "phase 2: moe_router_topk 2 is larger than num_moe"),
     "a budget before": ([{"params": "300K"}, {"num_layers": 1}], 1, None),
-    "a budget that is out of reach": ([{"num_layers": 6}, {"params": 10}], 1, "stage 2: target.params 10 is out of"),
+    "a budget that is out of reach": ([{"num_layers": 6}, {"params": 10}], 1, "phase 2: target.params 10 is out of"),
 }
 
 
 @pytest.mark.parametrize("case", STAGES)
 def test_stages_to_come_are_checked_before_the_first_is_measured(source: HFCheckpoint, case: str) -> None:
     targets, number, message = STAGES[case]
-    schedule = parse_recipe({"version": 1, "stages": [{"target": target} for target in targets]})
+    schedule = parse_recipe({"version": 1, "phases": [{"target": target} for target in targets]})
     if message is None:
-        check_later_stages(schedule, number, source.shape, where="r.yaml")
+        check_later_phases(schedule, number, source.shape, where="r.yaml")
         return
     with pytest.raises(RecipeError, match=rf"^r\.yaml: {message}"):
-        check_later_stages(schedule, number, source.shape, where="r.yaml")
+        check_later_phases(schedule, number, source.shape, where="r.yaml")
 
 
 @pytest.mark.parametrize(
@@ -121,24 +121,24 @@ def test_after_a_choice_of_statistics_only_what_none_of_them_allows_is_refused(
     source: HFCheckpoint, method: str, then: int, refused: bool
 ) -> None:
     """Five layers around a run of three begin with three of linear attention; five of any choice may not."""
-    stages = [{"target": {"num_layers": 5}, "depth": {"method": method}}, {"target": {"num_layers": then}}]
-    schedule = parse_recipe({"version": 1, "stages": stages})
+    phases = [{"target": {"num_layers": 5}, "depth": {"method": method}}, {"target": {"num_layers": then}}]
+    schedule = parse_recipe({"version": 1, "phases": phases})
     if not refused:
-        check_later_stages(schedule, 1, source.shape, where="r.yaml")
+        check_later_phases(schedule, 1, source.shape, where="r.yaml")
         return
-    with pytest.raises(RecipeError, match=r"stage 2: target\.num_layers 3 leaves no full_attention layer"):
-        check_later_stages(schedule, 1, source.shape, where="r.yaml")
+    with pytest.raises(RecipeError, match=r"phase 2: target\.num_layers 3 leaves no full_attention layer"):
+        check_later_phases(schedule, 1, source.shape, where="r.yaml")
 
 
 def test_the_tool_looks_at_later_stages_before_it_measures(
     source: HFCheckpoint, tool: Callable[..., Any], tmp_path: Path
 ) -> None:
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("version: 1\nstages: [{target: {num_layers: 6}}, {target: {num_layers: 3}}]\n")
+    recipe.write_text("version: 1\nphases: [{target: {num_layers: 6}}, {target: {num_layers: 3}}]\n")
     np.save(tmp_path / "d.npy", np.zeros((2, 16), dtype=np.int64))
-    arguments = ("--load", source.path, "--recipe", recipe, "--stage", 1, "--calibration-data", tmp_path / "d.npy")
+    arguments = ("--load", source.path, "--recipe", recipe, "--phase", 1, "--calibration-data", tmp_path / "d.npy")
     found = tool("tools/prune_checkpoint.py", *arguments, "--save", tmp_path / "out")
-    assert "stage 2: target.num_layers 3 leaves no full_attention layer" in found.error
+    assert "phase 2: target.num_layers 3 leaves no full_attention layer" in found.error
     assert "calibrating" not in found.stderr and not (tmp_path / "out").exists()
 
 

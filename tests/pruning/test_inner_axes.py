@@ -30,7 +30,7 @@ from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 device.install()
 
-from megatron_slim.evaluation.perplexity import evaluate  # noqa: E402 (megatron is imported after the seam)
+from megatron_slim.evaluation.perplexity import evaluate  # noqa: E402 (megatron is imported after the CPU layer)
 
 RandomStats = Callable[..., Statistics]
 HEAD, GROUPS, PER_GROUP = 16, 2, 3  # of full attention; linear attention has as many

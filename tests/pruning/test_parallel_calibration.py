@@ -22,7 +22,7 @@ from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkp
 
 device.install()
 
-from megatron_slim.pruning.calibrate import calibrate  # noqa: E402 (megatron is imported after the seam)
+from megatron_slim.pruning.calibrate import calibrate  # noqa: E402 (megatron is imported after the CPU layer)
 
 ROOT = Path(__file__).resolve().parents[2]
 # Attention and Gated DeltaNet in both pipeline stages, and an MTP block.
@@ -76,7 +76,7 @@ def test_every_layout_gives_the_numbers_of_one_process(
 
 
 def refusal(path: str, samples: np.ndarray, sizes: dict[str, int], broken: str) -> str:
-    """Body of one rank: what it is told, the weight ``broken`` being NaN."""
+    """Body of one rank: its error message, the weight ``broken`` being NaN."""
     device.install()
     from megatron_slim.pruning.parallel import calibrate_parallel
 
@@ -122,7 +122,7 @@ def test_layouts_that_do_not_fit_are_refused(sizes: dict[str, int], length: int,
 def test_parallel_sizes_need_a_launcher(tool: Callable[..., Any], tmp_path: Path) -> None:
     flags = ["--load", tmp_path, "--save", tmp_path / "stats", "--calibration-data", tmp_path / "data.npy"]
     outcome = tool("tools/calibrate.py", *flags, "--expert-model-parallel-size", 2)
-    assert outcome.error == "parallel sizes need processes; start it with tools/torchrun.py --nproc-per-node N"
+    assert outcome.error == "parallel sizes need processes; start it with megatron-slim torchrun --nproc-per-node N"
 
 
 def launch(*words: object) -> subprocess.CompletedProcess[str]:
@@ -133,7 +133,7 @@ def launch(*words: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_the_tool_under_its_launcher(tmp_path: Path) -> None:
-    """Statistics in a file, JSON of one rank; and a fault said once, with exit code 2 and no file."""
+    """Statistics in a file, JSON of one rank; and an error printed once, with exit code 2 and no file."""
     source = write_tiny_checkpoint(tmp_path / "hf", SHAPES["qwen3_next"], dtype=torch.float32)
     np.save(tmp_path / "data.npy", np.random.default_rng(3).integers(0, 128, (3, 8)))
     save, flags = tmp_path / "stats", ["--load", source, "--calibration-data", tmp_path / "data.npy", "--json"]

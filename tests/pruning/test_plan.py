@@ -142,8 +142,8 @@ def test_broken_plan_is_refused(name: str, plan_for: PlanFor) -> None:
     [
         (lambda g: g["weights"].pop(), "no weight for every member"),
         (lambda g: g["weights"].__setitem__(0, 2.0), "do not sum to 1"),
-        (lambda g: g["weights"].__setitem__(0, -1.0), "no finite non-negative"),
-        (lambda g: g["members"].reverse(), "no ascending expert indices"),
+        (lambda g: g["weights"].__setitem__(0, -1.0), "negative or not finite"),
+        (lambda g: g["members"].reverse(), "not ascending expert indices"),
         (lambda g: g.clear(), "not an object with 'members' and 'weights'"),
     ],
 )
@@ -166,7 +166,7 @@ def test_a_member_of_two_groups_is_refused(plan_for: PlanFor) -> None:
         parse_plan(document)
 
 
-def test_files_that_are_no_plan(tmp_path: Path) -> None:
+def test_files_that_are_not_plans(tmp_path: Path) -> None:
     with pytest.raises(SlimError, match="no such file"):
         load_plan(tmp_path / "plan.json")
     for text in ("", "{", "[]", "null", '{"version": 1}'):

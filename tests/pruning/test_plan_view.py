@@ -80,8 +80,8 @@ def test_tables_hold_the_same_numbers(plan_for: Callable[..., Plan], stats: Stat
     plan = plan_for(TARGET, method="prune")
     tables = {section.title: section for section in sections(plan, stats)}
     assert all(len(row) == len(section.columns) for section in tables.values() for row in section.rows)
-    assert [row[0] for row in tables["Layers that go"].rows] == ["5", "6", "7"]
-    assert tables["Layers that go"].note == "3 of 8 layers go: the last ones"
+    assert [row[0] for row in tables["Removed layers"].rows] == ["5", "6", "7"]
+    assert tables["Removed layers"].note == "3 of 8 layers go: the last ones"
     first = dict(zip(tables["Experts by block"].columns, tables["Experts by block"].rows[0], strict=True))
     numbers = summary(plan, stats)["experts"][0]
     assert first["importance"] == f"{numbers['importance_share']:.1%}"
@@ -91,18 +91,18 @@ def test_tables_hold_the_same_numbers(plan_for: Callable[..., Plan], stats: Stat
     for recipe, *cells in fp8.rows:
         ranks = [int(column.removeprefix("tp ")) for column in fp8.columns[1:]]
         found = [size_violations(plan.target_shape, recipe, tp=tp) for tp in ranks]
-        assert cells == ["no" if faults else "fits" for faults in found], recipe
+        assert cells == ["no" if violations else "fits" for violations in found], recipe
     assert fp8.note and fp8.note in size_violations(plan.target_shape, "tensorwise")
 
 
-def test_without_statistics_what_they_tell_is_left_out(tool: Tool, work: Path, plan_for: Callable[..., Plan]) -> None:
+def test_without_statistics_their_figures_are_left_out(tool: Tool, work: Path, plan_for: Callable[..., Plan]) -> None:
     outcome = tool(SHOW, work / "plan.json", "--json")
     assert outcome.code == 0 and "Experts by block" in outcome.stdout and "block influence" in outcome.stdout
     assert outcome.json["axes"][0]["importance_share"] is None and outcome.json["save"] is None
     assert all(entry["cosine"] is None for entry in outcome.json["dropped_layers"])
     tables = {section.title: section for section in sections(plan_for(TARGET), None)}
     assert "importance" not in tables["Experts by block"].columns
-    assert tables["What is ranked"].rows[0] == ("hidden dimensions", "residual stream", "48", "64")
+    assert tables["Ranked axes"].rows[0] == ("hidden dimensions", "residual stream", "48", "64")
 
 
 def test_why_layers_go(plan_for: Callable[..., Plan], stats: Statistics) -> None:

@@ -176,12 +176,12 @@ def test_nonfinite_weights_are_refused_or_taken(
     assert int(torch.isinf(pruned.read(name)).sum()) == 1
 
 
-def test_room_is_looked_for_before_calibration(
+def test_space_is_looked_for_before_calibration(
     tool: Tool, source: HFCheckpoint, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "statvfs", lambda _: types.SimpleNamespace(f_bavail=9, f_frsize=1))
-    monkeypatch.setattr("megatron_slim.pruning.commands.measure", lambda *_: pytest.fail("calibrated"))
-    assert "GB are free; make room" in prune(tool, source, work).error
+    monkeypatch.setattr("megatron_slim.cli.pruning_run.measure", lambda *_: pytest.fail("calibrated"))
+    assert "GB are free; make space" in prune(tool, source, work).error
 
 
 def test_config_of_a_torch_dist_checkpoint_may_be_elsewhere(tool: Tool, source: HFCheckpoint, work: Path) -> None:
@@ -266,7 +266,7 @@ def test_data_of_the_wrong_kind(name: str, tool: Tool, source: HFCheckpoint, wor
     assert not (work / "out").exists()
 
 
-def test_every_other_fault_has_its_line(tool: Tool, source: HFCheckpoint, work: Path) -> None:
+def test_every_other_error_has_its_line(tool: Tool, source: HFCheckpoint, work: Path) -> None:
     def error(*more: object, **kwargs: Any) -> str:
         return str(prune(tool, source, work, *more, **kwargs).error)
 
@@ -338,27 +338,33 @@ def test_block_scaled_fp8_goes_through_every_step(tool: Tool, source: HFCheckpoi
     assert "--dequantize-fp8" in tool(CALIBRATE, "--load", work / "fp8", *data, "--save", work / "x").error
 
 
-def test_stage_after_stage_gives_the_final_sizes(
-    tool: Tool, source: HFCheckpoint, work: Path, random_stats: Callable[..., Any]
+def test_phase_after_phase_gives_the_final_sizes(
+    tool: Tool,
+    source: HFCheckpoint,
+    work: Path,
+    random_stats: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (work / "recipe.yaml").write_text(
-        "version: 1\nstages:\n- {name: depth, tokens: 2K, target: {num_layers: 6}}\n"
+        "version: 1\nphases:\n- {name: depth, tokens: 2K, target: {num_layers: 6}}\n"
         "- {target: {num_layers: 4, hidden_size: 48, num_moe_experts: 4}}\n"
     )
-    assert "the recipe has 2 stages; give --stage 1 to 2" in prune(tool, source, work).error
-    assert "no stage 3" in prune(tool, source, work, "--stage", 3).error
-    assert "leave --stage out" in prune(tool, source, work, "--stage", 1, "--plan", work / "p").error
+    assert "the recipe has 2 phases; give --phase 1 to 2" in prune(tool, source, work).error
+    old = prune(tool, source, work, "--stage", 3)
+    assert "no phase 3" in old.error
+    assert "--stage is now called --phase; both are read" in old.stderr + caplog.text
+    assert "leave --phase out" in prune(tool, source, work, "--phase", 1, "--plan", work / "p").error
     random_stats(source).save(work / "stats")
-    outcome = prune(tool, source, work, "--stage", 1, "--stats", work / "stats", save="one")
+    outcome = prune(tool, source, work, "--phase", 1, "--stats", work / "stats", save="one")
     assert outcome.code == 0, outcome.stderr
-    assert "- stage 1 of 2 (depth); then 2,000 tokens" in (work / "one" / "pruning_report.md").read_text()
+    assert "- phase 1 of 2 (depth); then 2,000 tokens" in (work / "one" / "pruning_report.md").read_text()
     one = HFCheckpoint.open(work / "one")
     assert one.shape == source.shape.replace(num_layers=6, layer_types=source.shape.layer_types[:6])
-    given = ("--load", source.path, "--recipe", work / "recipe.yaml", "--stats", work / "stats", "--stage", 2)
+    given = ("--load", source.path, "--recipe", work / "recipe.yaml", "--stats", work / "stats", "--phase", 2)
     for command in ((PRUNE, "--save", work / "late"), (PLAN, "--save", work / "late.json")):
-        assert "stage 2 goes on from stage 1, but this has num_layers 8, not 6; load" in tool(*command, *given).error
+        assert "phase 2 continues phase 1, but this has num_layers 8, not 6; load" in tool(*command, *given).error
     random_stats(one).save(work / "stats-of-one")
-    assert prune(tool, one, work, "--stage", 2, "--stats", work / "stats-of-one", save="two").code == 0
+    assert prune(tool, one, work, "--phase", 2, "--stats", work / "stats-of-one", save="two").code == 0
     two = HFCheckpoint.open(work / "two").shape
     assert two == source.shape.replace(
         num_layers=4, layer_types=source.shape.layer_types[:4], hidden_size=48, num_moe_experts=4
@@ -367,7 +373,7 @@ def test_stage_after_stage_gives_the_final_sizes(
     assert recorded == {"number": 2, "count": 2, "name": ""}
     plan = load_plan(work / "two" / "plan.json")
     made = tool(
-        *(PLAN, "--load", one.path, "--stats", work / "stats-of-one", "--stage", 2),
+        *(PLAN, "--load", one.path, "--stats", work / "stats-of-one", "--phase", 2),
         *("--recipe", work / "recipe.yaml", "--save", work / "plan.json", "--json"),
     )
     assert made.json["plan_sha256"] == plan.sha256

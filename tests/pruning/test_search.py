@@ -175,16 +175,16 @@ def test_out_of_reach_is_refused_with_the_least(source: HFCheckpoint) -> None:
         ({"target": {"params": "1B"}, "search": {"grid": {"moe_ffn_hidden_size": [8]}}}, "is not in search.axes"),
         ({"target": {"params": "1B", "num_layers": 4}, "search": {"axes": ["num_layers"]}}, "which target gives"),
         ({"target": {"num_layers": 4}, "search": {}}, "search without a bound"),
-        ({"stages": [{"target": {"num_layers": 4}}], "search": {}}, "in the target of any stage"),
-        ({"stages": [{"target": {"params": "1B"}, "search": {"axes": ["heads"]}}]}, "stage 1: search.axes 'heads'"),
+        ({"phases": [{"target": {"num_layers": 4}}], "search": {}}, "in the target of any phase"),
+        ({"phases": [{"target": {"params": "1B"}, "search": {"axes": ["heads"]}}]}, "phase 1: search.axes 'heads'"),
         (
-            {"stages": [{"target": {"params": "1B"}}, {"target": {"params": "2B"}}]},
-            "stage 2: target.params 2000000000 is larger than the 1000000000 of stage 1",
+            {"phases": [{"target": {"params": "1B"}}, {"target": {"params": "2B"}}]},
+            "phase 2: target.params 2000000000 is larger than the 1000000000 of phase 1",
         ),
     ],
     ids=str,
 )
-def test_each_fault_has_its_line(document: dict[str, Any], message: str) -> None:
+def test_each_error_has_its_line(document: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         parse_recipe({"version": 1, **document})
     assert message in str(caught.value)
@@ -197,9 +197,9 @@ def test_numbers_as_people_write_them() -> None:
         assert parse_recipe(recipe.to_dict()) == recipe
 
 
-def test_a_stage_has_a_budget_of_its_own() -> None:
-    stages = [{"target": {"num_layers": 6}}, {"target": {"params": "1M"}, "search": {"grid": {"hidden_size": [8]}}}]
-    first, second = parse_recipe({"version": 1, "stages": stages, "search": {"axes": ["hidden_size"]}}).stages
+def test_a_phase_has_a_budget_of_its_own() -> None:
+    phases = [{"target": {"num_layers": 6}}, {"target": {"params": "1M"}, "search": {"grid": {"hidden_size": [8]}}}]
+    first, second = parse_recipe({"version": 1, "phases": phases, "search": {"axes": ["hidden_size"]}}).phases
     assert first.budget is None and second.budget is not None and second.budget.params == 10**6
     assert second.search.axes == ("hidden_size",) and second.search.grid == {"hidden_size": (8,)}
     assert parse_recipe(second.to_dict()) == second

@@ -1,4 +1,4 @@
-"""Hidden states in files: the same statistics, little memory, and runs that are killed anywhere and go on."""
+"""Hidden states in files: the same statistics, little memory, and runs that are killed anywhere and resume."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkp
 
 device.install()
 
-from megatron_slim.pruning.calibrate import calibrate  # noqa: E402 (megatron is imported after the seam)
+from megatron_slim.pruning.calibrate import calibrate  # noqa: E402 (megatron is imported after the CPU layer)
 from megatron_slim.pruning.streaming import StreamingForward  # noqa: E402
 
 SHAPE = tiny_shape()
@@ -201,12 +201,12 @@ def test_one_process_at_a_time_and_no_foreign_files(
     (tmp_path / "mine" / "thesis.tex").write_text("")
     with pytest.raises(SlimError, match=r"mine: holds something else \(thesis.tex\); name a new or an empty directory"):
         in_files(model, tmp_path / "mine")
-    with pytest.raises(SlimError, match="is no directory"):
+    with pytest.raises(SlimError, match="is not a directory"):
         in_files(model, tmp_path / "mine" / "thesis.tex")
     with pytest.raises(SlimError, match="parent directory"):
         in_files(model, tmp_path / "none" / "work")
     monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((1,) * 10))
-    with pytest.raises(SlimError, match=r"work: needs 0.0 GB, 0.0 GB are free; make room"):
+    with pytest.raises(SlimError, match=r"work: needs 0.0 GB, 0.0 GB are free; make space"):
         in_files(model, tmp_path / "work")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["mine", "thesis.tex"]
 
@@ -257,7 +257,7 @@ def test_the_tools_go_on(tool: Callable[..., Any], model: HFCheckpoint, tmp_path
         run_distributed(1, killed_by_tool, str(model.path), str(tmp_path), initialise=False)
     resumed = tool(*command, "--save", tmp_path / "resumed", "--json", *kept)
     assert resumed.code == 0, resumed.stderr
-    assert "going on after 3 of 9 modules" in resumed.stderr
+    assert "resuming after 3 of 9 modules" in resumed.stderr
     assert (tmp_path / "resumed").read_bytes() == (tmp_path / "plain").read_bytes() and plain.code == 0
     assert not list((tmp_path / "work").iterdir())
     prune = ("tools/prune_checkpoint.py", "--load", model.path, "--recipe", tmp_path / "r", "--dry-run")
@@ -266,7 +266,7 @@ def test_the_tools_go_on(tool: Callable[..., Any], model: HFCheckpoint, tmp_path
 
 def killed_by_tool(model: str, folder: str) -> None:
     """As tools/calibrate.py would run, killed after three modules."""
-    from megatron_slim.pruning.calibration_commands import CalibrationOptions, run_calibrate
+    from megatron_slim.cli.calibration_run import CalibrationOptions, run_calibrate
 
     commit = WorkDir.commit
 

@@ -43,7 +43,7 @@ def test_a_cpu_machine_lacks_nothing_that_it_needs(doctor: Doctor, tmp_path: Pat
     code, findings = doctor("--disk", tmp_path)
     assert code == 0
     assert findings["megatron-core"]["found"] == importlib.metadata.version("megatron-core")
-    assert {"python", "torch", "transformers", "device", "cpu seam", "gloo", "disk"} <= findings.keys()
+    assert {"python", "torch", "transformers", "device", "cpu layer", "gloo", "disk"} <= findings.keys()
     assert not {"/dev/shm", "infiniband", "nccl", "compute capability"} & findings.keys()
     assert [name for name, finding in findings.items() if finding["state"] == "note"] == ["device"]
 
@@ -97,7 +97,7 @@ PACKAGES = {
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, Any]]:
-    """Eight GPUs, as torch and nvidia-smi tell them; what a test changes in the dictionary they tell too."""
+    """Eight GPUs, as torch and nvidia-smi report them; what a test changes in the dictionary they report too."""
     says: dict[str, Any] = {"capability": (9, 0), "free": 79, "shm": 64}
     stub(tmp_path, monkeypatch, "0, 0")
     answers: dict[str, Callable[..., Any]] = {
@@ -155,7 +155,7 @@ def test_what_is_wrong_with_a_gpu_machine(
     }
     for name, (found, fix) in wrong.items():
         assert state(findings[name], found, fix) == "problem", name
-    assert state(findings["memory of GPU 0"], "10 of 80 GiB", "somebody else") == "note"
+    assert state(findings["memory of GPU 0"], "10 of 80 GiB", "another process uses it") == "note"
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ def test_all_is_there_for_a_run(doctor: Doctor, work: Path) -> None:
     assert code == 0
     assert state(findings["checkpoint"], "4 layers") == state(findings["teacher"], "vocabulary 128") == "ok"
     assert state(findings["data data"], "66 tokens in 1 documents, largest id seen 65") == "ok"
-    assert state(findings["resume"], "go on from iteration 7") == state(findings["room"]) == "ok"
+    assert state(findings["resume"], "resume from iteration 7") == state(findings["free space"]) == "ok"
     assert state(findings["teacher's losses"], "not recorded", "--record") == "note"
     assert not list((work / "run").glob(".doctor*"))
 
@@ -195,8 +195,8 @@ def test_a_run_that_would_be_saved_in_a_new_directory(doctor: Doctor, work: Path
     code, findings = doctor("--save", work / "new")
     assert code == 0 and state(findings["save"], f"{work / 'new'} would be created: {work} can be written") == "ok"
     _, findings = doctor("--save", work / "shraed/run", "--nodes", 2)
-    said = f"{work / 'shraed'} does not exist, and would be created in {work}"
-    assert state(findings["path of save"], said, "mount what is missing") == "note"
+    found = f"{work / 'shraed'} does not exist, and would be created in {work}"
+    assert state(findings["path of save"], found, "mount what is missing") == "note"
 
 
 def test_data_that_is_not_there_is_one_problem(doctor: Doctor, work: Path) -> None:
@@ -265,10 +265,10 @@ def lose_a_shard(work: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "name", "found", "fix"),
+    ("damage", "name", "found", "fix"),
     [
-        (break_index, "data data", "data.idx: its other half is missing", "preprocess_data.py"),
-        (cut_data, "data data", "data.bin: truncated", "preprocess_data.py"),
+        (break_index, "data data", "data.idx: its other half is missing", "megatron-slim preprocess"),
+        (cut_data, "data data", "data.bin: truncated", "megatron-slim preprocess"),
         (large_ids, "data data", "token id 265 is beyond the vocabulary of 128", "own tokenizer"),
         (ignored_ids, "data data", "data.bin: token id -100 is below 0", "preprocess again"),
         (overflowed_ids, "data data", "data.bin: token id -1 is below 0", "preprocess again"),
@@ -280,9 +280,9 @@ def lose_a_shard(work: Path) -> None:
     ],
 )
 def test_what_stands_in_the_way_of_a_run(
-    doctor: Doctor, work: Path, fault: Callable[[Path], None], name: str, found: str, fix: str
+    doctor: Doctor, work: Path, damage: Callable[[Path], None], name: str, found: str, fix: str
 ) -> None:
-    fault(work)
+    damage(work)
     code, findings = doctor(*given(work))
     assert code == 1 and state(findings[name], found, fix) == "problem"
     others = {key for key, finding in findings.items() if finding["state"] == "problem"} - {name}
@@ -293,7 +293,7 @@ def test_an_empty_tracker_is_left_to_training(doctor: Doctor, work: Path) -> Non
     tracker = work / "run/latest_checkpointed_iteration.txt"
     tracker.write_text("")
     code, findings = doctor(*given(work))
-    assert code == 0 and state(findings["resume"], "will go on from 7") == "note"
+    assert code == 0 and state(findings["resume"], "will resume from 7") == "note"
     assert tracker.read_text() == ""
 
 
@@ -307,8 +307,8 @@ def test_several_nodes_need_storage_that_all_see(doctor: Doctor, work: Path, mon
         assert all(f"{kind} at /data" in finding["found"] for finding in storage.values())
 
 
-def test_no_room_for_a_checkpoint(doctor: Doctor, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_space_for_a_checkpoint(doctor: Doctor, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type(real(path))(1 << 20, 0, 1 << 20))
     code, findings = doctor(*given(work))
-    assert code == 1 and state(findings["room"], "1.0 MiB are free", "make room") == "problem"
+    assert code == 1 and state(findings["free space"], "1.0 MiB are free", "make space") == "problem"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_slim import preprocessing
+from megatron_slim import preprocessing, reporting
 from megatron_slim.data import read_stream
 from megatron_slim.documents import sentence_splitter
 from megatron_slim.encoding import Options
@@ -43,6 +44,22 @@ def corpus(tmp_path: Path) -> Path:
     path = tmp_path / "corpus.jsonl"
     path.write_text("\n".join(json.dumps({"text": text, "id": "7"}) for text in TEXTS) + "\n\n", encoding="utf-8")
     return path
+
+
+def test_progress_in_the_log_of_a_batch_job(
+    tool: Callable[..., Any], tmp_path: Path, corpus: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Standard error is not a terminal here: a line every N documents, or one every half minute."""
+    given = ("--input", corpus, "--tokenizer-model", tokenizer, "--append-eod", "--output-prefix")
+    outcome = tool(TOOL, *given, tmp_path / "every", "--log-interval", 2)
+    lines = [line for line in outcome.stderr.splitlines() if re.fullmatch(r"\d+ documents, \d+ tokens \(\d+/s\)", line)]
+    assert [line.split()[0] for line in lines] == ["2", "4"], outcome.stderr
+
+    clock = itertools.count(0, 40)  # seconds, every time that somebody looks
+    monkeypatch.setattr(reporting, "monotonic", lambda: next(clock))
+    outcome = tool(TOOL, *given, tmp_path / "timed")
+    (line,) = [line for line in outcome.stderr.splitlines() if line.startswith("tokenizing: ")]
+    assert re.fullmatch(r"tokenizing: [\d,]+ tokens, [\d,]+ tokens/s", line), line
 
 
 def decode(tokenizer: Path, ids: Any) -> str:
@@ -217,9 +234,9 @@ def test_bad_lines_are_left_out_and_counted(
     assert (result["documents"], result["bad_lines"]) == (len(GOOD_LINES), len(BAD_LINES) + 1)
     assert result["first_bad_line"].startswith(f"{tmp_path}/some.jsonl:2: not a line of JSON")
     assert (result["replaced_documents"], result["first_replaced"]) == (2, f"{tmp_path}/some.jsonl:1")
-    said = outcome.stderr.splitlines()
-    assert said[0].startswith(f"left out lines: {len(BAD_LINES) + 1}, the first: {tmp_path}/some.jsonl:2: not a line")
-    assert said[1] == f"2 documents had halves of surrogate pairs, now U+FFFD, the first: {tmp_path}/some.jsonl:1"
+    each = outcome.stderr.splitlines()
+    assert each[0].startswith(f"left out lines: {len(BAD_LINES) + 1}, the first: {tmp_path}/some.jsonl:2: not a line")
+    assert each[1] == f"2 documents had halves of surrogate pairs, now U+FFFD, the first: {tmp_path}/some.jsonl:1"
     found = [decode(tokenizer, document[0][:-1]) for document in documents(result["prefix"])]
     assert found == list(GOOD_LINES.values())
     assert "\n" not in result["first_bad_line"]
@@ -260,7 +277,7 @@ def flipped(content: bytes) -> bytes:
     return content[:10] + bytes([content[10] | 0b110]) + content[11:]
 
 
-def test_refusals_leave_nothing(tool: Callable[..., Any], tmp_path: Path, tokenizer: Path) -> None:
+def test_errors_leave_nothing(tool: Callable[..., Any], tmp_path: Path, tokenizer: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     good = data / "good.jsonl"

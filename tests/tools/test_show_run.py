@@ -1,4 +1,4 @@
-"""A run read back: what was written is what is shown, the later of two starts wins, and what is no run is said."""
+"""A run read back: what was written is shown, the later of two starts wins, and what is not a run is refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write_start(directory: Path, iterations: range, seconds: float) -> None:
 
 @pytest.fixture
 def save(tmp_path: Path) -> Path:
-    """Killed after iteration 20, gone on from 10 at half the speed."""
+    """Killed after iteration 20, resumed from 10 at half the speed."""
     write_start(tmp_path / "run/tensorboard", range(1, 21), seconds=10.0)
     write_start(tmp_path / "run/tensorboard", range(11, 31), seconds=20.0)
     return tmp_path / "run"
@@ -69,7 +69,7 @@ def test_tables(tool: Tool, save: Path) -> None:
     assert rows[0] == "lm loss" and rows[rows.index("layer_10") + 1] == "mtp_1"
 
 
-def test_what_is_no_run(tool: Tool, tmp_path: Path) -> None:
+def test_what_is_not_a_run(tool: Tool, tmp_path: Path) -> None:
     assert "no tensorboard events of a run" in tool("tools/show_run.py", tmp_path).error
     with SummaryWriter(str(tmp_path)) as writer:
         writer.add_scalar("lm loss", 1.0, 1)

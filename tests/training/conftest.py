@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_slim.cli.terminal import messages_shown
 from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkpoint
 
 SIZES = {"num_layers": 4, "layer_types": ("linear_attention", "full_attention") * 2, "vocab_size": 120}
@@ -37,7 +38,8 @@ def train(argv: list[str], log: str) -> None:
 
     sys.argv = ["pretrain", *argv]
     try:
-        main(argv)
+        with messages_shown("stdout"):
+            main(argv)
     except SystemExit as exit_:  # how Megatron ends at --exit-interval
         assert not exit_.code, exit_.code
     if (writer := get_tensorboard_writer()) is not None:
@@ -52,7 +54,8 @@ def refusal(argv: list[str], log: str) -> str:
 
     sys.argv = ["pretrain", *argv]
     try:
-        main(argv)
+        with messages_shown("stdout"):
+            main(argv)
     except SlimError as error:
         return str(error)
     return ""
@@ -67,12 +70,12 @@ def read_scalars(directory: Path) -> dict[str, list[float]]:
 
 
 def read_console(log: Path) -> dict[int, dict[str, str]]:
-    """What Megatron's lines tell by iteration and name, but for times."""
+    """What Megatron's lines say by iteration and name, but for times."""
     found: dict[int, dict[str, str]] = {}
     for line in log.read_text().splitlines():
         if match := re.search(r"\] iteration +(\d+)/ *\d+ \| (.*)", line):
-            told = dict(part.strip().split(": ") for part in match[2].split(" | ") if ": " in part)
-            found[int(match[1])] = {name: text.strip(" |") for name, text in told.items() if "elapsed" not in name}
+            values = dict(part.strip().split(": ") for part in match[2].split(" | ") if ": " in part)
+            found[int(match[1])] = {name: text.strip(" |") for name, text in values.items() if "elapsed" not in name}
     return found
 
 

@@ -41,7 +41,7 @@ def test_the_shape_becomes_megatrons_flags(config_directory: Path) -> None:
     argv, shape = complete_argv(["--hf-config", str(config_directory)])
     assert shape == SHAPE
     assert value_of(argv, "--num-layers") == "4" and value_of(argv, "--vocab-size") == "120"
-    # Megatron's count of operations wants the MTP block, a full-attention layer, at the end of the pattern.
+    # Megatron's count of operations needs the MTP block, a full-attention layer, at the end of the pattern.
     assert value_of(argv, "--linear-attention-freq") == "[1,0,1,0,0]"
     assert "--attention-output-gate" in argv and "--untie-embeddings-and-output-weights" in argv
 

@@ -93,7 +93,7 @@ def test_every_sample_has_a_mask_of_its_own(build: Build, tmp_path: Path, kind: 
 
 @pytest.mark.parametrize("kind", ["data_path", "parts", "mock_data"])
 def test_parts_that_are_not_used_are_not_built(build: Build, tmp_path: Path, kind: str) -> None:
-    """Of a part without tokens Megatron would build an index for ever: without validation it is not asked to."""
+    """Of a part without tokens Megatron would build an index forever: without validation it is not asked to."""
     prefix = str(tmp_path / "d")
     write_tokens(Path(prefix), np.random.default_rng(0).integers(1, END, (30, 20)))
     given: dict[str, dict[str, Any]] = {
@@ -119,7 +119,7 @@ def test_indices_are_not_those_of_a_data_set_that_was_there_before(build: Build,
 
 
 def shares(dataset: Any, number: int) -> Counter[int]:
-    """How many samples are of each data set, which is told by its ids."""
+    """How many samples are of each data set, which its ids show."""
     return Counter(int(dataset[index]["tokens"].max()) // 10 for index in range(number))
 
 
@@ -188,7 +188,7 @@ def test_there_is_data_for_every_validation(build: Build, tmp_path: Path, start:
 
 
 def test_documents_without_tokens_take_no_part(build: Build, tmp_path: Path) -> None:
-    """They may lie anywhere, as long as there are others in a part."""
+    """They may be anywhere, as long as there are others in a part."""
     rng, lengths = np.random.default_rng(0), [0, 30, 0, 0, 21, 7, 0, 40, 0]
     write_tokens(tmp_path / "d", [rng.integers(1, END, length) for length in lengths])
     (train, *_) = build((12, 0, 0), train_data_path=[str(tmp_path / "d")], eval_iters=0)

@@ -45,7 +45,7 @@ BLENDS = {
 
 
 @pytest.mark.parametrize("words", BLENDS)
-def test_what_is_no_blend(words: str) -> None:
+def test_what_is_not_a_blend(words: str) -> None:
     with pytest.raises(DataError) as caught:
         parse_blend(words.split(), "--data-path")
     assert str(caught.value).startswith("--data-path: ") and BLENDS[words] in str(caught.value)
@@ -175,7 +175,7 @@ REFUSED = {
     "--per-split-data-args-path mixed-parts.json": f"mixed-parts.json: valid: {MIXED}'many 10 few'",
     "--per-split-data-args-path typo.json": "typo.json: has key validation, not train, valid and test",
     "--per-split-data-args-path number.json": "number.json: train is neither a string nor a list",
-    "--per-split-data-args-path list.json": "list.json: is no JSON object, not train, valid and test",
+    "--per-split-data-args-path list.json": "list.json: is not a JSON object, not train, valid and test",
     "--train-data-path many --valid-data-path nowhere --eval-iters 0": "nowhere: no such data",
 }
 FINE = (

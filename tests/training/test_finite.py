@@ -102,7 +102,7 @@ def break_hidden_loss() -> None:
     hidden.token_losses = broken  # type: ignore[assignment]
 
 
-FAULTS = {
+ERRORS = {
     # Ranks, flags, how it breaks, what every rank must say.
     "student": (
         2,
@@ -146,23 +146,23 @@ FAULTS = {
 SLOW = ("teacher", "teacher ahead", "everywhere")
 
 
-def train_broken(argv: list[str], log: str, fault: str) -> str:
+def train_broken(argv: list[str], log: str, case: str) -> str:
     """Body of one rank: how its training ends."""
     from tests.training.conftest import refusal
 
-    FAULTS[fault][2]()
+    ERRORS[case][2]()
     return refusal(argv, log)
 
 
 @pytest.mark.parametrize(
-    "fault", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FAULTS]
+    "case", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in ERRORS]
 )
-def test_all_ranks_leave_and_say_where_it_began(workplace, fault: str) -> None:  # type: ignore[no-untyped-def]
-    ranks, flags, _, message = FAULTS[fault]
-    argv, log = workplace.argv(fault, *flags.split()), workplace.log(fault)
-    said = run_distributed(ranks, train_broken, argv, str(log), fault, timeout=100.0, initialise=False)
-    assert len(set(said)) == 1, said
-    assert said[0].startswith("iteration 2: ") and message in said[0], said[0]
+def test_all_ranks_leave_and_say_where_it_began(workplace, case: str) -> None:  # type: ignore[no-untyped-def]
+    ranks, flags, _, message = ERRORS[case]
+    argv, log = workplace.argv(case, *flags.split()), workplace.log(case)
+    text = run_distributed(ranks, train_broken, argv, str(log), case, timeout=100.0, initialise=False)
+    assert len(set(text)) == 1, text
+    assert text[0].startswith("iteration 2: ") and message in text[0], text[0]
     assert "iteration        1/" in log.read_text() and "iteration        2/" not in log.read_text()
 
 

@@ -71,21 +71,21 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ),
     (
         {"shape": FITTING.replace(moe_ffn_hidden_size=40)},
-        ["student: linear_fc2 of experts has 40 inputs, no multiple of 16: moe_ffn_hidden_size 40 would have to be 32"],
+        ["student: linear_fc2 of experts has 40 inputs, not a multiple of 16: moe_ffn_hidden_size 40 would have"],
     ),
     (BF16 | {"shape": FITTING.replace(moe_ffn_hidden_size=40), "teacher": TEACHER.replace(hidden_size=97)}, []),
     (
         {"teacher": TEACHER.replace(hidden_size=88), "teacher_fp8_recipe": "mxfp8"},
-        ["teacher: every layer has 88 inputs and eh_proj of the MTP block has 88 outputs, no multiple of 32: "],
+        ["teacher: every layer has 88 inputs and eh_proj of the MTP block has 88 outputs, not a multiple of 32: "],
     ),
     ({"teacher": TEACHER.replace(hidden_size=88), "teacher_dtype": "bf16"}, []),
     (
         {"seq_length": 24, "teacher": TEACHER},  # 8 are enough without a backward pass
-        ["student: a micro-batch of 24 tokens is no multiple of 16: --seq-length 24 would have to be 16 or 32"],
+        ["student: a micro-batch of 24 tokens is not a multiple of 16: --seq-length 24 would have to be 16 or 32"],
     ),
     (
         ALONE | {"fp8_recipe": "mxfp8", "teacher_fp8_recipe": "mxfp8", "seq_length": 24, "teacher": TEACHER},
-        ["teacher: a micro-batch of 24 tokens is no multiple of 32: --seq-length 24 would have to be 32"],
+        ["teacher: a micro-batch of 24 tokens is not a multiple of 32: --seq-length 24 would have to be 32"],
     ),
     ({"fp8": None, "teacher_fp8_recipe": "mxfp8", "teacher": TEACHER}, ["--teacher-fp8-recipe needs a teacher in FP8"]),
     ({"teacher_fp8_recipe": "mxfp8"}, ["--teacher-fp8-recipe needs a teacher in FP8"]),
@@ -102,8 +102,8 @@ def test_refused_before_the_start(given: dict[str, Any], expected: list[str]) ->
 
 def test_without_the_library() -> None:
     """Megatron would train in bf16 and say nothing."""
-    (said,) = violations()
-    assert said.startswith("FP8 needs Transformer Engine, which is not installed")
+    (sentence,) = violations()
+    assert sentence.startswith("FP8 needs Transformer Engine, which is not installed")
     assert violations(fp8=None) == []
 
 
@@ -125,10 +125,10 @@ def test_recipes_by_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     found = {recipe: violations(fp8_recipe=recipe) for recipe in fp8_checks.RECIPES}
-    assert [recipe for recipe, said in found.items() if not said] == expected.split()
-    for said in filter(None, found.values()):
-        assert len(said) == 1 and "needs compute capability" in said[0]
-        assert ("this GPU can do " in said[0]) == bool(expected)
+    assert [recipe for recipe, sentence in found.items() if not sentence] == expected.split()
+    for sentence in filter(None, found.values()):
+        assert len(sentence) == 1 and "needs compute capability" in sentence[0]
+        assert ("this GPU can do " in sentence[0]) == bool(expected)
 
 
 RUNS = {"bf16": {}, "delayed": {"fp8": "hybrid"}, "blockwise": {"fp8": "hybrid", "fp8_recipe": Fp8Recipe.blockwise}}

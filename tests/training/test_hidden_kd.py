@@ -70,14 +70,14 @@ def test_the_same_under_every_layout(workplace, alone, layout: str) -> None:  # 
     assert found["lm loss validation"] == pytest.approx(alone[1]["lm loss validation"], rel=1e-5)
 
 
-def test_layers_learn(alone) -> None:  # type: ignore[no-untyped-def]
+def test_layers_are_trained(alone) -> None:  # type: ignore[no-untyped-def]
     _, logged = alone
     mean, first, second = (logged[term] for term in HIDDEN)
     assert mean == pytest.approx([(a + b) / 2 for a, b in zip(first, second, strict=True)], rel=1e-6)
     assert mean[-1] < mean[0] - 0.02 and logged["hidden kd weight"] == [2.0, 1.625, 1.25, 0.875, 0.5]
 
 
-def test_goes_on_to_the_bit(workplace, alone) -> None:  # type: ignore[no-untyped-def]
+def test_resumes_to_the_bit(workplace, alone) -> None:  # type: ignore[no-untyped-def]
     save, logged = alone
     resumed = workplace.train("hidden-resumed", 1, *MBS, *FLAGS.split(), "--load", str(save))
     for term in TERMS:
@@ -100,7 +100,7 @@ def test_exported_without_projections(alone, workplace, tmp_path: Path, tool: An
 
 @pytest.mark.slow
 def test_a_start_lacks_projections(workplace, alone, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """They start as from Hugging Face's format, also beside what Megatron would otherwise load itself."""
+    """They start as from Hugging Face's format, also with what Megatron would otherwise load itself."""
     hf_to_torch_dist(workplace.student, tmp_path / "student")
     start = ["--pretrained-checkpoint", str(tmp_path / "student"), "--verify-integrity"]
     found = workplace.train("hidden-start", 1, *MBS, *FLAGS.split(), *start, "--train-iters", "1")

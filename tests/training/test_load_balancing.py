@@ -140,7 +140,7 @@ def test_in_a_whole_model_it_is_transformers_loss_of_every_layer_alone(tmp_path:
         torch.testing.assert_close(ours[name], reference, rtol=1e-4, atol=1e-4 * float(reference.abs().max()), msg=name)
 
 
-def test_the_coefficient_of_config_json_is_taken_as_it_is_and_said(tmp_path: Path) -> None:
+def test_the_coefficient_of_config_json_is_taken_as_it_is_and_printed(tmp_path: Path) -> None:
     shape = tiny_shape(num_layers=8, router_aux_loss_coef=0.003)
     (tmp_path / "config.json").write_text(to_json(tiny_hf_config(shape)))
     given = ["--hf-config", str(tmp_path)]
@@ -164,5 +164,5 @@ def test_the_coefficient_survives_conversion(tmp_path: Path) -> None:
 
 def test_a_run_says_it_once(workplace, reference) -> None:  # type: ignore[no-untyped-def]
     assert reference["lm loss"]
-    said = [line for line in workplace.log("one").read_text().splitlines() if line.startswith("load balancing: ")]
-    assert said == [load_balancing_note(read_shape(workplace.student), [], "global_aux_loss")]
+    text = [line for line in workplace.log("one").read_text().splitlines() if line.startswith("load balancing: ")]
+    assert text == [load_balancing_note(read_shape(workplace.student), [], "global_aux_loss")]

@@ -88,7 +88,7 @@ def test_a_flipped_bit_of_the_student(workplace, ours: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_verified_run_goes_on_converts_and_is_tuned(workplace, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_verified_run_resumes_converts_and_is_tuned(workplace, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """What Megatron saved with hashes and a distributed optimizer: resumed strictly, as Hugging Face, as a start."""
     save = tmp_path / "run"
     flags = f"--micro-batch-size 2 --train-iters 4 --save-interval 2 {TP2} {EP2}".split()
@@ -117,7 +117,7 @@ def rewrite(manifest: Path, change: Callable[[dict[str, str]], object]) -> None:
 MANIFESTS = {
     "none": ("--load", Path.unlink, "release: no integrity.json; only what was saved with --verify-integrity"),
     "none of the teacher": ("--teacher-load", Path.unlink, "release: no integrity.json"),
-    "no table": ("--load", lambda path: path.write_text('{"files": 3}'), "integrity.json: is no manifest of hashes"),
+    "no table": ("--load", lambda path: path.write_text('{"files": 3}'), "integrity.json: is not a manifest of hashes"),
     "no JSON": ("--load", lambda path: path.write_text("{"), "integrity.json: not readable as JSON"),
     "one left out": (
         "--load",
@@ -144,11 +144,11 @@ def refusal(monkeypatch: pytest.MonkeyPatch, *argv: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("fault", MANIFESTS)
-def test_a_manifest_that_would_hide_a_fault(  # type: ignore[no-untyped-def]
-    workplace, ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+@pytest.mark.parametrize("case", MANIFESTS)
+def test_a_manifest_that_would_hide_damage(  # type: ignore[no-untyped-def]
+    workplace, ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    flag, harm, message = MANIFESTS[fault]
+    flag, harm, message = MANIFESTS[case]
     shutil.copytree(ours / "student", tmp_path / "copy")
     harm(tmp_path / "copy" / "release" / "integrity.json")
     argv = ["--pretrained-checkpoint", str(workplace.student), flag, str(tmp_path / "copy")]
@@ -156,7 +156,7 @@ def test_a_manifest_that_would_hide_a_fault(  # type: ignore[no-untyped-def]
 
 
 def test_a_flipped_bit_of_the_teacher(workplace, ours: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    """The teacher does not pass through Megatron's loader: we look ourselves, if we are told to."""
+    """The teacher does not pass through Megatron's loader: we look ourselves, on request."""
     copy_with_a_flipped_bit(ours / "teacher", tmp_path / "teacher")
     argv = ["--load", str(ours / "student"), "--teacher-load", str(tmp_path / "teacher")]
     assert FLIPPED.format(tmp_path / "teacher") in refusal(monkeypatch, *argv, *VERIFY)

@@ -1,7 +1,7 @@
 """A training run is the same run under every parallel layout: each loss term, gradient norm and weight, every step.
 
 Student and teacher differ in layers, widths, experts and top-k, and no number of stages divides either. The table says
-what is laid out how; a few layouts that have all of it between them are quick, the whole table is slow.
+what is sharded how; a few layouts that have all of it between them are quick, the whole table is slow.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TERMS = (
 LM_TERMS = ("lm loss", "mtp lm loss", "mtp beta", "global_load_balancing_loss", "grad-norm")
 # fp32 sums in another order, 1e-7 each, amplified over five steps: 2e-7 of losses, 2e-6 of gradient norms are seen.
 TOLERANCE = 1e-5
-# Of what training changed in a tensor, beside the rounding of its five sums: a fault gives percents.
+# Of what training changed in a tensor, apart from the rounding of its five sums: a bug gives percents.
 WEIGHTS_TOLERANCE = 1e-3
 ROUNDING = STEPS * 2.0**-24
 
@@ -210,10 +210,10 @@ def test_rows_of_the_vocabulary_belong_to_the_run(uneven, one: Trained) -> None:
         loads = ("--load", str(student.weights), "--teacher-load", str(teacher.weights))
         argv = (*ONE.argv(), *start, *loads, "--make-vocab-size-divisible-by", rows)
         found.append(uneven.train(f"rows-{rows}", 1, *argv))
-    (trained, taught), name = found, "lm loss"
-    assert trained["teacher lm loss"] == pytest.approx(taught[name], rel=1e-6)
-    assert taught["teacher lm loss"] == pytest.approx(trained[name], rel=1e-6)
-    assert trained[name] != taught[name]
+    (trained, swapped), name = found, "lm loss"
+    assert trained["teacher lm loss"] == pytest.approx(swapped[name], rel=1e-6)
+    assert swapped["teacher lm loss"] == pytest.approx(trained[name], rel=1e-6)
+    assert trained[name] != swapped[name]
 
 
 def spread(found: Logged, exact: Logged, terms: tuple[str, ...]) -> float:
@@ -285,7 +285,7 @@ def count_tokens_of_all() -> None:
     pretrain.combine = counted
 
 
-FAULTS: dict[str, tuple[Callable[[], None], Layout]] = {
+BUGS: dict[str, tuple[Callable[[], None], Layout]] = {
     "gradients of a stage": (scale_gradients_of_the_first_stage, LAYOUTS["pp2"]),
     "a term on a rank": (weigh_mtp_otherwise_on_one_rank, LAYOUTS["dp2-overlap"]),
     "balancing": (average_the_balancing_loss, LAYOUTS["dp2-overlap"]),
@@ -294,17 +294,17 @@ FAULTS: dict[str, tuple[Callable[[], None], Layout]] = {
 }
 
 
-def train_with_a_fault(argv: list[str], log: str, name: str) -> None:
+def train_with_a_bug(argv: list[str], log: str, name: str) -> None:
     """Body of one rank."""
-    FAULTS[name][0]()
+    BUGS[name][0]()
     train(argv, log)
 
 
-@pytest.mark.parametrize("name", cases(FAULTS, ("gradients of a stage",)))
-def test_a_fault_would_show(uneven, one: Trained, name: str) -> None:  # type: ignore[no-untyped-def]
-    argv = uneven.argv(f"fault of {name}", *FAULTS[name][1].argv())
-    run_distributed(2, train_with_a_fault, argv, str(uneven.log(name)), name, initialise=False)
-    found = read_scalars(uneven.root / "tensorboard" / f"fault of {name}")
+@pytest.mark.parametrize("name", cases(BUGS, ("gradients of a stage",)))
+def test_a_bug_would_show(uneven, one: Trained, name: str) -> None:  # type: ignore[no-untyped-def]
+    argv = uneven.argv(f"bug of {name}", *BUGS[name][1].argv())
+    run_distributed(2, train_with_a_bug, argv, str(uneven.log(name)), name, initialise=False)
+    found = read_scalars(uneven.root / "tensorboard" / f"bug of {name}")
     measured = tuple(term for term in TERMS if term not in ("kd lambda", "mtp beta"))
     assert max(differences(found, one.logged, measured).values()) > 5 * TOLERANCE
 

@@ -26,7 +26,7 @@ from megatron_slim.training.hidden_kd import check_projections  # noqa: E402
 from megatron_slim.training.start_checks import check_mtp  # noqa: E402
 
 
-def test_what_export_needs_is_kept_beside_the_checkpoints_once(tmp_path: Path) -> None:
+def test_what_export_needs_is_kept_next_to_the_checkpoints_once(tmp_path: Path) -> None:
     source, save = tmp_path / "source", tmp_path / "deep" / "run"
     source.mkdir()
     config = tiny_hf_config(tiny_shape())
@@ -42,7 +42,7 @@ def test_what_export_needs_is_kept_beside_the_checkpoints_once(tmp_path: Path) -
     assert stated_mtp_layers(read_json(tmp_path / "other" / "hf" / "config.json")) == 0
 
 
-def test_how_experts_were_stored_is_kept_beside_the_checkpoints(tmp_path: Path) -> None:
+def test_how_experts_were_stored_is_kept_next_to_the_checkpoints(tmp_path: Path) -> None:
     """Of Hugging Face files that a run starts from, and of a torch_dist checkpoint made of such files."""
     plain = HFCheckpoint.open(write_tiny_checkpoint(tmp_path / "plain", tiny_shape()))
     write_checkpoint(plain, tmp_path / "fused", to="hf", expert_storage="fused")
@@ -52,7 +52,7 @@ def test_how_experts_were_stored_is_kept_beside_the_checkpoints(tmp_path: Path) 
     blocks = expert_blocks(plain.shape)
     cut = open_checkpoint(tmp_path / "fused", without_mtp=True)
     write_checkpoint(cut, tmp_path / "resaved", to="hf")
-    config = read_json(tmp_path / "fused" / "config.json")  # promises MTP, as transformers' load and save leaves it
+    config = read_json(tmp_path / "fused" / "config.json")  # declares MTP, as transformers' load and save leaves it
     (tmp_path / "resaved" / "config.json").write_text(to_json(config))
     for number, source in enumerate(("fused", "resaved")):
         pretrain.keep_hf_files(tmp_path / source, tmp_path / f"cut-{number}", cut.shape)
@@ -61,7 +61,7 @@ def test_how_experts_were_stored_is_kept_beside_the_checkpoints(tmp_path: Path) 
 
 
 def test_an_mtp_block_is_not_lost_on_the_way(tmp_path: Path) -> None:
-    """A run that resumes without one is told so, and nothing of projections, which it never had."""
+    """A run that resumes without one gets an error about it, and none about projections, which it never had."""
     source = HFCheckpoint.open(write_tiny_checkpoint(tmp_path / "source", tiny_shape()))
     write_checkpoint(source, tmp_path / "run", to="torch_dist")
     args = Namespace(hidden_kd_layers=(), no_load_optim=False, finetune=False)

@@ -1,4 +1,4 @@
-"""A stage of a progressive schedule takes its part in one schedule of all stages."""
+"""A phase of a progressive schedule takes its part in one schedule of all phases."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ device.install()
 
 from megatron_slim.errors import CheckpointError, SlimError  # noqa: E402
 from megatron_slim.files import to_json  # noqa: E402
-from megatron_slim.recipe import Stage  # noqa: E402
+from megatron_slim.recipe import Phase  # noqa: E402
 from megatron_slim.testing import run_distributed  # noqa: E402
-from megatron_slim.training.progressive import Place, find_place, is_done, stage_of  # noqa: E402
+from megatron_slim.training.progressive import Place, find_place, is_done, phase_of  # noqa: E402
 from megatron_slim.training.run_figures import KD, LM, MTP_KD, MTP_LM  # noqa: E402
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -34,13 +34,13 @@ def train(argv: list[str], log: str) -> None:
     train(argv, log)
 
 
-def write_plan(student: Path, **stage: Any) -> None:
-    recipe = {"version": 1, "target": {"num_layers": 4}, "stage": stage}
+def write_plan(student: Path, **phase: Any) -> None:
+    recipe = {"version": 1, "target": {"num_layers": 4}, "stage": phase}
     (student / "plan.json").write_text(to_json({"recipe": recipe}))
 
 
-def stage_flags(root: Path, student: Path, number: int) -> tuple[str, ...]:
-    """Flags of a stage whose student gets the plan that pruning would have left beside it."""
+def phase_flags(root: Path, student: Path, number: int) -> tuple[str, ...]:
+    """Flags of a phase whose student gets the plan that pruning would have left next to it."""
     write_plan(student, number=number, count=2, tokens=SCHEDULE[number - 1], schedule=list(SCHEDULE))
     run = str(root / f"run_{number}")
     return (*FORGETFUL, "--progressive-schedule", "--pretrained-checkpoint", str(student), "--load", run, "--save", run)
@@ -53,14 +53,14 @@ def stage_flags(root: Path, student: Path, number: int) -> tuple[str, ...]:
         pytest.param(("--pipeline-model-parallel-size", "2", "--teacher-ahead", "2"), id="pp2-ahead"),
     ],
 )
-def test_stages_are_the_parts_of_one_run(layout: tuple[str, ...], workplace: Any, tmp_path: Path) -> None:
+def test_phases_are_the_parts_of_one_run(layout: tuple[str, ...], workplace: Any, tmp_path: Path) -> None:
     name = f"progressive-{len(layout)}"
     unbroken = workplace.train(f"{name}-unbroken", 2, *FORGETFUL, *layout, "--save", str(tmp_path / "unbroken"))
     shutil.copytree(workplace.student, tmp_path / "student_1")
-    flags = [stage_flags(tmp_path, tmp_path / "student_1", 1)]
+    flags = [phase_flags(tmp_path, tmp_path / "student_1", 1)]
     found = [workplace.train(f"{name}-1", 2, *flags[0], *layout)]
     shutil.copytree(tmp_path / "run_1", tmp_path / "student_2")  # a pruning that keeps everything
-    flags.append(stage_flags(tmp_path, tmp_path / "student_2", 2))
+    flags.append(phase_flags(tmp_path, tmp_path / "student_2", 2))
     found.append(workplace.train(f"{name}-2", 2, *flags[1], *layout))
 
     assert [(tmp_path / f"run_{number}" / TRACKER).read_text() for number in (1, 2)] == ["2", "5"]
@@ -72,25 +72,25 @@ def test_stages_are_the_parts_of_one_run(layout: tuple[str, ...], workplace: Any
     assert found[1]["slim/progress/fraction"] == pytest.approx([1 / 3, 2 / 3, 1])
     part = [TOKENS * number / SCHEDULE[1] for number in (1, 2, 3)]
     assert found[1]["slim/progress/fraction_of_stage_tokens"] == pytest.approx(part)
-    assert "slim 3/5 (33.3%) (stage 2 of 2) | 128 of 390 tokens" in workplace.log(f"{name}-2").read_text()
+    assert "slim 3/5 (33.3%) (phase 2 of 2) | 128 of 390 tokens" in workplace.log(f"{name}-2").read_text()
 
-    # Started again, a stage goes on where it was, and does nothing when it is done.
+    # Started again, a phase resumes where it was, and does nothing when it is done.
     (tmp_path / "run_2" / TRACKER).write_text("3")
     again = workplace.train(f"{name}-again", 2, *flags[1], *layout)
     assert again[LM] == found[1][LM][1:]
     argv = workplace.argv(f"{name}-done", *flags[1], *layout)
     run_distributed(2, train, argv, str(workplace.log(f"{name}-done")), initialise=False)
-    assert workplace.log(f"{name}-done").read_text().count("run_2: this stage is done, at iteration 5") == 1
+    assert workplace.log(f"{name}-done").read_text().count("run_2: this phase is done, at iteration 5") == 1
     assert (tmp_path / "run_2" / TRACKER).read_text() == "5" and not (tmp_path / "run_2" / "iter_0000006").exists()
 
 
-def test_the_stage_comes_from_the_plan_beside_the_student(tmp_path: Path) -> None:
-    assert stage_of(None) is None and stage_of(str(tmp_path)) is None
+def test_the_phase_comes_from_the_plan_next_to_the_student(tmp_path: Path) -> None:
+    assert phase_of(None) is None and phase_of(str(tmp_path)) is None
     write_plan(tmp_path, number=2, count=3, name="rest", tokens=9)
-    assert stage_of(str(tmp_path)) == Stage(2, 3, "rest", 9)
+    assert phase_of(str(tmp_path)) == Phase(2, 3, "rest", 9)
     (tmp_path / "plan.json").write_text("[]")
     with pytest.raises(SlimError, match=r"plan\.json: recipe: a recipe is a mapping"):
-        stage_of(str(tmp_path))
+        phase_of(str(tmp_path))
 
 
 def arguments(**given: Any) -> SimpleNamespace:
@@ -106,7 +106,7 @@ PAPER = (40_000_000_000, 360_000_000_000)
 @pytest.mark.parametrize(("number", "place"), [(1, (0, 9537, 95368, 0)), (2, (9537, 95368, 95368, 9537 * 4096 * 1024))])
 def test_the_published_schedule(number: int, place: tuple[int, ...]) -> None:
     args = arguments()
-    found = find_place(Stage(number, 2, "", PAPER[number - 1], PAPER), args)
+    found = find_place(Phase(number, 2, "", PAPER[number - 1], PAPER), args)
     leaves = {1: 9537, 2: None}[number]
     assert found == Place(*place) and (args.train_iters, args.exit_interval) == (95368, leaves)
     argv = found.command_line(["--bf16"])
@@ -116,38 +116,42 @@ def test_the_published_schedule(number: int, place: tuple[int, ...]) -> None:
 
 def test_without_the_flag_a_run_is_one_of_its_own() -> None:
     args = arguments(progressive_schedule=False, train_iters=7)
-    assert find_place(Stage(2, 2, "", PAPER[1], PAPER), args) is None and args.train_iters == 7
+    assert find_place(Phase(2, 2, "", PAPER[1], PAPER), args) is None and args.train_iters == 7
 
 
 @pytest.mark.parametrize(
-    ("stage", "given", "message"),
+    ("phase", "given", "message"),
     [
-        (None, {"pretrained_checkpoint": None}, "without --pretrained-checkpoint; give the student of a stage"),
-        (None, {}, r"no plan\.json of a stage beside --pretrained-checkpoint student; start from what tools/prune_ch"),
+        (None, {"pretrained_checkpoint": None}, "without --pretrained-checkpoint; give the student of a phase"),
         (
-            Stage(1, 2, "", 4),
+            None,
             {},
-            r"^student: --progressive-schedule: plan\.json does not know the tokens of all stages",
+            r"no plan\.json of a phase next to --pretrained-checkpoint student; start from what megatron-slim prune",
         ),
-        (Stage(1, 2, "", 4, (4, 5)), {"seq_length": 1, "global_batch_size": 2, "train_iters": 6}, "are 5 iterations"),
-        (Stage(2, 2, "", 1, (8, 1)), {"seq_length": 5, "global_batch_size": 2}, "stage 2 has less than one iteration"),
-        (Stage(1, 1, "", 4, (4,)), {"load": None}, "without --load"),
-        (Stage(1, 1, "", 4, (4,)), {"global_batch_size": None}, "without --global-batch-size and --seq-length"),
-        (Stage(1, 1, "", 4, (4,)), {"exit_interval": 5}, "does not go with --exit-interval: a stage ends when"),
         (
-            Stage(1, 1, "", 4, (4,)),
+            Phase(1, 2, "", 4),
+            {},
+            r"^student: --progressive-schedule: plan\.json does not know the tokens of all phases",
+        ),
+        (Phase(1, 2, "", 4, (4, 5)), {"seq_length": 1, "global_batch_size": 2, "train_iters": 6}, "are 5 iterations"),
+        (Phase(2, 2, "", 1, (8, 1)), {"seq_length": 5, "global_batch_size": 2}, "phase 2 has less than one iteration"),
+        (Phase(1, 1, "", 4, (4,)), {"load": None}, "without --load"),
+        (Phase(1, 1, "", 4, (4,)), {"global_batch_size": None}, "without --global-batch-size and --seq-length"),
+        (Phase(1, 1, "", 4, (4,)), {"exit_interval": 5}, "does not go with --exit-interval: a phase ends when"),
+        (
+            Phase(1, 1, "", 4, (4,)),
             {"rampup_batch_size": [1, 2, 3], "finetune": True},
             "--rampup-batch-size.*--finetune",
         ),
     ],
 )
-def test_what_does_not_go_with_it_is_refused(stage: Stage | None, given: dict[str, Any], message: str) -> None:
+def test_what_does_not_go_with_it_is_refused(phase: Phase | None, given: dict[str, Any], message: str) -> None:
     with pytest.raises(SlimError, match=message):
-        find_place(stage, arguments(**given))
+        find_place(phase, arguments(**given))
 
 
 @pytest.mark.parametrize(("text", "done"), [(None, False), ("release", False), ("4", False), ("9", True)])
-def test_a_stage_is_done_at_its_last_iteration(text: str | None, done: bool, tmp_path: Path) -> None:
+def test_a_phase_is_done_at_its_last_iteration(text: str | None, done: bool, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / TRACKER).write_text(text)
     assert is_done(Place(3, 9, 20, 12), str(tmp_path)) is done
@@ -157,7 +161,7 @@ def test_a_stage_is_done_at_its_last_iteration(text: str | None, done: bool, tmp
 
 
 @pytest.mark.parametrize("number", [3, 10])
-def test_checkpoints_of_another_stage_are_refused(number: int, tmp_path: Path) -> None:
+def test_checkpoints_of_another_phase_are_refused(number: int, tmp_path: Path) -> None:
     (tmp_path / TRACKER).write_text(str(number))
-    with pytest.raises(CheckpointError, match=f"holds iteration {number}, and the stage has 4 to 9; give every stage"):
+    with pytest.raises(CheckpointError, match=f"holds iteration {number}, and the phase has 4 to 9; give every phase"):
         is_done(Place(3, 9, 20, 12), str(tmp_path))

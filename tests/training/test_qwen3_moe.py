@@ -64,7 +64,7 @@ def test_what_training_saved_is_a_model_for_transformers(family, trained, tmp_pa
 
 
 def test_a_teacher_of_another_family(workplace, reference, family) -> None:  # type: ignore[no-untyped-def]
-    """Qwen3-Next says the same beside either student."""
+    """Qwen3-Next says the same with either student."""
     mixed = dataclasses.replace(family, teacher=workplace.teacher)
     found = mixed.train("mixed", 1, *MBS)
     assert found["teacher lm loss"] == reference["teacher lm loss"]

@@ -1,7 +1,8 @@
-"""What is wrong with a schedule is said before anything is built; a default gives way in short runs."""
+"""Errors of a schedule are found before anything is built; a default gives way in short runs."""
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,8 +76,8 @@ def test_a_schedule_that_can_be(given: dict[str, Any]) -> None:
         ({"lr": None}, "--lr is not given"),
         ({"min_lr": 1e-2}, "--min-lr 0.01 is above --lr 0.001"),
         ({"lr_warmup_init": 1e-2}, "--lr-warmup-init 0.01 is above --lr 0.001"),
-        ({"min_lr": -1.0}, "--min-lr -1 is no rate"),
-        ({"lr": float("nan")}, "--lr nan is no rate"),
+        ({"min_lr": -1.0}, "--min-lr -1 is not a finite non-negative rate"),
+        ({"lr": float("nan")}, "--lr nan is not a finite non-negative rate"),
         ({"weight_decay": -0.1}, "--weight-decay -0.1 is negative"),
         (
             {"weight_decay_incr_style": "cosine", "start_weight_decay": 0.2},
@@ -106,19 +107,20 @@ def test_a_schedule_that_cannot(given: dict[str, Any], message: str) -> None:
         ({"default_lr_warmup_iters": None}, [], []),
     ],
 )
-def test_a_default_gives_way(
-    given: dict[str, Any], argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+def test_a_default_yields(
+    given: dict[str, Any], argv: list[str], words: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     args = arguments(**{"default_lr_warmup_iters": 2000} | given)
     assert default_warmup(args, argv) == words
-    said = capsys.readouterr().err
-    assert bool(said) == (bool(words) and words != ["--lr-warmup-iters=2000"]) and said.count("\n") <= 1
-    if said:
-        assert re.search(rf"warm-up of {args.lr_warmup_iters} iterations, a tenth of \d+; the default of 2000 is", said)
+    text = "\n".join(caplog.messages)
+    assert bool(text) == (bool(words) and words != ["--lr-warmup-iters=2000"]) and text.count("\n") == 0
+    if text:
+        assert re.search(rf"warm-up of {args.lr_warmup_iters} iterations, a tenth of \d+; the default of 2000 is", text)
     assert not words or rate_violations(args) == []
 
 
-def test_nothing_is_built_before_it_is_said(workplace: Any) -> None:
+def test_nothing_is_built_before_the_error(workplace: Any) -> None:
     argv = workplace.argv("too-long", "--micro-batch-size", "2", "--lr-warmup-iters", "5")
     log: Path = workplace.log("too-long")
     (found,) = run_distributed(1, refusal, argv, str(log), initialise=False)

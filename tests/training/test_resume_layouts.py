@@ -104,14 +104,14 @@ def test_without_the_distributed_optimizer_too(  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("interval", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_an_interrupted_run_tells_what_a_whole_one_does(workplace, tmp_path: Path, interval: int) -> None:  # type: ignore[no-untyped-def]
+def test_an_interrupted_run_logs_what_a_whole_one_does(workplace, tmp_path: Path, interval: int) -> None:  # type: ignore[no-untyped-def]
     """On the console and in tensorboard, by iteration; with an interval of two it stops in the middle of one."""
     argv = ["--micro-batch-size", "2", "--train-iters", "6", "--log-interval", str(interval), "--save-interval", "3"]
     argv += ["--save", str(tmp_path), "--load", str(tmp_path)]
-    whole = workplace.train(f"told-whole-{interval}", 1, *argv)
+    whole = workplace.train(f"log-whole-{interval}", 1, *argv)
     keep_only(tmp_path, 3)
-    resumed = workplace.train(f"told-resumed-{interval}", 1, *argv)
-    lines = [read_console(workplace.log(f"told-{name}-{interval}")) for name in ("whole", "resumed")]
+    resumed = workplace.train(f"log-resumed-{interval}", 1, *argv)
+    lines = [read_console(workplace.log(f"log-{name}-{interval}")) for name in ("whole", "resumed")]
     assert [[*each] for each in lines] == {1: [[1, 2, 3, 4, 5, 6], [4, 5, 6]], 2: [[1, 2, 4, 6], [4, 6]]}[interval]
     assert all(lines[1][number] == lines[0][number] for number in lines[1])
     for number, line in lines[0].items():

@@ -71,7 +71,7 @@ def test_without_a_peak_there_is_no_utilisation() -> None:
 
 
 def test_time_of_stages(found: dict[str, float]) -> None:
-    # Virtual stage 1 lies on pipeline rank 0, 2 on 1, 3 on 0, 4 on 1; means over two ranks and five iterations.
+    # Virtual stage 1 is on pipeline rank 0, 2 on 1, 3 on 0, 4 on 1; means over two ranks and five iterations.
     forward = [found[f"stage_seconds/student_forward/stage_{stage}"] for stage in (1, 3)]
     assert forward == pytest.approx([0.4, 0.6], rel=1e-15)
     assert found["stage_seconds/backward/stage_4"] == found["stage_seconds/total/stage_4"] == 2.0
@@ -97,7 +97,7 @@ def test_balance_of_experts(found: dict[str, float]) -> None:
 
 def test_terms_of_the_loss(found: dict[str, float]) -> None:
     assert (found["loss/kd_over_lm"], found["loss/mtp_kd_over_mtp_lm"]) == (1.5, 1.5)
-    # 0.4 + 2.4 + 0.1 + 0.7; the teacher's own loss is no part of it.
+    # 0.4 + 2.4 + 0.1 + 0.7; the teacher's own loss is not part of it.
     shares = [found[f"loss/share_{name}"] for name in ("lm", "kd", "mtp_lm", "mtp_kd")]
     assert shares == pytest.approx([0.4 / 3.6, 2.4 / 3.6, 0.1 / 3.6, 0.7 / 3.6], rel=1e-14)
     assert (found["loss/kd_lambda"], found["loss/mtp_beta"]) == (0.8, 0.25)
@@ -118,12 +118,12 @@ def test_progress_and_what_is_left(found: dict[str, float]) -> None:
     assert line(RUN, figures(RUN, INTERVAL, first), first).endswith("elapsed 2 min, left ?")
 
 
-def test_a_stage_of_a_schedule() -> None:
-    run = dataclasses.replace(RUN, stage="stage 1 of 2, half", stage_tokens=40_000)
+def test_a_phase_of_a_schedule() -> None:
+    run = dataclasses.replace(RUN, phase="phase 1 of 2, half", phase_tokens=40_000)
     found = figures(run, INTERVAL, DONE)
     assert found["slim/progress/fraction_of_stage_tokens"] == 0.2
-    said = line(run, found, DONE)
-    assert said.startswith("slim 10/20 (50.0%) (stage 1 of 2, half) | 8.00K of 40.0K tokens, 50 tokens/s/GPU | ")
+    text = line(run, found, DONE)
+    assert text.startswith("slim 10/20 (50.0%) (phase 1 of 2, half) | 8.00K of 40.0K tokens, 50 tokens/s/GPU | ")
 
 
 def test_the_line() -> None:

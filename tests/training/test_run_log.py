@@ -1,8 +1,9 @@
-"""What a run tells: the same under every layout and wherever it was interrupted, of training alone."""
+"""Metrics of a run: the same under every layout and wherever it was interrupted, of training alone."""
 
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import sys
 import time
@@ -21,8 +22,9 @@ device.install()
 
 from megatron.core.transformer.moe.experts import SequentialMLP  # noqa: E402
 
-from megatron_slim.architecture.flops import TORCH, student_work, teacher_work  # noqa: E402
+from megatron_slim.architecture.flops import TORCH, student_flops, teacher_flops  # noqa: E402
 from megatron_slim.architecture.layer_specs import build_model, transformer_config  # noqa: E402
+from megatron_slim.cli.terminal import messages_shown  # noqa: E402
 from megatron_slim.distillation.losses import LossWeights  # noqa: E402
 from megatron_slim.distillation.model import TEACHER_MTP, DistillationModel, HiddenStatesModel  # noqa: E402
 from megatron_slim.testing import run_distributed, tiny_shape  # noqa: E402
@@ -86,7 +88,8 @@ def train_and_count(argv: list[str], log: str, result: str) -> None:
     counts: list[dict[tuple[str, int], int]] = []
     count_rows(counts)
     sys.argv = ["pretrain", *argv]
-    pretrain.main(argv)
+    with messages_shown("stdout"):
+        pretrain.main(argv)
     Path(result).write_bytes(pickle.dumps(counts[:STEPS]))
 
 
@@ -103,34 +106,35 @@ def train_with_a_slow_stage(argv: list[str], log: str) -> None:
 
     pretrain.Run.model_provider = slow  # type: ignore[method-assign]
     sys.argv = ["pretrain", *argv]
-    pretrain.main(argv)
+    with messages_shown("stdout"):
+        pretrain.main(argv)
 
 
 @pytest.fixture(scope="module")
 def one(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[float]], Any]:
-    """What one rank tells, and rows per expert and step as they were counted."""
+    """What one rank logs, and rows per expert and step as they were counted."""
     counted = tmp_path_factory.mktemp("counted") / "counts"
     # As many sequences go by at once as in the other layout, in which two ranks have one each.
     wandb = ("--wandb-project", "p", "--wandb-exp-name", "n", "--wandb-save-dir", str(counted.parent))
-    argv = workplace.argv("told", "--micro-batch-size", "2", *FLAGS.split(), *wandb)
-    run_distributed(1, train_and_count, argv, str(workplace.log("told")), str(counted), initialise=False)
-    told = read_scalars(workplace.root / "tensorboard" / "told")
-    logged = [json.loads(text) for text in (counted.parent / "logged").read_text().splitlines()]
-    assert [step for values, step in logged if "slim/throughput/seconds_per_iteration" in values] == [2, 4, 6]
-    ours = {tag: value for values, step in logged if step == 2 for tag, value in values.items() if "slim/" in tag}
-    assert ours == pytest.approx({tag: values[0] for tag, values in told.items() if tag in ours}, rel=1e-6)
-    return told, pickle.loads(counted.read_bytes())
+    argv = workplace.argv("logged", "--micro-batch-size", "2", *FLAGS.split(), *wandb)
+    run_distributed(1, train_and_count, argv, str(workplace.log("logged")), str(counted), initialise=False)
+    logged = read_scalars(workplace.root / "tensorboard" / "logged")
+    sent = [json.loads(text) for text in (counted.parent / "logged").read_text().splitlines()]
+    assert [step for values, step in sent if "slim/throughput/seconds_per_iteration" in values] == [2, 4, 6]
+    ours = {tag: value for values, step in sent if step == 2 for tag, value in values.items() if "slim/" in tag}
+    assert ours == pytest.approx({tag: values[0] for tag, values in logged.items() if tag in ours}, rel=1e-6)
+    return logged, pickle.loads(counted.read_bytes())
 
 
 @pytest.fixture(scope="module")
 def many(workplace: Workplace) -> dict[str, list[float]]:
-    argv = workplace.argv("told-pp2-ep2", *PP2_EP2.split(), *FLAGS.split())
-    run_distributed(4, train_with_a_slow_stage, argv, str(workplace.log("told-pp2-ep2")), initialise=False)
-    return read_scalars(workplace.root / "tensorboard" / "told-pp2-ep2")
+    argv = workplace.argv("logged-pp2-ep2", *PP2_EP2.split(), *FLAGS.split())
+    run_distributed(4, train_with_a_slow_stage, argv, str(workplace.log("logged-pp2-ep2")), initialise=False)
+    return read_scalars(workplace.root / "tensorboard" / "logged-pp2-ep2")
 
 
 def test_tokens_per_expert_are_those_that_experts_were_given(one: Any) -> None:
-    told, steps = one
+    logged, steps = one
     names = sorted({name for name, _ in steps[0]}, key=lambda name: (name.startswith("mtp"), name))
     assert len(names) == 5
     for layer, name in enumerate(names):
@@ -140,25 +144,25 @@ def test_tokens_per_expert_are_those_that_experts_were_given(one: Any) -> None:
             counts = np.array([last.get((name, expert), 0) for expert in range(4)])
             assert counts.sum() == 4 * 32 * 2  # four samples of 32 tokens, two experts each
             # Tensorboard keeps fp32.
-            uneven = told[f"slim/experts/max_over_mean/{tag}"][number]
+            uneven = logged[f"slim/experts/max_over_mean/{tag}"][number]
             assert uneven == pytest.approx(counts.max() / counts.mean(), rel=1e-7)
-            assert told[f"slim/experts/without_tokens/{tag}"][number] == (counts == 0).mean()
+            assert logged[f"slim/experts/without_tokens/{tag}"][number] == (counts == 0).mean()
 
 
-def test_every_layout_tells_the_same(one: Any, many: dict[str, list[float]]) -> None:
-    told, _ = one
+def test_every_layout_logs_the_same(one: Any, many: dict[str, list[float]]) -> None:
+    logged, _ = one
     layout = ("stage_seconds", "pipeline", "memory", "throughput", "mfu", "elapsed", "remaining")
-    same = [tag for tag in told if tag.startswith("slim/") and not any(word in tag for word in layout)]
+    same = [tag for tag in logged if tag.startswith("slim/") and not any(word in tag for word in layout)]
     assert len(same) == 2 * (5 + 1) + 4 + 2 + 2 + 2
     for tag in same:
         # Losses agree to 1e-5 between layouts, tokens of experts exactly.
-        assert many[tag] == pytest.approx(told[tag], rel=1e-7 if "experts" in tag else 1e-5), tag
-    differing = {tag for tag in many.keys() ^ told.keys() if tag.startswith("slim/")}
+        assert many[tag] == pytest.approx(logged[tag], rel=1e-7 if "experts" in tag else 1e-5), tag
+    differing = {tag for tag in many.keys() ^ logged.keys() if tag.startswith("slim/")}
     assert all(tag.endswith(("losses/stage_1", "stage_2", "rank_2")) for tag in differing), differing
     for stage in (1, 2):
         for kind in ("student_forward", "teacher_forward", "backward", "total"):
-            told_of = many[f"slim/stage_seconds/{kind}/stage_{stage}"]
-            assert len(told_of) == STEPS // INTERVAL and min(told_of) > 0
+            logged_of = many[f"slim/stage_seconds/{kind}/stage_{stage}"]
+            assert len(logged_of) == STEPS // INTERVAL and min(logged_of) > 0
     assert "slim/stage_seconds/losses/stage_1" not in many and min(many["slim/stage_seconds/losses/stage_2"]) > 0
 
 
@@ -166,17 +170,17 @@ def test_waiting_is_not_computing(many: dict[str, list[float]]) -> None:
     """Both micro-batches are late in the first stage; the second stage waits for the first of them at least."""
     slow, other = (many[f"slim/stage_seconds/total/stage_{stage}"] for stage in (1, 2))
     forward = many["slim/stage_seconds/student_forward/stage_1"]
-    taught = many["slim/stage_seconds/teacher_forward/stage_1"]
+    of_teacher = many["slim/stage_seconds/teacher_forward/stage_1"]
     for number, step in enumerate(many["slim/throughput/seconds_per_iteration"]):
         # Under recomputation of layers the embedding runs once.
-        assert forward[number] > 2 * PAUSE and slow[number] > taught[number] + 2 * PAUSE
+        assert forward[number] > 2 * PAUSE and slow[number] > of_teacher[number] + 2 * PAUSE
         assert other[number] < step - PAUSE
 
 
 @pytest.mark.slow
-def test_interleaved_stages_are_told_apart(workplace: Workplace, one: Any) -> None:
+def test_interleaved_stages_are_distinguished(workplace: Workplace, one: Any) -> None:
     layout = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --micro-batch-size 2"
-    found = workplace.train("told-vpp2", 2, *layout.split(), *FLAGS.split())
+    found = workplace.train("logged-vpp2", 2, *layout.split(), *FLAGS.split())
     for stage in range(1, 5):
         assert min(found[f"slim/stage_seconds/backward/stage_{stage}"]) > 0
         assert (f"slim/stage_seconds/losses/stage_{stage}" in found) == (stage == 4)
@@ -185,13 +189,13 @@ def test_interleaved_stages_are_told_apart(workplace: Workplace, one: Any) -> No
 
 
 def test_losses_are_of_the_iteration(one: Any) -> None:
-    """From what Megatron told of every step."""
-    told, _ = one
-    terms = {name: np.array(told[name])[INTERVAL - 1 :: INTERVAL] for name in TERMS}
-    kd, beta = (np.array(told[name])[INTERVAL - 1 :: INTERVAL] for name in ("kd lambda", "mtp beta"))
+    """From what Megatron logged of every step."""
+    logged, _ = one
+    terms = {name: np.array(logged[name])[INTERVAL - 1 :: INTERVAL] for name in TERMS}
+    kd, beta = (np.array(logged[name])[INTERVAL - 1 :: INTERVAL] for name in ("kd lambda", "mtp beta"))
     ratio = terms["logits distillation loss"] / terms["lm loss"]
-    assert told["slim/loss/kd_over_lm"] == pytest.approx(ratio, rel=1e-6)
-    assert told["slim/loss/kd_lambda"] == pytest.approx(kd) and told["slim/loss/mtp_beta"] == pytest.approx(beta)
+    assert logged["slim/loss/kd_over_lm"] == pytest.approx(ratio, rel=1e-6)
+    assert logged["slim/loss/kd_lambda"] == pytest.approx(kd) and logged["slim/loss/mtp_beta"] == pytest.approx(beta)
     whole = {
         "lm": (1 - kd) * terms["lm loss"],
         "kd": kd * terms["logits distillation loss"],
@@ -200,32 +204,32 @@ def test_losses_are_of_the_iteration(one: Any) -> None:
     }
     total = sum(whole.values())
     for name, values in whole.items():
-        assert told[f"slim/loss/share_{name}"] == pytest.approx(values / total, rel=1e-5, abs=1e-7), name
+        assert logged[f"slim/loss/share_{name}"] == pytest.approx(values / total, rel=1e-5, abs=1e-7), name
 
 
 def test_utilisation_and_progress_agree_with_time_and_operations(one: Any, many: dict[str, list[float]]) -> None:
-    student = student_work(STUDENT_SHAPE, 32, TORCH).total
-    teacher = teacher_work(TEACHER_SHAPE, 32, TORCH, runs_mtp=True).total
-    for told, ranks in ((one[0], 1), (many, 4)):
-        seconds = np.array(told["slim/throughput/seconds_per_iteration"])
+    student = student_flops(STUDENT_SHAPE, 32, TORCH).total
+    teacher = teacher_flops(TEACHER_SHAPE, 32, TORCH, runs_mtp=True).total
+    for logged, ranks in ((one[0], 1), (many, 4)):
+        seconds = np.array(logged["slim/throughput/seconds_per_iteration"])
         rate = 4 * 32 / seconds / ranks
-        assert told["slim/throughput/tokens_per_second_per_gpu"] == pytest.approx(rate, rel=1e-6)
-        assert told["slim/mfu/student"] == pytest.approx(rate * student / 4e9, rel=1e-6)
-        assert told["slim/mfu/teacher"] == pytest.approx(rate * teacher / 4e9, rel=1e-6)
-        assert told["slim/progress/tokens"] == [2 * 128, 4 * 128, 6 * 128]
-        assert told["slim/progress/remaining_seconds"][-1] == 0.0
-        computing = np.array(told["slim/pipeline/computing"])
+        assert logged["slim/throughput/tokens_per_second_per_gpu"] == pytest.approx(rate, rel=1e-6)
+        assert logged["slim/mfu/student"] == pytest.approx(rate * student / 4e9, rel=1e-6)
+        assert logged["slim/mfu/teacher"] == pytest.approx(rate * teacher / 4e9, rel=1e-6)
+        assert logged["slim/progress/tokens"] == [2 * 128, 4 * 128, 6 * 128]
+        assert logged["slim/progress/remaining_seconds"][-1] == 0.0
+        computing = np.array(logged["slim/pipeline/computing"])
         assert (computing > 0).all() and (computing < 1).all()
 
 
 def test_one_line_for_each_interval(workplace: Workplace, many: dict[str, list[float]]) -> None:
-    lines = [text for text in workplace.log("told-pp2-ep2").read_text().splitlines() if text.startswith("slim ")]
+    lines = [text for text in workplace.log("logged-pp2-ep2").read_text().splitlines() if text.startswith("slim ")]
     assert [text.split()[1] for text in lines] == ["2/6", "4/6", "6/6"]
     assert all("MFU student " in text and "stages: slowest/mean " in text for text in lines)
 
 
 def fake_log(monkeypatch: pytest.MonkeyPatch, clock: dict[str, float]) -> tuple[RunLog, list[Any]]:
-    """The log of one rank whose time is set by hand, and what it tells."""
+    """The log of one rank whose time is set by hand, and what it logs."""
     device.init_single_process()
     args = SimpleNamespace(
         curr_iteration=0,
@@ -247,10 +251,10 @@ def fake_log(monkeypatch: pytest.MonkeyPatch, clock: dict[str, float]) -> tuple[
         virtual_pipeline_model_parallel_size=None,
         train_iters=100,
     )
-    told: list[Any] = []
+    logged: list[Any] = []
     monkeypatch.setattr(run_log, "get_args", lambda: args)
     monkeypatch.setattr(run_log, "get_num_microbatches", lambda: 5)
-    monkeypatch.setattr(run_log, "get_wandb_writer", lambda: SimpleNamespace(log=lambda *what: told.append(what)))
+    monkeypatch.setattr(run_log, "get_wandb_writer", lambda: SimpleNamespace(log=lambda *what: logged.append(what)))
     monkeypatch.setattr(run_log, "get_tensorboard_writer", lambda: None)
     constants = run_constants(STUDENT_SHAPE, TEACHER_SHAPE, args, teacher_runs_mtp=True)
     log = RunLog(
@@ -270,7 +274,7 @@ def fake_log(monkeypatch: pytest.MonkeyPatch, clock: dict[str, float]) -> tuple[
         log_args[1].consumed_train_samples += 40
 
     log.step = step  # type: ignore[attr-defined]
-    return log, told
+    return log, logged
 
 
 @pytest.mark.parametrize(
@@ -293,17 +297,18 @@ def test_each_model_has_the_peak_of_what_it_runs_in(  # type: ignore[no-untyped-
     assert found == pytest.approx({"student": student * 1e12, "teacher": teacher * 1e12})
 
 
-def test_a_fake_clock(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fake_clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Intervals of different speed, one of them with a break for validation, and a run that was resumed at step 5."""
+    caplog.set_level(logging.INFO)
     clock = {"training": 0.0, "wall": 1000.0}
-    log, told = fake_log(monkeypatch, clock)
+    log, logged = fake_log(monkeypatch, clock)
     # Step 6 ends an interval of which this start has seen one step.
     for iteration, (training, wall) in enumerate([(4.0, 4.0), (1.0, 1.0), (2.0, 32.0), (3.0, 3.0)], start=6):
         log.step(iteration, training, wall)  # type: ignore[attr-defined]
-    (first, at_first), (second, at_second) = told
+    (first, at_first), (second, at_second) = logged
     assert (at_first, at_second) == (6, 9)
-    student = student_work(STUDENT_SHAPE, 10, TORCH).total
-    teacher = teacher_work(TEACHER_SHAPE, 10, TORCH, runs_mtp=True).total
+    student = student_flops(STUDENT_SHAPE, 10, TORCH).total
+    teacher = teacher_flops(TEACHER_SHAPE, 10, TORCH, runs_mtp=True).total
     # A global batch of 2 x 4 x 5 samples of 10 tokens; 4 s the first time, then three of them in 6 s.
     for found, rate in ((first, 400 / 4), (second, 1200 / 6)):
         assert found["slim/throughput/tokens_per_second_per_gpu"] == rate
@@ -315,7 +320,7 @@ def test_a_fake_clock(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert "slim/progress/remaining_seconds" not in first
     assert second["slim/progress/remaining_seconds"] == 91 * 12.0
     assert second["slim/progress/elapsed_seconds"] == 40.0 and second["slim/progress/fraction"] == 0.09
-    assert capsys.readouterr().out.count("\nslim ") == 1  # the second of two lines
+    assert sum(message.startswith("slim ") for message in caplog.messages) == 2
 
 
 @pytest.fixture
@@ -344,7 +349,7 @@ class Event:
         return (end.at - self.at) * 1000.0
 
 
-def test_the_clock_tells_parts_apart(distilling: DistillationModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_separates_parts(distilling: DistillationModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Time passes in one place of each part; two micro-batches, and a pass of validation that does not count."""
     now, weights = [0.0], distilling._output_weights
     parts = {STUDENT: 1.0, TEACHER: 2.0, LOSSES: 4.0, BACKWARD: 8.0}
@@ -401,13 +406,13 @@ def test_arguments_of_the_log() -> None:
         "save": None,
     }
 
-    def faults(**more: Any) -> list[str]:
+    def violations(**more: Any) -> list[str]:
         return logging_violations(SimpleNamespace(**(given | more)))
 
-    assert faults() == [] == faults(peak_tflops=3.0)
-    assert "knows neither the teacher" in faults(log_throughput=True)[0]
-    assert faults(peak_tflops=0.0) == ["--peak-tflops 0 is not positive"]
-    wandb = faults(wandb_project="p")
+    assert violations() == [] == violations(peak_tflops=3.0)
+    assert "knows neither the teacher" in violations(log_throughput=True)[0]
+    assert violations(peak_tflops=0.0) == ["--peak-tflops 0 is not positive"]
+    wandb = violations(wandb_project="p")
     assert [text.split(";")[0].split(":")[0] for text in wandb] == [
         "--wandb-project needs wandb, which is not installed",
         "--wandb-project needs --wandb-exp-name",

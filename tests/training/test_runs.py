@@ -1,7 +1,8 @@
-"""A run stops, goes on, starts from either format, and refuses a teacher that knows nothing."""
+"""A run stops, resumes, starts from either format, and refuses a teacher that is no better than guessing."""
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -89,10 +90,10 @@ def test_schedules_and_data_go_on_from_anywhere(workplace, tmp_path: Path) -> No
     argv = [*MBS, *data, "--train-iters", "7", "--lr-warmup-iters", "3", "--eod-mask-loss"]
     argv += ["--null-tokenizer-eod-id", "119"]
 
-    def go_on(name: str, save: Path, *more: str) -> dict[str, list[float]]:
+    def resume(name: str, save: Path, *more: str) -> dict[str, list[float]]:
         return workplace.train(name, 1, *argv, "--save", str(save), "--load", str(save), *more)
 
-    whole = go_on("from-0", tmp_path / "run", "--save-interval", "1")
+    whole = resume("from-0", tmp_path / "run", "--save-interval", "1")
     assert all(len(set(whole[term])) == 7 for term in (*TERMS, *SCHEDULES))
     assert (whole["kd lambda"][-1], whole["mtp beta"][-1]) == pytest.approx((0.75, 0.1))
     for stop in (2, 4):
@@ -100,10 +101,10 @@ def test_schedules_and_data_go_on_from_anywhere(workplace, tmp_path: Path) -> No
         shutil.copytree(tmp_path / "run", keep)
         keep_only(keep, stop)
         more = ["--save-interval", "1", "--exit-interval", "5"] if stop == 4 else ["--save-interval", "1000"]
-        resumed = go_on(f"from-{stop}", keep, *more)
+        resumed = resume(f"from-{stop}", keep, *more)
         if stop == 4:
             assert len(resumed["lm loss"]) == 1
-            again = go_on("from-5", keep)
+            again = resume("from-5", keep)
             resumed = {term: values + again[term] for term, values in resumed.items() if term in again}
         for term in (*TERMS, *SCHEDULES):
             assert resumed[term] == whole[term][stop:], (stop, term)
@@ -164,7 +165,7 @@ def test_resuming_otherwise_is_refused(workplace, saved, ranks: int) -> None:  #
     assert "building" not in log.read_text() and "initialized" not in log.read_text()
 
 
-def test_going_on_with_another_learning_rate_and_length(workplace, saved) -> None:  # type: ignore[no-untyped-def]
+def test_resuming_with_another_learning_rate_and_length(workplace, saved) -> None:  # type: ignore[no-untyped-def]
     save, logged = saved
     flags = "--lr 5e-4 --train-iters 9 --override-opt_param-scheduler".split()
     found = workplace.train("override", 1, *MBS, "--load", str(save), *flags)
@@ -184,8 +185,8 @@ def test_what_training_saved_becomes_a_hugging_face_model(workplace, saved, tmp_
     assert all(same_bytes(again.read(name), exported.read(name)) for name in exported.names)
 
 
-def test_a_run_is_pruned_as_it_lies_there(workplace, saved, tmp_path: Path, tool: Any) -> None:  # type: ignore[no-untyped-def]
-    """With its optimizer state beside the weights, by the plan and to the bytes of the model that it exports."""
+def test_a_run_is_pruned_as_it_is(workplace, saved, tmp_path: Path, tool: Any) -> None:  # type: ignore[no-untyped-def]
+    """With its optimizer state next to the weights, by the plan and to the bytes of the model that it exports."""
     save, _ = saved
     torch_dist_to_hf(save, tmp_path / "hf")
     live, exported = open_checkpoint(save), HFCheckpoint.open(tmp_path / "hf")
@@ -259,7 +260,7 @@ def test_other_distillation_losses_are_layout_free(workplace, reference) -> None
         assert two[term] == pytest.approx(one[term], rel=1e-5), term
 
 
-def test_mtp_can_learn_from_the_teachers_main_head(workplace, reference) -> None:  # type: ignore[no-untyped-def]
+def test_the_teachers_main_head_can_supervise_mtp(workplace, reference) -> None:  # type: ignore[no-untyped-def]
     # Smaller steps than elsewhere: context parallelism sums in another order, which Adam would make 1e-5 of.
     argv = [*MBS, "--mtp-kd-target", "teacher-main", "--lr", "1e-4", "--min-lr", "1e-5", "--adam-eps", "1e-3"]
     one = workplace.train("teacher-main", 1, *argv)
@@ -276,9 +277,9 @@ def test_mtp_can_learn_from_the_teachers_main_head(workplace, reference) -> None
 
 @pytest.mark.slow
 def test_without_mtp_it_is_the_run_of_a_model_that_has_none(workplace, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Of student and teacher; what is saved promises none."""
+    """Of student and teacher; what is saved declares none."""
     size, save = ("--micro-batch-size", "2", "--train-iters", "3"), ("--save", str(tmp_path / "run"))
-    told = workplace.train("without-mtp", 1, *size, "--without-mtp", "--teacher-without-mtp", *save)
+    logged = workplace.train("without-mtp", 1, *size, "--without-mtp", "--teacher-without-mtp", *save)
     bare = {}
     for name in ("student", "teacher"):
         source = open_checkpoint(getattr(workplace, name), without_mtp=True)
@@ -287,8 +288,8 @@ def test_without_mtp_it_is_the_run_of_a_model_that_has_none(workplace, tmp_path:
     start = ("--pretrained-checkpoint", bare["student"], "--teacher-load", bare["teacher"])
     expected = workplace.train("never-mtp", 1, *size, *start, start=False, distil=False)
     for term in ("lm loss", "logits distillation loss"):
-        assert len(told[term]) == 3 and told[term] == expected[term]
-    assert not [tag for tag in told if "mtp" in tag and "loss" in tag]
+        assert len(logged[term]) == 3 and logged[term] == expected[term]
+    assert not [tag for tag in logged if "mtp" in tag and "loss" in tag]
     torch_dist_to_hf(tmp_path / "run", tmp_path / "hf")
     assert HFCheckpoint.open(tmp_path / "hf").shape.mtp_num_layers == 0
 
@@ -313,17 +314,18 @@ def write_zero_teacher(workplace, path: Path) -> Path:  # type: ignore[no-untype
 
 
 @pytest.mark.parametrize("flags", ["", "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"])
-def test_a_teacher_that_guesses_trains_nobody(workplace, tmp_path: Path, flags: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_teacher_that_guesses_is_refused(workplace, tmp_path: Path, flags: str) -> None:  # type: ignore[no-untyped-def]
     teacher = write_zero_teacher(workplace, tmp_path / "zero")
     ranks = 2 if flags else 1
     with pytest.raises(RuntimeError, match=r"cross entropy on the first batch is 4\.78.*guessing gives 4\.787"):
         workplace.train("zero", ranks, *MBS, *flags.split(), "--teacher-load", str(teacher), check_teacher=True)
 
 
-def test_the_verdict_on_a_teacher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verdict_on_a_teacher(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     judge_teacher(4.0, 1000, Path("teacher"))
-    assert "4.0" in capsys.readouterr().out
+    assert "4.0" in caplog.text
     for loss in (6.9, float("inf"), float("nan")):
         with pytest.raises(CheckpointError, match="teacher"):
             judge_teacher(loss, 1000, Path("teacher"))

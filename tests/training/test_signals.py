@@ -1,4 +1,4 @@
-"""Jobs under the launcher that get signals, lose ranks or diverge: exit codes, time, and the curve they go on with."""
+"""Jobs under the launcher that get signals, lose ranks or diverge: exit codes, time, and the curve they resume with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_slim.testing import _free_port
+from megatron_slim.testing import reserved_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60.0  # in which a job must be gone
@@ -33,20 +33,19 @@ SCRIPTS = {
 @contextlib.contextmanager
 def launch(log: Path, script: Path, *argv: str) -> Iterator[subprocess.Popen[bytes]]:
     """Two ranks under tools/torchrun.py; none of them is there afterwards."""
-    command = [sys.executable, str(ROOT / "tools/torchrun.py"), "--nproc-per-node", "2"]
-    command += ["--master-port", str(_free_port()), str(script), *argv]
+    command = [sys.executable, str(ROOT / "tools/torchrun.py"), "--nproc-per-node", "2", "--master-port"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with log.open("wb") as stream:
-        job = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
-    try:
-        yield job
-    finally:
-        left = psutil.Process(job.pid).children(recursive=True) if job.poll() is None else []
-        job.kill()
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        job.wait()
+    with reserved_port() as port, log.open("wb") as stream:
+        job = subprocess.Popen([*command, str(port), str(script), *argv], stdout=stream, stderr=stream, env=environment)
+        try:
+            yield job
+        finally:
+            left = psutil.Process(job.pid).children(recursive=True) if job.poll() is None else []
+            job.kill()
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            job.wait()
 
 
 def wait_for(job: subprocess.Popen[bytes], log: Path, pattern: str, count: int = 1) -> None:
@@ -81,7 +80,7 @@ def test_the_launcher_ends_as_its_ranks_do(tmp_path: Path, case: str) -> None:
 def test_ranks_die_with_their_launcher(tmp_path: Path) -> None:
     script, log = tmp_path / "rank.py", tmp_path / "log"
     script.write_text(
-        "import time; from megatron_slim.cli import die_with_parent; die_with_parent(); "
+        "import time; from megatron_slim.processes import die_with_parent; die_with_parent(); "
         "print('ready', flush=True); time.sleep(60)"
     )
     with launch(log, script) as job:

@@ -37,7 +37,7 @@ def balanced(uneven) -> tuple[Path, dict[str, list[float]]]:  # type: ignore[no-
 
 @pytest.fixture(scope="module")
 def interleaved(uneven) -> tuple[Path, dict[str, list[float]]]:  # type: ignore[no-untyped-def]
-    """The same in an interleaved pipeline, saved as Megatron does when it is not told otherwise."""
+    """The same in an interleaved pipeline, saved as Megatron does by default."""
     save, virtual = uneven.root / "interleaved", ("--num-virtual-stages-per-pipeline-rank", "2")
     return save, uneven.train("vpp2", 2, *MBS, *AUTO, *virtual, "--save", str(save))
 
@@ -52,7 +52,7 @@ def test_balanced_stages_train_as_one_rank(uneven, alone, balanced, interleaved)
     assert float(table[6].split()[-1]) <= 1.05
 
 
-def test_a_run_goes_on_in_other_stages(uneven, alone, balanced, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_run_resumes_in_other_stages(uneven, alone, balanced, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """With its optimizer, into an interleaved pipeline of which no stage is as it was."""
     save, _ = balanced
     (save / "latest_checkpointed_iteration.txt").write_text("3")
@@ -69,15 +69,15 @@ def test_an_optimizer_that_belongs_to_other_stages_is_refused(uneven, interleave
 
 
 def test_the_dtype_of_the_teacher_is_its_own(uneven, alone) -> None:  # type: ignore[no-untyped-def]
-    """Its own loss tells how it was computed: as alone in that dtype, across stages, whatever the student's is."""
+    """Its own loss shows how it was computed: as alone in that dtype, across stages, whatever the student's is."""
     short, term = (*MBS, "--train-iters", "2"), "teacher lm loss"
     narrow = uneven.train("bf16", 1, *short, "--bf16")
-    beside_fp32 = uneven.train("teacher-bf16", 2, *short, *AUTO, "--teacher-dtype", "bf16")
-    beside_bf16 = uneven.train("teacher-fp32", 2, *short, *AUTO, "--bf16", "--teacher-dtype", "fp32")
-    assert beside_fp32[term] == narrow[term] != alone[term][:2]
-    assert beside_fp32["lm loss"][0] == pytest.approx(alone["lm loss"][0], rel=1e-6)
-    assert beside_bf16[term] == pytest.approx(alone[term][:2], rel=1e-6)
-    assert beside_bf16["lm loss"][0] == pytest.approx(narrow["lm loss"][0], rel=1e-6) != alone["lm loss"][0]
+    with_fp32 = uneven.train("teacher-bf16", 2, *short, *AUTO, "--teacher-dtype", "bf16")
+    with_bf16 = uneven.train("teacher-fp32", 2, *short, *AUTO, "--bf16", "--teacher-dtype", "fp32")
+    assert with_fp32[term] == narrow[term] != alone[term][:2]
+    assert with_fp32["lm loss"][0] == pytest.approx(alone["lm loss"][0], rel=1e-6)
+    assert with_bf16[term] == pytest.approx(alone[term][:2], rel=1e-6)
+    assert with_bf16["lm loss"][0] == pytest.approx(narrow["lm loss"][0], rel=1e-6) != alone["lm loss"][0]
 
 
 def test_layouts_in_megatrons_words() -> None:

@@ -1,4 +1,4 @@
-"""The teacher as it is loaded and laid out, against the losses that were recorded when it was evaluated."""
+"""The teacher as it is loaded and sharded, against the losses that were recorded when it was evaluated."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ EXCHANGED = {
 
 @pytest.fixture(scope="module")
 def teachers(workplace, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:  # type: ignore[no-untyped-def]
-    """The teacher with its losses recorded, and others beside the same record."""
+    """The teacher with its losses recorded, and others with the same record."""
     root = tmp_path_factory.mktemp("teachers")
     found = {name: root / name for name in ("same", "dist", *EXCHANGED)}
     shutil.copytree(workplace.teacher, found["same"])
@@ -88,15 +88,15 @@ RUNS = [
 
 
 @pytest.mark.parametrize(("name", "ranks", "flags", "message"), RUNS)
-def test_a_permuted_teacher_trains_nobody(  # type: ignore[no-untyped-def]
+def test_a_permuted_teacher_is_refused(  # type: ignore[no-untyped-def]
     workplace, teachers: dict[str, Path], tool: Any, name: str, ranks: int, flags: str, message: str
 ) -> None:
     if name == "dist":  # conversion takes the record along
         assert tool("tools/convert_checkpoint.py", "--load", teachers["same"], "--save", teachers["dist"]).code == 0
     more = ["--train-iters", "1", "--teacher-load", str(teachers[name])]
     argv, log = workplace.argv(f"teacher-{name}", *flags.split(), *more, check_teacher=True), workplace.log(name)
-    said = run_distributed(ranks, train_gullible, argv, str(log), initialise=False)
-    assert len(set(said)) == 1 and message in said[0] and bool(said[0]) == bool(message), said
+    text = run_distributed(ranks, train_gullible, argv, str(log), initialise=False)
+    assert len(set(text)) == 1 and message in text[0] and bool(text[0]) == bool(message), text
     if not message:
         assert f"teacher: the losses of {REFERENCE} to " in log.read_text()
 
@@ -130,6 +130,6 @@ def test_a_record_that_is_none(tmp_path: Path, key: str, value: Any) -> None:
     (tmp_path / REFERENCE).write_text(json.dumps(content))
     assert read_reference(tmp_path, 128) == Reference(((1, 2, 3),), ((1.0, 2.0),), "bfloat16")
     (tmp_path / REFERENCE).write_text(json.dumps(content | {key: value}))
-    with pytest.raises(CheckpointError, match=f"{REFERENCE}: is no record"):
+    with pytest.raises(CheckpointError, match=f"{REFERENCE}: is not a record"):
         read_reference(tmp_path, 128)
     assert read_reference(tmp_path / "elsewhere", 128) is None

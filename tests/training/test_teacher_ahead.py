@@ -1,9 +1,10 @@
-"""A teacher that computes ahead gives the run that it gives beside its student."""
+"""A teacher that computes ahead gives the run that a co-located one gives."""
 
 from __future__ import annotations
 
 import argparse
 import doctest
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,7 +45,7 @@ VALIDATION = [f"{term} validation" for term in TERMS[:5]]
 
 
 def test_one_rank_is_the_same_bit_for_bit(workplace, reference, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Validation, too; and going on from within a block, whose batches then belong to another one."""
+    """Validation, too; and resuming from within a block, whose batches then belong to another one."""
     save = ("--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "2")
     found = workplace.train("ahead", 1, *MBS, *OFFLOAD, *VALIDATED, *save)
     assert "hidden states of 3 iterations take" in (workplace.root / "ahead.log").read_text()
@@ -74,7 +75,7 @@ def test_layouts(uneven, one: Logged, name: str) -> None:  # type: ignore[no-unt
 
 
 def test_other_losses_documents_and_data_in_epochs(workplace, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """MTP learns from the teacher's main head; documents are short, are read twice, and shuffled by the sampler too."""
+    """The teacher's main head supervises MTP; documents are short, are read twice, and shuffled by the sampler too."""
     rng = np.random.default_rng(0)
     write_tokens(tmp_path / "data", [np.append(rng.integers(0, 119, 39), 119) for _ in range(9)])
     flags = [word for part in ("train", "valid", "test") for word in (f"--{part}-data-path", str(tmp_path / "data"))]
@@ -91,9 +92,9 @@ def test_other_losses_documents_and_data_in_epochs(workplace, tmp_path: Path) ->
 @pytest.mark.slow
 def test_stages_and_dtype_of_the_teacher_are_its_own(uneven) -> None:  # type: ignore[no-untyped-def]
     flags = (*MBS, *"--pipeline-model-parallel-size 2 --pipeline-layout auto --teacher-dtype bf16".split())
-    beside, ahead = uneven.train("own", 2, *flags), uneven.train("own-ahead", 2, *flags, *AHEAD)
+    colocated, ahead = uneven.train("own", 2, *flags), uneven.train("own-ahead", 2, *flags, *AHEAD)
     for term in TERMS:  # stages differ, and with them the order in which the gradients' norm is summed
-        assert ahead[term] == pytest.approx(beside[term], rel=1e-6), term
+        assert ahead[term] == pytest.approx(colocated[term], rel=1e-6), term
 
 
 def parsed(*flags: str, **megatrons: Any) -> argparse.Namespace:
@@ -129,7 +130,8 @@ def test_what_does_not_go_together() -> None:
     assert len(found_all) == len(words) and all(word in one for word, one in zip(words, found_all, strict=True))
 
 
-def test_host_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_host_memory(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     """Of 4 iterations of 8 samples of 32 tokens, over two data-parallel ranks: 512 tokens; two heads; bytes; TP."""
     args = parsed("--teacher-ahead=4", global_batch_size=8, data_parallel_size=2, seq_length=32, rank=0)
     args.context_parallel_size = 1
@@ -140,7 +142,7 @@ def test_host_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     args.context_parallel_size = 2
     assert held_bytes(tiny_shape(), args, 0) == 512 * 64 * 4 // 4
     teacher_ahead.check_host_memory(10**6, args)
-    assert "take 0.001 GB of host memory" in capsys.readouterr().out
+    assert "take 0.001 GB of host memory" in caplog.text
     with pytest.raises(SlimError, match=r"--teacher-ahead 4 needs 1e\+09 GB"):
         teacher_ahead.check_host_memory(10**18, args)
 

@@ -1,4 +1,4 @@
-"""Ids of no vocabulary that lie where the check before the start does not look: all ranks leave, in the same line."""
+"""Ids beyond the vocabulary where the check before the start does not look: all ranks leave, with the same line."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ def test_all_ranks_leave_with_the_file(workplace, name: str) -> None:  # type: i
     ranks *= 2 if "tensor" in flags and "pipeline" in flags else 1
     argv = workplace.argv(f"ids {name}", *flags.split(), *write_parts(workplace.root, name, token, part, slice(5, 6)))
     log = workplace.log(f"ids {name}")
-    said = run_distributed(ranks, train_unseen, argv, str(log), timeout=100.0, initialise=False)
-    assert len(set(said)) == 1, said
+    text = run_distributed(ranks, train_unseen, argv, str(log), timeout=100.0, initialise=False)
+    assert len(set(text)) == 1, text
     expected = "is below 0; an id overflowed" if token < 0 else "is beyond the vocabulary of 120; preprocess"
-    found = re.match(rf"iteration (\d+): {workplace.root}/{name}-bad.bin: token id {token} {expected}", said[0])
-    assert found, said
+    found = re.match(rf"iteration (\d+): {workplace.root}/{name}-bad.bin: token id {token} {expected}", text[0])
+    assert found, text
     steps = re.findall(r"iteration +(\d+)/", log.read_text())
     assert steps == [str(step) for step in range(1, int(found[1]))]
 
@@ -77,8 +77,8 @@ def test_all_ranks_leave_with_the_file(workplace, name: str) -> None:  # type: i
 def test_the_check_of_the_teacher_reads_the_first_batch(workplace) -> None:  # type: ignore[no-untyped-def]
     flags = write_parts(workplace.root, "first", -1, "train", slice(None))
     argv = workplace.argv("ids first", "--micro-batch-size", "2", *flags, check_teacher=True)
-    said = run_distributed(2, train_unseen, argv, str(workplace.log("ids first")), timeout=100.0, initialise=False)
-    assert len(set(said)) == 1 and said[0].startswith(f"{workplace.root}/first-bad.bin: token id -1 is below 0"), said
+    text = run_distributed(2, train_unseen, argv, str(workplace.log("ids first")), timeout=100.0, initialise=False)
+    assert len(set(text)) == 1 and text[0].startswith(f"{workplace.root}/first-bad.bin: token id -1 is below 0"), text
 
 
 def test_each_sample_of_a_batch_is_looked_at() -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint has in fp32 beside weights of 16 bits stays so through training, its checkpoints and the export."""
+"""What a checkpoint has in fp32 among weights of 16 bits stays so through training, its checkpoints and the export."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def in_fp32(mixed: Workplace, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def test_they_train_in_fp32_and_resume(
     mixed: Workplace, in_fp32: dict[str, torch.Tensor], tmp_path: Path, layout: str
 ) -> None:
-    """Steps far below what bf16 can tell apart; a resumed run is the same to the last bit, its export too.
+    """Steps far below what bf16 can resolve; a resumed run is the same to the last bit, its export too.
 
     Adam's large epsilon makes steps proportional to gradients, which have come through layers in bf16: they differ from
     those in fp32 by up to a fourth, whatever the layout. A weight in bf16 would not change at all.

@@ -64,27 +64,27 @@ def foreign(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> P
     return root
 
 
-@pytest.mark.parametrize("fault", WRONG)
+@pytest.mark.parametrize("case", WRONG)
 def test_another_embedding_is_refused_everywhere(
-    workplace: Workplace, foreign: Path, tool: Callable[..., Any], tmp_path: Path, fault: str
+    workplace: Workplace, foreign: Path, tool: Callable[..., Any], tmp_path: Path, case: str
 ) -> None:
     hf = ["--hf-config", workplace.student]
     np.save(tmp_path / "samples.npy", np.ones((1, 16), np.int32))
     samples = tmp_path / "samples.npy"
     for flag in ("--load", "--pretrained-checkpoint"):
-        argv = workplace.argv("foreign", *MBS, flag, str(foreign / fault), *map(str, hf), distil=False, start=False)
-        (said,) = run_distributed(1, refusal, argv, str(workplace.log("foreign")), initialise=False)
-        for name in WRONG[fault]:
-            assert f"{name} [" in said and "wrong shapes: " in said, said
+        argv = workplace.argv("foreign", *MBS, flag, str(foreign / case), *map(str, hf), distil=False, start=False)
+        (text,) = run_distributed(1, refusal, argv, str(workplace.log("foreign")), initialise=False)
+        for name in WRONG[case]:
+            assert f"{name} [" in text and "wrong shapes: " in text, text
     for command in (
-        ("tools/evaluate.py", "--load", foreign / fault, *hf, "--data", samples),
-        ("tools/calibrate.py", "--load", foreign / fault, *hf, "--save", tmp_path / "x", "--calibration-data", samples),
+        ("tools/evaluate.py", "--load", foreign / case, *hf, "--data", samples),
+        ("tools/calibrate.py", "--load", foreign / case, *hf, "--save", tmp_path / "x", "--calibration-data", samples),
     ):
         outcome = tool(*command)
         assert outcome.code == 2 and "wrong shapes: " in outcome.stderr, outcome.stderr
 
 
-def test_another_padding_is_said_and_changes_nothing(workplace: Workplace, foreign: Path) -> None:
+def test_another_padding_is_printed_and_changes_nothing(workplace: Workplace, foreign: Path) -> None:
     """A stock model's 136 rows where ours has 128; the losses are those of the directory that it was made of."""
     start = ["--hf-config", str(workplace.student), "--pretrained-checkpoint", str(foreign / "padded")]
     short = [*MBS, "--train-iters", "2", "--eval-iters", "0"]
@@ -93,8 +93,8 @@ def test_another_padding_is_said_and_changes_nothing(workplace: Workplace, forei
     for term in TERMS:
         assert found[term] == expected[term], term
     where, log = foreign / "padded" / "iter_0000003", workplace.log("padded").read_text()
-    said = f"student: {EMBEDDING} has 136 rows, {HEAD} has 136 rows in {where}; 128 are wanted, "
-    assert said + "and rows from 120 (vocab_size) on are padding" in log and log.count(said) == 1
+    text = f"student: {EMBEDDING} has 136 rows, {HEAD} has 136 rows in {where}; 128 are wanted, "
+    assert text + "and rows from 120 (vocab_size) on are padding" in log and log.count(text) == 1
     assert "are padding" not in workplace.log("unpadded").read_text()
     checkpoint = open_checkpoint(foreign / "padded", workplace.student)
     (line,) = remarks(checkpoint, torch.float32, "evaluation")
@@ -116,7 +116,7 @@ def test_the_optimizer_resumes_with_the_rows_it_was_saved_with(workplace: Workpl
             assert all(resumed[term] == whole[term][3:] for term in TERMS)
             continue
         full = workplace.argv("rows", *argv, distil=False)
-        (said,) = run_distributed(1, refusal, full, str(workplace.log("rows")), initialise=False)
-        assert said.startswith(
+        (text,) = run_distributed(1, refusal, full, str(workplace.log("rows")), initialise=False)
+        assert text.startswith(
             f"{save / 'iter_0000003'}: saved with a vocabulary padded to 128 rows, this run pads it to 120;"
         )

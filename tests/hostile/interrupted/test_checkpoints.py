@@ -210,7 +210,7 @@ def test_free_space_is_looked_at_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((4096, 4096, 1000, 1, 1, 0, 0, 0, 0, 255)))
     refused = start(case.main)()
-    assert "0.0 GB are free; make room" in refused.error
+    assert "0.0 GB are free; make space" in refused.error
     assert refused.operations <= 2  # the lock, and the directory that was to be filled
     assert os.listdir(case.out.parent) == []
 
@@ -237,7 +237,7 @@ def test_a_full_disk(inputs: Path, small_disk: Path, start: Start, announced: bo
         run_script(CONVERT, "--load", inputs / "from-hf", "--save", small_disk / "out")
 
     error = start(main)().error
-    assert error.startswith(str(small_disk)) and error.endswith("; make room")
+    assert error.startswith(str(small_disk)) and error.endswith("; make space")
     assert ("are free" in error) == announced and ("no space left on device" in error) != announced
     assert os.listdir(small_disk) == []
 
@@ -245,11 +245,11 @@ def test_a_full_disk(inputs: Path, small_disk: Path, start: Start, announced: bo
 @pytest.mark.parametrize("case", ["to torch_dist", "pruned to hf"], indirect=True)
 def test_two_at_once_and_the_second_is_refused(case: Case, start: Start) -> None:
     started_in, started = os.pipe()
-    go, go_on = os.pipe()
+    go, release = os.pipe()
 
     def wait(name: str, argument: Any) -> None:
         os.close(started)
-        os.close(go_on)
+        os.close(release)
         os.read(go, 1)
 
     first = start(case.main, at=case.operations // 2, action=wait)
@@ -258,7 +258,7 @@ def test_two_at_once_and_the_second_is_refused(case: Case, start: Start) -> None
     second = start(case.main)()
     assert second.error == f"{case.out}: {BUSY}; wait for it, end it, or choose another name"
     assert not case.out.exists()
-    for descriptor in (started_in, go, go_on):
+    for descriptor in (started_in, go, release):
         os.close(descriptor)
     assert first().code == 0
     assert os.listdir(case.out.parent) == ["out"] and assert_absent_or_whole(case)
@@ -299,7 +299,7 @@ def when_free(run: Callable[[], Any]) -> Any:
 
 
 def test_one_of_several_processes_is_killed(case: Case, start: Start) -> None:
-    """The count goes on in those that are forked, so that now one of them is killed and now the one that waits."""
+    """The count continues in those that are forked, so that now one of them is killed and now the one that waits."""
 
     def main() -> None:
         case.main("--processes", 2)

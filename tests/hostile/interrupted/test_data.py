@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from megatron_slim import device, encoding, preprocessing
-from megatron_slim.cli import run_tool
+from megatron_slim.cli.tool import run_tool
 from megatron_slim.data import read_stream
 from megatron_slim.encoding import Options
 from megatron_slim.errors import DataError
@@ -63,7 +63,7 @@ def test_disturbed_at_any_operation(
     for at in range(1, undisturbed.operations + 1):
         ended = start(main, at=at, action=action)()
         if action is refuse:
-            assert "no space left on device; make room" in ended.error
+            assert "no space left on device; make space" in ended.error
         else:
             assert -ended.code in (signal.SIGKILL, -128 - signal.SIGTERM), ended.stderr
         left = os.listdir(data)

@@ -183,7 +183,7 @@ class DotProductAttention(nn.Module):
 
 
 class Fp8Padding(nn.Module):
-    """Rows of zeros behind those of every product, up to a multiple of what the recipe wants."""
+    """Rows of zeros behind those of every product, up to a multiple of what the recipe needs."""
 
     def __init__(self, num_gemms: int, align_size: int | None = None) -> None:
         super().__init__()

@@ -1,9 +1,10 @@
-"""What tools/calibrate.py does, and what of it tools/prune_checkpoint.py does too: options, data, measuring."""
+"""What ``calibrate`` and ``prune`` share: arguments and data of calibration, and the pass itself."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,9 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_slim.architecture.parallelism import Layout
-from megatron_slim.cli import leave_ranks, not_negative, positive, say, user_error
-from megatron_slim.errors import SlimError
+from megatron_slim.command_line import not_negative, positive
+from megatron_slim.errors import SlimError, user_error
 from megatron_slim.files import refuse_existing
+from megatron_slim.processes import leave_ranks
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,15 +50,21 @@ def add_calibration_arguments(parser: argparse.ArgumentParser, *, required: bool
         metavar="DATA",
         help="prefix of a Megatron .bin/.idx pair, or a .npy integer matrix [samples, sequence] used as it is",
     )
-    group.add_argument("--num-samples", type=positive, help="samples, drawn at random (.bin: 1024 if not given)")
-    group.add_argument("--seq-length", type=positive, help="tokens per sample (.bin: at most 4096 if not given)")
-    group.add_argument("--seed", type=not_negative, default=1234, help="seed of the draw")
-    group.add_argument("--micro-batch-size", type=positive, help="samples in one forward pass (about 4096 tokens)")
+    group.add_argument(
+        "--num-samples", type=positive, metavar="N", help="samples, drawn at random (.bin: 1024 if not given)"
+    )
+    group.add_argument(
+        "--seq-length", type=positive, metavar="N", help="tokens per sample (.bin: at most 4096 if not given)"
+    )
+    group.add_argument("--seed", type=not_negative, metavar="N", default=1234, help="seed of the random choice")
+    group.add_argument(
+        "--micro-batch-size", type=positive, metavar="N", help="samples in one forward pass (about 4096 tokens)"
+    )
     group.add_argument(
         "--work-dir",
         type=Path,
         metavar="DIR",
-        help="keep hidden states here, not in memory, and progress: the same command goes on after a kill",
+        help="keep hidden states here, not in memory, and progress: the same command resumes after a kill",
     )
 
 
@@ -68,10 +78,12 @@ def calibration_options(args: argparse.Namespace) -> CalibrationOptions:
 def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     """The parallel sizes, under Megatron's names."""
     group = parser.add_argument_group(
-        "parallel calibration", "under tools/torchrun.py; processes beyond these sizes are data parallel"
+        "parallel calibration", "under megatron-slim torchrun; processes beyond these sizes are data parallel"
     )
     for kind in ("tensor", "pipeline", "expert"):
-        group.add_argument(f"--{kind}-model-parallel-size", type=positive, default=1, help=f"{kind} parallel size")
+        group.add_argument(
+            f"--{kind}-model-parallel-size", type=positive, metavar="N", default=1, help=f"{kind} parallel size"
+        )
 
 
 def layout_options(args: argparse.Namespace) -> Layout | None:
@@ -89,7 +101,7 @@ def layout_options(args: argparse.Namespace) -> Layout | None:
     if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
         return layout
     if layout != Layout(layout.world):
-        raise SlimError("parallel sizes need processes", fix="start it with tools/torchrun.py --nproc-per-node N")
+        raise SlimError("parallel sizes need processes", fix="start it with megatron-slim torchrun --nproc-per-node N")
     return None
 
 
@@ -109,42 +121,44 @@ def run_calibrate(
         What was written; nothing on ranks other than 0.
     """
     refuse_existing(save)
-    from megatron_slim.checkpoint.convert import open_checkpoint, say_left_out
+    from megatron_slim.checkpoint.convert import log_left_out, open_checkpoint
 
     _refuse_as_weights(save)
     source = open_checkpoint(load, **reading)
     if layout is None or os.environ["RANK"] == "0":
-        say_left_out(source)
+        log_left_out(source)
     with opened_work_dir(options) as work:
         stats = measure(source, options, work) if layout is None else _measure_parallel(source, options, layout)
         if stats is None:
             return {}
         stats.save(save)
-    say(f"{save}: statistics of {stats.metadata['num_samples']} samples of {stats.metadata['seq_length']} tokens")
+    logger.info(
+        f"{save}: statistics of {stats.metadata['num_samples']} samples of {stats.metadata['seq_length']} tokens"
+    )
     return {"load": str(load), "save": str(save), "sha256": stats.sha256, **stats.metadata}
 
 
 def _refuse_as_weights(save: Path) -> None:
-    """Refuse a name that clients would load as weights of the model beside it."""
+    """Refuse a name that clients would load as weights of the model next to it."""
     from megatron_slim.checkpoint.huggingface_files import INDEX, SINGLE
 
     if save.suffix == ".safetensors" and any((save.parent / name).exists() for name in (INDEX, SINGLE)):
         fix = "name it calibration.stats, or save it elsewhere"
-        raise SlimError("would be read as weights by what serves the model beside it", where=str(save), fix=fix)
+        raise SlimError("would be read as weights by what serves the model next to it", where=str(save), fix=fix)
 
 
 def run_rank(load: Path, save: Path, options: CalibrationOptions, layout: Layout, **reading: Any) -> dict[str, Any]:
-    """`run_calibrate` on one rank of many: a fault is said in one line, and every rank leaves with exit code 2."""
+    """`run_calibrate` on one rank of many: an error is one line, and every rank leaves with exit code 2."""
     try:
         results = run_calibrate(load, save, options, layout, **reading)
     except Exception as error:
-        fault = user_error(error)
-        if fault is None:
+        mistake = user_error(error)
+        if mistake is None:
             raise
-        leave_ranks(fault)
+        leave_ranks(mistake)
     import torch
 
-    torch.distributed.barrier()  # nobody leaves with success before the file is there
+    torch.distributed.barrier()  # no rank leaves with success before the file is there
     torch.distributed.destroy_process_group()
     return results
 
@@ -160,39 +174,26 @@ def opened_work_dir(options: CalibrationOptions | None) -> AbstractContextManage
 
 def measure(source: Checkpoint, options: CalibrationOptions, work: WorkDir | None) -> Statistics:
     """Measure in this process; ``work`` as `calibrate.calibrate`."""
-    from megatron_slim import device
-
     samples = _read_samples(source, options)
-    device.install()
     from megatron_slim.pruning.calibrate import calibrate
+    from megatron_slim.pruning.samples import log_calibration
 
-    _say_what(source, samples)
+    log_calibration(source, samples)
     return calibrate(source, samples, micro_batch_size=options.micro_batch_size, work=work)
 
 
 def _measure_parallel(source: Checkpoint, options: CalibrationOptions, layout: Layout) -> Statistics | None:
-    from megatron_slim import device
-
     if options.work_dir is not None:
         raise SlimError("--work-dir is for one process, which streams", fix="leave it out under a launcher")
     if found := layout.violations(source.shape, seq_length=layout.tp):  # the samples' length is not known yet
         raise SlimError("; ".join(found), fix="choose other parallel sizes")
     samples = _read_samples(source, options)
-    device.install()
     from megatron_slim.pruning.parallel import calibrate_parallel
+    from megatron_slim.pruning.samples import log_calibration
 
     if os.environ["RANK"] == "0":
-        _say_what(source, samples, f", {layout.world} processes")
+        log_calibration(source, samples, f", {layout.world} processes")
     return calibrate_parallel(source, samples, layout, micro_batch_size=options.micro_batch_size)
-
-
-def _say_what(source: Checkpoint, samples: npt.NDArray[np.int64], processes: str = "") -> None:
-    from megatron_slim.checkpoint.remarks import remarks
-    from megatron_slim.device import default_dtype
-
-    say(f"calibrating on {samples.shape[0]} samples of {samples.shape[1]} tokens{processes}")
-    for line in remarks(source, default_dtype(), "calibration"):
-        say(line)
 
 
 def _read_samples(source: Checkpoint, options: CalibrationOptions) -> npt.NDArray[np.int64]:

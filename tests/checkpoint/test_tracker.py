@@ -1,4 +1,4 @@
-"""What a run goes on from after every way in which the last one can have died."""
+"""What a run resumes from after every way in which the last one can have died."""
 
 from __future__ import annotations
 
@@ -11,16 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_slim import device
-
-device.install()
-
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
-
-from megatron_slim.errors import CheckpointError  # noqa: E402
-from megatron_slim.training import resume  # noqa: E402
-from megatron_slim.training.resume import mend_tracker  # noqa: E402
-from megatron_slim.training.resume_checks import read_common_state, why_not_restored  # noqa: E402
+from megatron_slim.checkpoint import tracker
+from megatron_slim.checkpoint.tracker import repair_tracker
+from megatron_slim.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -68,7 +61,7 @@ def gone(run: Path) -> None:
 
 
 # Content of the tracker (None: there is none), what else happened, what the tracker must hold then.
-MENDED: dict[str, tuple[str | None, Callable[[Path], None], str]] = {
+REPAIRED: dict[str, tuple[str | None, Callable[[Path], None], str]] = {
     "whole": ("10", nothing, "10"),
     "killed while saving, the tracker names an older one": ("4", half_written, "4"),
     "set back by hand": ("2", nothing, "2"),
@@ -77,18 +70,18 @@ MENDED: dict[str, tuple[str | None, Callable[[Path], None], str]] = {
     "empty, and the newest is half written": ("", half_written, "4"),
     "empty, and the newest lost its end": ("\n", truncated, "4"),
 }
-TO_GO_ON = "; to go on from a complete checkpoint write "
+TO_RESUME = "; to resume from a complete checkpoint write "
 REFUSED: dict[str, tuple[str | None, Callable[[Path], None], str]] = {
-    "garbage": ("1x", nothing, f"holds '1x', neither 'release' nor a number{TO_GO_ON}2 or 4 or 10 into "),
-    "binary": ("\0\0", nothing, f"neither 'release' nor a number{TO_GO_ON}"),
-    "names nothing": ("7", nothing, f"names iter_0000007, which does not exist{TO_GO_ON}2 or 4 or 10 into "),
-    "names what is gone": ("10", gone, f"names iter_0000010, which does not exist{TO_GO_ON}2 or 4 into "),
+    "garbage": ("1x", nothing, f"holds '1x', neither 'release' nor a number{TO_RESUME}2 or 4 or 10 into "),
+    "binary": ("\0\0", nothing, f"neither 'release' nor a number{TO_RESUME}"),
+    "names nothing": ("7", nothing, f"names iter_0000007, which does not exist{TO_RESUME}2 or 4 or 10 into "),
+    "names what is gone": ("10", gone, f"names iter_0000010, which does not exist{TO_RESUME}2 or 4 into "),
     "names what is half written": ("10", half_written, "names iter_0000010, which is incomplete: no .metadata"),
-    "names what is truncated": ("10", truncated, f"incomplete: __0_0.distcp is truncated{TO_GO_ON}2 or 4 into "),
-    "names what lost a file": ("10", lost_file, f"incomplete: __0_0.distcp is missing{TO_GO_ON}2 or 4 into "),
-    "empty, and two can be meant": ("", abandoned, f"holds '', and more than one can be meant{TO_GO_ON}2 or 4 or 10"),
-    "missing, and two can be meant": (None, abandoned, f"is missing, and more than one can be meant{TO_GO_ON}"),
-    "empty beside nothing": ("", nothing_complete, "holds ''; no complete checkpoint lies beside it: remove "),
+    "names what is truncated": ("10", truncated, f"incomplete: __0_0.distcp is truncated{TO_RESUME}2 or 4 into "),
+    "names what lost a file": ("10", lost_file, f"incomplete: __0_0.distcp is missing{TO_RESUME}2 or 4 into "),
+    "empty, and two are possible": ("", abandoned, f"holds '', and the last one is unclear{TO_RESUME}2 or 4 or 10"),
+    "missing, and two are possible": (None, abandoned, f"is missing, and the last one is unclear{TO_RESUME}"),
+    "empty next to nothing": ("", nothing_complete, "holds ''; there is no complete checkpoint next to it: remove "),
 }
 
 
@@ -97,14 +90,15 @@ def prepare(run: Path, content: str | None, change: Callable[[Path], None]) -> N
     change(run)
 
 
-@pytest.mark.parametrize("case", MENDED)
-def test_goes_on(run: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
-    content, change, wanted = MENDED[case]
+@pytest.mark.parametrize("case", REPAIRED)
+def test_resumes(run: Path, case: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "megatron_slim")
+    content, change, wanted = REPAIRED[case]
     prepare(run, content, change)
-    mend_tracker(run, rank=0)
+    repair_tracker(run, rank=0)
     assert (run / TRACKER).read_text() == wanted
-    said = capsys.readouterr().err
-    assert said.count("\n") == (content != wanted) and (not said or f"going on from iter_{int(wanted):07d}" in said)
+    assert len(caplog.messages) == (content != wanted)
+    assert all(f"resuming from iter_{int(wanted):07d}" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -114,49 +108,29 @@ def test_refused(run: Path, case: str) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     for rank in (0, 1):
         with pytest.raises(CheckpointError) as caught:
-            mend_tracker(run, rank=rank)
+            repair_tracker(run, rank=rank)
         assert message in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
 def test_nothing_was_saved(tmp_path: Path) -> None:
     """Killed in its first save: the run starts anew, and writes over what there is."""
-    mend_tracker(tmp_path / "not-yet", rank=0)
+    repair_tracker(tmp_path / "not-yet", rank=0)
     (tmp_path / "iter_0000002").mkdir()
-    mend_tracker(tmp_path, rank=1)
+    repair_tracker(tmp_path, rank=1)
     assert not (tmp_path / TRACKER).exists()
 
 
 def test_other_ranks_wait_for_the_first(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run / TRACKER).write_text("")
-    waiting = threading.Thread(target=mend_tracker, args=(run,), kwargs={"rank": 3})
+    waiting = threading.Thread(target=repair_tracker, args=(run,), kwargs={"rank": 3})
     waiting.start()
     time.sleep(0.05)
     assert waiting.is_alive() and (run / TRACKER).read_text() == ""
-    mend_tracker(run, rank=0)
+    repair_tracker(run, rank=0)
     waiting.join(timeout=10)
     assert not waiting.is_alive()
     (run / TRACKER).write_text("")
-    monkeypatch.setattr(resume, "SECONDS_FOR_TRACKER", 0.0)
-    with pytest.raises(CheckpointError, match="rank 0 did not mend it"):
-        mend_tracker(run, rank=3)
-
-
-def test_a_common_state_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"its common state cannot be read: .*; resume from another iteration"
-    ) as caught:
-        read_common_state(tmp_path)
-    assert str(caught.value).startswith(str(tmp_path)) and "\n" not in str(caught.value)
-
-
-def test_what_megatron_refuses_while_it_restores_is_one_line() -> None:
-    scheduler = OptimizerParamScheduler.__new__(OptimizerParamScheduler)
-    scheduler.override_opt_param_scheduler = scheduler.use_checkpoint_opt_param_scheduler = False
-    with pytest.raises(AssertionError) as caught:
-        scheduler._check_and_set(1.0, 2.0, "learning rate")
-    found = why_not_restored(caught.value)
-    assert "Megatron cannot restore the optimizer: AssertionError: OptimizerParamScheduler: class input" in str(found)
-    with pytest.raises(KeyError) as other:
-        {}["of ours"]
-    assert why_not_restored(other.value) is None
+    monkeypatch.setattr(tracker, "SECONDS_FOR_TRACKER", 0.0)
+    with pytest.raises(CheckpointError, match="rank 0 did not repair it"):
+        repair_tracker(run, rank=3)

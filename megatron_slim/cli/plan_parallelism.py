@@ -1,15 +1,20 @@
-"""What tools/plan_parallelism.py does."""
+"""Plan a training run: which parallel layouts fit on how many GPUs, how fast each should be, and the flags to paste."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_slim.cli import positive, progress, say
+from megatron_slim.cli.pruning_run import PhaseAction
+from megatron_slim.cli.tool import run_command
+from megatron_slim.command_line import RECIPE_HELP, positive
+from megatron_slim.distillation.loss_options import KD_LOSSES
 from megatron_slim.errors import SlimError
 from megatron_slim.planning import report
 from megatron_slim.planning.hardware import GPUS, parse_assumptions
@@ -18,6 +23,9 @@ from megatron_slim.planning.memory import rank_counts, rank_memory
 from megatron_slim.planning.search import TOO_LARGE, Candidate, Found, Job, Rejected, Search, why_too_large
 from megatron_slim.planning.sources import Asked, Models, find_models
 from megatron_slim.recipe_budget import whole_number
+from megatron_slim.reporting import progress
+
+logger = logging.getLogger(__name__)
 
 TOKENS = "400B"  # SlimQwen section 3.2
 SCRIPT = Settings()
@@ -27,10 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the tool."""
     models = parser.add_argument_group("models")
     student = models.add_mutually_exclusive_group(required=True)
-    student.add_argument("--recipe", type=Path, metavar="YAML", help="what is pruned, and to what")
+    student.add_argument("--recipe", type=Path, metavar="RECIPE", help=RECIPE_HELP)
     student.add_argument("--plan", type=Path, metavar="FILE", help="plan.json of a pruning, which knows both models")
     student.add_argument("--hf-config", type=Path, metavar="DIR", help="whose config.json gives the student")
-    models.add_argument("--stage", type=positive, metavar="K", help="of a recipe with stages")
+    what = "of a recipe with phases"
+    models.add_argument("--phase", "--stage", type=positive, metavar="K", action=PhaseAction, help=what)
     models.add_argument("--teacher-config", type=Path, metavar="DIR", help="whose config.json gives the teacher")
     models.add_argument("--no-teacher", action="store_true", help="plan training without one")
     models.add_argument(
@@ -53,15 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     run = parser.add_argument_group("the run")
-    run.add_argument("--tokens", metavar="T", help=f"to train: 400B, 4e10 (default: the stage's, else {TOKENS})")
+    run.add_argument("--tokens", metavar="T", help=f"to train: 400B, 4e10 (default: the phase's, else {TOKENS})")
     run.add_argument(
         "--seq-length", type=positive, metavar="S", help=f"tokens of a sample (default: {SCRIPT.seq_length})"
     )
     run.add_argument("--global-batch-size", type=positive, default=SCRIPT.global_batch, help="samples of a step")
     run.add_argument("--precision", choices=("bf16", "fp32"), default=SCRIPT.precision, help="of weights")
-    run.add_argument(
-        "--kd-loss", choices=("forward-kl", "reverse-kl", "jsd", "top-k"), default=SCRIPT.kd_loss, help="loss"
-    )
+    run.add_argument("--kd-loss", choices=KD_LOSSES, default=SCRIPT.kd_loss, help="loss")
     run.add_argument("--loss-chunk-size", type=positive, default=SCRIPT.loss_chunk, help="tokens of a chunk of logits")
 
     search = parser.add_argument_group("what is tried", "each takes several values; default: powers of two")
@@ -95,7 +102,9 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
     if not found.ranked:
         raise _nothing(found, job)
     if not args.json:
-        report.print_plan(found, job, tokens, args.top, built, notes, models.source)
+        from rich.console import Console
+
+        report.show_plan(Console(highlight=False), found, job, tokens, args.top, built, notes, models.source)
     entries = [
         report.candidate_entry(each, job, tokens, built=each.layout.name in built) for each in found.ranked[: args.top]
     ]
@@ -122,13 +131,13 @@ def _job(args: argparse.Namespace) -> tuple[Models, Job, int, list[str]]:
         gpu = replace(gpu, per_node=args.gpus_per_node)
     if args.gpus > gpu.per_node and args.gpus % gpu.per_node:
         fix = "give a multiple, or --gpus-per-node"
-        raise SlimError(f"--gpus {args.gpus} are no whole nodes of {gpu.per_node}", fix=fix)
+        raise SlimError(f"--gpus {args.gpus} is not a multiple of {gpu.per_node} GPUs per node", fix=fix)
     assumed = parse_assumptions(args.assume)
     if args.tokens is not None and whole_number(args.tokens) is None:
         raise SlimError(f"--tokens {args.tokens!r} is not a number of tokens (such as 40B, 2.5e9, 1000)")
     asked = Asked(
         args.recipe,
-        args.stage,
+        args.phase,
         args.plan,
         args.hf_config,
         args.teacher_config,
@@ -167,7 +176,7 @@ def _build(found: Found, job: Job, count: int) -> dict[str, float]:
         return {}
     from megatron_slim.planning.build import Request, build_ranks, prepare
 
-    say(f"building the modules of {'the best layout' if count == 1 else f'the best {count} layouts'}")
+    logger.info(f"building the modules of {'the best layout' if count == 1 else f'the best {count} layouts'}")
     prepare()
     seconds: dict[str, float] = {}
     position = 0
@@ -179,8 +188,8 @@ def _build(found: Found, job: Job, count: int) -> dict[str, float]:
         seconds[layout.name] = time.monotonic() - started
         counted = [rank_counts(job.student, stages.student_layers, layout)]
         counted += [rank_counts(job.teacher, stages.teacher_layers, layout)]
-        for rank, own, taught in zip(ranks, *counted, strict=True):
-            assert (rank.student.total, rank.teacher.total) == (own.total, taught.total), (
+        for rank, own, theirs in zip(ranks, *counted, strict=True):
+            assert (rank.student.total, rank.teacher.total) == (own.total, theirs.total), (
                 "the table and the modules differ"
             )
         static = [rank.memory for rank in ranks]
@@ -206,3 +215,8 @@ def _nothing(found: Found, job: Job) -> SlimError:
         return SlimError(f"no layout fits on {where}; {miss}", fix=fix)
     reasons = [f"{reason} ({count})" for reason, count in found.reasons()[:3]]
     return SlimError(f"no layout is allowed on {where}: {'; '.join(reasons)}", fix="try other sizes")
+
+
+def main(argv: Sequence[str], prog: str) -> None:
+    """Run the command."""
+    run_command(__doc__ or "", add_arguments, run_plan, argv, prog)

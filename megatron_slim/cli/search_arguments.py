@@ -1,18 +1,21 @@
-"""Measuring the first candidates of a budget, for the tools that plan (no torch until it is done)."""
+"""Measuring the first candidates of a budget, for the commands that plan (no torch until it is done)."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from megatron_slim.cli import positive, say
+from megatron_slim.command_line import positive
 from megatron_slim.errors import SlimError
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from megatron_slim.checkpoint.convert import Checkpoint
-    from megatron_slim.pruning.commands import Measuring
+    from megatron_slim.cli.pruning_run import Measuring
     from megatron_slim.pruning.plan import Plan
 
 DEFAULT_TOP = 3
@@ -28,9 +31,13 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         help="evaluate the best candidates, unwritten and untrained, on this .bin/.idx prefix or .npy matrix, and take "
         "the one of the least loss",
     )
-    group.add_argument("--search-samples", type=positive, metavar="N", help="draw so many samples; all if not given")
+    group.add_argument(
+        "--search-samples", type=positive, metavar="N", help="samples to choose at random; all if not given"
+    )
     group.add_argument("--search-seq-length", type=positive, metavar="L", help="tokens per sample; needed with .bin")
-    group.add_argument("--search-top", type=positive, metavar="K", help=f"evaluate so many ({DEFAULT_TOP})")
+    group.add_argument(
+        "--search-top", type=positive, metavar="K", help=f"how many candidates to evaluate ({DEFAULT_TOP})"
+    )
 
 
 def measuring(args: argparse.Namespace) -> Measuring | None:
@@ -46,7 +53,7 @@ def measuring(args: argparse.Namespace) -> Measuring | None:
                 "--search-samples, --search-seq-length or --search-top without data", fix="give --search-data"
             )
         return None
-    from megatron_slim.pruning.commands import Measuring
+    from megatron_slim.cli.pruning_run import Measuring
 
     def losses(source: Checkpoint) -> Callable[[Plan], float]:
         return losses_of(source, args.search_data, args.search_samples, args.search_seq_length)
@@ -70,11 +77,10 @@ def losses_of(
         from megatron_slim.evaluation.perplexity import evaluate
         from megatron_slim.pruning.apply import PrunedCheckpoint
 
-        # Evaluation reads sizes and tensors, which a pruned checkpoint gives without being on disk.
-        found = evaluate(cast("Checkpoint", PrunedCheckpoint(plan, source, check_source=False)), samples).loss
+        found = evaluate(PrunedCheckpoint(plan, source, check_source=False), samples).loss
         assert plan.search is not None, "only candidates are measured"
         sizes = plan.search.candidates[plan.search.chosen].sizes
-        say(f"candidate {', '.join(f'{axis} {size}' for axis, size in sizes.items())}: loss {found:.4f}")
+        logger.info(f"candidate {', '.join(f'{axis} {size}' for axis, size in sizes.items())}: loss {found:.4f}")
         return found
 
     return loss

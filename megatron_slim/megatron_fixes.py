@@ -1,4 +1,4 @@
-"""Faults of Megatron 0.19.2, repaired in place, on a CPU and on a GPU.
+"""Bugs of Megatron 0.19.2, repaired in place, on a CPU and on a GPU.
 
 `device.install` calls each once that is Megatron-Core's; training those of Megatron's loop, which other tools do not
 import.
@@ -21,7 +21,7 @@ def count_tokens_in_fp32() -> None:
     """Keep in fp32 what routers count, for the global load-balancing loss and for the expert bias.
 
     Tokens per expert and micro-batches are buffers, which Megatron turns into bf16 with the rest of the model: counts
-    above 256 are then rounded, the count of micro-batches stays at 256 for ever, and an expert bias moves the wrong
+    above 256 are then rounded, the count of micro-batches stays at 256 forever, and an expert bias moves the wrong
     way. Its own remedy for ``expert_bias`` is extended.
     """
     from megatron.core.transformer.moe.router import TopKRouter
@@ -162,9 +162,9 @@ class _LastIteration(dict[str, Any]):
 
 
 def log_what_the_iteration_was() -> None:
-    """Have a line of Megatron's log tell the losses and schedules of its iteration, and tensorboard's as before.
+    """Have a line of Megatron's log show the losses and schedules of its iteration, and tensorboard's as before.
 
-    Megatron tells means since the last line, and since the start in the line after the first of a start: what a line
+    Megatron logs means since the last line, and since the start in the line after the first of a start: what a line
     says then depends on where a run was interrupted. Counts and times stay those since the last line.
     """
     import megatron.training.training as training

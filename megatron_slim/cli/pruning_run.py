@@ -1,19 +1,22 @@
-"""What the pruning tools do: check everything, then measure, plan and apply."""
+"""What ``plan`` and ``prune`` do: check everything, then calibrate, plan and apply."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_slim.cli import VERIFICATION, positive, say
+from megatron_slim.cli.calibration_run import CalibrationOptions, measure, opened_work_dir
+from megatron_slim.command_line import VERIFICATION, positive
 from megatron_slim.errors import RecipeError, SlimError
 from megatron_slim.files import refuse_existing
-from megatron_slim.pruning.calibration_commands import CalibrationOptions, measure, opened_work_dir
-from megatron_slim.recipe import Recipe, load_recipe, select_stage
+from megatron_slim.recipe import Recipe, load_recipe, select_phase
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from megatron_slim.checkpoint.convert import Checkpoint
@@ -45,9 +48,22 @@ class Measuring:
         return {"measure": self.losses(source), "top": self.top}
 
 
-def add_stage_argument(parser: argparse.ArgumentParser) -> None:
-    """``--stage``, the same in every tool that follows a recipe."""
-    parser.add_argument("--stage", type=positive, metavar="K", help="stage of a recipe that has stages, from 1")
+class PhaseAction(argparse.Action):
+    """Store the value of ``--phase``, also under its old name ``--stage``, with a note then."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        """As argparse calls it."""
+        if option == "--stage":
+            logging.getLogger(__name__).warning("--stage is now called --phase; both are read")
+        setattr(namespace, self.dest, values)
+
+
+def add_phase_argument(parser: argparse.ArgumentParser) -> None:
+    """``--phase``, the same in every tool that follows a recipe."""
+    what = "phase of a recipe with phases, from 1"
+    parser.add_argument("--phase", "--stage", type=positive, metavar="K", action=PhaseAction, help=what)
 
 
 def run_plan(
@@ -56,29 +72,31 @@ def run_plan(
     recipe_file: Path,
     save: Path,
     *,
-    stage: int | None = None,
+    phase: int | None = None,
     measuring: Measuring | None = None,
     **reading: Any,
 ) -> dict[str, Any]:
     """Make a plan of statistics, write it to a new file; ``reading`` goes to `checkpoint.convert.open_checkpoint`."""
     refuse_existing(save)
     schedule = load_recipe(recipe_file)
-    recipe = select_stage(schedule, stage, where=str(recipe_file))
-    from megatron_slim.checkpoint.convert import open_checkpoint, say_left_out
+    recipe = select_phase(schedule, phase, where=str(recipe_file))
+    from rich.console import Console
+
+    from megatron_slim.checkpoint.convert import log_left_out, open_checkpoint
     from megatron_slim.pruning.apply import PrunedCheckpoint
-    from megatron_slim.pruning.pipeline import comparison, print_comparison
+    from megatron_slim.pruning.pipeline import comparison, comparison_table
     from megatron_slim.pruning.plan import check_recipe, make_plan
 
     source = open_checkpoint(load, **reading)
-    say_left_out(source)
-    _check_stage(schedule, stage, source, where=str(recipe_file))
+    log_left_out(source)
+    _check_phase(schedule, phase, source, where=str(recipe_file))
     check_recipe(recipe, source.shape, where=str(recipe_file))
     options = measuring.options(recipe, source, where=str(recipe_file)) if measuring else {}
     plan = make_plan(recipe, _load_stats(stats_file, source), source.shape, **options)
     pruned = PrunedCheckpoint(plan, source, check_source=False)
     plan.save(save)
-    print_comparison(pruned)
-    say(f"{save}: the plan; tools/show_plan.py shows it")
+    Console().print(comparison_table(pruned))
+    logger.info(f"{save}: the plan; megatron-slim show-plan shows it")
     return {"load": str(load), "save": str(save), "plan_sha256": plan.sha256, **comparison(pruned)}
 
 
@@ -88,7 +106,7 @@ def run_prune(
     *,
     to: str,
     recipe_file: Path | None = None,
-    stage: int | None = None,
+    phase: int | None = None,
     plan_file: Path | None = None,
     stats_file: Path | None = None,
     calibration: CalibrationOptions | None = None,
@@ -104,7 +122,7 @@ def run_prune(
         save: new directory for the result; not needed for a dry run.
         to: ``hf`` or ``torch_dist``.
         recipe_file: what is wanted; needed unless there is a plan.
-        stage: which of the recipe's stages, where it has some.
+        phase: which of the recipe's phases, where it has some.
         plan_file: a plan made before; then nothing is measured.
         stats_file: statistics made before; then nothing is measured.
         calibration: data to measure on.
@@ -116,16 +134,18 @@ def run_prune(
     if save is not None and not dry_run:
         refuse_existing(save)
     schedule = load_recipe(recipe_file) if recipe_file else None
-    recipe = select_stage(schedule, stage, where=str(recipe_file)) if schedule else None
-    from megatron_slim.checkpoint.convert import open_checkpoint, say_left_out
+    recipe = select_phase(schedule, phase, where=str(recipe_file)) if schedule else None
+    from rich.console import Console
+
+    from megatron_slim.checkpoint.convert import log_left_out, open_checkpoint
     from megatron_slim.pruning.apply import PrunedCheckpoint
-    from megatron_slim.pruning.pipeline import comparison, print_comparison, write_pruned
+    from megatron_slim.pruning.pipeline import comparison, comparison_table, write_pruned
     from megatron_slim.pruning.plan_reader import load_plan
 
     source = open_checkpoint(load, **(reading or {}))
-    say_left_out(source)
+    log_left_out(source)
     if schedule is not None:
-        _check_stage(schedule, stage, source, where=str(recipe_file))
+        _check_phase(schedule, phase, source, where=str(recipe_file))
     with opened_work_dir(calibration) as work:
         if plan_file is not None:
             plan, stats = load_plan(plan_file), None
@@ -136,25 +156,25 @@ def run_prune(
             where = str(recipe_file)
             plan, stats = _decide(recipe, source, stats_file, calibration, work, measuring, where=where)
         pruned = PrunedCheckpoint(plan, source, check_source=plan_file is not None)
-        print_comparison(pruned)
+        Console().print(comparison_table(pruned))
         results = {"load": str(load), "plan_sha256": plan.sha256, "dry_run": dry_run, **comparison(pruned)}
         if dry_run:
             return results
         assert save is not None
         written = write_pruned(pruned, save, to=to, stats=stats, **(writing or {}))
-        say(f"{save}: {len(pruned.names)} tensors as {to}, {VERIFICATION[written['verified']]}")
+        logger.info(f"{save}: {len(pruned.names)} tensors as {to}, {VERIFICATION[written['verified']]}")
         return results | {"save": str(save), **written}
 
 
-def _check_stage(schedule: Recipe, number: int | None, source: Checkpoint, *, where: str) -> None:
-    """Refuse a source that the stage before cannot have given, and stages to come that this one cannot lead to.
+def _check_phase(schedule: Recipe, number: int | None, source: Checkpoint, *, where: str) -> None:
+    """Refuse a source that the phase before cannot have given, and phases to come that this one cannot lead to.
 
-    Sizes that a stage leaves to a budget are not known.
+    Sizes that a phase leaves to a budget are not known.
     """
-    from megatron_slim.pruning.plan import check_later_stages
+    from megatron_slim.pruning.plan import check_later_phases
 
     named: dict[str, int] = {}
-    for earlier in schedule.stages[: (number or 1) - 1]:
+    for earlier in schedule.phases[: (number or 1) - 1]:
         named |= {key: size for key, size in dataclasses.asdict(earlier.target).items() if size is not None}
     found = [
         f"{key} {getattr(source.shape, key)}, not {size}"
@@ -163,15 +183,15 @@ def _check_stage(schedule: Recipe, number: int | None, source: Checkpoint, *, wh
     ]
     if found:
         raise RecipeError(
-            f"stage {number} goes on from stage {(number or 1) - 1}, but this has {', '.join(found)}",
+            f"phase {number} continues phase {(number or 1) - 1}, but this has {', '.join(found)}",
             where=str(source.path),
-            fix="load what training made of the stage before",
+            fix="load what training made of the phase before",
         )
-    check_later_stages(schedule, number or 1, source.shape, where=where)
+    check_later_phases(schedule, number or 1, source.shape, where=where)
 
 
 def _check_space(recipe: Recipe, source: Checkpoint, save: Path, *, where: str) -> None:
-    """Refuse a disk without room for the result before hours of calibration; writing looks again, at exact sizes."""
+    """Refuse a disk without space for the result before hours of calibration; writing looks again, at exact sizes."""
     from megatron_slim.architecture.table import count_parameters
     from megatron_slim.files import check_space
     from megatron_slim.pruning.depth import layers_before_statistics
@@ -220,7 +240,7 @@ def _load_stats(path: Path, source: Checkpoint) -> Statistics:
 
 
 def refuse_conflicts(args: argparse.Namespace) -> None:
-    """Refuse arguments of tools/prune_checkpoint.py that say too much or too little.
+    """Refuse arguments of megatron-slim prune that say too much or too little.
 
     Raises:
         SlimError: says which.
@@ -241,8 +261,8 @@ def refuse_conflicts(args: argparse.Namespace) -> None:
         raise SlimError("--work-dir without a calibration", fix="leave it out")
     if (args.recipe is None) == (args.plan is None):
         raise SlimError("a plan holds its recipe" if args.plan else "no recipe", fix="give --recipe or --plan")
-    if args.plan is not None and args.stage is not None:
-        raise SlimError("a plan holds its recipe's stage", fix="leave --stage out")
+    if args.plan is not None and args.phase is not None:
+        raise SlimError("a plan holds its recipe's phase", fix="leave --phase out")
     if args.plan is not None and args.search_data is not None:
         raise SlimError("a plan holds its sizes", fix="leave --search-data out")
     if args.save is None and not args.dry_run:

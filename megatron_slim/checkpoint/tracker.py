@@ -1,27 +1,29 @@
-"""Which checkpoint a run goes on from, however the last one died.
+"""Which checkpoint a run resumes from, however the last one died.
 
 Megatron writes a checkpoint's files, then its ``.metadata``, and when all ranks are done the number into the tracker
 file. That last write truncates the file first, so a run killed between the two leaves an empty tracker (or, at its
-first checkpoint, none) beside a complete checkpoint: Megatron then exits with status 0, or starts anew.
+first checkpoint, none) next to a complete checkpoint: Megatron then exits with status 0, or starts anew.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from pathlib import Path
 
 from megatron_slim.checkpoint.distributed import iteration_directory
-from megatron_slim.checkpoint.distributed_writer import BACKEND, RELEASE, TRACKER
-from megatron_slim.checkpoint.torch_dist_files import METADATA, read_metadata
-from megatron_slim.cli import say
+from megatron_slim.checkpoint.torch_dist_files import read_metadata
+from megatron_slim.checkpoint.torch_dist_names import BACKEND, METADATA, RELEASE, TRACKER
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.files import write_atomic
+
+logger = logging.getLogger(__name__)
 
 SECONDS_FOR_TRACKER = 60.0  # for rank 0 to repair it, and for a shared file system to show it
 
 
-def faults_of(directory: Path) -> list[str]:
+def missing_parts(directory: Path) -> list[str]:
     """What an iteration's directory lacks of what its own ``.metadata`` lists, optimizer state included."""
     try:
         storage = read_metadata(directory).storage_data
@@ -50,15 +52,15 @@ def _iterations(directory: Path) -> dict[int, Path]:
 def _advice(directory: Path, complete: list[int]) -> str:
     tracker = directory / TRACKER
     if not complete:
-        return f"no complete checkpoint lies beside it: remove {tracker} to start anew"
+        return f"there is no complete checkpoint next to it: remove {tracker} to start anew"
     numbers = " or ".join(map(str, complete))
-    return f"to go on from a complete checkpoint write {numbers} into {tracker}"
+    return f"to resume from a complete checkpoint write {numbers} into {tracker}"
 
 
 def missing_in_tracker(directory: Path) -> int | None:
-    """The iteration that a directory's tracker ought to name and does not; None if there is nothing to mend.
+    """The iteration that a directory's tracker ought to name and does not; None if there is nothing to repair.
 
-    An empty tracker, or none beside complete iterations, ought to name the newest of them, if that is also the one
+    An empty tracker, or none next to complete iterations, ought to name the newest of them, if that is also the one
     that was written last. All else is refused: nothing but a person, or a disk, leaves it so.
 
     Raises:
@@ -69,26 +71,26 @@ def missing_in_tracker(directory: Path) -> int | None:
     if text:
         _check_named(directory, text, iterations)
         return None
-    complete = sorted(number for number, path in iterations.items() if not faults_of(path))
+    complete = sorted(number for number, path in iterations.items() if not missing_parts(path))
     if not tracker.is_file() and not complete:
         return None  # nothing was ever saved: half a first checkpoint is written over
     written = {number: (iterations[number] / METADATA).stat().st_mtime_ns for number in complete}
     if not complete or max(written, key=written.__getitem__) != complete[-1]:
         state = "holds ''" if tracker.is_file() else "is missing"
         raise CheckpointError(
-            f"{state}, and more than one can be meant" if complete else state,
+            f"{state}, and the last one is unclear" if complete else state,
             where=str(tracker),
             fix=_advice(directory, complete),
         )
     return complete[-1]
 
 
-def mend_tracker(directory: Path, *, rank: int) -> None:
-    """See that a directory's tracker names a complete checkpoint; mend it where there is one way only.
+def repair_tracker(directory: Path, *, rank: int) -> None:
+    """See that a directory's tracker names a complete checkpoint; repair it where there is one way only.
 
     Args:
         directory: of ``--load`` or ``--save``; it need not exist.
-        rank: the global rank. Rank 0 mends and says so; the others come to the same conclusion, and wait for it.
+        rank: the global rank. Rank 0 repairs it and says so; the others come to the same conclusion, and wait for it.
 
     Raises:
         CheckpointError: as `missing_in_tracker`.
@@ -101,17 +103,17 @@ def mend_tracker(directory: Path, *, rank: int) -> None:
         state = "was empty" if tracker.is_file() else "was missing"
         write_atomic(tracker, str(number))
         name = _iterations(directory)[number].name
-        say(f"{tracker}: {state}; going on from {name}, the last complete checkpoint")
+        logger.info(f"{tracker}: {state}; resuming from {name}, the last complete checkpoint")
     else:
         _wait_for(tracker)
 
 
 def _wait_for(tracker: Path) -> None:
-    """Until rank 0 has mended it: what comes next looks for it."""
+    """Until rank 0 has repaired it: what comes next looks for it."""
     deadline = time.monotonic() + SECONDS_FOR_TRACKER
     while not tracker.is_file() or not tracker.read_text().strip():
         if time.monotonic() > deadline:
-            raise CheckpointError("rank 0 did not mend it", where=str(tracker), fix="see what rank 0 says")
+            raise CheckpointError("rank 0 did not repair it", where=str(tracker), fix="see what rank 0 says")
         time.sleep(0.1)
 
 
@@ -119,10 +121,10 @@ def _check_named(directory: Path, text: str, iterations: dict[int, Path]) -> Non
     """See that the tracker's content names something complete."""
     try:
         named = iteration_directory(directory)
-        if found := [] if text == RELEASE else faults_of(named):
+        if found := [] if text == RELEASE else missing_parts(named):
             raise CheckpointError(
                 f"names {named.name}, which is incomplete: {summarise(found)}", where=str(directory / TRACKER)
             )
     except CheckpointError as error:
-        complete = sorted(number for number, path in iterations.items() if not faults_of(path))
+        complete = sorted(number for number, path in iterations.items() if not missing_parts(path))
         raise CheckpointError(error.what, where=error.where, fix=_advice(directory, complete)) from None

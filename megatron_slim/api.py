@@ -1,0 +1,313 @@
+"""The Python API: what the commands do, as functions of checkpoints, recipes, statistics and plans.
+
+Everything here is exported by ``megatron_slim`` itself, lazily. Where a checkpoint is expected, a path will do. Nothing
+prints: messages go to the logger ``megatron_slim``, and progress to the reporter that is given (`reporting.Progress`;
+without one it is logged). All errors that a caller can fix are `SlimError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.architecture.table import ParameterCount, count_parameters
+from megatron_slim.checkpoint.convert import Checkpoint, log_left_out, open_checkpoint, write_checkpoint
+from megatron_slim.checkpoint.reference import carry_reference
+from megatron_slim.checkpoint.remarks import remarks
+from megatron_slim.device import default_dtype
+from megatron_slim.errors import SlimError
+from megatron_slim.files import refuse_existing
+from megatron_slim.pruning.apply import PrunedCheckpoint
+from megatron_slim.pruning.fingerprint import fingerprint
+from megatron_slim.pruning.pipeline import write_pruned
+from megatron_slim.pruning.plan import Plan, check_recipe
+from megatron_slim.pruning.plan import make_plan as _make_plan
+from megatron_slim.pruning.plan_reader import load_plan
+from megatron_slim.pruning.samples import log_calibration, read_calibration_samples
+from megatron_slim.pruning.statistics import Statistics
+from megatron_slim.recipe import Recipe, load_recipe, parse_recipe, select_phase
+from megatron_slim.reporting import Progress, use_progress
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from megatron_slim.evaluation.perplexity import Evaluation
+
+    Data: TypeAlias = str | os.PathLike[str] | npt.NDArray[np.int64]
+
+StrPath: TypeAlias = str | os.PathLike[str]
+Format: TypeAlias = Literal["hf", "torch_dist"]
+
+logger = logging.getLogger(__name__)
+__all__ = [
+    "Checkpoint",
+    "ModelShape",
+    "ParameterCount",
+    "Plan",
+    "Recipe",
+    "SlimError",
+    "Statistics",
+    "calibrate",
+    "convert",
+    "count_parameters",
+    "evaluate",
+    "figures",
+    "make_plan",
+    "open_checkpoint",
+    "prune",
+    "read_plan",
+    "read_recipe",
+    "read_statistics",
+]
+
+
+def calibrate(
+    checkpoint: Checkpoint | StrPath,
+    data: Data,
+    *,
+    num_samples: int | None = None,
+    seq_length: int | None = None,
+    seed: int = 1234,
+    micro_batch_size: int | None = None,
+    work_dir: StrPath | None = None,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Measure what pruning decides by, with one transformer block of the model in memory at a time.
+
+    Args:
+        checkpoint: the model, opened or as its path.
+        data: prefix of a Megatron .bin/.idx pair, a .npy file, or token ids [samples, sequence].
+        num_samples: samples to draw; None: 1024 of a .bin/.idx pair, all of a matrix.
+        seq_length: tokens of a sample of a .bin/.idx pair; None: 4096, or what the model can read.
+        seed: of the draw.
+        micro_batch_size: samples in one forward pass; None: about 4096 tokens.
+        work_dir: keep hidden states and progress here instead of in memory; the same call then resumes after a kill.
+        progress: where progress is shown.
+
+    Raises:
+        DataError: the data do not suit the model.
+        CheckpointError: an activation is not finite.
+    """
+    source = _opened(checkpoint)
+    samples = read_calibration_samples(
+        _data(data), source.shape, num_samples=num_samples, seq_length=seq_length, seed=seed
+    )
+    from megatron_slim.pruning.calibrate import calibrate as measure
+    from megatron_slim.pruning.work_dir import open_work_dir
+
+    log_calibration(source, samples)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_shown(progress))
+        work = stack.enter_context(open_work_dir(Path(work_dir))) if work_dir is not None else None
+        return measure(source, samples, micro_batch_size=micro_batch_size, work=work)
+
+
+def read_statistics(path: StrPath) -> Statistics:
+    """Read what `calibrate` gave, from its file or from a pruned checkpoint that keeps it; ``save(path)`` writes it.
+
+    Raises:
+        CheckpointError: it is missing, or holds something else.
+    """
+    return Statistics.load(Path(path))
+
+
+def read_recipe(recipe: StrPath | Mapping[str, Any], *, phase: int | None = None) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        recipe: a YAML file, the name of a recipe that comes with the package, or the content of one.
+        phase: which phase of a recipe with phases, from 1.
+
+    Raises:
+        RecipeError: it breaks the schema; lists every violation.
+    """
+    if isinstance(recipe, Mapping):
+        return select_phase(parse_recipe(recipe), phase, where="recipe")
+    return select_phase(load_recipe(Path(recipe)), phase, where=str(recipe))
+
+
+def make_plan(recipe: Recipe, checkpoint: Checkpoint | StrPath, statistics: Statistics) -> Plan:
+    """Decide what survives. ``print(plan)`` shows the decision, ``plan.save(path)`` writes it.
+
+    Sizes that the recipe leaves to a budget are ranked by the statistics.
+
+    Raises:
+        RecipeError: the target is impossible for this model; lists every violation.
+        CheckpointError: the statistics are of another model.
+    """
+    source = _opened(checkpoint)
+    check_recipe(recipe, source.shape)
+    statistics.check(source.shape, fingerprint(source), where="statistics")
+    return _make_plan(recipe, statistics, source.shape)
+
+
+def read_plan(path: StrPath) -> Plan:
+    """Read a plan that `make_plan` or the command has made.
+
+    Raises:
+        RecipeError: it is missing, or is not a plan.
+    """
+    return load_plan(Path(path))
+
+
+def prune(
+    checkpoint: Checkpoint | StrPath,
+    plan: Plan,
+    save: StrPath,
+    *,
+    to: Format = "hf",
+    statistics: Statistics | None = None,
+    verify: bool = True,
+    processes: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the model of a plan to a new directory, which appears only when everything in it is complete.
+
+    Args:
+        checkpoint: the model that the plan was made for.
+        plan: what survives.
+        save: the new directory.
+        to: format of the result.
+        statistics: are kept next to it, where given.
+        verify: read the result back and compare.
+        processes: how many write; None: chosen by size and cores.
+        progress: where progress is shown.
+
+    Returns:
+        What was written: ``tensors``, ``parameters``, ``bytes`` and more, as ``megatron-slim prune --json``.
+
+    Raises:
+        CheckpointError: the plan is of another model, or what was read back differs.
+    """
+    refuse_existing(Path(save))
+    pruned = PrunedCheckpoint(plan, _opened(checkpoint))
+    with _shown(progress):
+        return write_pruned(pruned, Path(save), to=to, stats=statistics, verify=verify, processes=processes)
+
+
+def convert(
+    checkpoint: Checkpoint | StrPath,
+    save: StrPath,
+    *,
+    to: Format,
+    dtype: torch.dtype | None = None,
+    expert_storage: Literal["fused", "separate"] | None = None,
+    verify: bool = True,
+    processes: int | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a checkpoint in the other format, or the same one with changes, every weight bit for bit.
+
+    Args:
+        checkpoint: the model, opened or as its path.
+        save: a new directory, which appears only when everything in it is complete.
+        to: format of the result.
+        dtype: cast every tensor; None keeps each as it is.
+        expert_storage: how Hugging Face files hold the experts of a layer; None as the source does.
+        verify: read the result back and compare.
+        processes: how many write; None: chosen by size and cores.
+        arguments: kept in the result's provenance.
+        progress: where progress is shown.
+
+    Returns:
+        What was written: ``tensors``, ``parameters``, ``bytes`` and more, as ``megatron-slim convert --json``.
+
+    Raises:
+        CheckpointError: the source is incomplete, or what was read back differs.
+    """
+    refuse_existing(Path(save))
+    source = _opened(checkpoint)
+    with _shown(progress):
+        return write_checkpoint(
+            source,
+            Path(save),
+            to=to,
+            dtype=dtype,
+            verify=verify,
+            processes=processes,
+            expert_storage=expert_storage,
+            arguments=arguments,
+            records=partial(carry_reference, source, dtype=dtype),
+        )
+
+
+def evaluate(
+    checkpoint: Checkpoint | StrPath,
+    data: Data,
+    *,
+    seq_length: int | None = None,
+    num_samples: int | None = None,
+    seed: int = 0,
+    micro_batch_size: int = 1,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Loss of a checkpoint, main head and MTP heads, with one transformer block in memory at a time.
+
+    Args:
+        checkpoint: the model, opened or as its path.
+        data: prefix of a Megatron .bin/.idx pair, a .npy file, or token ids [samples, sequence].
+        seq_length: tokens of a sample; needed with a .bin/.idx pair.
+        num_samples: samples to draw; None: all.
+        seed: of the draw.
+        micro_batch_size: samples in one forward pass.
+        dtype: of weights and activations; None: bf16 on a GPU, fp32 on a CPU.
+        progress: where progress is shown.
+
+    Returns:
+        ``loss`` (nats per token), ``perplexity``, ``tokens``, ``mtp_loss`` (one number per MTP depth).
+
+    Raises:
+        DataError: the data do not suit the model.
+        CheckpointError: a loss is not finite.
+    """
+    from megatron_slim.evaluation.perplexity import evaluate as measure
+    from megatron_slim.evaluation.perplexity import read_evaluation_data
+
+    source, dtype = _opened(checkpoint), dtype or default_dtype()
+    samples = read_evaluation_data(_data(data), source.shape, seq_length=seq_length, num_samples=num_samples, seed=seed)
+    for line in remarks(source, dtype, "evaluation"):
+        logger.info(line)
+    with _shown(progress):
+        return measure(source, samples, micro_batch_size=micro_batch_size, dtype=dtype)
+
+
+def figures(plan: Plan, statistics: Statistics) -> dict[str, bytes]:
+    """Pictures of a plan by file name, as PNG: importances and what was cut, experts and their groups.
+
+    Raises:
+        SlimError: matplotlib is not installed, or the statistics are not those of the plan.
+    """
+    from megatron_slim.pruning.plan_plots import figures as draw
+    from megatron_slim.pruning.plan_view import check_statistics
+
+    check_statistics(plan, statistics, where="statistics")
+    return draw(plan, statistics)
+
+
+def _data(data: Data) -> Path | npt.NDArray[np.int64]:
+    return Path(data) if isinstance(data, (str, os.PathLike)) else data
+
+
+def _opened(checkpoint: Checkpoint | StrPath) -> Checkpoint:
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        return checkpoint
+    source = open_checkpoint(Path(checkpoint))
+    log_left_out(source)
+    return source
+
+
+@contextlib.contextmanager
+def _shown(progress: Progress | None) -> Iterator[None]:
+    with use_progress(progress) if progress is not None else contextlib.nullcontext():
+        yield

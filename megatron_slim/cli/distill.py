@@ -1,0 +1,98 @@
+"""Train or distil: start the processes of a run, here (torchrun), on several machines, or as a Slurm job.
+
+Runs pretrain_distill.sh, whose variables are the arguments below: TEACHER is --teacher. A variable of the environment
+counts where its argument is not given. All other arguments go to Megatron as they are, and win.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+from megatron_slim.command_line import positive, tool_parser
+from megatron_slim.packaged import directory
+
+SCRIPT = "pretrain_distill.sh"
+# Variables of the script by group: kind of value, and help.
+GROUPS: dict[str, dict[str, tuple[str, str]]] = {
+    "models and data": {
+        "STUDENT": ("DIR", "checkpoint to start from, torch_dist or Hugging Face"),
+        "HF_CONFIG": ("DIR", "instead of --student: the config.json of a student with random weights"),
+        "TEACHER": ("DIR", "checkpoint of the teacher; without one it is LM + MTP-LM training"),
+        "DATA": ("PREFIX ...", "training data: a .bin/.idx prefix, or weights and prefixes"),
+        "VALID_DATA": ("PREFIX ...", "validation data; without it a part of --data is set aside"),
+        "SAVE": ("DIR", "checkpoints and logs; a run found there is resumed"),
+    },
+    "processes": {
+        "TP": ("N", "tensor parallel size (1)"),
+        "PP": ("N", "pipeline parallel size (1)"),
+        "EP": ("N", "expert parallel size (1)"),
+        "NPROC_PER_NODE": ("N", "processes of a machine (its GPUs, or TP x PP x EP)"),
+        "NNODES": ("N", "machines (1)"),
+        "NODE_RANK": ("K", "which of the machines this is (0)"),
+        "MASTER_ADDR": ("HOST", "the first machine (127.0.0.1)"),
+        "MASTER_PORT": ("PORT", "its port (29500)"),
+        "LAUNCHER": ("NAME", "torchrun, or slurm: submit a job"),
+        "SETTINGS": ("NAME", "sizes for a number of GPUs: a file, or h100_8, h100_64, h100_256, h200_8, ..."),
+        "IMAGE": ("IMAGE", "container of a Slurm job: *.sif for apptainer, anything else for pyxis"),
+        "MOUNTS": ("PATHS", "more paths for the container, comma-separated"),
+    },
+    "run": {
+        "SEQ_LENGTH": ("N", "tokens of a sample (4096)"),
+        "MICRO_BATCH_SIZE": ("N", "samples of a forward pass (1)"),
+        "GLOBAL_BATCH_SIZE": ("N", "samples of a step (1024)"),
+        "TRAIN_ITERS": ("N", "steps (95368: 400B tokens)"),
+        "LR": ("X", "learning rate (4e-4)"),
+        "MIN_LR": ("X", "its end (3e-5)"),
+        "LR_WARMUP_ITERS": ("N", "warm-up steps (2000, or a tenth of a short run)"),
+        "SAVE_INTERVAL": ("N", "steps between checkpoints (1000)"),
+        "EVAL_INTERVAL": ("N", "steps between validations (1000)"),
+        "EVAL_ITERS": ("N", "steps of a validation (10)"),
+        "LOG_INTERVAL": ("N", "steps between lines of the log (10)"),
+        "PRECISION": ("TYPE", "bf16 or fp32 (bf16 on GPUs, else fp32)"),
+        "PROGRESSIVE": ("", "the student is that of one phase of a recipe: use the schedule of all phases"),
+        "DRY_RUN": ("", "print the commands and do nothing"),
+    },
+}
+VARIABLES = {name: value for group in GROUPS.values() for name, value in group.items()}
+
+
+def flag(variable: str) -> str:
+    """The argument of a variable: ``--valid-data`` of ``VALID_DATA``."""
+    return "--" + variable.lower().replace("_", "-")
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The command's parser; what it does not know is Megatron's."""
+    found = tool_parser(__doc__ or "", as_json=False)
+    found.prog = prog
+    found.formatter_class = argparse.RawDescriptionHelpFormatter
+    for title, variables in GROUPS.items():
+        group = found.add_argument_group(title)
+        for name, (kind, text) in variables.items():
+            if not kind:
+                group.add_argument(flag(name), dest=name, action="store_const", const="1", help=text)
+            elif kind.endswith("..."):
+                group.add_argument(flag(name), dest=name, nargs="+", metavar=kind.split()[0], help=text)
+            else:
+                group.add_argument(
+                    flag(name), dest=name, type=positive if kind == "N" else str, metavar=kind, help=text
+                )
+    return found
+
+
+def environment(given: Mapping[str, object], before: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the script: what was given, and before that the caller's own."""
+    values = {name: value for name, value in given.items() if value is not None}
+    words = {name: " ".join(value) if isinstance(value, list) else str(value) for name, value in values.items()}
+    return {"PYTHON": sys.executable, **before, **words}
+
+
+def main(argv: Sequence[str], prog: str) -> None:
+    """Replace this process by the script."""
+    given, others = parser(prog).parse_known_args(argv)
+    script = directory() / SCRIPT
+    sys.stdout.flush()
+    os.execvpe("bash", ["bash", str(script), *others], environment(vars(given), os.environ))

@@ -1,0 +1,76 @@
+"""Loss and perplexity of a Hugging Face or torch_dist checkpoint, main head and MTP."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_slim.cli.tool import run_command
+from megatron_slim.command_line import add_load_arguments, load_options, not_negative, positive
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    parser.epilog = (
+        "With --json: loss (nats per token), perplexity, tokens (predicted by the main head), mtp_loss (a list, one "
+        "number per MTP depth, depth 1 first; empty without MTP), samples, seq_length, dtype."
+    )
+    add_load_arguments(parser, "evaluate")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="prefix of a Megatron .bin/.idx pair, or a .npy integer matrix [samples, sequence], used as it is",
+    )
+    parser.add_argument("--seq-length", type=positive, metavar="N", help="tokens per sample; needed with .bin/.idx")
+    parser.add_argument(
+        "--num-samples", type=positive, metavar="N", help="samples to choose at random; all if not given"
+    )
+    parser.add_argument("--seed", type=not_negative, default=0, metavar="N", help="seed of the random choice")
+    parser.add_argument("--micro-batch-size", type=positive, default=1, metavar="N", help="samples in one forward pass")
+    parser.add_argument("--dtype", choices=DTYPES, help="if not given, bf16 on a GPU and fp32 on a CPU")
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="keep the losses of the first tokens in slim_reference.json next to the checkpoint: training compares its "
+        "teacher with them before the first step",
+    )
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate, say the result."""
+    import torch
+
+    from megatron_slim.checkpoint.records import REFERENCE
+    from megatron_slim.evaluation.perplexity import evaluate_checkpoint
+
+    results = evaluate_checkpoint(
+        args.load,
+        args.data,
+        seq_length=args.seq_length,
+        num_samples=args.num_samples,
+        micro_batch_size=args.micro_batch_size,
+        dtype=getattr(torch, DTYPES[args.dtype]) if args.dtype else None,
+        seed=args.seed,
+        record=args.record,
+        **load_options(args),
+    )
+    mtp = "".join(f", mtp {depth} {loss:.4f}" for depth, loss in enumerate(results["mtp_loss"], start=1))
+    logger.info(
+        f"loss {results['loss']:.4f}, perplexity {results['perplexity']:.3f}{mtp} over {results['tokens']} tokens"
+    )
+    if args.record:
+        logger.info(f"losses of the first tokens written to {args.load / REFERENCE}")
+    return results
+
+
+def main(argv: Sequence[str], prog: str) -> None:
+    """Run the command."""
+    run_command(__doc__ or "", add_arguments, evaluate, argv, prog)

@@ -1,0 +1,47 @@
+"""Make a complete pruning plan from a recipe and statistics, to read before anything is pruned."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_slim.cli.pruning_run import add_phase_argument, run_plan
+from megatron_slim.cli.search_arguments import add_search_arguments, measuring
+from megatron_slim.cli.tool import run_command
+from megatron_slim.command_line import RECIPE_HELP, add_load_arguments, load_options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    add_load_arguments(parser, "plan for")
+    parser.add_argument(
+        "--stats",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="statistics, or the pruned checkpoint that keeps them",
+    )
+    parser.add_argument("--recipe", type=Path, required=True, metavar="RECIPE", help=RECIPE_HELP)
+    add_phase_argument(parser)
+    parser.add_argument("--save", type=Path, required=True, metavar="FILE", help="new file, plan.json")
+    add_search_arguments(parser)
+
+
+def plan(args: argparse.Namespace) -> dict[str, Any]:
+    """Make the plan."""
+    return run_plan(
+        args.load,
+        args.stats,
+        args.recipe,
+        args.save,
+        phase=args.phase,
+        measuring=measuring(args),
+        **load_options(args),
+    )
+
+
+def main(argv: Sequence[str], prog: str) -> None:
+    """Run the command."""
+    run_command(__doc__ or "", add_arguments, plan, argv, prog)

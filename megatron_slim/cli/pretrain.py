@@ -1,0 +1,41 @@
+"""Train or distil with Megatron's loop; one process per device, started by torchrun."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from megatron_slim.processes import die_with_parent
+
+# At import, because the processes that Megatron starts to write checkpoints import this module too.
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    die_with_parent()
+
+
+def main(argv: Sequence[str], prog: str) -> None:
+    """Run one process of a training run."""
+    if {"-h", "--help"} & set(argv):
+        from megatron_slim.training.slim_arguments import help_parser
+
+        help_parser(prog).print_help()
+        return
+    from megatron_slim.cli.terminal import messages_shown, progress_shown
+    from megatron_slim.reporting import use_progress
+
+    sys.argv = [prog, *argv]  # Megatron reads its arguments there
+    # What Megatron and torch announce at import is the doctor's to report; what they warn of later stays.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        from megatron_slim.training.pretrain import run_from_command_line
+
+    with messages_shown("stdout"), use_progress(progress_shown()):
+        run_from_command_line()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:], "pretrain")

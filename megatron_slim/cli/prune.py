@@ -1,0 +1,58 @@
+"""Prune a checkpoint in depth, width and experts: calibrate, plan, prune, verify."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_slim.cli.calibration_run import add_calibration_arguments, calibration_options
+from megatron_slim.cli.pruning_run import add_phase_argument, refuse_conflicts, run_prune
+from megatron_slim.cli.search_arguments import add_search_arguments, measuring
+from megatron_slim.cli.tool import run_command
+from megatron_slim.command_line import RECIPE_HELP, add_load_arguments, add_write_arguments, load_options, write_options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    add_load_arguments(parser, "prune")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="new directory for the result")
+    parser.add_argument("--recipe", type=Path, metavar="RECIPE", help=RECIPE_HELP)
+    add_phase_argument(parser)
+    parser.add_argument(
+        "--stats",
+        type=Path,
+        metavar="FILE",
+        help="statistics made before, or a pruned checkpoint that keeps them: nothing is measured",
+    )
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="a plan made before: nothing is measured or decided")
+    parser.add_argument("--to", choices=("hf", "torch_dist"), default="hf", help="format of the result")
+    parser.add_argument("--dry-run", action="store_true", help="measure, plan, print the table, write nothing")
+    add_write_arguments(parser)
+    add_calibration_arguments(parser, required=False)
+    add_search_arguments(parser)
+
+
+def prune(args: argparse.Namespace) -> dict[str, Any]:
+    """Check the arguments and run."""
+    refuse_conflicts(args)
+    return run_prune(
+        args.load,
+        args.save,
+        to=args.to,
+        recipe_file=args.recipe,
+        phase=args.phase,
+        plan_file=args.plan,
+        stats_file=args.stats,
+        calibration=calibration_options(args) if args.calibration_data else None,
+        dry_run=args.dry_run,
+        measuring=measuring(args),
+        reading=load_options(args),
+        writing=write_options(args),
+    )
+
+
+def main(argv: Sequence[str], prog: str) -> None:
+    """Run the command."""
+    run_command(__doc__ or "", add_arguments, prune, argv, prog)

@@ -1,0 +1,47 @@
+"""torchrun with other exit codes; its arguments are torchrun's.
+
+A rank's exit code 2 becomes its own: such a rank has printed in one line what is wrong, while torchrun would add a
+report of its own and exit with 1. And SIGTERM is passed on to the ranks, whose end decides the exit code, while
+torchrun would kill after 30 seconds a rank that is saving a checkpoint (``--exit-signal-handler``), and always fail.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+import psutil
+
+from megatron_slim.errors import EXIT_USER_ERROR
+
+
+def pass_on(signum: int, frame: FrameType | None) -> None:
+    """Send a signal to all ranks; without any yet, die of it."""
+    ranks = psutil.Process().children()
+    for rank in ranks:
+        rank.send_signal(signum)
+    if not ranks:
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)
+
+
+def main(argv: Sequence[str], prog: str) -> None:
+    """Start the processes and wait for them."""
+    signal.signal(signal.SIGTERM, pass_on)
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # The one reports in a line what the exception has in full, the other that ranks compute with one thread.
+    for name, level in (("elastic.multiprocessing.api", logging.CRITICAL), ("run", logging.ERROR)):
+        logging.getLogger(f"torch.distributed.{name}").setLevel(level)
+    try:
+        run.main(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *argv])
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        if failure.exitcode != EXIT_USER_ERROR:
+            raise
+        sys.exit(EXIT_USER_ERROR)

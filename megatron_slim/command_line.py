@@ -1,0 +1,125 @@
+"""What all commands share: the argument parser, its types, and the arguments of reading and writing checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_slim import __version__
+from megatron_slim.errors import EXIT_USER_ERROR
+
+RECIPE_HELP = "sizes and methods: a YAML file, or a name that `megatron-slim recipes` lists"
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something: not those of flags, and not None."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default not in (None, False) else action.help
+
+
+class ToolParser(argparse.ArgumentParser):
+    """An argument parser whose error is one line, as every other error of a tool is."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the tool."""
+        self.exit(EXIT_USER_ERROR, f"error: {message}; see {self.prog} --help\n")
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer above zero."""
+    return _integer(text, 1, "a positive integer")
+
+
+def not_negative(text: str) -> int:
+    """An argparse type: an integer that is not below zero."""
+    return _integer(text, 0, "an integer that is zero or more")
+
+
+def _integer(text: str, least: int, wanted: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value
+
+
+def tool_parser(description: str, *, as_json: bool = True) -> argparse.ArgumentParser:
+    """An argument parser with the arguments that every command has; ``as_json``: it can give its results as JSON."""
+    parser = ToolParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    if as_json:
+        parser.add_argument("--json", action="store_true", help="make the last line of standard output one JSON object")
+    parser.add_argument("--version", action="version", version=f"megatron_slim {__version__}")
+    return parser
+
+
+def add_load_arguments(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """``--load`` and how to read it, the same in every tool that reads a checkpoint; ``purpose`` is a verb."""
+    parser.add_argument(
+        "--load",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help=f"checkpoint to {purpose}, Hugging Face or torch_dist: the format is detected",
+    )
+    parser.add_argument(
+        "--hf-config",
+        type=Path,
+        metavar="DIR",
+        help="directory with config.json and tokenizer of a torch_dist checkpoint, where they are not in its hf/",
+    )
+    parser.add_argument(
+        "--dequantize-fp8", action="store_true", help="take a Hugging Face checkpoint in block-scaled FP8 as bfloat16"
+    )
+    parser.add_argument(
+        "--verify-integrity", action="store_true", help="hash the files of a torch_dist checkpoint first and compare"
+    )
+    parser.add_argument(
+        "--without-mtp",
+        action="store_true",
+        help="leave the MTP block out, or the declaration of one that has no tensors",
+    )
+
+
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `checkpoint.convert.open_checkpoint` that these arguments gave."""
+    return {
+        "hf_config": args.hf_config,
+        "dequantize_fp8": args.dequantize_fp8,
+        "without_mtp": args.without_mtp,
+        "verify_integrity": args.verify_integrity,
+        "allow_nonfinite": getattr(args, "allow_nonfinite", False),  # of the tools that write checkpoints
+    }
+
+
+# What a tool says of a checkpoint that it has written, by whether it was verified.
+VERIFICATION = {True: "read back and verified", False: "NOT verified (--no-verify)"}
+
+
+def add_write_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the tools that write checkpoints share: what they accept of the source, and how they write."""
+    group = parser.add_argument_group("reading and writing")
+    group.add_argument("--allow-nonfinite", action="store_true", help="take NaN and infinite weights as they are")
+    group.add_argument("--no-verify", action="store_true", help="do not read the result back and compare it")
+    group.add_argument(
+        "--expert-storage",
+        choices=("fused", "separate"),
+        help="experts in Hugging Face files: one tensor for all of a layer, or one each (as the source has them if not "
+        "given); a torch_dist checkpoint remembers it",
+    )
+    group.add_argument(
+        "--processes", type=positive, metavar="N", help="write with N processes (chosen by size and cores if not given)"
+    )
+
+
+def write_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `checkpoint.convert.write_checkpoint` that `add_write_arguments` gave."""
+    return {
+        "verify": not args.no_verify,
+        "processes": args.processes,
+        "expert_storage": args.expert_storage,
+        "arguments": vars(args),
+    }

@@ -1,0 +1,115 @@
+"""The ``megatron-slim`` command: every command under its name, and ``distill`` as the script it stands for."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_slim import packaged
+from megatron_slim.cli import distill, main
+from megatron_slim.errors import RecipeError
+from megatron_slim.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ROOT / "examples" / "slimqwen"
+SHARED = {"main", "tool", "terminal", "calibration_run", "pruning_run", "search_arguments"}
+# Of the environment that the scripts look at, what is not an argument: where things are, and what others read.
+NOT_ARGUMENTS = {"ROOT", "PYTHON", "IDLE_REQUEUES", "PYTHONPATH", "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS"}
+NOT_ARGUMENTS |= {"NCCL_DEBUG", "PYTORCH_CUDA_ALLOC_CONF", "TRITON_CACHE_DIR", "SETTINGS_NODES"}
+
+
+def call(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if name not in distill.VARIABLES}
+    command = [sys.executable, "-m", "megatron_slim", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=clean | environment, capture_output=True, text=True)
+
+
+def test_every_module_is_a_command() -> None:
+    modules = {path.stem for path in (ROOT / "megatron_slim" / "cli").glob("*.py")} - {"__init__"} - SHARED
+    assert modules == {name.replace("-", "_") for name in main.COMMANDS}
+    for name in modules:
+        assert callable(importlib.import_module(f"megatron_slim.cli.{name}").main)
+
+
+def test_every_tool_is_a_command_under_its_former_name() -> None:
+    for path in (ROOT / "tools").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        (name,) = re.findall(r"``megatron-slim ([\w-]+)``", text)
+        assert f"from megatron_slim.cli.{name.replace('-', '_')} import main" in text and name in main.COMMANDS
+        assert len(text.splitlines()) < 15
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
+def test_overview(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["megatron-slim", *arguments])
+    main.main()
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: megatron-slim COMMAND")
+    assert re.findall(r"^  ([\w-]+)  ", shown, re.MULTILINE) == list(main.COMMANDS)
+    assert max(map(len, shown.splitlines())) <= 110
+
+
+def test_a_command_that_does_not_exist() -> None:
+    found = call("prun", "--load", "x")
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr == "error: there is no command 'prun'; did you mean prune?\n"
+    assert call("xyzzy").stderr == "error: there is no command 'xyzzy'; see megatron-slim --help\n"
+
+
+def test_errors_name_the_command() -> None:
+    found = call("convert", "--load", "x")
+    assert found.returncode == 2
+    assert found.stderr == ("error: the following arguments are required: --save; see megatron-slim convert --help\n")
+
+
+def test_distill_knows_the_variables_of_the_script() -> None:
+    text = "".join((SCRIPTS / name).read_text() for name in ("pretrain_distill.sh", "slurm.sh"))
+    read = set(re.findall(r"\$\{([A-Z][A-Z_]+):?-", text))
+    read -= {name for name in read if name.startswith("SLURM_")}
+    assert read - NOT_ARGUMENTS == set(distill.VARIABLES)
+
+
+def test_distill_is_the_script_with_arguments_for_variables() -> None:
+    variables = {"STUDENT": "pruned", "TEACHER": "big", "SAVE": "run", "DATA": "0.3 a 0.7 b", "PP": "2", "LR": "1e-3"}
+    script = subprocess.run(
+        ["bash", SCRIPTS / "pretrain_distill.sh", "--clip-grad", "0.5"],
+        env=os.environ | variables | {"DRY_RUN": "1", "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    given = "--student pruned --teacher big --data 0.3 a 0.7 b --pp 2 --lr 1e-3 --dry-run --clip-grad 0.5".split()
+    found = call("distill", *given, SAVE="run")
+    assert (found.returncode, found.stdout, found.stderr) == (0, script.stdout, "")
+    assert call("distill", *given, "--save", "x", SAVE="run").stdout == script.stdout.replace(" run", " x")
+
+
+def test_distill_refuses_in_one_line() -> None:
+    found = call("distill", "--student", "pruned", "--data", "a")
+    assert found.returncode == 2 and found.stderr.startswith("error: SAVE is not set")
+    found = call("distill", "--pp", "0")
+    assert found.returncode == 2
+    assert found.stderr == "error: argument --pp: '0' is not a positive integer; see megatron-slim distill --help\n"
+
+
+def test_recipes_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = packaged.recipe_names()
+    assert names == sorted(path.stem for path in (SCRIPTS / "recipes").glob("*.yaml"))
+    found = call("recipes", "--json")
+    assert [line for line in found.stdout.splitlines() if not line.startswith((" ", "{"))] == names
+    assert load_recipe(Path("demo")) == load_recipe(SCRIPTS / "recipes" / "demo.yaml")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").write_text("version: 1\ntarget: {num_layers: 3}\n")
+    assert load_recipe(Path("demo")).target.num_layers == 3  # a file comes before a name
+    with pytest.raises(RecipeError, match=r"dem0: no such file; did you mean demo\?"):
+        load_recipe(Path("dem0"))
+    with pytest.raises(RecipeError, match="no such file; give a file, or a name"):
+        load_recipe(Path("elsewhere/demo"))
