@@ -350,3 +350,23 @@ def test_cost_of_the_log(tool: Tool) -> None:
 def test_a_step_that_cannot_be_is_an_error(tool: Tool) -> None:
     outcome = tool("benchmarks/kd_step.py", "--repeats", 1, "--extra=--no-such-flag")
     assert outcome.code == 2 and "a run ended with exit code 2: " in outcome.error and "no-such-flag" in outcome.error
+
+
+def test_time_to_start(tool: Tool) -> None:
+    outcome = tool("benchmarks/startup.py", "--only", "import", "convert", "--repeats", 1, "--json")
+    assert outcome.code == 0, outcome.stderr
+    results, wall = outcome.json, outcome.json["wall_seconds"]
+    assert results["import_seconds"] == wall["import megatron_slim"] > 0
+    slower = max(wall["hf_to_torch_dist"], wall["torch_dist_to_hf"])
+    assert results["convert_over_torch_import"] == slower / wall["import torch"]
+    assert "plan_256_seconds" not in results and results["cpu_ratios"].keys() == {"convert_over_torch_import"}
+
+
+@pytest.mark.slow
+def test_time_to_start_of_all_commands(tool: Tool) -> None:
+    outcome = tool("benchmarks/startup.py", "--only", "help", "evaluate", "plan", "--repeats", 1, "--json")
+    assert outcome.code == 0, outcome.stderr
+    results, wall = outcome.json, outcome.json["wall_seconds"]
+    assert results["help_seconds"] == wall[results["slowest_help"]] and "pretrain --help" in wall
+    assert results["evaluate_over_imports"] == wall["evaluate"] / wall["imports of evaluate"]
+    assert results["plan_256_seconds"] == wall["plan for 256 GPUs"]
