@@ -81,7 +81,7 @@ def calibrate(
     work_dir: StrPath | None = None,
     progress: Progress | None = None,
 ) -> Statistics:
-    """Measure what pruning decides by, with one transformer block of the model in memory at a time.
+    """Measure what pruning is based on, with one transformer block of the model in memory at a time.
 
     Args:
         checkpoint: the model, opened or as its path.
