@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     search = parser.add_argument_group(
-        "layouts to try", "each takes several values; default: powers of two, all of --recompute"
+        "layouts to try", "each takes several values; default: powers of two, and the least recomputation that fits"
     )
     for flag, what in (
         ("--tp", "tensor parallel sizes"),
