@@ -90,6 +90,7 @@ EVAL_INTERVAL=${EVAL_INTERVAL:-1000}
 EVAL_ITERS=${EVAL_ITERS:-10}
 LOG_INTERVAL=${LOG_INTERVAL:-10}
 PRECISION=${PRECISION:-$([[ $gpus -gt 0 ]] && echo bf16 || echo fp32)}
+[[ $PRECISION == bf16 || $PRECISION == fp32 ]] || fail "PRECISION=$PRECISION: it is bf16 or fp32; FP8 and fp16 are flags of Megatron (docs/fp8.md)"
 
 if [[ $LAUNCHER == slurm ]]; then
   # shellcheck source=examples/slimqwen/slurm.sh
