@@ -151,7 +151,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint | StrPath, statistics: Stat
 
 
 def read_plan(path: StrPath) -> Plan:
-    """Read a plan that `make_plan` or the command has made.
+    """Read a plan that `make_plan` or the command has made: the file, or the pruned checkpoint that has it.
 
     Raises:
         RecipeError: it is missing, or is not a plan.

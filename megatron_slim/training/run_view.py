@@ -40,6 +40,8 @@ def read_run(directory: Path) -> dict[str, dict[int, float]]:
     Raises:
         SlimError: there are none.
     """
+    if not directory.is_dir():
+        raise SlimError("no such directory", where=str(directory), fix="give SAVE or the --tensorboard-dir")
     events = directory / "tensorboard" if (directory / "tensorboard").is_dir() else directory
     if not any(events.glob("*tfevents*")):
         raise SlimError("no tensorboard events of a run", where=str(events), fix="give SAVE or the --tensorboard-dir")
