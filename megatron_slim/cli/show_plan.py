@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stats",
         type=Path,
         metavar="FILE",
-        help="the statistics that the plan was made from, or a pruned checkpoint that has them: adds importances to the "
-        "tables",
+        help="the statistics that the plan was made from, or a pruned checkpoint that has them: adds importances to "
+        "the tables",
     )
     parser.add_argument(
         "--save",
