@@ -54,7 +54,9 @@ def read_run(directory: Path) -> dict[str, dict[int, float]]:
         points = sorted(accumulator.Scalars(tag), key=lambda point: float(point.wall_time))
         found[tag] = {int(point.step): float(point.value) for point in points}
     if not any(tag.startswith("slim/") for tag in found):
-        raise SlimError("the events hold nothing of slim/", where=str(events), fix="was it another program's run?")
+        raise SlimError(
+            "the events hold nothing of slim/", where=str(events), fix="give a run of megatron-slim distill"
+        )
     return found
 
 
