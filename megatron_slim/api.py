@@ -81,7 +81,7 @@ def calibrate(
     work_dir: StrPath | None = None,
     progress: Progress | None = None,
 ) -> Statistics:
-    """Measure what pruning decides by, with one transformer block of the model in memory at a time.
+    """Measure what pruning is based on, with one transformer block of the model in memory at a time.
 
     Args:
         checkpoint: the model, opened or as its path.
@@ -144,6 +144,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint | StrPath, statistics: Stat
         RecipeError: the target is impossible for this model; lists every violation.
         CheckpointError: the statistics are of another model.
     """
+    _expect(recipe, Recipe, "recipe", "read it with read_recipe")
+    _expect(statistics, Statistics, "statistics", "read them with read_statistics")
     source = _opened(checkpoint)
     check_recipe(recipe, source.shape)
     statistics.check(source.shape, fingerprint(source), where="statistics")
@@ -151,7 +153,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint | StrPath, statistics: Stat
 
 
 def read_plan(path: StrPath) -> Plan:
-    """Read a plan that `make_plan` or the command has made.
+    """Read a plan that `make_plan` or the command has made: the file, or the pruned checkpoint that has it.
 
     Raises:
         RecipeError: it is missing, or is not a plan.
@@ -188,6 +190,9 @@ def prune(
     Raises:
         CheckpointError: the plan is of another model, or what was read back differs.
     """
+    _expect(plan, Plan, "plan", "read it with read_plan, or make it with make_plan")
+    if statistics is not None:
+        _expect(statistics, Statistics, "statistics", "read them with read_statistics")
     refuse_existing(Path(save))
     pruned = PrunedCheckpoint(plan, _opened(checkpoint))
     with _shown(progress):
@@ -291,8 +296,16 @@ def figures(plan: Plan, statistics: Statistics) -> dict[str, bytes]:
     from megatron_slim.pruning.plan_plots import figures as draw
     from megatron_slim.pruning.plan_view import check_statistics
 
+    _expect(plan, Plan, "plan", "read it with read_plan, or make it with make_plan")
+    _expect(statistics, Statistics, "statistics", "read them with read_statistics")
     check_statistics(plan, statistics, where="statistics")
     return draw(plan, statistics)
+
+
+def _expect(value: object, kind: type, name: str, fix: str) -> None:
+    """Refuse an argument of another type, such as the path of what is expected."""
+    if not isinstance(value, kind):
+        raise SlimError(f"is of type {type(value).__name__}, not {kind.__name__}", where=name, fix=fix)
 
 
 def _data(data: Data) -> Path | npt.NDArray[np.int64]:

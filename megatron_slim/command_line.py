@@ -13,10 +13,10 @@ RECIPE_HELP = "sizes and methods: a YAML file, or a name that `megatron-slim rec
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something: not those of flags, and not None."""
+    """Shows the defaults that say something: not those of flags, not None, not an empty list."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return super()._get_help_string(action) if action.default not in (None, False) else action.help
+        return super()._get_help_string(action) if action.default not in (None, False, (), []) else action.help
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -72,15 +72,15 @@ def add_load_arguments(parser: argparse.ArgumentParser, purpose: str) -> None:
         help="directory with config.json and tokenizer of a torch_dist checkpoint, where they are not in its hf/",
     )
     parser.add_argument(
-        "--dequantize-fp8", action="store_true", help="take a Hugging Face checkpoint in block-scaled FP8 as bfloat16"
+        "--dequantize-fp8", action="store_true", help="read a Hugging Face checkpoint in block-scaled FP8 as bfloat16"
     )
     parser.add_argument(
-        "--verify-integrity", action="store_true", help="hash the files of a torch_dist checkpoint first and compare"
+        "--verify-integrity", action="store_true", help="compare all files of a torch_dist checkpoint with their hashes"
     )
     parser.add_argument(
         "--without-mtp",
         action="store_true",
-        help="leave the MTP block out, or the declaration of one that has no tensors",
+        help="read the checkpoint as a model without MTP, whether it has the tensors or not",
     )
 
 
@@ -102,16 +102,16 @@ VERIFICATION = {True: "read back and verified", False: "NOT verified (--no-verif
 def add_write_arguments(parser: argparse.ArgumentParser) -> None:
     """What the tools that write checkpoints share: what they accept of the source, and how they write."""
     group = parser.add_argument_group("reading and writing")
-    group.add_argument("--allow-nonfinite", action="store_true", help="take NaN and infinite weights as they are")
+    group.add_argument("--allow-nonfinite", action="store_true", help="accept NaN and infinite weights")
     group.add_argument("--no-verify", action="store_true", help="do not read the result back and compare it")
     group.add_argument(
         "--expert-storage",
         choices=("fused", "separate"),
-        help="experts in Hugging Face files: one tensor for all of a layer, or one each (as the source has them if not "
-        "given); a torch_dist checkpoint remembers it",
+        help="experts in Hugging Face files: one tensor for all experts of a layer, or separate ones (default: as in "
+        "the source); a torch_dist checkpoint records it",
     )
     group.add_argument(
-        "--processes", type=positive, metavar="N", help="write with N processes (chosen by size and cores if not given)"
+        "--processes", type=positive, metavar="N", help="write with N processes (default: chosen by size and cores)"
     )
 
 

@@ -166,6 +166,19 @@ def test_what_a_caller_can_fix_is_a_slim_error(teacher: Path, samples: np.ndarra
         slim.read_recipe("qwen3_next_80a3b_to_23b2b")
     with pytest.raises(slim.SlimError, match="exists"):
         slim.convert(teacher, tmp_path, to="torch_dist")
+    with pytest.raises(slim.SlimError, match="'gguf' is not a format of checkpoints; give hf or torch_dist"):
+        slim.convert(teacher, tmp_path / "new", to="gguf")  # type: ignore[arg-type]
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_name_where_its_content_is_expected(teacher: Path, samples: np.ndarray[Any, Any], tmp_path: Path) -> None:
+    plan: Any = tmp_path / "plan.json"
+    with pytest.raises(slim.SlimError, match="recipe: is of type str, not Recipe; read it with read_recipe"):
+        slim.make_plan("qwen3_next_80a3b_to_23a2b", teacher, slim.calibrate(teacher, samples))  # type: ignore[arg-type]
+    with pytest.raises(slim.SlimError, match="statistics: is of type PosixPath, not Statistics"):
+        slim.make_plan(slim.read_recipe(RECIPE), teacher, plan)
+    with pytest.raises(slim.SlimError, match="plan: is of type PosixPath, not Plan; read it with read_plan"):
+        slim.prune(teacher, plan, tmp_path / "new")
 
 
 def test_recipes_of_the_package_have_names() -> None:

@@ -109,6 +109,11 @@ def test_recipes_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").write_text("version: 1\ntarget: {num_layers: 3}\n")
     assert load_recipe(Path("demo")).target.num_layers == 3  # a file comes before a name
+    (tmp_path / "demo_every_axis").mkdir()  # a directory does not: it is mostly the result of that recipe
+    assert load_recipe(Path("demo_every_axis")) == load_recipe(SCRIPTS / "recipes" / "demo_every_axis.yaml")
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(RecipeError, match="mine: is a directory; give the recipe's file"):
+        load_recipe(Path("mine"))
     with pytest.raises(RecipeError, match=r"dem0: no such file; did you mean demo\?"):
         load_recipe(Path("dem0"))
     with pytest.raises(RecipeError, match="no such file; give a file, or a name"):

@@ -23,6 +23,8 @@ COMPOSED = {
     "argument --...: '...' is not a positive integer": '"a positive integer"',
     "argument --...: '...' is not an integer that is zero or more": '"an integer that is zero or more"',
     "--lr-warmup-iters ... is not from 0 to below --train-iters ...": "is not from 0 to below",
+    "nothing to plan from": '"nothing to plan from"',
+    "... and ... exclude one another": '" exclude one another"',
     "unknown key ... (did you mean ...?)": 'f"did you mean {',
     "unknown key ... (known: ...)": 'f"known: {',
     "num_layers ... does not divide into ... pipeline stages": "does not divide into {pp} pipeline stages",

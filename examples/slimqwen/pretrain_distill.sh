@@ -50,9 +50,9 @@ TEACHER=${TEACHER:-}
 SAVE=${SAVE:-}
 DATA=${DATA:-}             # prefix of a .bin/.idx pair, or "weight prefix weight prefix ..."
 VALID_DATA=${VALID_DATA:-} # the same, for validation; without it a part of DATA is set aside
-[[ -n $SAVE ]] || fail "SAVE is not set; it is the directory for checkpoints and logs, and a run found there is resumed"
-[[ -n $DATA ]] || fail "DATA is not set; make it with megatron-slim preprocess"
-[[ -n $STUDENT || -n $HF_CONFIG ]] || fail "neither STUDENT nor HF_CONFIG is set; see the first lines of ${BASH_SOURCE[0]}"
+[[ -n $SAVE ]] || fail "SAVE is not set (--save DIR); it is the directory for checkpoints and logs, and a run found there is resumed"
+[[ -n $DATA ]] || fail "DATA is not set (--data PREFIX); make it with megatron-slim preprocess"
+[[ -n $STUDENT || -n $HF_CONFIG ]] || fail "neither STUDENT nor HF_CONFIG is set; give a checkpoint (--student DIR), or a config.json for random weights (--hf-config DIR)"
 
 # Layout: NPROC_PER_NODE processes a node, of which TP x PP hold one copy of both models and the rest is data parallel.
 TP=${TP:-1}
@@ -90,6 +90,7 @@ EVAL_INTERVAL=${EVAL_INTERVAL:-1000}
 EVAL_ITERS=${EVAL_ITERS:-10}
 LOG_INTERVAL=${LOG_INTERVAL:-10}
 PRECISION=${PRECISION:-$([[ $gpus -gt 0 ]] && echo bf16 || echo fp32)}
+[[ $PRECISION == bf16 || $PRECISION == fp32 ]] || fail "PRECISION=$PRECISION: it is bf16 or fp32; FP8 and fp16 are flags of Megatron (docs/fp8.md)"
 
 if [[ $LAUNCHER == slurm ]]; then
   # shellcheck source=examples/slimqwen/slurm.sh

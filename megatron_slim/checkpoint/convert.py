@@ -120,8 +120,10 @@ def write_checkpoint(
         What was done, for a tool's ``--json``.
 
     Raises:
-        CheckpointError: not enough space, or what was read back differs from what was written.
+        CheckpointError: an unknown format, not enough space, or what was read back differs from what was written.
     """
+    if to not in ("hf", "torch_dist"):
+        raise CheckpointError(f"{to!r} is not a format of checkpoints", fix="give hf or torch_dist")
     dtypes = source.dtypes if dtype is None else dict.fromkeys(source.dtypes, dtype)
     nbytes = total_bytes(source.shape, dtypes)
     config = config_for(shape_to_hf_config(source.shape, source.config), dtypes.values())

@@ -162,7 +162,7 @@ def _scale_runs(
         raise CheckpointError(
             f"{weight.fused.name}: gate and up share blocks of {block[0]} rows of FP8 scales",
             where=str(path),
-            fix="use the checkpoint in bf16 that it was made of",
+            fix="use the checkpoint in bf16 that it was made from",
         )
     return [slice(run.start // block[0], -(-run.stop // block[0])) for run in runs]
 

@@ -62,7 +62,7 @@ def mlx_layout(where: str) -> CheckpointError:
     return CheckpointError(
         "is in MLX's layout: experts under switch_mlp, convolutions transposed, norms of Qwen3-Next shifted by 1",
         where=where,
-        fix="get the checkpoint that it was made of, as transformers has it",
+        fix="get the checkpoint that it was converted from, in transformers' format",
     )
 
 

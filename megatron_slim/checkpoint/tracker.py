@@ -52,7 +52,7 @@ def _iterations(directory: Path) -> dict[int, Path]:
 def _advice(directory: Path, complete: list[int]) -> str:
     tracker = directory / TRACKER
     if not complete:
-        return f"there is no complete checkpoint next to it: remove {tracker} to start anew"
+        return f"there is no complete checkpoint next to it: remove {tracker} to start a new run"
     numbers = " or ".join(map(str, complete))
     return f"to resume from a complete checkpoint write {numbers} into {tracker}"
 
@@ -113,7 +113,7 @@ def _wait_for(tracker: Path) -> None:
     deadline = time.monotonic() + SECONDS_FOR_TRACKER
     while not tracker.is_file() or not tracker.read_text().strip():
         if time.monotonic() > deadline:
-            raise CheckpointError("rank 0 did not repair it", where=str(tracker), fix="see what rank 0 says")
+            raise CheckpointError("rank 0 did not repair it", where=str(tracker), fix="see the error of rank 0")
         time.sleep(0.1)
 
 

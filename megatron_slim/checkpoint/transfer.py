@@ -194,7 +194,9 @@ def _outcomes(pipes: list[Connection], advance: Callable[[int], None]) -> Iterat
             try:
                 kind, value = pipe.recv()
             except EOFError:
-                raise SlimError("a writing process was killed", fix="is there enough memory?") from None
+                raise SlimError(
+                    "a writing process was killed", fix="check the memory, or give fewer --processes"
+                ) from None
             if kind == "progress":
                 advance(value)
             elif kind == "done":

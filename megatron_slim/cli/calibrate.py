@@ -1,4 +1,4 @@
-"""Measure what pruning decides by: importances of hidden dimensions, layers, experts, neurons and heads.
+"""Measure what pruning is based on: importances of hidden dimensions, layers, experts, neurons and heads.
 
 One process streams through the model; under megatron-slim torchrun the model is sharded over all processes.
 """

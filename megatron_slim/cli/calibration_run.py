@@ -51,20 +51,20 @@ def add_calibration_arguments(parser: argparse.ArgumentParser, *, required: bool
         help="prefix of a Megatron .bin/.idx pair, or a .npy integer matrix [samples, sequence] used as it is",
     )
     group.add_argument(
-        "--num-samples", type=positive, metavar="N", help="samples, drawn at random (.bin: 1024 if not given)"
+        "--num-samples", type=positive, metavar="N", help="samples, drawn at random (default: 1024 from .bin)"
     )
     group.add_argument(
-        "--seq-length", type=positive, metavar="N", help="tokens per sample (.bin: at most 4096 if not given)"
+        "--seq-length", type=positive, metavar="N", help="tokens per sample (default: at most 4096 from .bin)"
     )
     group.add_argument("--seed", type=not_negative, metavar="N", default=1234, help="seed of the random choice")
     group.add_argument(
-        "--micro-batch-size", type=positive, metavar="N", help="samples in one forward pass (about 4096 tokens)"
+        "--micro-batch-size", type=positive, metavar="N", help="samples per forward pass (default: about 4096 tokens)"
     )
     group.add_argument(
         "--work-dir",
         type=Path,
         metavar="DIR",
-        help="keep hidden states here, not in memory, and progress: the same command resumes after a kill",
+        help="keep hidden states and progress on disk here: the same command resumes after a kill",
     )
 
 

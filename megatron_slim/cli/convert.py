@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="format of the result; the other one if not given. The same one takes a reason: --dequantize-fp8, "
         "--expert-storage, --without-mtp or --dtype",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="cast every tensor; if not given, each keeps its type")
+    parser.add_argument("--dtype", choices=DTYPES, help="cast every tensor (default: each keeps its type)")
     add_write_arguments(parser)
 
 

@@ -1,7 +1,8 @@
 """Train or distil: start the processes of a run, here (torchrun), on several machines, or as a Slurm job.
 
 Runs pretrain_distill.sh, whose variables are the arguments below: TEACHER is --teacher. A variable of the environment
-counts where its argument is not given. All other arguments go to Megatron as they are, and win.
+is used where its argument is not given. All other arguments go to Megatron unchanged and take precedence;
+`megatron-slim pretrain --help` lists those of distillation.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ SCRIPT = "pretrain_distill.sh"
 # Variables of the script by group: kind of value, and help.
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "models and data": {
-        "STUDENT": ("DIR", "checkpoint to start from, torch_dist or Hugging Face"),
-        "HF_CONFIG": ("DIR", "instead of --student: the config.json of a student with random weights"),
-        "TEACHER": ("DIR", "checkpoint of the teacher; without one it is LM + MTP-LM training"),
-        "DATA": ("PREFIX ...", "training data: a .bin/.idx prefix, or weights and prefixes"),
+        "STUDENT": ("DIR", "checkpoint to start from, either format"),
+        "HF_CONFIG": ("DIR", "in place of --student: directory of a config.json, for random weights"),
+        "TEACHER": ("DIR", "checkpoint of the teacher, either format; without it the run is LM + MTP-LM training"),
+        "DATA": ("PREFIX ...", "training data: .bin/.idx prefixes, or weights and prefixes"),
         "VALID_DATA": ("PREFIX ...", "validation data; without it a part of --data is set aside"),
         "SAVE": ("DIR", "checkpoints and logs; a run found there is resumed"),
     },
@@ -29,13 +30,13 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "TP": ("N", "tensor parallel size (1)"),
         "PP": ("N", "pipeline parallel size (1)"),
         "EP": ("N", "expert parallel size (1)"),
-        "NPROC_PER_NODE": ("N", "processes of a machine (its GPUs, or TP x PP x EP)"),
-        "NNODES": ("N", "machines (1)"),
-        "NODE_RANK": ("K", "which of the machines this is (0)"),
-        "MASTER_ADDR": ("HOST", "the first machine (127.0.0.1)"),
-        "MASTER_PORT": ("PORT", "its port (29500)"),
-        "LAUNCHER": ("NAME", "torchrun, or slurm: submit a job"),
-        "SETTINGS": ("NAME", "sizes for a number of GPUs: a file, or h100_8, h100_64, h100_256, h200_8, ..."),
+        "NPROC_PER_NODE": ("N", "processes of a machine (one for each GPU; without GPUs TP x PP x EP)"),
+        "NNODES": ("N", "number of machines (1)"),
+        "NODE_RANK": ("K", "number of this machine, from 0 (0)"),
+        "MASTER_ADDR": ("HOST", "address of the first machine (127.0.0.1)"),
+        "MASTER_PORT": ("PORT", "port of the first machine (29500)"),
+        "LAUNCHER": ("NAME", "torchrun, or slurm to submit a job (torchrun)"),
+        "SETTINGS": ("NAME", "layout and batch of h100_8, h100_64, h100_256, h200_8, h200_64 or h200_256; or a file"),
         "IMAGE": ("IMAGE", "container of a Slurm job: *.sif for apptainer, anything else for pyxis"),
         "MOUNTS": ("PATHS", "more paths for the container, comma-separated"),
     },
@@ -45,14 +46,14 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "GLOBAL_BATCH_SIZE": ("N", "samples of a step (1024)"),
         "TRAIN_ITERS": ("N", "steps (95368: 400B tokens)"),
         "LR": ("X", "learning rate (4e-4)"),
-        "MIN_LR": ("X", "its end (3e-5)"),
+        "MIN_LR": ("X", "learning rate at the end (3e-5)"),
         "LR_WARMUP_ITERS": ("N", "warm-up steps (2000, or a tenth of a short run)"),
         "SAVE_INTERVAL": ("N", "steps between checkpoints (1000)"),
         "EVAL_INTERVAL": ("N", "steps between validations (1000)"),
         "EVAL_ITERS": ("N", "steps of a validation (10)"),
         "LOG_INTERVAL": ("N", "steps between lines of the log (10)"),
         "PRECISION": ("TYPE", "bf16 or fp32 (bf16 on GPUs, else fp32)"),
-        "PROGRESSIVE": ("", "the student is that of one phase of a recipe: use the schedule of all phases"),
+        "PROGRESSIVE": ("", "the student is that of one phase of a recipe: use one schedule for all phases"),
         "DRY_RUN": ("", "print the commands and do nothing"),
     },
 }

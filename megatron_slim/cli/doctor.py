@@ -54,11 +54,11 @@ def diagnose(args: argparse.Namespace) -> dict[str, Any]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument("--disk", type=Path, default=Path("."), metavar="DIR", help="where outputs will go")
+    parser.add_argument("--disk", type=Path, default=Path("."), metavar="DIR", help="check free space here")
     run = parser.add_argument_group("inputs and outputs of a run, as distill takes them")
     run.add_argument("--data", nargs="+", default=[], metavar="PREFIX", help="prefixes, or weights and prefixes")
-    run.add_argument("--checkpoint", type=Path, metavar="DIR", help="student, or the directory of a run")
-    run.add_argument("--teacher", type=Path, metavar="DIR", help="teacher")
+    run.add_argument("--checkpoint", type=Path, metavar="DIR", help="that of the student, or of a run")
+    run.add_argument("--teacher", type=Path, metavar="DIR", help="checkpoint of the teacher")
     run.add_argument("--save", type=Path, metavar="DIR", help="directory of the run")
     run.add_argument("--without-mtp", action="store_true", help="train the student without its MTP block")
     run.add_argument("--teacher-without-mtp", action="store_true", help="use the teacher without its MTP block")

@@ -30,12 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prefix of a Megatron .bin/.idx pair, or a .npy integer matrix [samples, sequence], used as it is",
     )
     parser.add_argument("--seq-length", type=positive, metavar="N", help="tokens per sample; needed with .bin/.idx")
-    parser.add_argument(
-        "--num-samples", type=positive, metavar="N", help="samples to choose at random; all if not given"
-    )
+    parser.add_argument("--num-samples", type=positive, metavar="N", help="samples, drawn at random (default: all)")
     parser.add_argument("--seed", type=not_negative, default=0, metavar="N", help="seed of the random choice")
     parser.add_argument("--micro-batch-size", type=positive, default=1, metavar="N", help="samples in one forward pass")
-    parser.add_argument("--dtype", choices=DTYPES, help="if not given, bf16 on a GPU and fp32 on a CPU")
+    parser.add_argument("--dtype", choices=DTYPES, help="type to compute in (default: bf16 on a GPU, fp32 on a CPU)")
     parser.add_argument(
         "--record",
         action="store_true",

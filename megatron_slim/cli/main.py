@@ -17,16 +17,16 @@ COMMANDS = {
     "recipes": "list the recipes that come with the package",
     "preprocess": "tokenize text into Megatron's .bin/.idx",
     "convert": "convert between Hugging Face and torch_dist, bit for bit",
-    "calibrate": "measure the importances that pruning decides by",
+    "calibrate": "measure the importances that pruning is based on",
     "plan": "make a pruning plan from a recipe and statistics",
     "show-plan": "show a plan as tables, and as a page with pictures",
     "prune": "calibrate, plan, prune and verify in one command",
     "plan-parallelism": "find the parallel layouts that fit a number of GPUs",
     "distill": "train or distil: start the processes of a run",
     "show-run": "show a training run as tables and as a picture",
-    "evaluate": "loss and perplexity of a checkpoint, main head and MTP",
+    "evaluate": "measure loss and perplexity of a checkpoint, main head and MTP",
     "pretrain": "one process of a training run, started by distill",
-    "torchrun": "torchrun with exit codes that tell what happened",
+    "torchrun": "torchrun with exit codes that distinguish errors",
 }
 
 

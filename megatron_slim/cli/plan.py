@@ -21,11 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="statistics, or the pruned checkpoint that keeps them",
+        help="statistics, or a pruned checkpoint that has them",
     )
     parser.add_argument("--recipe", type=Path, required=True, metavar="RECIPE", help=RECIPE_HELP)
     add_phase_argument(parser)
-    parser.add_argument("--save", type=Path, required=True, metavar="FILE", help="new file, plan.json")
+    parser.add_argument("--save", type=Path, required=True, metavar="FILE", help="new file, such as plan.json")
     add_search_arguments(parser)
 
 

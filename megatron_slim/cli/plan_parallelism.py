@@ -36,23 +36,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("models")
     student = models.add_mutually_exclusive_group(required=True)
     student.add_argument("--recipe", type=Path, metavar="RECIPE", help=RECIPE_HELP)
-    student.add_argument("--plan", type=Path, metavar="FILE", help="plan.json of a pruning, which knows both models")
-    student.add_argument("--hf-config", type=Path, metavar="DIR", help="whose config.json gives the student")
-    what = "of a recipe with phases"
+    student.add_argument("--plan", type=Path, metavar="FILE", help="plan.json of a pruning, for both models")
+    student.add_argument("--hf-config", type=Path, metavar="DIR", help="directory of the student's config.json")
+    what = "phase of a recipe with phases, from 1"
     models.add_argument("--phase", "--stage", type=positive, metavar="K", action=PhaseAction, help=what)
-    models.add_argument("--teacher-config", type=Path, metavar="DIR", help="whose config.json gives the teacher")
-    models.add_argument("--no-teacher", action="store_true", help="plan training without one")
+    models.add_argument("--teacher-config", type=Path, metavar="DIR", help="directory of the teacher's config.json")
+    models.add_argument("--no-teacher", action="store_true", help="plan training without a teacher")
+    models.add_argument("--without-mtp", action="store_true", help="leave the student's MTP block out, as in training")
     models.add_argument(
-        "--without-mtp", action="store_true", help="as of training: the student's MTP block is left out"
-    )
-    models.add_argument(
-        "--teacher-without-mtp", action="store_true", help="the teacher's, or that of what a recipe prunes"
+        "--teacher-without-mtp", action="store_true", help="the same for the teacher, or the source of a recipe"
     )
 
     hardware = parser.add_argument_group("hardware")
-    hardware.add_argument("--gpus", type=positive, required=True, metavar="N", help="how many in all")
-    hardware.add_argument("--gpu-type", choices=sorted(GPUS), default="h100", help="of which kind")
-    hardware.add_argument("--gpus-per-node", type=positive, metavar="N", help="that NVLink connects (default: 8)")
+    hardware.add_argument("--gpus", type=positive, required=True, metavar="N", help="number of GPUs")
+    hardware.add_argument("--gpu-type", choices=sorted(GPUS), default="h100", help="type of GPU")
+    hardware.add_argument("--gpus-per-node", type=positive, metavar="N", help="GPUs that NVLink connects (default: 8)")
     hardware.add_argument(
         "--assume",
         nargs="+",
@@ -62,16 +60,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     run = parser.add_argument_group("the run")
-    run.add_argument("--tokens", metavar="T", help=f"to train: 400B, 4e10 (default: the phase's, else {TOKENS})")
+    run.add_argument(
+        "--tokens", metavar="T", help=f"training tokens, such as 4e10 (default: the phase's, else {TOKENS})"
+    )
     run.add_argument(
         "--seq-length", type=positive, metavar="S", help=f"tokens of a sample (default: {SCRIPT.seq_length})"
     )
-    run.add_argument("--global-batch-size", type=positive, default=SCRIPT.global_batch, help="samples of a step")
-    run.add_argument("--precision", choices=("bf16", "fp32"), default=SCRIPT.precision, help="of weights")
-    run.add_argument("--kd-loss", choices=KD_LOSSES, default=SCRIPT.kd_loss, help="loss")
-    run.add_argument("--loss-chunk-size", type=positive, default=SCRIPT.loss_chunk, help="tokens of a chunk of logits")
+    run.add_argument(
+        "--global-batch-size", type=positive, default=SCRIPT.global_batch, metavar="N", help="samples per step"
+    )
+    run.add_argument("--precision", choices=("bf16", "fp32"), default=SCRIPT.precision, help="type of the weights")
+    run.add_argument("--kd-loss", choices=KD_LOSSES, default=SCRIPT.kd_loss, help="distillation loss")
+    run.add_argument(
+        "--loss-chunk-size", type=positive, default=SCRIPT.loss_chunk, metavar="N", help="tokens per chunk of logits"
+    )
 
-    search = parser.add_argument_group("what is tried", "each takes several values; default: powers of two")
+    search = parser.add_argument_group(
+        "layouts to try", "each takes several values; default: powers of two, and the least recomputation that fits"
+    )
     for flag, what in (
         ("--tp", "tensor parallel sizes"),
         ("--pp", "pipeline parallel sizes"),
@@ -82,8 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         search.add_argument(flag, type=positive, nargs="+", default=(), metavar="N", help=what)
     search.add_argument("--recompute", choices=tuple(RECOMPUTE), nargs="+", default=(), help="what is recomputed")
 
-    parser.add_argument("--top", type=positive, default=10, metavar="N", help="layouts to show")
-    parser.add_argument("--build", type=int, default=1, metavar="N", help="of these, whose modules are built")
+    parser.add_argument("--top", type=positive, default=10, metavar="N", help="number of layouts to show")
+    parser.add_argument(
+        "--build", type=int, default=1, metavar="N", help="how many of these to check by building modules"
+    )
 
 
 def run_plan(args: argparse.Namespace) -> dict[str, Any]:

@@ -48,7 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tokens.add_argument("--lang", help="language of an installed nltk punkt_tab model; without it Punkt is untrained")
     runtime = parser.add_argument_group("runtime")
     runtime.add_argument(
-        "--workers", type=positive, metavar="N", default=1, help="processes that tokenize; the output is the same"
+        "--workers",
+        type=positive,
+        metavar="N",
+        default=1,
+        help="processes that tokenize; they do not change the output",
     )
     runtime.add_argument("--log-interval", type=positive, metavar="N", help="log a line every N documents")
 

@@ -24,11 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stats",
         type=Path,
         metavar="FILE",
-        help="statistics made before, or a pruned checkpoint that keeps them: nothing is measured",
+        help="existing statistics, or a pruned checkpoint that has them: nothing is measured",
     )
-    parser.add_argument("--plan", type=Path, metavar="FILE", help="a plan made before: nothing is measured or decided")
+    parser.add_argument(
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="an existing plan, or a pruned checkpoint that has one: nothing is measured or decided",
+    )
     parser.add_argument("--to", choices=("hf", "torch_dist"), default="hf", help="format of the result")
-    parser.add_argument("--dry-run", action="store_true", help="measure, plan, print the table, write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="calibrate, plan and print the table; write nothing")
     add_write_arguments(parser)
     add_calibration_arguments(parser, required=False)
     add_search_arguments(parser)

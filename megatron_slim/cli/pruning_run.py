@@ -185,7 +185,7 @@ def _check_phase(schedule: Recipe, number: int | None, source: Checkpoint, *, wh
         raise RecipeError(
             f"phase {number} continues phase {(number or 1) - 1}, but this has {', '.join(found)}",
             where=str(source.path),
-            fix="load what training made of the phase before",
+            fix="give the trained model of the phase before",
         )
     check_later_phases(schedule, number or 1, source.shape, where=where)
 

@@ -28,15 +28,13 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         "--search-data",
         type=Path,
         metavar="DATA",
-        help="evaluate the best candidates, unwritten and untrained, on this .bin/.idx prefix or .npy matrix, and take "
-        "the one of the least loss",
+        help="evaluate the best candidates, without training, on this .bin/.idx prefix or .npy matrix, and take the "
+        "one with the lowest loss",
     )
-    group.add_argument(
-        "--search-samples", type=positive, metavar="N", help="samples to choose at random; all if not given"
-    )
+    group.add_argument("--search-samples", type=positive, metavar="N", help="samples, drawn at random (default: all)")
     group.add_argument("--search-seq-length", type=positive, metavar="L", help="tokens per sample; needed with .bin")
     group.add_argument(
-        "--search-top", type=positive, metavar="K", help=f"how many candidates to evaluate ({DEFAULT_TOP})"
+        "--search-top", type=positive, metavar="K", help=f"how many candidates to evaluate (default: {DEFAULT_TOP})"
     )
 
 

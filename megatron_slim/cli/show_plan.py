@@ -24,12 +24,13 @@ logger = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument("plan", type=Path, metavar="PLAN", help="plan.json, as it lies next to a pruned checkpoint")
+    parser.add_argument("plan", type=Path, metavar="PLAN", help="plan.json, or a pruned checkpoint that has one")
     parser.add_argument(
         "--stats",
         type=Path,
         metavar="FILE",
-        help="the statistics that the plan was made of, or their directory: adds importances to the tables",
+        help="the statistics that the plan was made from, or a pruned checkpoint that has them: adds importances to "
+        "the tables",
     )
     parser.add_argument(
         "--save",

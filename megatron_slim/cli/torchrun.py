@@ -31,6 +31,7 @@ def pass_on(signum: int, frame: FrameType | None) -> None:
 
 def main(argv: Sequence[str], prog: str) -> None:
     """Start the processes and wait for them."""
+    sys.argv[0] = prog  # for torchrun's --help
     signal.signal(signal.SIGTERM, pass_on)
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -1,4 +1,4 @@
-"""A layout as what is pasted in front of and behind ``examples/slimqwen/pretrain_distill.sh`` (no torch)."""
+"""A layout as what is pasted in front of and behind ``megatron-slim distill`` (no torch)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shlex
 from megatron_slim.planning.layouts import RECOMPUTE, Settings, TrainLayout
 
 SCRIPT = "examples/slimqwen/pretrain_distill.sh"
+COMMAND = "megatron-slim distill"  # runs the script, also where no checkout is
 TO_FILL_IN = {"TEACHER": "teacher", "STUDENT": "pruned", "SAVE": "run", "DATA": "corpus_text_document"}
 
 
@@ -76,7 +77,7 @@ def megatron_arguments(layout: TrainLayout, settings: Settings, tokens: int) -> 
 
 
 def command(layout: TrainLayout, settings: Settings, tokens: int, per_node: int, *, has_teacher: bool = True) -> str:
-    """The whole, to paste into a shell at the root of the checkout; models and data are to be filled in.
+    """The whole, to paste into a shell; models and data are to be filled in.
 
     On several nodes it is a Slurm job that asks for so many GPUs: a login node has none that could be counted.
     """
@@ -87,4 +88,4 @@ def command(layout: TrainLayout, settings: Settings, tokens: int, per_node: int,
         fill += ["LAUNCHER=slurm", f"SBATCH_GPUS_PER_NODE={given['NPROC_PER_NODE']}"]
     first, second = words[:5], words[5:]
     lines = [" ".join(fill), " ".join(first), " ".join(second)]
-    return " \\\n  ".join([*lines, f"bash {SCRIPT} {shlex.join(arguments(layout, settings))}"])
+    return " \\\n  ".join([*lines, f"{COMMAND} {shlex.join(arguments(layout, settings))}"])

@@ -124,7 +124,7 @@ def say_unrouted(tensors: Mapping[str, Array], shape: ModelShape) -> None:
     """Tell how many experts no token visited, by block."""
     counts = {block: int((tensors[importance_key(block, "frequency")] == 0).sum()) for block in shape.blocks}
     if found := [f"{count} of {block}" for block, count in counts.items() if count]:
-        logger.info(f"experts that no token visited, whose importances are 0: {summarise(found)}")
+        logger.info(f"experts without a token, whose importances are 0: {summarise(found)}")
 
 
 def not_finite(module: str, checkpoint: Checkpoint) -> CheckpointError:

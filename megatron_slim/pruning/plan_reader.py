@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_slim.architecture.rope import read_rope
 from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.checkpoint.records import PLAN
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json
 from megatron_slim.pruning.experts import ExpertGroup
@@ -33,9 +34,13 @@ class PlanError(SlimError):
 def load_plan(path: Path) -> Plan:
     """Read and check a plan.
 
+    Args:
+        path: the file, or the directory of a pruned checkpoint, which has it.
+
     Raises:
         PlanError: the file is not a plan, or is one that cannot be applied.
     """
+    path = path / PLAN if path.is_dir() else path
     return parse_plan(read_json(path), where=str(path))
 
 

@@ -133,7 +133,7 @@ def check_statistics(plan: Plan, stats: Statistics, *, where: str) -> None:
         raise PlanError(
             f"the plan follows from other statistics (sha256 {plan.stats_sha256}, these have {stats.sha256})",
             where=where,
-            fix="give those that it was made of",
+            fix="give those that it was made from",
         )
     stats.check(plan.source_shape, plan.source_sha256, where=where)
 

@@ -70,7 +70,7 @@ def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
     if args.verify_integrity:
         _check_integrity(args)
     if "MASTER_ADDR" not in os.environ:
-        raise SlimError("not started by torchrun", fix="use examples/slimqwen/pretrain_distill.sh, or torchrun")
+        raise SlimError("not started by torchrun", fix="use megatron-slim distill, or torchrun")
     if args.rank == 0:
         say_remarks(shape, start, teacher_checkpoint, args)
     return teacher

@@ -94,7 +94,7 @@ def check_projections(found: Checkpoint, args: Any) -> None:
         raise CheckpointError(
             f"was saved {saved}, this run asks for {asked}",
             where=str(found.path),
-            fix="give the same, or start anew from it: --pretrained-checkpoint instead of --load, and another --save",
+            fix="give the same, or start a new run from it: --pretrained-checkpoint in place of --load, another --save",
         )
 
 

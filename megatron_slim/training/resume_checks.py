@@ -25,9 +25,9 @@ from megatron_slim.training.rates import Lengths
 
 SAME_LAYOUT = (
     "resume in the layout it was saved in; in any other after one save with --dist-ckpt-optim-fully-reshardable; or "
-    "give --no-load-optim, which starts the optimizer afresh"
+    "give --no-load-optim, which starts with a new optimizer"
 )
-OTHER_OPTIMIZER = "give what it was saved with, or --no-load-optim, which starts the optimizer afresh"
+OTHER_OPTIMIZER = "give what it was saved with, or --no-load-optim, which starts with a new optimizer"
 OTHER_SCHEDULE = "give what it was saved with, or --override-opt_param-scheduler to continue with what is given"
 # What the default format of the optimizer's state, buckets of a rank, depends on in addition to the model.
 _LAYOUT = {

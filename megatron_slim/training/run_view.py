@@ -40,6 +40,8 @@ def read_run(directory: Path) -> dict[str, dict[int, float]]:
     Raises:
         SlimError: there are none.
     """
+    if not directory.is_dir():
+        raise SlimError("no such directory", where=str(directory), fix="give SAVE or the --tensorboard-dir")
     events = directory / "tensorboard" if (directory / "tensorboard").is_dir() else directory
     if not any(events.glob("*tfevents*")):
         raise SlimError("no tensorboard events of a run", where=str(events), fix="give SAVE or the --tensorboard-dir")
@@ -52,7 +54,9 @@ def read_run(directory: Path) -> dict[str, dict[int, float]]:
         points = sorted(accumulator.Scalars(tag), key=lambda point: float(point.wall_time))
         found[tag] = {int(point.step): float(point.value) for point in points}
     if not any(tag.startswith("slim/") for tag in found):
-        raise SlimError("the events hold nothing of slim/", where=str(events), fix="was it another program's run?")
+        raise SlimError(
+            "the events hold nothing of slim/", where=str(events), fix="give a run of megatron-slim distill"
+        )
     return found
 
 

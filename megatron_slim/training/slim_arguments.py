@@ -40,21 +40,21 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     group.add_argument(
         WITHOUT_MTP,
         action="store_true",
-        help="Train the student without an MTP block, whether its checkpoint has one or its config.json only says so.",
+        help="Train the student without an MTP block, even if its checkpoint or its config.json has one.",
     )
     group.add_argument(
         "--progressive-schedule",
         action="store_true",
-        help="The student is that of a phase of a recipe: begin at the iteration at which the phases before it ended, "
-        "and end when its own tokens are done. --train-iters, schedules and the order of the data are those of all "
-        "phases. Default: a run of its own.",
+        help="The student is that of one phase of a recipe: start at the iteration at which the phase before it ended, "
+        "and end when the tokens of this phase are done. --train-iters, schedules and the order of the data are those "
+        "of all phases. Default: a run of its own.",
     )
     group.add_argument(
         "--default-lr-warmup-iters",
         type=int,
         metavar="ITERATIONS",
-        help="Warm-up of the learning rate where no --lr-warmup-... is given; a tenth of the run where the run is no "
-        "longer than that. Default: none.",
+        help="Warm-up of the learning rate where no --lr-warmup-... is given. A run that is not longer than this warms "
+        "up over a tenth of its iterations. Default: none.",
     )
     _add_teacher(group)
     _add_losses(group)
@@ -62,13 +62,14 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     group.add_argument(
         "--peak-tflops",
         type=float,
-        help="Dense peak of one GPU in 1e12 operations per second, of which the log says what part is used (MFU). "
-        "Default: what the data sheet of an A100, H100, H200 or B200 says for bf16, or FP8; others, and CPUs: none.",
+        help="Dense peak of one GPU in TFLOP/s, for the MFU in the log. Default: that of the data sheet of an A100, "
+        "H100, H200 or B200, in bf16 or FP8; none for other GPUs and CPUs.",
     )
     group.add_argument(
         "--no-teacher-check",
         action="store_true",
-        help="Train even if the teacher's cross entropy on the first batch is no better than guessing.",
+        help="Skip both checks of the teacher before the first step: better than guessing on the first batch, and "
+        "equal to its recorded losses.",
     )
     return parser
 
@@ -80,17 +81,17 @@ def _add_teacher(group: Any) -> None:
         type=Path,
         help="Teacher checkpoint, Hugging Face or torch_dist. Without it the run is plain LM + MTP-LM training.",
     )
-    group.add_argument("--teacher-without-mtp", action="store_true", help=f"The same as {WITHOUT_MTP} of the teacher.")
+    group.add_argument("--teacher-without-mtp", action="store_true", help="Use the teacher without its MTP block.")
     group.add_argument(
         "--teacher-dtype",
         choices=("fp32", "bf16", "fp16", "fp8"),
-        help="What the teacher's weights are kept and used in; fp8: kept in bf16, multiplied in FP8. Default: as the "
+        help="Type of the teacher's weights and of its computation; fp8: weights in bf16, GEMMs in FP8. Default: the "
         "student's (--bf16, --fp16, --fp8-format).",
     )
     group.add_argument(
         "--teacher-fp8-recipe",
         choices=TEACHER_RECIPES,
-        help="Scaling of a teacher in FP8. Default: --fp8-recipe, or tensorwise if that is delayed, which needs "
+        help="FP8 scaling of the teacher. Default: --fp8-recipe, or tensorwise if that is delayed, which needs "
         "backward passes.",
     )
     group.add_argument(
@@ -98,25 +99,25 @@ def _add_teacher(group: Any) -> None:
         type=int,
         default=0,
         metavar="ITERATIONS",
-        help="Let the teacher compute the batches of so many iterations in one forward pass, before the first of them, "
-        "and keep its last hidden states in host memory. 0: co-located with the student, in its own forward pass.",
+        help="Let the teacher compute the batches of this many iterations ahead, before the first of them, and keep "
+        "its last hidden states in host memory. Default: 0, the teacher computes in each forward pass of the student.",
     )
     group.add_argument(
         "--teacher-offload",
         action="store_true",
-        help="With --teacher-ahead: the teacher's weights are in host memory but during its pass and validation.",
+        help="With --teacher-ahead: keep the teacher's weights in host memory except during its pass and validation.",
     )
     group.add_argument(
         "--pipeline-layout",
         choices=("even", "auto"),
         default="even",
-        help="How layers are divided into pipeline stages: equally many to each, as Megatron does, or so that no stage "
-        "is much slower than the mean; each model has stages of its own. Explicit ones: "
-        "--pipeline-model-parallel-layout for the student and --teacher-pipeline-layout.",
+        help="How the layers of each model are divided into pipeline stages. even (default): the same number in each, "
+        "as Megatron does. auto: balanced by FLOPs. To set the stages yourself, use --pipeline-model-parallel-layout "
+        "for the student and --teacher-pipeline-layout.",
     )
     group.add_argument(
         "--teacher-pipeline-layout",
-        help="The teacher's stages as --pipeline-model-parallel-layout has them: 'Ettt|ttt|tmL'. Default: even ones.",
+        help="The teacher's stages, in the format of --pipeline-model-parallel-layout, such as 'Ettt|ttt|tmL'.",
     )
 
 
@@ -125,33 +126,35 @@ def _add_losses(group: Any) -> None:
     group.add_argument(
         "--mtp-kd-target",
         choices=("teacher-mtp", "teacher-main"),
-        help="What supervises an MTP head: the teacher's MTP head, or its main head further on. "
-        "Default: the teacher's MTP head where it has one.",
+        help="What supervises an MTP head: the teacher's MTP head, or its main head at the later position. Default: "
+        "the teacher's MTP head where it has one.",
     )
     group.add_argument(
         "--kd-loss",
         choices=KD_LOSSES,
         default=DEFAULTS.kd_loss,
-        help="What distillation minimises, for main and MTP heads; docs/distillation.md has the formulas.",
+        help=f"Divergence between student and teacher, of main and MTP heads; docs/distillation.md has the formulas. "
+        f"Default: {DEFAULTS.kd_loss}.",
     )
     group.add_argument(
         "--kd-temperature",
         type=float,
         default=DEFAULTS.kd_temperature,
-        help="T of both softmaxes in the distillation loss, which is multiplied by T^2. LM losses are at 1.",
+        help="Temperature T of both softmaxes in the distillation losses, which are multiplied by T^2. LM losses use "
+        f"1. Default: {DEFAULTS.kd_temperature:g}.",
     )
     group.add_argument(
         "--kd-top-k",
         type=int,
-        help=f"With --kd-loss top-k: how many of the teacher's tokens count one by one. Default: {DEFAULTS.kd_top_k}.",
+        help=f"With --kd-loss top-k: number of the teacher's most probable tokens. Default: {DEFAULTS.kd_top_k}.",
     )
     group.add_argument(
         "--loss-chunk-size",
         type=int,
         help="Tokens whose logits are in memory at once. Default: 512 on a CPU, 1024 on a GPU.",
     )
-    for name, default in (("kd-lambda", DEFAULTS.kd_lambda), ("mtp-beta", DEFAULTS.mtp_beta)):
-        _add_schedule(group, name, default, "SlimQwen section 3.3.")
+    _add_schedule(group, "kd-lambda", DEFAULTS.kd_lambda, "lambda, the weight of KD against LM (SlimQwen section 3.3)")
+    _add_schedule(group, "mtp-beta", DEFAULTS.mtp_beta, "beta, the weight of the MTP losses (SlimQwen section 3.3)")
 
 
 def _add_hidden_states(group: Any) -> None:
@@ -161,22 +164,24 @@ def _add_hidden_states(group: Any) -> None:
         type=parse_layer_pairs,
         default=(),
         metavar="S:T,...",
-        help="Layers of the student, and for each a layer of the teacher whose hidden states supervise it through a "
-        "trained projection; both from 0, as in model.layers.N, and in one pipeline stage. Default: none.",
+        help="Pairs of layers, student:teacher, whose hidden states are compared through a trained projection. Layers "
+        "count from 0, as in model.layers.N; both must be in one pipeline stage. Default: none.",
     )
     group.add_argument(
         "--hidden-kd-loss",
         choices=HIDDEN_LOSSES,
         default=DEFAULTS.hidden_kd_loss,
-        help="What that minimises: 1 - cosine, or the mean of squared differences.",
+        help=f"1 - cosine of hidden states, or the mean of squared differences. Default: {DEFAULTS.hidden_kd_loss}.",
     )
-    _add_schedule(group, "hidden-kd-weight", DEFAULTS.hidden_kd_weight, "What that loss is multiplied by.")
+    _add_schedule(group, "hidden-kd-weight", DEFAULTS.hidden_kd_weight, "the weight of the loss of hidden states")
 
 
 def _add_schedule(group: Any, name: str, default: Schedule, about: str) -> None:
-    group.add_argument(f"--{name}-schedule", choices=sorted(SHAPES), default=default.shape, help=about)
-    group.add_argument(f"--{name}-start", type=float, default=default.start)
-    group.add_argument(f"--{name}-end", type=float, default=default.end)
+    shape = f"Schedule of {about}. Default: {default.shape}."
+    group.add_argument(f"--{name}-schedule", choices=sorted(SHAPES), default=default.shape, help=shape)
+    for end, value, when in (("start", default.start, "first"), ("end", default.end, "last")):
+        text = f"Its value in the {when} iteration. Default: {value:g}."
+        group.add_argument(f"--{name}-{end}", type=float, metavar="X", default=value, help=text)
 
 
 def now(schedule: Schedule, args: argparse.Namespace) -> float:

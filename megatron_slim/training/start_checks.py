@@ -50,7 +50,7 @@ def check_mtp(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"was saved with an MTP block, this run has {WITHOUT_MTP}",
             where=str(checkpoint.path),
-            fix=f"leave {WITHOUT_MTP} out, or start anew: --pretrained-checkpoint in place of --load, another --save",
+            fix=f"leave {WITHOUT_MTP} out, or start a new run: --pretrained-checkpoint, not --load, and another --save",
         )
 
 
@@ -74,5 +74,5 @@ def check_rows(checkpoint: Checkpoint, args: Any) -> None:
         raise CheckpointError(
             f"saved with a vocabulary padded to {max(other)} rows, this run pads it to {own}",
             where=str(checkpoint.path),
-            fix=f"give --make-vocab-size-divisible-by {max(other)}, or --no-load-optim to start the optimizer afresh",
+            fix=f"give --make-vocab-size-divisible-by {max(other)}, or --no-load-optim to start with a new optimizer",
         )

@@ -66,7 +66,7 @@ def check_teacher(chunks: Sequence[DistillationModel], next_batch: NextBatch, da
         found = _measured(chunks, next_batch, batch, partial(_mean_difference, losses))
         judge_difference(found, tolerance_of(reference, chunks), where)
     elif torch.distributed.get_rank() == 0:
-        logger.info(f"no {REFERENCE} in {where}: its losses are compared with nothing but guessing")
+        logger.info(f"no {REFERENCE} in {where}: its losses are compared with guessing only")
 
 
 def tolerance_of(reference: Reference, chunks: Sequence[DistillationModel]) -> float:

@@ -41,6 +41,7 @@ def run(script: Path, *arguments: str, timeout: float = 60, **variables: str) ->
         ({}, "SAVE is not set"),
         ({"SAVE": "run"}, "DATA is not set"),
         ({"SAVE": "run", "DATA": "text"}, "neither STUDENT nor HF_CONFIG is set"),
+        ({"SAVE": "run", "DATA": "text", "STUDENT": "s", "PRECISION": "fp8"}, "PRECISION=fp8: it is bf16 or fp32"),
     ],
 )
 def test_what_is_missing_is_named(variables: dict[str, str], message: str) -> None:

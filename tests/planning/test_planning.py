@@ -17,7 +17,7 @@ from benchmarks.pipeline_simulator import Pipeline, simulate
 from megatron_slim.architecture.published import MODELS
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import RecipeError, SlimError
-from megatron_slim.planning.flags import SCRIPT, command
+from megatron_slim.planning.flags import COMMAND, SCRIPT, command
 from megatron_slim.planning.hardware import GPUS, Assumptions, parse_assumptions
 from megatron_slim.planning.layouts import Settings, TrainLayout, Wanted
 from megatron_slim.planning.memory import Memory, rank_counts
@@ -230,7 +230,7 @@ def test_tables_fit_the_terminal(tool: Any, monkeypatch: pytest.MonkeyPatch, col
     table, _, command = outcome.stdout.partition("to paste")
     assert max(len(line) for line in table.splitlines()) <= columns
     assert "…" not in table and "tok/s/GPU" in table and "0 more fit" in table
-    assert f"bash {SCRIPT} --expert-tensor-parallel-size 1 --pipeline-layout auto" in command
+    assert f"{COMMAND} --expert-tensor-parallel-size 1 --pipeline-layout auto" in command
     assert ("static" in table.split("GB:")[0]) == (columns == 120)
 
 

@@ -32,7 +32,7 @@ def test_same_inputs_same_bytes(plan_for: PlanFor, tmp_path: Path) -> None:
     plan = plan_for(TARGET)
     assert plan.to_json() == plan_for(TARGET).to_json() != plan_for(TARGET, seed=1).to_json()
     plan.save(tmp_path / "plan.json")
-    assert load_plan(tmp_path / "plan.json") == plan
+    assert load_plan(tmp_path / "plan.json") == load_plan(tmp_path) == plan
     assert load_plan(tmp_path / "plan.json").to_json() == plan.to_json() == (tmp_path / "plan.json").read_text()
 
 

@@ -274,7 +274,7 @@ def lose_a_shard(work: Path) -> None:
         (overflowed_ids, "data data", "data.bin: token id -1 is below 0", "preprocess again"),
         (lose_documents, "data data", "data.idx: its documents are sequences 0 to 2, there are 4", "add_index"),
         (tear_tracker, "resume", "latest_checkpointed_iteration.txt", "write 7 into"),
-        (cut_checkpoint, "resume", "incomplete", "to start anew"),
+        (cut_checkpoint, "resume", "incomplete", "to start a new run"),
         (other_vocabulary, "vocabularies", "teacher 256, student 128", "prune the student from its teacher"),
         (lose_a_shard, "checkpoint", "safetensors", ""),
     ],

@@ -71,6 +71,7 @@ def test_tables(tool: Tool, save: Path) -> None:
 
 def test_what_is_not_a_run(tool: Tool, tmp_path: Path) -> None:
     assert "no tensorboard events of a run" in tool("tools/show_run.py", tmp_path).error
+    assert "none: no such directory" in tool("tools/show_run.py", tmp_path / "none").error
     with SummaryWriter(str(tmp_path)) as writer:
         writer.add_scalar("lm loss", 1.0, 1)
     assert "the events hold nothing of slim/" in tool("tools/show_run.py", tmp_path).error

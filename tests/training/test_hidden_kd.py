@@ -120,7 +120,11 @@ def test_fp16_follows_fp32(workplace, alone) -> None:  # type: ignore[no-untyped
 @pytest.mark.parametrize(
     ("pairs", "flags", "message"),
     [
-        ("", {}, f"was saved with --hidden-kd-layers {PAIRS}, this run asks for none; give the same, or start anew"),
+        (
+            "",
+            {},
+            f"was saved with --hidden-kd-layers {PAIRS}, this run asks for none; give the same, or start a new run",
+        ),
         ("1:1", {"no_load_optim": True}, f"was saved with --hidden-kd-layers {PAIRS}, this run asks for 1:1"),
         ("1:0", {}, "this run asks for 1:0"),
         ("1:0", {"no_load_optim": True}, None),
