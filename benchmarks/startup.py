@@ -28,7 +28,6 @@ ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "tools"
 RECIPE = ROOT / "examples" / "slimqwen" / "recipes" / "qwen3_next_80a3b_to_23a2b.yaml"
 GROUPS = ("import", "help", "convert", "evaluate", "plan")
-NO_HELP_OF_ITS_OWN = ("torchrun",)  # its help is that of torch's torchrun, which imports torch
 # What an evaluation on a CPU needs, in the order in which it imports it.
 EVALUATION = (
     "import torch; import megatron_slim.evaluation.perplexity; from megatron_slim import device; "
@@ -64,7 +63,7 @@ def commands(groups: list[str], work: Path) -> Commands:
     if "import" in groups:
         found["import megatron_slim"] = nothing, python("-c", "import megatron_slim")
     if "help" in groups:
-        for name in ("", *(command for command in COMMANDS if command not in NO_HELP_OF_ITS_OWN)):
+        for name in ("", *COMMANDS):
             found[f"{name} --help".strip()] = nothing, python("-m", "megatron_slim", *name.split(), "--help")
     if "convert" in groups:
         found["import torch"] = nothing, python("-c", "import torch")

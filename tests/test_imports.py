@@ -166,7 +166,7 @@ def test_tools_load_nothing_heavy_before_they_run(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in TOOLS if path.name != "torchrun.py"],  # its help is torchrun's
+    TOOLS,
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_help_works_from_any_directory(path: Path, tmp_path: Path) -> None:

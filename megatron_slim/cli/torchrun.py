@@ -31,6 +31,10 @@ def pass_on(signum: int, frame: FrameType | None) -> None:
 
 def main(argv: Sequence[str], prog: str) -> None:
     """Start the processes and wait for them."""
+    if argv[:1] in (["-h"], ["--help"]):
+        print(f"usage: {prog} [arguments of torchrun] SCRIPT [its arguments]\n\n{__doc__}")
+        print("`python -m torch.distributed.run --help` lists the arguments of torchrun.")
+        return
     sys.argv[0] = prog  # for torchrun's --help
     signal.signal(signal.SIGTERM, pass_on)
     from torch.distributed import run
