@@ -38,4 +38,4 @@ def main(argv: Sequence[str], prog: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:], "pretrain")
+    main(sys.argv[1:], "megatron-slim pretrain")

@@ -159,8 +159,8 @@ EXPERT_COLUMNS = (
     *("least kept", "best gone"),
 )
 EXPERT_NOTE = (
-    "kept: survivors, unchanged: those of them that are bit for bit what they were, absorbed: experts merged into a "
-    "survivor, dropped: experts of which nothing is left, largest: group of merged experts; importance, routing: share "
+    "kept: survivors, unchanged: survivors that absorb nothing, bit for bit, absorbed: experts merged into a "
+    "survivor, dropped: removed experts, largest: the most experts merged into one; importance, routing: share "
     "that the survivors had of all; least kept, best gone: expert and importance on either side of the cut."
 )
 

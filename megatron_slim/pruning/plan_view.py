@@ -194,7 +194,7 @@ def depth_reason(plan: Plan, stats: Statistics | None) -> str:
     dropped, method = dropped_layers(plan), plan.recipe.depth.method
     if not dropped:
         return "all layers stay"
-    count = f"{len(dropped)} of {plan.source_shape.num_layers} layers go"
+    count = f"{len(dropped)} of {plan.source_shape.num_layers} layers are removed"
     if method == "last":
         return f"{count}: the last ones"
     if method == "adjacent_cosine":

@@ -81,7 +81,7 @@ def test_tables_hold_the_same_numbers(plan_for: Callable[..., Plan], stats: Stat
     tables = {section.title: section for section in sections(plan, stats)}
     assert all(len(row) == len(section.columns) for section in tables.values() for row in section.rows)
     assert [row[0] for row in tables["Removed layers"].rows] == ["5", "6", "7"]
-    assert tables["Removed layers"].note == "3 of 8 layers go: the last ones"
+    assert tables["Removed layers"].note == "3 of 8 layers are removed: the last ones"
     first = dict(zip(tables["Experts by block"].columns, tables["Experts by block"].rows[0], strict=True))
     numbers = summary(plan, stats)["experts"][0]
     assert first["importance"] == f"{numbers['importance_share']:.1%}"
