@@ -19,7 +19,6 @@ import psutil
 import torch
 from torch import Tensor
 
-from megatron_slim import device
 from megatron_slim.architecture.shape import FAMILIES, ModelShape, layer_pattern, shape_to_hf_config, unused_fields
 from megatron_slim.architecture.table import hf_tensors
 from megatron_slim.checkpoint.dtype_names import dtype_name
@@ -230,7 +229,8 @@ def _kill(ranks: list[BaseProcess]) -> None:
 
 def write_tokens(prefix: Path, documents: Iterable[Any], dtype: str = "int32") -> None:
     """A data set of Megatron's, by its own writer, with a document for every array of token ids."""
-    device.install()
+    import megatron_slim.mcore
+
     import numpy as np
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 

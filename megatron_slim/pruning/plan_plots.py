@@ -110,9 +110,9 @@ def _heatmap(figure: Any, axes: Any, plan: Plan, stats: Statistics) -> None:
     gone = dropped_layers(plan)
     axes.hlines(gone, 0.5, sorted_BE.shape[1] + 0.5, color="white", alpha=0.5, linewidth=1.0)
     _label_blocks(axes, blocks, frozenset(gone))
-    struck = "; layers that go are struck out" if gone else ""
+    struck = "; removed layers are struck out" if gone else ""
     axes.set(
-        title=f"Experts by {kind}, relative to the mean of the block (red line: those that survive end here{struck})",
+        title=f"Experts by {kind}, relative to the mean of the block (red line: kept experts end here{struck})",
         xlabel="rank of the expert in its block",
         ylabel="block",
     )
@@ -134,7 +134,7 @@ def _cumulative(axes: Any, experts: Sequence[Axis]) -> None:
     reached = float(np.mean(curves, axis=0)[kept])
     axes.axvline(kept, color=CUT_COLOUR, label=f"{kept} kept: {reached:.1%}")
     axes.plot([0, experts[0].size], [0, 1], color="grey", linestyle=":", label="all alike")
-    axes.set(title="Importance that survivors had", xlabel="experts kept", ylabel="share of a block's importance")
+    axes.set(title="Kept share of the importance", xlabel="experts kept", ylabel="share of a block's importance")
     axes.legend(fontsize="small", loc="lower right")
     axes.margins(x=0.01)
 
@@ -148,7 +148,7 @@ def _shares(axis: Axis) -> npt.NDArray[np.float64]:
 
 
 def _layers(axes: Any, plan: Plan, stats: Statistics) -> None:
-    """What every layer does to its input, with those that go shaded."""
+    """What every layer does to its input, with removed layers shaded."""
     indices = np.arange(plan.source_shape.num_layers)
     handles = []
     other = axes.twinx()
@@ -158,12 +158,12 @@ def _layers(axes: Any, plan: Plan, stats: Statistics) -> None:
         where.set_ylabel(kind, color=colour)
         where.tick_params(axis="y", colors=colour)
     for layer in dropped_layers(plan):
-        band = axes.axvspan(layer - 0.5, layer + 0.5, color=CUT_COLOUR, alpha=0.15, linewidth=0, label="goes")
+        band = axes.axvspan(layer - 0.5, layer + 0.5, color=CUT_COLOUR, alpha=0.15, linewidth=0, label="removed")
     if dropped_layers(plan):
         handles.append(band)
     positions = label_positions(len(indices))
     axes.set_xticks(positions, positions, fontsize="small")
-    axes.set(title=f"What a layer does to its input (depth: {plan.recipe.depth.method})", xlabel="layer")
+    axes.set(title=f"Effect of a layer on its input (depth: {plan.recipe.depth.method})", xlabel="layer")
     axes.margins(x=0.01, y=0.22)
     other.margins(x=0.01, y=0.22)
     axes.legend(handles=handles, fontsize="small", loc="upper center", ncols=3)
@@ -206,7 +206,7 @@ def _experts(plan: Plan, stats: Statistics) -> Any:
         "routing (frequency)": [block.routing_share for block in blocks],
     }.items():
         right.plot([np.nan if value is None else value for value in values], rows, "o-", markersize=4, label=label)
-    right.set(title="Share that survivors had of all", xlim=(0, 1.02))
+    right.set(title="Kept share of the importance", xlim=(0, 1.02))
     right.grid(axis="x", alpha=0.4)
     _legend_below(right, height)
     left.set_ylim(len(blocks) - 0.5, -0.5)
