@@ -166,7 +166,7 @@ def test_what_is_not_yaml_is_refused(content: bytes, tmp_path: Path) -> None:
         load_recipe(path)
     with pytest.raises(RecipeError, match="no such file"):
         load_recipe(tmp_path / "none.yaml")
-    with pytest.raises(RecipeError, match="not readable"):
+    with pytest.raises(RecipeError, match="is a directory"):
         load_recipe(tmp_path)
 
 

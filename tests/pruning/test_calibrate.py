@@ -85,7 +85,7 @@ def test_experts_that_no_token_visits_are_reported_by_block(tmp_path: Path, capl
     caplog.set_level(logging.INFO)
     shape = tiny_shape(num_moe_experts=16, mtp_num_layers=0)
     _, stats = calibrated(tmp_path / "hf", shape, np.zeros((1, 2), dtype=np.int64))
-    (line,) = [line for line in caplog.messages if line.startswith("experts that no token")]
+    (line,) = [line for line in caplog.messages if line.startswith("experts without a token")]
     for block in shape.blocks:
         count = int((stats.tensors[statistics.importance_key(block, "reap")] == 0).sum())
         assert count >= 12 and f"{count} of {block}" in line

@@ -362,7 +362,7 @@ def test_phase_after_phase_gives_the_final_sizes(
     assert one.shape == source.shape.replace(num_layers=6, layer_types=source.shape.layer_types[:6])
     given = ("--load", source.path, "--recipe", work / "recipe.yaml", "--stats", work / "stats", "--phase", 2)
     for command in ((PRUNE, "--save", work / "late"), (PLAN, "--save", work / "late.json")):
-        assert "phase 2 continues phase 1, but this has num_layers 8, not 6; load" in tool(*command, *given).error
+        assert "phase 2 continues phase 1, but this has num_layers 8, not 6; give" in tool(*command, *given).error
     random_stats(one).save(work / "stats-of-one")
     assert prune(tool, one, work, "--phase", 2, "--stats", work / "stats-of-one", save="two").code == 0
     two = HFCheckpoint.open(work / "two").shape
