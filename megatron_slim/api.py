@@ -8,7 +8,6 @@ without one it is logged). All errors that a caller can fix are `SlimError`.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -21,7 +20,6 @@ from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import ParameterCount, count_parameters
 from megatron_slim.checkpoint.convert import Checkpoint, log_left_out, open_checkpoint, write_checkpoint
 from megatron_slim.checkpoint.reference import carry_reference
-from megatron_slim.checkpoint.remarks import remarks
 from megatron_slim.device import default_dtype
 from megatron_slim.errors import SlimError
 from megatron_slim.files import refuse_existing
@@ -47,7 +45,6 @@ if TYPE_CHECKING:
 StrPath: TypeAlias = str | os.PathLike[str]
 Format: TypeAlias = Literal["hf", "torch_dist"]
 
-logger = logging.getLogger(__name__)
 __all__ = [
     "Checkpoint",
     "ModelShape",
@@ -276,15 +273,19 @@ def evaluate(
         DataError: the data do not suit the model.
         CheckpointError: a loss is not finite.
     """
-    from megatron_slim.evaluation.perplexity import evaluate as measure
-    from megatron_slim.evaluation.perplexity import read_evaluation_data
+    from megatron_slim.evaluation.perplexity import evaluate_on
 
-    source, dtype = _opened(checkpoint), dtype or default_dtype()
-    samples = read_evaluation_data(_data(data), source.shape, seq_length=seq_length, num_samples=num_samples, seed=seed)
-    for line in remarks(source, dtype, "evaluation"):
-        logger.info(line)
     with _shown(progress):
-        return measure(source, samples, micro_batch_size=micro_batch_size, dtype=dtype)
+        result, _ = evaluate_on(
+            _opened(checkpoint),
+            _data(data),
+            seq_length=seq_length,
+            num_samples=num_samples,
+            seed=seed,
+            micro_batch_size=micro_batch_size,
+            dtype=dtype or default_dtype(),
+        )
+    return result
 
 
 def figures(plan: Plan, statistics: Statistics) -> dict[str, bytes]:

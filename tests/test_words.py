@@ -115,7 +115,7 @@ def readable(text: str) -> str:
 
 
 def sentences(passage: Passage) -> Iterator[str]:
-    """Sentences of a passage; what ends with an abbreviation's full stop goes on."""
+    """Sentences of a passage; an abbreviation's full stop does not end one."""
     text = re.sub(r"\b(e\.g|i\.e|eq|no|vs|cf)\. ", r"\1 ", readable(passage.text))
     yield from (part for part in re.split(r"(?<=[.!?])[)\"']?\s+(?=[^a-z])", text) if part)
 

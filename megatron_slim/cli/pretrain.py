@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import warnings
@@ -27,7 +26,6 @@ def main(argv: Sequence[str], prog: str) -> None:
 
     sys.argv = [prog, *argv]  # Megatron reads its arguments there
     # What Megatron and torch announce at import is the doctor's to report; what they warn of later stays.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")

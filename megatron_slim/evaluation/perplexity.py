@@ -86,6 +86,23 @@ def evaluate(
     return Evaluation(main, samples.shape[0] * (samples.shape[1] - 1), tuple(mtp), forward.token_losses)
 
 
+def evaluate_on(
+    checkpoint: Checkpoint,
+    data: Path | Tokens,
+    *,
+    seq_length: int | None,
+    num_samples: int | None,
+    seed: int,
+    micro_batch_size: int,
+    dtype: torch.dtype,
+) -> tuple[Evaluation, Tokens]:
+    """`evaluate` on data as a caller gives them, and the samples that they gave; logs what is cast to ``dtype``."""
+    samples = read_evaluation_data(data, checkpoint.shape, seq_length=seq_length, num_samples=num_samples, seed=seed)
+    for line in remarks(checkpoint, dtype, "evaluation"):
+        logger.info(line)
+    return evaluate(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype), samples
+
+
 def evaluate_checkpoint(
     load: Path,
     data: Path,
@@ -110,11 +127,16 @@ def evaluate_checkpoint(
         raise DataError(f"--micro-batch-size {micro_batch_size} is not a positive number")
     checkpoint = open_checkpoint(load, **reading)
     log_left_out(checkpoint)
-    samples = read_evaluation_data(data, checkpoint.shape, seq_length=seq_length, num_samples=num_samples, seed=seed)
     dtype = dtype or device.default_dtype()
-    for line in remarks(checkpoint, dtype, "evaluation"):
-        logger.info(line)
-    result = evaluate(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype)
+    result, samples = evaluate_on(
+        checkpoint,
+        data,
+        seq_length=seq_length,
+        num_samples=num_samples,
+        seed=seed,
+        micro_batch_size=micro_batch_size,
+        dtype=dtype,
+    )
     if record:
         Reference.of(samples.tolist(), result.token_losses, dtype_name(dtype)).save(load)
     return {

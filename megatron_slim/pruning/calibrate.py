@@ -77,7 +77,7 @@ class _Calibration(StreamingForward):
     def result(self) -> Statistics:
         """Pass everything through and collect what was measured."""
         self.run("calibrating")
-        say_unrouted(self.tensors, self.shape)
+        log_unrouted(self.tensors, self.shape)
         self.tensors.update(self.importance.results())
         return Statistics(self.tensors, metadata(self.checkpoint, self.samples.numpy(), self.dtype))
 
@@ -120,8 +120,8 @@ def router_weight(block: str) -> str:
     return f"{block}.mlp.gate.weight"
 
 
-def say_unrouted(tensors: Mapping[str, Array], shape: ModelShape) -> None:
-    """Tell how many experts no token visited, by block."""
+def log_unrouted(tensors: Mapping[str, Array], shape: ModelShape) -> None:
+    """Log how many experts no token visited, by block."""
     counts = {block: int((tensors[importance_key(block, "frequency")] == 0).sum()) for block in shape.blocks}
     if found := [f"{count} of {block}" for block, count in counts.items() if count]:
         logger.info(f"experts without a token, whose importances are 0: {summarise(found)}")

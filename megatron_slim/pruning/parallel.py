@@ -32,7 +32,7 @@ from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.checkpoint.precision import keep_types
 from megatron_slim.device import backend, default_dtype
 from megatron_slim.errors import SlimError
-from megatron_slim.pruning.calibrate import FORWARD_TOKENS, metadata, not_finite, router_weight, say_unrouted
+from megatron_slim.pruning.calibrate import FORWARD_TOKENS, log_unrouted, metadata, not_finite, router_weight
 from megatron_slim.pruning.importance import HiddenImportance, Sums, block_statistics
 from megatron_slim.pruning.recorder import BlockRecorder, NormRecorder, Recorder, block_sizes, norm_sizes
 from megatron_slim.pruning.samples import check_samples
@@ -233,6 +233,6 @@ def _collect(
             tensors.update(block_statistics(block, shape, sums, checkpoint.read(router_weight(block))))
     if not first:
         return None
-    say_unrouted(tensors, shape)
+    log_unrouted(tensors, shape)
     tensors.update(importance.results())
     return Statistics(tensors, metadata(checkpoint, samples, dtype))
