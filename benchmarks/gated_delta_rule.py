@@ -29,12 +29,22 @@ if TYPE_CHECKING:
 
     Rule = Callable[..., tuple[Tensor, Tensor | None]]
 OURS, MEGATRON, TRANSFORMERS, FLA = "package", "megatron", "transformers", "fla"
+# Samples, positions, key heads, value heads, head dimension: as published, a fourth of that, as `kd_step.py` and the
+# demo train.
+SIZES = ("batch", "seq_length", "key_heads", "value_heads", "head_dim")
+CASES = {
+    "published": (1, 2048, 16, 32, 128),
+    "fourth": (1, 2048, 4, 8, 128),
+    "kd_step": (2, 1024, 16, 32, 16),
+    "demo": (8, 256, 2, 4, 32),
+}
 NAMES = ("output", "d_query", "d_key", "d_value", "d_g", "d_beta")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = tool_parser(__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=positive, default=1, help="samples of the comparison")
     parser.add_argument("--seq-length", type=positive, default=2048, help="of the comparison")
     parser.add_argument(
         "--key-heads", type=positive, default=16, help="as published; each serves equally many value heads"
@@ -48,6 +58,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--scaling-lengths", type=positive, nargs="+", default=[1024, 2048, 4096, 8192], help="of the package alone"
     )
     parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--cases", choices=CASES, nargs="+", default=[], help="sizes to compare speeds for, besides")
+    parser.add_argument("--case-threads", type=positive, nargs="+", default=[1, 2], help="of every case")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="on a GPU in bf16, as training there, and with fla"
     )
@@ -56,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def inputs(length: int, args: argparse.Namespace) -> list[Tensor]:
-    """Query, key, value, g and beta as a Gated DeltaNet makes them, [1, T, H, ...].
+    """Query, key, value, g and beta as a Gated DeltaNet makes them, [B, T, H, ...].
 
     Heads forget at rates from 0.001 to 16 per position, evenly spread in the logarithm: Megatron initialises to 1 to
     16, where a state is gone after a position, which would leave nothing of the recurrence to be measured.
@@ -67,7 +79,7 @@ def inputs(length: int, args: argparse.Namespace) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(1, length, *shape, generator=generator)
+        return torch.randn(args.batch, length, *shape, generator=generator)
 
     query, key = (
         F.normalize(random(args.key_heads, args.head_dim), dim=-1).repeat_interleave(
@@ -173,6 +185,26 @@ def speed(implementations: dict[str, Rule], args: argparse.Namespace) -> dict[st
     return medians(contestants, args.repeats)
 
 
+def speedups(seconds: dict[str, float]) -> dict[str, float]:
+    """Of the package over the other two."""
+    return {f"speedup_over_{name}": seconds[name] / seconds[OURS] for name in (MEGATRON, TRANSFORMERS)}
+
+
+def compare_cases(implementations: dict[str, Rule], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Speeds at every size that was asked for, with every number of threads."""
+    import torch
+
+    found = []
+    for threads in args.case_threads:
+        torch.set_num_threads(threads)
+        for name in args.cases:
+            sizes = dict(zip(SIZES, CASES[name], strict=True))
+            seconds = speed(implementations, argparse.Namespace(**{**vars(args), **sizes}))
+            found.append({"case": name, "threads": threads, **sizes, **speedups(seconds), "seconds": seconds})
+    torch.set_num_threads(args.threads)
+    return found
+
+
 def backward_scaling(rule: Rule, args: argparse.Namespace) -> dict[str, Any]:
     """Median seconds of the backward pass at every length, and the power of the length that fits them best."""
     import torch
@@ -211,17 +243,17 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     seconds = speed(implementations, args)
     errors = relative_errors(implementations, args)
     results = {
-        "speedup_over_megatron": seconds[MEGATRON] / seconds[OURS],
-        "speedup_over_transformers": seconds[TRANSFORMERS] / seconds[OURS],
+        **speedups(seconds),
         "relative_error": max(errors[OURS].values()),
         **({"fla_speedup_over_package": seconds[OURS] / seconds[FLA]} if FLA in seconds else {}),
         **backward_scaling(implementations[OURS], args),
+        **({"cases": compare_cases(implementations, args)} if args.cases else {}),
     }
     if not args.json:
         for name, value in results.items():
             print(f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}")
     settings = {name: value for name, value in vars(args).items() if type(value) in (int, list)}
-    return {**results, "seconds": seconds, "relative_errors": errors, **settings, "machine": machine(Path(__file__))}
+    return {**settings, **results, "seconds": seconds, "relative_errors": errors, "machine": machine(Path(__file__))}
 
 
 if __name__ == "__main__":

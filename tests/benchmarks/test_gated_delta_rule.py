@@ -36,6 +36,18 @@ def test_gated_delta_rule(tool: Tool) -> None:
         assert max(errors.values()) < 1e-3
 
 
+def test_cases_and_samples(tool: Tool) -> None:
+    outcome = tool(SCRIPT, *TINY.split(), *"--batch 2 --cases demo --case-threads 1 2 --json".split())
+    assert outcome.code == 0, outcome.stderr
+    assert outcome.json["batch"] == 2 and outcome.json["relative_error"] <= 1e-6
+    assert [(each["case"], each["threads"], each["seq_length"]) for each in outcome.json["cases"]] == [
+        ("demo", 1, 256),
+        ("demo", 2, 256),
+    ]
+    for each in outcome.json["cases"]:
+        assert each["speedup_over_megatron"] > 0 and each["speedup_over_transformers"] > 0
+
+
 def test_one_length_has_no_exponent(tool: Tool) -> None:
     results = tool(SCRIPT, *TINY.removesuffix(" 256 --repeats 1").split(), "--repeats", 1, "--json").json
     assert results["backward_exponent"] is None and results["backward_seconds"].keys() == {"64"}
