@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_slim.distillation.loss_options import DEFAULTS, FORWARD_KL, JSD, REVERSE_KL, TOP_K
 from megatron_slim.distillation.vocabulary import VocabShard
 
-Divergence = Callable[[Tensor, Tensor, VocabShard], tuple[Tensor, Tensor]]
+Divergence = Callable[[Tensor, Tensor, VocabShard, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -52,55 +52,55 @@ class KDLoss:
 
     @property
     def divergence(self) -> Divergence:
-        """The function of log q and log p, [n, P] each, that gives values [n] and gradients [n, P].
+        """The function of log q, log p, the shard, q and p that gives values [n] and gradients [n, P].
 
-        It may overwrite log q, and leaves log p alone.
+        All but the shard are [n, P]. It may overwrite log q, and leaves the others alone.
         """
         return partial(top_k, k=self.top_k) if self.kind == TOP_K else DIVERGENCES[self.kind]
 
 
-def forward_kl(log_q: Tensor, log_p: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+def forward_kl(log_q: Tensor, log_p: Tensor, shard: VocabShard, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     """H(p, q); its gradient is q - p."""
-    p = log_p.exp()
-    value = shard.reduce(-(p * log_q).sum(-1))
-    return value, log_q.exp_().sub_(p)
+    value = shard.reduce(-log_q.mul_(p).sum(-1))
+    return value, torch.sub(q, p, out=log_q)
 
 
-def reverse_kl(log_q: Tensor, log_p: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+def reverse_kl(log_q: Tensor, log_p: Tensor, shard: VocabShard, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q || p); its gradient is q (log q/p - KL)."""
-    ratio = log_q - log_p
-    q = log_q.exp_()
+    ratio = log_q.sub_(log_p)
     value = shard.reduce((q * ratio).sum(-1))
     return value, ratio.sub_(value[:, None]).mul_(q)
 
 
-def jsd(log_q: Tensor, log_p: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+def jsd(log_q: Tensor, log_p: Tensor, shard: VocabShard, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     """Jensen-Shannon divergence; its gradient is q (log q/m - KL(q || m)) / 2."""
-    log_m = torch.logaddexp(log_q, log_p).sub_(math.log(2))
-    from_teacher = (log_p.exp() * (log_p - log_m)).sum(-1)
-    ratio = log_q - log_m
-    q = log_q.exp_()
-    sums = shard.reduce(torch.stack([from_teacher, (q * ratio).sum(-1)]))
+    # Where both are below the smallest number, so are their summands; the logarithm only has to be finite.
+    log_m = torch.add(p, q).clamp_(min=torch.finfo(q.dtype).tiny).log_().sub_(math.log(2))
+    ratio = log_q.sub_(log_m)
+    from_teacher = torch.sub(log_p, log_m, out=log_m).mul_(p).sum(-1)
+    sums = shard.reduce(torch.stack([from_teacher, torch.mul(q, ratio, out=log_m).sum(-1)]))
     return sums.mean(0), ratio.sub_(sums[1][:, None]).mul_(q).mul_(0.5)
 
 
-def top_k(log_q: Tensor, log_p: Tensor, shard: VocabShard, *, k: int) -> tuple[Tensor, Tensor]:
+def top_k(
+    log_q: Tensor, log_p: Tensor, shard: VocabShard, q: Tensor | None = None, p: Tensor | None = None, *, k: int
+) -> tuple[Tensor, Tensor]:
     """Cross entropy over the teacher's k most probable tokens and the rest of the vocabulary as one event.
 
     Its gradient is q - p on those tokens and q (1 - p_rest / q_rest) on each of the rest.
     """
     columns, mine = _most_probable(log_p, k, shard)
-    p, q = log_p.exp(), log_q.exp()
+    p, q = log_p.exp() if p is None else p, log_q.exp() if q is None else q
     p_at, q_at = p.gather(1, columns), q.gather(1, columns)
     value_at = torch.where(mine, p_at * log_q.gather(1, columns), 0.0).sum(-1)
     # Sums over the rest itself: 1 - (sum over the k) would lose all digits where the k have nearly everything.
-    p.scatter_(1, columns, p_at.masked_fill(mine, 0.0))
-    q.scatter_(1, columns, q_at.masked_fill(mine, 0.0))
-    at, p_rest, q_rest = shard.reduce(torch.stack([value_at, p.sum(-1), q.sum(-1)]))
+    p_rest = log_q.copy_(p).scatter_(1, columns, p_at.masked_fill(mine, 0.0)).sum(-1)
+    rest = log_q.copy_(q).scatter_(1, columns, q_at.masked_fill(mine, 0.0))
+    at, p_rest, q_rest = shard.reduce(torch.stack([value_at, p_rest, rest.sum(-1)]))
     q_rest = q_rest.clamp_(min=torch.finfo(q_rest.dtype).tiny)
-    q.mul_((1.0 - p_rest / q_rest)[:, None])
-    q.scatter_(1, columns, torch.where(mine, q_at - p_at, q.gather(1, columns)))
-    return -at - p_rest * q_rest.log(), q
+    rest.mul_((1.0 - p_rest / q_rest)[:, None])
+    rest.scatter_(1, columns, torch.where(mine, q_at - p_at, rest.gather(1, columns)))
+    return -at - p_rest * q_rest.log(), rest
 
 
 def _most_probable(log_p: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:

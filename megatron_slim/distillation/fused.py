@@ -9,7 +9,8 @@ Shapes: T = s b rows, sequence first; H, Ht hidden sizes; P = this tensor-parall
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from megatron_slim.distillation.divergences import KDLoss
 from megatron_slim.distillation.vocabulary import VocabShard
-from megatron_slim.distillation.weight_gradient import WeightGradient
+from megatron_slim.products import linear, uses_onednn
+from megatron_slim.weight_gradient import WeightGradient
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,12 @@ class OutputLayer:
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """Logits [n, valid] of hidden states [n, H], in ``out``."""
-        return torch.mm(hidden, self.weight[: self.shard.valid].t(), out=out)
+        weight = self.weight[: self.shard.valid]
+        if not weight.is_cpu:
+            return torch.mm(hidden, weight.t(), out=out)
+        for part, columns in zip(weight.split(COLUMNS), out.split(COLUMNS, dim=1), strict=True):
+            torch.mm(hidden, part.t(), out=columns)
+        return out
 
 
 @dataclass(frozen=True)
@@ -65,12 +72,24 @@ class DistillationInputs:
     chunk: int
 
 
+COLUMNS = 1024  # of a product on a CPU: MKL is 8% slower with tens of thousands (measured)
+CACHED = 1 << 19  # numbers of a block
 Upstream = tuple[Tensor, Tensor]  # gradients of lm and kd, [heads, T] each
 
 
 def default_chunk(device: torch.device) -> int:
     """Rows that keep matrix products busy without the re-reading of ``main_grad`` showing (measured)."""
     return 512 if device.type == "cpu" else 1024
+
+
+def block_rows(layer: OutputLayer) -> int:
+    """Rows whose logits, and a few buffers of their size, stay in a CPU's caches (measured); elsewhere all rows.
+
+    So with a vocabulary that is sharded, where every block is several messages.
+    """
+    if layer.weight.device.type != "cpu" or layer.shard.ranks > 1:
+        return sys.maxsize
+    return max(1, CACHED // max(1, layer.shard.valid))
 
 
 def fused_losses(
@@ -142,16 +161,22 @@ class _Gradients:
 
     def add(self, head: int, rows: slice, d_logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
         """Those of some rows of a head, from that of their logits [n, valid] and their hidden states [n, H]."""
-        torch.mm(d_logits, weight[: d_logits.shape[1]], out=self.hidden[head][rows])
+        d_hidden, weight = self.hidden[head][rows], weight[: d_logits.shape[1]]
+        if uses_onednn(d_logits, weight.shape[1]):
+            d_hidden.copy_(linear(d_logits, weight.t()))
+        else:
+            torch.mm(d_logits, weight, out=d_hidden)
         self.weight.add(d_logits, hidden)
 
 
 class _Sweep:
-    """One pass over all rows."""
+    """One pass over all rows: matrix products of a chunk, and what is between them a block of its rows at a time."""
 
     def __init__(self, student: OutputLayer, hidden: Sequence[Tensor], inputs: DistillationInputs) -> None:
         self.student, self.hidden, self.inputs = student, hidden, inputs
         self.shard, self.rows = student.shard, hidden[0].shape[0]
+        self.chunk = min(inputs.chunk, self.rows)
+        self.block = min(block_rows(student), self.chunk)
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def run(self, upstream: Upstream | None, gradients: _Gradients | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,8 +184,8 @@ class _Sweep:
         lm = self.student.weight.new_zeros(len(self.hidden), self.rows, dtype=torch.float32)
         kd, teacher_lm = torch.zeros_like(lm), torch.zeros_like(lm[0])
         for number, target in enumerate(self.inputs.targets):
-            for start in range(0, self.rows, self.inputs.chunk):
-                stop = min(start + self.inputs.chunk, self.rows)
+            for start in range(0, self.rows, self.chunk):
+                stop = min(start + self.chunk, self.rows)
                 teacher = None
                 if target.hidden is not None:
                     teacher, own = self._teacher_part(target.hidden[start:stop], self.inputs.labels[0, start:stop])
@@ -171,16 +196,30 @@ class _Sweep:
                     if rows.stop == 0:
                         continue
                     of_rows = None if teacher is None else teacher[rows.start + ahead - start :]
-                    a_b = None if upstream is None else (upstream[0][head, rows], upstream[1][head, rows])
+                    a_b = None if upstream is None else torch.stack([each[head, rows] for each in upstream])
                     lm[head, rows], kd[head, rows] = self._student_part(head, rows, of_rows, a_b, gradients)
         return lm, kd, teacher_lm
 
-    def _buffer(self, name: str, rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The first rows of a [chunk, valid] buffer that is allocated once: fresh memory costs more than filling it."""
+    def _buffer(self, name: str, rows: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The first rows of a [size, valid] buffer that is allocated once: fresh memory costs more than filling it."""
         if (name, dtype) not in self.buffers:
-            size = min(self.inputs.chunk, self.rows), self.shard.valid
-            self.buffers[name, dtype] = self.student.weight.new_empty(size, dtype=dtype)
+            self.buffers[name, dtype] = self.student.weight.new_empty((size, self.shard.valid), dtype=dtype)
         return self.buffers[name, dtype][:rows]
+
+    def _logits(self, layer: OutputLayer, hidden: Tensor) -> Tensor:
+        hidden = hidden.to(layer.weight.dtype)
+        if uses_onednn(hidden, self.shard.valid):
+            return linear(hidden, layer.weight[: self.shard.valid])
+        return layer.logits(hidden, self._buffer("logits", len(hidden), self.chunk, hidden.dtype))
+
+    def _blocks(self, rows: int) -> Iterator[slice]:
+        return (slice(start, min(start + self.block, rows)) for start in range(0, rows, self.block))
+
+    def _in_fp32(self, logits: Tensor) -> Tensor:
+        """A block's logits, themselves or in a buffer."""
+        if logits.dtype == torch.float32:
+            return logits
+        return self._buffer("in fp32", len(logits), self.block).copy_(logits)
 
     def _teacher_part(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's part in a chunk.
@@ -190,45 +229,79 @@ class _Sweep:
             cross entropy [n].
         """
         assert self.inputs.teacher is not None
-        layer, kd, shard = self.inputs.teacher, self.inputs.kd, self.shard
-        dtype, n = layer.weight.dtype, hidden.shape[0]
-        logits = layer.logits(hidden.to(dtype), self._buffer("logits", n, dtype))
-        out = self._buffer("teacher", n)
+        logits, out = self._logits(self.inputs.teacher, hidden), self._buffer("teacher", len(hidden), self.chunk)
+        blocks = [self._teacher_block(logits[rows], labels[rows], out[rows]) for rows in self._blocks(len(hidden))]
+        return out, torch.cat(blocks)
+
+    def _teacher_block(self, logits: Tensor, labels: Tensor, out: Tensor) -> Tensor:
+        shard, kd, logits = self.shard, self.inputs.kd, self._in_fp32(logits)
+        p = out if kd.shares_softmax else self._buffer("p", len(logits), self.block)
         at_label, _, _ = shard.at_labels(logits, labels)
-        log_sum, log_z = shard.softmax(logits, out)
-        if not kd.shares_softmax:
-            shard.log_softmax_(out.copy_(logits), kd.temperature)
-        elif shard.ranks > 1:
-            out.mul_((log_sum - log_z).exp_()[:, None])
-        return out, log_z - shard.reduce(at_label)
+        log_sum, log_z = shard.softmax(logits, p)
+        if kd.shares_softmax:
+            shard.to_all_columns_(p, log_sum, log_z)
+        elif kd.temperature == 1.0:
+            torch.sub(logits, log_z[:, None], out=out)
+        else:
+            shard.log_softmax_(out.copy_(logits), kd.temperature, p)
+        return log_z - shard.reduce(at_label)
 
     def _student_part(
-        self, head: int, rows: slice, teacher: Tensor | None, upstream: Upstream | None, gradients: _Gradients | None
+        self, head: int, rows: slice, teacher: Tensor | None, upstream: Tensor | None, gradients: _Gradients | None
     ) -> tuple[Tensor, Tensor]:
         """Losses lm [n] and kd [n] of some rows of a head; their gradients, if wanted, are added to the others."""
         hidden, labels = self.hidden[head][rows], self.inputs.labels[head, rows]
-        shard, kd_loss, dtype = self.shard, self.inputs.kd, self.student.weight.dtype
-        logits = self.student.logits(hidden, self._buffer("logits", hidden.shape[0], dtype))
-        q = self._buffer("student", hidden.shape[0])
-        at_label, column, mine = shard.at_labels(logits, labels)
-        p = teacher if kd_loss.shares_softmax else None
-        cross = torch.zeros_like(at_label) if p is None else torch.mul(logits, p, out=q).sum(-1)
-        log_sum, log_z = shard.softmax(logits, q)
+        logits, found = self._logits(self.student, hidden), []
+        for block in self._blocks(len(hidden)):
+            of_block = None if teacher is None else teacher[block]
+            a_b = None if upstream is None else upstream[:, block]
+            found.append(self._student_block(logits[block], labels[block], of_block, a_b))
+        if gradients is not None:
+            gradients.add(head, rows, logits, hidden, self.student.weight)
+        lm, kd = zip(*found, strict=True)
+        return torch.cat(lm), torch.cat(kd)
+
+    def _student_block(
+        self, logits: Tensor, labels: Tensor, teacher: Tensor | None, upstream: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Losses lm [n] and kd [n] of a block, whose logits are replaced by their gradients if there is an upstream."""
+        shard, wide = self.shard, self._in_fp32(logits)
+        q = self._buffer("q", len(logits), self.block)
+        at_label, column, mine = shard.at_labels(wide, labels)
+        p = teacher if self.inputs.kd.shares_softmax else None
+        cross = torch.zeros_like(at_label) if p is None else torch.mul(wide, p, out=q).sum(-1)
+        log_sum, log_z = shard.softmax(wide, q)
         at_label, cross = shard.reduce(torch.stack([at_label, cross]))
         kd = torch.zeros_like(cross) if p is None else log_z - cross
         # d logits = q (a + share b) - a onehot + direction size b
         direction, size, share = p, -1.0, float(p is not None)
         if teacher is not None and p is None:
-            log_q = shard.log_softmax_(logits.float(), kd_loss.temperature)
-            kd, direction = kd_loss.divergence(log_q, teacher, shard)
-            kd, size = kd * kd_loss.temperature**2, kd_loss.temperature
-        if upstream is not None and gradients is not None:
+            kd, direction = self._compare(wide, q, (log_sum, log_z), teacher)
+            size = self.inputs.kd.temperature
+        if upstream is not None:
             a, b = upstream
-            q.mul_(((a + share * b) * (log_sum - log_z).exp_())[:, None])
-            if direction is not None:
-                q.addcmul_(direction, (size * b)[:, None])
+            of_q = ((a + share * b) * (log_sum - log_z).exp_())[:, None]
+            if direction is None:
+                torch.mul(q, of_q, out=wide)
+            else:
+                torch.addcmul(q.mul_(of_q), direction, (size * b)[:, None], out=wide)
             if shard.valid:
-                q.scatter_add_(1, column[:, None], -(a * mine)[:, None])
-            d_logits = q if dtype == q.dtype else logits.copy_(q)
-            gradients.add(head, rows, d_logits, hidden, self.student.weight)
+                wide.scatter_add_(1, column[:, None], -(a * mine)[:, None])
+            if wide is not logits:
+                logits.copy_(wide)
         return log_z - at_label, kd
+
+    def _compare(
+        self, logits: Tensor, q: Tensor, log_sums: tuple[Tensor, Tensor], log_p: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Values [n] of the distillation loss, and gradients as of `divergences`, which may take the logits' place."""
+        shard, kd = self.shard, self.inputs.kd
+        if kd.temperature != 1.0:
+            q = self._buffer("q at the temperature", len(q), self.block)
+            log_q = shard.log_softmax_(logits, kd.temperature, q)
+        else:
+            q = q if shard.ranks == 1 else shard.to_all_columns_(q.clone(), *log_sums)
+            log_q = logits.sub_(log_sums[1][:, None])
+        p = torch.exp(log_p, out=self._buffer("p", len(q), self.block))
+        value, gradient = kd.divergence(log_q, log_p, shard, q, p)
+        return value * kd.temperature**2, gradient

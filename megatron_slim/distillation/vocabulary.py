@@ -76,14 +76,26 @@ class VocabShard:
             log of the sum of exponentials [n] of this rank's columns, and of all.
         """
         torch.softmax(logits.float(), -1, out=out)
+        return self._log_sums(logits, out)
+
+    def _log_sums(self, logits: Tensor, softmax: Tensor) -> tuple[Tensor, Tensor]:
         if self.valid:
             # The largest of each are at the same column: finding which takes several times as long as finding them.
-            log_sum = logits.amax(-1).float() - out.amax(-1).log_()
+            log_sum = logits.amax(-1).float() - softmax.amax(-1).log_()
         else:
-            log_sum = out.new_full(out.shape[:1], -torch.inf)
-        return log_sum, torch.logsumexp(self.gather(log_sum), 0)
+            log_sum = softmax.new_full(softmax.shape[:1], -torch.inf)
+        return log_sum, log_sum if self.ranks == 1 else torch.logsumexp(self.gather(log_sum), 0)
 
-    def log_softmax_(self, logits: Tensor, temperature: float) -> Tensor:
-        """Log-probabilities [n, valid] at a temperature of fp32 logits, over all ranks' columns, in their place."""
-        logits.div_(temperature)
-        return logits.sub_(torch.logsumexp(self.gather(torch.logsumexp(logits, -1)), 0)[:, None])
+    def to_all_columns_(self, softmax: Tensor, log_sum: Tensor, log_z: Tensor) -> Tensor:
+        """What `softmax` gave, made that over all columns."""
+        return softmax if self.ranks == 1 else softmax.mul_((log_sum - log_z).exp_()[:, None])
+
+    def log_softmax_(self, logits: Tensor, temperature: float, softmax: Tensor) -> Tensor:
+        """Log-probabilities [n, valid] at a temperature of fp32 logits, over all ranks' columns, in their place.
+
+        ``softmax`` [n, valid] gets the probabilities.
+        """
+        torch.softmax(logits.div_(temperature), -1, out=softmax)
+        log_sum, log_z = self._log_sums(logits, softmax)
+        self.to_all_columns_(softmax, log_sum, log_z)
+        return logits.sub_(log_z[:, None])

@@ -5,13 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from megatron_slim.products import transposed_product, uses_onednn
 
 ROWS = 4096  # of a weight gradient in bf16 that is in memory at once, where the product cannot add to fp32 itself
+FEW_ROWS = 512  # below which adding to a gradient takes longer than the faster product saves
+
+
+def ready_weight(layer: nn.Module) -> Tensor:
+    """The weight of a layer whose own forward pass, before which DDP waits for gathered parameters, is not called."""
+    for wait in layer._forward_pre_hooks.values():
+        wait(layer, ())
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight
 
 
 class WeightGradient:
-    """Adds products d_logits^T hidden to a weight's ``main_grad``, or to an fp32 sum where Megatron's DDP has none.
+    """Adds products d_outputs^T inputs to a weight's ``main_grad``, or to an fp32 sum where Megatron's DDP has none.
 
     With Megatron's DDP the parameter then says so (``grad_added_to_main_grad``), and what autograd gets is a stand-in
     without content: only its arrival, at which DDP starts to reduce the bucket, matters. Where DDP adds it
@@ -29,18 +40,20 @@ class WeightGradient:
         elif weight.requires_grad:
             self.total = torch.zeros_like(weight, dtype=torch.float32)
 
-    def add(self, d_logits: Tensor, hidden: Tensor) -> None:
-        """Add the product of [n, valid] and [n, H] to the first ``valid`` rows."""
+    def add(self, d_outputs: Tensor, inputs: Tensor) -> None:
+        """Add the product of [n, outputs] and [n, H] to the first ``outputs`` rows."""
         if self.total is None:
             return
-        total = self.total[: d_logits.shape[1]]
-        if total.dtype == d_logits.dtype:
-            total.addmm_(d_logits.t(), hidden)
+        total = self.total[: d_outputs.shape[1]]
+        if len(inputs) >= FEW_ROWS and total.dtype == torch.float32 and uses_onednn(inputs, d_outputs.shape[1]):
+            total.add_(transposed_product(d_outputs, inputs))
+        elif total.dtype == d_outputs.dtype:
+            total.addmm_(d_outputs.t(), inputs)
         elif total.is_cuda:
-            torch.addmm(total, d_logits.t(), hidden, out_dtype=total.dtype, out=total)
+            torch.addmm(total, d_outputs.t(), inputs, out_dtype=total.dtype, out=total)
         else:
-            for part, columns in zip(total.split(ROWS), d_logits.split(ROWS, dim=1), strict=True):
-                part.add_(columns.t() @ hidden)
+            for part, columns in zip(total.split(ROWS), d_outputs.split(ROWS, dim=1), strict=True):
+                part.add_(columns.t() @ inputs)
 
     def finish(self) -> Tensor | None:
         """What autograd is to be given."""
@@ -49,3 +62,10 @@ class WeightGradient:
         self.weight.grad_added_to_main_grad = True
         zero = getattr(self.weight, "zero_out_wgrad", False)
         return torch.zeros_like(self.weight) if zero else torch.empty_like(self.weight)
+
+
+def weight_gradient(weight: Tensor, d_outputs: Tensor, inputs: Tensor) -> Tensor | None:
+    """What autograd is to be given for a weight [outputs, H] of one product, from [n, outputs] and [n, H]."""
+    gradient = WeightGradient(weight)
+    gradient.add(d_outputs, inputs)
+    return gradient.finish()
