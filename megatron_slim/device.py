@@ -1,4 +1,6 @@
-"""The CPU compatibility layer: how Megatron-Core runs without a GPU. Only this and `megatron_fixes` patch a library.
+"""The CPU compatibility layer: how Megatron-Core runs without a GPU.
+
+Only this, `cpu_kernels` and `megatron_fixes` patch a library.
 
 On a machine with CUDA `install` only repairs bugs of Megatron (the dataset helpers, the padding of buckets, resuming
 with another learning rate, and those of `megatron_fixes`), and fills in for flash-linear-attention and a fused Adam
@@ -23,8 +25,9 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
-from megatron_slim import linear_attention, megatron_fixes
+from megatron_slim import cpu_kernels, linear_attention, megatron_fixes
 from megatron_slim.errors import SlimError
+from megatron_slim.fused_adam import FusedAdam
 from megatron_slim.garbage import without_collection
 
 logger = logging.getLogger(__name__)
@@ -70,6 +73,9 @@ def _patch_libraries() -> None:
         _use_torch_adam()
         _patch_core()
         _patch_training()
+        cpu_kernels.multiply_fast()
+        cpu_kernels.leave_sorted_chunks()
+        cpu_kernels.leave_buffers_of_one_rank()
     else:
         _fill_in_for_missing_libraries()
     _use_built_dataset_helpers()
@@ -300,51 +306,6 @@ def _replace_streams() -> None:
     torch.cuda.stream, torch.cuda.set_stream = _stream_context, lambda stream: None  # type: ignore[assignment]
 
 
-class FusedAdam(torch.optim.Optimizer):
-    """AdamW, or Adam with L2 regularisation, with the state layout of Apex's and Transformer Engine's FusedAdam.
-
-    The step count is in the parameter groups and the state is ``exp_avg`` and ``exp_avg_sq`` alone, which is what
-    Megatron's distributed optimizer saves and restores; with `torch.optim.AdamW` it cannot resume.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        adam_w_mode: bool = True,
-        capturable: bool = False,
-    ) -> None:
-        self.adam_w_mode = adam_w_mode
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        assert closure is None
-        for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
-
-    def _update(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
-        state, (beta1, beta2), step = self.state[parameter], group["betas"], group["step"]
-        if not state:
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        if self.adam_w_mode:
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        else:
-            gradient = gradient.add(parameter, alpha=group["weight_decay"])
-        mean, square = state["exp_avg"], state["exp_avg_sq"]
-        mean.lerp_(gradient, 1 - beta1)
-        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        scale = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        parameter.addcdiv_(mean, scale, value=-group["lr"] / (1 - beta1**step))
-
-
 def _refill_storage(emptied: torch.Tensor, recomputed: torch.Tensor) -> None:
     """Give a tensor whose memory was released its content again, for all who hold it or a view of it."""
     storage, source = emptied.untyped_storage(), recomputed.untyped_storage()
@@ -371,20 +332,17 @@ def _use_torch_adam() -> None:
 
 
 def _fill_in_for_missing_libraries() -> None:
-    """On a GPU: Megatron stops without the one, and cannot resume without the other. Rank 0 prints it once."""
+    """On a GPU: Megatron stops without the one, and cannot resume without the other. Rank 0 says what is slow."""
     import megatron.core.optimizer as optimizer
     from megatron.core.ssm.gated_delta_net import common
 
-    notes = []
-    if not common.HAVE_FLA:
-        _use_torch_delta_rule()
-        notes.append("flash-linear-attention is not installed: Gated DeltaNet runs in PyTorch, many times slower")
     if optimizer.USING_PYTORCH_OPTIMIZER:
         _use_torch_adam()
-        notes.append("neither Transformer Engine nor Apex is installed: Adam updates one parameter at a time")
-    if os.environ.get("RANK", "0") == "0":
-        for sentence in notes:
-            logger.warning("%s (megatron-slim doctor)", sentence)
+    if not common.HAVE_FLA:
+        _use_torch_delta_rule()
+        if os.environ.get("RANK", "0") == "0":
+            slow = "Gated DeltaNet runs in PyTorch, many times slower"
+            logger.warning(f"flash-linear-attention is not installed: {slow} (megatron-slim doctor)")
 
 
 def _patch_core() -> None:

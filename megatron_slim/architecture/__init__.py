@@ -8,8 +8,9 @@
 - `rope`, `rotary`: rotary embeddings as config.json asks for them, and in Megatron's modules
 - `flops`, `gpus`: FLOPs of a token by layer, peak rates of GPUs
 - `parallelism`, `fp8_sizes`, `pipeline_layout`: layouts and FP8 recipes that a shape allows, balanced pipeline stages
-- `layer_specs`, `local_modules`: Megatron's modules, with Transformer Engine and without
+- `layer_specs`: Megatron's modules, with Transformer Engine and without
+- `local_modules`, `local_attention`, `local_experts`: those without it
 - `hidden_states`, `context_parallel`: a GPTModel that ends with hidden states, a rank's part of a sequence
 
-All but rotary and the last two lines imports no torch.
+All but rotary and the last three lines imports no torch.
 """

@@ -35,7 +35,7 @@ class Kernels:
 
 # Transformer Engine and flash-linear-attention, and the plain modules of a CPU.
 FUSED = Kernels(delta_rule_chunk=64, solves_keys=True, skips_masked=True)
-TORCH = Kernels(delta_rule_chunk=32, solves_keys=False, skips_masked=False)
+TORCH = Kernels(delta_rule_chunk=32, solves_keys=False, skips_masked=True)
 
 
 def _products(rows: tuple[Weight, ...], shape: ModelShape) -> float:

@@ -1,30 +1,56 @@
-"""What machines without Transformer Engine lack, under its parameter names: norms, norm-then-project, attention."""
+"""What machines without Transformer Engine lack, under its parameter names: norms, and norm-then-project."""
 
 from __future__ import annotations
 
-import copy
+from functools import partial
 from typing import Any
 
 import megatron_slim.mcore
 
 import torch
-import torch.distributed as dist
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import ExpertsBuilder
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from megatron_slim.architecture.context_parallel import positions_of
+from megatron_slim.architecture.local_attention import LocalAttention
+from megatron_slim.architecture.local_experts import LocalExperts
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float, *, zero_centered: bool) -> Tensor:
-    """RMSNorm over the last dimension, computed in fp32, in the input's dtype; ``zero_centered`` applies 1 + weight."""
-    wide = hidden.float()
-    scale = weight.float() + 1.0 if zero_centered else weight.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * scale).to(hidden.dtype)
+    """RMSNorm over the last dimension, at least in fp32, in the input's dtype; ``zero_centered`` applies 1 + weight."""
+    normed: Tensor = _RMSNorm.apply(hidden, weight, eps, zero_centered)
+    return normed
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = x r s, where r is 1 over the root of the mean square and s the weight, or 1 + weight."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> Tensor:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        wide, scale = hidden.to(dtype), weight.to(dtype)
+        scale = scale + 1.0 if zero_centered else scale
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse = length.square_().div_(wide.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(hidden, weight, inverse, scale)
+        return (wide * inverse).mul_(scale).to(hidden.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_normed: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        # dx = r (dy s - x r mean(dy s x r)), ds = sum over rows of dy x r
+        hidden, weight, inverse, scale = ctx.saved_tensors
+        d_normed, unit = d_normed.to(inverse.dtype), hidden.to(inverse.dtype) * inverse
+        products = d_normed * unit
+        d_scale = products.flatten(0, -2).sum(0)
+        along = (products @ scale).div_(-unit.shape[-1])[..., None]
+        d_hidden = torch.addcmul(d_normed * scale, unit, along).mul_(inverse)
+        return d_hidden.to(hidden.dtype), d_scale.to(weight.dtype), None, None
 
 
 def norm_weight(config: TransformerConfig, size: int) -> nn.Parameter:
@@ -66,33 +92,6 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
         return output
 
 
-class LocalAttention(DotProductAttention):
-    """Megatron's attention, and under context parallelism that of this rank's queries to the keys of all.
-
-    Keys and values are gathered whole, so that their memory does not shrink with the context parallel size as it does
-    with Transformer Engine.
-    """
-
-    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
-        whole = copy.copy(config)
-        whole.context_parallel_size = 1  # others are refused there
-        super().__init__(whole, *args, **kwargs)
-        self.context_parallel = config.context_parallel_size > 1
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """Attend causally: query, key and value [s, b, heads, head dim] of this rank's part of the sequence."""
-        if self.context_parallel:
-            group = self.pg_collection.cp
-            key, value = (gather_from_sequence_parallel_region(each, group=group) for each in (key, value))
-            ranks, length = dist.get_world_size(group), len(key)
-            of_keys = torch.cat([positions_of(rank, ranks, length) for rank in range(ranks)])
-            attention_mask = of_keys[None, :] > positions_of(dist.get_rank(group), ranks, length)[:, None]
-        context: Tensor = super().forward(query, key, value, attention_mask, *args, **kwargs)
-        return context
-
-
 class LocalBackend(LocalSpecProvider):
     """Megatron-Core's local backend with norms that may be zero-centred, and attention that may be sharded."""
 
@@ -111,3 +110,8 @@ class LocalBackend(LocalSpecProvider):
     def layer_norm(self, rms_norm: bool = True, for_qk: bool = False, has_residual: bool = False) -> LayerNormBuilder:
         """The one norm of these models."""
         return RMSNorm
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> ExpertsBuilder:
+        """The module of the routed experts."""
+        linear = {"linear_fc1": self.column_parallel_linear(), "linear_fc2": self.row_parallel_linear()}
+        return partial(LocalExperts, submodules=MLPSubmodules(**linear))

@@ -48,12 +48,12 @@ class Pass:
     @property
     def fused(self) -> bool:
         """Kernels of a GPU."""
-        return self.kernels.skips_masked
+        return self.kernels == FUSED
 
 
 def _norm(size: float, of: Pass) -> float:
-    """A norm over ``size``: a fused one keeps its input and the root, ours input and normalised input in fp32."""
-    return (of.width if of.fused else 2 * FP32) * size + FP32
+    """A norm over ``size`` keeps its input and the root."""
+    return of.width * size + FP32
 
 
 def _norm_and_output(size: float, of: Pass) -> float:
@@ -66,15 +66,11 @@ def _full_attention(shape: ModelShape, of: Pass) -> float:
     w, heads, groups = of.width, shape.num_attention_heads, shape.num_query_groups
     q, k = heads * shape.kv_channels, groups * shape.kv_channels
     gate = (FP32 + w) * q if shape.family.attention_output_gate else 0.0  # its sigmoid, and what is multiplied by it
-    if of.fused:
-        projected = w * (q * (2 if shape.family.attention_output_gate else 1) + 2 * k)
-        rotated = w * (q + k) + FP32 * (heads + groups)  # and the roots of their norms
-        return projected + rotated + (w * q + FP32 * heads) + gate
-    normed = 2 * FP32 * (q + k) + FP32 * (heads + groups)
-    rotation = 4 * w * shape.rotary_dim
-    softmax = FP32 + w if w < FP32 else FP32  # and the same rounded
-    scores = of.seq_length * (heads * softmax + of.samples**-1)  # and one mask for all samples
-    return normed + rotation + 3 * w * q + scores + (gate + w * q if gate else w * q)
+    projected = w * (q * (2 if shape.family.attention_output_gate else 1) + 2 * k)
+    rotated = w * (q + k) + FP32 * (heads + groups)  # and the roots of their norms
+    found = projected + rotated + (w * q + FP32 * heads) + gate
+    # Ours also keeps the queries apart from what was projected, and sines and cosines, of all samples once.
+    return found if of.fused else found + w * q + 4 * w * shape.rotary_dim / of.samples
 
 
 def _linear_attention(shape: ModelShape, of: Pass) -> float:
@@ -82,19 +78,20 @@ def _linear_attention(shape: ModelShape, of: Pass) -> float:
     w, heads, dim = of.width, shape.linear_num_value_heads, shape.linear_key_head_dim
     keys, values = shape.linear_num_key_heads * dim, heads * shape.linear_value_head_dim
     channels = 2 * keys + values
-    convolved = 2 * w * channels  # before and after
+    # Before and after; ours convolves again, and keeps the whole projection, with gate, beta and decay.
+    convolved = w * (2 * channels if of.fused else channels + values + 2 * heads)
     normed = w * 2 * keys + w * 2 * shape.linear_num_key_heads
     rule = w * (2 * heads * dim + values) + FP32 * heads  # every value head has its queries and keys, and a decay
     decays = 2 * FP32 * heads + w * heads
     gated = 2 * FP32 * values + w * values + w * values  # gate and its silu in fp32, what it multiplies, the product
+    output = w * values + FP32 * heads  # also the input of the norm
     if of.fused:
         triangle = w * DELTA_RULE_BLOCK * heads
-        output = w * values + FP32 * heads  # also the input of the norm
         return convolved + normed + rule + decays + triangle + output + gated
     chunk = of.kernels.delta_rule_chunk
     state = FP32 * heads * dim * shape.linear_value_head_dim / chunk
     within = FP32 * (heads * 3 * chunk + values)  # similarities of queries and keys, the inverse; the errors
-    return convolved + normed + rule + decays + state + within + 2 * FP32 * values + FP32 * heads + gated
+    return convolved + normed + rule + decays + state + within + output + gated
 
 
 def attention_bytes(shape: ModelShape, kind: str, of: Pass) -> float:
@@ -113,8 +110,8 @@ def moe_bytes(shape: ModelShape, of: Pass) -> float:
     w, h, f, topk = of.width, shape.hidden_size, shape.moe_ffn_hidden_size, shape.moe_router_topk
     # Scores and their order over all experts (Megatron sorts the whole routing map), and the choice.
     router = (FP32 + INDEX) * shape.num_moe_experts + topk * (FP32 + 3 * INDEX)
-    # A gated MLP keeps [gate; up] and their product; unfused also the silu, the other factor, the unweighted product.
-    routed = topk * (w * h + FP32 + w * f * (3 if of.fused else 6)) * of.imbalance
+    # A gated MLP keeps [gate; up] and their product; unfused, as our shared expert, also the silu and the other factor.
+    routed = topk * (w * h + FP32 + w * f * 3) * of.imbalance
     shared = 0.0
     if ffn := shape.moe_shared_expert_intermediate_size:
         shared = w * ffn * (3 if of.fused else 5) + w * (h + 1)

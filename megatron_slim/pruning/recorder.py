@@ -31,6 +31,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_slim.architecture.local_experts import LocalExperts
 from megatron_slim.architecture.local_modules import rms_norm
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
 from megatron_slim.pruning.importance import Sums
@@ -172,13 +173,9 @@ class BlockRecorder(Recorder):
         self._own = slice(local[0], local[-1] + 1)
         mlp.experts.register_forward_pre_hook(self._before_experts)
         mlp.experts.register_forward_hook(self._after_experts)
-        if not hasattr(mlp.experts, "local_experts"):  # grouped: one projection for the pairs of all experts
-            mlp.experts.linear_fc2.register_forward_pre_hook(self._on_grouped_ffn)
-            return
-        for position, expert in enumerate(mlp.experts.local_experts):
-            expert.linear_fc2.register_forward_pre_hook(
-                lambda module, args, position=position: self._on_expert_ffn(args[0], position)
-            )
+        # One site for the pairs of all experts, with Transformer Engine and without.
+        site = mlp.experts.activations if isinstance(mlp.experts, LocalExperts) else mlp.experts.linear_fc2
+        site.register_forward_pre_hook(self._on_expert_ffn)
 
     def _on_layer(self, module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Any) -> None:
         before_SBH, after_SBH, counted_SB = args[0] if args else kwargs["hidden_states"], output[0], self._local()
@@ -227,16 +224,9 @@ class BlockRecorder(Recorder):
         self._pairs = _Pairs(gates_P.abs(), None if counted_P.all() else counted_P, by_expert.tolist())
         return hidden, by_expert, torch.ones_like(gates_P)
 
-    def _on_grouped_ffn(self, module: Any, args: tuple[Tensor, ...]) -> None:
+    def _on_expert_ffn(self, module: Any, args: tuple[Tensor, ...]) -> None:
         assert self._pairs is not None
         self.sums["experts.ffn"][self._own] += self._pairs.sums_by_expert(args[0].abs())
-
-    def _on_expert_ffn(self, activations: Tensor, position: int) -> None:
-        assert self._pairs is not None
-        magnitude, counted_P = activations.abs(), self._pairs.counted_P
-        if counted_P is not None:
-            magnitude = magnitude * counted_P.split(self._pairs.by_expert)[position][:, None]
-        self.sums["experts.ffn"][self._own.start + position] += magnitude.sum(0, dtype=torch.float64)
 
     def _after_experts(self, module: Any, args: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
         assert self._pairs is not None

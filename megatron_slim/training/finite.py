@@ -16,6 +16,7 @@ import megatron_slim.mcore
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel as DDP
 from megatron.core.distributed import finalize_model_grads
 from megatron.training import get_args
 from torch import Tensor
@@ -83,7 +84,7 @@ class FiniteWatch:
             SlimError: on all ranks, where one of them has something that is not finite.
             DataError: on all ranks, where one of them has refused a batch.
         """
-        values = [*self.sums.values(), *_gradient_norms(model)]
+        values = [*self.sums.values(), *_gradient_bounds(model)]
         device = torch.cuda.current_device()
         stacked = torch.stack([value.to(device) for value in values]) if values else torch.zeros(1, device=device)
         bad = ((~stacked.isfinite()).any() | bool(self.refused)).float().reshape(1)
@@ -131,12 +132,17 @@ def _gradients(model: Sequence[Any]) -> Iterator[tuple[int, str, Tensor]]:
                 yield _stage(number), name.removeprefix("module.").removeprefix("module."), gradient
 
 
-def _gradient_norms(model: Sequence[Any]) -> Iterator[Tensor]:
-    """One number per chunk; under fp16 infinite gradients are how Megatron finds its loss scale, and it skips them."""
+def _gradient_bounds(model: Sequence[Any]) -> Iterator[Tensor]:
+    """Least and largest gradients; under fp16 infinite ones are how Megatron finds its loss scale, and it skips them.
+
+    DDP has the gradients of many parameters in one buffer: it is read once, which an infinite norm takes longer for.
+    """
     for chunk in () if get_args().fp16 else model:
-        gradients = [gradient for _, _, gradient in _gradients([chunk])]
-        if gradients:
-            yield torch.nn.utils.get_total_norm(gradients, torch.inf).float()
+        buffers = [*getattr(chunk, "buffers", ()), *chunk.expert_parallel_buffers] if isinstance(chunk, DDP) else []
+        gradients = [buffer.grad_data for buffer in buffers] or [gradient for _, _, gradient in _gradients([chunk])]
+        for gradient in gradients:
+            if gradient.numel():
+                yield from (bound.float() for bound in gradient.aminmax())
 
 
 def _found_in_gradients(model: Sequence[Any]) -> Iterator[Found]:

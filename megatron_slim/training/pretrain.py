@@ -26,7 +26,7 @@ from megatron.training.arguments import add_megatron_arguments, parse_and_valida
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_slim import device, megatron_fixes
+from megatron_slim import cpu_kernels, device, megatron_fixes
 from megatron_slim.architecture.context_parallel import local_positions
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.layer_specs import build_model, shape_config_fields
@@ -381,6 +381,7 @@ def main(argv: list[str]) -> None:
     balancing = load_balancing_note(shape, argv, parsed.moe_router_load_balancing_type)
     if parsed.rank == 0 and balancing is not None:
         logger.info(balancing)
+    cpu_kernels.keep_freed_memory()
     megatron_fixes.log_what_the_iteration_was()
     device.keep_schedule_with_iterations(0 if place is None else place.start)
     target = _mtp_kd_target(shape, teacher, parsed)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import layout_run, models, processes, storage
+from benchmarks import layout_run, models, peer_step, processes, storage
 from benchmarks.convert_80b import PUBLISHED_COUNTS
 from benchmarks.holes import BLOCK, MARGIN, HoleDigger
 from benchmarks.report import machine
@@ -335,6 +335,28 @@ def test_a_step_of_distillation(tool: Tool) -> None:
     assert results["ahead_over_kd"] == results["seconds"]["ahead"] / results["seconds"]["kd"]
     assert results["kd_over_lm"] == results["seconds"]["kd"] / results["seconds"]["lm"]
     assert results["flop_floor"] == 1 + results["teacher_over_student_forward"] / 3 > 1.4
+
+
+@pytest.mark.slow
+def test_a_step_beside_transformers(tool: Tool) -> None:
+    """Both train the same model on the same tokens: the benchmark compares their losses, and fails if they differ."""
+    outcome = tool("benchmarks/peer_step.py", *"--sizes demo --threads 2 --repeats 1 --steps 1 --json".split())
+    assert outcome.code == 0, outcome.stderr
+    results = outcome.json["demo, threads 2"]
+    assert {kind: len(samples) for kind, samples in results["samples"].items()} == dict.fromkeys(results["seconds"], 1)
+    seconds = results["seconds"]
+    assert results["peer_over_ours_kd"] == seconds["peer_kd"] / seconds["kd"]
+    assert results["peer_over_ours_lm"] == seconds["peer_lm"] / seconds["lm"]
+    assert results["four_terms_over_peer_kd"] == seconds["four_terms"] / seconds["peer_kd"]
+
+
+def test_losses_that_differ_end_the_comparison() -> None:
+    same = [(1.0, 2.0, 0.0)] * 3
+    peer_step.check_losses({"lm": same, "peer_lm": [(9.0, 2.0, 0.0)] * 3})
+    with pytest.raises(SlimError, match=r"step 1 of lm: a loss of 2\.0 here and 2\.0001 of transformers"):
+        peer_step.check_losses({"lm": same, "peer_lm": [same[0], (1.0, 2.0001, 0.0)]})
+    with pytest.raises(SlimError, match="step 2 of lm"):
+        peer_step.check_losses({"lm": same, "peer_lm": [*same[:2], (1.0, 2.01, 0.0)]})
 
 
 def test_cost_of_the_log(tool: Tool) -> None:

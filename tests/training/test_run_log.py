@@ -52,13 +52,14 @@ def count_rows(counts: list[dict[tuple[str, int], int]]) -> None:
     def counting(self: pretrain.Run, *args: Any, **kwargs: Any) -> DistillationModel:
         model = provider(self, *args, **kwargs)
         for name, module in model.named_modules():
-            for number, expert in enumerate(module.local_experts if isinstance(module, SequentialMLP) else ()):
+            if not isinstance(module, SequentialMLP):
+                continue
 
-                def count(_: Any, inputs: Any, key: tuple[str, int] = (name, number)) -> None:
-                    if torch.is_grad_enabled():
-                        counts[-1][key] = counts[-1].get(key, 0) + len(inputs[0])
+            def count(_: Any, inputs: Any, name: str = name) -> None:
+                for expert, rows in enumerate(inputs[1].tolist() if torch.is_grad_enabled() else ()):
+                    counts[-1][name, expert] = counts[-1].get((name, expert), 0) + rows
 
-                expert.register_forward_pre_hook(count)
+            module.register_forward_pre_hook(count)
         return model
 
     def finalizing(self: pretrain.Run, *args: Any, **kwargs: Any) -> None:
