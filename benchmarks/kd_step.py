@@ -9,6 +9,7 @@ also what a teacher costs that computes ahead, its weights on the host meanwhile
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import os
 import re
@@ -16,15 +17,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.models import PUBLISHED, shape_of
-from benchmarks.processes import free_port
-from megatron_slim.architecture.flops import FUSED, TORCH, Kernels, student_flops, teacher_flops
+from benchmarks.processes import free_port, python
+from megatron_slim.architecture.flops import FUSED, TORCH, TORCH_ON_GPU, Kernels, student_flops, teacher_flops
 from megatron_slim.cli.tool import run_tool
 from megatron_slim.command_line import positive, tool_parser
 from megatron_slim.errors import SlimError
@@ -47,6 +48,8 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
 }
 _TYPES = ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 2
 LM, KD, AHEAD = KINDS = ("lm", "kd", "ahead")
+LR = 1e-4
+PRETRAIN = (ROOT / "tools/pretrain.py",)
 WARM_UP = 2  # iterations that are not counted: the first ones allocate
 _SECONDS = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
 
@@ -83,22 +86,41 @@ def write_models(directory: Path, models: Mapping[str, Any]) -> None:
         write_tiny_checkpoint(directory / name, shape, seed=len(name))
 
 
+def training_command(
+    models: Path,
+    iterations: int,
+    seq_length: int,
+    micro_batch_size: int,
+    global_batch_size: int,
+    *,
+    teacher: bool,
+    script: Sequence[object] = PRETRAIN,
+) -> list[str]:
+    """One process that trains the student, logging every iteration."""
+    command = [ROOT / "tools/torchrun.py", "--nproc-per-node", 1, "--master-port", free_port(), *script]
+    command += ["--mock-data", "--pretrained-checkpoint", models / "student", "--no-teacher-check"]
+    command += ["--seq-length", seq_length, "--micro-batch-size", micro_batch_size]
+    command += ["--global-batch-size", global_batch_size, "--train-iters", iterations, "--lr", LR]
+    command += "--eval-interval 1000 --eval-iters 0 --log-interval 1 --use-distributed-optimizer".split()
+    return python(*command, *(["--teacher-load", models / "teacher"] if teacher else []))
+
+
+def seconds_of(output: str) -> list[float]:
+    """Of every iteration that a run's output logs."""
+    return [float(each) / 1000 for each in _SECONDS.findall(output)]
+
+
 def train(models: Path, args: argparse.Namespace, kind: str, iterations: int) -> str:
     """What one run of training prints; its kind is one of `KINDS`.
 
     Raises:
         SlimError: it failed.
     """
-    command = [sys.executable, ROOT / "tools/torchrun.py", "--nproc-per-node", 1, "--master-port", free_port()]
-    command += [ROOT / "tools/pretrain.py", "--mock-data", "--pretrained-checkpoint", models / "student"]
-    command += ["--no-teacher-check"]
-    command += ["--seq-length", args.seq_length, "--micro-batch-size", args.micro_batch_size]
-    command += ["--global-batch-size", args.micro_batch_size, "--train-iters", iterations]
-    command += "--lr 1e-4 --eval-interval 1000 --eval-iters 0 --log-interval 1 --use-distributed-optimizer".split()
-    command += ["--teacher-load", models / "teacher"] if kind != LM else []
-    command += ["--teacher-ahead", args.teacher_ahead, "--teacher-offload"] if kind == AHEAD else []
+    size = args.seq_length, args.micro_batch_size
+    command = training_command(models, iterations, *size, args.micro_batch_size, teacher=kind != LM)
+    command += ["--teacher-ahead", str(args.teacher_ahead), "--teacher-offload"] if kind == AHEAD else []
     command += args.extra.split()
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
     if done.returncode:
         print("" if args.json else f"{done.stdout}\n{done.stderr}", end="", flush=True)
         raise SlimError(f"a run ended with exit code {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
@@ -111,7 +133,7 @@ def iteration_seconds(models: Path, args: argparse.Namespace, kind: str) -> list
     warm_up = -(-WARM_UP // block) * block
     iterations = warm_up + -(-args.iterations // block) * block
     output = train(models, args, kind, iterations)
-    found = [float(each) / 1000 for each in _SECONDS.findall(output)]
+    found = seconds_of(output)
     assert len(found) == iterations, output
     return [statistics.mean(found[start : start + block]) for start in range(warm_up, iterations, block)]
 
@@ -121,9 +143,10 @@ def kernels() -> Kernels:
     import torch
 
     cuda = torch.cuda.is_available()
-    delta = FUSED if cuda and importlib.util.find_spec("fla") else TORCH
-    attention = FUSED if cuda and importlib.util.find_spec("transformer_engine") else TORCH
-    return Kernels(delta.delta_rule_chunk, delta.solves_keys, attention.skips_masked)
+    plain = TORCH_ON_GPU if cuda else TORCH
+    delta = FUSED if cuda and importlib.util.find_spec("fla") else plain
+    attention = FUSED if cuda and importlib.util.find_spec("transformer_engine") else plain
+    return dataclasses.replace(attention, delta_rule_chunk=delta.delta_rule_chunk, solves_keys=delta.solves_keys)
 
 
 def floor(teacher: Any, student: Any, seq_length: int) -> dict[str, float]:

@@ -60,6 +60,13 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     return shape_from_hf_config(config, mtp_num_layers=1)
 
 
+def demo_shapes() -> tuple[ModelShape, ModelShape]:
+    """Teacher and student of `make demo`."""
+    config = read_json(RECIPES.parent / "demo_teacher" / "config.json")
+    student = {"num_hidden_layers": 6, "hidden_size": 144, "num_experts": 8, "num_experts_per_tok": 3}
+    return shape_of(config), shape_of(config | student)
+
+
 def model_bytes(shape: ModelShape) -> int:
     """Bytes of all weights, in bf16."""
     return count_parameters(shape).total * ITEMSIZE

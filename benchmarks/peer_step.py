@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,24 +21,22 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import kd_step
-from benchmarks.models import shape_of
-from benchmarks.peer_step_run import KD_LAMBDA, LR, RECORD
-from benchmarks.processes import free_port
+from benchmarks import kd_step, processes
+from benchmarks.models import demo_shapes
+from benchmarks.peer_step_run import KD_LAMBDA, RECORD
+from benchmarks.processes import python
 from megatron_slim.cli.tool import run_tool
 from megatron_slim.command_line import positive, tool_parser
 from megatron_slim.errors import SlimError
-from megatron_slim.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "benchmarks/peer_step_run.py"
 LM, KD, FOUR_TERMS, PEER_LM, PEER_KD = "lm", "kd", "four_terms", "peer_lm", "peer_kd"
 KINDS = (LM, PEER_LM, KD, PEER_KD, FOUR_TERMS)
-WARM_UP = 2  # steps that are not counted
+WARM_UP = kd_step.WARM_UP  # steps that are not counted
 # Of losses, relative: fp32 on both sides, sums in another order. The second step has one update of the weights behind
 # it. Adam turns the rounding of gradients that are nearly zero into whole steps, and then other experts are chosen.
 TOLERANCE, LATER_TOLERANCE = 1e-5, 1e-3
-_SECONDS = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
 _LM, _KD = (re.compile(rf"\| {name}: ([\d.E+-]+)") for name in ("lm loss", "logits distillation loss"))
 
 
@@ -56,9 +52,7 @@ class Size:
 
 def sizes() -> dict[str, Size]:
     """An eighth of the published widths with 1,024 tokens a step, and the demo's training."""
-    config = read_json(ROOT / "examples/slimqwen/demo_teacher/config.json")
-    pruned = {"num_hidden_layers": 6, "hidden_size": 144, "num_experts": 8, "num_experts_per_tok": 3}
-    demo = {"teacher": shape_of(config), "student": shape_of(config | pruned)}
+    demo = dict(zip(("teacher", "student"), demo_shapes(), strict=True))
     return {"eighth": Size(kd_step.shapes("eighth"), 1024, 1, 1), "demo": Size(demo, 256, 4, 2)}
 
 
@@ -74,31 +68,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(command: list[Any], threads: int) -> str:
-    """Standard output of a process.
-
-    Raises:
-        SlimError: it failed.
-    """
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise SlimError(f"a run ended with exit code {done.returncode}: {done.stderr.strip()[-2000:]}")
-    return done.stdout
+def run(command: list[str], threads: int) -> str:
+    """Standard output of a process."""
+    return processes.run(command, variables={"OMP_NUM_THREADS": str(threads)}).stdout
 
 
 def train(folder: Path, size: Size, kind: str, steps: int, threads: int, *, recorded: Path | None = None) -> str:
     """What our training prints; with ``recorded`` its micro-batches are written there."""
-    script: list[Any] = [ROOT / "tools/pretrain.py"] if recorded is None else [RUN, RECORD, recorded]
-    command = [sys.executable, ROOT / "tools/torchrun.py", "--nproc-per-node", 1, "--master-port", free_port(), *script]
     batch = size.micro_batch_size * size.micro_batches
-    command += ["--mock-data", "--pretrained-checkpoint", folder / "student", "--no-teacher-check"]
-    command += ["--seq-length", size.seq_length, "--micro-batch-size", size.micro_batch_size]
-    command += ["--global-batch-size", batch, "--train-iters", steps, "--lr", LR, "--lr-decay-style", "constant"]
-    command += "--moe-aux-loss-coeff 0 --eval-interval 1000 --eval-iters 0 --log-interval 1".split()
-    command += ["--use-distributed-optimizer"]
+    sample = size.seq_length, size.micro_batch_size, batch
+    script = kd_step.PRETRAIN if recorded is None else (RUN, RECORD, recorded)
+    command = kd_step.training_command(folder, steps, *sample, teacher=kind != LM, script=script)
+    command += "--lr-decay-style constant --moe-aux-loss-coeff 0".split()
     if kind != LM:
-        command += ["--teacher-load", folder / "teacher", "--kd-lambda-start", KD_LAMBDA, "--kd-lambda-end", KD_LAMBDA]
+        command += f"--kd-lambda-start {KD_LAMBDA} --kd-lambda-end {KD_LAMBDA}".split()
     if kind != FOUR_TERMS:
         command += ["--without-mtp", *(["--teacher-without-mtp"] if kind == KD else [])]
     return run(command, threads)
@@ -107,7 +90,7 @@ def train(folder: Path, size: Size, kind: str, steps: int, threads: int, *, reco
 def ours(folder: Path, size: Size, kind: str, steps: int, threads: int) -> list[tuple[float, float, float]]:
     """Seconds and losses of every step."""
     output = train(folder, size, kind, steps, threads)
-    seconds = [float(each) / 1000 for each in _SECONDS.findall(output)]
+    seconds = kd_step.seconds_of(output)
     lm = [float(each) for each in _LM.findall(output)]
     kd = [float(each) for each in _KD.findall(output)] or [0.0] * steps
     assert len(seconds) == len(lm) == len(kd) == steps, output
@@ -116,9 +99,9 @@ def ours(folder: Path, size: Size, kind: str, steps: int, threads: int) -> list[
 
 def peers(folder: Path, size: Size, kind: str, threads: int, experts: str | None) -> list[tuple[float, float, float]]:
     """The same of transformers."""
-    command: list[Any] = [sys.executable, RUN, "--student", folder / "student", "--batches", folder / "batches.npy"]
-    command += ["--micro-batches", size.micro_batches]
-    command += ["--teacher", folder / "teacher"] if kind == PEER_KD else []
+    command = python(RUN, "--student", folder / "student", "--batches", folder / "batches.npy")
+    command += ["--micro-batches", str(size.micro_batches)]
+    command += ["--teacher", str(folder / "teacher")] if kind == PEER_KD else []
     command += ["--experts", experts] if experts else []
     return [tuple(step) for step in json.loads(run(command, threads).splitlines()[-1])]
 

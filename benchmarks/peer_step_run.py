@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.kd_step import LR
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 RECORD = "--record"
-LR, BETAS, EPS, WEIGHT_DECAY, CLIP = 1e-4, (0.9, 0.999), 1e-8, 0.01, 1.0  # Megatron's defaults, but for the rate
+BETAS, EPS, WEIGHT_DECAY, CLIP = (0.9, 0.999), 1e-8, 0.01, 1.0  # Megatron's defaults
 KD_LAMBDA = 0.75
 
 

@@ -59,6 +59,7 @@ def run(
     *,
     sample_seconds: float | None = None,
     meanwhile: Callable[[], None] | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> Run:
     """Run a command to its end.
 
@@ -67,12 +68,13 @@ def run(
         sample_seconds: look at its memory this often, or less often where a look (30 ms a GB) would take a core more
             than a quarter of its time; None does not look.
         meanwhile: called again and again until the command has ended; an exception from it ends the command.
+        variables: of its environment, in addition to ours.
 
     Raises:
         SlimError: it failed; holds the end of its standard error.
     """
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment, peak = os.environ | {"PYTHONPATH": path}, [0]
+    environment, peak = os.environ | {"PYTHONPATH": path} | dict(variables or {}), [0]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         started = time.monotonic()
         process = subprocess.Popen(command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=environment)

@@ -19,13 +19,13 @@ import numpy as np
 import psutil
 import torch
 
+from benchmarks.models import demo_shapes
 from benchmarks.report import machine
 from benchmarks.soak_compare import LOGGED, compare
 from megatron_slim import device
-from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.torch_dist_names import METADATA
 from megatron_slim.errors import SlimError
-from megatron_slim.files import read_json
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,10 +50,7 @@ def shapes(model: str) -> tuple[ModelShape, ModelShape]:
         sizes: dict[str, Any] = {"layer_types": ("linear_attention", "full_attention"), "num_layers": 2}
         sizes["vocab_size"] = 120
         return tiny_shape(**sizes), tiny_shape(**sizes, hidden_size=48, num_moe_experts=4)
-    config = read_json(ROOT / "examples/slimqwen/demo_teacher/config.json")
-    student = {"num_hidden_layers": 6, "hidden_size": 144, "num_experts": 8, "num_experts_per_tok": 3}
-    found = [shape_from_hf_config(c, mtp_num_layers=1, where="demo") for c in (config, config | student)]
-    return found[0], found[1]
+    return demo_shapes()
 
 
 def prepare(args: argparse.Namespace) -> None:

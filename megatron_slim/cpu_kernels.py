@@ -53,8 +53,7 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_outputs: Tensor) -> tuple[Tensor, Tensor | None]:
         inputs, weight = ctx.saved_tensors
-        d_weight = weight_gradient(weight, d_outputs, inputs) if ctx.needs_input_grad[1] else None
-        return linear(d_outputs, weight.t()), d_weight
+        return linear(d_outputs, weight.t()), weight_gradient(weight, d_outputs, inputs)
 
 
 _MALLOC_OPTIONS = {-3: 64 << 20, -1: 1 << 30}  # of malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD

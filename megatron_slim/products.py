@@ -37,6 +37,13 @@ def linear(rows: Tensor, weight: Tensor) -> Tensor:
     return rows @ weight.t()
 
 
+def linear_into(rows: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """`linear` in a place [n, m] that is there."""
+    if uses_onednn(rows, len(weight)):
+        return out.copy_(linear(rows, weight))
+    return torch.mm(rows, weight.t(), out=out)
+
+
 def transposed_product(first: Tensor, second: Tensor) -> Tensor:
     """The transpose of [n, a] times [n, b], by oneDNN: [a, b]. It copies its first factor, which is the narrower."""
     if first.shape[1] > second.shape[1]:

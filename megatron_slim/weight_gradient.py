@@ -13,12 +13,11 @@ ROWS = 4096  # of a weight gradient in bf16 that is in memory at once, where the
 FEW_ROWS = 512  # below which adding to a gradient takes longer than the faster product saves
 
 
-def ready_weight(layer: nn.Module) -> Tensor:
+def ready_weight(layer: nn.Module) -> Any:
     """The weight of a layer whose own forward pass, before which DDP waits for gathered parameters, is not called."""
     for wait in layer._forward_pre_hooks.values():
         wait(layer, ())
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    return weight
+    return layer.weight
 
 
 class WeightGradient:

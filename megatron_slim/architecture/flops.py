@@ -9,7 +9,7 @@ table are the two products of full attention, which grow with the sequence, and 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import accumulate
 
@@ -25,17 +25,20 @@ class Kernels:
         delta_rule_chunk: positions that the gated delta rule takes at once (arXiv 2412.06464).
         solves_keys: it applies the inverse of a chunk's triangle to keys as to values, so that chunks can be prepared
             before their state is known.
-        skips_masked: attention leaves out the half of the scores that the causal mask hides.
+        skips_masked: attention leaves out the half of the scores that the causal mask hides, and keeps none of them.
+        transformer_engine: norms and attention are Transformer Engine's.
     """
 
     delta_rule_chunk: int
     solves_keys: bool
     skips_masked: bool
+    transformer_engine: bool
 
 
-# Transformer Engine and flash-linear-attention, and the plain modules of a CPU.
-FUSED = Kernels(delta_rule_chunk=64, solves_keys=True, skips_masked=True)
-TORCH = Kernels(delta_rule_chunk=32, solves_keys=False, skips_masked=True)
+# Transformer Engine and flash-linear-attention; our modules on a CPU; on a GPU, where attention is Megatron's own.
+FUSED = Kernels(delta_rule_chunk=64, solves_keys=True, skips_masked=True, transformer_engine=True)
+TORCH = Kernels(delta_rule_chunk=32, solves_keys=False, skips_masked=True, transformer_engine=False)
+TORCH_ON_GPU = replace(TORCH, skips_masked=False)
 
 
 def _products(rows: tuple[Weight, ...], shape: ModelShape) -> float:

@@ -32,7 +32,8 @@ class LocalAttention(DotProductAttention):
         super().__init__(whole, *args, **kwargs)
         self.context_parallel = config.context_parallel_size > 1
         softmax = self.scale_mask_softmax
-        self.is_plain = self.softmax_offset is None and softmax.scale is None and softmax.window_size is None
+        options = self.softmax_offset, softmax.scale, softmax.window_size, self.attention_dropout.p or None
+        self.is_plain = all(option is None for option in options)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
@@ -67,7 +68,6 @@ class LocalAttention(DotProductAttention):
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
             attn_mask=None if hidden is None else ~hidden,
-            dropout_p=self.attention_dropout.p if self.training else 0.0,
             is_causal=hidden is None,
             scale=self.softmax_scale,
             enable_gqa=True,

@@ -82,15 +82,12 @@ def jsd(log_q: Tensor, log_p: Tensor, shard: VocabShard, q: Tensor, p: Tensor) -
     return sums.mean(0), ratio.sub_(sums[1][:, None]).mul_(q).mul_(0.5)
 
 
-def top_k(
-    log_q: Tensor, log_p: Tensor, shard: VocabShard, q: Tensor | None = None, p: Tensor | None = None, *, k: int
-) -> tuple[Tensor, Tensor]:
+def top_k(log_q: Tensor, log_p: Tensor, shard: VocabShard, q: Tensor, p: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
     """Cross entropy over the teacher's k most probable tokens and the rest of the vocabulary as one event.
 
     Its gradient is q - p on those tokens and q (1 - p_rest / q_rest) on each of the rest.
     """
     columns, mine = _most_probable(log_p, k, shard)
-    p, q = log_p.exp() if p is None else p, log_q.exp() if q is None else q
     p_at, q_at = p.gather(1, columns), q.gather(1, columns)
     value_at = torch.where(mine, p_at * log_q.gather(1, columns), 0.0).sum(-1)
     # Sums over the rest itself: 1 - (sum over the k) would lose all digits where the k have nearly everything.

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_slim.distillation.divergences import KDLoss
 from megatron_slim.distillation.vocabulary import VocabShard
-from megatron_slim.products import linear, uses_onednn
+from megatron_slim.products import linear_into
 from megatron_slim.weight_gradient import WeightGradient
 
 
@@ -38,10 +38,7 @@ class OutputLayer:
             return torch.mm(hidden, weight.t(), out=out)
         hidden = hidden.contiguous()
         for part, columns in zip(weight.split(COLUMNS), out.split(COLUMNS, dim=1), strict=True):
-            if uses_onednn(hidden, len(part)):
-                columns.copy_(linear(hidden, part))  # a piece is in the cache
-            else:
-                torch.mm(hidden, part.t(), out=columns)
+            linear_into(hidden, part, columns)  # a piece is in the cache
         return out
 
 
@@ -165,11 +162,7 @@ class _Gradients:
 
     def add(self, head: int, rows: slice, d_logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
         """Those of some rows of a head, from that of their logits [n, valid] and their hidden states [n, H]."""
-        d_hidden, weight = self.hidden[head][rows], weight[: d_logits.shape[1]]
-        if uses_onednn(d_logits, weight.shape[1]):
-            d_hidden.copy_(linear(d_logits, weight.t()))
-        else:
-            torch.mm(d_logits, weight, out=d_hidden)
+        linear_into(d_logits, weight[: d_logits.shape[1]].t(), self.hidden[head][rows])
         self.weight.add(d_logits, hidden)
 
 

@@ -39,6 +39,7 @@ from megatron_slim.distillation.layer_pairs import LayerPair
 from megatron_slim.distillation.losses import TokenLosses, shift
 from megatron_slim.distillation.offload import OffloadedWeights
 from megatron_slim.distillation.vocabulary import VocabShard
+from megatron_slim.weight_gradient import ready_weight
 
 TEACHER_MTP, TEACHER_MAIN = "teacher-mtp", "teacher-main"
 
@@ -199,11 +200,9 @@ class DistillationModel(HiddenStatesModel):
 
     def _output_weights(self, model: HiddenStatesModel) -> OutputLayer:
         """A model's output layer, its parameters ready to be read."""
-        layer = model.output_layer
-        # The layer's own forward, before which DDP waits for parameters that are still gathered, is not called.
-        for wait in layer._forward_pre_hooks.values():
-            wait(layer, ())
-        weight = model.shared_embedding_or_output_weight() if layer.weight is None else layer.weight
+        weight = ready_weight(model.output_layer)
+        if weight is None:
+            weight = model.shared_embedding_or_output_weight()
         return OutputLayer(weight, VocabShard.of(self.pg_collection.tp, len(weight), self.unpadded_vocab_size))
 
     def _whole_input(self, hidden: Tensor) -> Tensor:

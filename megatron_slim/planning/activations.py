@@ -47,8 +47,8 @@ class Pass:
 
     @property
     def fused(self) -> bool:
-        """Kernels of a GPU."""
-        return self.kernels == FUSED
+        """Norms and attention of a GPU."""
+        return self.kernels.transformer_engine
 
 
 def _norm(size: float, of: Pass) -> float:
@@ -69,8 +69,11 @@ def _full_attention(shape: ModelShape, of: Pass) -> float:
     projected = w * (q * (2 if shape.family.attention_output_gate else 1) + 2 * k)
     rotated = w * (q + k) + FP32 * (heads + groups)  # and the roots of their norms
     found = projected + rotated + (w * q + FP32 * heads) + gate
-    # Ours also keeps the queries apart from what was projected, and sines and cosines, of all samples once.
-    return found if of.fused else found + w * q + 4 * w * shape.rotary_dim / of.samples
+    if not of.fused:  # the queries apart from what was projected, and sines and cosines, of all samples once
+        found += w * q + 4 * w * shape.rotary_dim / of.samples
+    if not of.kernels.skips_masked:  # scores in fp32, the same rounded, and one mask for all samples
+        found += of.seq_length * (heads * (FP32 + w if w < FP32 else FP32) + 1 / of.samples)
+    return found
 
 
 def _linear_attention(shape: ModelShape, of: Pass) -> float:

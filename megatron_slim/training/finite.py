@@ -138,7 +138,7 @@ def _gradient_bounds(model: Sequence[Any]) -> Iterator[Tensor]:
     DDP has the gradients of many parameters in one buffer: it is read once, which an infinite norm takes longer for.
     """
     for chunk in () if get_args().fp16 else model:
-        buffers = [*getattr(chunk, "buffers", ()), *chunk.expert_parallel_buffers] if isinstance(chunk, DDP) else []
+        buffers = [*chunk.buffers, *chunk.expert_parallel_buffers] if isinstance(chunk, DDP) else []
         gradients = [buffer.grad_data for buffer in buffers] or [gradient for _, _, gradient in _gradients([chunk])]
         for gradient in gradients:
             if gradient.numel():

@@ -7,12 +7,14 @@ from typing import Any
 
 import megatron_slim.mcore
 
+import torch
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from megatron_slim.architecture.flops import (
     FUSED,
     TORCH,
+    TORCH_ON_GPU,
     Flops,
     Kernels,
     Recompute,
@@ -226,7 +228,9 @@ def plan_stages(shape: ModelShape, teacher: ModelShape | None, args: Any, *, tea
 
 def kernels_of(args: Any) -> Kernels:
     """How a run computes what has no weights."""
-    return TORCH if args.transformer_impl == "local" else FUSED
+    if args.transformer_impl != "local":
+        return FUSED
+    return TORCH_ON_GPU if torch.cuda.is_available() else TORCH
 
 
 def _flops(shape: ModelShape, teacher: ModelShape | None, args: Any, teacher_runs_mtp: bool) -> tuple[Flops, Flops]:

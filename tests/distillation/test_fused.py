@@ -236,7 +236,8 @@ def test_the_rest_of_a_confident_student_keeps_its_digits() -> None:
     from megatron_slim.distillation.divergences import top_k
 
     logits = torch.tensor([[30.0, 29.0, 0.0, -1.0, 1.0]])
-    value, _ = top_k(logits.log_softmax(-1), logits.log_softmax(-1), VocabShard(0, 5, None), k=2)
+    logs, probabilities = logits.log_softmax(-1), logits.softmax(-1)
+    value, _ = top_k(logs.clone(), logs, VocabShard(0, 5, None), probabilities, probabilities, k=2)
     p = logits.double().softmax(-1)[0]
     rest = p[2:].sum()
     expected = -(p[:2] * p[:2].log()).sum() - rest * rest.log()
