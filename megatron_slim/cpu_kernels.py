@@ -56,16 +56,21 @@ class _Linear(torch.autograd.Function):
         return linear(d_outputs, weight.t()), weight_gradient(weight, d_outputs, inputs)
 
 
-_MALLOC_OPTIONS = {-3: 64 << 20, -1: 1 << 30}  # of malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+# Of malloc.h. What is kept: for the blocks of a streaming pass the most that glibc itself would come to keep; for a
+# training step, whose logits and gradients are larger, enough for all of them.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+STREAMING, TRAINING = (16 << 20, 64 << 20), (64 << 20, 1 << 30)
 
 
-def keep_freed_memory() -> None:
-    """Have the C library keep what tensors free, up to a gigabyte, for those that come next.
+def keep_freed_memory(kept: tuple[int, int]) -> None:
+    """Have the C library keep what tensors free for those that come next; by itself glibc returns it to the system,
+    and every tensor waits for its pages again.
 
-    By itself glibc returns large blocks to the system, and a training step waits for their pages again and again.
+    Args:
+        kept: bytes of the largest block that is kept, and of all.
     """
     if platform.libc_ver()[0] == "glibc" and not torch.cuda.is_available():
-        for option, size in _MALLOC_OPTIONS.items():
+        for option, size in zip((_MMAP_THRESHOLD, _TRIM_THRESHOLD), kept, strict=True):
             ctypes.CDLL(None).mallopt(option, size)
 
 

@@ -29,10 +29,17 @@ def uses_onednn(rows: Tensor, outputs: int) -> bool:
     return large and rows.dtype == torch.float32 and rows.device.type == "cpu" and has_onednn()
 
 
+def whole(weight: Tensor) -> Tensor:
+    """The weight, or its copy where neither it nor its transpose is contiguous; oneDNN is asked for no others, because
+    PyTorch 2.13 did not return from all of them.
+    """
+    return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
+
+
 def linear(rows: Tensor, weight: Tensor) -> Tensor:
     """Rows [n, k] times the transpose of a weight [m, k]: [n, m], without autograd."""
     if uses_onednn(rows, weight.shape[0]):
-        product: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, weight, None, "none", [], "")
+        product: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, whole(weight), None, "none", [], "")
         return product
     return rows @ weight.t()
 

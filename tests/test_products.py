@@ -39,6 +39,14 @@ def test_weights_may_be_transposed() -> None:
     assert error(linear(rows, weight.t()), rows.double() @ weight.double()) < TOLERANCE
 
 
+def test_a_weight_with_gaps_is_copied() -> None:
+    wide = random(96, 200)
+    for weight in (wide, wide.t(), wide[8:], wide[8:].t()):
+        assert products.whole(weight) is weight
+    for gaps in (wide[:, :80], wide[:, :80].t(), wide[::2]):
+        assert products.whole(gaps).is_contiguous() and torch.equal(products.whole(gaps), gaps)
+
+
 @pytest.mark.parametrize("counts", [[200, 0, 37, 263], [0, 0, 500, 0], [500], [31, 33, 436, 0]], ids=str)
 def test_products_by_part(counts: list[int]) -> None:
     """Parts that are rounded up take rows of their neighbours, which must not be seen."""

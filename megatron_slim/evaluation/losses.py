@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_slim.checkpoint.reference import SAMPLES
 from megatron_slim.errors import CheckpointError
+from megatron_slim.products import linear
 from megatron_slim.pruning.streaming import FINAL_NORM, MTP_NORM, StreamingForward
 
 HEAD_ROWS = 512  # positions whose logits are in memory at once: 0.3 GB of fp32 at a vocabulary of 151936
@@ -40,7 +41,7 @@ class HeadLosses(StreamingForward):
         for hidden, wanted in zip(self.batches(), targets.split(self.micro_batch_size), strict=True):
             rows = hidden[:, : targets.shape[1]].reshape(-1, self.shape.hidden_size).split(HEAD_ROWS)
             for chunk, ids in zip(rows, wanted.reshape(-1).split(HEAD_ROWS), strict=True):
-                logits = (chunk.to(self.device) @ weight.T).float()
+                logits = linear(chunk.to(self.device), weight).float()
                 found = F.cross_entropy(logits, ids.to(self.device), reduction="none")
                 total += found.double().sum().item()
                 if sum(map(len, kept)) < SAMPLES * targets.shape[1]:

@@ -25,7 +25,9 @@ from megatron_slim.architecture.table import count_parameters
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.raw_files import as_bytes
+from megatron_slim.cpu_kernels import STREAMING, keep_freed_memory
 from megatron_slim.files import sha256
+from megatron_slim.products import linear
 from megatron_slim.pruning.block import block_config, build_block, rotary_embedding
 from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.hidden_states import HiddenStates, InFiles, InMemory
@@ -101,6 +103,7 @@ class StreamingForward:
 
     def run(self, description: str) -> None:
         """Pass everything through every module, the MTP block's last; ``description`` is the progress bar's."""
+        keep_freed_memory(STREAMING)
         nbytes = self.samples.numel() * self.shape.hidden_size * self.dtype.itemsize
         finished = 0
         self._hidden: HiddenStates = InMemory(nbytes, self.device)
@@ -220,7 +223,7 @@ class StreamingForward:
         def step(hidden: Tensor, tokens: Tensor) -> Tensor:
             embedded = embedding[tokens[:, 1:]].to(self.device, self.dtype)
             pair = torch.cat((self._normed(embedded, enorm), self._normed(hidden[:, :-1], hnorm)), dim=-1)
-            output = pair @ projection.T
+            output = linear(pair.flatten(0, 1), projection).unflatten(0, pair.shape[:2])
             self.observe(MTP_INPUT, pair, output)
             return output
 

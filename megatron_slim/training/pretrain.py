@@ -381,7 +381,7 @@ def main(argv: list[str]) -> None:
     balancing = load_balancing_note(shape, argv, parsed.moe_router_load_balancing_type)
     if parsed.rank == 0 and balancing is not None:
         logger.info(balancing)
-    cpu_kernels.keep_freed_memory()
+    cpu_kernels.keep_freed_memory(cpu_kernels.TRAINING)
     megatron_fixes.log_what_the_iteration_was()
     device.keep_schedule_with_iterations(0 if place is None else place.start)
     target = _mtp_kd_target(shape, teacher, parsed)
