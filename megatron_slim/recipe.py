@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from megatron_slim import recipe_run
 from megatron_slim.errors import RecipeError
 from megatron_slim.packaged import find_recipe
 from megatron_slim.recipe_budget import (
@@ -127,6 +128,7 @@ class Recipe:
         search: how they are searched.
         source: the model it was written for, for planning without one: a name in `architecture.published.MODELS`, or
             a directory with a config.json, relative to the recipe; "" where it says none. Pruning takes any model.
+        run: sections of `recipe_run` by name, of a recipe as a whole; no plan records them.
     """
 
     target: Target
@@ -138,6 +140,7 @@ class Recipe:
     budget: Budget | None = None
     search: Search = field(default_factory=Search)
     source: str = ""
+    run: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As a version 1 document, all defaults filled in; of a recipe to follow, not of a schedule."""
@@ -173,11 +176,19 @@ def load_recipe(path: Path) -> Recipe:
         RecipeError: the file is missing, is not YAML, or breaks the schema; lists every violation.
     """
     path = find_recipe(path)
+    return parse_recipe(read_document(path), where=str(path))
+
+
+def read_document(path: Path) -> Any:
+    """The YAML of a file, not checked against the schema.
+
+    Raises:
+        RecipeError: the file is missing or is not YAML.
+    """
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
         raise RecipeError(f"not readable as YAML ({error})", where=str(path)) from None
-    return parse_recipe(document, where=str(path))
 
 
 def parse_recipe(document: Any, *, where: str = "recipe") -> Recipe:
@@ -192,7 +203,7 @@ def parse_recipe(document: Any, *, where: str = "recipe") -> Recipe:
     document = _with_phases(document, where)
     found = _version_violations(document)
     keys = {key: None for key in document if key != _STAGES}
-    found += unknown_keys(keys, ["version", *SECTIONS, "search", "phases", "stage", "source"], "")
+    found += unknown_keys(keys, ["version", *SECTIONS, "search", "phases", "stage", "source", *recipe_run.SECTIONS], "")
     if "source" in document and (not isinstance(document["source"], str) or not document["source"].strip()):
         found.append(f"source {document['source']!r} is neither a model's name nor a directory")
     if "target" not in document and "phases" not in document:
@@ -212,11 +223,14 @@ def parse_recipe(document: Any, *, where: str = "recipe") -> Recipe:
             found.append(f"search without a bound ({', '.join(BOUNDS)}) in the target of any phase")
     elif "search" in document:
         found += _search_violations(document["search"], document.get("target"))
+    found += recipe_run.violations(document)
     if found:
         raise RecipeError("; ".join(found), where=where)
     phases = document.get("phases", [])
     return dataclasses.replace(
-        _recipe(document), phases=tuple(_phase(document, k, len(phases), phase) for k, phase in enumerate(phases, 1))
+        _recipe(document),
+        phases=tuple(_phase(document, k, len(phases), phase) for k, phase in enumerate(phases, 1)),
+        run=recipe_run.sections(document),
     )
 
 

@@ -70,6 +70,20 @@ node_mounts() {
   if [[ -n $MOUNTS ]]; then tr ',' '\n' <<<"$MOUNTS" | sed '/:/!s/.*/&:&/'; fi
 }
 
+# The arrays `container_options`, of srun, and `container`, what comes before a command, for these mounts.
+slurm_container() { # slurm_container SOURCE:TARGET,...
+  container_options=() container=()
+  case $IMAGE in
+    '') ;;
+    *.sif)
+      container=("$(command -v apptainer || command -v singularity || echo apptainer)" exec --bind "$1" --pwd "$mounted")
+      if [[ $gpus -gt 0 ]]; then container+=(--nv); fi
+      container+=("$IMAGE")
+      ;;
+    *) container_options=(--container-image "$IMAGE" --container-mounts "$1" --container-workdir "$mounted") ;;
+  esac
+}
+
 # The array `launch`: srun, its container, and what runs in it on each node.
 slurm_launch() { # slurm_launch LOG READY
   local environment mounts
@@ -79,15 +93,8 @@ slurm_launch() { # slurm_launch LOG READY
   launch=(srun --nodes "$NNODES" --ntasks "$NNODES" --ntasks-per-node 1 --mpi none --cpu-bind none)
   if [[ -n ${SLURM_CPUS_ON_NODE:-} ]]; then launch+=(--cpus-per-task "$SLURM_CPUS_ON_NODE"); fi
   launch+=(--kill-on-bad-exit 0 --wait 60 --label --open-mode append --output "$1")
-  case $IMAGE in
-    '') ;;
-    *.sif)
-      launch+=("$(command -v apptainer || command -v singularity || echo apptainer)" exec --bind "$mounts" --pwd "$mounted")
-      if [[ $gpus -gt 0 ]]; then launch+=(--nv); fi
-      launch+=("$IMAGE")
-      ;;
-    *) launch+=(--container-image "$IMAGE" --container-mounts "$mounts" --container-workdir "$mounted") ;;
-  esac
+  slurm_container "$mounts"
+  launch+=("${container_options[@]}" "${container[@]}")
   launch+=(env "${environment[@]}" bash "$files/slurm_node.sh" "$2" "$python" "${job[@]}")
 }
 
@@ -153,6 +160,7 @@ slurm_submit() { # slurm_submit [Megatron's flags]
   NNODES=${SETTINGS_NODES:-$NNODES}
   submit=(sbatch --nodes "$NNODES" --output "$SAVE/logs/%j.out")
   if [[ -n ${SETTINGS_NODES:-} || $gpus -gt 0 ]]; then submit+=(--gpus-per-node "$NPROC_PER_NODE"); fi
+  if [[ -n ${DEPENDENCY:-} ]]; then submit+=(--dependency "$DEPENDENCY"); fi
   submit+=("$files/pretrain_distill.sh" "$@")
   if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf '%q ' "${submit[@]}"

@@ -13,6 +13,7 @@ from megatron_slim.errors import EXIT_USER_ERROR
 PROG = "megatron-slim"
 # In the order of use. The name of a module is that of its command, with underscores.
 COMMANDS = {
+    "run": "compress a model: prune, train, export and evaluate, as a recipe says",
     "doctor": "check this machine, and the data and checkpoints of a run",
     "recipes": "list the recipes that come with the package",
     "preprocess": "tokenize text into Megatron's .bin/.idx",

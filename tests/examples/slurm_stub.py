@@ -61,6 +61,7 @@ def sbatch(words: list[str]) -> int:
         code = job.wait()
         (STATE / f"code-{restart}").write_text(str(code))
         if not (STATE / "requeued").exists():
+            print(f"Submitted batch job {JOB}")
             return code
     return 0
 
@@ -87,7 +88,7 @@ def srun(words: list[str]) -> int:
         deadline = None
         while any(task.poll() is None for task in tasks):
             if deadline is None and any(task.poll() is not None for task in tasks):
-                deadline = time.monotonic() + float(os.environ.get("STUB_WAIT", options["--wait"]))
+                deadline = time.monotonic() + float(os.environ.get("STUB_WAIT", options.get("--wait", "0")))
             if deadline is not None and time.monotonic() > deadline:
                 kill(0, None)
             time.sleep(0.05)

@@ -1,0 +1,130 @@
+"""Running the steps that are not done yet, each as a process that ends with this one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from megatron_slim.compression.state import DONE, FAILED, RUNNING, RunState
+from megatron_slim.compression.steps import TRAIN, Step, command_line
+from megatron_slim.errors import EXIT_USER_ERROR, SlimError
+from megatron_slim.files import write_atomic
+from megatron_slim.processes import die_with_parent
+
+logger = logging.getLogger(__name__)
+
+_LINES = 12  # of its log that a failed step shows
+_FORWARDED = (signal.SIGUSR1, signal.SIGUSR2)  # what Slurm sends before a time limit; a training run saves
+
+
+def run_steps(steps: Sequence[Step], state: RunState, save: Path) -> None:
+    """Run what is not done, in order.
+
+    Raises:
+        SlimError: a step failed, or left before it was done.
+    """
+    for folder in ("logs", "results", *{str(step.output.parent) for step in steps}):
+        (save / folder).mkdir(parents=True, exist_ok=True)
+    for number, step in enumerate(steps, 1):
+        title = f"{number}/{len(steps)} {step.name}"
+        if step.done():
+            if not step.result.is_file():
+                _recover(step, save)
+            if state.steps[step.name]["state"] != DONE:
+                state.set(step, DONE)
+            logger.info(f"{title}: done before")
+            continue
+        logger.info(f"{title}: running, log {save / 'logs' / step.log_name}.err")
+        state.set(step, RUNNING)
+        begin = time.monotonic()
+        try:
+            _run(step, save)
+        except BaseException:
+            state.set(step, FAILED, time.monotonic() - begin)
+            raise
+        state.set(step, DONE, time.monotonic() - begin)
+        logger.info(f"{title}: {time.monotonic() - begin:.0f} s")
+
+
+def _run(step: Step, save: Path) -> None:
+    code, last = _process(step, command_line(step), save / "logs" / step.log_name)
+    log = save / "logs" / f"{step.log_name}.err"
+    if code:
+        lines = log.read_text(errors="replace").strip().splitlines()
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        if code == EXIT_USER_ERROR and errors:
+            raise SlimError(f"step {step.name}: {errors[-1]}")
+        for line in lines[-_LINES:]:
+            logger.error(line)
+        raise SlimError(f"step {step.name} ended with exit code {code}", where=str(log), fix="run again to resume")
+    if step.kind == TRAIN:
+        if not step.done():
+            raise SlimError(f"step {step.name} was stopped before its end", where=str(log), fix="run again to resume")
+        _recover(step, save)
+    else:
+        _write_result(step, last)
+    if not step.done():
+        raise SlimError(f"step {step.name} left no {step.output}", where=str(log), fix="run again")
+
+
+def _recover(step: Step, save: Path) -> None:
+    """Give a step that is done its result."""
+    if step.recover is None:
+        _write_result(step, "{}")
+        return
+    code, last = _process(step, [*command_line(step)[:3], *step.recover], save / "logs" / f"{step.log_name}-result")
+    _write_result(step, last if code == 0 else "{}")
+
+
+def _write_result(step: Step, last: str) -> None:
+    """The last line of a command's output, which is JSON with ``--json``."""
+    json.loads(last)
+    write_atomic(step.result, last + "\n")
+
+
+def _process(step: Step, command: Sequence[str], log: Path) -> tuple[int, str]:
+    """Run a command to its end, its output in files; gives its exit code and the last line of its output."""
+    out, err = (Path(f"{log}.{kind}") for kind in ("out", "err"))
+    with out.open("wb") as stdout, err.open("wb") as stderr:
+        process = subprocess.Popen(
+            list(command), stdout=stdout, stderr=stderr, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent
+        )
+        with _ended(process), _forwarded(process):
+            code = process.wait()
+    lines = out.read_text(errors="replace").strip().splitlines()
+    return code, lines[-1] if lines else ""
+
+
+@contextmanager
+def _ended(process: subprocess.Popen[Any]) -> Iterator[None]:
+    """End the process where this one is about to end."""
+    try:
+        yield
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+
+
+@contextmanager
+def _forwarded(process: subprocess.Popen[Any]) -> Iterator[None]:
+    """Pass on what a training run saves at."""
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        os.kill(process.pid, signum)
+
+    previous = {known: signal.signal(known, forward) for known in _FORWARDED}
+    try:
+        yield
+    finally:
+        for known, handler in previous.items():
+            signal.signal(known, handler)

@@ -1,0 +1,192 @@
+"""What a run was asked for: its recipe with the values that the command line replaces, and its paths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_slim.errors import RecipeError, SlimError
+from megatron_slim.packaged import find_recipe
+from megatron_slim.recipe import Recipe, parse_recipe, read_document
+
+# Of pretrain_distill.sh, where neither recipe nor command line says it.
+SEQ_LENGTH, GLOBAL_BATCH_SIZE = 4096, 1024
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """A run as a whole.
+
+    Attributes:
+        file: of the recipe.
+        document: the recipe, as YAML has it, with all replaced values.
+        recipe: the same, parsed.
+        teacher: checkpoint that is pruned and distilled from.
+        data: of training, as Megatron takes it: prefixes, or weights and prefixes.
+        valid_data: of validation in training; empty where a part of ``data`` is set aside for it.
+        calibration_data: what calibration draws its samples from.
+        evaluation_data: what is evaluated on; None where nothing is.
+        save: directory of everything that the run makes.
+        megatron: arguments that go to Megatron as they are.
+    """
+
+    file: Path
+    document: Mapping[str, Any]
+    recipe: Recipe
+    teacher: Path
+    data: tuple[str, ...]
+    valid_data: tuple[str, ...]
+    calibration_data: Path
+    evaluation_data: Path | None
+    save: Path
+    megatron: tuple[str, ...] = ()
+
+    @property
+    def phases(self) -> tuple[Recipe, ...]:
+        """The recipe of every phase; a recipe without phases is one."""
+        return self.recipe.phases or (self.recipe,)
+
+    def section(self, name: str) -> Mapping[str, Any]:
+        """``calibrate``, ``train`` or ``evaluate``; samples are as long as those of training where it does not say."""
+        length = self.recipe.run["train"].get("seq_length")
+        default = {} if length is None else {"seq_length": length}
+        return {**default, **self.recipe.run[name]}
+
+    @property
+    def tokens_per_iteration(self) -> int:
+        """Tokens of a training step."""
+        train = self.section("train")
+        return int(train.get("seq_length", SEQ_LENGTH) * train.get("global_batch_size", GLOBAL_BATCH_SIZE))
+
+    @cached_property
+    def stops(self) -> tuple[int, ...]:
+        """The iteration at which every phase ends, counted over all phases."""
+        tokens: list[int | None] = [self.section("train").get("tokens")]
+        if self.recipe.phases:
+            tokens = [None if phase.phase is None else phase.phase.tokens for phase in self.recipe.phases]
+        given = [each for each in tokens if each is not None]
+        if len(given) != len(tokens):
+            fix = "give every phase its tokens" if self.recipe.phases else "give train.tokens, or --tokens"
+            raise RecipeError("no tokens to train on", where=str(self.file), fix=fix)
+        return tuple(math.ceil(upto / self.tokens_per_iteration) for upto in accumulate(given))
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Where everything comes from, as run.json has it."""
+        return {
+            "teacher": str(self.teacher),
+            "data": list(self.data),
+            "valid_data": list(self.valid_data),
+            "calibration_data": str(self.calibration_data),
+            "evaluation_data": None if self.evaluation_data is None else str(self.evaluation_data),
+        }
+
+
+def read_settings(
+    recipe: Path,
+    teacher: Path,
+    save: Path,
+    *,
+    data: Sequence[str],
+    valid_data: Sequence[str] = (),
+    calibration_data: Path | None = None,
+    evaluation_data: Path | None = None,
+    replaced: Sequence[str] = (),
+    train: Mapping[str, Any] | None = None,
+    megatron: Sequence[str] = (),
+) -> RunSettings:
+    """Read a recipe and replace what the command line gives.
+
+    Args:
+        recipe: its file, or the name of one that comes with the package.
+        teacher: checkpoint of either format.
+        save: directory of the run.
+        data: of training.
+        valid_data: of validation.
+        calibration_data: None is the training data, where that is one prefix.
+        evaluation_data: None is the validation data, where that is one prefix.
+        replaced: ``key=value`` words; a key is ``section.key``, a value YAML.
+        train: values of the section ``train``.
+        megatron: arguments for Megatron, after those of the recipe.
+
+    Raises:
+        SlimError: the recipe or a replaced value breaks the schema, or something is missing.
+    """
+    file = find_recipe(recipe)
+    document = read_document(file)
+    if not isinstance(document, dict):
+        raise RecipeError("a recipe is a mapping", where=str(file), fix="start it with 'version: 1'")
+    document = _absolute_source(document, file)
+    for word in replaced:
+        _replace(document, word)
+    if train:
+        document["train"] = {**_section(document, "train"), **train}
+    parsed = parse_recipe(document, where=str(file))
+    calibration_data = calibration_data or _only(data, "--data", "calibration")
+    if evaluation_data is None and valid_data:
+        evaluation_data = _only(valid_data, "--valid-data", "evaluation")
+    found = RunSettings(
+        file,
+        document,
+        parsed,
+        teacher.absolute(),
+        tuple(map(_absolute_prefix, data)),
+        tuple(map(_absolute_prefix, valid_data)),
+        calibration_data.absolute(),
+        None if evaluation_data is None else evaluation_data.absolute(),
+        save.absolute(),
+        (*parsed.run["train"].get("flags", ()), *megatron),
+    )
+    _ = found.stops  # raises where there are no tokens
+    return found
+
+
+def _only(words: Sequence[str], flag: str, purpose: str) -> Path:
+    """The one prefix of a blend."""
+    if len(words) != 1:
+        fix = f"give --{purpose}-data: one prefix"
+        raise SlimError(f"{purpose} reads one data set, and {flag} has {len(words)} words", fix=fix)
+    return Path(words[0])
+
+
+def _section(document: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A section as a mapping; anything else is left for the schema to refuse."""
+    section = document.get(name, {})
+    return dict(section) if isinstance(section, Mapping) else {}
+
+
+def _replace(document: dict[str, Any], word: str) -> None:
+    """Put ``section.key=value`` into a recipe."""
+    name, equals, text = word.partition("=")
+    section, dot, key = name.partition(".")
+    if not (equals and dot and key):
+        raise SlimError(f"{word!r} is not SECTION.KEY=VALUE", where="--set", fix="such as train.lr=1.0e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise SlimError(f"the value of {word!r} is not YAML", where="--set") from None
+    document[section] = _section(document, section) | {key: value}
+
+
+def _absolute_source(document: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """A copy whose ``source``, a directory relative to the recipe, holds in the run's directory too."""
+    source = document.get("source")
+    if isinstance(source, str) and (file.parent / source).is_dir():
+        return {**document, "source": str((file.parent / source).resolve())}
+    return dict(document)
+
+
+def _absolute_prefix(word: str) -> str:
+    """A prefix that holds anywhere; a weight of a blend as it is."""
+    try:
+        float(word)
+    except ValueError:
+        return str(Path(word).absolute())
+    return word

@@ -1,0 +1,138 @@
+"""run.json: what a run was asked for, and how far it is.
+
+What decides whether a step is done is what it has left (`steps.Step.done`). This file is for people and for the report,
+and it is what a later start is compared with: a run continues with the values it began with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_slim import __version__
+from megatron_slim.compression.settings import RunSettings
+from megatron_slim.compression.steps import RECIPE_FILE, SECTION, TRAIN, Step
+from megatron_slim.errors import CheckpointError, SlimError
+from megatron_slim.files import read_json, to_json, write_atomic
+
+FILE, VERSION = "run.json", 1
+DONE, RUNNING, FAILED, WAITING = "done", "running", "failed", "waiting"
+# Of ``train``: what another start may change. Training itself refuses a layout that its checkpoint cannot take.
+_FREE = (
+    *("tp", "pp", "ep", "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "launcher", "settings"),
+    *("image", "mounts", "save_interval", "eval_interval", "log_interval"),
+)
+_SECTIONS = tuple(dict.fromkeys(SECTION.values()))
+
+
+class RunState:
+    """run.json of a run, written after every change.
+
+    Attributes:
+        path: the file.
+        steps: of every step by name: ``state``, ``attempts``, ``seconds`` (of all attempts).
+    """
+
+    def __init__(self, settings: RunSettings, steps: Sequence[Step]) -> None:
+        """Read what is there, and compare it with what is asked for now; nothing is written.
+
+        Raises:
+            SlimError: a value differs that a step which has begun depends on.
+        """
+        self.path = settings.save / FILE
+        self._settings, self._all = settings, steps
+        before = self._read() if self.path.exists() else {}
+        found = {step["name"]: step for step in before.get("steps", ())}
+        fresh = {"state": WAITING, "attempts": 0, "seconds": 0.0}
+        self.steps = {
+            step.name: {key: found.get(step.name, fresh).get(key, value) for key, value in fresh.items()}
+            for step in steps
+        }
+        if before:
+            self._compare(before)
+
+    def _read(self) -> dict[str, Any]:
+        document = read_json(self.path)
+        if not isinstance(document, dict) or document.get("version") != VERSION:
+            raise CheckpointError("is not the state of a run", where=str(self.path), fix="give another --save")
+        return document
+
+    def _compare(self, before: Mapping[str, Any]) -> None:
+        now = self._document()
+        begun = {SECTION.get(step.kind) for step in self._all if self.begun(step)}
+        found = _differences("", before.get("inputs", {}), now["inputs"]) if begun else []
+        if begun:
+            old, new = (
+                {key: value for key, value in document["recipe"].items() if key not in _SECTIONS}
+                for document in (before, now)
+            )
+            found += _differences("", old, new)
+        for section in _SECTIONS:
+            if section in begun:
+                free = _FREE if section == TRAIN else ()
+                old, new = (
+                    {key: value for key, value in document["settings"][section].items() if key not in free}
+                    for document in (before, now)
+                )
+                found += _differences(f"{section}.", old, new)
+        if found:
+            fix = "give what the run began with, or another --save"
+            raise SlimError("; ".join(found), where=str(self.path), fix=fix)
+
+    def begun(self, step: Step) -> bool:
+        """Whether a step was ever started, or is done."""
+        return bool(self.steps[step.name]["attempts"]) or step.done()
+
+    def write(self) -> None:
+        """Write the file, and the recipe next to it."""
+        write_atomic(self.path, to_json(self._document()))
+        recipe = self._settings.save / RECIPE_FILE
+        text = yaml.safe_dump(dict(self._settings.document), sort_keys=False)
+        if not recipe.is_file() or recipe.read_text() != text:
+            write_atomic(recipe, text)
+
+    def set(self, step: Step, state: str, seconds: float = 0.0) -> None:
+        """A step has begun, or ended after so many seconds."""
+        entry = self.steps[step.name]
+        entry["state"] = state
+        entry["attempts"] += state == RUNNING
+        entry["seconds"] = round(entry["seconds"] + seconds, 3)
+        self.write()
+
+    def _document(self) -> dict[str, Any]:
+        save = self._settings.save
+        return {
+            "version": VERSION,
+            "megatron_slim": __version__,
+            "recipe": dict(self._settings.document),
+            "inputs": self._settings.inputs,
+            "settings": {section: dict(self._settings.section(section)) for section in _SECTIONS},
+            "megatron": list(self._settings.megatron),
+            "steps": [
+                {
+                    "name": step.name,
+                    "kind": step.kind,
+                    "phase": step.phase,
+                    "command": list(step.command),
+                    "output": _relative(step.output, save),
+                    "result": _relative(step.result, save),
+                    **self.steps[step.name],
+                }
+                for step in self._all
+            ],
+        }
+
+
+def _relative(path: Path, save: Path) -> str:
+    return str(path.relative_to(save)) if path.is_relative_to(save) else str(path)
+
+
+def _differences(prefix: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{prefix}{key} is {now.get(key, 'left out')!r}, and the run began with {before.get(key, 'none')!r}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]

@@ -1,0 +1,147 @@
+"""The steps of a run: each is one command of megatron-slim, and each shows by what it leaves that it is done.
+
+SAVE/recipe.yaml            the recipe with all replaced values
+SAVE/run.json               what was asked for, and how far it is (`state`)
+SAVE/logs, SAVE/results     of every step: what it printed, and what it found as JSON
+SAVE/phase-K/pruned         student before training (Hugging Face), with its plan and report
+SAVE/phase-K/training       the run: checkpoints (torch_dist) and logs
+SAVE/phase-K/model          trained student (Hugging Face); that of the last phase is SAVE/model
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_slim.checkpoint.torch_dist_names import TRACKER
+from megatron_slim.compression.settings import RunSettings
+
+EVALUATE_TEACHER, PRUNE, EVALUATE_PRUNED = "evaluate-teacher", "prune", "evaluate-pruned"
+TRAIN, EXPORT, EVALUATE = "train", "export", "evaluate"
+# The section of a recipe that a step of a kind follows; prune follows all that `pruning` reads too.
+SECTION = {
+    EVALUATE_TEACHER: "evaluate",
+    PRUNE: "calibrate",
+    EVALUATE_PRUNED: "evaluate",
+    TRAIN: "train",
+    EVALUATE: "evaluate",
+}
+RECIPE_FILE, MODEL = "recipe.yaml", "model"
+# Values of ``train`` that are not arguments of `megatron-slim distill`.
+_OWN = ("tokens", "flags")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step.
+
+    Attributes:
+        name: such as ``phase-1/prune``.
+        kind: one of the constants above.
+        phase: from 1; None of what is done once.
+        command: arguments of ``megatron-slim``.
+        output: what it makes.
+        done: whether that is complete.
+        result: file that its last line of output goes to.
+        recover: the command that gives the result where the output is complete and the result was lost; None is an
+            empty one.
+    """
+
+    name: str
+    kind: str
+    phase: int | None
+    command: tuple[str, ...]
+    output: Path
+    done: Callable[[], bool]
+    result: Path
+    recover: tuple[str, ...] | None = None
+
+    @property
+    def log_name(self) -> str:
+        """Name of its files in ``logs``."""
+        return self.name.replace("/", "-")
+
+
+def steps(settings: RunSettings) -> list[Step]:
+    """All steps in order; those of evaluation only where there is something to evaluate on."""
+    found = _evaluation(settings, EVALUATE_TEACHER, None, settings.teacher)
+    before = settings.teacher
+    for phase in range(1, len(settings.phases) + 1):
+        folder = settings.save / f"phase-{phase}"
+        pruned, training = folder / "pruned", folder / "training"
+        model = settings.save / MODEL if phase == len(settings.phases) else folder / MODEL
+        found.append(_prune(settings, phase, before, pruned))
+        found += _evaluation(settings, EVALUATE_PRUNED, phase, pruned)
+        found.append(_train(settings, phase, pruned, training))
+        command = ("convert", "--load", str(training), "--save", str(model), "--to", "hf", "--json")
+        found.append(_step(settings, EXPORT, phase, command, model, model.is_dir))
+        found += _evaluation(settings, EVALUATE, phase, model)
+        before = training
+    return found
+
+
+def command_line(step: Step) -> list[str]:
+    """A step as a process."""
+    return [sys.executable, "-m", "megatron_slim", *step.command]
+
+
+def _step(
+    settings: RunSettings,
+    kind: str,
+    phase: int | None,
+    command: tuple[str, ...],
+    output: Path,
+    done: Callable[[], bool],
+    recover: tuple[str, ...] | None = None,
+) -> Step:
+    name = "teacher/evaluate" if phase is None else f"phase-{phase}/{kind}"
+    result = settings.save / "results" / f"{name.replace('/', '-')}.json"
+    return Step(name, kind, phase, command, output, done, result, recover)
+
+
+def _options(values: Mapping[str, Any], *names: str) -> list[str]:
+    """Values as arguments: ``--num-samples 8``; of those names alone, where there are any."""
+    kept = {key: value for key, value in values.items() if key in names or not names}
+    return [word for key, value in kept.items() for word in ("--" + key.replace("_", "-"), str(value))]
+
+
+def _evaluation(settings: RunSettings, kind: str, phase: int | None, model: Path) -> list[Step]:
+    if settings.evaluation_data is None:
+        return []
+    command = ["evaluate", "--load", str(model), "--data", str(settings.evaluation_data)]
+    command += [*_options(settings.section("evaluate")), "--json"]
+    step = _step(settings, kind, phase, tuple(command), model, lambda: False)
+    return [Step(**{**vars(step), "output": step.result, "done": step.result.is_file})]
+
+
+def _prune(settings: RunSettings, phase: int, load: Path, pruned: Path) -> Step:
+    calibrate = dict(settings.section("calibrate"))
+    work = calibrate.pop("work_dir", None)
+    command = ["prune", "--load", str(load), "--save", str(pruned), "--recipe", str(settings.save / RECIPE_FILE)]
+    command += ["--phase", str(phase)] if settings.recipe.phases else []
+    command += ["--calibration-data", str(settings.calibration_data), *_options(calibrate)]
+    command += ["--work-dir", f"{Path(work).absolute()}-{phase}"] if work else []
+    recover = ("prune", "--load", str(load), "--plan", str(pruned / "plan.json"), "--dry-run", "--json")
+    return _step(settings, PRUNE, phase, (*command, "--to", "hf", "--json"), pruned, pruned.is_dir, recover)
+
+
+def _train(settings: RunSettings, phase: int, pruned: Path, training: Path) -> Step:
+    train = {key: value for key, value in settings.section("train").items() if key not in _OWN}
+    command = ["distill", "--teacher", str(settings.teacher), "--student", str(pruned), "--save", str(training)]
+    command += ["--data", *settings.data]
+    command += ["--valid-data", *settings.valid_data] if settings.valid_data else []
+    command += ["--progressive"] if settings.recipe.phases else ["--train-iters", str(settings.stops[0])]
+    command += [*_options(train), *settings.megatron]
+    stop = settings.stops[phase - 1]
+    show = ("show-run", str(training), "--json")
+    return _step(settings, TRAIN, phase, tuple(command), training, lambda: last_iteration(training) == stop, show)
+
+
+def last_iteration(training: Path) -> int | None:
+    """Of the newest complete checkpoint of a run."""
+    tracker = training / TRACKER
+    text = tracker.read_text().strip() if tracker.is_file() else ""
+    return int(text) if text.isdigit() else None

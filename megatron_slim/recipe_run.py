@@ -1,0 +1,111 @@
+"""The sections of a recipe that say how a run measures, trains and evaluates: ``calibrate``, ``train``, ``evaluate``.
+
+Pruning reads none of them. `megatron-slim run` does, and an argument of its command line replaces a value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from megatron_slim.recipe_budget import unknown_keys, whole_number
+
+# What is wrong with a value, as the rest of "section.key value is ..."; None where nothing is.
+Check = Callable[[Any], str | None]
+
+
+def _is_whole(least: int) -> Check:
+    what = "a positive integer" if least == 1 else "an integer that is zero or more"
+    return lambda value: None if type(value) is int and value >= least else f"is not {what}"
+
+
+def _is_tokens(value: Any) -> str | None:
+    return None if whole_number(value) else "is not a number of tokens, such as 40B or 4e10"
+
+
+def _is_rate(value: Any) -> str | None:
+    """YAML reads 1e-3 as text and 1.0e-3 as a number."""
+    return "is not a number of at least zero, such as 4e-4" if _number(value) is None else None
+
+
+def _number(value: Any) -> float | None:
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+    return found if math.isfinite(found) and found >= 0 else None
+
+
+def _is_text(value: Any) -> str | None:
+    return None if isinstance(value, str) and value.strip() else "is not a text"
+
+
+def _is_words(value: Any) -> str | None:
+    listed = isinstance(value, list) and value and all(type(word) in (str, int, float) for word in value)
+    return None if listed else "is not a list of words"
+
+
+def _is_one_of(*known: str) -> Check:
+    return lambda value: None if value in known else f"is unknown (known: {', '.join(known)})"
+
+
+_POSITIVE, _COUNT = _is_whole(1), _is_whole(0)
+# Keys of ``train`` are the arguments of `megatron-slim distill`, with two more: tokens, and flags of Megatron.
+SECTIONS: dict[str, dict[str, Check]] = {
+    "calibrate": {
+        "num_samples": _POSITIVE,
+        "seq_length": _POSITIVE,
+        "micro_batch_size": _POSITIVE,
+        "seed": _COUNT,
+        "work_dir": _is_text,
+    },
+    "train": {
+        "tokens": _is_tokens,
+        **dict.fromkeys(("seq_length", "micro_batch_size", "global_batch_size", "save_interval"), _POSITIVE),
+        **dict.fromkeys(("eval_interval", "log_interval"), _POSITIVE),
+        **dict.fromkeys(("tp", "pp", "ep", "nproc_per_node", "nnodes", "master_port"), _POSITIVE),
+        **dict.fromkeys(("eval_iters", "lr_warmup_iters", "node_rank"), _COUNT),
+        **dict.fromkeys(("lr", "min_lr"), _is_rate),
+        **dict.fromkeys(("settings", "image", "mounts", "master_addr"), _is_text),
+        "launcher": _is_one_of("torchrun", "slurm"),
+        "precision": _is_one_of("bf16", "fp32"),
+        "flags": _is_words,
+    },
+    "evaluate": {
+        "num_samples": _POSITIVE,
+        "seq_length": _POSITIVE,
+        "micro_batch_size": _POSITIVE,
+        "seed": _COUNT,
+    },
+}
+
+
+def violations(document: Mapping[Any, Any]) -> list[str]:
+    """What is wrong with these sections of a recipe."""
+    found: list[str] = []
+    for section, checks in SECTIONS.items():
+        values = document.get(section, {})
+        if not isinstance(values, Mapping):
+            found.append(f"{section} {values!r} is not a mapping")
+            continue
+        found += unknown_keys(values, list(checks), f"{section}.")
+        for key, check in checks.items():
+            if key in values and (wrong := check(values[key])):
+                found.append(f"{section}.{key} {values[key]!r} {wrong}")
+    train = document.get("train")
+    if "phases" in document and isinstance(train, Mapping) and "tokens" in train:
+        found.append("train.tokens and phases exclude one another: every phase has its own tokens")
+    return found
+
+
+def sections(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """All sections of a recipe that has no `violations`, tokens and rates as numbers."""
+    found = {section: dict(document.get(section, {})) for section in SECTIONS}
+    train = found["train"]
+    if "tokens" in train:
+        train["tokens"] = whole_number(train["tokens"])
+    train |= {key: float(train[key]) for key in ("lr", "min_lr") if key in train}
+    if "flags" in train:
+        train["flags"] = [str(word) for word in train["flags"]]
+    return found

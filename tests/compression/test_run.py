@@ -1,0 +1,270 @@
+"""`megatron-slim run`: what it asks for, what it runs, and that a run that was killed ends as one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from megatron_slim.checkpoint.convert import open_checkpoint
+from megatron_slim.cli.distill import VARIABLES
+from megatron_slim.compression import runner, steps
+from megatron_slim.compression.settings import read_settings
+from megatron_slim.errors import SlimError
+from megatron_slim.recipe_run import SECTIONS
+from megatron_slim.testing import reserved_port, tiny_shape, write_tiny_checkpoint, write_tokens
+
+ROOT = Path(__file__).resolve().parents[2]
+SECTIONS_TEXT = """
+calibrate: {num_samples: 4, seq_length: 16, micro_batch_size: 2}
+train: {seq_length: 32, micro_batch_size: 1, global_batch_size: 2, lr: 1e-3, min_lr: 1e-4, lr_warmup_iters: 1,
+        save_interval: 1, eval_iters: 0, log_interval: 1, flags: [--no-teacher-check]%s}
+evaluate: {num_samples: 8, micro_batch_size: 4}
+"""
+ONE = "version: 1\ntarget: {num_layers: 4, num_moe_experts: 4}" + SECTIONS_TEXT % ", tokens: 192"
+TWO = (
+    "version: 1\nphases:\n- {tokens: 192, target: {num_layers: 6}}\n"
+    "- {tokens: 192, target: {num_layers: 4, num_moe_experts: 4}}" + SECTIONS_TEXT % ""
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher and data; to be read alone."""
+    folder = tmp_path_factory.mktemp("run")
+    shape = tiny_shape(num_layers=8, num_moe_experts=8, vocab_size=96)
+    write_tiny_checkpoint(folder / "teacher", shape, seed=1)
+    rng = np.random.default_rng(0)
+    for name in ("train", "validation"):
+        write_tokens(folder / name, rng.integers(0, 96, (60, 33)))
+    (folder / "one.yaml").write_text(ONE)
+    (folder / "two.yaml").write_text(TWO)
+    return folder
+
+
+def arguments(place: Path, save: Path, recipe: str = "one.yaml", *more: str) -> list[str]:
+    words = [str(place / recipe), "--teacher", str(place / "teacher"), "--save", str(save)]
+    return [*words, "--data", str(place / "train"), "--valid-data", str(place / "validation"), *more]
+
+
+def settings(place: Path, save: Path, recipe: str = "one.yaml", **more: Any) -> Any:
+    data = {"data": [str(place / "train")], "valid_data": [str(place / "validation")]}
+    return read_settings(place / recipe, place / "teacher", save, **{**data, **more})
+
+
+def test_keys_of_train_are_arguments_of_distill() -> None:
+    assert {key.upper() for key in SECTIONS["train"]} - set(VARIABLES) == {"TOKENS", "FLAGS"}
+
+
+def test_a_dry_run_says_what_every_step_needs_and_makes_nothing(place: Path, tmp_path: Path, tool: Any) -> None:
+    done = tool("tools/run.py", *arguments(place, tmp_path / "r", "two.yaml", "--dry-run", "--json"))
+    assert done.code == 0, done.stderr
+    found = {step["name"]: step for step in done.json["steps"]}
+    kinds = ("prune", "evaluate-pruned", "train", "export", "evaluate")
+    assert list(found) == ["teacher/evaluate", *(f"phase-{phase}/{kind}" for phase in (1, 2) for kind in kinds)]
+    assert found["phase-1/train"]["tokens"] == 192 and found["phase-2/train"]["tokens"] == 192
+    assert found["phase-1/prune"]["tokens"] == 4 * 16 and found["teacher/evaluate"]["tokens"] == 8 * 32
+    # Three checkpoints with two moments in fp32 next to the weights.
+    assert found["phase-1/train"]["bytes"] == 3 * 3 * found["phase-1/export"]["bytes"]
+    assert all(step["seconds"] > 0 for step in done.json["steps"] if step["tokens"])
+    assert not (tmp_path / "r").exists()
+    before = found["phase-2/prune"]["command"]
+    assert before[before.index("--load") + 1] == f"{tmp_path}/r/phase-1/training"
+    assert "--progressive" in found["phase-1/train"]["command"]
+
+
+def test_the_table_of_a_dry_run(place: Path, tmp_path: Path, tool: Any) -> None:
+    done = tool("tools/run.py", *arguments(place, tmp_path / "r", "one.yaml", "--dry-run"))
+    assert "phase-1/train" in done.stdout and "megatron-slim distill --teacher" in done.stdout
+
+
+def test_the_command_line_wins(place: Path, tmp_path: Path) -> None:
+    found = settings(
+        place,
+        tmp_path / "r",
+        replaced=["evaluate.num_samples=2", "train.lr=0.5", "target.num_layers=5"],
+        train={"lr": "0.25", "tokens": "320"},
+        megatron=["--adam-beta2", "0.95"],
+    )
+    assert found.section("evaluate")["num_samples"] == 2 and found.section("train")["lr"] == 0.25
+    assert found.recipe.target.num_layers == 5 and found.stops == (5,)
+    (train,) = [step for step in steps.steps(found) if step.kind == steps.TRAIN]
+    assert train.command[-3:] == ("--no-teacher-check", "--adam-beta2", "0.95")
+    assert train.command[train.command.index("--train-iters") + 1] == "5"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "train.lrs=1"], "unknown key train.lrs (did you mean 'lr'?)"),
+        (["--set", "train"], "'train' is not SECTION.KEY=VALUE"),
+        (["--set", "train.tokens=none"], "train.tokens 'none' is not a number of tokens"),
+        (["--set", "target.num_layers=9"], "num_layers 9 is larger than the source's 8"),
+        (["--step", "phase-1/trane"], "--step phase-1/trane: there is no such step"),
+        (["--step", "phase-1/train"], "--step phase-1/train: teacher/evaluate is not done"),
+        (["--evaluation-data", "/nowhere"], "/nowhere: no such data"),
+        (["--launcher", "slurm"], "--launcher slurm would submit training and not wait for it"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything(
+    place: Path, tmp_path: Path, tool: Any, words: list[str], message: str
+) -> None:
+    assert message in tool("tools/run.py", *arguments(place, tmp_path / "r", "one.yaml", *words)).error
+    assert not (tmp_path / "r").exists()
+
+
+def test_phases_have_their_own_tokens(place: Path, tmp_path: Path, tool: Any) -> None:
+    done = tool("tools/run.py", *arguments(place, tmp_path / "r", "two.yaml", "--tokens", "1K"))
+    assert "train.tokens and phases exclude one another" in done.error
+
+
+def test_tokens_are_needed(place: Path, tmp_path: Path, tool: Any) -> None:
+    (tmp_path / "recipe.yaml").write_text("version: 1\ntarget: {num_layers: 2}\n")
+    words = arguments(place, tmp_path / "r")[1:]
+    assert "no tokens to train on" in tool("tools/run.py", str(tmp_path / "recipe.yaml"), *words).error
+
+
+def test_a_blend_needs_to_say_what_calibration_reads(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(SlimError, match="calibration reads one data set, and --data has 4 words"):
+        settings(place, tmp_path / "r", data=["0.5", str(place / "train"), "0.5", str(place / "validation")])
+
+
+# What stands in for a step in the tests of the runner: writes its output and one line of JSON.
+STAND_IN = "import json, pathlib, sys; pathlib.Path(sys.argv[1]).mkdir(parents=True); print(json.dumps({'a': 1}))"
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Steps that are quick; what runs is listed, and may be given other code."""
+    found: dict[str, Any] = {"ran": [], "code": {}}
+
+    def command(step: steps.Step) -> list[str]:
+        found["ran"].append(step.name)
+        output = step.output if step.kind in (steps.PRUNE, steps.EXPORT) else step.result.with_suffix(".made")
+        code = found["code"].get(step.name, STAND_IN)
+        if step.kind == steps.TRAIN:
+            step.output.mkdir(parents=True, exist_ok=True)
+            (step.output / steps.TRACKER).write_text(str(found.get("iteration", 3)))
+        return [sys.executable, "-c", code, str(output)]
+
+    monkeypatch.setattr(runner, "command_line", command)
+    yield found
+
+
+def test_what_is_done_is_not_done_again(place: Path, tmp_path: Path, tool: Any, quick: dict[str, Any]) -> None:
+    words = arguments(place, tmp_path / "r")
+    quick["code"]["phase-1/export"] = "import sys; print('error: no space', file=sys.stderr); sys.exit(2)"
+    assert tool("tools/run.py", *words).error == "step phase-1/export: no space"
+    state = json.loads((tmp_path / "r/run.json").read_text())
+    states = {step["name"]: step["state"] for step in state["steps"]}
+    assert states["phase-1/train"] == "done" and states["phase-1/export"] == "failed"
+    assert states["phase-1/evaluate"] == "waiting"
+    quick["code"].clear()
+    quick["ran"].clear()
+    assert tool("tools/run.py", *words).code == 0
+    assert [name for name in quick["ran"] if "result" not in name] == ["phase-1/export", "phase-1/evaluate"]
+    assert json.loads((tmp_path / "r/results/phase-1-evaluate.json").read_text()) == {"a": 1}
+    quick["ran"].clear()
+    assert tool("tools/run.py", *words).code == 0 and quick["ran"] == []
+
+
+def test_other_values_are_refused_once_a_step_depends_on_them(
+    place: Path, tmp_path: Path, tool: Any, quick: dict[str, Any]
+) -> None:
+    words = arguments(place, tmp_path / "r")
+    quick["code"]["phase-1/train"] = "raise SystemExit(1)"
+    failed = tool("tools/run.py", *words)
+    assert "step phase-1/train ended with exit code 1" in failed.error
+    other = tool("tools/run.py", *words, "--set", "calibrate.num_samples=8")
+    assert "calibrate.num_samples is 8, and the run began with 4" in other.error
+    assert "num_layers" in tool("tools/run.py", *words, "--set", "target.num_layers=5").error
+    assert "train.lr is 0.5, and the run began with 0.001" in tool("tools/run.py", *words, "--lr", "0.5").error
+    quick["code"].clear()
+    assert tool("tools/run.py", *words, "--log-interval", "2").code == 0  # changes nothing that counts
+
+
+def test_training_that_was_stopped_is_not_done(place: Path, tmp_path: Path, tool: Any, quick: dict[str, Any]) -> None:
+    quick["iteration"] = 2
+    done = tool("tools/run.py", *arguments(place, tmp_path / "r"))
+    assert "step phase-1/train was stopped before its end" in done.error
+
+
+def test_a_failure_that_is_no_user_error_shows_its_log(
+    place: Path, tmp_path: Path, tool: Any, quick: dict[str, Any]
+) -> None:
+    quick["code"]["phase-1/prune"] = "raise ValueError('strange')"
+    done = tool("tools/run.py", *arguments(place, tmp_path / "r"))
+    assert done.code == 2 and "ValueError: strange" in done.stderr
+    assert "step phase-1/prune ended with exit code 1" in done.error
+
+
+def test_steps_one_by_one(place: Path, tmp_path: Path, tool: Any, quick: dict[str, Any]) -> None:
+    words = arguments(place, tmp_path / "r")
+    names = [step.name for step in steps.steps(settings(place, tmp_path / "r"))]
+    for name in names:
+        assert tool("tools/run.py", *words, "--step", name).code == 0
+        assert set(quick["ran"]) == {name}
+        quick["ran"].clear()
+    assert tool("tools/run.py", *words, "--json").json["steps"][names[-1]]["state"] == "done"
+
+
+def finish(command: list[str], save: Path, environment: dict[str, str]) -> dict[str, np.ndarray[Any, Any]]:
+    """Run to the end; gives the weights of the model."""
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    checkpoint = open_checkpoint(save / "model")
+    return {name: checkpoint.read(name).numpy() for name in checkpoint.names}
+
+
+def kill(process: subprocess.Popen[Any]) -> None:
+    """Kill it alone, as the kernel would; what it started must end with it."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_ten_times_ends_as_one_that_was_not(place: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    drawn = random.Random(4)
+    with reserved_port() as port:
+        whole, killed = tmp_path / "whole", tmp_path / "killed"
+
+        def command(save: Path) -> list[str]:
+            words = arguments(place, save, "two.yaml", "--master-port", str(port), "--split", "1,0,0")
+            return [sys.executable, "-m", "megatron_slim", "run", *words]
+
+        begin = time.monotonic()
+        expected = finish(command(whole), whole, environment)
+        took = time.monotonic() - begin
+        kills = 0
+        for _ in range(10):
+            # Two starts of Python at least, so that every start comes further.
+            with subprocess.Popen(command(killed), env=environment, stderr=subprocess.DEVNULL) as process:
+                try:
+                    process.wait(timeout=drawn.uniform(0.05, 0.25) * took)
+                except subprocess.TimeoutExpired:
+                    kill(process)
+                    kills += 1
+        found = finish(command(killed), killed, environment)
+    assert kills >= 5
+    assert expected.keys() == found.keys()
+    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    states = json.loads((killed / "run.json").read_text())["steps"]
+    assert {step["state"] for step in states} == {"done"} and max(step["attempts"] for step in states) > 1
+    for name in ("phase-1-evaluate", "phase-2-evaluate", "teacher-evaluate"):
+        one, other = (json.loads((save / f"results/{name}.json").read_text()) for save in (whole, killed))
+        assert one["loss"] == other["loss"]
