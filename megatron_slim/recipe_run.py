@@ -100,9 +100,9 @@ def violations(document: Mapping[Any, Any]) -> list[str]:
 
 
 def sections(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """All sections of a recipe that has no `violations`, tokens and rates as numbers."""
-    found = {section: dict(document.get(section, {})) for section in SECTIONS}
-    train = found["train"]
+    """The sections of a recipe that has no `violations`, tokens and rates as numbers."""
+    found = {section: dict(document[section]) for section in SECTIONS if section in document}
+    train = found.get("train", {})
     if "tokens" in train:
         train["tokens"] = whole_number(train["tokens"])
     train |= {key: float(train[key]) for key in ("lr", "min_lr") if key in train}

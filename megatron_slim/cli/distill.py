@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from megatron_slim.command_line import positive, tool_parser
+from megatron_slim.command_line import not_negative, positive, tool_parser
 from megatron_slim.packaged import directory
 
 SCRIPT = "pretrain_distill.sh"
@@ -57,6 +57,8 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "DRY_RUN": ("", "print the commands and do nothing"),
     },
 }
+# Numbers that may be zero: no validation, no warm-up.
+_OR_ZERO = ("EVAL_ITERS", "LR_WARMUP_ITERS")
 VARIABLES = {name: value for group in GROUPS.values() for name, value in group.items()}
 
 
@@ -78,9 +80,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
             elif kind.endswith("..."):
                 group.add_argument(flag(name), dest=name, nargs="+", metavar=kind.split()[0], help=text)
             else:
-                group.add_argument(
-                    flag(name), dest=name, type=positive if kind == "N" else str, metavar=kind, help=text
-                )
+                number = not_negative if name in _OR_ZERO else positive
+                group.add_argument(flag(name), dest=name, type=number if kind == "N" else str, metavar=kind, help=text)
     return found
 
 

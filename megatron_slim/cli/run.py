@@ -1,6 +1,6 @@
 """Compress a model: prune, train, export and evaluate, phase by phase, as a recipe says.
 
-Started again after anything, the same command goes on where it was; nothing that is done is done again. Values of the
+Started again after anything, the same command resumes; nothing that is done is done again. Values of the
 recipe are replaced by --set, and those of its section train by the arguments of `megatron-slim distill` below. All
 other arguments go to Megatron.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_slim.cli.distill import GROUPS, flag
 from megatron_slim.cli.tool import run_tool
-from megatron_slim.command_line import RECIPE_HELP, positive, tool_parser
+from megatron_slim.command_line import RECIPE_HELP, not_negative, tool_parser
 from megatron_slim.compression import estimate
 from megatron_slim.compression.checks import check
 from megatron_slim.compression.runner import run_steps
@@ -63,8 +63,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
     for title in ("processes", "run"):
         for name, (kind, text) in GROUPS[title].items():
             if name.lower() in SECTIONS["train"]:
-                as_number = positive if kind == "N" else str
-                group.add_argument(flag(name), dest=name.lower(), type=as_number, metavar=kind, help=text)
+                kept = not_negative if kind in ("N", "K", "PORT") else str  # the schema of the recipe says the rest
+                group.add_argument(flag(name), dest=name.lower(), type=kept, metavar=kind, help=text)
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.compression.settings import RunSettings
 from megatron_slim.data import data_prefix, open_stream
 from megatron_slim.errors import DataError
@@ -19,6 +18,8 @@ def check(settings: RunSettings) -> ModelShape:
     Raises:
         SlimError: what would fail.
     """
+    from megatron_slim.checkpoint.convert import open_checkpoint
+
     shape = open_checkpoint(settings.teacher).shape
     where = str(settings.file)
     check_recipe(settings.phases[0], shape, where=where)

@@ -18,8 +18,6 @@ from megatron_slim.architecture.table import count_parameters
 from megatron_slim.compression.settings import SEQ_LENGTH, RunSettings
 from megatron_slim.compression.steps import EVALUATE_TEACHER, EXPORT, PRUNE, TRAIN, Step
 from megatron_slim.data import data_prefix, open_stream
-from megatron_slim.pruning.depth import layers_before_statistics
-from megatron_slim.pruning.plan import target_shape
 
 # Shares of the rate of large products. Training on GPUs: what the planner's estimates come to for 80A3B -> 23A2B on
 # H100s; on a CPU: measured, as is the streaming pass.
@@ -157,6 +155,9 @@ def _pruned(settings: RunSettings, phase: int, source: ModelShape | None) -> Mod
     recipe = settings.phases[phase - 1]
     if source is None or recipe.budget is not None:
         return None
+    from megatron_slim.pruning.depth import layers_before_statistics
+    from megatron_slim.pruning.plan import target_shape
+
     layers = layers_before_statistics(source, recipe.target.num_layers or source.num_layers)
     return target_shape(recipe, source, layers)
 

@@ -22,6 +22,7 @@ from megatron_slim.processes import die_with_parent
 
 logger = logging.getLogger(__name__)
 
+EXIT_DIED = 1  # a process died, or a bug of ours
 _LINES = 12  # of its log that a failed step shows
 _FORWARDED = (signal.SIGUSR1, signal.SIGUSR2)  # what Slurm sends before a time limit; a training run saves
 
@@ -30,7 +31,8 @@ def run_steps(steps: Sequence[Step], state: RunState, save: Path) -> None:
     """Run what is not done, in order.
 
     Raises:
-        SlimError: a step failed, or left before it was done.
+        SlimError: a step found an error that a user can fix, or left before it was done.
+        SystemExit: a step died.
     """
     for folder in ("logs", "results", *{str(step.output.parent) for step in steps}):
         (save / folder).mkdir(parents=True, exist_ok=True)
@@ -65,7 +67,8 @@ def _run(step: Step, save: Path) -> None:
             raise SlimError(f"step {step.name}: {errors[-1]}")
         for line in lines[-_LINES:]:
             logger.error(line)
-        raise SlimError(f"step {step.name} ended with exit code {code}", where=str(log), fix="run again to resume")
+        logger.error(f"error: {log}: step {step.name} ended with exit code {code}; run again to resume")
+        raise SystemExit(EXIT_DIED)
     if step.kind == TRAIN:
         if not step.done():
             raise SlimError(f"step {step.name} was stopped before its end", where=str(log), fix="run again to resume")

@@ -55,9 +55,9 @@ class RunSettings:
 
     def section(self, name: str) -> Mapping[str, Any]:
         """``calibrate``, ``train`` or ``evaluate``; samples are as long as those of training where it does not say."""
-        length = self.recipe.run["train"].get("seq_length")
+        length = self.recipe.run.get("train", {}).get("seq_length")
         default = {} if length is None else {"seq_length": length}
-        return {**default, **self.recipe.run[name]}
+        return {**default, **self.recipe.run.get(name, {})}
 
     @property
     def tokens_per_iteration(self) -> int:
@@ -122,7 +122,7 @@ def read_settings(
     file = find_recipe(recipe)
     document = read_document(file)
     if not isinstance(document, dict):
-        raise RecipeError("a recipe is a mapping", where=str(file), fix="start it with 'version: 1'")
+        parse_recipe(document, where=str(file))  # raises
     document = _absolute_source(document, file)
     for word in replaced:
         _replace(document, word)
@@ -142,7 +142,7 @@ def read_settings(
         calibration_data.absolute(),
         None if evaluation_data is None else evaluation_data.absolute(),
         save.absolute(),
-        (*parsed.run["train"].get("flags", ()), *megatron),
+        (*parsed.run.get("train", {}).get("flags", ()), *megatron),
     )
     _ = found.stops  # raises where there are no tokens
     return found

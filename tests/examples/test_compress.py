@@ -1,0 +1,100 @@
+"""compress.sh: here, and as a chain of Slurm jobs (see slurm_stub.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_slim.testing import reserved_port, tiny_shape, write_tiny_checkpoint, write_tokens
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "examples/slimqwen/compress.sh"
+STUB = Path(__file__).with_name("slurm_stub.py")
+RECIPE = """
+version: 1
+target: {num_layers: 4, num_moe_experts: 4}
+calibrate: {num_samples: 4, seq_length: 16}
+train: {tokens: 192, seq_length: 32, global_batch_size: 2, lr: 1e-3, min_lr: 1e-4, lr_warmup_iters: 1, eval_iters: 0,
+        save_interval: 1, log_interval: 1, flags: [--no-teacher-check, --split, "1,0,0"]}
+evaluate: {num_samples: 8}
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """The environment of a machine with Slurm's commands."""
+    commands, state = tmp_path / "bin", tmp_path / "slurm"
+    commands.mkdir()
+    state.mkdir()
+    for name in ("sbatch", "srun", "scontrol"):
+        (commands / name).write_text(f"#!{sys.executable}\n{STUB.read_text()}")
+        (commands / name).chmod(0o755)
+    clean = {key: value for key, value in os.environ.items() if key in ("HOME", "LANG", "TMPDIR")}
+    path = f"{commands}:{os.environ['PATH']}"
+    return clean | {"PATH": path, "PYTHON": sys.executable, "SLURM_STUB": str(state), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    write_tiny_checkpoint(tmp_path / "teacher", tiny_shape(num_layers=8, num_moe_experts=8, vocab_size=96), seed=1)
+    write_tokens(tmp_path / "text", np.random.default_rng(0).integers(0, 96, (60, 33)))
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    words = [str(tmp_path / "recipe.yaml"), "--teacher", str(tmp_path / "teacher"), "--save", str(tmp_path / "run")]
+    return [*words, "--data", str(tmp_path / "text"), "--evaluation-data", str(tmp_path / "text")]
+
+
+def script(environment: dict[str, str], *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(SCRIPT), *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def test_every_step_is_a_job_that_waits_for_the_one_before(
+    slurm: dict[str, str], arguments: list[str], tmp_path: Path
+) -> None:
+    done = script(slurm | {"LAUNCHER": "slurm", "DRY_RUN": "1"}, *arguments, "--settings", "h100_64")
+    assert done.returncode == 0, done.stderr
+    jobs = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert [job[1] for job in jobs if job[2] == "sbatch"] == [
+        "STEP=teacher/evaluate",
+        "STEP=phase-1/prune",
+        "STEP=phase-1/evaluate-pruned",
+        "STEP=phase-1/export",
+        "STEP=phase-1/evaluate",
+    ]
+    prune, train = jobs[1], jobs[3]
+    assert prune[prune.index("--dependency") + 1] == "afterok:JOB-OF-teacher/evaluate"
+    assert prune[-len(arguments) - 2 :] == [*arguments, "--settings", "h100_64"]
+    assert train[1:3] == ["LAUNCHER=slurm", "DEPENDENCY=afterok:JOB-OF-phase-1/evaluate-pruned"]
+    assert f"distill --teacher {tmp_path}/teacher" in train[5] and "--settings h100_64" in train[5]
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_missing_is_said_at_once(slurm: dict[str, str], arguments: list[str]) -> None:
+    done = script(slurm | {"LAUNCHER": "slurm"}, *arguments, "--set", "train.tokens=0")
+    assert done.returncode == 2 and "train.tokens 0 is not a number of tokens" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_chain_of_jobs(slurm: dict[str, str], arguments: list[str], tmp_path: Path) -> None:
+    with reserved_port() as port:
+        more = [*arguments, "--master-port", str(port), "--nnodes", "1"]
+        done = script(slurm | {"LAUNCHER": "slurm"}, *more, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = done.stdout.splitlines()
+        assert lines[0] == "teacher/evaluate: job 4242"
+        assert lines[-1] == "phase-1/evaluate: job 4242, afterok:4242"
+        results = json.loads((tmp_path / "run/results/phase-1-evaluate.json").read_text())
+        assert 0 < results["loss"] < 6
+        again = script(slurm | {"LAUNCHER": "slurm"}, *more)
+        assert again.stdout.splitlines() == ["everything is done"]
+        here = script(slurm, *more)
+    assert here.returncode == 0 and here.stderr.count("done before") == 6
