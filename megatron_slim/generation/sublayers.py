@@ -22,6 +22,9 @@ from megatron_slim.generation.weights import AttentionWeights, DeltaNetWeights, 
 from megatron_slim.products import linear, linear_by_part
 
 L2_EPSILON = 1e-6  # of the norm of queries and keys in Gated DeltaNet, in Megatron as in transformers
+# So few tokens are multiplied by all experts where these are at most so many times what a token visits: two large
+# products take less time than one or two small ones per expert.
+DENSE_ROWS, DENSE_RATIO = 32, 4
 
 
 class Sizes(NamedTuple):
@@ -221,11 +224,11 @@ def experts(rows: Tensor, weights: ExpertWeights, sizes: Sizes) -> Tensor:
     else:
         gates, chosen = logits.softmax(-1).topk(sizes.topk)
     gates = gates.to(rows.dtype)
-    output = _of_one_row(rows, gates, chosen, weights) if len(rows) == 1 else _routed(rows, gates, chosen, weights)
-    if weights.shared is not None:
-        shared = linear(_gated(linear(rows, weights.shared.first)), weights.shared.last)
-        output = torch.addcmul(output, shared, linear(rows, weights.shared.gate).sigmoid())
-    return output
+    if len(rows) == 1:
+        return _of_one_row(rows, gates, chosen, weights)
+    if len(rows) <= DENSE_ROWS and len(weights.router) <= DENSE_RATIO * sizes.topk:
+        return _by_all(rows, gates, chosen, weights)
+    return _routed(rows, gates, chosen, weights)
 
 
 def _gated(both: Tensor) -> Tensor:
@@ -238,8 +241,27 @@ def _of_one_row(row: Tensor, gates: Tensor, chosen: Tensor, weights: ExpertWeigh
     """A single token: one product with each of its experts, and one with all of their last matrices."""
     numbers = chosen[0].tolist()
     both = torch.cat([row @ weights.first[number].t() for number in numbers])
-    active = _gated(both).mul_(gates.view(-1, 1)).view(1, -1)
-    return active @ torch.cat([weights.last[number] for number in numbers])
+    active, last = _gated(both).mul_(gates.view(-1, 1)).view(1, -1), [weights.last[number] for number in numbers]
+    if (shared := weights.shared) is not None:
+        active, last = torch.cat((active, _shared(row @ shared.first.t())), 1), [*last, shared.last]
+    return active @ torch.cat(last)
+
+
+def _shared(products: Tensor) -> Tensor:
+    """What the shared expert's last matrix is multiplied by [N, F], of products with its first [N, 2 F + 1]."""
+    return _gated(products[:, :-1]).mul_(products[:, -1:].sigmoid())
+
+
+def _by_all(rows: Tensor, gates: Tensor, chosen: Tensor, weights: ExpertWeights) -> Tensor:
+    """Few tokens and few experts: products with all of them at once, where most gates are zero."""
+    number, double, _ = weights.first.shape
+    products = linear(rows, weights.all_first)
+    dense = torch.zeros(len(rows), number, dtype=rows.dtype, device=rows.device).scatter_(1, chosen, gates)
+    routed = products[:, : number * double].view(len(rows), number, double)
+    active = _gated(routed).mul_(dense[..., None]).view(len(rows), -1)
+    if weights.shared is not None:
+        active = torch.cat((active, _shared(products[:, number * double :])), 1)
+    return linear(active, weights.all_last.t())
 
 
 def _routed(rows: Tensor, gates: Tensor, chosen: Tensor, weights: ExpertWeights) -> Tensor:
@@ -250,4 +272,8 @@ def _routed(rows: Tensor, gates: Tensor, chosen: Tensor, weights: ExpertWeights)
     both = linear_by_part(rows.index_select(0, tokens), [weights.first[number] for number in found], counts)
     active = _gated(both).mul_(gates.flatten().index_select(0, order)[:, None])
     parts = linear_by_part(active, [weights.last[number].t() for number in found], counts)
-    return torch.zeros_like(rows).index_add_(0, tokens, parts)
+    if (shared := weights.shared) is None:
+        output = torch.zeros_like(rows)
+    else:
+        output = linear(_shared(linear(rows, shared.first)), shared.last.t())
+    return output.index_add_(0, tokens, parts)

@@ -6,8 +6,8 @@ convolution, W its width; E experts, F neurons of an expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,13 +63,16 @@ class DeltaNetWeights:
     out: Tensor
 
 
-@dataclass(frozen=True)
-class SharedExpert:
-    """The expert that all tokens visit: ``first`` [2 F, H] is gate and up, ``last`` [H, F], ``gate`` [1, H]."""
+class SharedExpert(NamedTuple):
+    """The expert that all tokens visit.
+
+    Attributes:
+        first: gate and up, and the row that its own gate is made with [2 F + 1, H].
+        last: the transpose of what the checkpoint has [F, H].
+    """
 
     first: Tensor
     last: Tensor
-    gate: Tensor
 
 
 @dataclass(frozen=True)
@@ -79,15 +82,19 @@ class ExpertWeights:
     Attributes:
         norm: before them [H].
         router: [E, H], fp32.
-        first: by expert [2 F, H], gate and up.
-        last: by expert [F, H], the transpose of what the checkpoint has.
-        shared: the shared expert.
+        all_first: rows of all experts' first matrices one after the other, the shared one's last.
+        all_last: the same of last matrices.
+        first: gate and up [E, 2 F, H], a part of ``all_first``.
+        last: [E, F, H], the transposes of what the checkpoint has, a part of ``all_last``.
+        shared: the shared expert, the rest.
     """
 
     norm: Tensor
     router: Tensor
-    first: tuple[Tensor, ...]
-    last: tuple[Tensor, ...]
+    all_first: Tensor
+    all_last: Tensor
+    first: Tensor
+    last: Tensor
     shared: SharedExpert | None
 
 
@@ -206,18 +213,21 @@ class _Reader:
         )
 
     def _experts(self, prefix: str) -> ExpertWeights:
-        shared, read = None, _after(self, f"{prefix}mlp.")
-        if self.shape.moe_shared_expert_intermediate_size:
-            names = ("linear_fc1.weight", "linear_fc2.weight", "gate_weight")
-            shared = SharedExpert(*(read(f"shared_experts.{name}") for name in names))
+        shape, mlp = self.shape, f"{prefix}mlp."
+        first = [self(f"{mlp}experts.experts.linear_fc1.weight").flatten(0, 1)]
+        last = [self(f"{mlp}experts.experts.linear_fc2.weight").transpose(1, 2).reshape(-1, shape.hidden_size)]
+        if shape.moe_shared_expert_intermediate_size:
+            shared = f"{mlp}shared_experts."
+            first += [self(f"{shared}linear_fc1.weight"), self(f"{shared}gate_weight")]
+            last.append(self(f"{shared}linear_fc2.weight").t())
+        ends = len(first[0]), len(last[0])
+        all_first, all_last = torch.cat(first), torch.cat(last)
         return ExpertWeights(
             norm=self.norm(f"{prefix}pre_mlp_layernorm.weight"),
-            router=read("router.weight").float(),
-            first=read("experts.experts.linear_fc1.weight").unbind(),
-            last=read("experts.experts.linear_fc2.weight").transpose(1, 2).contiguous().unbind(),
-            shared=shared,
+            router=self(f"{mlp}router.weight").float(),
+            all_first=all_first,
+            all_last=all_last,
+            first=all_first[: ends[0]].view(shape.num_moe_experts, -1, shape.hidden_size),
+            last=all_last[: ends[1]].view(shape.num_moe_experts, -1, shape.hidden_size),
+            shared=SharedExpert(all_first[ends[0] :], all_last[ends[1] :]) if len(first) > 1 else None,
         )
-
-
-def _after(read: Callable[[str], Tensor], prefix: str) -> Callable[[str], Tensor]:
-    return lambda name: read(f"{prefix}{name}")
