@@ -147,9 +147,9 @@ def join(caches: Sequence[Cache]) -> Cache:
     layers: list[LayerCache] = []
     for parts in zip(*(cache.layers for cache in caches), strict=True):
         if isinstance(parts[0], KeyValueCache):
-            layers.append(KeyValueCache.join(parts))  # type: ignore[arg-type]
+            layers.append(KeyValueCache.join(parts))
         else:
-            layers.append(DeltaNetCache.join(parts))  # type: ignore[arg-type]
+            layers.append(DeltaNetCache.join(parts))
     drafting = [cache.mtp for cache in caches if cache.mtp is not None]
     lengths = [length for cache in caches for length in cache.lengths]
     return Cache(layers, KeyValueCache.join(drafting) if drafting else None, lengths)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class Texts:
     """
 
     def __init__(
-        self, decoder: Decoder, prompts: Sequence[Sequence[int]], limit: int, eos: int | None, *, ahead: int = 0
+        self, decoder: Decoder, prompts: Sequence[Sequence[int]], limit: int, eos: Collection[int], *, ahead: int = 0
     ) -> None:
         """Read the prompts and generate a token after each.
 
@@ -31,7 +31,7 @@ class Texts:
             decoder: the model.
             prompts: token ids, at least one of each.
             limit: tokens to generate of each.
-            eos: ends a text that has it; None: only the limit does.
+            eos: ids that end a text, which keeps them.
             ahead: tokens beyond the limit that may be read; more than 0 where the MTP block drafts.
         """
         self.decoder, self._limit, self._eos = decoder, limit, eos
@@ -52,7 +52,7 @@ class Texts:
     def _read(self, prompts: list[Sequence[int]], places: int, drafts: bool) -> tuple[Cache, Tensor, Tensor | None]:
         """Read prompts of one length: their cache, the next token of each, and the MTP block's last hidden states."""
         tokens = torch.tensor(prompts, device=self.decoder.device)
-        cache = self.decoder.new_cache(*tokens.shape[:1], places, drafting=drafts)
+        cache = self.decoder.new_cache(len(prompts), places, drafting=drafts)
         hidden = read_text(self.decoder, tokens, cache)
         first = self.decoder.best(hidden[:, -1])
         if not drafts:
@@ -70,11 +70,11 @@ class Texts:
         kept = []
         for place, (row, new) in enumerate(zip(self.active, found, strict=True)):
             text = self.tokens[row]
-            text += new
-            if self._eos is not None and self._eos in new:
-                del text[len(text) - len(new) + new.index(self._eos) + 1 :]
-            del text[self._limit :]
-            if len(text) < self._limit and text[-1] != self._eos:
+            for token in new[: self._limit - len(text)]:
+                text.append(token)
+                if token in self._eos:
+                    break
+            if len(text) < self._limit and text[-1] not in self._eos:
                 kept.append(place)
         if len(kept) < len(self.active):
             self.active = [self.active[place] for place in kept]
@@ -104,7 +104,7 @@ def read_text_mtp(decoder: Decoder, hidden: Tensor, following: Tensor, cache: Ca
 
 @torch.inference_mode()
 def greedy(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, eos: int | None = None
+    decoder: Decoder, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, eos: Collection[int] = ()
 ) -> list[list[int]]:
     """The most probable token after the other.
 
@@ -112,7 +112,7 @@ def greedy(
         decoder: the model.
         prompts: token ids of each, at least one.
         max_new_tokens: tokens to generate.
-        eos: a text ends with it; None: texts have ``max_new_tokens`` tokens.
+        eos: ids that a text ends with; with none of them it has ``max_new_tokens`` tokens.
 
     Returns:
         What follows each prompt.

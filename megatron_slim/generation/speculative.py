@@ -1,7 +1,7 @@
 """Speculative decoding with the MTP block: it drafts, the trunk verifies; greedy, as vLLM and SGLang do it.
 
 With the trunk's hidden state h_i at position i, after the final norm, and the token t_{i+1} that follows from it, the
-block at position j reads h_j and the embedding of t_{j+1}, and what it gives after its norm predicts t_{j+2} through the
+block at position j reads h_j and the embedding of t_{j+1}. What it gives after its norm predicts t_{j+2} through the
 trunk's output layer. Further drafts read, in place of h, what the block itself gave one position before. The trunk then
 reads t_{i+1} and all drafts at once; those that it would have generated are accepted, and its own token follows them.
 The block reads the accepted positions again, with the trunk's hidden states.
@@ -9,7 +9,7 @@ The block reads the accepted positions again, with the trunk's hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +31,10 @@ class Drafted:
 
     tokens: list[int]
     rounds: list[tuple[int, int]] = field(default_factory=list)
+
+    def accepted(self, draft_tokens: int) -> list[int]:
+        """Accepted drafts of the rounds whose drafts all lie within the text."""
+        return [accepted for before, accepted in self.rounds if before + draft_tokens <= len(self.tokens)]
 
 
 def draft(decoder: Decoder, hidden: Tensor, starts: Sequence[int], cache: KeyValueCache, count: int) -> Tensor:
@@ -63,7 +67,7 @@ def speculative(
     *,
     max_new_tokens: int,
     draft_tokens: int,
-    eos: int | None = None,
+    eos: Collection[int] = (),
 ) -> list[Drafted]:
     """The texts of `greedy.greedy`, several tokens per pass through the trunk.
 
@@ -72,7 +76,7 @@ def speculative(
         prompts: token ids of each, at least one.
         max_new_tokens: tokens to generate.
         draft_tokens: tokens that are drafted in each round.
-        eos: a text ends with it; None: texts have ``max_new_tokens`` tokens.
+        eos: ids that a text ends with; with none of them it has ``max_new_tokens`` tokens.
     """
     texts = Texts(decoder, prompts, max_new_tokens, eos, ahead=draft_tokens + 1)
     rounds: list[list[tuple[int, int]]] = [[] for _ in prompts]

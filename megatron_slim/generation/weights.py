@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.architecture.shape import FULL_ATTENTION
 from megatron_slim.architecture.table import weights
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.distributed import DistCheckpoint
