@@ -196,6 +196,8 @@ def acceptance_of(
         length: tokens to take of each of them; None is all.
         options: of `measure_acceptance`.
     """
+    if options["micro_batch_size"] < 1:
+        raise DataError(f"--micro-batch-size {options['micro_batch_size']} is not a positive number")
     models = [checkpoint] if teacher is None else [checkpoint, teacher]
     where = str(prompts) if isinstance(prompts, Path) else "prompts"
     if isinstance(prompts, Path):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.data import check_ids, read_samples
-from megatron_slim.documents import JSON_SUFFIXES, Source, check_inputs, read_sources
+from megatron_slim.documents import JSON_SUFFIXES, check_inputs, read_sources
 from megatron_slim.errors import DataError
+from megatron_slim.tokenizers import HuggingFaceTokenizer
 
 Prompts = list[list[int]]
 
@@ -32,7 +32,7 @@ def read_prompts(path: Path, tokenizer: Path, *, number: int | None = None, leng
         prompts: Prompts = read_samples(path, seq_length=None, num_samples=None)[:number].tolist()
     else:
         check_inputs([path])
-        if path.suffixes[-1:] != [".gz"] and path.suffix not in JSON_SUFFIXES:
+        if Path(path.name.removesuffix(".gz")).suffix not in JSON_SUFFIXES:
             raise DataError("not a file of prompts", where=str(path), fix="give JSON lines or a .npy matrix")
         prompts = list(itertools.islice(_of_lines(path, tokenizer), number))
     if not prompts:
@@ -61,19 +61,14 @@ def _of_lines(path: Path, tokenizer: Path) -> Iterator[list[int]]:
     loaded = None
     for source in read_sources([path]):
         record = source.record()
-        ids = record.get("tokens") if isinstance(record, dict) else None
-        if ids is None:
+        if isinstance(record, dict) and "tokens" in record:
+            ids = record["tokens"]
+        elif isinstance(record, dict) and isinstance(record.get("text"), str):
             if loaded is None:
-                from megatron_slim.tokenizers import HuggingFaceTokenizer
-
                 loaded = HuggingFaceTokenizer(tokenizer)
-            ids = loaded.encode([_text(record, source)])[0]
+            ids = loaded.encode([record["text"]])[0]
+        else:
+            raise DataError("has neither text nor tokens", where=source.where, fix='write {"text": "..."}')
         if not isinstance(ids, list) or not ids or any(type(token) is not int for token in ids):
             raise DataError("is not a prompt of one token or more", where=source.where, fix="remove the line")
         yield ids
-
-
-def _text(record: Any, source: Source) -> str:
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise DataError("has neither text nor tokens", where=source.where, fix='write {"text": "..."}')
-    return str(record["text"])

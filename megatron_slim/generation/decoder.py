@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_slim.architecture.shape import FULL_ATTENTION
+from megatron_slim.architecture.table import count_parameters
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.generation.cache import Cache, DeltaNetCache, KeyValueCache, LayerCache
 from megatron_slim.generation.sublayers import Rotary, Sizes, Step, attention, delta_net, experts, norm
 from megatron_slim.generation.weights import AttentionWeights, BlockWeights, load_weights
-from megatron_slim.products import linear
+from megatron_slim.products import linear, threads_for
 
 SEGMENT = 64  # tokens of a prompt that are read at once
 
@@ -34,6 +36,13 @@ class Decoder:
         self._sizes = Sizes.of(self.shape)
         self._rotary = Rotary(self.shape, 0, self.device)
         self._order = torch.arange(0, device=self.device)
+
+    @contextlib.contextmanager
+    def running(self, sequences: int) -> Iterator[None]:
+        """Without autograd, with as many threads as steps of a token of so many sequences are worth."""
+        flops = 2 * sequences * count_parameters(self.shape).active
+        with torch.inference_mode(), threads_for(flops):
+            yield
 
     def new_cache(self, batch: int, places: int, *, drafting: bool) -> Cache:
         """An empty cache of sequences of up to ``places`` tokens; ``drafting``: the MTP block's too."""

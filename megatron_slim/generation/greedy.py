@@ -102,7 +102,6 @@ def read_text_mtp(decoder: Decoder, hidden: Tensor, following: Tensor, cache: Ca
     return torch.cat(found, 1)
 
 
-@torch.inference_mode()
 def greedy(
     decoder: Decoder, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, eos: Collection[int] = ()
 ) -> list[list[int]]:
@@ -117,9 +116,10 @@ def greedy(
     Returns:
         What follows each prompt.
     """
-    texts = Texts(decoder, prompts, max_new_tokens, eos)
-    while texts.active:
-        hidden = decoder.read(texts.last, texts.cache)
-        texts.cache.keep(None, 1)
-        texts.extend(decoder.best(hidden).tolist())
+    with decoder.running(len(prompts)):
+        texts = Texts(decoder, prompts, max_new_tokens, eos)
+        while texts.active:
+            hidden = decoder.read(texts.last, texts.cache)
+            texts.cache.keep(None, 1)
+            texts.extend(decoder.best(hidden).tolist())
     return texts.tokens

@@ -60,7 +60,6 @@ def count_accepted(drafts: Tensor, wanted: Tensor) -> Tensor:
     return (drafts == wanted).cumprod(-1).sum(-1)
 
 
-@torch.inference_mode()
 def speculative(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -78,12 +77,13 @@ def speculative(
         draft_tokens: tokens that are drafted in each round.
         eos: ids that a text ends with; with none of them it has ``max_new_tokens`` tokens.
     """
-    texts = Texts(decoder, prompts, max_new_tokens, eos, ahead=draft_tokens + 1)
     rounds: list[list[tuple[int, int]]] = [[] for _ in prompts]
-    while texts.active:
-        active, before = texts.active, [len(text) for text in texts.tokens]
-        for row, accepted in zip(active, _round(texts, draft_tokens), strict=True):
-            rounds[row].append((before[row], accepted))
+    with decoder.running(len(prompts)):
+        texts = Texts(decoder, prompts, max_new_tokens, eos, ahead=draft_tokens + 1)
+        while texts.active:
+            active, before = texts.active, [len(text) for text in texts.tokens]
+            for row, accepted in zip(active, _round(texts, draft_tokens), strict=True):
+                rounds[row].append((before[row], accepted))
     return [Drafted(tokens, found) for tokens, found in zip(texts.tokens, rounds, strict=True)]
 
 
@@ -105,13 +105,17 @@ def _round(texts: Texts, count: int) -> list[int]:
     return counts
 
 
-@torch.inference_mode()
 def draft_everywhere(decoder: Decoder, prompt: Sequence[int], tokens: Sequence[int], draft_tokens: int) -> Tensor:
     """What the MTP block drafts after each of the tokens that follow a prompt, the text before given as it is.
 
     Returns:
         [len(tokens) - draft_tokens, draft_tokens]: row n has drafts for ``tokens[n + 1:]``, as many as fit.
     """
+    with decoder.running(1):
+        return _draft_everywhere(decoder, prompt, tokens, draft_tokens)
+
+
+def _draft_everywhere(decoder: Decoder, prompt: Sequence[int], tokens: Sequence[int], draft_tokens: int) -> Tensor:
     text = torch.tensor([[*prompt, *tokens]], device=decoder.device)
     length, first = text.shape[1] - 1, len(prompt) - 1
     cache = decoder.new_cache(1, length + draft_tokens, drafting=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_slim.architecture.shape import FULL_ATTENTION
 from megatron_slim.architecture.table import weights
+from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.distributed import DistCheckpoint
 from megatron_slim.checkpoint.layout import to_megatron
@@ -159,11 +160,16 @@ class _Reader:
 
     def __call__(self, key: str) -> Tensor:
         weight = self.rows[key]
-        if isinstance(self.checkpoint, DistCheckpoint):
-            found = self.checkpoint.read_weight(weight)
+        if weight.stacked:
+            found = torch.stack([self._read(weight, expert) for expert in range(self.shape.num_moe_experts)])
         else:
-            found = to_megatron(weight, self.shape, self.checkpoint.read)
+            found = self._read(weight, None)
         return found.to(self.device, torch.float32 if key in self.kept else self.dtype)
+
+    def _read(self, weight: Weight, expert: int | None) -> Tensor:
+        if isinstance(self.checkpoint, DistCheckpoint):
+            return self.checkpoint.read_weight(weight, expert=expert)
+        return to_megatron(weight, self.shape, self.checkpoint.read, expert=expert)
 
     def norm(self, key: str) -> Tensor:
         """What a normalised vector is multiplied by, in fp32."""
