@@ -240,10 +240,10 @@ def _gated(both: Tensor) -> Tensor:
 def _of_one_row(row: Tensor, gates: Tensor, chosen: Tensor, weights: ExpertWeights) -> Tensor:
     """A single token: one product with each of its experts, and one with all of their last matrices."""
     numbers = chosen[0].tolist()
-    both = torch.cat([row @ weights.first[number].t() for number in numbers])
+    both = torch.cat([row @ weights.first[number] for number in numbers])
     active, last = _gated(both).mul_(gates.view(-1, 1)).view(1, -1), [weights.last[number] for number in numbers]
     if (shared := weights.shared) is not None:
-        active, last = torch.cat((active, _shared(row @ shared.first.t())), 1), [*last, shared.last]
+        active, last = torch.cat((active, _shared(row @ shared.first)), 1), [*last, shared.last]
     return active @ torch.cat(last)
 
 
@@ -254,7 +254,7 @@ def _shared(products: Tensor) -> Tensor:
 
 def _by_all(rows: Tensor, gates: Tensor, chosen: Tensor, weights: ExpertWeights) -> Tensor:
     """Few tokens and few experts: products with all of them at once, where most gates are zero."""
-    number, double, _ = weights.first.shape
+    number, double = len(weights.first), weights.first[0].shape[1]
     products = linear(rows, weights.all_first)
     dense = torch.zeros(len(rows), number, dtype=rows.dtype, device=rows.device).scatter_(1, chosen, gates)
     routed = products[:, : number * double].view(len(rows), number, double)
@@ -269,11 +269,11 @@ def _routed(rows: Tensor, gates: Tensor, chosen: Tensor, weights: ExpertWeights)
     numbers, order = chosen.flatten().sort()
     tokens = order // chosen.shape[1]
     found, counts = (each.tolist() for each in torch.unique_consecutive(numbers, return_counts=True))
-    both = linear_by_part(rows.index_select(0, tokens), [weights.first[number] for number in found], counts)
+    both = linear_by_part(rows.index_select(0, tokens), [weights.first[number].t() for number in found], counts)
     active = _gated(both).mul_(gates.flatten().index_select(0, order)[:, None])
     parts = linear_by_part(active, [weights.last[number].t() for number in found], counts)
     if (shared := weights.shared) is None:
         output = torch.zeros_like(rows)
     else:
-        output = linear(_shared(linear(rows, shared.first)), shared.last.t())
+        output = linear(_shared(linear(rows, shared.first.t())), shared.last.t())
     return output.index_add_(0, tokens, parts)

@@ -68,7 +68,7 @@ class SharedExpert(NamedTuple):
     """The expert that all tokens visit.
 
     Attributes:
-        first: gate and up, and the row that its own gate is made with [2 F + 1, H].
+        first: transpose of gate and up, and the column that its own gate is made with [H, 2 F + 1].
         last: the transpose of what the checkpoint has [F, H].
     """
 
@@ -85,8 +85,8 @@ class ExpertWeights:
         router: [E, H], fp32.
         all_first: rows of all experts' first matrices one after the other, the shared one's last.
         all_last: the same of last matrices.
-        first: gate and up [E, 2 F, H], a part of ``all_first``.
-        last: [E, F, H], the transposes of what the checkpoint has, a part of ``all_last``.
+        first: by expert the transpose of gate and up [H, 2 F], a view of ``all_first``.
+        last: by expert [F, H], the transpose of what the checkpoint has, a view of ``all_last``.
         shared: the shared expert, the rest.
     """
 
@@ -94,8 +94,8 @@ class ExpertWeights:
     router: Tensor
     all_first: Tensor
     all_last: Tensor
-    first: Tensor
-    last: Tensor
+    first: tuple[Tensor, ...]
+    last: tuple[Tensor, ...]
     shared: SharedExpert | None
 
 
@@ -219,7 +219,7 @@ class _Reader:
         )
 
     def _experts(self, prefix: str) -> ExpertWeights:
-        shape, mlp = self.shape, f"{prefix}mlp."
+        shape, mlp, experts = self.shape, f"{prefix}mlp.", self.shape.num_moe_experts
         first = [self(f"{mlp}experts.experts.linear_fc1.weight").flatten(0, 1)]
         last = [self(f"{mlp}experts.experts.linear_fc2.weight").transpose(1, 2).reshape(-1, shape.hidden_size)]
         if shape.moe_shared_expert_intermediate_size:
@@ -233,7 +233,7 @@ class _Reader:
             router=self(f"{mlp}router.weight").float(),
             all_first=all_first,
             all_last=all_last,
-            first=all_first[: ends[0]].view(shape.num_moe_experts, -1, shape.hidden_size),
-            last=all_last[: ends[1]].view(shape.num_moe_experts, -1, shape.hidden_size),
-            shared=SharedExpert(all_first[ends[0] :], all_last[ends[1] :]) if len(first) > 1 else None,
+            first=all_first[: ends[0]].view(experts, -1, shape.hidden_size).transpose(1, 2).unbind(),
+            last=all_last[: ends[1]].view(experts, -1, shape.hidden_size).unbind(),
+            shared=SharedExpert(all_first[ends[0] :].t(), all_last[ends[1] :]) if len(first) > 1 else None,
         )
