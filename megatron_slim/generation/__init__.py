@@ -2,7 +2,7 @@
 
 - `weights`: a checkpoint's tensors as decoding reads them
 - `cache`: keys and values, and the states of Gated DeltaNet
-- `sublayers`: attention, Gated DeltaNet and experts as functions of both
+- `sublayers`, `experts`: attention and Gated DeltaNet, and experts, as functions of both
 - `decoder`: a model that reads tokens a few at a time
 - `greedy`: texts, one token after the other
 - `speculative`: the same texts, from what the MTP block drafts and the trunk verifies

@@ -12,7 +12,8 @@ from megatron_slim.architecture.shape import FULL_ATTENTION
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.generation.cache import Cache, DeltaNetCache, KeyValueCache, LayerCache
-from megatron_slim.generation.sublayers import Rotary, Sizes, Step, attention, delta_net, experts, norm
+from megatron_slim.generation.experts import experts
+from megatron_slim.generation.sublayers import Rotary, Sizes, Step, attention, delta_net, norm
 from megatron_slim.generation.weights import AttentionWeights, BlockWeights, load_weights
 from megatron_slim.products import linear, threads_for
 

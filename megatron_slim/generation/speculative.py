@@ -98,8 +98,9 @@ def _round(texts: Texts, count: int) -> list[int]:
     accepted = count_accepted(drafts, found[:, :-1])
     counts: list[int] = accepted.tolist()
     cache.keep([each + 1 for each in counts], count + 1)
-    # Positions behind the accepted ones are read too, and overwritten by later drafts and rounds.
-    reread = decoder.read_mtp(hidden, found, starts, cache.mtp)
+    # Of other sequences positions behind the accepted ones are read too; later drafts and rounds overwrite them.
+    width = max(counts) + 1
+    reread = decoder.read_mtp(hidden[:, :width], found[:, :width], starts, cache.mtp)
     texts.drafting = reread[torch.arange(len(counts), device=decoder.device), accepted]
     texts.extend([row[: more + 1] for row, more in zip(found.tolist(), counts, strict=True)])
     return counts

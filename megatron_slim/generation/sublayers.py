@@ -1,9 +1,9 @@
-"""The sublayers of a block as plain functions of hidden states and weights, with caches.
+"""Attention and Gated DeltaNet as plain functions of hidden states, weights and caches.
 
 Megatron's modules cost more in Python per token than their arithmetic does; here a step is a few operations.
 
-Shapes: N = B * T rows, of B sequences with T new tokens each; H hidden; G groups, n queries of each, D of a head; Z = B
-* value heads, K and V size of keys and values; E experts, k of them per token, F neurons of one.
+Shapes: N = B * T rows, of B sequences with T new tokens each; H hidden; G groups, n queries of each, D of a head;
+Z = B * value heads, K and V size of keys and values.
 """
 
 from __future__ import annotations
@@ -18,13 +18,10 @@ from torch import Tensor
 from megatron_slim.architecture.frequencies import rotary_frequencies
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.generation.cache import DeltaNetCache, KeyValueCache, Written
-from megatron_slim.generation.weights import AttentionWeights, DeltaNetWeights, ExpertWeights
-from megatron_slim.products import linear, linear_by_part
+from megatron_slim.generation.weights import AttentionWeights, DeltaNetWeights
+from megatron_slim.products import linear
 
 L2_EPSILON = 1e-6  # of the norm of queries and keys in Gated DeltaNet, in Megatron as in transformers
-# So few tokens are multiplied by all experts where these are at most so many times what a token visits: two large
-# products take less time than one or two small ones per expert.
-DENSE_ROWS, DENSE_RATIO = 32, 4
 
 
 class Sizes(NamedTuple):
@@ -37,7 +34,7 @@ class Sizes(NamedTuple):
         value_heads: of Gated DeltaNet.
         value: V.
         key: K.
-        topk: k.
+        topk: experts of a token.
         norm_topk: gates of a token add up to 1.
         epsilon: of norms.
     """
@@ -212,68 +209,3 @@ def _delta_rule(
     errors = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
     read = torch.bmm(query, state) * since
     return read.baddbmm_(torch.bmm(query, key.transpose(1, 2)) * between, errors), errors, total
-
-
-def experts(rows: Tensor, weights: ExpertWeights, sizes: Sizes) -> Tensor:
-    """Norm, routed experts and the shared one, of [N, H]."""
-    rows = norm(rows, weights.norm, sizes.epsilon)
-    logits = rows.float() @ weights.router.t()
-    if sizes.norm_topk:
-        best, chosen = logits.topk(sizes.topk)
-        gates = best.softmax(-1)
-    else:
-        gates, chosen = logits.softmax(-1).topk(sizes.topk)
-    gates = gates.to(rows.dtype)
-    if len(rows) == 1:
-        return _of_one_row(rows, gates, chosen, weights)
-    if len(rows) <= DENSE_ROWS and len(weights.router) <= DENSE_RATIO * sizes.topk:
-        return _by_all(rows, gates, chosen, weights)
-    return _routed(rows, gates, chosen, weights)
-
-
-def _gated(both: Tensor) -> Tensor:
-    """SwiGLU of [.., 2 F]: [.., F]."""
-    gate, up = both.chunk(2, -1)
-    return F.silu(gate).mul_(up)
-
-
-def _of_one_row(row: Tensor, gates: Tensor, chosen: Tensor, weights: ExpertWeights) -> Tensor:
-    """A single token: one product with each of its experts, and one with all of their last matrices."""
-    numbers = chosen[0].tolist()
-    both = torch.cat([row @ weights.first[number] for number in numbers])
-    active, last = _gated(both).mul_(gates.view(-1, 1)).view(1, -1), [weights.last[number] for number in numbers]
-    if (shared := weights.shared) is not None:
-        active, last = torch.cat((active, _shared(row @ shared.first)), 1), [*last, shared.last]
-    return active @ torch.cat(last)
-
-
-def _shared(products: Tensor) -> Tensor:
-    """What the shared expert's last matrix is multiplied by [N, F], of products with its first [N, 2 F + 1]."""
-    return _gated(products[:, :-1]).mul_(products[:, -1:].sigmoid())
-
-
-def _by_all(rows: Tensor, gates: Tensor, chosen: Tensor, weights: ExpertWeights) -> Tensor:
-    """Few tokens and few experts: products with all of them at once, where most gates are zero."""
-    number, double = len(weights.first), weights.first[0].shape[1]
-    products = linear(rows, weights.all_first)
-    dense = torch.zeros(len(rows), number, dtype=rows.dtype, device=rows.device).scatter_(1, chosen, gates)
-    routed = products[:, : number * double].view(len(rows), number, double)
-    active = _gated(routed).mul_(dense[..., None]).view(len(rows), -1)
-    if weights.shared is not None:
-        active = torch.cat((active, _shared(products[:, number * double :])), 1)
-    return linear(active, weights.all_last.t())
-
-
-def _routed(rows: Tensor, gates: Tensor, chosen: Tensor, weights: ExpertWeights) -> Tensor:
-    """Pairs of tokens and experts sorted by expert, those of an expert in one product."""
-    numbers, order = chosen.flatten().sort()
-    tokens = order // chosen.shape[1]
-    found, counts = (each.tolist() for each in torch.unique_consecutive(numbers, return_counts=True))
-    both = linear_by_part(rows.index_select(0, tokens), [weights.first[number].t() for number in found], counts)
-    active = _gated(both).mul_(gates.flatten().index_select(0, order)[:, None])
-    parts = linear_by_part(active, [weights.last[number].t() for number in found], counts)
-    if (shared := weights.shared) is None:
-        output = torch.zeros_like(rows)
-    else:
-        output = linear(_shared(linear(rows, shared.first.t())), shared.last.t())
-    return output.index_add_(0, tokens, parts)

@@ -109,7 +109,8 @@ def test_rejected_tokens_leave_no_trace(model: tuple[Path, ModelShape]) -> None:
             alone.keep(None, kept - 10)
             wanted = ours.read(tokens[row : row + 1, 17:20], alone)
             found = ours.read(tokens[row : row + 1, 17:20], cache.select([row]))
-            torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+            # Seen: up to 3e-5 where nothing is left; a token too many in a state moves the result by 0.1 or more.
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
 
 
 def test_end_of_text(tmp_path: Path) -> None:
