@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from megatron_slim.evaluation.acceptance import Acceptance
     from megatron_slim.evaluation.perplexity import Evaluation
 
     Data: TypeAlias = str | os.PathLike[str] | npt.NDArray[np.int64]
@@ -53,6 +54,7 @@ __all__ = [
     "Recipe",
     "SlimError",
     "Statistics",
+    "acceptance",
     "calibrate",
     "convert",
     "count_parameters",
@@ -282,6 +284,59 @@ def evaluate(
             seq_length=seq_length,
             num_samples=num_samples,
             seed=seed,
+            micro_batch_size=micro_batch_size,
+            dtype=dtype or default_dtype(),
+        )
+    return result
+
+
+def acceptance(
+    checkpoint: Checkpoint | StrPath,
+    prompts: StrPath | list[list[int]],
+    *,
+    draft_tokens: int = 5,
+    max_new_tokens: int = 128,
+    num_prompts: int | None = None,
+    prompt_tokens: int | None = None,
+    stop_at_eos: bool = False,
+    micro_batch_size: int = 1,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Acceptance:
+    """How many drafts of its MTP block a model accepts in greedy speculative decoding; the whole model is in memory.
+
+    Args:
+        checkpoint: the model, opened or as its path.
+        prompts: token ids of each; or JSON lines with ``text`` or ``tokens``, or a .npy matrix of ids.
+        draft_tokens: tokens drafted in a round.
+        max_new_tokens: tokens to generate after each prompt.
+        num_prompts: of a file, the first so many; None: all.
+        prompt_tokens: of each prompt of a file, the first so many; None: all.
+        stop_at_eos: end texts at the ``eos_token_id`` of config.json.
+        micro_batch_size: prompts that are continued at the same time.
+        dtype: of weights and activations; None: bf16 on a GPU, fp32 on a CPU.
+        progress: where progress is shown.
+
+    Returns:
+        ``per_round`` and ``per_position``, each with ``acc``, ``mean_accepted_length`` and ``drafts``; ``rounds`` and
+        ``tokens``.
+
+    Raises:
+        CheckpointError: the model has no MTP block.
+        DataError: the prompts do not suit the model.
+    """
+    from megatron_slim.evaluation.acceptance import acceptance_of
+
+    with _shown(progress):
+        result, _ = acceptance_of(
+            _opened(checkpoint),
+            None,
+            Path(prompts) if isinstance(prompts, (str, os.PathLike)) else prompts,
+            number=num_prompts,
+            length=prompt_tokens,
+            draft_tokens=draft_tokens,
+            max_new_tokens=max_new_tokens,
+            stop_at_eos=stop_at_eos,
             micro_batch_size=micro_batch_size,
             dtype=dtype or default_dtype(),
         )

@@ -67,6 +67,14 @@ class Source:
         whole = {key: _without_surrogates(text) for key, text in found.items()}
         return Texts(whole, whole != found)
 
+    def record(self) -> Any:
+        """What a line of JSON holds.
+
+        Raises:
+            DataError: not UTF-8, or not JSON.
+        """
+        return self._parsed(self._decoded())
+
     def _decoded(self) -> str:
         """Its characters, without a byte order mark in front."""
         try:

@@ -6,6 +6,8 @@ PyTorch brings too, does: on such processors it is twice as fast, and as exact.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -15,6 +17,19 @@ from torch import Tensor
 LEAST_OPERATIONS = 4_000_000
 # Numbers of rows that differ from step to step are rounded up to this, so that few kernels serve them all.
 ROW_STEP = 32
+SMALL_FLOPS = 1e8  # of a pass through a model: some milliseconds of one core
+
+
+@contextlib.contextmanager
+def threads_for(flops: float) -> Iterator[None]:
+    """One thread for passes of few operations: to wake others for every little one takes longer than they save."""
+    before = torch.get_num_threads()
+    if flops < SMALL_FLOPS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @cache

@@ -46,6 +46,7 @@ LAYERS = (
     ("distillation",),
     ("training",),
     ("planning",),
+    ("generation",),
     ("evaluation",),
     ("doctor",),
     ("compression",),

@@ -5,12 +5,13 @@
 - `qwen3_next`, `qwen3_moe`: the families
 - `shape`, `mtp_keys`, `published`: sizes and config.json, what it states of MTP, published models
 - `table`: all parameters of a model, and how many there are
-- `rope`, `rotary`: rotary embeddings as config.json asks for them, and in Megatron's modules
+- `rope`, `frequencies`, `rotary`: rotary embeddings as config.json asks for them, their frequencies, and in Megatron's
+  modules
 - `flops`, `gpus`: FLOPs of a token by layer, peak rates of GPUs
 - `parallelism`, `fp8_sizes`, `pipeline_layout`: layouts and FP8 recipes that a shape allows, balanced pipeline stages
 - `layer_specs`: Megatron's modules, with Transformer Engine and without
 - `local_modules`, `local_attention`, `local_experts`: those without it
 - `hidden_states`, `context_parallel`: a GPTModel that ends with hidden states, a rank's part of a sequence
 
-All but rotary and the last three lines imports no torch.
+All but frequencies, rotary and the last three lines imports no torch.
 """

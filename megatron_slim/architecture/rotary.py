@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import megatron_slim.mcore
 
-import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.attention import SelfAttention
-from torch import Tensor, nn
+from torch import nn
 
-from megatron_slim.architecture.rope import Yarn
+from megatron_slim.architecture.frequencies import yarn_frequencies
 from megatron_slim.architecture.shape import ModelShape
 
 
@@ -29,15 +28,3 @@ def scale_attention(module: nn.Module, shape: ModelShape) -> None:
         for attention in module.modules():
             if isinstance(attention, SelfAttention):
                 attention._yarn_concentration_factor = shape.rope_scaling.attention_factor
-
-
-def yarn_frequencies(yarn: Yarn, dim: int, base: float) -> Tensor:
-    """Radians per position of dim / 2 pairs of dimensions, in fp32 and in transformers' order of operations.
-
-    Far positions multiply every rounding: an angle at position 10^6 has but one digit behind the point.
-    """
-    radians = base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    low, high = yarn.ramp(dim, base)
-    slow = torch.clamp((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low), 0, 1)
-    kept = 1 - slow
-    return 1.0 / (yarn.factor * radians) * (1 - kept) + 1.0 / radians * kept

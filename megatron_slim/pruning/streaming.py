@@ -7,7 +7,6 @@ MTP block goes last: its input is made of the trunk's final hidden state and the
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 
@@ -27,7 +26,7 @@ from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.raw_files import as_bytes
 from megatron_slim.cpu_kernels import STREAMING, keep_freed_memory
 from megatron_slim.files import sha256
-from megatron_slim.products import linear
+from megatron_slim.products import linear, threads_for
 from megatron_slim.pruning.block import block_config, build_block, rotary_embedding
 from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.hidden_states import HiddenStates, InFiles, InMemory
@@ -38,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 EMBEDDING, FINAL_NORM, MTP_NORM = "model.embed_tokens", "model.norm", "mtp.norm"
 MTP_INPUT, MTP_INPUT_NORMS = "mtp.fc", ("mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden")
-SMALL_FLOPS = 1e8  # of a micro-batch in the whole model: some milliseconds of one core
 # What a module does to a micro-batch of hidden states [samples, positions, hidden], given the tokens of its samples.
 Step = Callable[[Tensor, Tensor], Tensor]
 
@@ -115,22 +113,11 @@ class StreamingForward:
             self._hidden = InFiles(
                 self._work, self.shape.hidden_size, self.micro_batch_size, len(self.samples), self.dtype
             )
-        with self.checkpoint.reading_once(), self._threads():
+        flops = 2 * self.micro_batch_size * self.samples.shape[1] * count_parameters(self.shape).active
+        with self.checkpoint.reading_once(), threads_for(flops):
             for number, module in enumerate(progress(list(self._modules()), description)):
                 if number >= finished:
                     self._pass(module)
-
-    @contextlib.contextmanager
-    def _threads(self) -> Iterator[None]:
-        """One thread for a small model: to wake others for every little operation takes longer than they save."""
-        tokens = self.micro_batch_size * self.samples.shape[1]
-        before = torch.get_num_threads()
-        if 2 * tokens * count_parameters(self.shape).active < SMALL_FLOPS:
-            torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
 
     def weight(self, module: str) -> Tensor:
         """The weight of a module, on the device."""

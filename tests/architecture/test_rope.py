@@ -16,7 +16,7 @@ device.install()
 
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding  # noqa: E402
 
-from megatron_slim.architecture.rotary import yarn_frequencies  # noqa: E402
+from megatron_slim.architecture.frequencies import yarn_frequencies  # noqa: E402
 from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config, shape_to_hf_config  # noqa: E402
 from megatron_slim.errors import ShapeError  # noqa: E402
 from megatron_slim.files import to_json  # noqa: E402
