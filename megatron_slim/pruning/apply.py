@@ -4,8 +4,8 @@ Which rows and columns of a tensor survive follows from its named axes and the p
 element, so that pruning commutes with every permutation of rows: prune(convert(x)) == convert(prune(x)), bit for bit.
 Where experts are aligned, the rows of a member follow from the weights too, by their Hugging Face names (`align`).
 
-The state of an optimizer has tensors of the same names and shapes: the plan applies to it as to the weights, but for how
-moments of merged experts come together (`MOMENT_RULES`).
+The state of an optimizer has tensors of the same names and shapes: the plan applies to it as to the weights, but for
+how moments of merged experts come together (`MOMENT_RULES`).
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.plan import Plan
 from megatron_slim.pruning.plan_reader import PlanError
 
-
-# Moments of a merged expert: the sum of its members', whose tokens it serves from now on (that of the squares too, where
-# they are independent), or those of its base alone. No mean: moments are of gradients, not of weights.
+# Moments of a merged expert: the sum of its members', whose tokens it serves from now on (of the squares too, as if the
+# members' gradients were independent), or those of its base alone. No mean: moments are of gradients, not of weights.
 MOMENT_RULES = ("sum", "base")
 MEAN = "mean"  # of weights, by the plan's
 

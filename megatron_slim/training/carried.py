@@ -1,7 +1,7 @@
 """Beginning with the state of the optimizer that pruning has carried over from the phase before.
 
-Megatron loads such a state only with the run that it belongs to: rates, schedule and groups of parameters are saved with
-it. Those of this run are kept here, and of the carried state it takes the tensors and the number of steps.
+Megatron loads such a state only with the run that it belongs to: rates, schedule and groups of parameters are saved
+with it. Those of this run are kept here, and of the carried state it takes the tensors and the number of steps.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron.training import get_args
 from megatron_slim.checkpoint.distributed import DistCheckpoint, iteration_directory
 from megatron_slim.checkpoint.optimizer_state import MAIN, open_optimizer_state
 from megatron_slim.checkpoint.torch_dist_names import STATE
-from megatron_slim.errors import CheckpointError, SlimError
+from megatron_slim.errors import SlimError
 from megatron_slim.training.checks import holds_checkpoint, open_student
 
 logger = logging.getLogger(__name__)

@@ -385,7 +385,7 @@ def main(argv: list[str]) -> None:
     cpu_kernels.keep_freed_memory()
     megatron_fixes.log_what_the_iteration_was()
     carried = carried_optimizer(parsed)
-    device.keep_schedule_with_iterations(0 if place is None else place.start, carried and carried.load)
+    device.keep_schedule_with_iterations(0 if place is None else place.start, carried.load if carried else None)
     if place is not None and parsed.stage_warmup:
         device.scale_learning_rate(place.warmup(parsed.stage_warmup))
     target = _mtp_kd_target(shape, teacher, parsed)

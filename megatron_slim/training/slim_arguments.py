@@ -54,8 +54,8 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         type=int,
         default=0,
         metavar="ITERATIONS",
-        help="With --progressive-schedule: the learning rate goes from a tenth of the schedule's value to all of it over "
-        "the first iterations of the phase. Default: 0.",
+        help="With --progressive-schedule: the learning rate goes from a tenth of the schedule's value to all of it "
+        "over the first iterations of the phase. Default: 0.",
     )
     group.add_argument(
         "--carry-optimizer",

@@ -141,6 +141,12 @@ def test_without_the_flag_a_run_is_one_of_its_own() -> None:
         (Phase(2, 2, "", 1, (8, 1)), {"seq_length": 5, "global_batch_size": 2}, "phase 2 has less than one iteration"),
         (Phase(1, 1, "", 4, (4,)), {"load": None}, "without --load"),
         (Phase(1, 1, "", 4, (4,)), {"global_batch_size": None}, "without --global-batch-size and --seq-length"),
+        (
+            Phase(1, 1, "", 4, (4,)),
+            {"seq_length": 1, "global_batch_size": 1, "stage_warmup": 4},
+            "--stage-warmup 4 is not from 0 to below the phase's 4 iterations",
+        ),
+        (None, {"progressive_schedule": False, "stage_warmup": 4}, "--stage-warmup without --progressive-schedule"),
         (Phase(1, 1, "", 4, (4,)), {"exit_interval": 5}, "does not go with --exit-interval: a phase ends when"),
         (
             Phase(1, 1, "", 4, (4,)),
