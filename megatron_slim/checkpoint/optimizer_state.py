@@ -68,7 +68,7 @@ def open_optimizer_state(source: Checkpoint) -> OptimizerState:
         raise CheckpointError("has no optimizer state", where=where, fix=fix)
     if violations := [line for name, view in views.items() for line in _violations(name, source.shape, view)]:
         raise CheckpointError(
-            f"its optimizer state is not Adam's: {summarise(violations)}", where=where, fix=UNREADABLE
+            f"its optimizer state does not fit the weights: {summarise(violations)}", where=where, fix=UNREADABLE
         )
     return OptimizerState(_step(source), {name: _view(name, source, view) for name, view in views.items()})
 

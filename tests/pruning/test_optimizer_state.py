@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_slim import device
 from megatron_slim.architecture.shape import FAMILIES, ModelShape
 from megatron_slim.checkpoint.convert import open_checkpoint, same_bytes, write_checkpoint
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.checkpoint.metadata_pickle import Metadata, dumps
 from megatron_slim.checkpoint.optimizer_state import OptimizerState, open_optimizer_state
+from megatron_slim.checkpoint.torch_dist_files import read_metadata
 from megatron_slim.cli.carried_optimizer import DEFAULT_RULE, RULES
 from megatron_slim.errors import CheckpointError
 from megatron_slim.pruning.apply import MOMENT_RULES
@@ -25,6 +29,10 @@ from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import parse_recipe
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 from tests.pruning import test_apply, test_inner_axes
+
+device.install()
+
+from megatron_slim.checkpoint import common_state  # noqa: E402 (megatron is imported after the CPU layer)
 
 PRUNE = "tools/prune_checkpoint.py"
 STATES = ("param", "exp_avg", "exp_avg_sq")
@@ -177,6 +185,26 @@ def test_neurons_of_moments_follow_those_of_aligned_weights(pruned: Any, tmp_pat
                     torch.testing.assert_close(found.tensors[moment].read(name(new)), expected, rtol=1e-6, atol=1e-8)
 
 
+@contextlib.contextmanager
+def edited_metadata(directory: Path) -> Iterator[Metadata]:
+    """The metadata of a checkpoint, written back without what would show that they were changed."""
+    metadata = read_metadata(directory)
+    yield metadata
+    (directory / ".metadata").write_bytes(dumps(metadata))
+    (directory / "integrity.json").unlink()
+
+
+def test_steps_that_differ_are_refused(deep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As groups of parameters would have them that began at different times."""
+    source = open_checkpoint(deep[0])
+    groups = {"optimizer": {0: {"optimizer": {"param_groups": [{"step": 3}, {"step": 5}]}}, 1: {}}}
+    monkeypatch.setattr(common_state, "read_common_state", lambda *_, **__: groups)
+    with pytest.raises(CheckpointError, match=r"its optimizer has no one number of steps \(3, 5\); prune another"):
+        open_optimizer_state(source)
+    groups["optimizer"][0]["optimizer"]["param_groups"][0]["step"] = 5
+    assert open_optimizer_state(source).step == 5
+
+
 def test_what_is_not_an_optimizers_state_is_refused_before_work_starts(
     tool: Any, deep: Any, random_stats: Stats, tmp_path: Path
 ) -> None:
@@ -195,7 +223,14 @@ def test_what_is_not_an_optimizers_state_is_refused_before_work_starts(
         assert done.code == 2 and not (tmp_path / "out").exists()
         return str(done.error)
 
+    with edited_metadata(shutil.copytree(run, tmp_path / "damaged") / "release") as metadata:
+        key = "optimizer.state.exp_avg.decoder.final_layernorm.weight"
+        del metadata.state_dict_metadata[key]
     flag = "--carry-optimizer"
+    assert (
+        "its optimizer state does not fit the weights: exp_avg of decoder.final_layernorm.weight is missing; prune "
+        "another iteration" in refused(tmp_path / "damaged", flag)
+    )
     assert "is a Hugging Face checkpoint, which has no optimizer state; give the torch_dist" in refused(
         made[""].path, flag
     )
