@@ -126,7 +126,10 @@ def _validation(directory: Path) -> dict[int, float]:
 
     events = EventAccumulator(os.fspath(directory))
     events.Reload()
-    return {point.step: float(point.value) for point in events.Scalars(LOSS)}
+    found: dict[int, float] = {}
+    for point in events.Scalars(LOSS):
+        found.setdefault(point.step, float(point.value))  # Megatron's validation at the end is of other samples
+    return found
 
 
 def markdown(results: Mapping[str, Any]) -> str:

@@ -65,7 +65,7 @@ def open_optimizer_state(source: Checkpoint) -> OptimizerState:
     views = {name: view for name in names if (view := _metadata_of(name, metadata)).state_dict_metadata}
     if not set(MOMENTS) <= set(views):
         fix = "give an iteration of a run that saves it (without --no-save-optim), or leave --carry-optimizer out"
-        raise CheckpointError("has no optimizer state", where=where, fix=fix)
+        raise CheckpointError("has no optimizer state by the names of weights", where=where, fix=fix)
     if violations := [line for name, view in views.items() for line in _violations(name, source.shape, view)]:
         raise CheckpointError(
             f"its optimizer state does not fit the weights: {summarise(violations)}", where=where, fix=UNREADABLE

@@ -268,7 +268,7 @@ def test_what_has_no_moments_is_refused(workplace: Workplace, tmp_path: Path, ca
     refusals = {
         "--carry-optimizer without --pretrained-checkpoint": arguments(None),
         "is a Hugging Face checkpoint, which has no optimizer state": arguments(workplace.student),
-        "has no optimizer state": arguments(tmp_path / "bare"),
+        "has no optimizer state by the names of weights": arguments(tmp_path / "bare"),
         "--no-load-optim, which begins with a new optimizer": arguments(tmp_path / "carried", no_load_optim=True),
         "--hidden-kd-layers, whose projections are new": arguments(tmp_path / "carried", hidden_kd_layers=((0, 1),)),
     }
