@@ -7,7 +7,8 @@ import argparse
 from megatron_slim.errors import SlimError
 
 FLAG, RULE = "--carry-optimizer", "--moments-of-merged"
-RULES, DEFAULT_RULE = ("sum", "base"), "sum"  # `pruning.apply.MOMENT_RULES`, without waiting for torch
+# `pruning.apply.MOMENT_RULES`, without waiting for torch; which is the better one is measured (docs/benchmarks.md).
+RULES, DEFAULT_RULE = ("sum", "base"), "base"
 
 
 def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:

@@ -234,7 +234,7 @@ def test_what_is_not_an_optimizers_state_is_refused_before_work_starts(
     assert "is a Hugging Face checkpoint, which has no optimizer state; give the torch_dist" in refused(
         made[""].path, flag
     )
-    assert "has no optimizer state by the names of weights; give an iteration of a run that saves it" in refused(tmp_path / "bare", flag)
+    assert "has no optimizer state by the names of weights; give an iteration" in refused(tmp_path / "bare", flag)
     assert "--carry-optimizer with --to hf, which holds no optimizer state; give --to torch_dist" in refused(
         run, flag, to="hf"
     )
