@@ -405,10 +405,11 @@ def before_training_steps(hook: Callable[[], None]) -> None:
     training.get_forward_backward_func = with_hook
 
 
-def keep_schedule_with_iterations(start: int) -> None:
+def keep_schedule_with_iterations(start: int, at_start: Callable[[list[Any], Any], None] | None = None) -> None:
     """Have Megatron's schedules be where the iteration is, whatever was loaded.
 
-    A run that finds no checkpoint of its own begins at ``start``, its data too. With ``--no-load-optim`` Megatron
+    A run that finds no checkpoint of its own begins at ``start``, its data too, and with what ``at_start(model chunks,
+    optimizer)`` does when the weights are loaded and the schedule is there. With ``--no-load-optim`` Megatron
     0.19.2 resumes at the checkpoint's iteration, but with the learning rate of the first.
     """
     import megatron.training.training as training
@@ -421,9 +422,26 @@ def keep_schedule_with_iterations(start: int) -> None:
         iteration, given = found or start, training.get_args()
         if iteration and scheduler is not None and scheduler.num_steps == 0:  # without one: --skip-train
             scheduler.step((found and given.consumed_train_samples) or iteration * given.global_batch_size)
+        if at_start is not None and not found:
+            at_start(model, optimizer)
         return iteration, *rest
 
     training.load_checkpoint = load_and_keep
+
+
+def scale_learning_rate(factor: Callable[[float], float]) -> None:
+    """Have Megatron's scheduler multiply every learning rate by ``factor(iteration)``, iterations that are done."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    get = OptimizerParamScheduler.get_lr
+
+    @functools.wraps(get)
+    def scaled(self: Any, param_group: dict[str, Any]) -> float:
+        from megatron.training import get_args
+
+        return float(get(self, param_group) * factor(self.num_steps / get_args().global_batch_size))
+
+    OptimizerParamScheduler.get_lr = scaled
 
 
 def _count_bucket_padding() -> None:

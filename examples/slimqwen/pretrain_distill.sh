@@ -73,8 +73,11 @@ SEQ_LENGTH=${SEQ_LENGTH:-4096}
 MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-1}
 GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-1024}
 # PROGRESSIVE=1: the student is that of a phase of a recipe, and takes its part in the one schedule of all phases, whose
-# length follows from the recipe's tokens.
+# length follows from the recipe's tokens. CARRY_OPTIMIZER=1: it begins with the moments that pruning has carried over;
+# without them STAGE_WARMUP=N: the learning rate begins at a tenth and is the schedule's after N steps of the phase.
 PROGRESSIVE=${PROGRESSIVE:-0}
+CARRY_OPTIMIZER=${CARRY_OPTIMIZER:-0}
+STAGE_WARMUP=${STAGE_WARMUP:-}
 length_args=(--progressive-schedule ${TRAIN_ITERS:+--train-iters "$TRAIN_ITERS"})
 TRAIN_ITERS=${TRAIN_ITERS:-95368}
 case $PROGRESSIVE in
@@ -82,6 +85,7 @@ case $PROGRESSIVE in
   1) ;;
   *) fail "PROGRESSIVE=$PROGRESSIVE: it is 0 or 1" ;;
 esac
+[[ $CARRY_OPTIMIZER == 0 || $CARRY_OPTIMIZER == 1 ]] || fail "CARRY_OPTIMIZER=$CARRY_OPTIMIZER: it is 0 or 1"
 LR=${LR:-4e-4}
 MIN_LR=${MIN_LR:-3e-5}
 LR_WARMUP_ITERS=${LR_WARMUP_ITERS:-} # 2000, or a tenth of a run that is no longer
@@ -123,6 +127,8 @@ if [[ -n $LR_WARMUP_ITERS ]]; then args+=(--lr-warmup-iters "$LR_WARMUP_ITERS");
 if [[ $TP -gt 1 ]]; then args+=(--sequence-parallel); fi
 if [[ $PRECISION == bf16 ]]; then args+=(--bf16); fi
 if [[ $LAUNCHER == slurm ]]; then args+=(--exit-signal-handler); fi
+if [[ $CARRY_OPTIMIZER == 1 ]]; then args+=(--carry-optimizer); fi
+if [[ -n $STAGE_WARMUP ]]; then args+=(--stage-warmup "$STAGE_WARMUP"); fi
 if [[ -n $STUDENT ]]; then args+=(--pretrained-checkpoint "$STUDENT"); fi
 if [[ -n $HF_CONFIG ]]; then args+=(--hf-config "$HF_CONFIG"); fi
 if [[ -n $TEACHER ]]; then args+=(--teacher-load "$TEACHER"); fi

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_slim.architecture.shape import shape_to_hf_config
+from megatron_slim.architecture.shape import ModelShape, shape_to_hf_config
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.checkpoint.distributed import DistCheckpoint, is_torch_dist, iteration_directory
 from megatron_slim.checkpoint.distributed_writer import TorchDistWriter, finish_torch_dist
@@ -26,10 +27,12 @@ from megatron_slim.checkpoint.huggingface_writer import (
     total_bytes,
 )
 from megatron_slim.checkpoint.integrity import verify_manifest
+from megatron_slim.checkpoint.optimizer_state import OptimizerState, open_optimizer_state
 from megatron_slim.checkpoint.provenance import describe_source, software
 from megatron_slim.checkpoint.records import PROVENANCE
 from megatron_slim.checkpoint.side_files import carried_bytes, log_left_behind
-from megatron_slim.checkpoint.torch_dist_names import RELEASE
+from megatron_slim.checkpoint.torch_dist_files import Part
+from megatron_slim.checkpoint.torch_dist_names import RELEASE, STATE
 from megatron_slim.checkpoint.transfer import transfer
 from megatron_slim.checkpoint.units import Checkpoint as Checkpoint
 from megatron_slim.checkpoint.units import units
@@ -98,6 +101,7 @@ def write_checkpoint(
     records: Callable[[Path], Mapping[str, Any]] | None = None,
     arguments: Mapping[str, Any] | None = None,
     expert_storage: str | None = None,
+    optimizer: OptimizerState | None = None,
 ) -> dict[str, Any]:
     """Stream a checkpoint into a new directory, which appears only when everything in it is complete.
 
@@ -115,6 +119,7 @@ def write_checkpoint(
         arguments: the command line, for the provenance.
         expert_storage: ``fused`` or ``separate``, how Hugging Face files hold the experts of every block (a torch_dist
             checkpoint remembers it); None follows the source, block by block.
+        optimizer: state to write next to the weights, of a torch_dist checkpoint.
 
     Returns:
         What was done, for a tool's ``--json``.
@@ -124,6 +129,8 @@ def write_checkpoint(
     """
     if to not in ("hf", "torch_dist"):
         raise CheckpointError(f"{to!r} is not a format of checkpoints", fix="give hf or torch_dist")
+    if optimizer is not None and to != "torch_dist":
+        raise CheckpointError(f"the format {to} holds no optimizer state", fix="write torch_dist")
     dtypes = source.dtypes if dtype is None else dict.fromkeys(source.dtypes, dtype)
     nbytes = total_bytes(source.shape, dtypes)
     config = config_for(shape_to_hf_config(source.shape, source.config), dtypes.values())
@@ -134,11 +141,11 @@ def write_checkpoint(
     side_bytes = carried_bytes(source.config_path)  # refuses links that leave the checkpoint now, not at the end
     if isinstance(source, DistCheckpoint):
         source.check_parts()  # everything is read; a pruning reads some rows of much, and does not
-    with new_directory(target) as partial:
-        check_space(target, nbytes + side_bytes)
+    with new_directory(target) as unfinished:
+        check_space(target, nbytes + side_bytes + (optimizer.nbytes if optimizer else 0))
         log_left_behind(source.config_path)
-        write = _write_torch_dist if to == "torch_dist" else _write_hf
-        content = write(source, partial, config, dtypes, fused_blocks, options)
+        write = partial(_write_torch_dist, optimizer=optimizer) if to == "torch_dist" else _write_hf
+        content = write(source, unfinished, config, dtypes, fused_blocks, options)
         results = {
             "format": to,
             "tensors": len(dtypes),
@@ -149,9 +156,15 @@ def write_checkpoint(
             "content": content,
             "verified": verify,
         }
-        made = dict(records(partial)) if records else {}
+        if optimizer is not None:
+            results["optimizer"] = {
+                "step": optimizer.step,
+                "states": list(optimizer.tensors),
+                "bytes": optimizer.nbytes,
+            }
+        made = dict(records(unfinished)) if records else {}
         provenance = {"source": describe_source(source), **made, "output": results, **software(arguments)}
-        (partial / PROVENANCE).write_text(to_json(provenance), encoding="utf-8")
+        (unfinished / PROVENANCE).write_text(to_json(provenance), encoding="utf-8")
     return results
 
 
@@ -162,16 +175,51 @@ def _write_torch_dist(
     dtypes: Mapping[str, torch.dtype],
     fused_blocks: frozenset[str],
     options: Any,
+    optimizer: OptimizerState | None = None,
 ) -> str:
     release, todo = directory / RELEASE, list(units(source.shape, dtypes))
     release.mkdir()
-    parts, content = transfer(source, lambda number: TorchDistWriter(release, source.shape, number), todo, **options)
-    finish_torch_dist(directory, parts, config, fused_blocks, copy_files_from=source.config_path)
+    step = None if optimizer is None else optimizer.step
+    parts, content = transfer(
+        source,
+        lambda number: TorchDistWriter(release, source.shape, number, optimizer_step=step),
+        todo,
+        **options,
+    )
+    of_optimizer = [] if optimizer is None else _write_states(optimizer, release, len(parts), options)
+    finish_torch_dist(directory, [*parts, *of_optimizer], config, fused_blocks, copy_files_from=source.config_path)
     written = DistCheckpoint.open(directory)
     _check_reopened(written, source, dtypes, fused_blocks)
     pieces = {piece for part in parts for found in part.pieces.values() for piece in found}
     assert pieces == {piece for found in written.pieces.values() for piece in found}, "metadata of other pieces"
+    if optimizer is not None:
+        _check_states(open_optimizer_state(written), optimizer)
     return content
+
+
+def _write_states(optimizer: OptimizerState, release: Path, first: int, options: Mapping[str, Any]) -> list[Part]:
+    """Write all states of an optimizer, one after the other, each in its own types, as parts from number ``first``."""
+    written: list[Part] = []
+    for name, state in optimizer.tensors.items():
+        number, prefix = first + len(written), f"{STATE}{name}."
+        parts, _ = transfer(
+            state,
+            partial(_state_writer, release, state.shape, number, prefix),
+            list(units(state.shape, state.dtypes)),
+            **{**options, "dtype": None},
+        )
+        written += parts
+    return written
+
+
+def _state_writer(release: Path, shape: ModelShape, first: int, prefix: str, number: int) -> TorchDistWriter:
+    return TorchDistWriter(release, shape, first + number, prefix=prefix)
+
+
+def _check_states(written: OptimizerState, wanted: OptimizerState) -> None:
+    dtypes = [{name: dict(state.dtypes) for name, state in each.tensors.items()} for each in (written, wanted)]
+    if written.step != wanted.step or dtypes[0] != dtypes[1]:
+        raise CheckpointError("its optimizer state differs from its source after writing", fix="check the disk")
 
 
 def _write_hf(

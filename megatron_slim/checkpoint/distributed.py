@@ -29,7 +29,7 @@ from megatron_slim.checkpoint.layout import fits, rows_in_megatron, split_keys, 
 from megatron_slim.checkpoint.metadata_pickle import Metadata, TensorStorageMetadata
 from megatron_slim.checkpoint.mtp import MTP, count_mtp_layers
 from megatron_slim.checkpoint.torch_dist_files import Piece, PieceReader, locate_pieces, read_metadata
-from megatron_slim.checkpoint.torch_dist_names import HF_DIR, HIDDEN_KD, METADATA, RELEASE, TRACKER, hf_files
+from megatron_slim.checkpoint.torch_dist_names import HF_DIR, HIDDEN_KD, METADATA, RELEASE, STATE, TRACKER, hf_files
 from megatron_slim.errors import CheckpointError, summarise
 
 # What Megatron saves in addition to the weights; none of it describes the model.
@@ -80,6 +80,7 @@ class DistCheckpoint:
             MTP block where it is not wanted.
         vocab_rows: rows, padding included, of what has a row for every token, by key.
         optimizer_by_buckets: its optimizer state has the layout of the run's buffers, not of its parameters.
+        optimizer_by_names: it has optimizer state by the names of parameters (`optimizer_state`).
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class DistCheckpoint:
         metadata: Metadata,
         *,
         allow_nonfinite: bool = False,
+        label: str = "",
     ) -> None:
         self.path, self.config_path, self.config, self.shape = path, config_path, config, shape
         self.fused_blocks = recorded_storage(config_path) & expert_blocks(shape)
@@ -106,7 +108,8 @@ class DistCheckpoint:
             each.key: self._entries[each.key].size[0] for each in self.weights if each.dims[0] == "vocab"
         }
         self.optimizer_by_buckets = any(".gbuf_idx_" in key for key in metadata.state_dict_metadata)
-        self.allow_nonfinite = allow_nonfinite
+        self.optimizer_by_names = any(key.startswith(STATE) for key in tensors)
+        self.allow_nonfinite, self._label = allow_nonfinite, label
         self.pieces = locate_pieces(path, self._entries, metadata.storage_data)
         self._longest = {key: max(piece.sizes[0] for piece in pieces) for key, pieces in self.pieces.items()}
         self._reader = PieceReader()
@@ -187,7 +190,7 @@ class DistCheckpoint:
         else:
             tensor = self._gather_split(weight, rows)
         if not self.allow_nonfinite:
-            refuse_nonfinite(tensor, name, str(self.path))
+            refuse_nonfinite(tensor, self._label + name, str(self.path))
         return tensor
 
     def _gather_split(self, weight: Weight, rows: npt.NDArray[np.int64]) -> Tensor:

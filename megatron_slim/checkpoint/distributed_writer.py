@@ -32,6 +32,7 @@ from megatron_slim.checkpoint.side_files import carry_files
 from megatron_slim.checkpoint.torch_dist_files import Part, Piece, PieceReader, PieceWriter, write_metadata
 from megatron_slim.checkpoint.torch_dist_names import (
     BACKEND,
+    CARRIED,
     COMMON_STATE,
     INTEGRITY,
     METADATA,
@@ -46,19 +47,36 @@ from megatron_slim.files import sha256, to_json
 class TorchDistWriter:
     """Writes one process's part; see `transfer.Writer`."""
 
-    def __init__(self, directory: Path, shape: ModelShape, number: int = 0) -> None:
-        self._shape = shape
+    def __init__(
+        self,
+        directory: Path,
+        shape: ModelShape,
+        number: int = 0,
+        *,
+        prefix: str = "",
+        optimizer_step: int | None = None,
+    ) -> None:
+        """Nothing is written yet, but for what is not tensors, which the first part has.
+
+        Args:
+            directory: of the weights.
+            shape: of the model.
+            number: of the part.
+            prefix: of all keys, for a state of the optimizer.
+            optimizer_step: steps of the optimizer, where its state will be among the parts.
+        """
+        self._shape, self._prefix = shape, prefix
         self._writer = PieceWriter(directory, number)
         self._reader = PieceReader(self._writer.frames)
         self._last: list[Piece] = []
         if number == 0:
-            self._writer.add_object(COMMON_STATE, [_common_state()])
+            self._writer.add_object(COMMON_STATE, [_common_state(optimizer_step)])
 
     def write(self, unit: Unit, tensors: dict[str, Tensor]) -> None:
         """Write a unit."""
         shapes = dict(stored_shapes(unit.weight, self._shape))
         self._last = [
-            self._writer.add(key, shapes[key], offsets, tensor)
+            self._writer.add(self._prefix + key, shapes[key], offsets, tensor)
             for key, offsets, tensor in _pieces(unit, self._shape, tensors)
         ]
 
@@ -104,9 +122,10 @@ def _pieces(unit: Unit, shape: ModelShape, tensors: dict[str, Tensor]) -> Iterat
                 yield weight.key, (unit.expert, run.start, *rest), tensor.unsqueeze(0)
 
 
-def _common_state() -> dict[str, Any]:
+def _common_state(optimizer_step: int | None) -> dict[str, Any]:
     content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-    return {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": content}
+    carried = {} if optimizer_step is None else {CARRIED: {"step": optimizer_step}}
+    return {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": content, **carried}
 
 
 def finish_torch_dist(

@@ -9,6 +9,9 @@ METADATA, INTEGRITY = ".metadata", "integrity.json"
 COMMON_STATE = "common_state/shard_0_1"  # Megatron's key for all that is not a tensor
 # Projections of hidden-state distillation, trained with the model: only the run needs them, to resume.
 HIDDEN_KD = "hidden_kd."
+# Before the name of a state and the key of its parameter: optimizer.state.exp_avg.decoder.final_layernorm.weight
+STATE = "optimizer.state."
+CARRIED = "carried_optimizer"  # what the common state of a pruned checkpoint says of such a state: {"step": ...}
 
 
 def hf_files(directory: Path | str) -> Path:

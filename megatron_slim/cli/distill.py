@@ -54,6 +54,8 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "LOG_INTERVAL": ("N", "steps between lines of the log (10)"),
         "PRECISION": ("TYPE", "bf16 or fp32 (bf16 on GPUs, else fp32)"),
         "PROGRESSIVE": ("", "the student is that of one phase of a recipe: use one schedule for all phases"),
+        "CARRY_OPTIMIZER": ("", "begin with the moments that megatron-slim prune --carry-optimizer put into --student"),
+        "STAGE_WARMUP": ("N", "with --progressive: warm-up steps of the phase, from a tenth of the learning rate (0)"),
         "DRY_RUN": ("", "print the commands and do nothing"),
     },
 }

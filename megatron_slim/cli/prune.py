@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slim.cli.calibration_run import add_calibration_arguments, calibration_options
+from megatron_slim.cli.carried_optimizer import add_optimizer_arguments, moments_of_merged
 from megatron_slim.cli.pruning_run import add_phase_argument, refuse_conflicts, run_prune
 from megatron_slim.cli.search_arguments import add_search_arguments, measuring
 from megatron_slim.cli.tool import run_command
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an existing plan, or a pruned checkpoint that has one: nothing is measured or decided",
     )
     parser.add_argument("--to", choices=("hf", "torch_dist"), default="hf", help="format of the result")
+    add_optimizer_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="calibrate, plan and print the table; write nothing")
     add_write_arguments(parser)
     add_calibration_arguments(parser, required=False)
@@ -53,6 +55,7 @@ def prune(args: argparse.Namespace) -> dict[str, Any]:
         calibration=calibration_options(args) if args.calibration_data else None,
         dry_run=args.dry_run,
         measuring=measuring(args),
+        moments_of_merged=moments_of_merged(args),
         reading=load_options(args),
         writing=write_options(args),
     )

@@ -17,6 +17,7 @@ from megatron_slim.files import refuse_existing
 from megatron_slim.recipe import Recipe, load_recipe, select_phase
 
 logger = logging.getLogger(__name__)
+OPTIMIZER_BYTES = 8  # of a parameter, at the least: two moments
 
 if TYPE_CHECKING:
     from megatron_slim.checkpoint.convert import Checkpoint
@@ -112,6 +113,7 @@ def run_prune(
     calibration: CalibrationOptions | None = None,
     dry_run: bool = False,
     measuring: Measuring | None = None,
+    moments_of_merged: str | None = None,
     reading: Mapping[str, Any] | None = None,
     writing: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -128,6 +130,8 @@ def run_prune(
         calibration: data to measure on.
         dry_run: stop at the plan and write nothing.
         measuring: how the candidates of a budget are measured; None: they are not.
+        moments_of_merged: one of `pruning.apply.MOMENT_RULES`, with which the optimizer's state is pruned as well;
+            None: it is not.
         reading: how to read ``load``, as `checkpoint.convert.open_checkpoint`.
         writing: how to write, as `checkpoint.convert.write_checkpoint`.
     """
@@ -138,12 +142,14 @@ def run_prune(
     from rich.console import Console
 
     from megatron_slim.checkpoint.convert import log_left_out, open_checkpoint
+    from megatron_slim.checkpoint.optimizer_state import open_optimizer_state
     from megatron_slim.pruning.apply import PrunedCheckpoint
     from megatron_slim.pruning.pipeline import comparison, comparison_table, write_pruned
     from megatron_slim.pruning.plan_reader import load_plan
 
     source = open_checkpoint(load, **(reading or {}))
     log_left_out(source)
+    optimizer = open_optimizer_state(source) if moments_of_merged is not None else None
     if schedule is not None:
         _check_phase(schedule, phase, source, where=str(recipe_file))
     with opened_work_dir(calibration) as work:
@@ -152,7 +158,7 @@ def run_prune(
         else:
             assert recipe is not None
             if save is not None and not dry_run:
-                _check_space(recipe, source, save, where=str(recipe_file))
+                _check_space(recipe, source, save, with_optimizer=optimizer is not None, where=str(recipe_file))
             where = str(recipe_file)
             plan, stats = _decide(recipe, source, stats_file, calibration, work, measuring, where=where)
         pruned = PrunedCheckpoint(plan, source, check_source=plan_file is not None)
@@ -161,8 +167,11 @@ def run_prune(
         if dry_run:
             return results
         assert save is not None
-        written = write_pruned(pruned, save, to=to, stats=stats, **(writing or {}))
+        state = pruned.optimizer_state(optimizer, moments_of_merged) if optimizer and moments_of_merged else None
+        written = write_pruned(pruned, save, to=to, stats=stats, optimizer=state, **(writing or {}))
         logger.info(f"{save}: {len(pruned.names)} tensors as {to}, {VERIFICATION[written['verified']]}")
+        if state is not None:
+            logger.info(f"{save}: with the optimizer's {', '.join(state.tensors)} after {state.step} steps")
         return results | {"save": str(save), **written}
 
 
@@ -190,7 +199,7 @@ def _check_phase(schedule: Recipe, number: int | None, source: Checkpoint, *, wh
     check_later_phases(schedule, number or 1, source.shape, where=where)
 
 
-def _check_space(recipe: Recipe, source: Checkpoint, save: Path, *, where: str) -> None:
+def _check_space(recipe: Recipe, source: Checkpoint, save: Path, *, with_optimizer: bool, where: str) -> None:
     """Refuse a disk without space for the result before hours of calibration; writing looks again, at exact sizes."""
     from megatron_slim.architecture.table import count_parameters
     from megatron_slim.files import check_space
@@ -204,7 +213,7 @@ def _check_space(recipe: Recipe, source: Checkpoint, save: Path, *, where: str) 
     else:
         layers = layers_before_statistics(source.shape, recipe.target.num_layers or source.shape.num_layers)
         shapes = [target_shape(recipe, source.shape, layers)]
-    itemsize = min(dtype.itemsize for dtype in source.dtypes.values())
+    itemsize = min(dtype.itemsize for dtype in source.dtypes.values()) + (OPTIMIZER_BYTES if with_optimizer else 0)
     check_space(save, min(count_parameters(shape).total for shape in shapes) * itemsize)
 
 

@@ -3,6 +3,9 @@
 Which rows and columns of a tensor survive follows from its named axes and the plan alone, and merging is element by
 element, so that pruning commutes with every permutation of rows: prune(convert(x)) == convert(prune(x)), bit for bit.
 Where experts are aligned, the rows of a member follow from the weights too, by their Hugging Face names (`align`).
+
+The state of an optimizer has tensors of the same names and shapes: the plan applies to it as to the weights, but for
+how moments of merged experts come together (`MOMENT_RULES`).
 """
 
 from __future__ import annotations
@@ -23,11 +26,17 @@ from megatron_slim.architecture.shape import ModelShape, shape_to_hf_config
 from megatron_slim.architecture.table import weights
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.huggingface import Index
+from megatron_slim.checkpoint.optimizer_state import MOMENTS, OptimizerState
 from megatron_slim.pruning.align import Alignment, Neurons
 from megatron_slim.pruning.experts import ExpertGroup
 from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.plan import Plan
 from megatron_slim.pruning.plan_reader import PlanError
+
+# Moments of a merged expert: the sum of its members', whose tokens it serves from now on (of the squares too, as if the
+# members' gradients were independent), or those of its base alone. No mean: moments are of gradients, not of weights.
+MOMENT_RULES = ("sum", "base")
+MEAN = "mean"  # of weights, by the plan's
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,7 @@ class PrunedCheckpoint:
         self._origins = dict(_origins(plan))
         self._kept_hidden = np.array(plan.kept_hidden, dtype=np.int64)
         self._alignment = Alignment(self._read_neurons) if plan.recipe.experts.align == "weights" else None
+        self._rule = MEAN
         self.names = tuple(self._origins)
         self.dtypes: Mapping[str, torch.dtype] = {
             name: source.dtypes[self._source_name(origin)] for name, origin in self._origins.items()
@@ -86,9 +96,32 @@ class PrunedCheckpoint:
     def read_rows(self, name: str, dim0_index: Index | None = None, dim1_index: Index | None = None) -> Tensor:
         """Make some rows and columns of one tensor of the target; of the source, no other rows are read."""
         origin = self._origins[name]
-        members = origin.group.members if origin.group else (None,)
+        members, shares = _members(origin.group, self._rule)
         parts = (self._read_part(origin, member, dim0_index, dim1_index) for member in members)
-        return merge(parts, origin.group.weights if origin.group else (1.0,))
+        return merge(parts, shares)
+
+    def optimizer_state(self, state: OptimizerState, moments_of_merged: str) -> OptimizerState:
+        """The state of an optimizer of the source as one of the target; its tensors too are made when they are read.
+
+        Main weights are merged as the weights are, in float32 and with the plan's shares. Which neurons of a member are
+        matched with which of its base follows from the weights for all of them.
+
+        Args:
+            state: of the source.
+            moments_of_merged: one of `MOMENT_RULES`.
+        """
+        return OptimizerState(
+            state.step,
+            {
+                name: self._of_state(tensors, moments_of_merged if name in MOMENTS else MEAN)
+                for name, tensors in state.tensors.items()
+            },
+        )
+
+    def _of_state(self, tensors: Checkpoint, rule: str) -> PrunedCheckpoint:
+        found = PrunedCheckpoint(self.plan, tensors, check_source=False)
+        found._alignment, found._rule = self._alignment, rule
+        return found
 
     def _read_part(
         self, origin: _Origin, member: int | None, dim0_index: Index | None, dim1_index: Index | None
@@ -134,6 +167,15 @@ class PrunedCheckpoint:
         return kept
 
 
+def _members(group: ExpertGroup | None, rule: str) -> tuple[tuple[int | None, ...], tuple[float, ...]]:
+    """The source experts that a tensor is made of, None outside experts, and their shares."""
+    if group is None:
+        return (None,), (1.0,)
+    if rule == "base":
+        return (group.base,), (1.0,)
+    return group.members, group.weights if rule == MEAN else (1.0,) * len(group.members)
+
+
 def _positions(dim: Dim, source: ModelShape, kept: Mapping[str, npt.NDArray[np.int64]]) -> npt.NDArray[np.int64] | None:
     """Surviving positions of a dimension, None when all do."""
     return kept_positions(dim, source.sizes, kept) if kept.keys() & set(axes_of(dim)) else None
@@ -158,11 +200,11 @@ def _origins(plan: Plan) -> Iterator[tuple[str, _Origin]]:
 
 
 def merge(tensors: Iterable[Tensor], weights: tuple[float, ...]) -> Tensor:
-    """Weighted mean of tensors, in float32, rounded once; a single tensor is itself, bit for bit.
+    """Weighted sum of tensors, in float32, rounded once; a single tensor is itself, bit for bit.
 
     Args:
         tensors: as many as weights; taken one by one, so only one of them need be in memory.
-        weights: summing to 1.
+        weights: summing to 1 for a mean.
 
     >>> merge([torch.tensor([1.0]), torch.tensor([4.0])], (0.75, 0.25)).item()
     1.75

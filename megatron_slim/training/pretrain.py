@@ -46,6 +46,7 @@ from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.files import new_directory, to_json, write_atomic
 from megatron_slim.processes import leave_ranks
 from megatron_slim.training.arguments import install_argv, load_balancing_note, shape_directory
+from megatron_slim.training.carried import carried_optimizer
 from megatron_slim.training.checks import check_run, open_student, open_teacher, start_of, starts_by_ourselves
 from megatron_slim.training.data import Batch, build_datasets, next_batch
 from megatron_slim.training.finite import FiniteWatch
@@ -383,7 +384,10 @@ def main(argv: list[str]) -> None:
         logger.info(balancing)
     cpu_kernels.keep_freed_memory(cpu_kernels.TRAINING)
     megatron_fixes.log_what_the_iteration_was()
-    device.keep_schedule_with_iterations(0 if place is None else place.start)
+    carried = carried_optimizer(parsed)
+    device.keep_schedule_with_iterations(0 if place is None else place.start, carried.load if carried else None)
+    if place is not None and parsed.stage_warmup:
+        device.scale_learning_rate(place.warmup(parsed.stage_warmup))
     target = _mtp_kd_target(shape, teacher, parsed)
     runs_mtp = target == TEACHER_MTP and shape.mtp_num_layers > 0
     layout = plan_stages(shape, teacher, parsed, teacher_runs_mtp=runs_mtp)

@@ -7,6 +7,7 @@ Learning rate, lambda and beta move over the tokens of all phases, and no phase 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.files import read_json
 from megatron_slim.recipe import Phase, parse_recipe
 
-FLAG = "--progressive-schedule"
+FLAG, WARMUP, RESHARDABLE = "--progressive-schedule", "--stage-warmup", "--dist-ckpt-optim-fully-reshardable"
+WARMUP_FROM = 0.1  # of the schedule's learning rate
 # With these an iteration has no fixed number of tokens, or its number is not what schedules go by.
 _EXCLUDED = {
     "train_samples": "phases are counted in iterations",
@@ -70,10 +72,30 @@ class Place:
         return Place(start, stop, total, start * tokens_per_iteration)
 
     def command_line(self, argv: list[str]) -> list[str]:
-        """Megatron's arguments for it: all phases are one run, which all but the last leave when they are done."""
+        """Megatron's arguments for it: all phases are one run, which all but the last leave when they are done.
+
+        Those save the optimizer's state by the names of weights, which a pruning can carry over.
+        """
         given = {word.split("=")[0] for word in argv}
         length = [] if "--train-iters" in given else [f"--train-iters={self.total}"]
-        return [*argv, *length, *([] if self.leaves_at is None else [f"--exit-interval={self.leaves_at}"])]
+        if self.leaves_at is None:
+            return [*argv, *length]
+        saved = [] if RESHARDABLE in given else [RESHARDABLE]
+        return [*argv, *length, f"--exit-interval={self.leaves_at}", *saved]
+
+    def warmup(self, iterations: int) -> Callable[[float], float]:
+        """What the schedule's learning rate is multiplied by, as a function of the iterations that are done.
+
+        >>> factor = Place(10, 50, 100, 0).warmup(4)
+        >>> [round(factor(iteration), 3) for iteration in (10, 11, 12, 13, 14, 50)]
+        [0.1, 0.325, 0.55, 0.775, 1.0, 1.0]
+        """
+
+        def factor(iteration: float) -> float:
+            done = (iteration - self.start) / iterations
+            return WARMUP_FROM + (1 - WARMUP_FROM) * done if 0 <= done < 1 else 1.0
+
+        return factor
 
     @property
     def leaves_at(self) -> int | None:
@@ -92,6 +114,8 @@ def find_place(phase: Phase | None, args: Any) -> Place | None:
         SlimError: lists all that does not go with it.
     """
     if not args.progressive_schedule:
+        if args.stage_warmup:
+            raise SlimError(f"{WARMUP} without {FLAG}", fix="a run of its own has --lr-warmup-iters")
         return None
     if args.pretrained_checkpoint is None:
         raise SlimError(f"{FLAG} without --pretrained-checkpoint", fix="give the student of a phase (STUDENT)")
@@ -122,6 +146,9 @@ def find_place(phase: Phase | None, args: Any) -> Place | None:
         )
     if place.start == place.stop:
         raise SlimError(f"{FLAG}: phase {phase.number} has less than one iteration", fix="give it more tokens")
+    if not 0 <= args.stage_warmup < place.stop - place.start:
+        what = f"{WARMUP} {args.stage_warmup} is not from 0 to below the phase's {place.stop - place.start} iterations"
+        raise SlimError(what, fix="give fewer")
     args.train_iters, args.exit_interval = place.total, place.leaves_at
     return place
 

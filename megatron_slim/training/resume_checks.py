@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import math
 import traceback
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import megatron_slim.mcore
 
-from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_slim.checkpoint.common_state import read_common_state
 from megatron_slim.checkpoint.distributed import iteration_directory
 from megatron_slim.checkpoint.torch_dist_names import RELEASE, TRACKER
 from megatron_slim.errors import CheckpointError
@@ -47,6 +46,7 @@ _RATES = {
     "min_lr": "--min-lr",
     "decoupled_lr": "--decoupled-lr",
     "decoupled_min_lr": "--decoupled-min-lr",
+    "stage_warmup": "--stage-warmup",
 }
 _STYLES = {
     "lr_decay_style": "--lr-decay-style",
@@ -104,25 +104,6 @@ def _resumed_from(args: Any) -> Path | None:
         return None
     directory = iteration_directory(Path(args.load))
     return None if directory.name == RELEASE else directory
-
-
-def read_common_state(directory: Path) -> dict[str, Any]:
-    """What Megatron saved that is not sharded: the arguments of the run, its schedule, groups of parameters.
-
-    Raises:
-        CheckpointError: it is damaged, or holds something that Megatron would not load either.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # not started yet
-            found = load_common_state_dict(str(directory))
-    except Exception as error:  # any exception: what unpickling damaged bytes raises is anything
-        fix = "resume from another iteration, with --ckpt-step"
-        raise CheckpointError(
-            f"its common state cannot be read: {type(error).__name__}: {error}", where=str(directory), fix=fix
-        ) from None
-    assert isinstance(found, dict)
-    return found
 
 
 def _differing(saved: Any, args: Any, names: dict[str, str]) -> Iterator[str]:

@@ -50,6 +50,20 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "of all phases. Default: a run of its own.",
     )
     group.add_argument(
+        "--stage-warmup",
+        type=int,
+        default=0,
+        metavar="ITERATIONS",
+        help="With --progressive-schedule: the learning rate goes from a tenth of the schedule's value to all of it "
+        "over the first iterations of the phase. Default: 0.",
+    )
+    group.add_argument(
+        "--carry-optimizer",
+        action="store_true",
+        help="Begin with the optimizer's moments and main weights that megatron-slim prune --carry-optimizer put into "
+        "--pretrained-checkpoint. A run that resumes has its own. Default: the optimizer is new.",
+    )
+    group.add_argument(
         "--default-lr-warmup-iters",
         type=int,
         metavar="ITERATIONS",

@@ -105,7 +105,10 @@ def test_the_demo_in_miniature(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_schedule_in_phases(tmp_path: Path) -> None:
-    """As in docs/cluster.md: prune, train, prune what training gave, train on, with one schedule over both."""
+    """As in docs/cluster.md: prune, train, prune what training gave, train on, with one schedule over both.
+
+    And with the optimizer of the first phase in the second.
+    """
     teacher, recipe, data = tmp_path / "teacher", tmp_path / "recipe.yaml", tmp_path / "data"
     write_tiny_checkpoint(teacher, tiny_shape(num_layers=8, num_moe_experts=8, vocab_size=96), seed=1)
     write_tokens(data, np.random.default_rng(0).integers(0, 96, (40, 33)))
@@ -116,19 +119,22 @@ def test_a_schedule_in_phases(tmp_path: Path) -> None:
     small = {"SEQ_LENGTH": "32", "GLOBAL_BATCH_SIZE": "2", "LR_WARMUP_ITERS": "1", "EVAL_ITERS": "0"}
     small |= {"LOG_INTERVAL": "1", "LR": "1e-3", "MIN_LR": "1e-4", "MASTER_PORT": "29679"}
     previous, rates = teacher, []
+    carried: tuple[str, ...] = ()
     for phase, iterations in ((1, range(1, 3)), (2, range(3, 6))):
         student, save = tmp_path / f"student_{phase}", tmp_path / f"run_{phase}"
         prune = [sys.executable, ROOT / "tools/prune_checkpoint.py", "--load", previous, "--recipe", recipe]
         prune += ["--phase", phase, "--calibration-data", data, "--num-samples", 2, "--seq-length", 32]
-        subprocess.run([str(word) for word in [*prune, "--save", student]], check=True, capture_output=True)
+        subprocess.run([str(word) for word in [*prune, "--save", student, *carried]], check=True, capture_output=True)
         variables = {"TEACHER": str(teacher), "STUDENT": str(student), "SAVE": str(save), "DATA": str(data)}
-        done = run(TRAIN, "--split", "1,0,0", "--no-teacher-check", PROGRESSIVE="1", timeout=300, **variables, **small)
+        variables |= {"PROGRESSIVE": "1", "CARRY_OPTIMIZER": "1" if carried else "0"}
+        done = run(TRAIN, "--split", "1,0,0", "--no-teacher-check", timeout=300, **variables, **small)
         assert done.returncode == 0, done.stdout + done.stderr
         lines = re.findall(r" iteration +(\d+)/ +(\d+) .*learning rate: (\S+)", done.stdout)
         assert [(int(number), int(total)) for number, total, _ in lines] == [(number, 5) for number in iterations]
         rates += [float(rate) for _, _, rate in lines]
         assert f"slim {iterations[-1]}/{iterations[-1]} (100.0%) (phase {phase} of 2)" in done.stdout
-        previous = save
+        assert ("the optimizer's moments were carried, after 2 steps" in done.stdout) == bool(carried)
+        previous, carried = save, ("--carry-optimizer", "--to", "torch_dist")
     # Warm-up of one of five iterations, then half a cosine.
     decay = [1e-4 + 9e-4 * (1 + math.cos(math.pi * part / 4)) / 2 for part in range(5)]
     assert rates == pytest.approx(decay, rel=1e-5)
@@ -141,6 +147,10 @@ def test_a_schedule_in_phases_has_the_length_of_its_recipe() -> None:
     given = run(TRAIN, PROGRESSIVE="1", TRAIN_ITERS="7", **variables).stdout
     assert "--progressive-schedule --train-iters 7 " in given
     assert run(TRAIN, PROGRESSIVE="yes", **variables).stderr == "error: PROGRESSIVE=yes: it is 0 or 1\n"
+    begun = run(TRAIN, PROGRESSIVE="1", CARRY_OPTIMIZER="1", STAGE_WARMUP="5", **variables).stdout
+    assert " --carry-optimizer --stage-warmup 5 " in begun
+    refused = run(TRAIN, CARRY_OPTIMIZER="yes", **variables).stderr
+    assert refused == "error: CARRY_OPTIMIZER=yes: it is 0 or 1\n"
 
 
 def test_an_error_found_by_all_ranks_is_one_line_and_exit_code_2(tmp_path: Path) -> None:

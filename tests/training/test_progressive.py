@@ -97,7 +97,8 @@ def arguments(**given: Any) -> SimpleNamespace:
     names = "train_iters train_samples rampup_batch_size step_batch_size_schedule phase_transition_iterations"
     base = dict.fromkeys([*names.split(), "exit_interval", "finetune", "override_ckpt_iteration"])
     base |= {"progressive_schedule": True, "load": "run", "pretrained_checkpoint": "student"}
-    return SimpleNamespace(**base | {"seq_length": 4096, "global_batch_size": 1024} | given)
+    base |= {"seq_length": 4096, "global_batch_size": 1024, "stage_warmup": 0}
+    return SimpleNamespace(**base | given)
 
 
 PAPER = (40_000_000_000, 360_000_000_000)
@@ -110,8 +111,11 @@ def test_the_published_schedule(number: int, place: tuple[int, ...]) -> None:
     leaves = {1: 9537, 2: None}[number]
     assert found == Place(*place) and (args.train_iters, args.exit_interval) == (95368, leaves)
     argv = found.command_line(["--bf16"])
-    assert argv == ["--bf16", "--train-iters=95368", *(["--exit-interval=9537"] if leaves else [])]
+    # What a pruning can carry over is saved by all phases but the last.
+    saved = "--dist-ckpt-optim-fully-reshardable"
+    assert argv == ["--bf16", "--train-iters=95368", *(["--exit-interval=9537", saved] if leaves else [])]
     assert found.command_line(["--train-iters", "95368"])[2:] == argv[2:]
+    assert found.command_line([saved]).count(saved) == 1
 
 
 def test_without_the_flag_a_run_is_one_of_its_own() -> None:
@@ -137,6 +141,12 @@ def test_without_the_flag_a_run_is_one_of_its_own() -> None:
         (Phase(2, 2, "", 1, (8, 1)), {"seq_length": 5, "global_batch_size": 2}, "phase 2 has less than one iteration"),
         (Phase(1, 1, "", 4, (4,)), {"load": None}, "without --load"),
         (Phase(1, 1, "", 4, (4,)), {"global_batch_size": None}, "without --global-batch-size and --seq-length"),
+        (
+            Phase(1, 1, "", 4, (4,)),
+            {"seq_length": 1, "global_batch_size": 1, "stage_warmup": 4},
+            "--stage-warmup 4 is not from 0 to below the phase's 4 iterations",
+        ),
+        (None, {"progressive_schedule": False, "stage_warmup": 4}, "--stage-warmup without --progressive-schedule"),
         (Phase(1, 1, "", 4, (4,)), {"exit_interval": 5}, "does not go with --exit-interval: a phase ends when"),
         (
             Phase(1, 1, "", 4, (4,)),

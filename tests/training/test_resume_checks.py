@@ -12,8 +12,9 @@ device.install()
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 
+from megatron_slim.checkpoint.common_state import read_common_state  # noqa: E402
 from megatron_slim.errors import CheckpointError  # noqa: E402
-from megatron_slim.training.resume_checks import read_common_state, why_not_restored  # noqa: E402
+from megatron_slim.training.resume_checks import why_not_restored  # noqa: E402
 
 
 def test_a_common_state_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:

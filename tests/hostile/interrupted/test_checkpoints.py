@@ -24,8 +24,11 @@ import pytest
 from torch import Tensor
 
 import megatron_slim.pruning.pipeline  # noqa: F401 (what tools import when they run: a child has it already)
-from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint
+from megatron_slim.checkpoint.common_state import read_common_state  # noqa: F401 (as above)
+from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, write_checkpoint
+from megatron_slim.checkpoint.distributed import DistCheckpoint
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.checkpoint.optimizer_state import MAIN, MOMENTS, OptimizerState, open_optimizer_state
 from megatron_slim.files import write_atomic
 from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.plan import make_plan
@@ -51,6 +54,7 @@ SCENARIOS = {
     "to hf": (CONVERT, "--load", "from-torch-dist"),
     "pruned to hf": (PRUNE, "--load", "from-hf", "--plan", "plan.json"),
     "pruned to torch_dist": (PRUNE, "--load", "from-torch-dist", "--plan", "plan.json", "--to", "torch_dist"),
+    "with its optimizer": (PRUNE, "--load", "run", "--plan", "plan.json", "--to", "torch_dist", "--carry-optimizer"),
 }
 BUSY = "another process is writing it"
 FEW = 5  # operations at which the fast tests disturb a tool
@@ -74,7 +78,11 @@ def run_script(script: str, *args: object) -> None:
 
 def tensors_in(path: Path) -> Tensors:
     checkpoint = open_checkpoint(path)
-    return {name: checkpoint.read(name) for name in checkpoint.names}
+    found = {name: checkpoint.read(name) for name in checkpoint.names}
+    if isinstance(checkpoint, DistCheckpoint) and checkpoint.optimizer_by_names:
+        for state, tensors in open_optimizer_state(checkpoint).tensors.items():
+            found |= {f"{state} {name}": tensors.read(name) for name in tensors.names}
+    return found
 
 
 def same(found: Tensors, expected: Tensors) -> bool:
@@ -90,10 +98,12 @@ def spread(most: int, count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in both formats and a plan for it."""
+    """A model in both formats, one with optimizer state (its weights, for all states), and a plan for it."""
     work = tmp_path_factory.mktemp("inputs")
     source = HFCheckpoint.open(write_tiny_checkpoint(work / "from-hf", SHAPE))
     hf_to_torch_dist(work / "from-hf", work / "from-torch-dist")
+    state = OptimizerState(3, dict.fromkeys((MAIN[0], *MOMENTS), source))
+    write_checkpoint(source, work / "run", to="torch_dist", optimizer=state)
     rng = np.random.default_rng(0)
     random = {key: np.asarray(rng.random(size), dtype=np.float32) for key, size in expected_shapes(SHAPE)}
     recipe = parse_recipe({"version": 1, "target": {"num_layers": 2, "hidden_size": 16, "num_moe_experts": 1}})
