@@ -46,12 +46,17 @@ def _is_words(value: Any) -> str | None:
     return None if listed else "is not a list of words"
 
 
+def _is_switch(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "is neither true nor false"
+
+
 def _is_one_of(*known: str) -> Check:
     return lambda value: None if value in known else f"is unknown (known: {', '.join(known)})"
 
 
 _POSITIVE, _COUNT = _is_whole(1), _is_whole(0)
-# Keys of ``train`` are the arguments of `megatron-slim distill`, with two more: tokens, and flags of Megatron.
+# Keys of ``train`` are the arguments of `megatron-slim distill`, with three more: tokens, the rule for the moments of
+# merged experts, and flags of Megatron.
 SECTIONS: dict[str, dict[str, Check]] = {
     "calibrate": {
         "num_samples": _POSITIVE,
@@ -70,6 +75,9 @@ SECTIONS: dict[str, dict[str, Check]] = {
         **dict.fromkeys(("settings", "image", "mounts", "master_addr"), _is_text),
         "launcher": _is_one_of("torchrun", "slurm"),
         "precision": _is_one_of("bf16", "fp32"),
+        "carry_optimizer": _is_switch,
+        "moments_of_merged": _is_one_of("sum", "base"),
+        "stage_warmup": _COUNT,
         "flags": _is_words,
     },
     "evaluate": {
@@ -77,8 +85,14 @@ SECTIONS: dict[str, dict[str, Check]] = {
         "seq_length": _POSITIVE,
         "micro_batch_size": _POSITIVE,
         "seed": _COUNT,
+        "acceptance": _is_text,
+        **dict.fromkeys(("draft_tokens", "max_new_tokens", "num_prompts", "prompt_tokens"), _POSITIVE),
+        "teacher_acceptance": _is_switch,
     },
 }
+
+
+_OF_PHASES = ("carry_optimizer", "moments_of_merged", "stage_warmup")
 
 
 def violations(document: Mapping[Any, Any]) -> list[str]:
@@ -96,6 +110,8 @@ def violations(document: Mapping[Any, Any]) -> list[str]:
     train = document.get("train")
     if "phases" in document and isinstance(train, Mapping) and "tokens" in train:
         found.append("train.tokens and phases exclude one another: every phase has its own tokens")
+    if "phases" not in document and isinstance(train, Mapping):
+        found += [f"train.{key} is for recipes with phases" for key in _OF_PHASES if key in train]
     return found
 
 

@@ -62,7 +62,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     group.add_argument("--tokens", metavar="T", help="of training, such as 40B, where the recipe has no phases")
     for title in ("processes", "run"):
         for name, (kind, text) in GROUPS[title].items():
-            if name.lower() in SECTIONS["train"]:
+            if name.lower() in SECTIONS["train"] and kind:
                 kept = not_negative if kind in ("N", "K", "PORT") else str  # the schema of the recipe says the rest
                 group.add_argument(flag(name), dest=name.lower(), type=kept, metavar=kind, help=text)
     return found

@@ -30,6 +30,8 @@ def check(settings: RunSettings) -> ModelShape:
     _check_data(settings.calibration_data, shape, "--calibration-data")
     if settings.evaluation_data is not None:
         _check_data(settings.evaluation_data, shape, "--evaluation-data")
+    if "acceptance" in settings.section("evaluate") and not settings.prompts.is_file():
+        raise DataError("no such file", where=f"evaluate.acceptance {settings.prompts}", fix="give a file of prompts")
     return shape
 
 

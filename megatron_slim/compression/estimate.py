@@ -16,7 +16,7 @@ from megatron_slim.architecture.gpus import peak_flops
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.compression.settings import SEQ_LENGTH, RunSettings
-from megatron_slim.compression.steps import EVALUATE_TEACHER, EXPORT, PRUNE, TRAIN, Step
+from megatron_slim.compression.steps import ACCEPTANCE, EVALUATE_TEACHER, EXPORT, PRUNE, TRAIN, Step
 from megatron_slim.data import data_prefix, open_stream
 
 # Shares of the rate of large products. Training on GPUs: what the planner's estimates come to for 80A3B -> 23A2B on
@@ -109,6 +109,8 @@ def needs(settings: RunSettings, found: Sequence[Step], teacher: ModelShape, mac
         elif step.kind == EXPORT:
             size = _size(student, machine)
             yield Need(step, 0, None if size is None else size / WRITTEN_PER_SECOND, size)
+        elif step.kind == ACCEPTANCE:
+            yield Need(step, nbytes=0)  # texts of a length that the models decide
         else:
             model = teacher if step.kind == EVALUATE_TEACHER else student
             tokens = _evaluation_tokens(settings)

@@ -78,6 +78,11 @@ class RunSettings:
         return tuple(math.ceil(upto / self.tokens_per_iteration) for upto in accumulate(given))
 
     @property
+    def prompts(self) -> Path:
+        """Of acceptance: a file, relative to the recipe."""
+        return (self.file.parent / self.section("evaluate")["acceptance"]).absolute()
+
+    @property
     def inputs(self) -> dict[str, Any]:
         """Where everything comes from, as run.json has it."""
         return {

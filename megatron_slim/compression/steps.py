@@ -3,7 +3,8 @@
 SAVE/recipe.yaml            the recipe with all replaced values
 SAVE/run.json               what was asked for, and how far it is (`state`)
 SAVE/logs, SAVE/results     of every step: what it printed, and what it found as JSON
-SAVE/phase-K/pruned         student before training (Hugging Face), with its plan and report
+SAVE/phase-K/pruned         student before training, with its plan and report: Hugging Face, or torch_dist where it
+                            carries the optimizer's state from the phase before
 SAVE/phase-K/training       the run: checkpoints (torch_dist) and logs
 SAVE/phase-K/model          trained student (Hugging Face); that of the last phase is SAVE/model
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from megatron_slim.checkpoint.torch_dist_names import TRACKER
 from megatron_slim.compression.settings import RunSettings
 
 EVALUATE_TEACHER, PRUNE, EVALUATE_PRUNED = "evaluate-teacher", "prune", "evaluate-pruned"
-TRAIN, EXPORT, EVALUATE = "train", "export", "evaluate"
+TRAIN, EXPORT, EVALUATE, ACCEPTANCE = "train", "export", "evaluate", "acceptance"
 # The section of a recipe that a step of a kind follows; prune follows all that `pruning` reads too.
 SECTION = {
     EVALUATE_TEACHER: "evaluate",
@@ -28,10 +29,12 @@ SECTION = {
     EVALUATE_PRUNED: "evaluate",
     TRAIN: "train",
     EVALUATE: "evaluate",
+    ACCEPTANCE: "evaluate",
 }
 RECIPE_FILE, MODEL = "recipe.yaml", "model"
 # Values of ``train`` that are not arguments of `megatron-slim distill`.
-_OWN = ("tokens", "flags")
+_OWN = ("tokens", "flags", "carry_optimizer", "moments_of_merged")
+_ACCEPTANCE = ("acceptance", "draft_tokens", "max_new_tokens", "num_prompts", "prompt_tokens", "micro_batch_size")
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Step:
 def steps(settings: RunSettings) -> list[Step]:
     """All steps in order; those of evaluation only where there is something to evaluate on."""
     found = _evaluation(settings, EVALUATE_TEACHER, None, settings.teacher)
+    if settings.section("evaluate").get("teacher_acceptance", True):
+        found += _acceptance(settings, None, settings.teacher)
     before = settings.teacher
     for phase in range(1, len(settings.phases) + 1):
         folder = settings.save / f"phase-{phase}"
@@ -78,7 +83,7 @@ def steps(settings: RunSettings) -> list[Step]:
         found.append(_train(settings, phase, pruned, training))
         command = ("convert", "--load", str(training), "--save", str(model), "--to", "hf", "--json")
         found.append(_step(settings, EXPORT, phase, command, model, model.is_dir))
-        found += _evaluation(settings, EVALUATE, phase, model)
+        found += _evaluation(settings, EVALUATE, phase, model) + _acceptance(settings, phase, model)
         before = training
     return found
 
@@ -97,7 +102,7 @@ def _step(
     done: Callable[[], bool],
     recover: tuple[str, ...] | None = None,
 ) -> Step:
-    name = "teacher/evaluate" if phase is None else f"phase-{phase}/{kind}"
+    name = f"teacher/{kind.removesuffix('-teacher')}" if phase is None else f"phase-{phase}/{kind}"
     result = settings.save / "results" / f"{name.replace('/', '-')}.json"
     return Step(name, kind, phase, command, output, done, result, recover)
 
@@ -111,10 +116,25 @@ def _options(values: Mapping[str, Any], *names: str) -> list[str]:
 def _evaluation(settings: RunSettings, kind: str, phase: int | None, model: Path) -> list[Step]:
     if settings.evaluation_data is None:
         return []
+    names = [name for name in settings.section("evaluate") if name not in (*_ACCEPTANCE[:-1], "teacher_acceptance")]
     command = ["evaluate", "--load", str(model), "--data", str(settings.evaluation_data)]
-    command += [*_options(settings.section("evaluate")), "--json"]
-    step = _step(settings, kind, phase, tuple(command), model, lambda: False)
-    return [Step(**{**vars(step), "output": step.result, "done": step.result.is_file})]
+    return [_measuring(settings, kind, phase, [*command, *_options(settings.section("evaluate"), *names)])]
+
+
+def _acceptance(settings: RunSettings, phase: int | None, model: Path) -> list[Step]:
+    """A step of its own, because it holds the whole model in memory."""
+    values = settings.section("evaluate")
+    if "acceptance" not in values:
+        return []
+    values = {**values, "acceptance": str(settings.prompts)}
+    command = ["evaluate", "--load", str(model), *_options(values, *_ACCEPTANCE)]
+    return [_measuring(settings, ACCEPTANCE, phase, command)]
+
+
+def _measuring(settings: RunSettings, kind: str, phase: int | None, command: list[str]) -> Step:
+    """A step that leaves nothing but its result."""
+    step = _step(settings, kind, phase, (*command, "--json"), settings.save, lambda: False)
+    return replace(step, output=step.result, done=step.result.is_file)
 
 
 def _prune(settings: RunSettings, phase: int, load: Path, pruned: Path) -> Step:
@@ -124,8 +144,18 @@ def _prune(settings: RunSettings, phase: int, load: Path, pruned: Path) -> Step:
     command += ["--phase", str(phase)] if settings.recipe.phases else []
     command += ["--calibration-data", str(settings.calibration_data), *_options(calibrate)]
     command += ["--work-dir", f"{Path(work).absolute()}-{phase}"] if work else []
-    recover = ("prune", "--load", str(load), "--plan", str(pruned / "plan.json"), "--dry-run", "--json")
-    return _step(settings, PRUNE, phase, (*command, "--to", "hf", "--json"), pruned, pruned.is_dir, recover)
+    command += _carrying(settings, phase) or ["--to", "hf"]
+    recover = ("prune", "--load", str(load), "--plan", str(pruned), "--dry-run", "--json")
+    return _step(settings, PRUNE, phase, (*command, "--json"), pruned, pruned.is_dir, recover)
+
+
+def _carrying(settings: RunSettings, phase: int) -> list[str]:
+    """Arguments of a pruning that carries the optimizer of the phase before; none where it does not."""
+    train = settings.section("train")
+    if phase == 1 or not train.get("carry_optimizer"):
+        return []
+    rule = ["--moments-of-merged", train["moments_of_merged"]] if "moments_of_merged" in train else []
+    return ["--to", "torch_dist", "--carry-optimizer", *rule]
 
 
 def _train(settings: RunSettings, phase: int, pruned: Path, training: Path) -> Step:
@@ -134,6 +164,7 @@ def _train(settings: RunSettings, phase: int, pruned: Path, training: Path) -> S
     command += ["--data", *settings.data]
     command += ["--valid-data", *settings.valid_data] if settings.valid_data else []
     command += ["--progressive"] if settings.recipe.phases else ["--train-iters", str(settings.stops[0])]
+    command += ["--carry-optimizer"] if _carrying(settings, phase) else []
     command += [*_options(train), *settings.megatron]
     stop = settings.stops[phase - 1]
     show = ("show-run", str(training), "--json")

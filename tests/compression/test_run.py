@@ -64,7 +64,7 @@ def settings(place: Path, save: Path, recipe: str = "one.yaml", **more: Any) -> 
 
 
 def test_keys_of_train_are_arguments_of_distill() -> None:
-    assert {key.upper() for key in SECTIONS["train"]} - set(VARIABLES) == {"TOKENS", "FLAGS"}
+    assert {key.upper() for key in SECTIONS["train"]} - set(VARIABLES) == {"TOKENS", "FLAGS", "MOMENTS_OF_MERGED"}
 
 
 def test_a_dry_run_says_what_every_step_needs_and_makes_nothing(place: Path, tmp_path: Path, tool: Any) -> None:
@@ -80,6 +80,7 @@ def test_a_dry_run_says_what_every_step_needs_and_makes_nothing(place: Path, tmp
     assert all(step["seconds"] > 0 for step in done.json["steps"] if step["tokens"])
     assert not (tmp_path / "r").exists()
     before = found["phase-2/prune"]["command"]
+    assert before[-3:] == ["--to", "hf", "--json"]
     assert before[before.index("--load") + 1] == f"{tmp_path}/r/phase-1/training"
     assert "--progressive" in found["phase-1/train"]["command"]
 
@@ -114,6 +115,8 @@ def test_the_command_line_wins(place: Path, tmp_path: Path) -> None:
         (["--step", "phase-1/trane"], "--step phase-1/trane: there is no such step"),
         (["--step", "phase-1/train"], "--step phase-1/train: teacher/evaluate is not done"),
         (["--evaluation-data", "/nowhere"], "/nowhere: no such data"),
+        (["--set", "train.carry_optimizer=true"], "train.carry_optimizer is for recipes with phases"),
+        (["--set", "evaluate.acceptance=none.jsonl"], "none.jsonl: no such file"),
         (["--launcher", "slurm"], "--launcher slurm would submit training and not wait for it"),
     ],
 )
@@ -122,6 +125,23 @@ def test_what_cannot_work_is_refused_before_anything(
 ) -> None:
     assert message in tool("tools/run.py", *arguments(place, tmp_path / "r", "one.yaml", *words)).error
     assert not (tmp_path / "r").exists()
+
+
+def test_the_optimizer_is_carried_from_phase_to_phase(place: Path, tmp_path: Path) -> None:
+    words = ["train.carry_optimizer=true", "train.moments_of_merged=sum"]
+    found = {step.name: step.command for step in steps.steps(settings(place, tmp_path, "two.yaml", replaced=words))}
+    assert not {"--carry-optimizer"} & {*found["phase-1/prune"], *found["phase-1/train"]}
+    assert "--to torch_dist --carry-optimizer --moments-of-merged sum" in " ".join(found["phase-2/prune"])
+    assert "--carry-optimizer" in found["phase-2/train"] and "--moments-of-merged" not in found["phase-2/train"]
+
+
+def test_acceptance_is_a_step_of_its_own(place: Path, tmp_path: Path) -> None:
+    words = ["evaluate.acceptance=prompts.jsonl", "evaluate.max_new_tokens=8"]
+    found = {step.name: step.command for step in steps.steps(settings(place, tmp_path, replaced=words))}
+    assert [name for name in found if "acceptance" in name] == ["teacher/acceptance", "phase-1/acceptance"]
+    expected = f"--acceptance {place}/prompts.jsonl --max-new-tokens 8"
+    assert expected in " ".join(found["phase-1/acceptance"]) and "--data" not in found["phase-1/acceptance"]
+    assert "--max-new-tokens" not in found["phase-1/evaluate"]
 
 
 def test_phases_have_their_own_tokens(place: Path, tmp_path: Path, tool: Any) -> None:
@@ -244,7 +264,7 @@ def test_a_run_that_was_killed_ten_times_ends_as_one_that_was_not(place: Path, t
         whole, killed = tmp_path / "whole", tmp_path / "killed"
 
         def command(save: Path) -> list[str]:
-            words = arguments(place, save, "two.yaml", "--master-port", str(port), "--split", "1,0,0")
+            words = arguments(place, save, "two.yaml", "--master-port", str(port))
             return [sys.executable, "-m", "megatron_slim", "run", *words]
 
         begin = time.monotonic()
