@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole pipeline on a CPU: train a teacher, prune it, distil it into its own pruned self, evaluate, report.
+# The whole pipeline on a CPU: train a teacher; prune it, distil it into its own pruned self, evaluate and report with
+# `megatron-slim run`; and train the same student from random weights for comparison.
 #
 #   bash examples/slimqwen/demo.sh [OUTPUT_DIRECTORY]      (default: runs/demo, made anew every time)
 #
@@ -37,16 +38,10 @@ step() {
   tail -n 1 "$out/logs/$name.out" >"$out/results/$name.json"
 }
 
-train() { # train NAME ITERS [Megatron's flags]; the rest through the environment, as on a cluster
+train() { # train NAME ITERS; the rest through the environment, as on a cluster
   local name=$1 iters=$2
-  shift 2
   step "$name" env PYTHON="$python" TRAIN_ITERS="$iters" SAVE="$out/$name" DATA="$out/data/train_text_document" \
-    VALID_DATA="$out/data/validation_text_document" bash examples/slimqwen/pretrain_distill.sh --default-lr-warmup-iters 20 "$@"
-}
-
-evaluate() { # evaluate NAME CHECKPOINT
-  step "evaluate-$1" "$python" tools/evaluate.py --load "$2" --data "$out/data/validation_text_document" \
-    --seq-length "$SEQ_LENGTH" --num-samples 96 --micro-batch-size 8 --json
+    VALID_DATA="$out/data/validation_text_document" bash examples/slimqwen/pretrain_distill.sh --default-lr-warmup-iters 20
 }
 
 export OMP_NUM_THREADS=2
@@ -63,24 +58,22 @@ cp examples/slimqwen/demo_teacher/config.json "$out/tokenizer/"* "$out/teacher-c
 # The teacher: plain LM + MTP-LM training, two data-parallel processes.
 export OMP_NUM_THREADS=1 NPROC_PER_NODE=2
 LR=2e-3 MIN_LR=1e-4 HF_CONFIG="$out/teacher-config" train teacher-training "$TEACHER_ITERS"
+unset NPROC_PER_NODE
 export OMP_NUM_THREADS=2
 step export-teacher "$python" tools/convert_checkpoint.py --load "$out/teacher-training" --save "$out/teacher" --to hf --json
-evaluate teacher "$out/teacher"
 
-# Depth, width and experts at once; half of the surviving experts are kept bit for bit, the others absorb the rest.
-step prune "$python" tools/prune_checkpoint.py --load "$out/teacher" --recipe examples/slimqwen/recipes/demo.yaml \
-  --calibration-data "$out/data/train_text_document" --num-samples 64 --seq-length "$SEQ_LENGTH" \
-  --micro-batch-size 8 --save "$out/pruned" --to hf --json
-evaluate pruned "$out/pruned"
+# Depth, width and experts at once; half of the surviving experts are kept bit for bit, the others absorb the rest. Then
+# distillation with teacher and student side by side in two pipeline stages, export, evaluation and report.
+head -n 16 "$out/corpus/validation.jsonl" >"$out/prompts.jsonl"
+unset OMP_NUM_THREADS # one for each of two processes in training, two elsewhere
+"$python" -m megatron_slim run examples/slimqwen/recipes/demo.yaml --teacher "$out/teacher" --save "$out/run" \
+  --data "$out/data/train_text_document" --valid-data "$out/data/validation_text_document" \
+  --tokens $((STUDENT_ITERS * SEQ_LENGTH * GLOBAL_BATCH_SIZE)) --set "evaluate.acceptance=$(realpath "$out/prompts.jsonl")"
 
-# Distillation, teacher and student side by side in two pipeline stages; then the same target, losses, tokens and
-# teacher from random weights.
-export OMP_NUM_THREADS=1 TEACHER="$out/teacher" LR=1e-3 MIN_LR=1e-4 PP=2
-STUDENT="$out/pruned" train distillation "$STUDENT_ITERS"
-HF_CONFIG="$out/pruned" train random-init "$STUDENT_ITERS"
+# The same target, losses, tokens and teacher from random weights.
+TEACHER="$out/teacher" LR=1e-3 MIN_LR=1e-4 PP=2 HF_CONFIG="$out/run/phase-1/pruned" train random-init "$STUDENT_ITERS"
 export OMP_NUM_THREADS=2
-for name in distillation:student random-init:random-init-student; do
-  step "export-${name#*:}" "$python" tools/convert_checkpoint.py --load "$out/${name%:*}" --save "$out/${name#*:}" --to hf --json
-  evaluate "${name#*:}" "$out/${name#*:}"
-done
+step export-random-init "$python" tools/convert_checkpoint.py --load "$out/random-init" --save "$out/random-init-student" --to hf --json
+step evaluate-random-init "$python" tools/evaluate.py --load "$out/random-init-student" --teacher "$out/teacher" \
+  --data "$out/data/validation_text_document" --seq-length "$SEQ_LENGTH" --num-samples 96 --micro-batch-size 8 --json
 "$python" examples/slimqwen/demo_report.py "$out"

@@ -17,14 +17,18 @@ from megatron_slim.cli.tool import run_tool
 from megatron_slim.command_line import tool_parser
 from megatron_slim.files import read_json, to_json, write_atomic
 
-# Model -> the step that evaluated it and the directory of its export.
+# Model -> what evaluated it, and the directory of its weights.
 MODELS = {
-    "teacher": ("evaluate-teacher", "teacher"),
-    "pruned_before_training": ("evaluate-pruned", "pruned"),
-    "student": ("evaluate-student", "student"),
-    "random_init_student": ("evaluate-random-init-student", "random-init-student"),
+    "teacher": ("run/results/teacher-evaluate.json", "teacher"),
+    "pruned_before_training": ("run/results/phase-1-evaluate-pruned.json", "run/phase-1/pruned"),
+    "student": ("run/results/phase-1-evaluate.json", "run/model"),
+    "random_init_student": ("results/evaluate-random-init.json", "random-init-student"),
 }
-CURVES = {"teacher-training": "teacher", "distillation": "student, pruned", "random-init": "student, random init"}
+CURVES = {
+    "teacher-training": "teacher",
+    "run/phase-1/training": "student, pruned",
+    "random-init": "student, random init",
+}
 
 
 def count(directory: Path) -> dict[str, int]:
@@ -35,10 +39,17 @@ def count(directory: Path) -> dict[str, int]:
     return {"total": counted.total, "active": counted.active}
 
 
+def run_steps(out: Path) -> list[dict[str, Any]]:
+    """The steps of `megatron-slim run`."""
+    steps: list[dict[str, Any]] = read_json(out / "run" / "run.json")["steps"]
+    return steps
+
+
 def build_report(out: Path) -> dict[str, Any]:
     """Collect losses, parameter counts and times."""
-    results = {name: read_json(out / "results" / f"{step}.json") for name, (step, _) in MODELS.items()}
+    results = {name: read_json(out / file) for name, (file, _) in MODELS.items()}
     timings = [json.loads(line) for line in (out / "timings.jsonl").read_text().splitlines()]
+    timings += [{"step": step["name"], "seconds": round(step["seconds"])} for step in run_steps(out)]
     return {
         "validation_loss": {name: result["loss"] for name, result in results.items()},
         "validation_perplexity": {name: result["perplexity"] for name, result in results.items()},
@@ -74,7 +85,7 @@ def plot(out: Path, report: dict[str, Any], target: Path) -> None:
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
     for run, caption in CURVES.items():
         left.plot(*zip(*curves[run]["lm loss"], strict=True), label=caption)
-    for run, color in (("distillation", "C1"), ("random-init", "C2")):  # as on either side
+    for run, color in (("run/phase-1/training", "C1"), ("random-init", "C2")):  # as on either side
         for tag, style in (("logits distillation loss", "-"), ("mtp distillation loss", ":")):
             middle.plot(*zip(*curves[run][tag], strict=True), style, color=color, label=f"{CURVES[run]}: {tag}")
     left.set(title="LM loss in training", xlabel="iteration", ylabel="nats per token")
@@ -118,7 +129,9 @@ def write_report(out: Path) -> dict[str, Any]:
     print_table(report)
     gain = report["validation_loss"]["random_init_student"] - report["validation_loss"]["student"]
     print(f"pruning and distilling instead of starting from random weights: {gain:+.4f} nats per token better")
-    print(f"{report['total_seconds']} s in all; {out}/report.json, {out}/loss_curves.png")
+    print(
+        f"{report['total_seconds']} s in all; curves: {out}/loss_curves.png; report of the run: {out}/run/report.html"
+    )
     return report
 
 

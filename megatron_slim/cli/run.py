@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,17 +90,22 @@ def run(args: argparse.Namespace, megatron: Sequence[str]) -> dict[str, Any]:
     found = steps(settings)
     state = RunState(settings, found)
     chosen = _chosen(found, args.step)
+    if not args.dry_run:
+        _refuse_slurm(train)
     teacher = check(settings)
     if args.dry_run:
         return estimate.show(settings, found, teacher, as_json=args.json)
-    if train.get("launcher", os.environ.get("LAUNCHER")) == "slurm" and "SLURM_JOB_ID" not in os.environ:
-        fix = "run examples/slimqwen/compress.sh with LAUNCHER=slurm, which chains jobs"
-        raise SlimError("--launcher slurm would submit training and not wait for it", fix=fix)
     settings.save.mkdir(parents=True, exist_ok=True)
     with sole_writer(settings.save / "run"):
         state.write()
         run_steps(chosen, state, settings.save)
     return {"save": str(settings.save), "steps": state.steps}
+
+
+def _refuse_slurm(train: Mapping[str, Any]) -> None:
+    if train.get("launcher", os.environ.get("LAUNCHER")) == "slurm" and "SLURM_JOB_ID" not in os.environ:
+        fix = "run examples/slimqwen/compress.sh with LAUNCHER=slurm, which chains jobs"
+        raise SlimError("--launcher slurm would submit training and not wait for it", fix=fix)
 
 
 def _chosen(found: list[Step], name: str | None) -> list[Step]:

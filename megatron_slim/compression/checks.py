@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.architecture.shape import ModelShape, shape_to_hf_config
+from megatron_slim.compression.estimate import first_student
 from megatron_slim.compression.settings import RunSettings
+from megatron_slim.compression.steps import TRAIN, command_line, steps
 from megatron_slim.data import data_prefix, open_stream
-from megatron_slim.errors import DataError
+from megatron_slim.errors import EXIT_USER_ERROR, DataError, SlimError
+from megatron_slim.files import to_json
 from megatron_slim.pruning.plan import check_later_phases, check_recipe
 from megatron_slim.training.blends import parse_blend
+
+if TYPE_CHECKING:
+    from megatron_slim.checkpoint.convert import Checkpoint
+
+MODULE = "megatron_slim.cli.pretrain"
 
 
 def check(settings: RunSettings) -> ModelShape:
@@ -20,7 +35,8 @@ def check(settings: RunSettings) -> ModelShape:
     """
     from megatron_slim.checkpoint.convert import open_checkpoint
 
-    shape = open_checkpoint(settings.teacher).shape
+    teacher = open_checkpoint(settings.teacher)
+    shape = teacher.shape
     where = str(settings.file)
     check_recipe(settings.phases[0], shape, where=where)
     check_later_phases(settings.recipe, 1, shape, where=where)
@@ -32,7 +48,63 @@ def check(settings: RunSettings) -> ModelShape:
         _check_data(settings.evaluation_data, shape, "--evaluation-data")
     if "acceptance" in settings.section("evaluate") and not settings.prompts.is_file():
         raise DataError("no such file", where=f"evaluate.acceptance {settings.prompts}", fix="give a file of prompts")
+    _check_training(settings, teacher)
     return shape
+
+
+def _check_training(settings: RunSettings, teacher: Checkpoint) -> None:
+    """Have training check its arguments with a student of the first phase's sizes, as far as they are known.
+
+    Not on a machine without GPUs where settings are those of one with GPUs: there is less that it would accept.
+    """
+    student = first_student(settings, teacher.shape)
+    train = next(step for step in steps(settings) if step.kind == TRAIN)
+    if student is None or train.output.exists() or (settings.section("train").get("settings") and not _has_gpus()):
+        return
+    config = shape_to_hf_config(student, teacher.config)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(to_json(config))
+        asked = [*command_line(train), "--launcher", "torchrun", "--dry-run"]
+        shown = subprocess.run(asked, capture_output=True, text=True, check=False)
+        text = shown.stdout.replace(str(train.output), f"{folder}/run")
+        words = shlex.split(text) if shown.returncode == 0 else []
+        if words:
+            world = str(int(_after(words, "--nproc-per-node")) * int(_after(words, "--nnodes")))
+            arguments = _of_one_run(words[words.index(MODULE) + 1 :], folder, settings.stops[-1])
+            one = {"WORLD_SIZE": world, "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+            shown = subprocess.run(
+                [sys.executable, "-m", MODULE, *arguments, "--check-arguments"],
+                env=os.environ | one,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+    lines = [line for line in shown.stderr.splitlines() if line.startswith("error: ")]
+    if shown.returncode == EXIT_USER_ERROR and lines:
+        raise SlimError(f"training would refuse: {lines[-1].removeprefix('error: ')}")
+    if shown.returncode:
+        raise RuntimeError(shown.stderr)
+
+
+def _has_gpus() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _after(words: Sequence[str], flag: str) -> str:
+    return words[words.index(flag) + 1]
+
+
+def _of_one_run(arguments: Sequence[str], config: str, iterations: int) -> list[str]:
+    """The arguments of a run that begins with random weights and has one phase."""
+    place = arguments.index("--pretrained-checkpoint")
+    kept = [*arguments[:place], "--hf-config", config, *arguments[place + 2 :]]
+    alone = [word for word in kept if word not in ("--progressive-schedule", "--carry-optimizer")]
+    if "--stage-warmup" in alone:
+        place = alone.index("--stage-warmup")
+        del alone[place : place + 2]
+    return alone if "--train-iters" in alone else [*alone, "--train-iters", str(iterations)]
 
 
 def _check_data(path: Path, shape: ModelShape, flag: str, *, needs_prefix: bool = False) -> None:

@@ -164,6 +164,11 @@ def _pruned(settings: RunSettings, phase: int, source: ModelShape | None) -> Mod
     return target_shape(recipe, source, layers)
 
 
+def first_student(settings: RunSettings, teacher: ModelShape) -> ModelShape | None:
+    """Sizes of the student of the first phase; None where statistics choose them."""
+    return _pruned(settings, 1, teacher)
+
+
 def _evaluation_tokens(settings: RunSettings) -> int:
     evaluate, data = settings.section("evaluate"), settings.evaluation_data
     assert data is not None

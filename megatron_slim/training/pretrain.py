@@ -397,6 +397,8 @@ def main(argv: list[str]) -> None:
     check_stages(parsed.hidden_kd_layers, layout.stages)
     args = _validated_arguments()
     check_resume(args)
+    if args.check_arguments:
+        return
     constants = run_constants(shape, teacher, args, teacher_runs_mtp=runs_mtp, phase=phase, place=place)
     log = RunLog(shape, _loss_weights, constants)
     hidden_log = HiddenLog(args.hidden_kd_layers)

@@ -70,6 +70,12 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="Warm-up of the learning rate where no --lr-warmup-... is given. A run that is not longer than this warms "
         "up over a tenth of its iterations. Default: none.",
     )
+    group.add_argument(
+        "--check-arguments",
+        action="store_true",
+        help="Check arguments, models and data as every run does, and exit before anything is built. One process is "
+        "enough: WORLD_SIZE in its environment says how many a run would have.",
+    )
     _add_teacher(group)
     _add_losses(group)
     _add_hidden_states(group)

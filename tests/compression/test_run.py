@@ -117,6 +117,8 @@ def test_the_command_line_wins(place: Path, tmp_path: Path) -> None:
         (["--evaluation-data", "/nowhere"], "/nowhere: no such data"),
         (["--set", "train.carry_optimizer=true"], "train.carry_optimizer is for recipes with phases"),
         (["--set", "evaluate.acceptance=none.jsonl"], "none.jsonl: no such file"),
+        (["--adam-beta", "1"], "training would refuse: unrecognized arguments: --adam-beta 1"),
+        (["--tp", "3"], "training would refuse: "),
         (["--launcher", "slurm"], "--launcher slurm would submit training and not wait for it"),
     ],
 )
