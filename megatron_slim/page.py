@@ -22,7 +22,7 @@ th, td {{ padding: 0.15em 0.8em; text-align: right; border-bottom: 1px solid #dd
 th:first-child, td:first-child, .text th, .text td {{ text-align: left; }}
 img {{ max-width: 100%; }}
 .scroll {{ overflow-x: auto; }}
-h1, code, .text td {{ overflow-wrap: anywhere; }}
+h1, h2, p, code, .text td:last-child {{ overflow-wrap: anywhere; }}
 pre {{ background: #f5f5f5; padding: 0.6em 0.8em; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; }}
 @media (max-width: 40em) {{
   body {{ font-size: 14px; margin: 1em auto; }}

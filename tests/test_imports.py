@@ -90,6 +90,9 @@ INSTANT = (
     "megatron_slim.planning.build",
     "megatron_slim.cli.plan_parallelism",
     "megatron_slim.planning.sources",
+    "megatron_slim.page",
+    "megatron_slim.compression.card",
+    "megatron_slim.compression.report",
 )
 HEAVY = ("torch", "transformers", "megatron", "nltk", "sentencepiece", "matplotlib")
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -83,7 +83,7 @@ def _body(facts: Mapping[str, Any], model: Path) -> Iterator[str]:
     yield f"# {name}, compressed{small}"
     yield ""
     yield f"Pruned and distilled from {name} by megatron_slim, with the method of [SlimQwen]({PAPER})."
-    yield " ".join(headline(facts))
+    yield from (" ".join(headline(facts)), "")
     sections = [size_section(sizes), *evaluation_sections(facts["evaluations"])]
     for section in sections:
         yield from _markdown(section) if section.rows else ()

@@ -49,23 +49,23 @@ def licence(directory: Path) -> dict[str, str]:
     Raises:
         CheckpointError: card or licence is a link out of the directory.
     """
-    for text in _texts(directory, ("README.md",)):
+    for _, text in _texts(directory, ("README.md",)):
         stated = front_matter(text)
         if isinstance(stated.get("license"), str):
             keys = ("license", "license_name", "license_link")
             return {key: stated[key] for key in keys if isinstance(stated.get(key), str)}
-    for text in _texts(directory, _LICENCE_FILES):
-        known = [name for name, words in _TEXTS.items() if all(word in text for word in words)]
-        return {"license": known[0]} if known else {"license": "other"}
+    for name, text in _texts(directory, _LICENCE_FILES):
+        known = [licence for licence, words in _TEXTS.items() if all(word in text for word in words)]
+        return {"license": known[0]} if known else {"license": "other", "license_link": name}
     return {}
 
 
-def _texts(directory: Path, names: tuple[str, ...]) -> Iterator[str]:
-    """Contents of those files that are there; a torch_dist checkpoint has them in hf/."""
+def _texts(directory: Path, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Names and contents of those files that are there; a torch_dist checkpoint has them in hf/."""
     from megatron_slim.checkpoint.huggingface_files import find_file
 
     for place in (directory, directory / "hf"):
         for name in names:
             if (file := find_file(place, name)) is not None:
                 with file.open(encoding="utf-8", errors="replace") as stream:
-                    yield stream.read(MAX_BYTES)
+                    yield name, stream.read(MAX_BYTES)

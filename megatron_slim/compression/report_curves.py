@@ -17,7 +17,7 @@ from megatron_slim.training.run_plots import STYLES
 from megatron_slim.training.run_view import LOSSES, Series, read_run
 
 DPI = 200  # of a picture that a phone shows in a third of its size
-MAX_MARKED = 40  # points of a curve that are marked
+MAX_MARKED, MAX_POINTS = 40, 200  # points of a curve that are marked; that are drawn, means of more
 _FRACTION, _TOKENS = "slim/progress/fraction", "slim/progress/tokens"
 _RATE = "slim/throughput/tokens_per_second_per_gpu"
 
@@ -68,35 +68,29 @@ def read_curves(run: CompressionRun) -> tuple[list[PhaseCurves], str]:
 def _phase_curves(phase: int, before: float, run: Series, where: Path) -> PhaseCurves:
     if not run.get(_TOKENS) or not run.get(_FRACTION):
         raise SlimError("the events hold nothing of slim/", where=str(where))
-    first, tokens = _first_tokens(run), run[_TOKENS]
+    (start, first), tokens = _beginning(run), run[_TOKENS]
     steps = sorted(tokens)
     losses = {}
     for name in LOSSES:
         if points := run.get(name):
-            at = np.interp(sorted(points), [_start(run), *steps], [first, *(tokens[step] for step in steps)])
+            at = np.interp(sorted(points), [start, *steps], [first, *(tokens[step] for step in steps)])
             losses[name] = np.column_stack([before + at - first, [points[step] for step in sorted(points)]])
     fraction = run[_FRACTION][max(run[_FRACTION])]
     return PhaseCurves(phase, before, tokens[steps[-1]] - first, fraction, losses, _flops_per_token(run))
 
 
-def _start(run: Series) -> int:
-    """The iteration that a phase began after: iterations of the phases before it may be counted on.
+def _beginning(run: Series) -> tuple[int, float]:
+    """Iteration and tokens that a phase began after: it may count on from the phases before it.
 
-    ``fraction`` grows from 0 there, so two points of it give it; with one, it can only be 0.
+    Both grow evenly with the done fraction, so two logs give them. A phase with a single one is taken to count from 0.
     """
-    points = run[_FRACTION]
-    first, *_, last = sorted(points) if len(points) > 1 else (0, 0)
-    rise = points[last] - points[first] if last else 0.0
-    return max(0, round(first - points[first] * (last - first) / rise)) if rise > 0 else 0
-
-
-def _first_tokens(run: Series) -> float:
-    """Tokens before the first iteration: every iteration of a phase has equally many."""
-    points, start = run[_TOKENS], _start(run)
-    first, last = min(points), max(points)
-    if start == 0:
-        return 0.0
-    return points[first] - (points[last] - points[first]) / (last - first) * (first - start)
+    fractions, tokens = run[_FRACTION], run[_TOKENS]
+    first, last = min(fractions), max(fractions)
+    rise = fractions[last] - fractions[first]
+    start = round(first - fractions[first] * (last - first) / rise) if rise > 0 else 0
+    if start <= 0:
+        return 0, 0.0
+    return start, tokens[first] - (tokens[last] - tokens[first]) / (last - first) * (first - start)
 
 
 def _flops_per_token(run: Series) -> dict[str, float]:
@@ -127,6 +121,16 @@ def summary(curves: Sequence[PhaseCurves]) -> list[dict[str, Any]]:
     ]
 
 
+def thinned(values: Any) -> Any:
+    """A curve of at most `MAX_POINTS` points, [points, 2]: means of as many neighbours as that takes.
+
+    >>> thinned(np.array([[1.0, 5.0], [2.0, 6.0]])).tolist()
+    [[1.0, 5.0], [2.0, 6.0]]
+    """
+    together = -(-len(values) // MAX_POINTS)
+    return np.array([values[at : at + together].mean(axis=0) for at in range(0, len(values), together)])
+
+
 def picture(curves: Sequence[PhaseCurves]) -> bytes:
     """All terms of all phases on one axis of tokens, as PNG bytes."""
     require("plots", "matplotlib", "the picture of the losses")
@@ -135,11 +139,11 @@ def picture(curves: Sequence[PhaseCurves]) -> bytes:
 
     from megatron_slim.training.run_figures import amount
 
-    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    figure = Figure(figsize=(5.6, 4.4), layout="constrained")
     axes = figure.subplots()
     for number, name in enumerate(LOSSES):
         parts = [each.losses[name] for each in curves if name in each.losses]
-        for part, values in enumerate(parts):
+        for part, values in enumerate(map(thinned, parts)):
             marker = "." if len(values) < MAX_MARKED else None
             style: dict[str, Any] = {"color": f"C{number}", "linestyle": STYLES.get(name, "--"), "marker": marker}
             axes.plot(values[:, 0], values[:, 1], label=None if part else name, linewidth=1.3, **style)

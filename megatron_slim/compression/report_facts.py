@@ -12,7 +12,7 @@ from megatron_slim.checkpoint.records import PLAN, PROVENANCE, STATS
 from megatron_slim.compression import report_curves
 from megatron_slim.compression.card_source import licence, model_name
 from megatron_slim.compression.report_curves import PhaseCurves
-from megatron_slim.compression.report_inputs import DONE, CompressionRun, Document
+from megatron_slim.compression.report_inputs import DONE, CompressionRun, Document, Step
 from megatron_slim.files import read_json
 from megatron_slim.page import Section
 from megatron_slim.pruning import plan_tables, plan_view
@@ -55,8 +55,8 @@ def gather(run: CompressionRun) -> Gathered:
     facts = {
         "version": VERSION,
         "megatron_slim": run.document.get("megatron_slim"),
-        "model": model_name(run.teacher),
-        "license": licence(run.teacher) if run.teacher.is_dir() else {},
+        "model": "" if run.teacher is None else model_name(run.teacher),
+        "license": licence(run.teacher) if run.teacher and run.teacher.is_dir() else {},
         "progress": _progress(run),
         "sizes": _sizes(run),
         "kept": kept,
@@ -76,10 +76,14 @@ def gather(run: CompressionRun) -> Gathered:
 
 def _progress(run: CompressionRun) -> dict[str, Any]:
     """Where the run is; the report does not count itself."""
-    steps = [step for step in run.steps if step.kind != "report"]
+    steps = _own_steps(run)
     done = sum(step.state == DONE for step in steps)
     now = next(((step.name, step.state) for step in steps if step.state in ("running", "failed")), None)
     return {"steps": len(steps), "done": done, "finished": done == len(steps), "now": None if now is None else [*now]}
+
+
+def _own_steps(run: CompressionRun) -> list[Step]:
+    return [step for step in run.steps if step.kind != "report"]
 
 
 def _sizes(run: CompressionRun) -> list[dict[str, Any]]:
@@ -154,9 +158,9 @@ def _evaluation(model: str, phase: int | None, result: Document) -> dict[str, An
 def _cost(run: CompressionRun, curves: Sequence[PhaseCurves]) -> dict[str, Any]:
     steps = [
         {"step": step.name, "state": step.state, "attempts": step.attempts, "seconds": step.seconds}
-        for step in run.steps
+        for step in _own_steps(run)
     ]
-    timed = [step.seconds for step in run.steps if step.seconds is not None]
+    timed = [step.seconds for step in _own_steps(run) if step.seconds is not None]
     return {
         "steps": steps,
         "seconds": sum(timed) if timed else None,

@@ -66,9 +66,10 @@ class CompressionRun:
         return sorted({step.phase for step in self.steps if step.phase is not None})
 
     @property
-    def teacher(self) -> Path:
-        """The directory of the model that was compressed."""
-        return Path(str(self.document["inputs"].get("teacher", "")))
+    def teacher(self) -> Path | None:
+        """The directory of the model that was compressed; None where the run does not name it."""
+        given = self.document["inputs"].get("teacher")
+        return Path(given) if isinstance(given, str) and given else None
 
     def of(self, kind: str, phase: int | None = None) -> Step | None:
         """The step of a kind, of a phase."""

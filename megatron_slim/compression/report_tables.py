@@ -90,7 +90,7 @@ def _with_error(model: Model, key: str, digits: int) -> str:
     if key not in model:
         return NOT_MEASURED
     error = model.get(f"{key}_stderr")
-    return f"{model[key]:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+    return f"{model[key]:.{digits}f}" + ("" if error is None else f" ±{error:.{digits}f}")
 
 
 def evaluation_sections(models: Models) -> list[Section]:
@@ -149,9 +149,9 @@ def _losses(models: Models) -> Section:
 def _agreement(models: Models) -> Section:
     rows: dict[str, Callable[[Model], str]] = {
         "KL": lambda model: _with_error(model, "kl", 4),
-        "same first token": lambda model: _with_error(model, "top1_agreement", 4),
+        "same likeliest token": lambda model: _with_error(model, "top1_agreement", 4),
         **_depth_rows(models, "mtp_kl", "MTP KL"),
-        **_depth_rows(models, "mtp_top1_agreement", "MTP same first token"),
+        **_depth_rows(models, "mtp_top1_agreement", "MTP same likeliest token"),
     }
     note = (
         "KL divergence from the teacher in nats per token; share of positions whose likeliest token is the teacher's."
@@ -184,7 +184,7 @@ def _tasks(models: Models) -> Section:
     def show(task: str, metric: str) -> Callable[[Model], str]:
         def cell(model: Model) -> str:
             value, error = model.get("tasks", {}).get(task, {}).get(metric, (None, None))
-            return _number(value) + ("" if error is None else f" ± {error:.4f}")
+            return _number(value) + ("" if error is None else f" ±{error:.4f}")
 
         return cell
 
