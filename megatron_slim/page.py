@@ -26,8 +26,8 @@ h1, h2, p, code, .text td:last-child {{ overflow-wrap: anywhere; }}
 pre {{ background: #f5f5f5; padding: 0.6em 0.8em; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; }}
 @media (max-width: 40em) {{
   body {{ font-size: 14px; margin: 1em auto; }}
-  table {{ font-size: 12.5px; }}
-  th, td {{ padding: 0.2em 0.35em; }}
+  table {{ font-size: 12px; }}
+  th, td {{ padding: 0.2em 0.25em; }}
   th:first-child, td:first-child {{ padding-left: 0; }}
 }}
 </style>

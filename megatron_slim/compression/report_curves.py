@@ -149,12 +149,12 @@ def picture(curves: Sequence[PhaseCurves]) -> bytes:
             axes.plot(values[:, 0], values[:, 1], label=None if part else name, linewidth=1.3, **style)
     for each in curves if len(curves) > 1 else ():
         axes.axvline(each.before, color="grey", linewidth=0.8, linestyle=":")
-        axes.annotate(f"phase {each.phase}", (each.before, 1), xycoords=("data", "axes fraction"), xytext=(3, -11),
+        axes.annotate(f"phase {each.phase}", (each.before, 1), xycoords=("data", "axes fraction"), xytext=(0, 4),
                       textcoords="offset points", fontsize="small", color="dimgrey")  # fmt: skip
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value) if value > 0 else "0"))
     axes.set(xlabel="tokens", ylabel="nats per token")
     axes.grid(alpha=0.3)
-    figure.legend(fontsize="small", ncols=2, loc="outside lower center", frameon=False)
+    figure.legend(ncols=2, loc="outside lower center", frameon=False)
     stream = io.BytesIO()
     figure.savefig(stream, dpi=DPI, format="png", metadata={"Software": None})
     return stream.getvalue()

@@ -12,19 +12,21 @@ from megatron_slim.reporting import duration
 from megatron_slim.training.run_figures import amount
 
 NOT_MEASURED = "not measured"
-_EXACT = 100_000_000  # a larger size is shown in billions, which a phone has space for
+_EXACT = 10_000_000  # a larger size is shown in millions or billions, which a phone has space for
 Model = Mapping[str, Any]
 Models = Sequence[Model]
 Rows = Mapping[str, Callable[[Model], str]]
 
 
 def count(number: float) -> str:
-    """A size, exact unless it has more than eight digits.
+    """A size, exact unless it has more than seven digits.
 
-    >>> count(7_429_408), count(79_674_391_296)
-    ('7,429,408', '79.674B')
+    >>> count(7_429_408), count(29_717_632), count(79_674_391_296)
+    ('7,429,408', '29.718M', '79.674B')
     """
-    return f"{number:,}" if number < _EXACT else f"{number / 1e9:,.3f}B"
+    if number < _EXACT:
+        return f"{number:,}"
+    return f"{number / 1e9:,.3f}B" if number >= 1e9 else f"{number / 1e6:,.3f}M"
 
 
 def headline(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -52,7 +54,8 @@ def size_section(sizes: Models) -> Section:
         values = [size.get(key) for size in sizes]
         shown = ["" if value is None else count(value) for value in values]
         share = f"{100 * values[-1] / values[0]:.1f}%" if values[0] and values[-1] is not None else ""
-        rows.append((label, *shown, share))
+        if any(shown):
+            rows.append((label, *shown, share))
     return Section("Sizes", ("", *(size["model"] for size in sizes), "left"), tuple(rows))
 
 
@@ -231,7 +234,7 @@ def step_section(steps: Models) -> Section:
             step["step"],
             step["state"],
             str(step["attempts"]),
-            NOT_MEASURED if step["seconds"] is None else duration(step["seconds"]),
+            "" if step["seconds"] is None else duration(step["seconds"]),
         )
         for step in steps
     )

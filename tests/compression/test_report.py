@@ -198,7 +198,7 @@ def test_numbers_are_those_of_the_files(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "run"))
     assert page.column("Sizes", "teacher")["parameters"] == "7,429,408"
     after = page.column("Sizes", "phase 1")
-    assert (after["parameters"], after["experts"], after["bytes"]) == ("6,429,408", "8", "29,717,632")
+    assert (after["parameters"], after["experts"], after["bytes"]) == ("6,429,408", "8", "29.718M")
     assert page.column("Sizes", "left")["experts"] == "50.0%"
     teacher, pruned, student = (page.column("Evaluation", model) for model in ("teacher", "pruned", "student"))
     assert (teacher["loss"], pruned["loss"], student["loss"]) == ("4.0651", "6.1957", "4.2442")
