@@ -12,7 +12,7 @@ from megatron_slim.checkpoint.records import PLAN, PROVENANCE, STATS
 from megatron_slim.compression import report_curves
 from megatron_slim.compression.card_source import licence, model_name
 from megatron_slim.compression.report_curves import PhaseCurves
-from megatron_slim.compression.report_inputs import DONE, CompressionRun, Document, Step
+from megatron_slim.compression.report_inputs import DONE, CompressionRun, Document, Step, metrics_of
 from megatron_slim.files import read_json
 from megatron_slim.page import Section
 from megatron_slim.pruning import plan_tables, plan_view
@@ -151,7 +151,9 @@ def _evaluation(model: str, phase: int | None, result: Document) -> dict[str, An
     for key in DEPTHS:
         if (value := result.get(key)) not in (None, []):
             found[key] = value if isinstance(value, list) else [value]
-    keys = ("tokens", "samples", "seq_length", "dtype", "acceptance", "tasks", "clients")
+    if result.get("tasks"):
+        found["tasks"] = {name: metrics_of(task) for name, task in result["tasks"].items()}
+    keys = ("tokens", "samples", "seq_length", "dtype", "acceptance", "clients")
     return found | {key: result[key] for key in keys if result.get(key) is not None}
 
 

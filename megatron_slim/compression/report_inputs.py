@@ -16,6 +16,7 @@ from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json
 
 RUN, VERSION = "run.json", 1
+PROGRAM = "megatron-slim"
 DONE = "done"
 EVALUATIONS = ("evaluate-teacher", "evaluate-pruned", "evaluate")
 Document = Mapping[str, Any]
@@ -30,9 +31,9 @@ class Step:
         kind: what it does.
         phase: of the recipe; None for what belongs to no phase.
         state: ``done``, ``running``, ``failed`` or ``waiting``.
-        command: its words.
+        command: its words, the program first.
         attempts: how often it was started.
-        seconds: that it took; None where that was not measured.
+        seconds: that it took, in all attempts; None where that was not measured.
         result: what it printed with ``--json``; None unless it is done.
     """
 
@@ -121,9 +122,9 @@ def _step(save: Path, entry: Any, where: str) -> Step:
         kind=entry["kind"],
         phase=phase,
         state=entry["state"],
-        command=tuple(map(str, command)),
+        command=tuple(map(str, command if command[:1] in ([], [PROGRAM]) else [PROGRAM, *command])),
         attempts=entry.get("attempts") or 0,
-        seconds=seconds,
+        seconds=seconds if entry.get("attempts") else None,
         result=_result(save, entry) if entry["state"] == DONE else None,
     )
 
@@ -159,16 +160,29 @@ def _is_acceptance(value: Any) -> bool:
     return isinstance(value, dict) and _is_numbers(value.get("acc")) and all(_is_number(value.get(k)) for k in keys)
 
 
+def metrics_of(task: Any) -> dict[str, tuple[float | None, float | None]] | None:
+    """Value and standard error of every metric of a task; None where it is something else.
+
+    >>> metrics_of({"metrics": {"acc": {"value": 0.5, "stderr": None}}, "documents": 8})
+    {'acc': (0.5, None)}
+    >>> metrics_of({"acc": [0.5, 0.1]})
+    {'acc': (0.5, 0.1)}
+    """
+    if not isinstance(task, dict):
+        return None
+    metrics = task.get("metrics", task)
+    pairs: dict[str, tuple[float | None, float | None]] = {}
+    for name, pair in metrics.items() if isinstance(metrics, dict) else ():
+        if isinstance(pair, dict):
+            pair = [pair.get("value"), pair.get("stderr")]
+        if not isinstance(pair, list) or len(pair) != 2 or not all(_is_number(part, True) for part in pair):
+            return None
+        pairs[name] = (pair[0], pair[1])
+    return pairs
+
+
 def _is_tasks(value: Any) -> bool:
-    """Metrics by task, each a value and its standard error, which may be null."""
-    return isinstance(value, dict) and all(
-        isinstance(task, dict)
-        and all(
-            isinstance(pair, list) and len(pair) == 2 and _is_number(pair[0]) and _is_number(pair[1], True)
-            for pair in task.values()
-        )
-        for task in value.values()
-    )
+    return isinstance(value, dict) and all(metrics_of(task) is not None for task in value.values())
 
 
 def _is_clients(value: Any) -> bool:

@@ -113,6 +113,7 @@ def _repeat(facts: Mapping[str, Any]) -> Iterator[str]:
     )
     yield "<h2>Inputs and licence</h2>\n"
     for name, value in facts["inputs"].items():
-        yield fact_html(name.replace("_", " "), " ".join(map(str, value)) if isinstance(value, list) else str(value))
+        words = value if isinstance(value, list) else [] if value is None else [value]
+        yield fact_html(name.replace("_", " "), " ".join(map(str, words)) or "not given")
     stated = facts["license"]
     yield fact_html("licence of the teacher", ", ".join(stated.values()) or "not stated")

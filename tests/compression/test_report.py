@@ -72,7 +72,7 @@ def results_of(phase: int) -> dict[str, Any]:
             mtp_top1_agreement=[0.7654],
             acceptance=acceptance(0.62),
             teacher_acceptance=acceptance(0.71),
-            tasks={"hellaswag": {"acc": [0.4512, 0.0049]}},
+            tasks={"hellaswag": {"metrics": {"acc": {"value": 0.4512, "stderr": 0.0049}}, "documents": 10}},
             clients={
                 "transformers": {"version": "5.24.0", "loads": True, "note": "logits agree"},
                 "vllm": {"version": "0.32.0", "loads": False, "note": "no GPU"},
@@ -121,10 +121,10 @@ def make_run(save: Path, phases: int = 1, done: int | None = None, count_on: boo
     for number, (name, kind, phase, result) in enumerate(named):
         state = "done" if number < done else "running" if number == done else "waiting"
         file = f"results/{name.replace('/', '-')}.json"
-        command = ["megatron-slim", kind, "--save", f"out of {name}", "--seed", "3"]
+        command = [kind, "--save", f"out of {name}", "--seed", "3"]
         step = {"name": name, "kind": kind, "phase": phase, "state": state, "command": command, "result": file}
         steps.append(
-            {**step, "output": name, "attempts": int(number <= done), "seconds": 100.0 if number < done else None}
+            {**step, "output": name, "attempts": int(number <= done), "seconds": 100.0 if number < done else 0.0}
         )
         if number < done and result is not None:
             (save / file).write_text(json.dumps(result))
@@ -137,7 +137,13 @@ def make_run(save: Path, phases: int = 1, done: int | None = None, count_on: boo
         "version": 1,
         "megatron_slim": "0.1.0",
         "recipe": {"version": 1, "target": {"num_moe_experts": 8}},
-        "inputs": {"teacher": str(teacher), "data": ["train"], "valid_data": ["valid"], "calibration_data": "train"},
+        "inputs": {
+            "teacher": str(teacher),
+            "data": ["train"],
+            "valid_data": ["valid"],
+            "calibration_data": "train",
+            "evaluation_data": None,
+        },
         "settings": {"calibrate": {"seed": 7}, "train": {"global_batch_size": BATCH}, "evaluate": {}},
         "steps": steps,
     }
