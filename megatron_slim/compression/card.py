@@ -87,7 +87,7 @@ def _body(facts: Mapping[str, Any], model: Path) -> Iterator[str]:
     sections = [size_section(sizes), *evaluation_sections(facts["evaluations"])]
     for section in sections:
         yield from _markdown(section) if section.rows else ()
-    if missing := [section.title.lower() for section in sections if not section.rows]:
+    if missing := [section.title for section in sections if not section.rows]:
         yield from (f"{NOT_MEASURED.capitalize()}: {', '.join(missing)}.", "")
     yield from _training(facts["cost"])
     yield from _loading(model)

@@ -58,7 +58,7 @@ def read_curves(run: CompressionRun) -> tuple[list[PhaseCurves], str]:
             continue
         before = found[-1].before + found[-1].tokens if found else 0.0
         try:
-            require("plots", "tensorboard", "the losses of a run")
+            require("plots", "tensorboard", "a curve of losses")
             found.append(_phase_curves(phase, before, read_run(events), events))
         except SlimError as error:
             reasons.append(str(error))
@@ -133,7 +133,7 @@ def thinned(values: Any) -> Any:
 
 def picture(curves: Sequence[PhaseCurves]) -> bytes:
     """All terms of all phases on one axis of tokens, as PNG bytes."""
-    require("plots", "matplotlib", "the picture of the losses")
+    require("plots", "matplotlib", "the picture of losses")
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 

@@ -87,14 +87,16 @@ def _own_steps(run: CompressionRun) -> list[Step]:
 
 
 def _sizes(run: CompressionRun) -> list[dict[str, Any]]:
-    """Sizes of the teacher, then of every phase that is pruned."""
+    """Sizes of the teacher, then of every phase that is pruned; bytes of its export, whose type may be another."""
     found: list[dict[str, Any]] = []
     for phase in run.phases:
         result = run.result("prune", phase) or {}
         if not found and result.get("before"):
             found.append({"model": TEACHER, **result["before"]})
         if result.get("after"):
-            found.append({"model": f"phase {phase}", **result["after"]})
+            exported = (run.result("export", phase) or {}).get("bytes")
+            size = {} if exported is None else {"bytes": exported}
+            found.append({"model": f"phase {phase}", **result["after"], **size})
     return found
 
 

@@ -136,7 +136,7 @@ def _result(save: Path, entry: Document) -> Document | None:
     found = read_json(file)
     if not isinstance(found, dict):
         raise SlimError("is not a JSON object", where=str(file))
-    checks = _EVALUATION if entry["kind"] in EVALUATIONS else _PRUNING if entry["kind"] == "prune" else {}
+    checks = _EVALUATION if entry["kind"] in EVALUATIONS else _SIZES.get(entry["kind"], {})
     wrong = [key for key, check in checks.items() if found.get(key) is not None and not check(found[key])]
     if wrong:
         fix = f"remove it and run {entry['name']} again"
@@ -202,4 +202,7 @@ _EVALUATION: dict[str, Callable[[Any], bool]] = {
     "tasks": _is_tasks,
     "clients": _is_clients,
 }
-_PRUNING: dict[str, Callable[[Any], bool]] = {"before": _is_sizes, "after": _is_sizes}
+_SIZES: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "prune": {"before": _is_sizes, "after": _is_sizes},
+    "export": {"bytes": _is_number},
+}

@@ -94,7 +94,9 @@ def _curves(gathered: Gathered) -> str:
 
 def recipe_yaml(facts: Mapping[str, Any]) -> str:
     """The recipe as a file to run again."""
-    return str(yaml.safe_dump(facts["recipe"], sort_keys=False, allow_unicode=True))
+    recipe = facts["recipe"]
+    first = {"version": recipe["version"]} if "version" in recipe else {}
+    return str(yaml.safe_dump(first | recipe, sort_keys=False, allow_unicode=True))
 
 
 def _repeat(facts: Mapping[str, Any]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def results_of(phase: int) -> dict[str, Any]:
         "prune": {"before": after[phase - 1], "after": after[phase], "load": "x", "plan_sha256": "0" * 64},
         "evaluate-pruned": evaluation(5.1957 + phase),
         "train": {},
-        "export": {"format": "hf", "verified": True, "parameters": 1, "bytes": 1},
+        "export": {"format": "hf", "verified": True, "parameters": 1, "bytes": 14000000 // phase},
         "evaluate": evaluation(
             4.1442 + phase / 10,
             kl=0.1234,
@@ -136,7 +137,7 @@ def make_run(save: Path, phases: int = 1, done: int | None = None, count_on: boo
     document = {
         "version": 1,
         "megatron_slim": "0.1.0",
-        "recipe": {"version": 1, "target": {"num_moe_experts": 8}},
+        "recipe": {"target": {"num_moe_experts": 8}, "version": 1},
         "inputs": {
             "teacher": str(teacher),
             "data": ["train"],
@@ -204,7 +205,7 @@ def test_numbers_are_those_of_the_files(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "run"))
     assert page.column("Sizes", "teacher")["parameters"] == "7,429,408"
     after = page.column("Sizes", "phase 1")
-    assert (after["parameters"], after["experts"], after["bytes"]) == ("6,429,408", "8", "29.718M")
+    assert (after["parameters"], after["experts"], after["bytes"]) == ("6,429,408", "8", "14.000M")
     assert page.column("Sizes", "left")["experts"] == "50.0%"
     teacher, pruned, student = (page.column("Evaluation", model) for model in ("teacher", "pruned", "student"))
     assert (teacher["loss"], pruned["loss"], student["loss"]) == ("4.0651", "6.1957", "4.2442")
@@ -232,6 +233,7 @@ def test_numbers_are_those_of_the_files(tmp_path: Path) -> None:
 def test_all_of_it_can_be_repeated(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "run"))
     assert "The run is finished." in page.texts["Compression of run-teacher"]
+    assert page.texts["Recipe"].strip().startswith("version: 1\n")
     assert yaml.safe_load(page.texts["Recipe"]) == {"version": 1, "target": {"num_moe_experts": 8}}
     assert "# phase-1/train\nmegatron-slim train --save 'out of phase-1/train' --seed 3" in page.texts["Commands"]
     assert ["calibrate.seed", "7"] in page.tables["Seeds"] and ["phase-1/prune --seed", "3"] in page.tables["Seeds"]
@@ -427,6 +429,7 @@ def test_licence_of_the_teacher(tmp_path: Path, files: dict[str, str], stated: s
         ("run.json", '{"version": 1, "steps": []}', "run.json: missing or of another type: recipe, inputs, settings"),
         ("results/phase-1-prune.json", "[]", "phase-1-prune.json: is not a JSON object"),
         ("results/phase-1-prune.json", '{"after": 3}', "phase-1-prune.json: not what the step prints: after"),
+        ("results/phase-1-export.json", '{"bytes": "1"}', "phase-1-export.json: not what the step prints: bytes"),
         ("results/phase-1-evaluate.json", '{"loss": "<b>"}', "not what the step prints: loss"),
         ("results/phase-1-evaluate.json", '{"tasks": {"a": {"b": [1]}}}', "not what the step prints: tasks"),
         ("results/phase-1-evaluate.json", '{"acceptance": {"acc": [1]}}', "not what the step prints: acceptance"),
@@ -467,3 +470,13 @@ def test_damaged_events_are_not_measured(tmp_path: Path) -> None:
     page = page_of(save)
     assert "Not measured." in page.texts["Losses over the tokens of training"]
     assert page.column("Evaluation", "student")["loss"] == "4.2442"
+
+
+def test_without_the_packages_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page has everything else, and names what to install."""
+    save = make_run(tmp_path / "run")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    page = page_of(save)
+    shown = page.texts["Losses over the tokens of training"]
+    assert "Not measured. a curve of losses needs tensorboard, which is not installed" in shown
+    assert page.loaded == [] and page.column("Evaluation", "student")["loss"] == "4.2442"
