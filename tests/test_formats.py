@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from megatron_slim import recipe
 from megatron_slim.checkpoint.records import PROVENANCE, REFERENCE
 from megatron_slim.checkpoint.reference import read_reference
+from megatron_slim.compression import report_facts
 from megatron_slim.errors import CheckpointError, RecipeError, SlimError
 from megatron_slim.pruning import plan, statistics
 from megatron_slim.pruning.plan_reader import parse_plan
@@ -35,6 +36,7 @@ def test_the_page_has_the_versions_of_the_code() -> None:
     assert row("recipe")[2:] == [str(recipe.VERSION)] * 2
     assert row("plan")[2:] == [str(plan.VERSION)] * 2
     assert row("statistics")[2] == statistics.FORMAT
+    assert row("report of a compression run")[2:] == [str(report_facts.VERSION), "never"]
     assert PROVENANCE in row("provenance")[0] and REFERENCE in row("recorded losses")[0]
 
 

@@ -33,6 +33,7 @@ LAYERS = (
         "mcore",
         "extras",
         "garbage",
+        "page",
         "data",
         "data_index",
         "documents",
@@ -90,6 +91,9 @@ INSTANT = (
     "megatron_slim.planning.build",
     "megatron_slim.cli.plan_parallelism",
     "megatron_slim.planning.sources",
+    "megatron_slim.page",
+    "megatron_slim.compression.card",
+    "megatron_slim.compression.report",
 )
 HEAVY = ("torch", "transformers", "megatron", "nltk", "sentencepiece", "matplotlib")
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -19,6 +19,7 @@ from megatron_slim.cli.tool import run_tool
 from megatron_slim.command_line import RECIPE_HELP, not_negative, tool_parser
 from megatron_slim.compression import estimate
 from megatron_slim.compression.checks import check
+from megatron_slim.compression.report import write_report
 from megatron_slim.compression.runner import run_steps
 from megatron_slim.compression.settings import read_settings
 from megatron_slim.compression.state import RunState
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace, megatron: Sequence[str]) -> dict[str, Any]:
     """Run what is not done.
 
     Returns:
-        ``save``, ``model``, ``steps`` (name, state, seconds) and, of a dry run, what every step needs.
+        ``save``, ``report`` and ``steps`` (state, attempts, seconds); of a dry run what every step needs.
     """
     train = {key: getattr(args, key) for key in SECTIONS["train"] if getattr(args, key, None) is not None}
     settings = read_settings(
@@ -99,7 +100,8 @@ def run(args: argparse.Namespace, megatron: Sequence[str]) -> dict[str, Any]:
     with sole_writer(settings.save / "run"):
         state.write()
         run_steps(chosen, state, settings.save)
-    return {"save": str(settings.save), "steps": state.steps}
+        page = write_report(settings.save)
+    return {"save": str(settings.save), "report": str(page), "steps": state.steps}
 
 
 def _refuse_slurm(train: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""From a recipe to a measured model: what `megatron-slim run` does.
+"""From a recipe to a measured model: what `megatron-slim run` does, and the report that it ends with.
 
 - `settings`: recipe, command line and paths as one description of a run
 - `steps`: the commands that it consists of, and what shows that one is done
@@ -6,4 +6,9 @@
 - `state`: run.json, which says what was asked for and how far it is
 - `runner`: runs what is not done yet
 - `estimate`: tokens, bytes and time of every step before it begins
+- `report`: writes the report: a page, its numbers as JSON, and the model card
+- `report_inputs`: what lies in the directory of a run, read and checked
+- `report_facts`, `report_curves`: the numbers of the report; losses of all phases over tokens
+- `report_tables`, `report_page`: its tables, the page
+- `card`, `card_source`: the model card; what the teacher's own card and licence say
 """

@@ -16,7 +16,7 @@ from megatron_slim.architecture.gpus import peak_flops
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.compression.settings import SEQ_LENGTH, RunSettings
-from megatron_slim.compression.steps import ACCEPTANCE, EVALUATE_TEACHER, EXPORT, PRUNE, TRAIN, Step
+from megatron_slim.compression.steps import ACCEPTANCE, EVALUATE_TEACHER, EXPORT, PRUNE, SHOW_PLAN, TRAIN, Step
 from megatron_slim.data import data_prefix, open_stream
 
 # Shares of the rate of large products. Training on GPUs: what the planner's estimates come to for 80A3B -> 23A2B on
@@ -106,6 +106,8 @@ def needs(settings: RunSettings, found: Sequence[Step], teacher: ModelShape, mac
             yield Need(step, tokens, _seconds(flops, tokens, machine.streaming), size)
         elif step.kind == TRAIN:
             yield _training(settings, step, teacher, student, machine)
+        elif step.kind == SHOW_PLAN:
+            yield Need(step, seconds=5.0, nbytes=0)
         elif step.kind == EXPORT:
             size = _size(student, machine)
             yield Need(step, 0, None if size is None else size / WRITTEN_PER_SECOND, size)

@@ -6,7 +6,9 @@ and it is what a later start is compared with: a run continues with the values i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,7 @@ class RunState:
             "version": VERSION,
             "megatron_slim": __version__,
             "recipe": dict(self._settings.document),
+            "device": _device(),
             "inputs": self._settings.inputs,
             "settings": {section: dict(self._settings.section(section)) for section in _SECTIONS},
             "megatron": list(self._settings.megatron),
@@ -124,6 +127,15 @@ class RunState:
                 for step in self._all
             ],
         }
+
+
+@cache
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} {torch.cuda.get_device_name()}"
+    return f"CPU, {len(os.sched_getaffinity(0))} cores"
 
 
 def _relative(path: Path, save: Path) -> str:

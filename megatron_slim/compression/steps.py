@@ -5,6 +5,7 @@ SAVE/run.json               what was asked for, and how far it is (`state`)
 SAVE/logs, SAVE/results     of every step: what it printed, and what it found as JSON
 SAVE/phase-K/pruned         student before training, with its plan and report: Hugging Face, or torch_dist where it
                             carries the optimizer's state from the phase before
+SAVE/phase-K/plan           the plan as a page
 SAVE/phase-K/training       the run: checkpoints (torch_dist) and logs
 SAVE/phase-K/model          trained student (Hugging Face); that of the last phase is SAVE/model
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from megatron_slim.compression.settings import RunSettings
 
 EVALUATE_TEACHER, PRUNE, EVALUATE_PRUNED = "evaluate-teacher", "prune", "evaluate-pruned"
 TRAIN, EXPORT, EVALUATE, ACCEPTANCE = "train", "export", "evaluate", "acceptance"
+SHOW_PLAN = "show-plan"
 # The section of a recipe that a step of a kind follows; prune follows all that `pruning` reads too.
 SECTION = {
     EVALUATE_TEACHER: "evaluate",
@@ -79,6 +82,7 @@ def steps(settings: RunSettings) -> list[Step]:
         pruned, training = folder / "pruned", folder / "training"
         model = settings.save / MODEL if phase == len(settings.phases) else folder / MODEL
         found.append(_prune(settings, phase, before, pruned))
+        found += _plan_page(settings, phase, pruned, folder / "plan")
         found += _evaluation(settings, EVALUATE_PRUNED, phase, pruned)
         found.append(_train(settings, phase, pruned, training))
         command = ("convert", "--load", str(training), "--save", str(model), "--to", "hf", "--json")
@@ -156,6 +160,14 @@ def _carrying(settings: RunSettings, phase: int) -> list[str]:
         return []
     rule = ["--moments-of-merged", train["moments_of_merged"]] if "moments_of_merged" in train else []
     return ["--to", "torch_dist", "--carry-optimizer", *rule]
+
+
+def _plan_page(settings: RunSettings, phase: int, pruned: Path, page: Path) -> list[Step]:
+    """The plan as a page, which the report links; only where pictures can be drawn."""
+    if find_spec("matplotlib") is None:
+        return []
+    command = ("show-plan", str(pruned), "--stats", str(pruned), "--save", str(page), "--json")
+    return [_step(settings, SHOW_PLAN, phase, command, page, page.is_dir)]
 
 
 def _train(settings: RunSettings, phase: int, pruned: Path, training: Path) -> Step:

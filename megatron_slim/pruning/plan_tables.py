@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import statistics as averages
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_slim.architecture.fp8_sizes import RECIPES, size_violations
 from megatron_slim.architecture.parallelism import layout_violations
+from megatron_slim.page import Section
 from megatron_slim.pruning import report
 from megatron_slim.pruning.plan import Plan
 from megatron_slim.pruning.plan_view import Axis, ranked_axes, summary
@@ -19,25 +19,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-
 TEXT_WIDTH = 120
-
-
-@dataclass(frozen=True)
-class Section:
-    """One table; the first column is text, the others are numbers.
-
-    Attributes:
-        title: what it shows.
-        columns: their headings.
-        rows: cells, as many as columns.
-        note: a sentence below it.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
+LAYERS, AXES = "Removed layers", "Ranked axes"
 
 
 def table(section: Section) -> Table:
@@ -139,7 +122,7 @@ def _layer_section(numbers: dict[str, Any]) -> Section:
         for entry in numbers["dropped_layers"]
     ]
     columns = ("layer", "attention", "cosine of input and output", "block influence")
-    return _section("Removed layers", columns, rows, numbers["depth_reason"])
+    return _section(LAYERS, columns, rows, numbers["depth_reason"])
 
 
 def _axis_sections(plan: Plan, stats: Statistics | None, numbers: dict[str, Any]) -> Iterator[Section]:
@@ -147,7 +130,7 @@ def _axis_sections(plan: Plan, stats: Statistics | None, numbers: dict[str, Any]
     rows = [
         _axis_row([axis for axis in axes if axis.name == name]) for name in dict.fromkeys(axis.name for axis in axes)
     ]
-    yield _section("Ranked axes", AXIS_COLUMNS, rows)
+    yield _section(AXES, AXIS_COLUMNS, rows)
     yield _section(
         "Experts by block", EXPERT_COLUMNS, [_expert_row(entry) for entry in numbers["experts"]], EXPERT_NOTE
     )

@@ -71,7 +71,7 @@ def test_a_dry_run_says_what_every_step_needs_and_makes_nothing(place: Path, tmp
     done = tool("tools/run.py", *arguments(place, tmp_path / "r", "two.yaml", "--dry-run", "--json"))
     assert done.code == 0, done.stderr
     found = {step["name"]: step for step in done.json["steps"]}
-    kinds = ("prune", "evaluate-pruned", "train", "export", "evaluate")
+    kinds = ("prune", "show-plan", "evaluate-pruned", "train", "export", "evaluate")
     assert list(found) == ["teacher/evaluate", *(f"phase-{phase}/{kind}" for phase in (1, 2) for kind in kinds)]
     assert found["phase-1/train"]["tokens"] == 192 and found["phase-2/train"]["tokens"] == 192
     assert found["phase-1/prune"]["tokens"] == 4 * 16 and found["teacher/evaluate"]["tokens"] == 8 * 32
@@ -173,7 +173,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 
     def command(step: steps.Step) -> list[str]:
         found["ran"].append(step.name)
-        output = step.output if step.kind in (steps.PRUNE, steps.EXPORT) else step.result.with_suffix(".made")
+        output = (
+            step.output
+            if step.kind in (steps.PRUNE, steps.SHOW_PLAN, steps.EXPORT)
+            else step.result.with_suffix(".made")
+        )
         code = found["code"].get(step.name, STAND_IN)
         if step.kind == steps.TRAIN:
             step.output.mkdir(parents=True, exist_ok=True)

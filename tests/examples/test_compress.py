@@ -66,11 +66,12 @@ def test_every_step_is_a_job_that_waits_for_the_one_before(
     assert [job[1] for job in jobs if job[2] == "sbatch"] == [
         "STEP=teacher/evaluate",
         "STEP=phase-1/prune",
+        "STEP=phase-1/show-plan",
         "STEP=phase-1/evaluate-pruned",
         "STEP=phase-1/export",
         "STEP=phase-1/evaluate",
     ]
-    prune, train = jobs[1], jobs[3]
+    prune, train = jobs[1], jobs[4]
     assert prune[prune.index("--dependency") + 1] == "afterok:JOB-OF-teacher/evaluate"
     assert prune[-len(arguments) - 2 :] == [*arguments, "--settings", "h100_64"]
     assert train[1:3] == ["LAUNCHER=slurm", "DEPENDENCY=afterok:JOB-OF-phase-1/evaluate-pruned"]
@@ -97,4 +98,4 @@ def test_a_chain_of_jobs(slurm: dict[str, str], arguments: list[str], tmp_path: 
         again = script(slurm | {"LAUNCHER": "slurm"}, *more)
         assert again.stdout.splitlines() == ["everything is done"]
         here = script(slurm, *more)
-    assert here.returncode == 0 and here.stderr.count("done before") == 6
+    assert here.returncode == 0 and here.stderr.count("done before") == 7
