@@ -1,4 +1,4 @@
-"""Loss and perplexity of a Hugging Face or torch_dist checkpoint, main head and MTP."""
+"""Loss of a Hugging Face or torch_dist checkpoint, main head and MTP; distance from a teacher; tasks."""
 
 from __future__ import annotations
 
@@ -8,26 +8,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_slim.cli.evaluation_extras import (
+    DTYPES,
+    EPILOG,
+    Extras,
+    add_extra_arguments,
+    check_arguments,
+    describe_comparison,
+    dtype_of,
+    evaluate_every,
+    open_extras,
+    run_tasks,
+)
 from megatron_slim.cli.tool import run_command
 from megatron_slim.command_line import add_load_arguments, load_options, not_negative, positive
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.epilog = (
         "With --json: loss (nats per token), perplexity, tokens (predicted by the main head), mtp_loss (a list, one "
-        "number per MTP depth, depth 1 first; empty without MTP), samples, seq_length, dtype."
+        "number per MTP depth, depth 1 first; empty without MTP), samples, seq_length, dtype" + EPILOG
     )
     add_load_arguments(parser, "evaluate")
     parser.add_argument(
         "--data",
         type=Path,
-        required=True,
-        help="prefix of a Megatron .bin/.idx pair, or a .npy integer matrix [samples, sequence], used as it is",
+        help="prefix of a Megatron .bin/.idx pair, or a .npy integer matrix [samples, sequence], used as it is; needed "
+        "but for --tasks alone",
     )
     parser.add_argument("--seq-length", type=positive, metavar="N", help="tokens per sample; needed with .bin/.idx")
     parser.add_argument("--num-samples", type=positive, metavar="N", help="samples, drawn at random (default: all)")
@@ -40,32 +50,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep the losses of the first tokens in slim_reference.json next to the checkpoint: training compares its "
         "teacher with them before the first step",
     )
+    add_extra_arguments(parser)
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate, say the result."""
-    import torch
+    check_arguments(args)
+    extras = open_extras(args)
+    names = () if extras.tasks is None else extras.tasks.names
+    if args.every_checkpoint:
+        return evaluate_every(args, lambda load: _measure(args, load, extras), names)
+    return _measure(args, args.load, extras)
 
+
+def _measure(args: argparse.Namespace, load: Path, extras: Extras) -> dict[str, Any]:
+    """Evaluate one checkpoint on everything that was asked for."""
+    results = _measure_losses(args, load, extras) if args.data is not None else {"load": str(load)}
+    if extras.tasks is not None:
+        results |= run_tasks(args, load, extras.tasks)
+    return results
+
+
+def _measure_losses(args: argparse.Namespace, load: Path, extras: Extras) -> dict[str, Any]:
     from megatron_slim.checkpoint.records import REFERENCE
     from megatron_slim.evaluation.perplexity import evaluate_checkpoint
 
     results = evaluate_checkpoint(
-        args.load,
+        load,
         args.data,
         seq_length=args.seq_length,
         num_samples=args.num_samples,
         micro_batch_size=args.micro_batch_size,
-        dtype=getattr(torch, DTYPES[args.dtype]) if args.dtype else None,
+        dtype=dtype_of(args),
         seed=args.seed,
         record=args.record,
+        teacher=extras.teacher,
         **load_options(args),
     )
     mtp = "".join(f", mtp {depth} {loss:.4f}" for depth, loss in enumerate(results["mtp_loss"], start=1))
     logger.info(
         f"loss {results['loss']:.4f}, perplexity {results['perplexity']:.3f}{mtp} over {results['tokens']} tokens"
+        + describe_comparison(results)
     )
     if args.record:
-        logger.info(f"losses of the first tokens written to {args.load / REFERENCE}")
+        logger.info(f"losses of the first tokens written to {load / REFERENCE}")
     return results
 
 

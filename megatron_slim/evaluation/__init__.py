@@ -2,4 +2,5 @@
 
 - `perplexity`: the pass
 - `losses`: what it computes at the end of the model
+- `teacher`: a teacher that it compares the model with
 """
