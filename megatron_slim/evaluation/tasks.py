@@ -66,9 +66,7 @@ class Tasks:
         if tasks_dir is not None and not tasks_dir.is_dir():
             raise DataError("no such directory of tasks", where=str(tasks_dir))
         _stay_offline()
-        from lm_eval.tasks import TaskManager
-
-        self._manager = TaskManager(include_path=None if tasks_dir is None else str(tasks_dir))
+        self._manager = _manager(names, tasks_dir)
         self._num_fewshot, self._limit = num_fewshot, limit
         self.left_out: dict[str, str] = {}
         self._loaded: dict[str, list[Any]] = {}
@@ -149,6 +147,18 @@ def _stay_offline() -> None:
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
     datasets.disable_progress_bars()
+
+
+def _manager(names: Sequence[str], tasks_dir: Path | None) -> Any:
+    """The harness' index of tasks; of its own, thousands of files, only where they are needed."""
+    from lm_eval.tasks import TaskManager
+
+    include_path = None if tasks_dir is None else str(tasks_dir)
+    if include_path is not None:
+        local = TaskManager(include_path=include_path, include_defaults=False)
+        if {*names} <= {*local.all_tasks}:
+            return local
+    return TaskManager(include_path=include_path)
 
 
 def _reason_not_to_run(tasks: Sequence[Any]) -> str:
