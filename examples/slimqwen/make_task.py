@@ -19,8 +19,11 @@ from megatron_slim.errors import DataError
 from megatron_slim.files import new_directory
 
 CHOICES = 4
-# Lines of a passage and of its continuation; the other continuations are of other documents, of equally many lines.
-PASSAGE, CONTINUATION = 8, 2
+# Lines of a passage, of what follows it, and from one passage to the next.
+PASSAGE, CONTINUATION, STRIDE = 12, 4, 40
+# Wrong continuations follow other passages; they are drawn from so many of nearly the same length, for a short text is
+# more probable than a long one.
+NEAREST = 12
 TASK = """\
 task: {name}
 dataset_path: json
@@ -46,17 +49,16 @@ metadata:
 
 
 def passages(path: Path) -> Iterator[tuple[str, str]]:
-    """A passage and its continuation from the middle of every text that is long enough."""
+    """Passages of every text, and what follows each."""
     for line in path.read_text(encoding="utf-8").splitlines():
         lines = json.loads(line)["text"].splitlines(keepends=True)
-        first = (len(lines) - PASSAGE - CONTINUATION) // 2
-        if first < 0:
-            continue
-        passage = "".join(lines[first : first + PASSAGE])
-        continuation = "".join(lines[first + PASSAGE : first + PASSAGE + CONTINUATION])
-        # The harness moves blanks that end a passage to the continuation; here they are there already.
-        if passage.strip() and continuation.strip():
-            yield passage.rstrip(), passage[len(passage.rstrip()) :] + continuation.rstrip()
+        for first in range(0, len(lines) - PASSAGE - CONTINUATION + 1, STRIDE):
+            passage = "".join(lines[first : first + PASSAGE])
+            continuation = "".join(lines[first + PASSAGE : first + PASSAGE + CONTINUATION])
+            if passage.strip() and continuation.strip():
+                # The harness moves blanks that end a passage to the continuation; here they are there already.
+                text = passage.rstrip()
+                yield text, passage[len(text) :] + continuation.rstrip()
 
 
 def make_task(source: Path, output: Path, *, name: str, documents: int, seed: int) -> dict[str, Any]:
@@ -68,12 +70,14 @@ def make_task(source: Path, output: Path, *, name: str, documents: int, seed: in
     found = list(dict.fromkeys(passages(source)))
     chance = random.Random(seed)
     chance.shuffle(found)
-    if len(found) < CHOICES:
+    if len({continuation for _, continuation in found}) < CHOICES:
         raise DataError(f"{len(found)} passages are too few", where=str(source), fix="give more text")
     rows = []
     for passage, continuation in found[:documents]:
-        others = sorted({text for _, text in found} - {continuation})
-        choices = [continuation, *chance.sample(others, CHOICES - 1)]
+        others = sorted(
+            {text for _, text in found} - {continuation}, key=lambda text: (abs(len(text) - len(continuation)), text)
+        )
+        choices = [continuation, *chance.sample(others[:NEAREST], CHOICES - 1)]
         chance.shuffle(choices)
         rows.append({"passage": passage, "choices": choices, "answer": choices.index(continuation)})
     with new_directory(output) as temporary:

@@ -14,6 +14,7 @@ from megatron_slim.cli.evaluation_extras import (
     Extras,
     add_extra_arguments,
     check_arguments,
+    check_tasks,
     describe_comparison,
     dtype_of,
     evaluate_every,
@@ -65,6 +66,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 def _measure(args: argparse.Namespace, load: Path, extras: Extras) -> dict[str, Any]:
     """Evaluate one checkpoint on everything that was asked for."""
+    if extras.tasks is not None:
+        check_tasks(args, load)  # now, not after the losses
     results = _measure_losses(args, load, extras) if args.data is not None else {"load": str(load)}
     if extras.tasks is not None:
         results |= run_tasks(args, load, extras.tasks)

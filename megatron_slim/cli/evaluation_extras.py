@@ -43,6 +43,7 @@ def add_extra_arguments(parser: argparse.ArgumentParser) -> None:
     tasks = parser.add_argument_group("tasks of lm-evaluation-harness, offline (extra 'eval')")
     tasks.add_argument(
         "--tasks",
+        type=_names,
         metavar="NAME,...",
         help="score the model on these tasks, or on those of the paper whose data are there: slimqwen",
     )
@@ -52,6 +53,13 @@ def add_extra_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--every-checkpoint", action="store_true", help="evaluate every complete iteration that a run has saved"
     )
+
+
+def _names(text: str) -> list[str]:
+    """An argparse type: names with commas between them."""
+    if not all(names := text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name")
+    return names
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -94,8 +102,7 @@ def open_extras(args: argparse.Namespace) -> Extras:
 
     tasks = teacher = None
     if args.tasks is not None:
-        names = list(filter(None, args.tasks.split(",")))
-        tasks = Tasks(names, tasks_dir=args.tasks_dir, num_fewshot=args.num_fewshot, limit=args.limit)
+        tasks = Tasks(args.tasks, tasks_dir=args.tasks_dir, num_fewshot=args.num_fewshot, limit=args.limit)
     if args.teacher is not None:
         checkpoint = open_checkpoint(args.teacher, args.teacher_hf_config)
         log_left_out(checkpoint)
@@ -119,6 +126,14 @@ def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
     import torch
 
     return getattr(torch, DTYPES[args.dtype]) if args.dtype else None
+
+
+def check_tasks(args: argparse.Namespace, load: Path) -> None:
+    """See that tasks can be asked of a checkpoint."""
+    from megatron_slim.checkpoint.convert import open_checkpoint
+    from megatron_slim.evaluation.tasks import check_tokenizer
+
+    check_tokenizer(open_checkpoint(load, **load_options(args)))
 
 
 def run_tasks(args: argparse.Namespace, load: Path, tasks: Tasks) -> dict[str, Any]:

@@ -138,7 +138,8 @@ def _distance(own: Tensor, other: Tensor, ids: Tensor) -> Tensor:
     """
     agree = own.argmax(-1) == other.argmax(-1)
     loss = F.nll_loss(other, ids, reduction="none").double().sum()
-    divergence = F.kl_div(own, other, reduction="none", log_target=True).sum(-1, dtype=torch.float64).sum()
+    # As F.kl_div with log_target, which takes twice the time and memory.
+    divergence = (other - own).mul_(other.exp()).sum(-1, dtype=torch.float64).sum()
     return torch.stack([loss, divergence, agree.double().sum()])
 
 
