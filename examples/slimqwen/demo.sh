@@ -44,15 +44,21 @@ train() { # train NAME ITERS [Megatron's flags]; the rest through the environmen
     VALID_DATA="$out/data/validation_text_document" bash examples/slimqwen/pretrain_distill.sh --default-lr-warmup-iters 20 "$@"
 }
 
+also=() # what else to measure
 evaluate() { # evaluate NAME CHECKPOINT
   step "evaluate-$1" "$python" tools/evaluate.py --load "$2" --data "$out/data/validation_text_document" \
-    --seq-length "$SEQ_LENGTH" --num-samples 96 --micro-batch-size 8 --json
+    --seq-length "$SEQ_LENGTH" --num-samples 96 --micro-batch-size 8 "${also[@]}" --json
 }
 
 export OMP_NUM_THREADS=2
 step corpus "$python" examples/slimqwen/make_corpus.py --output "$out/corpus" --json
 step tokenizer "$python" examples/slimqwen/train_tokenizer.py --input "$out/corpus/train.jsonl" \
   --output "$out/tokenizer" --vocab-size 2048 --json
+step task "$python" examples/slimqwen/make_task.py --input "$out/corpus/validation.jsonl" --output "$out/task" \
+  --documents 100 --json
+if "$python" -c "import lm_eval" 2>/dev/null; then
+  also+=(--tasks continuation --tasks-dir "$out/task")
+fi
 mkdir -p "$out/data" "$out/teacher-config"
 for split in train validation; do
   step "preprocess-$split" "$python" tools/preprocess_data.py --input "$out/corpus/$split.jsonl" \
@@ -66,6 +72,7 @@ LR=2e-3 MIN_LR=1e-4 HF_CONFIG="$out/teacher-config" train teacher-training "$TEA
 export OMP_NUM_THREADS=2
 step export-teacher "$python" tools/convert_checkpoint.py --load "$out/teacher-training" --save "$out/teacher" --to hf --json
 evaluate teacher "$out/teacher"
+also+=(--teacher "$out/teacher")
 
 # Depth, width and experts at once; half of the surviving experts are kept bit for bit, the others absorb the rest.
 step prune "$python" tools/prune_checkpoint.py --load "$out/teacher" --recipe examples/slimqwen/recipes/demo.yaml \

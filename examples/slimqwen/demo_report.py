@@ -35,6 +35,12 @@ def count(directory: Path) -> dict[str, int]:
     return {"total": counted.total, "active": counted.active}
 
 
+def accuracy(result: dict[str, Any]) -> float:
+    """Share of the passages whose continuation a model finds."""
+    value: float = result["tasks"]["continuation"]["metrics"]["acc"]["value"]
+    return value
+
+
 def build_report(out: Path) -> dict[str, Any]:
     """Collect losses, parameter counts and times."""
     results = {name: read_json(out / "results" / f"{step}.json") for name, (step, _) in MODELS.items()}
@@ -43,6 +49,8 @@ def build_report(out: Path) -> dict[str, Any]:
         "validation_loss": {name: result["loss"] for name, result in results.items()},
         "validation_perplexity": {name: result["perplexity"] for name, result in results.items()},
         "validation_mtp_loss": {name: result["mtp_loss"] for name, result in results.items()},
+        "kl_from_teacher": {name: result["kl"] for name, result in results.items() if "kl" in result},
+        "task_accuracy": {name: accuracy(result) for name, result in results.items() if "tasks" in result},
         "validation_tokens": results["teacher"]["tokens"],
         "parameters": {name: count(out / directory) for name, (_, directory) in MODELS.items()},
         "seconds": {timing["step"]: timing["seconds"] for timing in timings},
@@ -95,7 +103,7 @@ def print_table(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(title=f"validation, {report['validation_tokens']} tokens")
-    for column in ("model", "parameters", "active", "loss", "perplexity", "MTP loss"):
+    for column in ("model", "parameters", "active", "loss", "perplexity", "MTP loss", "KL", "task"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for name, loss in report["validation_loss"].items():
         parameters = report["parameters"][name]
@@ -106,6 +114,10 @@ def print_table(report: dict[str, Any]) -> None:
             f"{loss:.4f}",
             f"{report['validation_perplexity'][name]:.2f}",
             ", ".join(f"{value:.4f}" for value in report["validation_mtp_loss"][name]),
+            *(
+                f"{report[key][name]:.4f}" if name in report[key] else ""
+                for key in ("kl_from_teacher", "task_accuracy")
+            ),
         )
     Console(width=max(96, Console().width)).print(table)
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from megatron_slim import device
-from megatron_slim.checkpoint.convert import hf_to_torch_dist
+from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint
+from megatron_slim.evaluation.tasks import PRESETS, Tasks
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 from tests.evaluation.test_perplexity import load
 
@@ -122,6 +123,19 @@ def test_scores_are_those_of_transformers(
 
 
 @needs_harness
+def test_tasks_serve_many_checkpoints(task: Path, model: Path, tmp_path: Path) -> None:
+    """As --every-checkpoint uses them: nothing of one model is left when the next is scored."""
+    other = write_tiny_checkpoint(tmp_path / "other", SHAPE, seed=1, dtype=torch.float32)
+    for file in model.glob("tokenizer*"):
+        (other / file.name).write_bytes(file.read_bytes())
+    tasks = Tasks(["continuation"], tasks_dir=task)
+    for path in (model, other, model):
+        found = tasks.run(open_checkpoint(path), micro_batch_size=2, dtype=torch.float32)
+        metrics = found["continuation"]["metrics"]
+        assert (metrics["acc"]["value"], metrics["acc_norm"]["value"]) == accuracies(path, documents(task))
+
+
+@needs_harness
 def test_what_cannot_run_is_named(task: Path, model: Path, tool: Callable[..., Any], tmp_path: Path) -> None:
     found = (EVALUATE, "--load", model, "--tasks")
     (task / "continuation.jsonl").rename(task / "moved.jsonl")
@@ -130,6 +144,17 @@ def test_what_cannot_run_is_named(task: Path, model: Path, tool: Callable[..., A
     assert "no such directory of tasks" in tool(*found, "none", "--tasks-dir", tmp_path / "none").error
     preset = tool(*found, "slimqwen").error
     assert "no task of slimqwen can run here" in preset and "gsm8k (" in preset and "mbpp_plus (" in preset
+
+
+@needs_harness
+def test_of_a_preset_runs_what_is_there(
+    task: Path, model: Path, tool: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRESETS, "slimqwen", ("gsm8k", "continuation"))
+    found = tool(EVALUATE, "--load", model, "--tasks", "slimqwen", "--tasks-dir", task, "--limit", 2, "--json")
+    assert found.code == 0, found.stderr
+    assert list(found.json["tasks"]) == ["continuation"] and list(found.json["tasks_left_out"]) == ["gsm8k"]
+    assert "left out: gsm8k (" in found.stderr
 
 
 @needs_harness
