@@ -63,7 +63,7 @@ class Teacher:
         states = FinalStates(self.checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype)
         states.wanted = wanted
         nbytes = len(wanted) * samples.size * self.checkpoint.shape.hidden_size * dtype.itemsize
-        logger.info(f"{self.checkpoint.path}: last hidden states of the teacher take {nbytes / 1e9:.1f} GB of memory")
+        logger.info(f"{self.checkpoint.path}: last hidden states of the teacher take {nbytes / 1e6:,.0f} MB of memory")
         states.run("evaluating the teacher")
         self._asked, self._last = asked, states
         return states
