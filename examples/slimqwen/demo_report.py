@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_slim.architecture.shape import shape_from_hf_config
 from megatron_slim.architecture.table import count_parameters
+from megatron_slim.cli.terminal import wide_console
 from megatron_slim.cli.tool import run_tool
 from megatron_slim.command_line import tool_parser
 from megatron_slim.files import read_json, to_json, write_atomic
@@ -24,6 +25,8 @@ MODELS = {
     "student": ("evaluate-student", "student"),
     "random_init_student": ("evaluate-random-init-student", "random-init-student"),
 }
+# What is not measured of every model, or not everywhere -> its column.
+EXTRA_COLUMNS = {"kl_from_teacher": "KL", "task_accuracy": "task"}
 CURVES = {"teacher-training": "teacher", "distillation": "student, pruned", "random-init": "student, random init"}
 
 
@@ -99,11 +102,11 @@ def plot(out: Path, report: dict[str, Any], target: Path) -> None:
 
 def print_table(report: dict[str, Any]) -> None:
     """The table that ends the demo."""
-    from rich.console import Console
     from rich.table import Table
 
+    extra = {key: column for key, column in EXTRA_COLUMNS.items() if report[key]}
     table = Table(title=f"validation, {report['validation_tokens']} tokens")
-    for column in ("model", "parameters", "active", "loss", "perplexity", "MTP loss", "KL", "task"):
+    for column in ("model", "parameters", "active", "loss", "perplexity", "MTP loss", *extra.values()):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for name, loss in report["validation_loss"].items():
         parameters = report["parameters"][name]
@@ -114,12 +117,9 @@ def print_table(report: dict[str, Any]) -> None:
             f"{loss:.4f}",
             f"{report['validation_perplexity'][name]:.2f}",
             ", ".join(f"{value:.4f}" for value in report["validation_mtp_loss"][name]),
-            *(
-                f"{report[key][name]:.4f}" if name in report[key] else ""
-                for key in ("kl_from_teacher", "task_accuracy")
-            ),
+            *(f"{report[key][name]:.4f}" if name in report[key] else "" for key in extra),
         )
-    Console(width=max(96, Console().width)).print(table)
+    wide_console().print(table)
 
 
 def write_report(out: Path) -> dict[str, Any]:
