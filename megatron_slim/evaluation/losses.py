@@ -85,7 +85,7 @@ class HeadLosses(StreamingForward):
             self.heads += (self._measure(module),)
 
     def _measure(self, module: str) -> Head:
-        # In fp32 whatever the model computes in: in 16 bits logits are rounded by more than good students differ.
+        # In fp32 whatever the model computes in: rounded to 16 bits, logits of different tokens become equal.
         weight = self.weight("lm_head").float()
         teacher = self.teacher if self.teacher is not None and module in self.teacher.states else None
         their_weight = None if teacher is None else teacher.weight("lm_head").float()
