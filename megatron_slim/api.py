@@ -254,6 +254,7 @@ def evaluate(
     seed: int = 0,
     micro_batch_size: int = 1,
     dtype: torch.dtype | None = None,
+    teacher: Checkpoint | StrPath | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Loss of a checkpoint, main head and MTP heads, with one transformer block in memory at a time.
@@ -266,16 +267,19 @@ def evaluate(
         seed: of the draw.
         micro_batch_size: samples in one forward pass.
         dtype: of weights and activations; None: bf16 on a GPU, fp32 on a CPU.
+        teacher: a model of the same vocabulary to compare with; its last hidden states wait in memory.
         progress: where progress is shown.
 
     Returns:
-        ``loss`` (nats per token), ``perplexity``, ``tokens``, ``mtp_loss`` (one number per MTP depth).
+        ``loss`` (nats per token), ``perplexity``, ``tokens``, ``mtp_loss`` (one number per MTP depth). With a teacher
+        also ``kl`` (nats per token), ``top1_agreement``, ``teacher_loss``, ``mtp_kl``, ``mtp_top1_agreement``.
 
     Raises:
         DataError: the data do not suit the model.
-        CheckpointError: a loss is not finite.
+        CheckpointError: a loss is not finite, or the teacher has another vocabulary.
     """
     from megatron_slim.evaluation.perplexity import evaluate_on
+    from megatron_slim.evaluation.teacher import Teacher
 
     with _shown(progress):
         result, _ = evaluate_on(
@@ -286,6 +290,7 @@ def evaluate(
             seed=seed,
             micro_batch_size=micro_batch_size,
             dtype=dtype or default_dtype(),
+            teacher=None if teacher is None else Teacher(_opened(teacher)),
         )
     return result
 

@@ -11,7 +11,7 @@ EXTRAS = {
     "text": ("tokenizers of preprocess", ("transformers", "tokenizers", "sentencepiece", "nltk")),
     "plots": ("pictures, and show-run", ("matplotlib", "tensorboard")),
     "align": ("experts.align of a recipe", ("scipy",)),
-    "eval": ("exports loaded with transformers", ("transformers", "tokenizers")),
+    "eval": ("exports loaded with transformers, and --tasks", ("transformers", "tokenizers", "lm_eval", "accelerate")),
 }
 
 

@@ -88,6 +88,10 @@ SECTIONS: dict[str, dict[str, Check]] = {
         "acceptance": _is_text,
         **dict.fromkeys(("draft_tokens", "max_new_tokens", "num_prompts", "prompt_tokens"), _POSITIVE),
         "teacher_acceptance": _is_switch,
+        "tasks": _is_words,
+        "tasks_dir": _is_text,
+        "num_fewshot": _COUNT,
+        "limit": _POSITIVE,
     },
 }
 

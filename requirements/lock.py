@@ -19,7 +19,7 @@ from megatron_slim.extras import EXTRAS
 
 HERE = Path(__file__).resolve().parent
 OWN = re.compile(r"(torch|triton|numpy|setuptools|nvidia-.*|cuda-.*)==")  # of NVIDIA's image
-NOT_LOCKED = ("transformer-engine",)
+NOT_LOCKED = ("transformer-engine", "lm-eval", "accelerate")  # tasks are for a machine of their own
 COMMAND = "uv pip compile - --no-config --generate-hashes --no-annotate --no-header --python-version 3.12".split()
 PLATFORM = ["--python-platform", "x86_64-manylinux_2_28"]  # hashes are those of all files of a version
 HEADER = "# Made by requirements/lock.py from pyproject.toml; {what}.\n"
@@ -43,7 +43,7 @@ def write(name: str, what: str, pins: list[str]) -> None:
 def main() -> None:
     """Write the four files."""
     wanted = declared()
-    wanted[""] += [line for extra in EXTRAS for line in wanted[extra]]  # an image can do everything
+    wanted[""] += [line for extra in EXTRAS for line in wanted[extra]]  # an image can do everything but tasks
     wanted["dev"] = [line for line in wanted["dev"] if not line.startswith(PACKAGE)]
     common = resolve(wanted[""])
     write("image.txt", "what NVIDIA's image has", [pin for pin in common if OWN.match(pin)])

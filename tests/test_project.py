@@ -33,9 +33,11 @@ WITH_DOCTESTS = sorted(
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = {name: list(map(Requirement, lines)) for name, lines in PROJECT["optional-dependencies"].items()}
-# An image has everything, and so has the environment of `make venv`, whose extra names the others.
+# lm-evaluation-harness brings some forty packages: neither the images have it, nor the environment of `make venv`.
+TASKS = [each for each in EXTRAS["eval"] if each.name in ("lm-eval", "accelerate")]
+# An image has everything else, and so has that environment, whose extra names the others.
 REQUIREMENTS = [Requirement(line) for line in PROJECT["dependencies"]]
-REQUIREMENTS += [each for name in extras.EXTRAS for each in EXTRAS[name]]
+REQUIREMENTS += [each for name in extras.EXTRAS for each in EXTRAS[name] if each not in TASKS]
 (OURS,) = [each for each in EXTRAS["dev"] if each.name == PROJECT["name"]]
 DEVELOPMENT = [each for each in EXTRAS["dev"] if each is not OURS]
 
@@ -47,9 +49,13 @@ def test_tested_versions_are_installed(requirement: Requirement) -> None:
 
 
 def test_extras() -> None:
-    assert OURS.extras == extras.EXTRAS.keys() == EXTRAS.keys() - {"gpu", "dev"}
+    assert OURS.extras | {"eval"} == extras.EXTRAS.keys() == EXTRAS.keys() - {"gpu", "dev"}
+    assert {each.name for each in EXTRAS["eval"]} - {each.name for each in TASKS} <= {
+        each.name for each in EXTRAS["text"]
+    }
     for name, (purpose, modules) in extras.EXTRAS.items():
-        assert purpose and [each.name for each in EXTRAS[name]] == list(modules)
+        assert purpose and [each.name.replace("-", "_") for each in EXTRAS[name]] == list(modules)
+    assert all(each.specifier for each in TASKS), "unpinned"
 
 
 def test_what_needs_an_extra_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,13 @@ export OMP_NUM_THREADS=2
 step corpus "$python" examples/slimqwen/make_corpus.py --output "$out/corpus" --json
 step tokenizer "$python" examples/slimqwen/train_tokenizer.py --input "$out/corpus/train.jsonl" \
   --output "$out/tokenizer" --vocab-size 2048 --json
+step task "$python" examples/slimqwen/make_task.py --input "$out/corpus/validation.jsonl" --output "$out/task" \
+  --documents 100 --json
+also=() tasks=() # what lm-evaluation-harness scores, where it is installed
+if "$python" -c "import lm_eval" 2>/dev/null; then
+  also=(--tasks continuation --tasks-dir "$out/task")
+  tasks=("evaluate.tasks=[continuation]" "evaluate.tasks_dir=$(realpath "$out/task")")
+fi
 mkdir -p "$out/data" "$out/teacher-config"
 for split in train validation; do
   step "preprocess-$split" "$python" tools/preprocess_data.py --input "$out/corpus/$split.jsonl" \
@@ -68,12 +75,13 @@ head -n 16 "$out/corpus/validation.jsonl" >"$out/prompts.jsonl"
 unset OMP_NUM_THREADS # one for each of two processes in training, two elsewhere
 "$python" -m megatron_slim run examples/slimqwen/recipes/demo.yaml --teacher "$out/teacher" --save "$out/run" \
   --data "$out/data/train_text_document" --valid-data "$out/data/validation_text_document" \
-  --tokens $((STUDENT_ITERS * SEQ_LENGTH * GLOBAL_BATCH_SIZE)) --set "evaluate.acceptance=$(realpath "$out/prompts.jsonl")"
+  --tokens $((STUDENT_ITERS * SEQ_LENGTH * GLOBAL_BATCH_SIZE)) \
+  --set "evaluate.acceptance=$(realpath "$out/prompts.jsonl")" "${tasks[@]}"
 
 # The same target, losses, tokens and teacher from random weights.
 TEACHER="$out/teacher" LR=1e-3 MIN_LR=1e-4 PP=2 HF_CONFIG="$out/run/phase-1/pruned" train random-init "$STUDENT_ITERS"
 export OMP_NUM_THREADS=2
 step export-random-init "$python" tools/convert_checkpoint.py --load "$out/random-init" --save "$out/random-init-student" --to hf --json
 step evaluate-random-init "$python" tools/evaluate.py --load "$out/random-init-student" --teacher "$out/teacher" \
-  --data "$out/data/validation_text_document" --seq-length "$SEQ_LENGTH" --num-samples 96 --micro-batch-size 8 --json
+  --data "$out/data/validation_text_document" --seq-length "$SEQ_LENGTH" --num-samples 96 --micro-batch-size 8 "${also[@]}" --json
 "$python" examples/slimqwen/demo_report.py "$out"

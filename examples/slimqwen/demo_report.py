@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_slim.architecture.shape import shape_from_hf_config
 from megatron_slim.architecture.table import count_parameters
+from megatron_slim.cli.terminal import wide_console
 from megatron_slim.cli.tool import run_tool
 from megatron_slim.command_line import tool_parser
 from megatron_slim.files import read_json, to_json, write_atomic
@@ -29,6 +30,8 @@ CURVES = {
     "run/phase-1/training": "student, pruned",
     "random-init": "student, random init",
 }
+# What is not measured of every model, or not everywhere -> its column.
+EXTRA_COLUMNS = {"kl_from_teacher": "KL", "task_accuracy": "task"}
 
 
 def count(directory: Path) -> dict[str, int]:
@@ -45,6 +48,12 @@ def run_steps(out: Path) -> list[dict[str, Any]]:
     return steps
 
 
+def accuracy(result: dict[str, Any]) -> float:
+    """Share of the passages whose continuation a model finds."""
+    value: float = result["tasks"]["continuation"]["metrics"]["acc"]["value"]
+    return value
+
+
 def build_report(out: Path) -> dict[str, Any]:
     """Collect losses, parameter counts and times."""
     results = {name: read_json(out / file) for name, (file, _) in MODELS.items()}
@@ -54,6 +63,8 @@ def build_report(out: Path) -> dict[str, Any]:
         "validation_loss": {name: result["loss"] for name, result in results.items()},
         "validation_perplexity": {name: result["perplexity"] for name, result in results.items()},
         "validation_mtp_loss": {name: result["mtp_loss"] for name, result in results.items()},
+        "kl_from_teacher": {name: result["kl"] for name, result in results.items() if "kl" in result},
+        "task_accuracy": {name: accuracy(result) for name, result in results.items() if "tasks" in result},
         "validation_tokens": results["teacher"]["tokens"],
         "parameters": {name: count(out / directory) for name, (_, directory) in MODELS.items()},
         "seconds": {timing["step"]: timing["seconds"] for timing in timings},
@@ -102,11 +113,11 @@ def plot(out: Path, report: dict[str, Any], target: Path) -> None:
 
 def print_table(report: dict[str, Any]) -> None:
     """The table that ends the demo."""
-    from rich.console import Console
     from rich.table import Table
 
+    extra = {key: column for key, column in EXTRA_COLUMNS.items() if report[key]}
     table = Table(title=f"validation, {report['validation_tokens']} tokens")
-    for column in ("model", "parameters", "active", "loss", "perplexity", "MTP loss"):
+    for column in ("model", "parameters", "active", "loss", "perplexity", "MTP loss", *extra.values()):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for name, loss in report["validation_loss"].items():
         parameters = report["parameters"][name]
@@ -117,8 +128,9 @@ def print_table(report: dict[str, Any]) -> None:
             f"{loss:.4f}",
             f"{report['validation_perplexity'][name]:.2f}",
             ", ".join(f"{value:.4f}" for value in report["validation_mtp_loss"][name]),
+            *(f"{report[key][name]:.4f}" if name in report[key] else "" for key in extra),
         )
-    Console(width=max(96, Console().width)).print(table)
+    wide_console().print(table)
 
 
 def write_report(out: Path) -> dict[str, Any]:

@@ -49,6 +49,23 @@ def _iterations(directory: Path) -> dict[int, Path]:
     return {int(number): path for path, number in numbers.items() if number.isdecimal()}
 
 
+def complete_iterations(directory: Path) -> list[tuple[int, Path]]:
+    """The iterations that a run has saved completely, in order, and their directories; logs what is incomplete.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = []
+    for number, path in sorted(_iterations(directory).items()):
+        if missing := missing_parts(path):
+            logger.info(f"{path}: left out, it is incomplete: {summarise(missing)}")
+        else:
+            found.append((number, path))
+    if not found:
+        raise CheckpointError("has no complete iteration of a run", where=str(directory), fix="give a run's --save")
+    return found
+
+
 def _advice(directory: Path, complete: list[int]) -> str:
     tracker = directory / TRACKER
     if not complete:

@@ -25,7 +25,7 @@ COMMANDS = {
     "plan-parallelism": "find the parallel layouts that fit a number of GPUs",
     "distill": "train or distil: start the processes of a run",
     "show-run": "show a training run as tables and as a picture",
-    "evaluate": "measure loss and perplexity of a checkpoint, main head and MTP",
+    "evaluate": "measure losses of a checkpoint, distance from a teacher, and tasks",
     "pretrain": "one process of a training run, started by distill",
     "torchrun": "torchrun with exit codes that distinguish errors",
 }

@@ -121,3 +121,4 @@ def _quiet_libraries() -> None:
         warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)(\.|$)")
     logging.getLogger("megatron").setLevel(logging.WARNING)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default that a task takes

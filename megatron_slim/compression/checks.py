@@ -17,6 +17,7 @@ from megatron_slim.compression.settings import RunSettings
 from megatron_slim.compression.steps import TRAIN, command_line, steps
 from megatron_slim.data import data_prefix, open_stream
 from megatron_slim.errors import EXIT_USER_ERROR, DataError, SlimError
+from megatron_slim.extras import require
 from megatron_slim.files import to_json
 from megatron_slim.pruning.plan import check_later_phases, check_recipe
 from megatron_slim.training.blends import parse_blend
@@ -46,8 +47,11 @@ def check(settings: RunSettings) -> ModelShape:
     _check_data(settings.calibration_data, shape, "--calibration-data")
     if settings.evaluation_data is not None:
         _check_data(settings.evaluation_data, shape, "--evaluation-data")
-    if "acceptance" in settings.section("evaluate") and not settings.prompts.is_file():
-        raise DataError("no such file", where=f"evaluate.acceptance {settings.prompts}", fix="give a file of prompts")
+    evaluate = settings.section("evaluate")
+    if "acceptance" in evaluate and not (prompts := settings.file_of("acceptance")).is_file():
+        raise DataError("no such file", where=f"evaluate.acceptance {prompts}", fix="give a file of prompts")
+    if "tasks" in evaluate:
+        require("eval", "lm_eval", "evaluate.tasks")
     _check_training(settings, teacher)
     return shape
 

@@ -77,10 +77,9 @@ class RunSettings:
             raise RecipeError("no tokens to train on", where=str(self.file), fix=fix)
         return tuple(math.ceil(upto / self.tokens_per_iteration) for upto in accumulate(given))
 
-    @property
-    def prompts(self) -> Path:
-        """Of acceptance: a file, relative to the recipe."""
-        return (self.file.parent / self.section("evaluate")["acceptance"]).absolute()
+    def file_of(self, key: str) -> Path:
+        """A file or directory that the section ``evaluate`` names, relative to the recipe."""
+        return (self.file.parent / self.section("evaluate")[key]).absolute()
 
     @property
     def inputs(self) -> dict[str, Any]:

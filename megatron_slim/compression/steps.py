@@ -114,15 +114,23 @@ def _step(
 def _options(values: Mapping[str, Any], *names: str) -> list[str]:
     """Values as arguments: ``--num-samples 8``; of those names alone, where there are any."""
     kept = {key: value for key, value in values.items() if key in names or not names}
-    return [word for key, value in kept.items() for word in ("--" + key.replace("_", "-"), str(value))]
+    return [
+        word
+        for key, value in kept.items()
+        for word in ("--" + key.replace("_", "-"), ",".join(map(str, value)) if isinstance(value, list) else str(value))
+    ]
 
 
 def _evaluation(settings: RunSettings, kind: str, phase: int | None, model: Path) -> list[Step]:
     if settings.evaluation_data is None:
         return []
-    names = [name for name in settings.section("evaluate") if name not in (*_ACCEPTANCE[:-1], "teacher_acceptance")]
+    left_out = (*_ACCEPTANCE[:-1], "teacher_acceptance")
+    values = {key: value for key, value in settings.section("evaluate").items() if key not in left_out}
+    if "tasks_dir" in values:
+        values["tasks_dir"] = str(settings.file_of("tasks_dir"))
     command = ["evaluate", "--load", str(model), "--data", str(settings.evaluation_data)]
-    return [_measuring(settings, kind, phase, [*command, *_options(settings.section("evaluate"), *names)])]
+    command += [] if kind == EVALUATE_TEACHER else ["--teacher", str(settings.teacher)]
+    return [_measuring(settings, kind, phase, [*command, *_options(values)])]
 
 
 def _acceptance(settings: RunSettings, phase: int | None, model: Path) -> list[Step]:
@@ -130,7 +138,7 @@ def _acceptance(settings: RunSettings, phase: int | None, model: Path) -> list[S
     values = settings.section("evaluate")
     if "acceptance" not in values:
         return []
-    values = {**values, "acceptance": str(settings.prompts)}
+    values = {**values, "acceptance": str(settings.file_of("acceptance"))}
     command = ["evaluate", "--load", str(model), *_options(values, *_ACCEPTANCE)]
     return [_measuring(settings, ACCEPTANCE, phase, command)]
 

@@ -1,7 +1,9 @@
-"""Loss, perplexity and MTP loss of a checkpoint of either format, and how many drafts of its MTP block are accepted.
+"""Losses of a checkpoint of either format, its distance from a teacher, accepted drafts of its MTP block; tasks.
 
 - `perplexity`: the pass, with one block in memory at a time
 - `losses`: what it computes at the end of the model
 - `acceptance`: counts over speculative decoding
 - `prompts`: what that starts from
+- `teacher`: a teacher that it compares the model with
+- `tasks`: tasks of lm-evaluation-harness, on the whole model
 """

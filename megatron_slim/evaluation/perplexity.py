@@ -22,6 +22,7 @@ from megatron_slim.checkpoint.reference import Reference
 from megatron_slim.checkpoint.remarks import remarks
 from megatron_slim.data import Tokens, read_samples
 from megatron_slim.errors import DataError
+from megatron_slim.evaluation.teacher import Teacher
 from megatron_slim.pruning.samples import check_samples
 
 logger = logging.getLogger(__name__)
@@ -36,17 +37,39 @@ class Evaluation:
         tokens: number of tokens predicted by the main head.
         mtp_loss: the same mean for each MTP depth, depth 1 first.
         token_losses: nats of every predicted token of the first samples, what a `Reference` is made of.
+        kl: with a teacher, mean KL(teacher || student) in nats over the tokens of ``loss``.
+        top1_agreement: share of these positions at which both have the same most probable token.
+        teacher_loss: the teacher's ``loss``.
+        mtp_kl: as ``kl``, between the MTP heads of each depth that both have.
+        mtp_top1_agreement: as ``top1_agreement``, between these heads.
     """
 
     loss: float
     tokens: int
     mtp_loss: tuple[float, ...]
     token_losses: tuple[tuple[float, ...], ...] = ()
+    kl: float | None = None
+    top1_agreement: float | None = None
+    teacher_loss: float | None = None
+    mtp_kl: tuple[float, ...] = ()
+    mtp_top1_agreement: tuple[float, ...] = ()
 
     @property
     def perplexity(self) -> float:
         """exp(loss)."""
         return math.exp(self.loss)
+
+    def comparison(self) -> dict[str, Any]:
+        """What a teacher adds to a command's ``--json``; nothing without one."""
+        if self.kl is None:
+            return {}
+        return {
+            "teacher_loss": self.teacher_loss,
+            "kl": self.kl,
+            "top1_agreement": self.top1_agreement,
+            "mtp_kl": list(self.mtp_kl),
+            "mtp_top1_agreement": list(self.mtp_top1_agreement),
+        }
 
 
 def read_evaluation_data(
@@ -64,15 +87,21 @@ def read_evaluation_data(
 
 @torch.no_grad()
 def evaluate(
-    checkpoint: Checkpoint, samples: Tokens, *, micro_batch_size: int = 1, dtype: torch.dtype | None = None
+    checkpoint: Checkpoint,
+    samples: Tokens,
+    *,
+    micro_batch_size: int = 1,
+    dtype: torch.dtype | None = None,
+    teacher: Teacher | None = None,
 ) -> Evaluation:
-    """Loss of a checkpoint on samples.
+    """Loss of a checkpoint on samples, and its distance from a teacher.
 
     Args:
         checkpoint: the model.
         samples: token ids [samples, sequence], from `read_evaluation_data`.
         micro_batch_size: samples in one forward pass.
-        dtype: of weights and activations, see `device.default_dtype`; the cross entropy is always fp32, its sum fp64.
+        dtype: of weights and activations, see `device.default_dtype`; logits are always fp32, sums fp64.
+        teacher: is compared with the model, where given; `Teacher.check` says whether it can be.
 
     Raises:
         CheckpointError: a loss is not a finite number.
@@ -80,10 +109,23 @@ def evaluate(
     device.init_single_process()
     from megatron_slim.evaluation.losses import HeadLosses
 
-    forward = HeadLosses(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype or device.default_dtype())
+    dtype = dtype or device.default_dtype()
+    forward = HeadLosses(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype)
+    if teacher is not None:
+        forward.teacher = teacher.states(checkpoint.shape, samples, micro_batch_size=micro_batch_size, dtype=dtype)
     forward.run("evaluating")
-    main, *mtp = forward.losses
-    return Evaluation(main, samples.shape[0] * (samples.shape[1] - 1), tuple(mtp), forward.token_losses)
+    main, *mtp = forward.heads
+    return Evaluation(
+        main.loss,
+        samples.shape[0] * (samples.shape[1] - 1),
+        tuple(head.loss for head in mtp),
+        forward.token_losses,
+        main.kl,
+        main.top1_agreement,
+        main.teacher_loss,
+        tuple(head.kl for head in mtp if head.kl is not None),
+        tuple(head.top1_agreement for head in mtp if head.top1_agreement is not None),
+    )
 
 
 def evaluate_on(
@@ -95,12 +137,15 @@ def evaluate_on(
     seed: int,
     micro_batch_size: int,
     dtype: torch.dtype,
+    teacher: Teacher | None = None,
 ) -> tuple[Evaluation, Tokens]:
     """`evaluate` on data as a caller gives them, and the samples that they gave; logs what is cast to ``dtype``."""
     samples = read_evaluation_data(data, checkpoint.shape, seq_length=seq_length, num_samples=num_samples, seed=seed)
+    if teacher is not None:
+        teacher.check(checkpoint.shape, samples)
     for line in remarks(checkpoint, dtype, "evaluation"):
         logger.info(line)
-    return evaluate(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype), samples
+    return evaluate(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype, teacher=teacher), samples
 
 
 def evaluate_checkpoint(
@@ -113,6 +158,7 @@ def evaluate_checkpoint(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     record: bool = False,
+    teacher: Teacher | None = None,
     **reading: Any,
 ) -> dict[str, Any]:
     """Evaluate a Hugging Face or torch_dist directory; what megatron-slim evaluate runs.
@@ -121,7 +167,7 @@ def evaluate_checkpoint(
 
     Returns:
         ``loss``, ``perplexity``, ``tokens``, ``mtp_loss`` (a list, depth 1 first), ``samples``, ``seq_length``,
-        ``dtype`` and ``load``.
+        ``dtype`` and ``load``; with a teacher also `Evaluation.comparison`.
     """
     if micro_batch_size < 1:
         raise DataError(f"--micro-batch-size {micro_batch_size} is not a positive number")
@@ -136,6 +182,7 @@ def evaluate_checkpoint(
         seed=seed,
         micro_batch_size=micro_batch_size,
         dtype=dtype,
+        teacher=teacher,
     )
     if record:
         Reference.of(samples.tolist(), result.token_losses, dtype_name(dtype)).save(load)
@@ -144,6 +191,7 @@ def evaluate_checkpoint(
         "perplexity": result.perplexity,
         "tokens": result.tokens,
         "mtp_loss": list(result.mtp_loss),
+        **result.comparison(),
         "samples": samples.shape[0],
         "seq_length": samples.shape[1],
         "dtype": dtype_name(dtype),

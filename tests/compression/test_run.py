@@ -144,6 +144,14 @@ def test_acceptance_is_a_step_of_its_own(place: Path, tmp_path: Path) -> None:
     expected = f"--acceptance {place}/prompts.jsonl --max-new-tokens 8"
     assert expected in " ".join(found["phase-1/acceptance"]) and "--data" not in found["phase-1/acceptance"]
     assert "--max-new-tokens" not in found["phase-1/evaluate"]
+    assert f"--teacher {place}/teacher" in " ".join(found["phase-1/evaluate"])
+    assert "--teacher" not in found["teacher/evaluate"] and "--teacher" not in found["phase-1/acceptance"]
+
+
+def test_tasks_of_a_directory_next_to_the_recipe(place: Path, tmp_path: Path) -> None:
+    words = ["evaluate.tasks=[a, b]", "evaluate.tasks_dir=tasks"]
+    found = {step.name: step.command for step in steps.steps(settings(place, tmp_path, replaced=words))}
+    assert f"--tasks a,b --tasks-dir {place}/tasks" in " ".join(found["phase-1/evaluate"])
 
 
 def test_phases_have_their_own_tokens(place: Path, tmp_path: Path, tool: Any) -> None:

@@ -1,0 +1,72 @@
+"""Acceptance of MTP drafts, as `evaluate` measures it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_slim.cli.evaluation_extras import dtype_of
+from megatron_slim.command_line import load_options, positive
+
+if TYPE_CHECKING:
+    from megatron_slim.evaluation.acceptance import Acceptance
+
+logger = logging.getLogger(__name__)
+
+
+def add_acceptance_arguments(parser: argparse.ArgumentParser) -> None:
+    """Its arguments; ``--teacher`` is that of the comparison."""
+    group = parser.add_argument_group(
+        "acceptance of MTP drafts", "by greedy speculative decoding, of --teacher too where it is given"
+    )
+    group.add_argument(
+        "--acceptance",
+        type=Path,
+        metavar="PROMPTS",
+        help='measure it on these prompts: JSON lines with "text" or "tokens" (ids), or a .npy matrix of ids',
+    )
+    group.add_argument("--draft-tokens", type=positive, default=5, metavar="N", help="tokens drafted in a round")
+    group.add_argument("--max-new-tokens", type=positive, default=128, metavar="N", help="tokens after each prompt")
+    group.add_argument("--num-prompts", type=positive, metavar="N", help="prompts, the first ones (default: all)")
+    group.add_argument("--prompt-tokens", type=positive, metavar="N", help="tokens of each prompt (default: all)")
+    group.add_argument("--stop-at-eos", action="store_true", help="end texts at the eos_token_id of config.json")
+
+
+def run_acceptance(args: argparse.Namespace, load: Path) -> dict[str, Any]:
+    """Measure a checkpoint, and the teacher; say and give what was found."""
+    from megatron_slim.checkpoint.convert import log_left_out, open_checkpoint
+    from megatron_slim.device import default_dtype
+    from megatron_slim.evaluation.acceptance import acceptance_of
+
+    models = [open_checkpoint(load, **load_options(args))]
+    if args.teacher is not None:
+        models.append(open_checkpoint(args.teacher, args.teacher_hf_config, dequantize_fp8=args.dequantize_fp8))
+    for model in models:
+        log_left_out(model)
+    found = acceptance_of(
+        models[0],
+        models[1] if len(models) > 1 else None,
+        args.acceptance,
+        number=args.num_prompts,
+        length=args.prompt_tokens,
+        max_new_tokens=args.max_new_tokens,
+        draft_tokens=args.draft_tokens,
+        micro_batch_size=args.micro_batch_size,
+        dtype=dtype_of(args) or default_dtype(),
+        stop_at_eos=args.stop_at_eos,
+    )
+    results: dict[str, Any] = {}
+    for key, result in zip(("acceptance", "teacher_acceptance"), found, strict=True):
+        if result is not None:
+            _say(key.replace("_", " "), result)
+            results[key] = result.to_dict()
+    return results
+
+
+def _say(name: str, result: Acceptance) -> None:
+    for kind, rates in (("round", result.per_round), ("position", result.per_position)):
+        acc = ", ".join(f"acc_{k} {share:.3f}" for k, share in enumerate(rates.acc))
+        mean = f"mean accepted length {rates.mean_accepted_length:.3f}"
+        logger.info(f"{name} per {kind}: {mean}, {acc} over {rates.drafts} drafts")

@@ -1,0 +1,69 @@
+"""A teacher that students are compared with on the same samples."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_slim import device
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.checkpoint.convert import Checkpoint
+from megatron_slim.data import Tokens
+from megatron_slim.errors import CheckpointError
+from megatron_slim.files import sha256
+from megatron_slim.pruning.samples import check_samples
+
+if TYPE_CHECKING:
+    from megatron_slim.evaluation.losses import FinalStates
+
+logger = logging.getLogger(__name__)
+
+
+class Teacher:
+    """A teacher, and its hidden states on the samples that it was last asked for: one pass serves many students.
+
+    Attributes:
+        checkpoint: the model.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """A teacher that has not seen samples."""
+        self.checkpoint = checkpoint
+        self._asked: tuple[object, ...] = ()
+        self._last: FinalStates | None = None
+
+    def check(self, shape: ModelShape, samples: Tokens) -> None:
+        """Refuse a student of this shape, or samples, with which no comparison is possible.
+
+        Raises:
+            CheckpointError: the vocabularies differ.
+            DataError: the teacher cannot read the samples.
+        """
+        own = self.checkpoint.shape.vocab_size
+        if own != shape.vocab_size:
+            raise CheckpointError(
+                f"is a teacher with a vocabulary of {own}, the student has {shape.vocab_size}",
+                where=str(self.checkpoint.path),
+                fix="compare models of one tokenizer",
+            )
+        check_samples(samples, self.checkpoint.shape, where=f"{self.checkpoint.path} on the same samples")
+
+    def states(self, shape: ModelShape, samples: Tokens, *, micro_batch_size: int, dtype: torch.dtype) -> FinalStates:
+        """What the teacher's heads are given, of those that a student of this shape has too."""
+        device.init_single_process()
+        from megatron_slim.evaluation.losses import AHEAD, FinalStates
+
+        wanted = tuple(AHEAD)[: 1 + min(self.checkpoint.shape.mtp_num_layers, shape.mtp_num_layers)]
+        asked = (wanted, micro_batch_size, dtype, sha256(samples.tobytes()))
+        if self._last is not None and self._asked == asked:
+            return self._last
+        self._last = None  # its memory is needed
+        states = FinalStates(self.checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype)
+        states.wanted = wanted
+        nbytes = len(wanted) * samples.size * self.checkpoint.shape.hidden_size * dtype.itemsize
+        logger.info(f"{self.checkpoint.path}: last hidden states of the teacher take {nbytes / 1e6:,.0f} MB of memory")
+        states.run("evaluating the teacher")
+        self._asked, self._last = asked, states
+        return states
