@@ -23,6 +23,7 @@ COMPOSED = {
     "argument --...: '...' is not a positive integer": '"a positive integer"',
     "argument --...: '...' is not an integer that is zero or more": '"an integer that is zero or more"',
     "--lr-warmup-iters ... is not from 0 to below --train-iters ...": "is not from 0 to below",
+    "... is ..., and the run began with ...": ", and the run began with {",
     "nothing to plan from": '"nothing to plan from"',
     "... and ... exclude one another": '" exclude one another"',
     "unknown key ... (did you mean ...?)": 'f"did you mean {',

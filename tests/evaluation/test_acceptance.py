@@ -130,8 +130,8 @@ def test_bad_options(tool: Callable[..., Any], tmp_path: Path, student: Path) ->
         return str(outcome.error)
 
     given = ("--load", student, "--acceptance", file)
-    assert "neither --data nor --acceptance is given" in error("--load", student)
-    assert "--teacher is given without --acceptance" in error("--load", student, "--data", file, "--teacher", student)
+    assert "nothing to evaluate on" in error("--load", student)
+    assert "--teacher without --data or --acceptance" in error("--load", student, "--tasks", "a", "--teacher", student)
     assert "no such file" in error("--load", student, "--acceptance", tmp_path / "none.jsonl")
     assert "not a file of prompts" in error("--load", student, "--acceptance", text)
     assert "has no MTP block, so nothing drafts" in error("--load", silent, *given[2:])

@@ -70,7 +70,7 @@ def test_every_complete_checkpoint_is_measured(
 def test_what_does_nothing_together_is_refused(run: Path, tool: Callable[..., Any], tmp_path: Path) -> None:
     evaluate = ("tools/evaluate.py", "--load", run)
     data = ("--data", tmp_path / "x.npy")
-    assert "nothing to evaluate on; give --data, --tasks or both" in tool(*evaluate).error
+    assert "nothing to evaluate on; give --data, --acceptance or --tasks" in tool(*evaluate).error
     assert "--teacher without --data" in tool(*evaluate, "--tasks", "mmlu", "--teacher", tmp_path).error
     assert "--record without --data" in tool(*evaluate, "--tasks", "mmlu", "--record").error
     assert "--limit without --tasks" in tool(*evaluate, *data, "--limit", 3).error
