@@ -26,7 +26,8 @@ EPILOG = (
     "; with --teacher also teacher_loss, kl (nats per token), top1_agreement (a share), mtp_kl and mtp_top1_agreement "
     "(lists); with --acceptance also acceptance, and teacher_acceptance: acc (a list, share of drafts whose first 1, "
     "2, ... tokens were all accepted), mean_accepted_length, drafts, rounds, tokens, and per_position, the same over "
-    "all positions; with --tasks also tasks and tasks_left_out; with --every-checkpoint a list of all this, by iteration."
+    "all positions; with --tasks also tasks and tasks_left_out; with --every-checkpoint a list of all this, by "
+    "iteration."
 )
 
 
