@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import mod
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def quantize(weight: Tensor, block: tuple[int, int] = BLOCK) -> tuple[Tensor, Te
     values = values.view(down, block[0], across, block[1])
     scale = values.abs().amax(dim=(1, 3)) / LARGEST
     scale = torch.where(scale > 0, scale, 1.0)
-    # amax / scale may be above 448 by a rounding, or by more where the scale is subnormal.
+    # amax / scale may be above 448: by a rounding, or by more where the scale is subnormal. Some releases of torch make
+    # NaN of such numbers, others 448.
     codes = (values / scale[:, None, :, None]).clamp_(-LARGEST, LARGEST).to(FP8)
     return codes.view(down * block[0], across * block[1])[:rows, :columns].contiguous(), scale
 
@@ -110,6 +112,19 @@ def quantization_config(shape: ModelShape) -> dict[str, Any]:
 def _natural(name: str) -> list[tuple[int, str]]:
     """Order by name, and by number where there are numbers."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+
+def fp8_specs(shape: ModelShape, dtypes: Mapping[str, torch.dtype] | None = None) -> list[TensorSpec]:
+    """Specs of every tensor in the files of a model in FP8; ``dtypes`` of those that stay, all bf16 without it."""
+    found = []
+    for name, tensor in hf_tensors(shape).items():
+        extents = tensor.shape(shape)
+        if is_quantized(name):
+            found.append(TensorSpec(name, extents, FP8))
+            found.append(TensorSpec(name + SCALE, grid(extents, BLOCK), torch.float32))
+        else:
+            found.append(TensorSpec(name, extents, torch.bfloat16 if dtypes is None else dtypes[name]))
+    return found
 
 
 @dataclass(frozen=True)
@@ -184,17 +199,9 @@ class Fp8Export:
         }
         self._source = source
         self.dtypes = {name: torch.float32 if name in exact else torch.bfloat16 for name in source.dtypes}
-        self.specs: list[TensorSpec] = []
-        self.partial: list[str] = []
-        for name, tensor in hf_tensors(source.shape).items():
-            extents = tensor.shape(source.shape)
-            if not is_quantized(name):
-                self.specs.append(TensorSpec(name, extents, self.dtypes[name]))
-                continue
-            self.specs.append(TensorSpec(name, extents, FP8))
-            self.specs.append(TensorSpec(name + SCALE, grid(extents, BLOCK), torch.float32))
-            if any(extent % step for extent, step in zip(extents, BLOCK, strict=True)):
-                self.partial.append(name)
+        self.specs = fp8_specs(source.shape, self.dtypes)
+        weights = [spec for spec in self.specs if spec.dtype == FP8]
+        self.partial = [spec.name for spec in weights if any(map(mod, spec.shape, BLOCK))]
 
     @property
     def nbytes(self) -> int:

@@ -54,11 +54,11 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from megatron_slim.checkpoint.convert import log_left_out, open_checkpoint, write_checkpoint
-    from megatron_slim.checkpoint.distributed import DistCheckpoint, is_torch_dist
+    from megatron_slim.checkpoint.distributed import is_torch_dist
     from megatron_slim.checkpoint.fp8 import QUANTIZATION
     from megatron_slim.checkpoint.huggingface_files import read_config
     from megatron_slim.checkpoint.reference import carry_reference
-    from megatron_slim.checkpoint.remarks import padding
+    from megatron_slim.checkpoint.remarks import remarks
 
     source = "torch_dist" if is_torch_dist(args.load) else "hf"
     target = args.to or ("hf" if source == "torch_dist" or args.quantize else "torch_dist")
@@ -76,7 +76,7 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     options = {"dtype": dtype, "quantize": args.quantize, "records": carry, **write_options(args)}
     results = write_checkpoint(checkpoint, args.save, to=target, **options)
     ending = VERIFICATION[results["verified"]]
-    for line in padding(checkpoint, "conversion") if isinstance(checkpoint, DistCheckpoint) else ():
+    for line in remarks(checkpoint, torch.bfloat16 if args.quantize else None, "conversion"):
         logger.info(line)
     log_left_out(checkpoint)
     what = target if results["expert_storage"] == "separate" else f"{target} (experts {results['expert_storage']})"

@@ -285,6 +285,13 @@ def test_the_tool_says_what_was_lost_and_what_clients_may_refuse(tmp_path: Path,
         assert ("not made of whole blocks" in made.stderr) == partial
 
 
+def test_the_tool_names_what_it_rounds(tmp_path: Path, tool: Callable[..., Any]) -> None:
+    source = write_tiny_checkpoint(tmp_path / "hf", SHAPE, float32=("A_log", "model.norm.weight"))
+    made = tool(CONVERT, "--load", source, "--save", tmp_path / "fp8", "--quantize", "fp8")
+    total = len(hf_tensors(SHAPE))
+    assert f"conversion: rounds to bfloat16 1 of {total} tensors from float32 (model.norm.weight), of" in made.stderr
+
+
 # --- what clients look for ---
 
 
