@@ -97,7 +97,7 @@ def _log_quantization(found: dict[str, Any]) -> None:
     if count := found["partial_blocks"]:
         logger.warning(
             f"{count} of {found['tensors']} tensors in FP8 are not made of whole blocks of 128 x 128: "
-            "clients may refuse them (docs/checkpoints.md)"
+            "clients may refuse them or read them wrong (docs/checkpoints.md)"
         )
 
 
