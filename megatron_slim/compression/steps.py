@@ -128,14 +128,15 @@ def _quantization(settings: RunSettings, phase: int, model: Path) -> list[Step]:
         return []
     command = ("convert", "--load", str(model), "--save", str(quantized), "--to", "hf", "--quantize", method, "--json")
     step = _step(settings, QUANTIZE, phase, command, quantized, quantized.is_dir)
-    return [step, *_evaluation(settings, EVALUATE_FP8, phase, quantized, "--dequantize-fp8")]
+    evaluation = _evaluation(settings, EVALUATE_FP8, phase, quantized)
+    return [step, *(replace(each, command=(*each.command, "--dequantize-fp8")) for each in evaluation)]
 
 
-def _evaluation(settings: RunSettings, kind: str, phase: int | None, model: Path, *flags: str) -> list[Step]:
+def _evaluation(settings: RunSettings, kind: str, phase: int | None, model: Path) -> list[Step]:
     if settings.evaluation_data is None:
         return []
     names = [name for name in settings.section("evaluate") if name not in (*_ACCEPTANCE[:-1], "teacher_acceptance")]
-    command = ["evaluate", "--load", str(model), *flags, "--data", str(settings.evaluation_data)]
+    command = ["evaluate", "--load", str(model), "--data", str(settings.evaluation_data)]
     return [_measuring(settings, kind, phase, [*command, *_options(settings.section("evaluate"), *names)])]
 
 

@@ -233,8 +233,8 @@ def test_numbers_are_those_of_the_files(tmp_path: Path) -> None:
 def test_losses_before_and_after_quantization(tmp_path: Path) -> None:
     save = make_run(tmp_path / "run")
     document = json.loads((save / "run.json").read_text())
-    step = {"name": "phase-1/evaluate-fp8", "kind": "evaluate-fp8", "phase": 1, "state": "done", "command": ["evaluate"]}
-    document["steps"].insert(-1, step | {"result": "fp8.json"})
+    step = {"name": "phase-1/evaluate-fp8", "kind": "evaluate-fp8", "phase": 1, "state": "done"}
+    document["steps"].insert(-1, step | {"command": ["evaluate"], "result": "fp8.json"})
     (save / "run.json").write_text(json.dumps(document))
     (save / "fp8.json").write_text(json.dumps(evaluation(4.2492)))
     page = page_of(save)
