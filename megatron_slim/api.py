@@ -205,12 +205,13 @@ def convert(
     to: Format,
     dtype: torch.dtype | None = None,
     expert_storage: Literal["fused", "separate"] | None = None,
+    quantize: Literal["fp8"] | None = None,
     verify: bool = True,
     processes: int | None = None,
     arguments: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write a checkpoint in the other format, or the same one with changes, every weight bit for bit.
+    """Write a checkpoint in the other format, or the same one with changes, every weight bit for bit, or quantized.
 
     Args:
         checkpoint: the model, opened or as its path.
@@ -218,6 +219,7 @@ def convert(
         to: format of the result.
         dtype: cast every tensor; None keeps each as it is.
         expert_storage: how Hugging Face files hold the experts of a layer; None as the source does.
+        quantize: ``fp8`` writes the linear layers in block-scaled FP8; only to ``hf``.
         verify: read the result back and compare.
         processes: how many write; None: chosen by size and cores.
         arguments: kept in the result's provenance.
@@ -240,8 +242,9 @@ def convert(
             verify=verify,
             processes=processes,
             expert_storage=expert_storage,
+            quantize=quantize,
             arguments=arguments,
-            records=partial(carry_reference, source, dtype=dtype),
+            records=None if quantize else partial(carry_reference, source, dtype=dtype),
         )
 
 

@@ -1,6 +1,7 @@
-"""The sections of a recipe that say how a run measures, trains and evaluates: ``calibrate``, ``train``, ``evaluate``.
+"""The sections of a recipe for `megatron-slim run`: ``calibrate``, ``train``, ``evaluate``, ``export``.
 
-Pruning reads none of them. `megatron-slim run` does, and an argument of its command line replaces a value.
+They say how it measures, trains, evaluates and exports. Pruning reads none of them. An argument of the command line
+replaces a value.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ SECTIONS: dict[str, dict[str, Check]] = {
         "num_fewshot": _COUNT,
         "limit": _POSITIVE,
     },
+    "export": {"quantize": _is_one_of("fp8")},
 }
 
 

@@ -9,6 +9,7 @@
   from
 - `layout`: rows of the table as permutations, both ways
 - `units`, `transfer`, `convert`: what is streamed, the loop that reads, writes and reads back, and the whole
+- `fp8_writer`, `quantization_report`: block-scaled FP8 as it is written, and what that changed
 - `expert_storage`, `fp8`, `mtp`, `foreign`, `finite`: fused experts, FP8, MTP blocks, layouts of other programs, NaN
 - `loading`, `precision`: a built model's own shard from either format, and what stays in fp32
 - `side_files`, `records`, `provenance`, `reference`: files next to the weights

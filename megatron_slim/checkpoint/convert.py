@@ -17,7 +17,8 @@ from megatron_slim.architecture.table import count_parameters
 from megatron_slim.checkpoint.distributed import DistCheckpoint, is_torch_dist, iteration_directory
 from megatron_slim.checkpoint.distributed_writer import TorchDistWriter, finish_torch_dist
 from megatron_slim.checkpoint.dtype_names import dtype_name
-from megatron_slim.checkpoint.expert_storage import fused_blocks_for, separated, storage_name
+from megatron_slim.checkpoint.expert_storage import SEPARATE, fused_blocks_for, separated, storage_name
+from megatron_slim.checkpoint.fp8_writer import Fp8Export, check_quantization
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.huggingface_writer import (
     HFWriter,
@@ -29,7 +30,8 @@ from megatron_slim.checkpoint.huggingface_writer import (
 from megatron_slim.checkpoint.integrity import verify_manifest
 from megatron_slim.checkpoint.optimizer_state import OptimizerState, open_optimizer_state
 from megatron_slim.checkpoint.provenance import describe_source, software
-from megatron_slim.checkpoint.records import PROVENANCE
+from megatron_slim.checkpoint.quantization_report import markdown, summary
+from megatron_slim.checkpoint.records import PROVENANCE, QUANTIZATION_REPORT
 from megatron_slim.checkpoint.side_files import carried_bytes, log_left_behind
 from megatron_slim.checkpoint.torch_dist_files import Part
 from megatron_slim.checkpoint.torch_dist_names import RELEASE, STATE
@@ -102,6 +104,7 @@ def write_checkpoint(
     arguments: Mapping[str, Any] | None = None,
     expert_storage: str | None = None,
     optimizer: OptimizerState | None = None,
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     """Stream a checkpoint into a new directory, which appears only when everything in it is complete.
 
@@ -120,6 +123,7 @@ def write_checkpoint(
         expert_storage: ``fused`` or ``separate``, how Hugging Face files hold the experts of every block (a torch_dist
             checkpoint remembers it); None follows the source, block by block.
         optimizer: state to write next to the weights, of a torch_dist checkpoint.
+        quantize: ``fp8`` writes a Hugging Face checkpoint in block-scaled FP8 (`fp8_writer`), experts one by one.
 
     Returns:
         What was done, for a tool's ``--json``.
@@ -131,8 +135,12 @@ def write_checkpoint(
         raise CheckpointError(f"{to!r} is not a format of checkpoints", fix="give hf or torch_dist")
     if optimizer is not None and to != "torch_dist":
         raise CheckpointError(f"the format {to} holds no optimizer state", fix="write torch_dist")
-    dtypes = source.dtypes if dtype is None else dict.fromkeys(source.dtypes, dtype)
-    nbytes = total_bytes(source.shape, dtypes)
+    export = None
+    if quantize is not None:
+        check_quantization(quantize, source, to, dtype, expert_storage)
+        export, expert_storage = Fp8Export(source), SEPARATE
+    dtypes = export.dtypes if export else source.dtypes if dtype is None else dict.fromkeys(source.dtypes, dtype)
+    nbytes = export.nbytes if export else total_bytes(source.shape, dtypes)
     config = config_for(shape_to_hf_config(source.shape, source.config), dtypes.values())
     fused_blocks = fused_blocks_for(expert_storage, source.shape, source.fused_blocks)
     for note in source.notes:
@@ -144,8 +152,15 @@ def write_checkpoint(
     with new_directory(target) as unfinished:
         check_space(target, nbytes + side_bytes + (optimizer.nbytes if optimizer else 0))
         log_left_behind(source.config_path)
-        write = partial(_write_torch_dist, optimizer=optimizer) if to == "torch_dist" else _write_hf
-        content = write(source, unfinished, config, dtypes, fused_blocks, options)
+        quantization: dict[str, Any] = {}
+        if export:
+            content, errors = export.write(unfinished, config, options)
+            (unfinished / QUANTIZATION_REPORT).write_text(markdown(errors), encoding="utf-8")
+            described = {"method": quantize, "partial_blocks": len(export.partial), **summary(errors)}
+            quantization = {"quantization": described}
+        else:
+            write = partial(_write_torch_dist, optimizer=optimizer) if to == "torch_dist" else _write_hf
+            content = write(source, unfinished, config, dtypes, fused_blocks, options)
         results = {
             "format": to,
             "tensors": len(dtypes),
@@ -155,6 +170,7 @@ def write_checkpoint(
             "expert_storage": storage_name(fused_blocks, source.shape),
             "content": content,
             "verified": verify,
+            **quantization,
         }
         if optimizer is not None:
             results["optimizer"] = {

@@ -1,4 +1,4 @@
-"""Checkpoints in block-scaled FP8, as Qwen and DeepSeek publish them, read as bf16.
+"""Checkpoints in block-scaled FP8, as Qwen and DeepSeek publish them, read as bf16; `fp8_writer` writes them.
 
 A weight ``X.weight`` [rows, columns] of type E4M3 comes with ``X.weight_scale_inv``, one scale per block of r x c,
 [ceil(rows / r), ceil(columns / c)], where ``quantization_config.weight_block_size`` of config.json is [r, c]. A value
@@ -59,8 +59,18 @@ class BlockScaled:
             raise CheckpointError(
                 f"{self.name}{SCALE}: scales that are NaN, infinite or negative", where=str(self.scale.file)
             )
-        scale = scale[torch.from_numpy(block_of)].repeat_interleave(self.block[1], dim=1)
-        return self.weight.read(files, rows).float().mul_(scale[:, : self.shape[1]]).bfloat16()
+        return dequantize(self.weight.read(files, rows), scale[torch.from_numpy(block_of)], self.block[1])
+
+
+def dequantize(codes: Tensor, scale: Tensor, columns: int) -> Tensor:
+    """Numbers in FP8 times their scales, in bf16.
+
+    Args:
+        codes: [rows, width].
+        scale: of every row and every ``columns`` columns, [rows, ceil(width / columns)], fp32.
+        columns: of a block.
+    """
+    return codes.float().mul_(scale.repeat_interleave(columns, dim=1)[:, : codes.shape[1]]).bfloat16()
 
 
 def dequantized(

@@ -35,7 +35,8 @@ class HFWriter:
     def write(self, unit: Unit, tensors: dict[str, Tensor]) -> None:
         """Write a unit."""
         for name, tensor in tensors.items():
-            self.write_tensor(name, tensor, 0 if unit.rows is None else unit.rows.start)
+            rows = unit.rows_of(name)
+            self.write_tensor(name, tensor, 0 if rows is None else rows.start)
 
     def write_tensor(self, name: str, tensor: Tensor, first_row: int = 0) -> None:
         """Write a tensor, or some of its rows."""
@@ -52,7 +53,7 @@ class HFWriter:
         found = {}
         for name, _ in unit.tensors:
             entry = self._entries[name]
-            rows = np.arange(*(unit.rows or slice(0, entry.shape[0])).indices(entry.shape[0]))
+            rows = np.arange(*(unit.rows_of(name) or slice(0, entry.shape[0])).indices(entry.shape[0]))
             found[name] = entry.read(self._files, rows)
         return found
 

@@ -9,7 +9,7 @@ import torch
 
 from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import Weight
-from megatron_slim.checkpoint.convert import Checkpoint
+from megatron_slim.checkpoint.units import Checkpoint
 
 if TYPE_CHECKING:  # which brings Megatron
     from megatron_slim.architecture.hidden_states import HiddenStatesModel

@@ -13,16 +13,17 @@ from megatron_slim.checkpoint.precision import float32_weights
 from megatron_slim.errors import summarise
 
 
-def remarks(checkpoint: Checkpoint, dtype: torch.dtype, what: str, rows: int | None = None) -> Iterator[str]:
+def remarks(checkpoint: Checkpoint, dtype: torch.dtype | None, what: str, rows: int | None = None) -> Iterator[str]:
     """Lines for the person who watches, none where everything is taken as it is.
 
     Args:
         checkpoint: of the model.
-        dtype: the model's.
+        dtype: the model's; None keeps that of every weight.
         what: the lines begin with.
         rows: of the model's embedding and output layer; None, those of the vocabulary.
     """
-    yield from _rounding(checkpoint, dtype, what)
+    if dtype is not None:
+        yield from _rounding(checkpoint, dtype, what)
     if isinstance(checkpoint, DistCheckpoint):
         yield from padding(checkpoint, what, rows)
 

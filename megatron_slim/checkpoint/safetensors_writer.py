@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from megatron_slim.checkpoint.safetensors_reader import DTYPES, TensorEntry
+from megatron_slim.checkpoint.fp8 import FP8_DTYPES
+from megatron_slim.checkpoint.safetensors_reader import TensorEntry
 
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in FP8_DTYPES.items()}
 
 
 @dataclass(frozen=True)

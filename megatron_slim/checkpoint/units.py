@@ -79,6 +79,10 @@ class Unit:
         for tensor in self.weight.sources:
             yield tensor.name if self.expert is None else tensor.name.format(expert=self.expert), tensor
 
+    def rows_of(self, name: str) -> slice | None:
+        """The rows (dim 0) of one of its tensors that it holds; None for all."""
+        return self.rows
+
     def read(self, source: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Read it, cast to ``dtype`` if one is given."""
         index = None if self.rows is None else np.arange(self.rows.start, self.rows.stop)
@@ -87,16 +91,17 @@ class Unit:
 
     def digest(self, tensors: Mapping[str, Tensor]) -> str:
         """Hash of names, types, shapes and bytes; the same in every format of checkpoint."""
-        first = 0 if self.rows is None else self.rows.start
         found = []
         for name, tensor in tensors.items():
+            rows = self.rows_of(name)
+            first = 0 if rows is None else rows.start
             content = xxhash.xxh3_128_hexdigest(as_bytes(tensor.contiguous()))
             found.append(f"{name} {first} {list(tensor.shape)} {tensor.dtype} {content}\n")
         return "".join(found)
 
 
-def units(shape: ModelShape, dtypes: Mapping[str, torch.dtype]) -> Iterator[Unit]:
-    """All units of a model, in the order of the table."""
+def units(shape: ModelShape, dtypes: Mapping[str, torch.dtype], *, row_multiple: int = 1) -> Iterator[Unit]:
+    """All units of a model, in the order of the table; of a divided one, all but the last have a multiple of rows."""
     for weight in weights(shape):
         itemsize = max(dtypes[name].itemsize for name in _names(weight))
         if weight.stacked:
@@ -109,7 +114,7 @@ def units(shape: ModelShape, dtypes: Mapping[str, torch.dtype]) -> Iterator[Unit
             continue
         extent = weight.shape(shape)[0]
         row_bytes = nbytes // extent
-        step = max(1, UNIT_BYTES // row_bytes)
+        step = max(1, UNIT_BYTES // row_bytes // row_multiple) * row_multiple
         for start in range(0, extent, step):
             rows = slice(start, min(start + step, extent))
             yield Unit(weight, None, rows, (rows.stop - rows.start) * row_bytes)

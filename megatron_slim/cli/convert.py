@@ -1,4 +1,7 @@
-"""Convert a checkpoint between Hugging Face safetensors and Megatron's torch_dist, every weight bit for bit."""
+"""Convert a checkpoint between Hugging Face safetensors and Megatron's torch_dist, every weight bit for bit.
+
+With --quantize fp8 write it in block-scaled FP8.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to",
         choices=("hf", "torch_dist"),
         help="format of the result; the other one if not given. The same one takes a reason: --dequantize-fp8, "
-        "--expert-storage, --without-mtp or --dtype",
+        "--quantize, --expert-storage, --without-mtp or --dtype",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="cast every tensor (default: each keeps its type)")
+    parser.add_argument(
+        "--quantize",
+        choices=("fp8",),
+        help="write the linear layers in block-scaled FP8, as the published FP8 checkpoints have them (to hf)",
+    )
     add_write_arguments(parser)
 
 
@@ -46,27 +54,51 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from megatron_slim.checkpoint.convert import log_left_out, open_checkpoint, write_checkpoint
-    from megatron_slim.checkpoint.distributed import DistCheckpoint, is_torch_dist
+    from megatron_slim.checkpoint.distributed import is_torch_dist
+    from megatron_slim.checkpoint.fp8 import QUANTIZATION
+    from megatron_slim.checkpoint.huggingface_files import read_config
     from megatron_slim.checkpoint.reference import carry_reference
-    from megatron_slim.checkpoint.remarks import padding
+    from megatron_slim.checkpoint.remarks import remarks
 
     source = "torch_dist" if is_torch_dist(args.load) else "hf"
-    target = args.to or ("hf" if source == "torch_dist" else "torch_dist")
+    target = args.to or ("hf" if source == "torch_dist" or args.quantize else "torch_dist")
+    if args.quantize and source == "hf" and (args.dequantize_fp8 or read_config(args.load, fp8=True).get(QUANTIZATION)):
+        raise CheckpointError("is in FP8 already", where=str(args.load), fix="use it as it is, or its source in bf16")
     checkpoint = open_checkpoint(args.load, **load_options(args))
-    changes = args.dtype or args.dequantize_fp8 or args.expert_storage or args.without_mtp or checkpoint.notes
-    if source == target and not changes:
-        fix = "leave --to out, or say what is to change: --dequantize-fp8, --expert-storage, --without-mtp, --dtype"
+    changes = (args.dtype, args.dequantize_fp8, args.quantize, args.expert_storage, args.without_mtp, checkpoint.notes)
+    if source == target and not any(changes):
+        flags = "--dequantize-fp8, --quantize, --expert-storage, --without-mtp, --dtype"
+        fix = f"leave --to out, or say what is to change: {flags}"
         raise CheckpointError(f"is a {source} checkpoint already", where=str(args.load), fix=fix)
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    carry = partial(carry_reference, checkpoint, dtype=dtype)
-    results = write_checkpoint(checkpoint, args.save, to=target, dtype=dtype, records=carry, **write_options(args))
+    # A model in FP8 has other losses than those on record.
+    carry = None if args.quantize else partial(carry_reference, checkpoint, dtype=dtype)
+    options = {"dtype": dtype, "quantize": args.quantize, "records": carry, **write_options(args)}
+    results = write_checkpoint(checkpoint, args.save, to=target, **options)
     ending = VERIFICATION[results["verified"]]
-    for line in padding(checkpoint, "conversion") if isinstance(checkpoint, DistCheckpoint) else ():
+    for line in remarks(checkpoint, torch.bfloat16 if args.quantize else None, "conversion"):
         logger.info(line)
     log_left_out(checkpoint)
     what = target if results["expert_storage"] == "separate" else f"{target} (experts {results['expert_storage']})"
     logger.info(f"{args.save}: {results['tensors']} tensors, {results['parameters']:,} parameters as {what}, {ending}")
+    if "quantization" in results:
+        _log_quantization(results["quantization"])
     return {"load": str(args.load), "save": str(args.save), **results}
+
+
+def _log_quantization(found: dict[str, Any]) -> None:
+    """The error, and what clients do not load."""
+    worst = found["worst"]
+    kinds = found["relative_rms"].values()
+    logger.info(
+        f"{found['tensors']} tensors in FP8, relative RMS error {min(kinds):.2%} to {max(kinds):.2%} by kind of layer, "
+        f"at worst {worst['relative_rms']:.2%} ({worst['tensor']})"
+    )
+    if count := found["partial_blocks"]:
+        logger.warning(
+            f"{count} of {found['tensors']} tensors in FP8 are not made of whole blocks of 128 x 128: "
+            "clients may refuse them or read them wrong (docs/checkpoints.md)"
+        )
 
 
 def main(argv: Sequence[str], prog: str) -> None:

@@ -16,7 +16,16 @@ from megatron_slim.architecture.gpus import peak_flops
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.compression.settings import SEQ_LENGTH, RunSettings
-from megatron_slim.compression.steps import ACCEPTANCE, EVALUATE_TEACHER, EXPORT, PRUNE, SHOW_PLAN, TRAIN, Step
+from megatron_slim.compression.steps import (
+    ACCEPTANCE,
+    EVALUATE_TEACHER,
+    EXPORT,
+    PRUNE,
+    QUANTIZE,
+    SHOW_PLAN,
+    TRAIN,
+    Step,
+)
 from megatron_slim.data import data_prefix, open_stream
 
 # Shares of the rate of large products. Training on GPUs: what the planner's estimates come to for 80A3B -> 23A2B on
@@ -111,12 +120,21 @@ def needs(settings: RunSettings, found: Sequence[Step], teacher: ModelShape, mac
         elif step.kind == EXPORT:
             size = _size(student, machine)
             yield Need(step, 0, None if size is None else size / WRITTEN_PER_SECOND, size)
+        elif step.kind == QUANTIZE:
+            size = None if student is None else _bytes_in_fp8(student)
+            yield Need(step, 0, None if size is None else size / WRITTEN_PER_SECOND, size)
         elif step.kind == ACCEPTANCE:
             yield Need(step, nbytes=0)  # texts of a length that the models decide
         else:
             model = teacher if step.kind == EVALUATE_TEACHER else student
             tokens = _evaluation_tokens(settings)
             yield Need(step, tokens, _streaming(model, length, kernels, tokens, machine), 0)
+
+
+def _bytes_in_fp8(student: ModelShape) -> int:
+    from megatron_slim.checkpoint.fp8_writer import fp8_specs  # which brings torch
+
+    return sum(spec.nbytes for spec in fp8_specs(student))
 
 
 def _training(

@@ -23,7 +23,7 @@ from megatron_slim.pruning.statistics import Statistics
 VERSION = 1
 TEACHER = "teacher"
 PLAN_PAGE = "plan"  # of a phase, the directory that megatron-slim show-plan --save writes
-_KINDS = {"evaluate-pruned": "pruned", "evaluate": "student"}
+_KINDS = {"evaluate-pruned": "pruned", "evaluate": "student", "evaluate-fp8": "student, FP8"}
 # What an evaluation has of each model; errors under the same names with _stderr.
 FIGURES = ("loss", "perplexity", "kl", "top1_agreement")
 DEPTHS = ("mtp_loss", "mtp_kl", "mtp_top1_agreement")

@@ -19,7 +19,7 @@ RUN, VERSION = "run.json", 1
 PROGRAM = "megatron-slim"
 DONE = "done"
 ACCEPTANCE = "acceptance"  # a step of its own, about the model that the step of evaluation next to it is about
-EVALUATIONS = ("evaluate-teacher", "evaluate-pruned", "evaluate", ACCEPTANCE)
+EVALUATIONS = ("evaluate-teacher", "evaluate-pruned", "evaluate", "evaluate-fp8", ACCEPTANCE)
 Document = Mapping[str, Any]
 
 

@@ -43,6 +43,9 @@ def headline(facts: Mapping[str, Any]) -> Iterator[str]:
         loss, difference = students[-1]["loss"], students[-1]["loss_difference"]
         of_both = f"{loss - difference:.4f}, of the student {loss:.4f} ({difference:+.4f})"
         yield f"Loss of the teacher {of_both} nats per token."
+    in_fp8 = [model["loss"] for model in evaluations if model["model"] == "student, FP8" and "loss" in model]
+    if students and in_fp8:
+        yield f"Loss of the student in FP8 {in_fp8[-1]:.4f} ({in_fp8[-1] - students[-1]['loss']:+.4f} to its own)."
 
 
 def size_section(sizes: Models) -> Section:
@@ -101,7 +104,7 @@ def evaluation_sections(models: Models) -> list[Section]:
     return [
         _losses(models),
         _agreement([model for model in models if model["model"] != TEACHER]),
-        _acceptance([model for model in models if model["model"] != "pruned" or "acceptance" in model]),
+        _acceptance([model for model in models if model["model"] in (TEACHER, "student") or "acceptance" in model]),
         _tasks(models),
         _clients(models),
     ]

@@ -15,6 +15,7 @@ import yaml
 from megatron_slim.errors import RecipeError, SlimError
 from megatron_slim.packaged import find_recipe
 from megatron_slim.recipe import Recipe, parse_recipe, read_document
+from megatron_slim.recipe_run import SECTIONS
 
 # Of pretrain_distill.sh, where neither recipe nor command line says it.
 SEQ_LENGTH, GLOBAL_BATCH_SIZE = 4096, 1024
@@ -54,9 +55,9 @@ class RunSettings:
         return self.recipe.phases or (self.recipe,)
 
     def section(self, name: str) -> Mapping[str, Any]:
-        """``calibrate``, ``train`` or ``evaluate``; samples are as long as those of training where it does not say."""
+        """A section of `recipe_run`; samples are as long as those of training where it does not say."""
         length = self.recipe.run.get("train", {}).get("seq_length")
-        default = {} if length is None else {"seq_length": length}
+        default = {} if length is None or "seq_length" not in SECTIONS[name] else {"seq_length": length}
         return {**default, **self.recipe.run.get(name, {})}
 
     @property

@@ -8,6 +8,7 @@ SAVE/phase-K/pruned         student before training, with its plan and report: H
 SAVE/phase-K/plan           the plan as a page
 SAVE/phase-K/training       the run: checkpoints (torch_dist) and logs
 SAVE/phase-K/model          trained student (Hugging Face); that of the last phase is SAVE/model
+SAVE/model-fp8              the same in block-scaled FP8, where the recipe has ``export: {quantize: fp8}``
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from megatron_slim.compression.settings import RunSettings
 EVALUATE_TEACHER, PRUNE, EVALUATE_PRUNED = "evaluate-teacher", "prune", "evaluate-pruned"
 TRAIN, EXPORT, EVALUATE, ACCEPTANCE = "train", "export", "evaluate", "acceptance"
 SHOW_PLAN = "show-plan"
+QUANTIZE, EVALUATE_FP8 = "quantize", "evaluate-fp8"
 # The section of a recipe that a step of a kind follows; prune follows all that `pruning` reads too.
 SECTION = {
     EVALUATE_TEACHER: "evaluate",
@@ -33,8 +35,10 @@ SECTION = {
     TRAIN: "train",
     EVALUATE: "evaluate",
     ACCEPTANCE: "evaluate",
+    QUANTIZE: "export",
+    EVALUATE_FP8: "evaluate",
 }
-RECIPE_FILE, MODEL = "recipe.yaml", "model"
+RECIPE_FILE, MODEL, MODEL_FP8 = "recipe.yaml", "model", "model-fp8"
 # Values of ``train`` that are not arguments of `megatron-slim distill`.
 _OWN = ("tokens", "flags", "carry_optimizer", "moments_of_merged")
 _ACCEPTANCE = ("acceptance", "draft_tokens", "max_new_tokens", "num_prompts", "prompt_tokens", "micro_batch_size")
@@ -89,7 +93,7 @@ def steps(settings: RunSettings) -> list[Step]:
         found.append(_step(settings, EXPORT, phase, command, model, model.is_dir))
         found += _evaluation(settings, EVALUATE, phase, model) + _acceptance(settings, phase, model)
         before = training
-    return found
+    return found + _quantization(settings, len(settings.phases), settings.save / MODEL)
 
 
 def command_line(step: Step) -> list[str]:
@@ -119,6 +123,17 @@ def _options(values: Mapping[str, Any], *names: str) -> list[str]:
         for key, value in kept.items()
         for word in ("--" + key.replace("_", "-"), ",".join(map(str, value)) if isinstance(value, list) else str(value))
     ]
+
+
+def _quantization(settings: RunSettings, phase: int, model: Path) -> list[Step]:
+    """The last export once more in FP8, and its losses."""
+    method, quantized = settings.section("export").get("quantize"), settings.save / MODEL_FP8
+    if method is None:
+        return []
+    command = ("convert", "--load", str(model), "--save", str(quantized), "--to", "hf", "--quantize", method, "--json")
+    step = _step(settings, QUANTIZE, phase, command, quantized, quantized.is_dir)
+    evaluation = _evaluation(settings, EVALUATE_FP8, phase, quantized)
+    return [step, *(replace(each, command=(*each.command, "--dequantize-fp8")) for each in evaluation)]
 
 
 def _evaluation(settings: RunSettings, kind: str, phase: int | None, model: Path) -> list[Step]:

@@ -230,6 +230,21 @@ def test_numbers_are_those_of_the_files(tmp_path: Path) -> None:
     ]
 
 
+def test_losses_before_and_after_quantization(tmp_path: Path) -> None:
+    save = make_run(tmp_path / "run")
+    document = json.loads((save / "run.json").read_text())
+    step = {"name": "phase-1/evaluate-fp8", "kind": "evaluate-fp8", "phase": 1, "state": "done"}
+    document["steps"].insert(-1, step | {"command": ["evaluate"], "result": "fp8.json"})
+    (save / "run.json").write_text(json.dumps(document))
+    (save / "fp8.json").write_text(json.dumps(evaluation(4.2492)))
+    page = page_of(save)
+    assert page.column("Evaluation", "student")["loss"] == "4.2442"
+    quantized = page.column("Evaluation", "student, FP8")
+    assert (quantized["loss"], quantized["to the teacher"]) == ("4.2492", "+0.1841")
+    assert "Loss of the student in FP8 4.2492 (+0.0050 to its own)." in page.texts["Compression of run-teacher"]
+    assert "student, FP8" not in page.tables["Acceptance of MTP drafts"][0]
+
+
 def test_all_of_it_can_be_repeated(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "run"))
     assert "The run is finished." in page.texts["Compression of run-teacher"]

@@ -154,6 +154,28 @@ def test_tasks_of_a_directory_next_to_the_recipe(place: Path, tmp_path: Path) ->
     assert f"--tasks a,b --tasks-dir {place}/tasks" in " ".join(found["phase-1/evaluate"])
 
 
+def test_the_last_export_is_quantized_and_evaluated(place: Path, tmp_path: Path, tool: Any) -> None:
+    save, quantize = tmp_path / "r", ["--set", "export.quantize=fp8"]
+    done = tool("tools/run.py", *arguments(place, save, "two.yaml", *quantize, "--dry-run", "--json"))
+    found = {step["name"]: step for step in done.json["steps"]}
+    assert list(found)[-2:] == ["phase-2/quantize", "phase-2/evaluate-fp8"] and "phase-1/quantize" not in found
+    words = f"convert --load {save}/model --save {save}/model-fp8 --to hf --quantize fp8 --json"
+    assert found["phase-2/quantize"]["command"] == ["megatron-slim", *words.split()]
+    before, after = found["phase-2/evaluate"]["command"], found["phase-2/evaluate-fp8"]["command"]
+    words = [f"{save}/model-fp8" if word == f"{save}/model" else word for word in before]
+    assert after == [*words, "--dequantize-fp8"]
+    wrong = tool("tools/run.py", *arguments(place, save, "two.yaml", "--set", "export.quantize=int4"))
+    assert "export.quantize 'int4' is unknown (known: fp8)" in wrong.error
+
+
+def test_quantization_may_be_asked_for_later(place: Path, tmp_path: Path, tool: Any, quick: dict[str, Any]) -> None:
+    words = arguments(place, tmp_path / "r")
+    assert tool("tools/run.py", *words).code == 0
+    quick["ran"].clear()
+    assert tool("tools/run.py", *words, "--set", "export.quantize=fp8").code == 0
+    assert quick["ran"] == ["phase-1/quantize", "phase-1/evaluate-fp8"]
+
+
 def test_phases_have_their_own_tokens(place: Path, tmp_path: Path, tool: Any) -> None:
     done = tool("tools/run.py", *arguments(place, tmp_path / "r", "two.yaml", "--tokens", "1K"))
     assert "train.tokens and phases exclude one another" in done.error
@@ -183,7 +205,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         found["ran"].append(step.name)
         output = (
             step.output
-            if step.kind in (steps.PRUNE, steps.SHOW_PLAN, steps.EXPORT)
+            if step.kind in (steps.PRUNE, steps.SHOW_PLAN, steps.EXPORT, steps.QUANTIZE)
             else step.result.with_suffix(".made")
         )
         code = found["code"].get(step.name, STAND_IN)
