@@ -42,7 +42,7 @@ def run_acceptance(args: argparse.Namespace, load: Path) -> dict[str, Any]:
 
     models = [open_checkpoint(load, **load_options(args))]
     if args.teacher is not None:
-        models.append(open_checkpoint(args.teacher, args.teacher_hf_config, dequantize_fp8=args.dequantize_fp8))
+        models.append(open_checkpoint(args.teacher, args.teacher_hf_config))
     for model in models:
         log_left_out(model)
     found = acceptance_of(

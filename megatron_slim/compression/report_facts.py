@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,7 @@ def _seeds(run: CompressionRun) -> Iterator[tuple[str, Any]]:
             if "seed" in name.replace("-", "_").split("_"):
                 yield f"{section}.{name}", value
     for step in run.steps:
-        for word, following in zip(step.command, (*step.command[1:], ""), strict=True):
+        for word, following in pairwise((*step.command, "")):
             name, _, value = word.partition("=")
             if name.startswith("--") and "seed" in name.strip("-").split("-"):
                 yield f"{step.name} {name}", value or following
