@@ -1,0 +1,94 @@
+"""What every client's script has: it runs in that client's environment, so it imports numpy alone.
+
+A script is called with the directory of a case (``model/``, ``expected.npz``), a scratch directory and the name of a
+check. It ends with one line of JSON: ``result`` and ``note``. What it raises is the reason why the client does not work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+# Before any of the clients is imported: nothing is looked up in a network.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import numpy as np
+
+SAME_LOGITS, SAME_TOKENS, LOADS, DIFFERS = "same logits", "same tokens", "loads", "other results"
+# Logits of the tiny models are about 1; fp32 sums of another order differ by some 1e-6, in a few places by more.
+FP32, BF16 = 1e-4, 0.1
+Result = tuple[str, str]
+
+
+class Case:
+    """Files and expected arrays of a case."""
+
+    def __init__(self, directory: Path, scratch: Path) -> None:
+        self.name = directory.name
+        self.model = directory / "model"
+        self.scratch = scratch
+        self.config: dict[str, Any] = json.loads((self.model / "config.json").read_text())
+        with np.load(directory / "expected.npz") as arrays:
+            self.expected = dict(arrays)
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Token ids of every prompt."""
+        return self.expected["prompts"].tolist()
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that follow every prompt."""
+        return self.expected["tokens"].shape[1]
+
+    def compare_logits(self, logits: Any, tolerance: float = FP32) -> Result:
+        """Logits of the prompts, [prompts, tokens, vocabulary]."""
+        largest = float(np.abs(np.asarray(logits, dtype=np.float32) - self.expected["logits"]).max())
+        note = f"logits differ by at most {largest:.1g}"
+        return (SAME_LOGITS if largest <= tolerance else DIFFERS), note
+
+    def compare_tokens(self, tokens: Any, tolerance: float = FP32) -> Result:
+        """Greedy continuations, [prompts][new tokens]; a row counts up to a tie, a margin below twice the tolerance."""
+        same = total = ties = 0
+        rows = zip(tokens, self.expected["tokens"].tolist(), self.expected["margins"].tolist(), strict=True)
+        for found, expected, margins in rows:
+            first = next((i for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1]), None)
+            tie = first is not None and margins[first] < 2 * tolerance
+            ties += tie
+            same += len(expected) if first is None else first
+            total += first if tie and first is not None else len(expected)
+        note = f"{same} of {total} tokens" + (f", {ties} texts up to a tie" if ties else "")
+        return (SAME_TOKENS if same == total else DIFFERS), note
+
+    def compare_margins(self, margins: Any, tolerance: float = FP32) -> Result:
+        """Logit of each greedy token less that of the second best one, where a client gives no more."""
+        largest = float(np.abs(np.asarray(margins, dtype=np.float32) - self.expected["margins"]).max())
+        note = f"margins of tokens differ by at most {largest:.1g}"
+        return (SAME_LOGITS if largest <= tolerance else DIFFERS), note
+
+    def compare_drafts(self, rounds: int, accepted: int) -> Result:
+        """Counts of speculative decoding with one draft a round; engines count the last round of a text differently."""
+        expected_rounds, expected_accepted = self.expected["drafts"].tolist()
+        note = f"{accepted} of {rounds} drafts accepted, expected {expected_accepted} of {expected_rounds}"
+        allowed = len(self.prompts)
+        near = abs(rounds - expected_rounds) <= allowed and abs(accepted - expected_accepted) <= allowed
+        return (SAME_TOKENS if near else DIFFERS), note
+
+
+def both(*results: Result) -> Result:
+    """One result of several: the first, unless a later one differs."""
+    wrong = [result for result, _ in results if result == DIFFERS]
+    return (wrong or [results[0][0]])[0], "; ".join(note for _, note in results)
+
+
+def main(checks: Mapping[str, Callable[[Case], Result]]) -> None:
+    """Run the check that the command line names, and print its result."""
+    directory, scratch, check = sys.argv[1:]
+    result, note = checks[check](Case(Path(directory), Path(scratch)))
+    sys.stdout.flush()
+    print("\n" + json.dumps({"result": result, "note": note}), flush=True)
+    os._exit(0)  # engines leave processes and threads that would keep this one alive

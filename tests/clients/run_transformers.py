@@ -1,0 +1,50 @@
+"""transformers: logits, generation with its cache, the MTP block on its own, and loading and saving."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common import LOADS, Case, Result, both, main
+
+import torch
+from transformers import AutoModelForCausalLM
+
+
+def load(case: Case) -> Any:
+    model, report = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise RuntimeError(f"{len(missing)} weights not found, such as {missing[0]}")
+    return model.eval()
+
+
+def _continue(model: Any, prompts: Any, case: Case, **settings: Any) -> list[list[int]]:
+    """Greedy continuations with the model's cache."""
+    length = {"min_new_tokens": case.new_tokens, "max_new_tokens": case.new_tokens}
+    mask = torch.ones_like(prompts)
+    text = model.generate(prompts, attention_mask=mask, do_sample=False, pad_token_id=0, **length, **settings)
+    return text[:, prompts.shape[1] :].tolist()
+
+
+def generate(case: Case) -> Result:
+    model, prompts = load(case), torch.tensor(case.prompts)
+    with torch.no_grad():
+        logits = model(input_ids=prompts).logits
+        text = _continue(model, prompts, case)
+    return both(case.compare_logits(logits), case.compare_tokens(text))
+
+
+def mtp(case: Case) -> Result:
+    """Its MTP block, which it loads strictly; its own generation has no drafts for models with a recurrent state."""
+    from transformers.modeling_layers import MtpModel
+
+    block = MtpModel.from_pretrained(load(case))
+    return LOADS, f"MtpModel, {sum(1 for _ in block.parameters())} weights"
+
+
+def save(case: Case) -> Result:
+    """The saved directory is read by this package afterwards."""
+    load(case).to(torch.bfloat16).save_pretrained(case.scratch / "saved")
+    return LOADS, "saved"
+
+
+main({"generate": generate, "mtp": mtp, "save": save})
