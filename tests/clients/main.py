@@ -7,6 +7,7 @@ its results with transformers' in fp32 from the same files. Exit code 1 if somet
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -24,6 +25,9 @@ from tests.clients.models import CASES, ROOT, Case, write_cases
 
 HERE = Path(__file__).resolve().parent
 INSTALL_MINUTES = 30
+# Not the path to this package; no GPU; nothing is looked up in a network.
+ENVIRONMENT = {"PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
 FAILS, NOT_INSTALLED, DIFFERS = "does not load", "not installed", "other results"
 
 
@@ -64,10 +68,8 @@ def output(command: Sequence[str | Path], minutes: int, env: dict[str, str] | No
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
     """End what the command started and left behind."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, 9)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -83,12 +85,14 @@ def reason(code: int, stderr: str) -> str:
 def install(client: Client, environment: Path, python: str) -> str:
     """Build the environment, or take the one of the same requirements; returns why that failed, or nothing."""
     stamp = environment / ".complete"
-    wanted = json.dumps([client.requirements, client.without_dependencies, client.unpack, python])
+    wanted = json.dumps([client.requirements, client.remove, client.without_dependencies, client.unpack, python])
     if stamp.exists() and stamp.read_text() == wanted:
         return ""
     shutil.rmtree(environment, ignore_errors=True)
     pip = (environment / "bin/python", "-m", "pip", "--disable-pip-version-check")
     steps: list[Sequence[str | Path]] = [(python, "-m", "venv", environment), (*pip, "install", *client.requirements)]
+    if client.remove:
+        steps.append((*pip, "uninstall", "--yes", *client.remove))
     if client.without_dependencies:
         steps.append((*pip, "install", "--no-deps", *client.without_dependencies))
     if client.unpack:
@@ -116,8 +120,7 @@ def version_of(package: str, environment: Path) -> str:
 def check(client: Client, name: str, case: Path, environment: Path) -> tuple[str, str]:
     """Result and note of a check."""
     with tempfile.TemporaryDirectory() as scratch:
-        # CI's variables and the path to this package are not the client's.
-        env = {"PYTHONPATH": "", "OMP_NUM_THREADS": str(os.cpu_count()), "CUDA_VISIBLE_DEVICES": "", **dict(client.env)}
+        env = ENVIRONMENT | {"OMP_NUM_THREADS": str(os.cpu_count())} | dict(client.env)
         command = (environment / "bin/python", HERE / client.script, case, scratch, name)
         code, stdout, stderr = output(command, client.minutes, env)
         (case / f"{client.script}-{name}.log").write_text(f"{stdout}\n{stderr}")

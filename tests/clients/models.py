@@ -105,11 +105,21 @@ def run(*words: str | Path) -> None:
         raise RuntimeError(f"{' '.join(map(str, words))}: {done.stderr.strip()[-2000:]}")
 
 
-def source_tensors(shape: ModelShape, seed: int = 0) -> dict[str, Tensor]:
+def ascii_tokens(tokenizer: Path) -> Tensor:
+    """Which tokens are ASCII text, [vocabulary]: llama.cpp gives no probabilities of parts of a character."""
+    vocabulary = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    found = torch.zeros(VOCAB, dtype=torch.bool)
+    for token, number in vocabulary.items():
+        # Of a byte-level vocabulary: the signs for a space and for the end of a line.
+        found[number] = token.replace("\u0120", "").replace("\u010a", "").isascii() and number != 0
+    return found
+
+
+def source_tensors(shape: ModelShape, possible: Tensor, seed: int = 0) -> dict[str, Tensor]:
     """Random weights with which the next token depends mostly on the last one, and partly on those before.
 
     So a draft of the MTP block, which sees the last token's embedding, is accepted more often than never and less
-    often than always; with weights that are random throughout, no draft would be.
+    often than always; with weights that are random throughout, no draft would be. Only ``possible`` tokens follow.
     """
     generator = torch.Generator().manual_seed(seed + 1)
 
@@ -123,7 +133,7 @@ def source_tensors(shape: ModelShape, seed: int = 0) -> dict[str, Tensor]:
     tensors["lm_head.weight"] = 0.1 * (
         0.3 * embedding[torch.randperm(VOCAB, generator=generator)] + noise(VOCAB, hidden)
     )
-    tensors["lm_head.weight"][0] = 0  # the end of the text is never the most probable token
+    tensors["lm_head.weight"][~possible] = 0  # logits of 0 are far below the largest
     for name in tensors:
         if name.endswith(("mlp.gate.weight", "shared_expert_gate.weight")):
             tensors[name] *= 4  # routers decide clearly: rounding to bf16 seldom changes the choice
@@ -155,7 +165,9 @@ def write_source(work: Path, model_type: str) -> Path:
     shape = tiny_shape(model_type, **_SIZES[model_type])
     source = work / model_type
     source.mkdir()
-    save_file(source_tensors(shape), source / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        source_tensors(shape, ascii_tokens(work / "tokenizer")), source / "model.safetensors", metadata={"format": "pt"}
+    )
     config = tiny_hf_config(shape) | {"bos_token_id": 0, "eos_token_id": 0}
     (source / "config.json").write_text(json.dumps(config, indent=2))
     for file in (work / "tokenizer").iterdir():

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from common import DIFFERS, LOADS, Case, Result, main
+from pathlib import Path
 
 import numpy as np
 import torch
+from common import DIFFERS, LOADS, Case, Result, main
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def _tensors(directory: object, prefix: str) -> dict[str, torch.Tensor]:
+def _tensors(directory: Path, prefix: str) -> dict[str, torch.Tensor]:
     found = {}
     for file in directory.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
-            found |= {name: tensors.get_tensor(name) for name in tensors.keys() if name.startswith(prefix)}
+            names = tensors.keys()
+            found |= {name: tensors.get_tensor(name) for name in names if name.startswith(prefix)}
     return found
 
 
@@ -35,7 +37,8 @@ def fp8(case: Case) -> Result:
         logits = loaded(input_ids=torch.tensor(case.prompts)).logits.float().numpy()
     expected = case.expected["logits"]
     error = float(np.linalg.norm(logits - expected) / np.linalg.norm(expected))
-    note = f"{len(scales)} weights in FP8, logits {100 * error:.1f}% off, {len(after)} of {len(before)} weights of MTP as they were"
+    note = f"{len(scales)} weights in FP8, logits {100 * error:.1f}% off"
+    note += f", {len(after)} of {len(before)} weights of MTP as they were"
     return (LOADS if same and scales and error < 0.2 else DIFFERS), note
 
 

@@ -6,10 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from common import Case, Result, both, main
-
 import mlx.core as mx
 import numpy as np
+from common import Case, Result, both, main
 from mlx_lm import load
 from mlx_lm.generate import generate_step
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import LOADS, Case, Result, both, main
-
 import torch
+from common import LOADS, Case, Result, both, main
 from transformers import AutoModelForCausalLM
 
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import BF16, FP32, SAME_LOGITS, DIFFERS, Case, Result, both, main
-
 import numpy as np
+from common import BF16, DIFFERS, FP32, SAME_LOGITS, Case, Result, both, main
 
 
 def _start(case: Case, **settings: Any) -> Any:
