@@ -20,8 +20,8 @@ def write_expected(directory: Path, has_mtp: bool) -> None:
 
     Its arrays: ``prompts`` [prompts, tokens]; ``logits`` [prompts, tokens, vocabulary], fp32, of the prompts alone;
     ``tokens`` [prompts, new tokens], the greedy continuations; ``margins`` of the same size, logit of the chosen token
-    less that of the second; and with an MTP block ``drafts``, rounds and accepted drafts of speculative decoding with
-    one draft a round.
+    less that of the second; and with an MTP block ``agrees`` [prompts, prompt and new tokens - 2], whether the block's
+    draft at position i is the token at i + 2.
     """
     model = AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(7)
@@ -35,7 +35,7 @@ def write_expected(directory: Path, has_mtp: bool) -> None:
             "margins": margins,
         }
         if has_mtp:
-            arrays["drafts"] = torch.tensor(_rounds(_draft_agrees(model, text)))
+            arrays["agrees"] = _draft_agrees(model, text)
     np.savez(directory / "expected.npz", **{name: array.numpy() for name, array in arrays.items()})
 
 
@@ -49,18 +49,6 @@ def _continue(model: Any, text: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _draft_agrees(model: Any, text: Tensor) -> Tensor:
-    """Whether the block at position i drafts the token at i + 2 that is there, [prompts, tokens - 2]."""
     hidden = model.model(input_ids=text).last_hidden_state
     drafted = model.lm_head(mtp_hidden(load_mtp(model), hidden, text)).argmax(-1)
     return drafted[:, :-1] == text[:, 2:]
-
-
-def _rounds(agrees: Tensor) -> tuple[int, int]:
-    """Rounds of one draft each, and accepted drafts; a round ends behind the last token at the latest."""
-    rounds = accepted = 0
-    for row in agrees.tolist():
-        position = PROMPT_TOKENS - 1
-        while position < len(row):
-            rounds, accepted = rounds + 1, accepted + row[position]
-            position += 1 + row[position]
-    return rounds, accepted

@@ -126,23 +126,22 @@ def check(client: Client, name: str, case: Path, environment: Path) -> tuple[str
         (case / f"{client.script}-{name}.log").write_text(f"{stdout}\n{stderr}")
         if code or not stdout.strip():
             return FAILS, reason(code, stderr)
-        result = json.loads(stdout.splitlines()[-1])
-        note = _read_back(Path(scratch) / "saved", case, result["note"])
-        return result["result"], note
+        found = json.loads(stdout.splitlines()[-1])
+        saved = Path(scratch) / "saved"
+        return _read_back(saved, case) if saved.exists() else (found["result"], found["note"])
 
 
-def _read_back(saved: Path, case: Path, note: str) -> str:
-    """What this package's own reader finds in a directory that the client saved."""
-    if not saved.exists():
-        return note
+def _read_back(saved: Path, case: Path) -> tuple[str, str]:
+    """What this package's own reader makes of a directory that the client saved: the same weights, or not."""
     from megatron_slim import open_checkpoint
 
+    ours = open_checkpoint(case / "model")
     try:
-        found, ours = open_checkpoint(saved), open_checkpoint(case / "model")
+        found = open_checkpoint(saved)
     except SlimError as error:
-        return f"{note}; our reader: {error}"
-    same = sum(bool((found.read(name) == ours.read(name)).all()) for name in found.names if name in set(ours.names))
-    return f"{note}; our reader: {same} of {len(ours.names)} weights, equal"
+        return DIFFERS, f"our reader refuses what it saved: {error.what}"
+    same = set(found.names) == set(ours.names) and all(bool((found.read(n) == ours.read(n)).all()) for n in found.names)
+    return ("loads" if same else DIFFERS), f"our reader finds the same {len(ours.names)} weights in what it saved"
 
 
 def try_client(name: str, work: Path, python: str, cases: Sequence[Case]) -> list[Row]:

@@ -41,6 +41,8 @@ def complete(file: Path, case: Case, **settings: Any) -> list[dict[str, Any]]:
     params.model.path = str(file)
     params.n_ctx, params.n_parallel, params.warmup, params.n_gpu_layers = 256, 1, False, 0
     params.fit_params = False
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # the default is fp16
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.verbosity = 10  # answers have the ids of tokens
     if settings.get("mtp"):
         params.load_mtp = True
@@ -79,10 +81,11 @@ def convert(case: Case) -> Result:
 
 
 def mtp(case: Case) -> Result:
+    """A rejected draft returns it to a copy of the recurrent state; the token after that has no draft."""
     answers = complete(to_gguf(case), case, mtp=True)
     timings = [answer["timings"] for answer in answers]
     rounds, accepted = (sum(each.get(key, 0) for each in timings) for key in ("draft_n", "draft_n_accepted"))
-    return both(case.compare_tokens([answer["tokens"] for answer in answers]), case.compare_drafts(rounds, accepted))
+    return both(case.compare_tokens([answer["tokens"] for answer in answers]), case.compare_drafts(rounds, accepted, 2))
 
 
 main({"convert": convert, "mtp": mtp})
