@@ -101,6 +101,9 @@ CLIENTS = {
     ),
 }
 
+# client -> version and why it is not run here.
+NOT_RUN = {"sglang": ("0.5.23", "its models do not import next to the CPU build of torch")}
+
 # (client, check, model) -> why it is not expected to work; "" is any model.
 KNOWN: dict[tuple[str, str, str], str] = {
     ("transformers", "mtp", "depth-7"): "MtpModel takes its norm's class from a last layer of Gated DeltaNet",

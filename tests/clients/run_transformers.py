@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
-from common import LOADS, Case, Result, both, main
+from common import DIFFERS, LOADS, SAME_TOKENS, Case, Result, both, main
 from transformers import AutoModelForCausalLM
 
 
@@ -33,11 +34,23 @@ def generate(case: Case) -> Result:
 
 
 def mtp(case: Case) -> Result:
-    """Its MTP block, which it loads strictly; its own generation has no drafts for models with a recurrent state."""
+    """Its MTP block, which it loads strictly, drafts at every position of the texts.
+
+    Its own generation has no drafts for models with a recurrent state.
+    """
     from transformers.modeling_layers import MtpModel
 
-    block = MtpModel.from_pretrained(load(case))
-    return LOADS, f"MtpModel, {sum(1 for _ in block.parameters())} weights"
+    model = load(case)
+    block = MtpModel.from_pretrained(model).eval()
+    text = torch.tensor(np.concatenate([case.expected["prompts"], case.expected["tokens"]], axis=1))
+    with torch.no_grad():
+        hidden = model.model(input_ids=text).last_hidden_state[:, :-1]
+        positions = torch.arange(hidden.shape[1])[None]
+        drafted = model.lm_head(block.forward_layer(0, hidden, positions, None, input_ids=text[:, 1:])).argmax(-1)
+    agrees = (drafted[:, :-1] == text[:, 2:]).numpy()
+    same = int((agrees == case.expected["agrees"]).sum())
+    note = f"MtpModel: {same} of {agrees.size} drafts as expected, {int(agrees.sum())} of them right"
+    return (SAME_TOKENS if same == agrees.size else DIFFERS), note
 
 
 def save(case: Case) -> Result:
