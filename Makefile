@@ -22,12 +22,12 @@ READY := $(VENV)/.complete
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 
-SCRIPTS = .ci/run $(shell find . -name '*.sh' -not -path './.venv/*' -not -path './runs/*')
+SCRIPTS = .ci/run $(shell find . -name '*.sh' -not -path './.venv/*' -not -path './runs/*' -not -path './.clients/*')
 
-.PHONY: help venv demo test test-all lint lock clean
+.PHONY: help venv demo test test-all test-clients lint lock clean
 
 help:
-	@echo "make venv | demo | test | test-all | lint | lock | clean"
+	@echo "make venv | demo | test | test-all | test-clients | lint | lock | clean"
 
 venv: $(READY)
 
@@ -52,6 +52,16 @@ test: lint
 # The slow ones have up to eight ranks each, and some of them ports of their own.
 test-all: test
 	$(PY) -m pytest -m slow
+
+# Outside CI: programs that serve models load our exports, each in an environment of its own (docs/serving.md).
+#   make test-clients CLIENTS="transformers vllm"   try these alone
+#   make test-clients CLIENTS_PYTHON=python3.11     build their environments with this interpreter
+CLIENTS ?=
+CLIENTS_DIR ?= .clients
+CLIENTS_PYTHON ?= $(PY)
+
+test-clients: $(READY)
+	$(PY) -m tests.clients.main $(CLIENTS) --work "$(CLIENTS_DIR)" --python "$(CLIENTS_PYTHON)"
 
 lint: $(READY)
 	$(PY) -m ruff check .

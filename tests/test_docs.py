@@ -18,10 +18,12 @@ PAGES = [
     ROOT / "benchmarks/gpu/README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-# Of pip, git, docker, sbatch, hf and the like; docs/comparison.md has two columns of other people's flags.
+# Of pip, git, docker, sbatch, hf, model servers and the like; docs/comparison.md has two columns of others' flags.
 FOREIGN = set(
     "--local-dir --target --build-arg --requeue --wait --no-deps --no-index --only-binary --python-version"
-    " --implementation --platform --quiet".split()
+    " --implementation --platform --quiet --model_args --tasks --model --prompt --speculative-config --model-path"
+    " --speculative-algorithm --speculative-num-steps --speculative-eagle-topk --speculative-num-draft-tokens --outfile"
+    " --outtype --no-mtp --spec-type --spec-draft-n-max".split()
 )
 
 

@@ -1,0 +1,67 @@
+"""vLLM on a CPU: log-probabilities of the prompts and greedy generation, and drafts of the MTP block.
+
+Gated DeltaNet on a CPU is in bf16 there; Qwen3-MoE is run in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from common import BF16, DIFFERS, FP32, SAME_LOGITS, Case, Result, both, main
+
+
+def _start(case: Case, **settings: Any) -> Any:
+    from vllm import LLM
+
+    hybrid = case.config["model_type"] == "qwen3_next"
+    return LLM(
+        str(case.model),
+        dtype="bfloat16" if hybrid else "float32",
+        max_model_len=128,
+        max_num_seqs=4,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        disable_log_stats=False,
+        max_logprobs=case.config["vocab_size"],
+        **settings,
+    )
+
+
+def _greedy(engine: Any, case: Case, **settings: Any) -> list[Any]:
+    from vllm import SamplingParams
+
+    wanted = SamplingParams(temperature=0, max_tokens=case.new_tokens, ignore_eos=True, **settings)
+    return engine.generate([{"prompt_token_ids": row} for row in case.prompts], wanted, use_tqdm=False)
+
+
+def _tolerance(case: Case) -> float:
+    return BF16 if case.config["model_type"] == "qwen3_next" else FP32
+
+
+def generate(case: Case) -> Result:
+    size = case.config["vocab_size"]
+    answers = _greedy(_start(case), case, prompt_logprobs=size)
+    logits = case.expected["logits"]
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    found = np.zeros_like(logs[:, 1:])
+    for i, answer in enumerate(answers):
+        for j, entry in enumerate(answer.prompt_logprobs[1:]):
+            for token in range(size):
+                found[i, j, token] = entry[token].logprob
+    largest = float(np.abs(found - logs[:, :-1]).max())
+    tolerance = _tolerance(case)
+    first = (SAME_LOGITS if largest <= tolerance else DIFFERS), f"log-probabilities differ by at most {largest:.1g}"
+    return both(first, case.compare_tokens([answer.outputs[0].token_ids for answer in answers], tolerance))
+
+
+def mtp(case: Case) -> Result:
+    engine = _start(case, speculative_config={"method": "mtp", "num_speculative_tokens": 1})
+    answers = _greedy(engine, case)
+    counts = {metric.name: getattr(metric, "value", 0) for metric in engine.get_metrics()}
+    rounds, accepted = (counts[f"vllm:spec_decode_num_{what}"] for what in ("draft_tokens", "accepted_tokens"))
+    texts = case.compare_tokens([answer.outputs[0].token_ids for answer in answers], _tolerance(case))
+    return both(texts, case.compare_drafts(int(rounds), int(accepted)))
+
+
+main({"generate": generate, "mtp": mtp})

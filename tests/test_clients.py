@@ -1,0 +1,95 @@
+"""The parts of `make test-clients` that need no client: what it compares, and what it makes of failures."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from megatron_slim.compression.report_inputs import _EVALUATION
+from tests.clients import main as clients
+from tests.clients.clients import CLIENTS, KNOWN, NOT_RUN
+from tests.clients.models import CASES
+
+FOLDER = Path(clients.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def common() -> ModuleType:
+    """It is on the path of the scripts alone."""
+    spec = importlib.util.spec_from_file_location("clients_common", FOLDER / "common.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def case(common: ModuleType, directory: Path, **arrays: object) -> object:
+    (directory / "model").mkdir()
+    (directory / "model/config.json").write_text("{}")
+    np.savez(directory / "expected.npz", **{name: np.array(array) for name, array in arrays.items()})
+    return common.Case(directory, directory)
+
+
+def test_tokens_count_up_to_a_tie(common: ModuleType, tmp_path: Path) -> None:
+    tried = case(common, tmp_path, tokens=[[1, 2, 3], [4, 5, 6]], margins=[[1, 1, 1], [1, 1e-5, 1]])
+    assert tried.compare_tokens([[1, 2, 3], [4, 5, 6]])[0] == common.SAME_TOKENS
+    assert tried.compare_tokens([[1, 2, 3], [4, 9, 9]]) == (common.SAME_TOKENS, "4 of 4 tokens, 1 texts up to a tie")
+    assert tried.compare_tokens([[1, 9, 3], [4, 5, 6]]) == (common.DIFFERS, "4 of 6 tokens")
+
+
+def test_logits_and_several_results(common: ModuleType, tmp_path: Path) -> None:
+    tried = case(common, tmp_path, logits=np.zeros((1, 2, 3)))
+    right, wrong = (tried.compare_logits(np.full((1, 2, 3), value)) for value in (1e-5, 1e-3))
+    assert right[0] == common.SAME_LOGITS and wrong[0] == common.DIFFERS
+    assert common.both(right, right)[0] == common.SAME_LOGITS and common.both(right, wrong)[0] == common.DIFFERS
+
+
+def test_rounds_of_drafts(common: ModuleType, tmp_path: Path) -> None:
+    """The first draft is at the prompt's last position, 1; an accepted one leads two positions further."""
+    tried = case(common, tmp_path, prompts=[[7, 7]], agrees=[[False, *[True, False, False, True] * 5]])
+    # Positions of rounds: 1 3 4 6 7 8 10 11 12 14 15 16 18 19 20, of which 1 4 8 12 16 20 are right.
+    assert tried.compare_drafts(15, 6) == (common.SAME_TOKENS, "6 of 15 drafts accepted, expected 6 of 15")
+    # Every other position: 1 3 5 7 9 11 13 15 17 19.
+    assert tried.compare_drafts(10, 5, 2)[1].endswith("expected 5 of 10")
+    assert tried.compare_drafts(14, 6)[0] == common.SAME_TOKENS
+    assert tried.compare_drafts(15, 4)[0] == tried.compare_drafts(17, 6)[0] == common.DIFFERS
+
+
+def test_reason_of_a_failure() -> None:
+    trace = 'Traceback (most recent call last):\n  File "x"\nValueError: no such layer\nsome later line\n'
+    assert clients.reason(1, trace) == "ValueError: no such layer"
+    assert clients.reason(124, trace) == "out of time"
+    assert clients.reason(-11, "") == "exit code -11"
+
+
+def test_time_limit_ends_the_command() -> None:
+    assert clients.output([sys.executable, "-c", "print(1)"], 1) == (0, "1\n", "")
+    assert clients.output([sys.executable, "-c", "import time; time.sleep(60)"], 1 / 600)[0] == 124
+
+
+def test_summary_fits_the_report_of_a_run() -> None:
+    rows = [
+        clients.Row("a", "1.0", "depth-7", "generate", "same logits", "note"),
+        clients.Row("a", "1.0", "fused", "generate", clients.FAILS, "note"),
+        clients.Row("b", "", "", "", clients.NOT_INSTALLED, "no wheel"),
+    ]
+    found = clients.summary(rows)
+    assert _EVALUATION["clients"](found)
+    assert found["a"] == {
+        "version": "1.0",
+        "loads": True,
+        "note": "1 of 2 checks of tiny models; fused generate: does not load",
+    }
+    assert found["b"]["loads"] is False
+
+
+def test_known_failures_are_of_checks_that_are_run() -> None:
+    cases = {case.name: case for case in CASES}
+    for client, check, name in KNOWN:
+        assert CLIENTS[client].checks[check](cases[name])
+    assert all((FOLDER / client.script).is_file() for client in CLIENTS.values()) and not NOT_RUN.keys() & CLIENTS
