@@ -337,7 +337,7 @@ FLAGS = {
     "workers": Case(PREPROCESS, "--workers 0", untouched, "argument --workers: '0' is not a positive integer"),
     "log-interval": Case(PREPROCESS, "--log-interval x", untouched, "--log-interval: 'x' is not a positive integer"),
     "unknown": Case(EVALUATE, "--dta x", untouched, "unrecognized arguments: --dta x"),
-    "missing": Case(EVALUATE, "--data -", untouched, "the following arguments are required: --data"),
+    "missing": Case(EVALUATE, "--data -", untouched, "nothing to evaluate on"),
     "same format": Case(CONVERT, "--to hf", untouched, "is a hf checkpoint already"),
     "hf-config": Case(CONVERT, "--hf-config hf", untouched, "leave --hf-config out"),
     "hf-config of evaluation": Case(EVALUATE, "--hf-config hf", untouched, "leave --hf-config out"),
