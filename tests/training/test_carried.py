@@ -1,4 +1,4 @@
-"""Moments that a pruning carries: the next phase goes on with the optimizer of the one before, in any layout."""
+"""Moments that a pruning carries: the next phase continues with the optimizer of the one before, in any layout."""
 
 from __future__ import annotations
 
