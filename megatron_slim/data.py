@@ -95,6 +95,18 @@ def data_prefix(path: Path, *, or_matrix: bool = False) -> Path:
     raise DataError("no such data", where=name, fix=fix)
 
 
+def exact_prefix(path: Path) -> Path:
+    """`data_prefix` of what training reads, which takes no file of a data set for it.
+
+    Raises:
+        DataError: it is one, or files are missing.
+    """
+    found = data_prefix(path)
+    if found != path:
+        raise DataError("is a file of a data set", where=str(path), fix=f"name its prefix, {found}")
+    return found
+
+
 def _open_matrix(path: Path, seq_length: int | None) -> npt.NDArray[Any]:
     try:
         matrix = np.load(path, mmap_mode="r", allow_pickle=False)

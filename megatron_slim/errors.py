@@ -107,6 +107,19 @@ def summarise(found: Sequence[str], limit: int = 4) -> str:
     return f"{shown} and {len(found) - limit} more" if len(found) > limit else shown
 
 
+PREFIX = "error: "  # of the one line that a command ends with
+
+
+def last_error(text: str) -> str | None:
+    r"""What a command's standard error ends with, if it found an error that a user can fix.
+
+    >>> last_error("note\nerror: x: no such file\n"), last_error("Traceback ...")
+    ('x: no such file', None)
+    """
+    found = [line.removeprefix(PREFIX) for line in text.splitlines() if line.startswith(PREFIX)]
+    return found[-1] if found else None
+
+
 def user_error(error: Exception) -> SlimError | None:
     """The error as one that a user can fix, if it is one."""
     if isinstance(error, SlimError):

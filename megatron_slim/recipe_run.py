@@ -55,6 +55,9 @@ def _is_one_of(*known: str) -> Check:
     return lambda value: None if value in known else f"is unknown (known: {', '.join(known)})"
 
 
+# Moments of a merged expert: the sum of its members', whose tokens it serves from now on (of the squares too, as if the
+# members' gradients were independent), or those of its base alone. No mean: moments are of gradients, not of weights.
+MOMENT_RULES = ("sum", "base")
 _POSITIVE, _COUNT = _is_whole(1), _is_whole(0)
 # Keys of ``train`` are the arguments of `megatron-slim distill`, with three more: tokens, the rule for the moments of
 # merged experts, and flags of Megatron.
@@ -77,7 +80,7 @@ SECTIONS: dict[str, dict[str, Check]] = {
         "launcher": _is_one_of("torchrun", "slurm"),
         "precision": _is_one_of("bf16", "fp32"),
         "carry_optimizer": _is_switch,
-        "moments_of_merged": _is_one_of("sum", "base"),
+        "moments_of_merged": _is_one_of(*MOMENT_RULES),
         "stage_warmup": _COUNT,
         "flags": _is_words,
     },

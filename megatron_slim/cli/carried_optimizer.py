@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 
 from megatron_slim.errors import SlimError
+from megatron_slim.recipe_run import MOMENT_RULES
 
 FLAG, RULE = "--carry-optimizer", "--moments-of-merged"
-# `pruning.apply.MOMENT_RULES`, without waiting for torch; which is the better one is measured (docs/benchmarks.md).
-RULES, DEFAULT_RULE = ("sum", "base"), "base"
+RULES, DEFAULT_RULE = MOMENT_RULES, "base"  # the better one, as measured (docs/benchmarks.md)
 
 
 def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:

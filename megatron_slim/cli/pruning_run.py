@@ -130,7 +130,7 @@ def run_prune(
         calibration: data to measure on.
         dry_run: stop at the plan and write nothing.
         measuring: how the candidates of a budget are measured; None: they are not.
-        moments_of_merged: one of `pruning.apply.MOMENT_RULES`, with which the optimizer's state is pruned as well;
+        moments_of_merged: one of `recipe_run.MOMENT_RULES`, with which the optimizer's state is pruned as well;
             None: it is not.
         reading: how to read ``load``, as `checkpoint.convert.open_checkpoint`.
         writing: how to write, as `checkpoint.convert.write_checkpoint`.

@@ -15,8 +15,8 @@ from megatron_slim.architecture.shape import ModelShape, shape_to_hf_config
 from megatron_slim.compression.estimate import first_student
 from megatron_slim.compression.settings import RunSettings
 from megatron_slim.compression.steps import TRAIN, command_line, steps
-from megatron_slim.data import data_prefix, open_stream
-from megatron_slim.errors import EXIT_USER_ERROR, DataError, SlimError
+from megatron_slim.data import data_prefix, exact_prefix, open_stream
+from megatron_slim.errors import EXIT_USER_ERROR, DataError, SlimError, last_error
 from megatron_slim.extras import require
 from megatron_slim.files import to_json
 from megatron_slim.pruning.plan import check_later_phases, check_recipe
@@ -43,10 +43,11 @@ def check(settings: RunSettings) -> ModelShape:
     check_later_phases(settings.recipe, 1, shape, where=where)
     for flag, words in (("--data", settings.data), ("--valid-data", settings.valid_data)):
         for prefix in parse_blend(words, flag).prefixes if words else ():
-            _check_data(Path(prefix), shape, flag, needs_prefix=True)
-    _check_data(settings.calibration_data, shape, "--calibration-data")
-    if settings.evaluation_data is not None:
-        _check_data(settings.evaluation_data, shape, "--evaluation-data")
+            open_stream(exact_prefix(Path(prefix)), shape.vocab_size)
+    for data in (settings.calibration_data, settings.evaluation_data):
+        # A matrix is looked at when it is used.
+        if data is not None and not (data.suffix == ".npy" and data.is_file()):
+            open_stream(data_prefix(data, or_matrix=True), shape.vocab_size)
     evaluate = settings.section("evaluate")
     if "acceptance" in evaluate and not (prompts := settings.file_of("acceptance")).is_file():
         raise DataError("no such file", where=f"evaluate.acceptance {prompts}", fix="give a file of prompts")
@@ -83,9 +84,8 @@ def _check_training(settings: RunSettings, teacher: Checkpoint) -> None:
                 text=True,
                 check=False,
             )
-    lines = [line for line in shown.stderr.splitlines() if line.startswith("error: ")]
-    if shown.returncode == EXIT_USER_ERROR and lines:
-        raise SlimError(f"training would refuse: {lines[-1].removeprefix('error: ')}")
+    if shown.returncode == EXIT_USER_ERROR and (found := last_error(shown.stderr)):
+        raise SlimError(f"training would refuse: {found}")
     if shown.returncode:
         raise RuntimeError(shown.stderr)
 
@@ -109,12 +109,3 @@ def _of_one_run(arguments: Sequence[str], config: str, iterations: int) -> list[
         place = alone.index("--stage-warmup")
         del alone[place : place + 2]
     return alone if "--train-iters" in alone else [*alone, "--train-iters", str(iterations)]
-
-
-def _check_data(path: Path, shape: ModelShape, flag: str, *, needs_prefix: bool = False) -> None:
-    if path.suffix == ".npy" and path.is_file() and not needs_prefix:
-        return  # a matrix is looked at when it is used
-    found = data_prefix(path, or_matrix=not needs_prefix)
-    if needs_prefix and found != path:
-        raise DataError("is a file of a data set", where=f"{flag} {path}", fix=f"name its prefix, {found}")
-    open_stream(found, shape.vocab_size)

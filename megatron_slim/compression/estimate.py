@@ -27,11 +27,12 @@ from megatron_slim.compression.steps import (
     Step,
 )
 from megatron_slim.data import data_prefix, open_stream
+from megatron_slim.doctor.preflight import BYTES_PER_PARAMETER
+from megatron_slim.pruning.samples import NUM_SAMPLES
 
 # Shares of the rate of large products. Training on GPUs: what the planner's estimates come to for 80A3B -> 23A2B on
 # H100s; on a CPU: measured, as is the streaming pass.
 GPU_SHARE, CPU_SHARE = 0.15, 0.3
-CALIBRATION_SAMPLES = 1024
 SAVE_INTERVAL = 1000
 WRITTEN_PER_SECOND = 1e9  # bytes of a checkpoint, on a disk of today
 
@@ -107,12 +108,8 @@ def needs(settings: RunSettings, found: Sequence[Step], teacher: ModelShape, mac
             assert step.phase is not None
             source, student = student, _pruned(settings, step.phase, student)  # type: ignore[assignment]
             calibrate = settings.section("calibrate")
-            tokens = calibrate.get("num_samples", CALIBRATION_SAMPLES) * calibrate.get("seq_length", length)
-            flops: float | None = (
-                None if source is None else teacher_flops(source, length, kernels, runs_mtp=True).total
-            )
-            size = None if student is None else count_parameters(student).total * (2 if machine.on_gpus else 4)
-            yield Need(step, tokens, _seconds(flops, tokens, machine.streaming), size)
+            tokens = calibrate.get("num_samples", NUM_SAMPLES) * calibrate.get("seq_length", length)
+            yield Need(step, tokens, _streaming(source, length, kernels, tokens, machine), _size(student, machine))
         elif step.kind == TRAIN:
             yield _training(settings, step, teacher, student, machine)
         elif step.kind == SHOW_PLAN:
@@ -151,8 +148,7 @@ def _training(
     flops = student_flops(student, length, kernels).total + teacher_flops(teacher, length, kernels, runs_mtp=True).total
     checkpoints = max(1, math.ceil(iterations / train.get("save_interval", SAVE_INTERVAL)))
     precision = train.get("precision", "bf16" if machine.on_gpus else "fp32")
-    # The weight, and of the optimizer two moments and, in bf16, the weight in fp32.
-    per_parameter = {"bf16": 2 + 12, "fp32": 4 + 8}[precision]
+    per_parameter = {"bf16": BYTES_PER_PARAMETER, "fp32": 4 + 8}[precision]
     nbytes = checkpoints * per_parameter * count_parameters(student).total
     return Need(step, tokens, _seconds(flops, tokens, machine.training), nbytes)
 

@@ -13,7 +13,16 @@ from megatron_slim.checkpoint.records import PLAN, PROVENANCE, STATS
 from megatron_slim.compression import report_curves
 from megatron_slim.compression.card_source import licence, model_name
 from megatron_slim.compression.report_curves import PhaseCurves
-from megatron_slim.compression.report_inputs import DONE, CompressionRun, Document, Step, metrics_of
+from megatron_slim.compression.report_inputs import CompressionRun, Document, Step, metrics_of
+from megatron_slim.compression.state import DONE, FAILED, RUNNING
+from megatron_slim.compression.steps import (
+    EVALUATE,
+    EVALUATE_FP8,
+    EVALUATE_PRUNED,
+    EVALUATE_TEACHER,
+    EXPORT,
+    PRUNE,
+)
 from megatron_slim.files import read_json
 from megatron_slim.page import Section
 from megatron_slim.pruning import plan_tables, plan_view
@@ -24,7 +33,7 @@ from megatron_slim.pruning.statistics import Statistics
 VERSION = 1
 TEACHER = "teacher"
 PLAN_PAGE = "plan"  # of a phase, the directory that megatron-slim show-plan --save writes
-_KINDS = {"evaluate-pruned": "pruned", "evaluate": "student", "evaluate-fp8": "student, FP8"}
+_KINDS = {EVALUATE_PRUNED: "pruned", EVALUATE: "student", EVALUATE_FP8: "student, FP8"}
 # What an evaluation has of each model; errors under the same names with _stderr.
 FIGURES = ("loss", "perplexity", "kl", "top1_agreement")
 DEPTHS = ("mtp_loss", "mtp_kl", "mtp_top1_agreement")
@@ -79,7 +88,7 @@ def _progress(run: CompressionRun) -> dict[str, Any]:
     """Where the run is; the report does not count itself."""
     steps = _own_steps(run)
     done = sum(step.state == DONE for step in steps)
-    now = next(((step.name, step.state) for step in steps if step.state in ("running", "failed")), None)
+    now = next(((step.name, step.state) for step in steps if step.state in (RUNNING, FAILED)), None)
     return {"steps": len(steps), "done": done, "finished": done == len(steps), "now": None if now is None else [*now]}
 
 
@@ -91,11 +100,11 @@ def _sizes(run: CompressionRun) -> list[dict[str, Any]]:
     """Sizes of the teacher, then of every phase that is pruned; bytes of its export, whose type may be another."""
     found: list[dict[str, Any]] = []
     for phase in run.phases:
-        result = run.result("prune", phase) or {}
+        result = run.result(PRUNE, phase) or {}
         if not found and result.get("before"):
             found.append({"model": TEACHER, **result["before"]})
         if result.get("after"):
-            exported = (run.result("export", phase) or {}).get("bytes")
+            exported = (run.result(EXPORT, phase) or {}).get("bytes")
             size = {} if exported is None else {"bytes": exported}
             found.append({"model": f"phase {phase}", **result["after"], **size})
     return found
@@ -104,7 +113,7 @@ def _sizes(run: CompressionRun) -> list[dict[str, Any]]:
 def _plans(run: CompressionRun) -> tuple[list[dict[str, Any]], dict[int, list[Section]]]:
     found, tables = [], {}
     for phase in run.phases:
-        pruned, step = run.phase_directory(phase) / "pruned", run.of("prune", phase)
+        pruned, step = run.phase_directory(phase) / "pruned", run.of(PRUNE, phase)
         if step is None or step.state != DONE or not (pruned / PLAN).exists():
             continue
         plan = load_plan(pruned)
@@ -125,7 +134,7 @@ def _evaluations(run: CompressionRun) -> list[dict[str, Any]]:
     """Figures of the teacher and of every phase's models, each with its difference to the teacher's loss."""
     results = {(phase, kind): run.result(kind, phase) for phase in run.phases for kind in _KINDS}
     known = [result for result in results.values() if result is not None]
-    teacher = _evaluation(TEACHER, None, _teacher(run.result("evaluate-teacher"), known))
+    teacher = _evaluation(TEACHER, None, _teacher(run.result(EVALUATE_TEACHER), known))
     found = [teacher] if len(teacher) > 2 else []
     for (phase, kind), result in results.items():
         if result is None:

@@ -12,14 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_slim.compression.state import DONE, FILE, VERSION
+from megatron_slim.compression.steps import (
+    ACCEPTANCE,
+    EVALUATE,
+    EVALUATE_FP8,
+    EVALUATE_PRUNED,
+    EVALUATE_TEACHER,
+    EXPORT,
+    MODEL,
+    PRUNE,
+)
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json
 
-RUN, VERSION = "run.json", 1
 PROGRAM = "megatron-slim"
-DONE = "done"
-ACCEPTANCE = "acceptance"  # a step of its own, about the model that the step of evaluation next to it is about
-EVALUATIONS = ("evaluate-teacher", "evaluate-pruned", "evaluate", "evaluate-fp8", ACCEPTANCE)
+EVALUATIONS = (EVALUATE_TEACHER, EVALUATE_PRUNED, EVALUATE, EVALUATE_FP8, ACCEPTANCE)
 Document = Mapping[str, Any]
 
 
@@ -79,7 +87,8 @@ class CompressionRun:
 
     def result(self, kind: str, phase: int | None = None) -> Document | None:
         """What the step of a kind printed, acceptance included; None unless it is done."""
-        kinds = (kind, ACCEPTANCE) if kind in ("evaluate-teacher", "evaluate") else (kind,)
+        # Acceptance is a step of its own, about the model of the evaluation next to it.
+        kinds = (kind, ACCEPTANCE) if kind in (EVALUATE_TEACHER, EVALUATE) else (kind,)
         found = [
             step.result for each in kinds if (step := self.of(each, phase)) is not None and step.result is not None
         ]
@@ -91,7 +100,7 @@ class CompressionRun:
 
     def final_model(self) -> Path:
         """The export of the last phase."""
-        return self.save / "model"
+        return self.save / MODEL
 
 
 def read_compression_run(save: Path) -> CompressionRun:
@@ -100,7 +109,7 @@ def read_compression_run(save: Path) -> CompressionRun:
     Raises:
         SlimError: the state is missing, is of another version, or a file of it holds something else.
     """
-    file = save / RUN
+    file = save / FILE
     document = read_json(file)
     if not isinstance(document, dict) or document.get("version") != VERSION:
         fix = "give the directory of a compression run of this release"
@@ -207,6 +216,6 @@ _EVALUATION: dict[str, Callable[[Any], bool]] = {
     "clients": _is_clients,
 }
 _SIZES: dict[str, dict[str, Callable[[Any], bool]]] = {
-    "prune": {"before": _is_sizes, "after": _is_sizes},
-    "export": {"bytes": _is_number},
+    PRUNE: {"before": _is_sizes, "after": _is_sizes},
+    EXPORT: {"bytes": _is_number},
 }

@@ -10,13 +10,14 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from megatron_slim.compression.state import DONE, FAILED, RUNNING, RunState
 from megatron_slim.compression.steps import TRAIN, Step, command_line
-from megatron_slim.errors import EXIT_USER_ERROR, SlimError
+from megatron_slim.errors import EXIT_USER_ERROR, SlimError, last_error
 from megatron_slim.files import write_atomic
 from megatron_slim.processes import die_with_parent
 
@@ -58,14 +59,13 @@ def run_steps(steps: Sequence[Step], state: RunState, save: Path) -> None:
 
 
 def _run(step: Step, save: Path) -> None:
-    code, last = _process(step, command_line(step), save / "logs" / step.log_name)
+    code, last = _process(command_line(step), save / "logs" / step.log_name)
     log = save / "logs" / f"{step.log_name}.err"
     if code:
-        lines = log.read_text(errors="replace").strip().splitlines()
-        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        if code == EXIT_USER_ERROR and errors:
-            raise SlimError(f"step {step.name}: {errors[-1]}")
-        for line in lines[-_LINES:]:
+        text = log.read_text(errors="replace")
+        if code == EXIT_USER_ERROR and (found := last_error(text)):
+            raise SlimError(f"step {step.name}: {found}")
+        for line in text.strip().splitlines()[-_LINES:]:
             logger.error(line)
         logger.error(f"error: {log}: step {step.name} ended with exit code {code}; run again to resume")
         raise SystemExit(EXIT_DIED)
@@ -84,7 +84,8 @@ def _recover(step: Step, save: Path) -> None:
     if step.recover is None:
         _write_result(step, "{}")
         return
-    code, last = _process(step, [*command_line(step)[:3], *step.recover], save / "logs" / f"{step.log_name}-result")
+    asked = replace(step, command=step.recover)
+    code, last = _process(command_line(asked), save / "logs" / f"{step.log_name}-result")
     _write_result(step, last if code == 0 else "{}")
 
 
@@ -94,7 +95,7 @@ def _write_result(step: Step, last: str) -> None:
     write_atomic(step.result, last + "\n")
 
 
-def _process(step: Step, command: Sequence[str], log: Path) -> tuple[int, str]:
+def _process(command: Sequence[str], log: Path) -> tuple[int, str]:
     """Run a command to its end, its output in files; gives its exit code and the last line of its output."""
     out, err = (Path(f"{log}.{kind}") for kind in ("out", "err"))
     with out.open("wb") as stdout, err.open("wb") as stderr:

@@ -14,11 +14,13 @@ import yaml
 
 from megatron_slim.errors import RecipeError, SlimError
 from megatron_slim.packaged import find_recipe
+from megatron_slim.planning.layouts import Settings
 from megatron_slim.recipe import Recipe, parse_recipe, read_document
 from megatron_slim.recipe_run import SECTIONS
 
 # Of pretrain_distill.sh, where neither recipe nor command line says it.
-SEQ_LENGTH, GLOBAL_BATCH_SIZE = 4096, 1024
+SCRIPT = Settings()
+SEQ_LENGTH, GLOBAL_BATCH_SIZE = SCRIPT.seq_length, SCRIPT.global_batch
 
 
 @dataclass(frozen=True)

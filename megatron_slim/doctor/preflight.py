@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_slim.data import count_documents, data_prefix, open_stream
+from megatron_slim.data import count_documents, exact_prefix, open_stream
 from megatron_slim.doctor.findings import NOTE, OK, PROBLEM, Finding, good_or, parameters, refused, size
 from megatron_slim.doctor.machine import storage
 from megatron_slim.errors import DataError, SlimError
@@ -110,9 +110,7 @@ def _blend(words: Sequence[str], vocabulary: int | None, nodes: int) -> Iterator
 def _data(prefix: Path, vocabulary: int | None) -> Finding:
     name = f"data {prefix.name}"
     try:
-        found = data_prefix(prefix)
-        if found != prefix:  # training refuses it as well
-            raise DataError("is a file of a data set", where=str(prefix), fix=f"name its prefix, {found}")
+        found = exact_prefix(prefix)
         stream, largest = open_stream(found, vocabulary)
     except SlimError as error:
         return refused(name, error)

@@ -5,7 +5,7 @@ element, so that pruning commutes with every permutation of rows: prune(convert(
 Where experts are aligned, the rows of a member follow from the weights too, by their Hugging Face names (`align`).
 
 The state of an optimizer has tensors of the same names and shapes: the plan applies to it as to the weights, but for
-how moments of merged experts come together (`MOMENT_RULES`).
+how moments of merged experts come together (`recipe_run.MOMENT_RULES`).
 """
 
 from __future__ import annotations
@@ -33,9 +33,6 @@ from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.plan import Plan
 from megatron_slim.pruning.plan_reader import PlanError
 
-# Moments of a merged expert: the sum of its members', whose tokens it serves from now on (of the squares too, as if the
-# members' gradients were independent), or those of its base alone. No mean: moments are of gradients, not of weights.
-MOMENT_RULES = ("sum", "base")
 MEAN = "mean"  # of weights, by the plan's
 
 
@@ -108,7 +105,7 @@ class PrunedCheckpoint:
 
         Args:
             state: of the source.
-            moments_of_merged: one of `MOMENT_RULES`.
+            moments_of_merged: one of `recipe_run.MOMENT_RULES`.
         """
         return OptimizerState(
             state.step,

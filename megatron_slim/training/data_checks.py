@@ -16,7 +16,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     parse_and_normalize_split,
 )
 
-from megatron_slim.data import data_prefix, document_lengths, open_stream
+from megatron_slim.data import document_lengths, exact_prefix, open_stream
 from megatron_slim.errors import DataError
 from megatron_slim.training.blends import Sources, read_sources
 
@@ -88,9 +88,7 @@ def _is_share(word: str) -> bool:
 
 def _check_set(prefix: str, vocab_size: int) -> npt.NDArray[np.int32]:
     """See that a data set can be read and fits the model; the lengths of its documents."""
-    found = data_prefix(Path(prefix))
-    if found != Path(prefix):
-        raise DataError("is a file of a data set", where=prefix, fix=f"name its prefix, {found}")
+    found = exact_prefix(Path(prefix))
     open_stream(found, vocab_size)
     return document_lengths(found)
 

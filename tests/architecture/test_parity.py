@@ -22,6 +22,7 @@ from megatron_slim.checkpoint.layout import from_megatron
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 from tests.mtp_oracle import load_mtp, mtp_hidden, named
+from tests.sizes import ODD
 
 MTP_LOSS_SCALE = 0.3
 # Largest logits are about 2; fp32 sums of different order over up to 6 layers differ by a few 1e-6.
@@ -30,21 +31,7 @@ GRADIENT_TOLERANCE = 1e-4  # relative to the gradient's norm, per tensor
 
 SHAPES = {
     "published proportions": tiny_shape(),
-    "odd and aperiodic, grouped heads, unnormalised gates": tiny_shape(
-        num_layers=5,
-        layer_types=(FULL_ATTENTION, LINEAR_ATTENTION, LINEAR_ATTENTION, FULL_ATTENTION, LINEAR_ATTENTION),
-        hidden_size=48,
-        vocab_size=101,
-        num_attention_heads=6,
-        num_query_groups=3,
-        kv_channels=8,
-        rotary_percent=0.5,
-        linear_num_key_heads=3,
-        linear_num_value_heads=9,
-        linear_key_head_dim=8,
-        linear_value_head_dim=24,
-        norm_topk_prob=False,
-    ),
+    "odd and aperiodic, grouped heads, unnormalised gates": tiny_shape(**ODD),
     "one layer of each, one key-value head, odd experts": tiny_shape(
         num_layers=3,
         layer_types=(LINEAR_ATTENTION, LINEAR_ATTENTION, FULL_ATTENTION),

@@ -206,7 +206,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         output = (
             step.output
             if step.kind in (steps.PRUNE, steps.SHOW_PLAN, steps.EXPORT, steps.QUANTIZE)
-            else step.result.with_suffix(".made")
+            else step.result.with_suffix(f".made{len(found['ran'])}")
         )
         code = found["code"].get(step.name, STAND_IN)
         if step.kind == steps.TRAIN:

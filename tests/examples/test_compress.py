@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,6 @@ from megatron_slim.testing import reserved_port, tiny_shape, write_tiny_checkpoi
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples/slimqwen/compress.sh"
-STUB = Path(__file__).with_name("slurm_stub.py")
 RECIPE = """
 version: 1
 target: {num_layers: 4, num_moe_experts: 4}
@@ -25,20 +22,6 @@ train: {tokens: 192, seq_length: 32, global_batch_size: 2, lr: 1e-3, min_lr: 1e-
         save_interval: 1, log_interval: 1, flags: [--no-teacher-check, --split, "1,0,0"]}
 evaluate: {num_samples: 8}
 """
-
-
-@pytest.fixture
-def slurm(tmp_path: Path) -> dict[str, str]:
-    """The environment of a machine with Slurm's commands."""
-    commands, state = tmp_path / "bin", tmp_path / "slurm"
-    commands.mkdir()
-    state.mkdir()
-    for name in ("sbatch", "srun", "scontrol"):
-        (commands / name).write_text(f"#!{sys.executable}\n{STUB.read_text()}")
-        (commands / name).chmod(0o755)
-    clean = {key: value for key, value in os.environ.items() if key in ("HOME", "LANG", "TMPDIR")}
-    path = f"{commands}:{os.environ['PATH']}"
-    return clean | {"PATH": path, "PYTHON": sys.executable, "SLURM_STUB": str(state), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,23 +21,7 @@ from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples/slimqwen/pretrain_distill.sh"
-STUB = Path(__file__).with_name("slurm_stub.py")
 TRAINING = {"SAVE": "run", "DATA": "0.3 a 0.7 b", "STUDENT": "pruned", "TEACHER": "big"}
-
-
-@pytest.fixture
-def slurm(tmp_path: Path) -> dict[str, str]:
-    """The environment of a machine with Slurm's commands."""
-    commands = tmp_path / "bin"
-    commands.mkdir()
-    for name in ("sbatch", "srun", "scontrol"):
-        (commands / name).write_text(f"#!{sys.executable}\n{STUB.read_text()}")
-        (commands / name).chmod(0o755)
-    state = tmp_path / "slurm"
-    state.mkdir()
-    clean = {key: value for key, value in os.environ.items() if key in ("HOME", "LANG", "TMPDIR")}
-    path = f"{commands}:{os.environ['PATH']}"
-    return clean | {"PATH": path, "PYTHON": sys.executable, "SLURM_STUB": str(state)}
 
 
 def job(**more: str) -> dict[str, str]:

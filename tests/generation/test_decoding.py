@@ -20,6 +20,7 @@ from megatron_slim.generation.speculative import draft_everywhere, speculative
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 from tests.generation import reference
 from tests.generation.models import prompts
+from tests.sizes import ODD
 
 LENGTHS = (5, 1, 70, 5, 2)  # one alone, two alike, one of more than a segment
 NEW, DRAFTS = 24, 5
@@ -27,21 +28,7 @@ NEW, DRAFTS = 24, 5
 SHAPES = {
     "published proportions": tiny_shape(),
     "odd, grouped heads, gates that do not add up to 1": tiny_shape(
-        num_layers=5,
-        layer_types=(FULL_ATTENTION, LINEAR_ATTENTION, LINEAR_ATTENTION, FULL_ATTENTION, LINEAR_ATTENTION),
-        hidden_size=48,
-        vocab_size=101,
-        num_attention_heads=6,
-        num_query_groups=3,
-        kv_channels=8,
-        rotary_percent=0.5,
-        linear_num_key_heads=3,
-        linear_num_value_heads=9,
-        linear_key_head_dim=8,
-        linear_value_head_dim=24,
-        linear_conv_kernel_dim=3,
-        moe_shared_expert_intermediate_size=80,
-        norm_topk_prob=False,
+        **ODD, linear_conv_kernel_dim=3, moe_shared_expert_intermediate_size=80
     ),
     "many experts, of which few are visited, and YaRN": tiny_shape(
         num_moe_experts=24, rotary_percent=0.5, kv_channels=32, rope_scaling=Yarn(4.0, 32, 1.3)

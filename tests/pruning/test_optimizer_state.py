@@ -22,11 +22,11 @@ from megatron_slim.checkpoint.optimizer_state import OptimizerState, open_optimi
 from megatron_slim.checkpoint.torch_dist_files import read_metadata
 from megatron_slim.cli.carried_optimizer import DEFAULT_RULE, RULES
 from megatron_slim.errors import CheckpointError
-from megatron_slim.pruning.apply import MOMENT_RULES
 from megatron_slim.pruning.experts import ExpertGroup
 from megatron_slim.pruning.plan import Plan, make_plan
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import parse_recipe
+from megatron_slim.recipe_run import MOMENT_RULES
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 from tests.pruning import test_apply, test_inner_axes
 
