@@ -80,6 +80,7 @@ INSTANT = (
     "megatron_slim.pruning.plan",
     "megatron_slim.pruning.plan_tables",
     "megatron_slim.pruning.plan_view",
+    "megatron_slim.pruning.carried_statistics",
     "megatron_slim.pruning.plan_plots",
     "megatron_slim.pruning.plan_page",
     "megatron_slim.training.run_figures",

@@ -25,6 +25,7 @@ from megatron_slim.compression.steps import (
     SHOW_PLAN,
     TRAIN,
     Step,
+    measures,
 )
 from megatron_slim.data import data_prefix, open_stream
 from megatron_slim.doctor.preflight import BYTES_PER_PARAMETER
@@ -109,6 +110,7 @@ def needs(settings: RunSettings, found: Sequence[Step], teacher: ModelShape, mac
             source, student = student, _pruned(settings, step.phase, student)  # type: ignore[assignment]
             calibrate = settings.section("calibrate")
             tokens = calibrate.get("num_samples", NUM_SAMPLES) * calibrate.get("seq_length", length)
+            tokens = tokens if measures(settings, step.phase) else 0
             yield Need(step, tokens, _streaming(source, length, kernels, tokens, machine), _size(student, machine))
         elif step.kind == TRAIN:
             yield _training(settings, step, teacher, student, machine)
