@@ -123,7 +123,7 @@ def _hidden_dims(name: str, shape: tuple[int, ...]) -> list[int]:
 def test_pictures_are_seen_as_before_where_what_went_was_zero(
     vlm: Path, random_stats: RandomStats, tmp_path: Path
 ) -> None:
-    """A quarter of the hidden dimensions, and layers of no effect; norms see fewer dimensions, and are scaled for it."""
+    """A quarter of the hidden dimensions; norms see fewer of them, and are scaled for it."""
     stats = random_stats(open_checkpoint(vlm))
     gone = np.random.default_rng(0).permutation(64)[:16]
     for kind in ("norm_activation", "norm_activation_l2"):
