@@ -1,8 +1,9 @@
-"""Metrics and divergences that are registered from outside the package: measured, planned with, trained with."""
+"""Metrics, divergences and a family from outside the package: measured, planned with, converted, pruned."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,10 @@ from torch import Tensor
 
 import megatron_slim as slim
 from megatron_slim import device
+from megatron_slim.architecture.qwen3_moe import QWEN3_MOE
+from megatron_slim.architecture.shape import FAMILIES
+from megatron_slim.architecture.weight import HFTensor, Weight
+from megatron_slim.checkpoint.convert import same_bytes
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.command_line import tool_parser
 from megatron_slim.distillation.divergences import DIVERGENCES, KDLoss
@@ -121,3 +126,40 @@ def test_a_divergence_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(value, expected.detach())
     assert logits.grad is not None
     torch.testing.assert_close(gradient, logits.grad)
+
+
+def _renamed(row: Weight) -> Weight:
+    """Qwen3-MoE's row with Mixtral's names."""
+    names = {"mlp.gate": "block_sparse_moe.gate", "mlp.experts": "block_sparse_moe.experts"}
+    names |= {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+    def name(text: str) -> str:
+        for theirs, ours in names.items():
+            text = text.replace(theirs, ours)
+        return text
+
+    return replace(row, sources=tuple(HFTensor(name(t.name), t.dims) for t in row.sources), fused=None)
+
+
+def test_a_family_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It converts byte for byte, is measured, pruned and evaluated; the model is Qwen3-MoE under other names."""
+    rows = tuple(map(_renamed, QWEN3_MOE.moe_rows))
+    toy = replace(QWEN3_MOE, model_type="toy_moe", architecture="ToyMoeForCausalLM", moe_rows=rows)
+    monkeypatch.setitem(FAMILIES, "toy_moe", toy)
+    write_tiny_checkpoint(tmp_path / "toy", tiny_shape("toy_moe"), dtype=torch.float32)
+    write_tiny_checkpoint(tmp_path / "known", tiny_shape("qwen3_moe"), dtype=torch.float32)
+    source, known = slim.open_checkpoint(tmp_path / "toy"), slim.open_checkpoint(tmp_path / "known")
+    assert "model.layers.0.block_sparse_moe.experts.3.w1.weight" in source.names
+    slim.convert(source, tmp_path / "dist", to="torch_dist")
+    slim.convert(tmp_path / "dist", tmp_path / "back", to="hf")
+    back = slim.open_checkpoint(tmp_path / "back")
+    assert all(same_bytes(source.read(name), back.read(name)) for name in source.names)
+
+    samples = np.random.default_rng(1).integers(0, 128, (4, 20))
+    recipe = slim.read_recipe({"version": 1, "target": {**TARGET, "hidden_size": 48}})
+    losses = []
+    for checkpoint, save in ((source, "small"), (known, "known-small")):
+        stats = slim.calibrate(checkpoint, samples)
+        slim.prune(checkpoint, slim.make_plan(recipe, checkpoint, stats), tmp_path / save)
+        losses += [slim.evaluate(each, samples).loss for each in (checkpoint, tmp_path / save)]
+    assert losses[:2] == losses[2:]
