@@ -40,7 +40,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Target:
-    """Sizes of the target; None leaves the source's size as it is."""
+    """Sizes of the target; None leaves the source's size as it is.
+
+    Heads follow the groups that share a key where only the number of groups is given.
+    """
 
     num_layers: int | None = None
     hidden_size: int | None = None
@@ -48,7 +51,9 @@ class Target:
     moe_router_topk: int | None = None
     moe_ffn_hidden_size: int | None = None
     moe_shared_expert_intermediate_size: int | None = None
+    num_query_groups: int | None = None
     num_attention_heads: int | None = None
+    linear_num_key_heads: int | None = None
     linear_num_value_heads: int | None = None
 
 

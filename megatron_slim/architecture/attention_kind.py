@@ -84,6 +84,8 @@ class Heads:
         noun: for people.
         axis: within a group, in the architecture table.
         group_axis: of the groups.
+        groups_field: number of groups in a `ModelShape`.
+        groups_noun: for people.
         width: field of the numbers that one head gives to the last projection.
         statistic: their importance in a statistics file, after the block's name.
         projection: the module of Megatron's layer that reads what they give.
@@ -93,6 +95,8 @@ class Heads:
     noun: str
     axis: str
     group_axis: str
+    groups_field: str
+    groups_noun: str
     width: str
     statistic: str
     projection: str

@@ -39,6 +39,12 @@ NEXT_TARGET = {**TARGET, "moe_shared_expert_intermediate_size": 20, "linear_num_
 TARGETS = {"qwen3_next": NEXT_TARGET, "qwen3_moe": TARGET, "qwen3_5_moe_text": NEXT_TARGET}
 
 
+# A whole group of heads goes with its key, and the others keep two of three heads, or all of them.
+FEWER_GROUPS = {"num_query_groups": 1, "num_attention_heads": 2, "moe_ffn_hidden_size": 24}
+NEXT_FEWER_GROUPS = {**FEWER_GROUPS, "linear_num_key_heads": 1, "moe_shared_expert_intermediate_size": 20}
+GROUPED = {"qwen3_next": NEXT_FEWER_GROUPS, "qwen3_moe": FEWER_GROUPS, "qwen3_5_moe_text": NEXT_FEWER_GROUPS}
+
+
 def _checkpoint(path: Path, family: str, dtype: torch.dtype = torch.bfloat16) -> HFCheckpoint:
     sizes = {"num_attention_heads": GROUPS * PER_GROUP, "num_query_groups": GROUPS}
     if family != "qwen3_moe":
@@ -109,15 +115,18 @@ def by_hand(name: str, plan: Plan, read: Callable[[str], Tensor]) -> Tensor:
         return tensor[:, neurons] if part == "down_proj" else tensor[neurons]
     heads, per = plan.inner.heads[block], PER_GROUP
     per_group = [[head % per for head in heads if head // per == group] for group in range(GROUPS)]
+    groups = tuple(group for group, kept in enumerate(per_group) if kept)
     match part:
         case "q_proj":
             gated = plan.source_shape.model_type != "qwen3_moe"  # per head a query and a gate
             return tensor[_rows(heads, HEAD * (2 if gated else 1))]
+        case "k_proj" | "v_proj":
+            return tensor[_rows(groups, HEAD)]
         case "o_proj" | "out_proj":
             return tensor[:, _rows(heads, HEAD)]
         case "in_proj_qkvz":  # per key head: query, key, its value heads, their z
             rows: list[Tensor] = []
-            for group, kept in enumerate(per_group):
+            for group, kept in ((group, per_group[group]) for group in groups):
                 start = group * (2 * HEAD + 2 * per * HEAD)
                 rows += [start + torch.arange(2 * HEAD)]
                 rows += [start + 2 * HEAD + half * per * HEAD + _rows(tuple(kept), HEAD) for half in (0, 1)]
@@ -131,15 +140,17 @@ def by_hand(name: str, plan: Plan, read: Callable[[str], Tensor]) -> Tensor:
                 [g * 2 * per + half * per + h for g in range(GROUPS) for half in (0, 1) for h in per_group[g]]
             ]
         case "in_proj_qkv" | "conv1d":  # queries, keys, then values
-            return tensor[torch.cat((torch.arange(2 * GROUPS * HEAD), 2 * GROUPS * HEAD + _rows(heads, HEAD)))]
+            queries, keys, values = _rows(groups, HEAD), GROUPS * HEAD + _rows(groups, HEAD), _rows(heads, HEAD)
+            return tensor[torch.cat((queries, keys, 2 * GROUPS * HEAD + values))]
     return tensor[list(heads)] if name.endswith(("A_log", "dt_bias")) else tensor
 
 
-@pytest.mark.parametrize("method", ["prune", "merge"])
+@pytest.mark.parametrize(("method", "targets"), [("prune", TARGETS), ("merge", TARGETS), ("prune", GROUPED)])
 def test_every_tensor_is_the_slice_that_its_name_says(
-    method: str, wide: HFCheckpoint, random_stats: RandomStats, tmp_path: Path
+    method: str, targets: dict[str, dict[str, int]], wide: HFCheckpoint, random_stats: RandomStats, tmp_path: Path
 ) -> None:
-    plan = plan_of(TARGETS[wide.shape.model_type], random_stats(wide), wide, method)
+    plan = plan_of(targets[wide.shape.model_type], random_stats(wide), wide, method)
+    assert parse_plan(json.loads(plan.to_json())) == plan
     pruned, differing, total = PrunedCheckpoint(plan, wide), 0, 0
     for name in pruned.names:
         tensor, expected = pruned.read(name), by_hand(name, plan, wide.read)
@@ -221,9 +232,57 @@ def test_what_has_no_effect_may_go(family: str, random_stats: RandomStats, tmp_p
     np.testing.assert_allclose([losses[1].loss, *losses[1].mtp_loss], [losses[0].loss, *losses[0].mtp_loss], rtol=1e-6)
 
 
+def test_groups_without_effect_may_go_with_their_keys(random_stats: RandomStats, tmp_path: Path) -> None:
+    """Heads that are not named follow their groups; transformers gives the same logits."""
+    from transformers import AutoModelForCausalLM
+
+    source = _checkpoint(tmp_path / "loud", "qwen3_5_moe_text", torch.float32)
+    stats, shape = random_stats(source), source.shape
+    tensors = {name: source.read(name) for name in source.names}
+    for number, block in enumerate(shape.blocks):
+        kind = shape.layer_type(block)
+        name = "self_attn.o_proj" if kind == FULL_ATTENTION else "linear_attn.out_proj"
+        quiet = slice(number % GROUPS * PER_GROUP, (number % GROUPS + 1) * PER_GROUP)
+        tensors[f"{block}.{name}.weight"].unflatten(1, (-1, HEAD))[:, quiet] = 0
+        stats.tensors[statistics.heads_key(block, kind)][quiet] = 0
+    (tmp_path / "quiet").mkdir()
+    for file in source.path.iterdir():
+        if file.suffix == ".safetensors":
+            save_file({name: tensors[name] for name in load_file(file)}, tmp_path / "quiet" / file.name)
+        else:
+            (tmp_path / "quiet" / file.name).write_bytes(file.read_bytes())
+    quiet_source = HFCheckpoint.open(tmp_path / "quiet")
+    known = Statistics(stats.tensors, random_stats(quiet_source).metadata)
+    plan = plan_of({"num_query_groups": 1, "linear_num_key_heads": 1}, known, quiet_source)
+    assert (plan.target_shape.num_attention_heads, plan.target_shape.linear_num_value_heads) == (3, 3)
+    write_pruned(PrunedCheckpoint(plan, quiet_source), tmp_path / "out", to="hf", stats=None)
+    tokens = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = [
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")(tokens).logits
+            for path in (tmp_path / "quiet", tmp_path / "out")
+        ]
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-5)
+    losses = [
+        evaluate(HFCheckpoint.open(path), tokens.numpy(), dtype=torch.float32)
+        for path in (quiet_source.path, tmp_path / "out")
+    ]
+    np.testing.assert_allclose([losses[1].loss, *losses[1].mtp_loss], [losses[0].loss, *losses[0].mtp_loss], rtol=1e-6)
+
+
+def test_a_smaller_top_k_alone(wide: HFCheckpoint, random_stats: RandomStats, tmp_path: Path) -> None:
+    """Every weight stays."""
+    plan = plan_of({"moe_router_topk": 1 if not wide.shape.norm_topk_prob else 2}, random_stats(wide), wide)
+    pruned = PrunedCheckpoint(plan, wide)
+    assert pruned.names == wide.names
+    assert all(same_bytes(pruned.read(name), wide.read(name)) for name in wide.names)
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [
+        ({"num_query_groups": 1, "num_attention_heads": 4}, "num_attention_heads 4 is more than 1 KV groups have"),
+        ({"num_query_groups": 3}, "target.num_query_groups 3 is larger than the source's 2"),
         ({"moe_ffn_hidden_size": 20}, "target.moe_ffn_hidden_size 20 is not a multiple of 8"),
         ({"num_attention_heads": 8}, "target.num_attention_heads 8 is larger than the source's 6"),
         ({"num_attention_heads": 3}, "num_attention_heads 3 is not a multiple of num_query_groups 2"),
