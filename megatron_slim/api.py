@@ -275,7 +275,8 @@ def evaluate(
 
     Returns:
         ``loss`` (nats per token), ``perplexity``, ``tokens``, ``mtp_loss`` (one number per MTP depth). With a teacher
-        also ``kl`` (nats per token), ``top1_agreement``, ``teacher_loss``, ``mtp_kl``, ``mtp_top1_agreement``.
+        also ``kl`` (nats per token), ``top1_agreement``, ``teacher_loss``, ``loss_difference``, ``mtp_kl``,
+        ``mtp_top1_agreement``. ``stderr`` has the standard errors over samples by name.
 
     Raises:
         DataError: the data do not suit the model.

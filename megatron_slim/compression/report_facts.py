@@ -142,6 +142,8 @@ def _evaluations(run: CompressionRun) -> list[dict[str, Any]]:
         model = _evaluation(_KINDS[kind], phase, result)
         if "loss" in model and "loss" in teacher:
             model["loss_difference"] = model["loss"] - teacher["loss"]
+            if (error := result.get("loss_difference_stderr")) is not None:
+                model["loss_difference_stderr"] = error
         found.append(model)
     return found
 
@@ -150,9 +152,10 @@ def _teacher(own: Document | None, others: Sequence[Document]) -> Document:
     """What is known of the teacher, its students' evaluations included."""
     found = dict(own or {})
     for result in others:
-        for key, value in (("loss", "teacher_loss"), ("acceptance", "teacher_acceptance")):
-            if found.get(key) is None and result.get(value) is not None:
-                found[key] = result[value]
+        if found.get("loss") is None and result.get("teacher_loss") is not None:
+            found |= {"loss": result["teacher_loss"], "loss_stderr": result.get("teacher_loss_stderr")}
+        if found.get("acceptance") is None and result.get("teacher_acceptance") is not None:
+            found["acceptance"] = result["teacher_acceptance"]
     return found
 
 
@@ -161,8 +164,9 @@ def _evaluation(model: str, phase: int | None, result: Document) -> dict[str, An
     for key in FIGURES:
         found |= {name: result[name] for name in (key, f"{key}_stderr") if result.get(name) is not None}
     for key in DEPTHS:
-        if (value := result.get(key)) not in (None, []):
-            found[key] = value if isinstance(value, list) else [value]
+        for name in (key, f"{key}_stderr"):
+            if (value := result.get(name)) not in (None, []):
+                found[name] = value if isinstance(value, list) else [value]
     if result.get("tasks"):
         found["tasks"] = {name: metrics_of(task) for name, task in result["tasks"].items()}
     keys = ("tokens", "samples", "seq_length", "dtype", "acceptance", "clients")

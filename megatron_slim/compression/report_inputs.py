@@ -168,6 +168,11 @@ def _is_numbers(value: Any) -> bool:
     return _is_number(value) or (isinstance(value, list) and all(map(_is_number, value)))
 
 
+def _are_errors(value: Any) -> bool:
+    """A standard error or a list of them, each of which may be missing: one sample has none."""
+    return all(_is_number(each, True) for each in (value if isinstance(value, list) else [value]))
+
+
 def _is_acceptance(value: Any) -> bool:
     keys = ("mean_accepted_length", "drafts")
     return isinstance(value, dict) and _is_numbers(value.get("acc")) and all(_is_number(value.get(k)) for k in keys)
@@ -206,11 +211,12 @@ def _is_sizes(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_is_number, value.values()))
 
 
-_NUMBERS = ("loss", "perplexity", "tokens", "kl", "top1_agreement", "teacher_loss")
+_NUMBERS = ("loss", "perplexity", "kl", "top1_agreement", "teacher_loss", "loss_difference")
+_LISTS = ("mtp_loss", "mtp_kl", "mtp_top1_agreement")
 _EVALUATION: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(_NUMBERS, _is_number),
-    **{f"{key}_stderr": _is_number for key in _NUMBERS},
-    **dict.fromkeys(("mtp_loss", "mtp_kl", "mtp_top1_agreement"), _is_numbers),
+    **dict.fromkeys((*_NUMBERS, "tokens"), _is_number),
+    **dict.fromkeys(_LISTS, _is_numbers),
+    **{f"{key}_stderr": _are_errors for key in (*_NUMBERS, *_LISTS)},
     **dict.fromkeys(("acceptance", "teacher_acceptance"), _is_acceptance),
     "tasks": _is_tasks,
     "clients": _is_clients,
