@@ -22,6 +22,7 @@ from megatron_slim.compression.steps import (
     EVALUATE_TEACHER,
     EXPORT,
     PRUNE,
+    QUANTIZE,
 )
 from megatron_slim.files import read_json
 from megatron_slim.page import Section
@@ -73,6 +74,7 @@ def gather(run: CompressionRun) -> Gathered:
         "training": report_curves.summary(curves),
         "training_not_read": why_no_curves,
         "evaluations": _evaluations(run),
+        "quantization": _quantization(run),
         "cost": _cost(run, curves),
         "versions": _versions(run),
         "seeds": dict(_seeds(run)),
@@ -157,6 +159,15 @@ def _teacher(own: Document | None, others: Sequence[Document]) -> Document:
         if found.get("acceptance") is None and result.get("teacher_acceptance") is not None:
             found["acceptance"] = result["teacher_acceptance"]
     return found
+
+
+def _quantization(run: CompressionRun) -> dict[str, Any] | None:
+    """What the step found that quantized the last export; None where it is not done."""
+    found = [result for phase in run.phases if (result := run.result(QUANTIZE, phase)) is not None]
+    if not found:
+        return None
+    size = {"bytes": found[-1]["bytes"]} if "bytes" in found[-1] else {}
+    return size | dict(found[-1].get("quantization", {}))
 
 
 def _evaluation(model: str, phase: int | None, result: Document) -> dict[str, Any]:

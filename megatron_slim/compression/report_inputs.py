@@ -21,7 +21,9 @@ from megatron_slim.compression.steps import (
     EVALUATE_TEACHER,
     EXPORT,
     MODEL,
+    MODEL_FP8,
     PRUNE,
+    QUANTIZE,
 )
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json
@@ -101,6 +103,10 @@ class CompressionRun:
     def final_model(self) -> Path:
         """The export of the last phase."""
         return self.save / MODEL
+
+    def quantized_model(self) -> Path:
+        """The same in FP8."""
+        return self.save / MODEL_FP8
 
 
 def read_compression_run(save: Path) -> CompressionRun:
@@ -207,6 +213,13 @@ def _is_clients(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(client, dict) for client in value.values())
 
 
+def _is_quantization(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(worst := value.get("worst"), dict):
+        return False
+    numbers = (value.get("tensors"), value.get("partial_blocks"), worst.get("relative_rms"))
+    return all(map(_is_number, numbers)) and isinstance(worst.get("tensor"), str)
+
+
 def _is_sizes(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_is_number, value.values()))
 
@@ -224,4 +237,5 @@ _EVALUATION: dict[str, Callable[[Any], bool]] = {
 _SIZES: dict[str, dict[str, Callable[[Any], bool]]] = {
     PRUNE: {"before": _is_sizes, "after": _is_sizes},
     EXPORT: {"bytes": _is_number},
+    QUANTIZE: {"bytes": _is_number, "quantization": _is_quantization},
 }

@@ -6,6 +6,7 @@ import html.parser
 import importlib.util
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_slim import convert
 from megatron_slim.architecture.flops import student_flops, teacher_flops
 from megatron_slim.compression import card
 from megatron_slim.compression.card import MARKER
@@ -395,6 +397,60 @@ def test_the_card(tmp_path: Path) -> None:
     assert "| acc\\_" not in body and "| acc_0 | 0.7100 | 0.6200 |" in body
     assert "AutoTokenizer" in body and "vllm serve" in body and "Licence of run-teacher: apache-2.0." in body
     assert "\n## Sizes\n" in body and "\n\n\n\n" not in body
+
+
+@pytest.fixture
+def quantized(tmp_path: Path) -> Path:
+    """A run whose export was quantized by this package's command, from a tiny model."""
+    save = make_run(tmp_path / "run")
+    shutil.rmtree(save / "model")
+    write_tiny_checkpoint(save / "model", STUDENT)
+    found = convert(save / "model", save / "model-fp8", to="hf", quantize="fp8")
+    results = {"quantize": found, "evaluate-fp8": evaluation(4.2492, loss_stderr=0.0124)}
+    document = json.loads((save / "run.json").read_text())
+    for kind, result in results.items():
+        (save / f"results/{kind}.json").write_text(json.dumps(result))
+        step = {"name": f"phase-1/{kind}", "kind": kind, "phase": 1, "state": "done", "command": [kind]}
+        document["steps"].insert(-1, step | {"result": f"results/{kind}.json"})
+    (save / "run.json").write_text(json.dumps(document))
+    return save
+
+
+def test_the_card_of_the_export_in_fp8(quantized: Path) -> None:
+    page = page_of(quantized)
+    plain, card_of_fp8 = ((quantized / model / "README.md").read_text() for model in ("model", "model-fp8"))
+    assert "quantized" not in plain and "FP8 (E4M3)" not in plain
+    _, matter, body = card_of_fp8.split("---\n", 2)
+    keys = yaml.safe_load(matter)
+    assert (keys["base_model"], keys["base_model_relation"]) == ("run", "quantized") and "fp8" in keys["tags"]
+    assert keys["license"] == "apache-2.0" and keys["tags"][-1] == "qwen3_next"
+    assert "# base_model: the run's name, to be replaced" in matter
+    assert body.startswith(MARKER) and ", in FP8\n" in body and "128 x 128" in body
+    assert "| loss | 4.0651 | 6.1957 | 4.2442 ±0.0123 | 4.2492 ±0.0124 |" in body
+    found = json.loads((quantized / "results/quantize.json").read_text())
+    worst = found["quantization"]["worst"]
+    rows = {
+        "bytes": f"{found['bytes']:,}",
+        "weights in FP8": str(found["quantization"]["tensors"]),
+        "of these with smaller blocks at the edges": str(found["quantization"]["partial_blocks"]),
+        "largest relative RMS error": f"{100 * worst['relative_rms']:.2f}%",
+        "in": worst["tensor"],
+    }
+    assert all(f"| {name} | {value} |" in body for name, value in rows.items())
+    assert page.column("Quantization", "FP8") == rows
+    assert "[quantization_report.md](quantization_report.md)" in body
+    assert (quantized / "model-fp8/quantization_report.md").is_file()
+    assert "--dequantize-fp8" in body and "accelerate" in body and "vllm serve" in body
+
+
+def test_a_card_in_fp8_without_results(quantized: Path) -> None:
+    for kind in ("quantize", "evaluate-fp8"):
+        (quantized / f"results/{kind}.json").write_text("{}")
+    write_report(quantized)
+    assert "| bytes | not measured |" in (quantized / "model-fp8/README.md").read_text()
+    (quantized / "results/quantize.json").write_text('{"quantization": {"worst": 3}}')
+    with pytest.raises(SlimError, match="not what the step prints: quantization; remove it and run phase-1/quantize"):
+        write_report(quantized)
 
 
 def test_the_citation_is_that_of_the_project() -> None:
