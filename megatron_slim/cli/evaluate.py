@@ -74,7 +74,7 @@ def _measure(args: argparse.Namespace, load: Path, extras: Extras) -> dict[str, 
         check_tasks(args, load)  # now, not after the losses
     results = _measure_losses(args, load, extras) if args.data is not None else {"load": str(load)}
     if args.acceptance is not None:
-        results |= run_acceptance(args, load)
+        results |= run_acceptance(args, load, extras.teacher)
     if extras.tasks is not None:
         results |= run_tasks(args, load, extras.tasks)
     return results

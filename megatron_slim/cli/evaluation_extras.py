@@ -109,7 +109,7 @@ def open_extras(args: argparse.Namespace) -> Extras:
     tasks = teacher = None
     if args.tasks is not None:
         tasks = Tasks(args.tasks, tasks_dir=args.tasks_dir, num_fewshot=args.num_fewshot, limit=args.limit)
-    if args.teacher is not None and args.data is not None:
+    if args.teacher is not None:
         checkpoint = open_checkpoint(args.teacher, args.teacher_hf_config)
         log_left_out(checkpoint)
         teacher = Teacher(checkpoint)
