@@ -89,7 +89,7 @@ def calibrate(
     Args:
         checkpoint: the model, opened or as its path.
         data: prefix of a Megatron .bin/.idx pair, a .npy file, or token ids [samples, sequence].
-        num_samples: samples to draw; None: 1024 of a .bin/.idx pair, all of a matrix.
+        num_samples: samples to draw; None: 1024 of a .bin/.idx pair or all if it has fewer, all of a matrix.
         seq_length: tokens of a sample of a .bin/.idx pair; None: 4096, or what the model can read.
         seed: of the draw.
         micro_batch_size: samples in one forward pass; None: about 4096 tokens.

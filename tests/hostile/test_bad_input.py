@@ -288,7 +288,19 @@ DATA = {
     ),
     "too long .bin": Case(CALIBRATE, "--calibration-data d --seq-length 33 --num-samples 1", dataset(), "is 32; use"),
     "too short": Case(CALIBRATE, "--calibration-data x.npy", array(ids(1, 1)), "too short for the MTP block"),
-    "too few": Case(CALIBRATE, "--calibration-data d", dataset(), "1024 samples asked for, 1 there"),
+    "too few": Case(
+        CALIBRATE,
+        "--calibration-data d --num-samples 2",
+        dataset(),
+        "2 samples asked for, 1 there; ask for 1 or fewer (num_samples), or for shorter ones (seq_length)",
+    ),
+    "too few to evaluate on": Case(
+        EVALUATE,
+        "--data d --seq-length 8 --num-samples 6",
+        dataset(),
+        "6 samples asked for, 5 there; ask for 5 or fewer",
+    ),
+    "not one sample": Case(CALIBRATE, "--calibration-data d", dataset(tokens=31), "one sample of 32; ask for shorter"),
 }
 FILES = {
     "output exists": Case(CONVERT, "", lambda work: (work / "out").mkdir(), "out: output already exists"),
