@@ -69,6 +69,7 @@ SECTIONS: dict[str, dict[str, Check]] = {
         "micro_batch_size": _POSITIVE,
         "seed": _COUNT,
         "work_dir": _is_text,
+        "carry_statistics": _is_switch,
     },
     "train": {
         "tokens": _is_tokens,
@@ -102,7 +103,10 @@ SECTIONS: dict[str, dict[str, Check]] = {
 }
 
 
-_OF_PHASES = ("carry_optimizer", "moments_of_merged", "stage_warmup")
+_OF_PHASES = {
+    "calibrate": ("carry_statistics",),
+    "train": ("carry_optimizer", "moments_of_merged", "stage_warmup"),
+}
 
 
 def violations(document: Mapping[Any, Any]) -> list[str]:
@@ -120,8 +124,13 @@ def violations(document: Mapping[Any, Any]) -> list[str]:
     train = document.get("train")
     if "phases" in document and isinstance(train, Mapping) and "tokens" in train:
         found.append("train.tokens and phases exclude one another: every phase has its own tokens")
-    if "phases" not in document and isinstance(train, Mapping):
-        found += [f"train.{key} is for recipes with phases" for key in _OF_PHASES if key in train]
+    if "phases" not in document:
+        found += [
+            f"{section}.{key} is for recipes with phases"
+            for section, keys in _OF_PHASES.items()
+            for key in keys
+            if isinstance(values := document.get(section), Mapping) and key in values
+        ]
     return found
 
 

@@ -25,6 +25,7 @@ from megatron_slim.compression.steps import (
     SHOW_PLAN,
     TRAIN,
     Step,
+    measures,
 )
 from megatron_slim.data import data_prefix, open_stream
 from megatron_slim.doctor.preflight import BYTES_PER_PARAMETER
@@ -107,7 +108,7 @@ def needs(settings: RunSettings, found: Sequence[Step], teacher: ModelShape, mac
         if step.kind == PRUNE:
             assert step.phase is not None
             source, student = student, _pruned(settings, step.phase, student)  # type: ignore[assignment]
-            tokens = _calibration_tokens(settings, length)
+            tokens = _calibration_tokens(settings, length) if measures(settings, step.phase) else 0
             yield Need(step, tokens, _streaming(source, length, kernels, tokens, machine), _size(student, machine))
         elif step.kind == TRAIN:
             yield _training(settings, step, teacher, student, machine)

@@ -45,8 +45,8 @@ def description(config: Mapping[str, Any]) -> str:
     rows, columns = config["weight_block_size"]
     return (
         f"Weights of linear layers are in FP8 ({config['fmt'].upper()}) with one fp32 scale for {rows} x {columns} of "
-        f"them; activations are rounded when the model runs ({config['activation_scheme']}). Embedding, output layer, "
-        "norms, routers and convolutions are in 16 or 32 bits."
+        f"them; activations are rounded when the model runs ({config['activation_scheme']}). All else is in 16 or 32 "
+        "bits: embedding, output layer, norms, routers, convolutions."
     )
 
 

@@ -289,7 +289,7 @@ def test_every_other_error_has_its_line(tool: Tool, source: HFCheckpoint, work: 
     assert "no such directory" in error("--load", work / "none")
     assert "samples asked for" in error("--num-samples", 5)
     run = tool(PRUNE, "--load", source.path, "--recipe", work / "recipe.yaml", "--dry-run")
-    assert "give one of --calibration-data, --stats and --plan" in run.error
+    assert "give one of --calibration-data, --stats, --carry-statistics and --plan" in run.error
     run = tool(PRUNE, "--load", source.path, "--calibration-data", work / "tokens.npy", "--dry-run")
     assert "give --recipe or --plan" in run.error
     assert sorted(p.name for p in work.iterdir()) == ["big.yaml", "old", "recipe.yaml", "tokens.npy", "typo.yaml"]
