@@ -17,7 +17,14 @@ from megatron_slim.compression.report_quantization import (
     quantization_of,
     quantization_section,
 )
-from megatron_slim.compression.report_tables import NOT_MEASURED, count, evaluation_sections, headline, size_section
+from megatron_slim.compression.report_tables import (
+    CLIENTS,
+    NOT_MEASURED,
+    count,
+    evaluation_sections,
+    headline,
+    size_section,
+)
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json, write_atomic
 from megatron_slim.page import Section
@@ -104,7 +111,8 @@ def _body(facts: Mapping[str, Any], model: Path, quantization: Mapping[str, Any]
         yield f"{description(quantization)} {errors}"
     yield from (" ".join(headline(facts)), "")
     sections = [size_section(sizes), *evaluation_sections(facts["evaluations"])]
-    if quantization:
+    if quantization:  # clients were tried with the other export
+        sections = [section for section in sections if section.title != CLIENTS]
         sections.insert(1, quantization_section(facts["quantization"] or {}))
     for section in sections:
         yield from _markdown(section) if section.rows else ()

@@ -34,7 +34,7 @@ def quantization_section(measured: Mapping[str, Any]) -> Section:
         "weights in FP8": f"{measured['tensors']:,}" if "tensors" in measured else NOT_MEASURED,
         "of these with smaller blocks at the edges": str(measured.get("partial_blocks", NOT_MEASURED)),
         "largest relative RMS error": f"{100 * worst['relative_rms']:.2f}%" if worst else NOT_MEASURED,
-        "in": worst.get("tensor", NOT_MEASURED),
+        "tensor with this error": worst.get("tensor", NOT_MEASURED),
     }
     note = "Errors compare the dequantized weights in bf16 with those of the export."
     return Section(HEADING, ("", "FP8"), tuple(shown.items()), note, text=True)

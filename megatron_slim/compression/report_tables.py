@@ -12,6 +12,7 @@ from megatron_slim.reporting import duration
 from megatron_slim.training.run_figures import amount
 
 NOT_MEASURED = "not measured"
+CLIENTS = "Clients that load the export"
 _EXACT = 10_000_000  # a larger size is shown in millions or billions, which a phone has space for
 Model = Mapping[str, Any]
 Models = Sequence[Model]
@@ -214,7 +215,7 @@ def _clients(models: Models) -> Section:
     """Of the last model that was tried."""
     tried = [model["clients"] for model in models if "clients" in model]
     if not tried:
-        return unknown("Clients that load the export")
+        return unknown(CLIENTS)
     loads = {True: "yes", False: "no"}
     rows = tuple(
         (
@@ -225,7 +226,7 @@ def _clients(models: Models) -> Section:
         )
         for name, client in tried[-1].items()
     )
-    return Section("Clients that load the export", ("client", "version", "loads", "note"), rows, text=True)
+    return Section(CLIENTS, ("client", "version", "loads", "note"), rows, text=True)
 
 
 def cost_section(cost: Mapping[str, Any]) -> Section:

@@ -434,12 +434,13 @@ def test_the_card_of_the_export_in_fp8(quantized: Path) -> None:
         "weights in FP8": str(found["quantization"]["tensors"]),
         "of these with smaller blocks at the edges": str(found["quantization"]["partial_blocks"]),
         "largest relative RMS error": f"{100 * worst['relative_rms']:.2f}%",
-        "in": worst["tensor"],
+        "tensor with this error": worst["tensor"],
     }
     assert all(f"| {name} | {value} |" in body for name, value in rows.items())
     assert page.column("Quantization", "FP8") == rows
     assert "[quantization_report.md](quantization_report.md)" in body
     assert (quantized / "model-fp8/quantization_report.md").is_file()
+    assert "Clients that load" not in body and "Clients that load" in plain
     assert "--dequantize-fp8" in body and "accelerate" in body and "vllm serve" in body
 
 
