@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_slim.cli.calibration_run import CalibrationOptions, run_calibrate
+from megatron_slim.cli.given_statistics import Given
 from megatron_slim.cli.pruning_run import run_plan
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
@@ -372,7 +373,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "recipe.yaml").write_text(RECIPE)
     (root / "text.txt").write_text("Some text.\n")
     run_calibrate(root / "hf", root / STATS, CalibrationOptions(root / "tokens.npy", None, None, 0, None))
-    run_plan(root / "hf", root / STATS, root / "recipe.yaml", root / "plan.json")
+    run_plan(root / "hf", Given(root / STATS), root / "recipe.yaml", root / "plan.json")
     return root
 
 
