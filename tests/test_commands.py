@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,15 @@ def test_results_of_a_real_run(tmp_path: Path) -> None:
     shown = call("show-run", result["save"], "--json").stdout.splitlines()[-1]
     assert result == {"save": result["save"], **json.loads(shown)}
     assert 4 < result["curves"]["lm loss"]["last"] < 5.5  # guessing among 96 tokens is 4.56
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    with socket.socket() as held:
+        held.bind(("", 0))
+        held.listen()
+        done = call("torchrun", "--master-port", str(held.getsockname()[1]), "--nproc-per-node", "1", "none.py")
+    assert done.returncode == 2 and "give another --master-port" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 def test_distill_refuses_in_one_line() -> None:
