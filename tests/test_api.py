@@ -181,6 +181,19 @@ def test_a_name_where_its_content_is_expected(teacher: Path, samples: np.ndarray
         slim.prune(teacher, plan, tmp_path / "new")
 
 
+def test_parameters_of_sizes_and_of_checkpoints(teacher: Path) -> None:
+    counted = slim.count_parameters(tiny_shape())
+    assert counted == slim.count_parameters(teacher) == slim.count_parameters(slim.open_checkpoint(str(teacher)))
+    files = teacher.glob("*.safetensors")
+    assert counted.total == sum(tensor.numel() for file in files for tensor in load_file(file).values())
+    trunk = slim.count_parameters(teacher, include_mtp=False)
+    assert trunk.total < counted.total and trunk.active < trunk.total
+    with pytest.raises(slim.SlimError, match="checkpoint: is of type dict, not a checkpoint; give its path, or open"):
+        slim.count_parameters({"hidden_size": 8})  # type: ignore[arg-type]
+    with pytest.raises(slim.SlimError, match="no such directory"):
+        slim.count_parameters(teacher / "none")
+
+
 def test_recipes_of_the_package_have_names() -> None:
     recipe = slim.read_recipe("qwen3_next_80a3b_to_23a2b")
     assert recipe == slim.read_recipe(ROOT / "examples/slimqwen/recipes/qwen3_next_80a3b_to_23a2b.yaml")

@@ -97,7 +97,9 @@ def test_refuses_ids_outside_the_vocabulary(tmp_path: Path) -> None:
 
 
 def test_refuses_too_few(tmp_path: Path, prefix: Path) -> None:
-    assert "4 samples asked for, 3 there" in refusal(prefix, seq_length=3, num_samples=4)
+    assert "4 samples asked for, 3 there; ask for 3 or fewer" in refusal(prefix, seq_length=3, num_samples=4)
+    for wanted, found in ((4, 3), (3, 3), (2, 2), (None, 3)):
+        assert len(read_samples(prefix, seq_length=3, num_samples=wanted, at_most=True)) == found
     assert "holds 10 tokens, fewer than one sample of 11" in refusal(prefix, seq_length=11)
     assert "--seq-length" in refusal(prefix)
     np.save(tmp_path / "x.npy", np.zeros((2, 3), np.int64))

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slim.cli.calibration_run import add_calibration_arguments, calibration_options
-from megatron_slim.cli.carried_optimizer import add_optimizer_arguments, moments_of_merged
+from megatron_slim.cli.carried_optimizer import add_optimizer_arguments
 from megatron_slim.cli.given_statistics import add_statistics_arguments, given_statistics
 from megatron_slim.cli.pruning_run import add_phase_argument, refuse_conflicts, run_prune
 from megatron_slim.cli.search_arguments import add_search_arguments, measuring
 from megatron_slim.cli.tool import run_command
 from megatron_slim.command_line import RECIPE_HELP, add_load_arguments, add_write_arguments, load_options, write_options
+from megatron_slim.recipe_run import moment_rule
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +52,7 @@ def prune(args: argparse.Namespace) -> dict[str, Any]:
         calibration=calibration_options(args) if args.calibration_data else None,
         dry_run=args.dry_run,
         measuring=measuring(args),
-        moments_of_merged=moments_of_merged(args),
+        moments_of_merged=moment_rule(args.carry_optimizer, args.moments_of_merged, args.to),
         reading=load_options(args),
         writing=write_options(args),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,13 +16,17 @@ from megatron_slim.files import sha256
 from megatron_slim.pruning.samples import check_samples
 
 if TYPE_CHECKING:
+    from megatron_slim.evaluation.acceptance import Acceptance
     from megatron_slim.evaluation.losses import FinalStates
+    from megatron_slim.evaluation.prompts import Prompts
 
 logger = logging.getLogger(__name__)
 
 
 class Teacher:
-    """A teacher, and its hidden states on the samples that it was last asked for: one pass serves many students.
+    """A teacher, its hidden states on the samples and its acceptance on the prompts that it was last asked for.
+
+    What it has measured serves many students.
 
     Attributes:
         checkpoint: the model.
@@ -33,6 +37,7 @@ class Teacher:
         self.checkpoint = checkpoint
         self._asked: tuple[object, ...] = ()
         self._last: FinalStates | None = None
+        self._accepted: tuple[object, Acceptance] | None = None
 
     def check(self, shape: ModelShape, samples: Tokens) -> None:
         """Refuse a student of this shape, or samples, with which no comparison is possible.
@@ -67,3 +72,12 @@ class Teacher:
         states.run("evaluating the teacher")
         self._asked, self._last = asked, states
         return states
+
+    def acceptance(self, prompts: Prompts, **options: Any) -> Acceptance:
+        """Acceptance of its own drafts; arguments as `acceptance.measure_acceptance`."""
+        asked = ([*map(tuple, prompts)], options)
+        if self._accepted is None or self._accepted[0] != asked:
+            from megatron_slim.evaluation.acceptance import measure_acceptance
+
+            self._accepted = (asked, measure_acceptance(self.checkpoint, prompts, **options))
+        return self._accepted[1]

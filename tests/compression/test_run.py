@@ -86,6 +86,14 @@ def test_a_dry_run_says_what_every_step_needs_and_makes_nothing(place: Path, tmp
     assert "--progressive" in found["phase-1/train"]["command"]
 
 
+def test_tokens_of_data_with_fewer_samples_than_the_default(place: Path, tmp_path: Path, tool: Any) -> None:
+    (tmp_path / "recipe.yaml").write_text(ONE.replace("num_samples: 4, seq_length: 16, ", ""))
+    words = arguments(place, tmp_path / "r", "one.yaml", "--dry-run", "--json")
+    done = tool("tools/run.py", tmp_path / "recipe.yaml", *words[1:])
+    (prune,) = [step for step in done.json["steps"] if step["name"] == "phase-1/prune"]
+    assert prune["tokens"] == 60 * 33 // 32 * 32 and "--num-samples" not in prune["command"]
+
+
 def test_the_table_of_a_dry_run(place: Path, tmp_path: Path, tool: Any) -> None:
     done = tool("tools/run.py", *arguments(place, tmp_path / "r", "one.yaml", "--dry-run"))
     assert "phase-1/train" in done.stdout and "megatron-slim distill --teacher" in done.stdout

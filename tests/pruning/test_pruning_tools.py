@@ -240,6 +240,11 @@ def test_a_megatron_data_set_is_read_by_its_prefix(tool: Tool, source: HFCheckpo
     few = ("--num-samples", 4, "--seq-length", 12)
     run = tool(CALIBRATE, "--load", source.path, "--calibration-data", work / "text", *few, *save)
     assert (run.json["num_samples"], run.json["seq_length"]) == ("4", "12")
+    read = (CALIBRATE, "--load", source.path, "--calibration-data", work / "text")
+    every = tool(*read, "--seq-length", 5, "--save", work / "all", "--json")
+    assert (every.json["num_samples"], every.json["seq_length"]) == ("9", "5")
+    line = f"{work / 'text'}: has 9 samples of 5 tokens, not the default of 1024: all are used"
+    assert line in every.stderr and "not the default" not in run.stderr
     matrix = tool(CALIBRATE, "--load", source.path, "--calibration-data", work / "tokens.npy", "--save", work / "same")
     assert matrix.code == 0 and (work / "stats").read_bytes() == (work / "same").read_bytes()
     run = tool(CALIBRATE, "--load", source.path, "--calibration-data", work / "text", "--save", work / "s")
