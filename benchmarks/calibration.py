@@ -171,7 +171,7 @@ def published_layers(args: argparse.Namespace, **changes: Any) -> dict[str, Any]
 
     from benchmarks.models import PUBLISHED, model_bytes, shape_of
     from megatron_slim.architecture.layer_specs import layer_spec
-    from megatron_slim.device import default_dtype
+    from megatron_slim.compat.device import default_dtype
     from megatron_slim.planning.preparation import ASSUMED
     from megatron_slim.pruning.block import block_config, rotary_embedding
     from megatron_slim.pruning.recorder import BlockRecorder
@@ -223,7 +223,7 @@ def estimate() -> dict[str, Any]:
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, estimate and report."""
-    from megatron_slim import device
+    from megatron_slim.compat import device
 
     device.install()
     import torch

@@ -120,7 +120,7 @@ def step_by_step(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Ten
 
 def rules(device_type: str = "cpu") -> dict[str, Rule]:
     """The implementations that there are, all called as Megatron calls them."""
-    from megatron_slim import device, linear_attention
+    from megatron_slim.compat import device, linear_attention
 
     device.install()
     from megatron.core.ssm.gated_delta_net import torch_chunk_gated_delta_rule

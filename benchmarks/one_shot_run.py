@@ -72,7 +72,7 @@ def _statistics(args: argparse.Namespace, source: Checkpoint) -> Statistics:
         seq_length=args.seq_length,
         seed=args.seed,
     )
-    from megatron_slim import device
+    from megatron_slim.compat import device
 
     device.install()
     from megatron_slim.pruning.calibrate import calibrate

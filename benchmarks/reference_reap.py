@@ -109,7 +109,7 @@ def theirs(layer: Any, batches: list[Tensor], topk: int) -> dict[str, Tensor]:
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Largest differences, relative to the largest value, and whether the better half of the experts is the same."""
     sys.path.insert(0, str(args.reap_source))
-    from megatron_slim import device
+    from megatron_slim.compat import device
 
     device.install()
     import torch

@@ -22,9 +22,9 @@ import torch
 from benchmarks.models import demo_shapes
 from benchmarks.report import machine
 from benchmarks.soak_compare import LOGGED, compare
-from megatron_slim import device
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.torch_dist_names import METADATA
+from megatron_slim.compat import device
 from megatron_slim.errors import SlimError
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 

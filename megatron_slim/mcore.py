@@ -8,7 +8,7 @@ import logging
 import sys
 import warnings
 
-from megatron_slim import device
+from megatron_slim.compat import device
 
 # What Megatron and torch announce at import, such as the libraries that are missing, is the doctor's to report.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

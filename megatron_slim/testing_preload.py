@@ -10,7 +10,7 @@ import importlib
 # Nothing of what is imported becomes garbage: looking for it takes a sixth of the time here, and as much in every rank.
 gc.disable()
 
-from megatron_slim import device  # noqa: E402
+from megatron_slim.compat import device  # noqa: E402
 
 device.install()
 for _module in (

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_slim import data, device
+from megatron_slim import data
+from megatron_slim.compat import device
 from megatron_slim.data import check_ids, data_prefix, open_stream, read_samples, read_stream
 from megatron_slim.errors import DataError
 

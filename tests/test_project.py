@@ -18,7 +18,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import megatron_slim
-from megatron_slim import device, extras
+from megatron_slim import extras
+from megatron_slim.compat import device
 from megatron_slim.errors import SlimError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -39,7 +39,7 @@ def conversion(setting: Setting) -> Found:
 
 def differing(source: Path, result: Path) -> int:
     """Number of weights of all layers that are not the same bits."""
-    from megatron_slim import device
+    from megatron_slim.compat import device
 
     device.init_single_process()
     import torch

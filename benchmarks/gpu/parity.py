@@ -91,7 +91,7 @@ def parity(setting: Setting) -> Found:
     """Logits and training in plain PyTorch: no Transformer Engine, no apex, no flash-linear-attention."""
     hide(LIBRARIES)
     compile_nothing()
-    from megatron_slim import device
+    from megatron_slim.compat import device
 
     device.init_single_process()
     import torch

@@ -84,7 +84,7 @@ def kd_step(setting: Setting) -> Found:
 
 def calibration(setting: Setting) -> Found:
     """Seconds of a layer of each kind of the published 80B model with all that calibration listens to."""
-    from megatron_slim import device
+    from megatron_slim.compat import device
 
     device.init_single_process()
     import torch

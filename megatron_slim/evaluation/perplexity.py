@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from megatron_slim import device
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint, log_left_out, open_checkpoint
 from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.reference import Reference
 from megatron_slim.checkpoint.remarks import remarks
+from megatron_slim.compat import device
 from megatron_slim.data import Tokens, read_samples
 from megatron_slim.errors import DataError
 from megatron_slim.evaluation.teacher import Teacher

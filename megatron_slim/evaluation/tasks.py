@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from megatron_slim import device
 from megatron_slim.checkpoint.convert import Checkpoint, write_checkpoint
 from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.fp8 import BlockScaled
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.compat import device
 from megatron_slim.errors import DataError, one_line
 from megatron_slim.extras import require
 from megatron_slim.tokenizers import HuggingFaceTokenizer

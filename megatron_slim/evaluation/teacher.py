@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_slim import device
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint
+from megatron_slim.compat import device
 from megatron_slim.data import Tokens
 from megatron_slim.errors import CheckpointError
 from megatron_slim.files import sha256

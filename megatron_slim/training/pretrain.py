@@ -26,7 +26,6 @@ from megatron.training.arguments import add_megatron_arguments, parse_and_valida
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_slim import cpu_kernels, device, megatron_fixes
 from megatron_slim.architecture.context_parallel import local_positions
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.layer_specs import build_model, shape_config_fields
@@ -38,6 +37,7 @@ from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.checkpoint.precision import keep_types
 from megatron_slim.checkpoint.side_files import carry_files, log_left_behind
 from megatron_slim.checkpoint.torch_dist_names import HF_DIR
+from megatron_slim.compat import cpu_kernels, device, fixes
 from megatron_slim.distillation.divergences import KDLoss
 from megatron_slim.distillation.loss_options import DEFAULTS
 from megatron_slim.distillation.losses import KD_LAMBDA, MTP_BETA, LossWeights, TokenLosses, combine, gradients_of_total
@@ -383,7 +383,7 @@ def main(argv: list[str]) -> None:
     if parsed.rank == 0 and balancing is not None:
         logger.info(balancing)
     cpu_kernels.keep_freed_memory(cpu_kernels.TRAINING)
-    megatron_fixes.log_what_the_iteration_was()
+    fixes.log_what_the_iteration_was()
     carried = carried_optimizer(parsed)
     device.keep_schedule_with_iterations(0 if place is None else place.start, carried.load if carried else None)
     if place is not None and parsed.stage_warmup:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_slim import device
+from megatron_slim.compat import device
 
 device.install()
 
@@ -22,9 +22,9 @@ from megatron_slim.architecture.flops import (  # noqa: E402
 )
 from megatron_slim.architecture.layer_specs import build_model, transformer_config  # noqa: E402
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape  # noqa: E402
+from megatron_slim.compat.linear_attention import chunk_gated_delta_rule  # noqa: E402
 from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine, gradients_of_total  # noqa: E402
 from megatron_slim.distillation.model import TEACHER_MTP, DistillationModel, HiddenStatesModel  # noqa: E402
-from megatron_slim.linear_attention import chunk_gated_delta_rule  # noqa: E402
 from megatron_slim.testing import tiny_shape  # noqa: E402
 
 LENGTH, BATCH = 64, 2

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_slim import device
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
 from megatron_slim.architecture.table import weights
 from megatron_slim.checkpoint.layout import stored_shapes
+from megatron_slim.compat import device
 from megatron_slim.errors import ShapeError
 from megatron_slim.testing import run_distributed, tiny_shape
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_slim import device
 from megatron_slim.architecture.layer_specs import build_model, transformer_config
 from megatron_slim.architecture.local_attention import LocalAttention
 from megatron_slim.architecture.local_experts import LocalExperts
 from megatron_slim.architecture.local_modules import rms_norm
+from megatron_slim.compat import device
 from megatron_slim.testing import tiny_shape
 
 SIZES = {"num_layers": 2, "layer_types": ("linear_attention", "full_attention"), "moe_router_topk": 3}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorWithFlattening, Qwen3MoeForCausalLM, Qwen3NextForCausalLM
 
-from megatron_slim import device
+from megatron_slim.compat import device
 
 device.install()
 

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from megatron_slim import device
 from megatron_slim.architecture.rope import Yarn
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
 from megatron_slim.architecture.table import weights
@@ -20,6 +19,7 @@ from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.layout import from_megatron
 from megatron_slim.checkpoint.loading import load_hf_weights
+from megatron_slim.compat import device
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 from tests.mtp_oracle import load_mtp, mtp_hidden, named
 from tests.sizes import ODD

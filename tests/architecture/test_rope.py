@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_slim import device
+from megatron_slim.compat import device
 
 device.install()
 

@@ -229,7 +229,7 @@ def check_state_of_delayed_scaling() -> None:
 
 
 def check_all(work: Path) -> None:
-    from megatron_slim import device
+    from megatron_slim.compat import device
 
     device.init_single_process()
     check_specs(work)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3NextForCausalLM
 
-from megatron_slim import device
+from megatron_slim.compat import device
 
 device.install()
 

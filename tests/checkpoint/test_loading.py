@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_slim import device
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.loading import load_hf_weights
+from megatron_slim.compat import device
 from megatron_slim.errors import CheckpointError
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 

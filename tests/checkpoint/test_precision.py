@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen3NextForCausalLM
 
-from megatron_slim import device
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.checkpoint.precision import float32_weights, keep_types
 from megatron_slim.checkpoint.remarks import remarks
+from megatron_slim.compat import device
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 GDN, NORM, ROUTER = ("A_log", "dt_bias", "linear_attn.norm.weight"), "model.norm.weight", "mlp.gate.weight"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_slim import device
+from megatron_slim.compat import device
 
 device.install()
 

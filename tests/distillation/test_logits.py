@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_slim import device
+from megatron_slim.compat import device
 from megatron_slim.distillation.divergences import KDLoss
 from megatron_slim.distillation.fused import DistillationInputs, OutputLayer, Target, fused_losses
 from megatron_slim.distillation.loss_options import KD_LOSSES

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_slim import device
+from megatron_slim.compat import device
 
 device.install()
 

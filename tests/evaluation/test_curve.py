@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_slim import device
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint
+from megatron_slim.compat import device
 from megatron_slim.evaluation.losses import FinalStates
 from megatron_slim.evaluation.perplexity import evaluate_checkpoint
 from megatron_slim.evaluation.teacher import Teacher

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from megatron_slim import device
 from megatron_slim.architecture.rope import Yarn
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint
 from megatron_slim.checkpoint.records import REFERENCE
+from megatron_slim.compat import device
 from megatron_slim.data import Tokens
 from megatron_slim.errors import CheckpointError, DataError
 from megatron_slim.evaluation.perplexity import evaluate, evaluate_checkpoint, read_evaluation_data

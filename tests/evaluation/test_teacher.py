@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import megatron_slim
-from megatron_slim import device
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint
+from megatron_slim.compat import device
 from megatron_slim.errors import CheckpointError, DataError
 from megatron_slim.evaluation.perplexity import evaluate
 from megatron_slim.evaluation.teacher import Teacher

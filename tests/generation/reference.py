@@ -68,7 +68,7 @@ class Megatron:
     """The modules that training builds, of whichever format of checkpoint."""
 
     def __init__(self, directory: Path) -> None:
-        from megatron_slim import device
+        from megatron_slim.compat import device
 
         device.init_single_process()
         from megatron_slim.architecture.hidden_states import HiddenStatesModel

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from megatron_slim import device
+from megatron_slim.compat import device
 
 device.install()
 

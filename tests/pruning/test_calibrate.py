@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_slim import device
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.compat import device
 from megatron_slim.errors import CheckpointError, DataError
 from megatron_slim.pruning import statistics
 from megatron_slim.pruning.fingerprint import fingerprint

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_slim import device
 from megatron_slim.architecture.shape import FAMILIES, FULL_ATTENTION
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.compat import device
 from megatron_slim.pruning.apply import PrunedCheckpoint
 from megatron_slim.pruning.carried_statistics import carried_statistics
 from megatron_slim.pruning.fingerprint import fingerprint

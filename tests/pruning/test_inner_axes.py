@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_slim import device
 from megatron_slim.architecture.shape import FAMILIES, FULL_ATTENTION
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.compat import device
 from megatron_slim.errors import RecipeError, SlimError
 from megatron_slim.pruning import statistics
 from megatron_slim.pruning.apply import PrunedCheckpoint

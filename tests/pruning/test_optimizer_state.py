@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_slim import device
 from megatron_slim.architecture.shape import FAMILIES, ModelShape
 from megatron_slim.checkpoint.convert import open_checkpoint, same_bytes, write_checkpoint
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
@@ -21,6 +20,7 @@ from megatron_slim.checkpoint.metadata_pickle import Metadata, dumps
 from megatron_slim.checkpoint.optimizer_state import OptimizerState, open_optimizer_state
 from megatron_slim.checkpoint.torch_dist_files import read_metadata
 from megatron_slim.cli.carried_optimizer import DEFAULT_RULE, RULES
+from megatron_slim.compat import device
 from megatron_slim.errors import CheckpointError
 from megatron_slim.pruning.experts import ExpertGroup
 from megatron_slim.pruning.plan import Plan, make_plan

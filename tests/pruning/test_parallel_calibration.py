@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_slim import device
 from megatron_slim.architecture.parallelism import Layout
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.compat import device
 from megatron_slim.errors import SlimError
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkpoint

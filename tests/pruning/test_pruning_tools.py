@@ -228,7 +228,7 @@ def test_the_report_is_saved(tool: Tool, source: HFCheckpoint, work: Path) -> No
 
 
 def test_a_megatron_data_set_is_read_by_its_prefix(tool: Tool, source: HFCheckpoint, work: Path) -> None:
-    from megatron_slim import device
+    from megatron_slim.compat import device
 
     device.install()
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_slim import device
 from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.compat import device
 from megatron_slim.errors import SlimError
 from megatron_slim.pruning.work_dir import WorkDir, open_work_dir
 from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkpoint

@@ -15,7 +15,7 @@ import torch
 import torch.distributed.checkpoint
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_slim import device
+from megatron_slim.compat import device
 
 device.install()
 

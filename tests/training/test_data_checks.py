@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_slim import device
+from megatron_slim.compat import device
 
 device.install()
 

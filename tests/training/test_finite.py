@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_slim import device
+from megatron_slim.compat import device
 
 device.install()
 

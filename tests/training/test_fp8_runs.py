@@ -28,7 +28,7 @@ def train_and_count(argv: list[str], log: str) -> Counter[tuple[str, bool]]:
 
 
 def check_runs(root: Path) -> None:
-    from megatron_slim import device
+    from megatron_slim.compat import device
 
     device.install()
     from megatron_slim.checkpoint.convert import torch_dist_to_hf

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.models.qwen3_next.modeling_qwen3_next import load_balancing_loss_func
 
-from megatron_slim import device
+from megatron_slim.compat import device
 
 device.install()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_slim import device
+from megatron_slim.compat import device
 
 device.install()
 

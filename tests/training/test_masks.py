@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_slim import device
+from megatron_slim.compat import device
 
 device.install()
 

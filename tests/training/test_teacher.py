@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_slim import device
+from megatron_slim.compat import device
 
 device.install()
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_slim import device, encoding, preprocessing
+from megatron_slim import encoding, preprocessing
 from megatron_slim.cli.tool import run_tool
+from megatron_slim.compat import device
 from megatron_slim.data import read_stream
 from megatron_slim.encoding import Options
 from megatron_slim.errors import DataError

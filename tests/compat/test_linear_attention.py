@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gated_delta_rule import step_by_step, value_and_gradients, weights_like
-from megatron_slim import device, linear_attention
+from megatron_slim.compat import device, linear_attention
 
 device.install()
 
@@ -23,7 +23,7 @@ from megatron.core.transformer.spec_utils import build_module  # noqa: E402
 
 from megatron_slim.architecture.layer_specs import layer_spec, transformer_config  # noqa: E402
 from megatron_slim.architecture.shape import LINEAR_ATTENTION  # noqa: E402
-from megatron_slim.linear_attention import CHUNK, causal_conv1d, chunk_gated_delta_rule  # noqa: E402
+from megatron_slim.compat.linear_attention import CHUNK, causal_conv1d, chunk_gated_delta_rule  # noqa: E402
 from megatron_slim.testing import tiny_shape  # noqa: E402
 
 # An empty document, one of one position, of less than a chunk, of exactly one, and of several.

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
-from megatron_slim import cpu_kernels, linear_attention, megatron_fixes
+from megatron_slim.compat import cpu_kernels, fixes, linear_attention
+from megatron_slim.compat.adam import FusedAdam
 from megatron_slim.errors import SlimError
-from megatron_slim.fused_adam import FusedAdam
 from megatron_slim.garbage import without_collection
 
 logger = logging.getLogger(__name__)
@@ -80,12 +80,12 @@ def _patch_libraries() -> None:
         _fill_in_for_missing_libraries()
     _use_built_dataset_helpers()
     _count_bucket_padding()
-    megatron_fixes.count_tokens_in_fp32()
-    megatron_fixes.restore_fp32_parameters()
-    megatron_fixes.order_fp32_parameters()
-    megatron_fixes.save_fp32_parameters()
+    fixes.count_tokens_in_fp32()
+    fixes.restore_fp32_parameters()
+    fixes.order_fp32_parameters()
+    fixes.save_fp32_parameters()
     _override_learning_rates()
-    megatron_fixes.resume_with_other_expert_parallelism()
+    fixes.resume_with_other_expert_parallelism()
 
 
 def backend() -> str:

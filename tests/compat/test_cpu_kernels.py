@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from torch import Tensor
 
-from megatron_slim import device
+from megatron_slim.compat import device
 
 
 def test_chunks_that_are_sorted_stay_where_they_are() -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_slim.causal_convolution import causal_conv1d, documents_of, l2norm
+from megatron_slim.compat.causal_convolution import causal_conv1d, documents_of, l2norm
 
 __all__ = ["causal_conv1d", "chunk_gated_delta_rule", "l2norm"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_slim import device
-from megatron_slim.fused_adam import FusedAdam
+from megatron_slim.compat import device
+from megatron_slim.compat.adam import FusedAdam
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the layer changes nothing where CUDA is available")
 
@@ -201,7 +201,7 @@ def test_a_gpu_without_its_libraries(
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.ssm.gated_delta_net import common, gdn
 
-    from megatron_slim import linear_attention
+    from megatron_slim.compat import linear_attention
 
     monkeypatch.setenv("RANK", rank)
     device._fill_in_for_missing_libraries()
