@@ -20,7 +20,7 @@ from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import ParameterCount, count_parameters
 from megatron_slim.checkpoint.convert import Checkpoint, log_left_out, open_checkpoint, write_checkpoint
 from megatron_slim.checkpoint.reference import carry_reference
-from megatron_slim.compat.device import default_dtype
+from megatron_slim.compat.runtime import default_dtype
 from megatron_slim.errors import SlimError
 from megatron_slim.files import refuse_existing
 from megatron_slim.pruning.apply import PrunedCheckpoint

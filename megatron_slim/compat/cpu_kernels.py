@@ -3,45 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
-import platform
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, autograd
 from torch.autograd.function import once_differentiable
 
+from megatron_slim.compat.patch import NOT_REPORTED, SPEED, Patch
 from megatron_slim.products import linear
 from megatron_slim.weight_gradient import weight_gradient
 
-
-def multiply_fast() -> None:
-    """Let Megatron's linear layers multiply as `products` does, and add the gradient of a weight to ``main_grad``.
-
-    Where several ranks share a layer, Megatron's own function stays: it overlaps products and communication.
-    """
-    from megatron.core.tensor_parallel import layers
-
-    def unless_shared(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        @functools.wraps(theirs)
-        def run(input: Tensor, weight: Tensor, *, bias: Tensor | None, **how: Any) -> Tensor:
-            shared = how["allreduce_dgrad"] or how["sequence_parallel"] or how.get("gtp_remat_size", 1) > 1
-            if bias is not None or shared or how.get("grad_output_buffer") is not None:
-                return theirs(input, weight, bias=bias, **how)
-            rows: Tensor = _Linear.apply(input.flatten(0, -2), weight)
-            return rows.view(*input.shape[:-1], len(weight))
-
-        return run
-
-    layers.linear_with_frozen_weight = unless_shared(layers.linear_with_frozen_weight)
-    layers.linear_with_grad_accumulation_and_async_allreduce = unless_shared(
-        layers.linear_with_grad_accumulation_and_async_allreduce
-    )
+_LAYERS = "megatron.core.tensor_parallel.layers"
+_BUFFERS = "megatron.core.distributed.param_and_grad_buffer"
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(autograd.Function):
     """Inputs [n, k] times the transpose of a weight [m, k]."""
 
     @staticmethod
@@ -56,34 +33,36 @@ class _Linear(torch.autograd.Function):
         return linear(d_outputs, weight.t()), weight_gradient(weight, d_outputs, inputs)
 
 
-# Of malloc.h. What is kept: for the blocks of a streaming pass the most that glibc itself would come to keep; for a
-# training step, whose logits and gradients are larger, enough for all of them.
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
-STREAMING, TRAINING = (16 << 20, 64 << 20), (64 << 20, 1 << 30)
+def _unless_shared(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Where several ranks share a layer, Megatron's own stays: it overlaps products and communication."""
+
+    @functools.wraps(theirs)
+    def run(input: Tensor, weight: Tensor, *, bias: Tensor | None, **how: Any) -> Tensor:
+        shared = how["allreduce_dgrad"] or how["sequence_parallel"] or how.get("gtp_remat_size", 1) > 1
+        if bias is not None or shared or how.get("grad_output_buffer") is not None:
+            return theirs(input, weight, bias=bias, **how)
+        rows: Tensor = _Linear.apply(input.flatten(0, -2), weight)
+        return rows.view(*input.shape[:-1], len(weight))
+
+    return run
 
 
-def keep_freed_memory(kept: tuple[int, int]) -> None:
-    """Have the C library keep what tensors free for those that come next; by itself glibc returns it to the system,
-    and every tensor waits for its pages again.
+LINEAR_LAYERS = Patch(
+    name="linear layers",
+    kind=SPEED,
+    why="Products in fp32 do not use AVX-512 on processors that Intel did not make, and the gradient of a weight is "
+    "added to main_grad in a step of its own.",
+    upstream=NOT_REPORTED,
+    targets=(
+        f"{_LAYERS}:linear_with_frozen_weight",
+        f"{_LAYERS}:linear_with_grad_accumulation_and_async_allreduce",
+    ),
+    changes=(_unless_shared, _unless_shared),
+)
 
-    Args:
-        kept: bytes of the largest block that is kept, and of all.
-    """
-    if platform.libc_ver()[0] == "glibc" and not torch.cuda.is_available():
-        for option, size in zip((_MMAP_THRESHOLD, _TRIM_THRESHOLD), kept, strict=True):
-            ctypes.CDLL(None).mallopt(option, size)
 
-
-def leave_sorted_chunks() -> None:
-    """Keep Megatron's all-to-all dispatcher from copying routed tokens in the order in which they already are.
-
-    After the all-to-all it sorts what came from all ranks by expert; what came from one rank alone is sorted.
-    """
-    from megatron.core.transformer.moe import token_dispatcher
-
-    sort = token_dispatcher.sort_chunks_by_idxs
-
-    def sort_unless_sorted(
+def _unless_sorted(sort: Callable[..., Any]) -> Callable[..., Any]:
+    def run(
         rows: Tensor, sizes: Tensor, order: Tensor, probs: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         if bool((order[1:] > order[:-1]).all()):
@@ -91,7 +70,18 @@ def leave_sorted_chunks() -> None:
         found: tuple[Tensor, Tensor | None] = sort(rows, sizes, order, probs=probs, **kwargs)
         return found
 
-    token_dispatcher.sort_chunks_by_idxs = sort_unless_sorted
+    return run
+
+
+SORTED_CHUNKS = Patch(
+    name="sorted tokens",
+    kind=SPEED,
+    why="After the all-to-all the dispatcher sorts what came from all ranks by expert, and copies all of it where it "
+    "came from one rank alone and is sorted.",
+    upstream=NOT_REPORTED,
+    targets=("megatron.core.transformer.moe.token_dispatcher:sort_chunks_by_idxs",),
+    changes=(_unless_sorted,),
+)
 
 
 class _Done:
@@ -101,15 +91,7 @@ class _Done:
         pass
 
 
-def leave_buffers_of_one_rank() -> None:
-    """Keep Megatron's distributed optimizer from sending its buffers of gradients and parameters to itself.
-
-    In a group of one rank its part of a buffer is the buffer, and gloo copies it twice.
-    """
-    from megatron.core.distributed import param_and_grad_buffer as buffers
-
-    together = buffers._coalescing_manager
-
+def _coalescing_unless_alone(together: Callable[..., Any]) -> Callable[..., Any]:
     @contextlib.contextmanager
     def coalesce(group: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
         if group.size() == 1:
@@ -118,16 +100,31 @@ def leave_buffers_of_one_rank() -> None:
             with together(group, *args, **kwargs) as handle:
                 yield handle
 
-    def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
-        def run(output: Tensor, own: Tensor, *args: Any, group: Any, **kwargs: Any) -> Any:
-            if group.size() > 1:
-                return collective(output, own, *args, group=group, **kwargs)
-            if output.data_ptr() != own.data_ptr():
-                output.copy_(own)
-            return None
+    return coalesce
 
-        return run
 
-    buffers._coalescing_manager = coalesce
-    buffers.dist_reduce_scatter_func = unless_alone(buffers.dist_reduce_scatter_func)
-    buffers.dist_all_gather_func = unless_alone(buffers.dist_all_gather_func)
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    def run(output: Tensor, own: Tensor, *args: Any, group: Any, **kwargs: Any) -> Any:
+        if group.size() > 1:
+            return collective(output, own, *args, group=group, **kwargs)
+        if output.data_ptr() != own.data_ptr():
+            output.copy_(own)
+        return None
+
+    return run
+
+
+BUFFERS_OF_ONE_RANK = Patch(
+    name="buffers of one rank",
+    kind=SPEED,
+    why="In a group of one rank its part of a buffer of gradients or parameters is the buffer, and gloo copies it "
+    "twice to send it to itself.",
+    upstream=NOT_REPORTED,
+    targets=(
+        f"{_BUFFERS}:_coalescing_manager",
+        f"{_BUFFERS}:dist_reduce_scatter_func",
+        f"{_BUFFERS}:dist_all_gather_func",
+    ),
+    changes=(_coalescing_unless_alone, _unless_alone, _unless_alone),
+)
+PATCHES = (LINEAR_LAYERS, SORTED_CHUNKS, BUFFERS_OF_ONE_RANK)

@@ -30,7 +30,7 @@ from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.checkpoint.precision import keep_types
-from megatron_slim.compat.device import backend, default_dtype
+from megatron_slim.compat.runtime import backend, default_dtype
 from megatron_slim.errors import SlimError
 from megatron_slim.pruning.calibrate import FORWARD_TOKENS, log_unrouted, metadata, not_finite, router_weight
 from megatron_slim.pruning.importance import HiddenImportance, Sums, block_statistics

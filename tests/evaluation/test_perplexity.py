@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 import torch
@@ -18,14 +20,11 @@ from megatron_slim.architecture.rope import Yarn
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint
 from megatron_slim.checkpoint.records import REFERENCE
-from megatron_slim.compat import device
 from megatron_slim.data import Tokens
 from megatron_slim.errors import CheckpointError, DataError
 from megatron_slim.evaluation.perplexity import evaluate, evaluate_checkpoint, read_evaluation_data
 from megatron_slim.testing import random_tensors, tiny_hf_config, tiny_shape, write_tiny_checkpoint
 from tests.mtp_oracle import load_mtp, mtp_hidden
-
-device.install()
 
 SHAPES = {
     "default": tiny_shape(vocab_size=131, max_position_embeddings=64),

@@ -8,19 +8,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_slim.architecture.shape import FAMILIES, ModelShape
+from megatron_slim.checkpoint import common_state
 from megatron_slim.checkpoint.convert import open_checkpoint, same_bytes, write_checkpoint
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.metadata_pickle import Metadata, dumps
 from megatron_slim.checkpoint.optimizer_state import OptimizerState, open_optimizer_state
 from megatron_slim.checkpoint.torch_dist_files import read_metadata
 from megatron_slim.cli.carried_optimizer import DEFAULT_RULE, RULES
-from megatron_slim.compat import device
 from megatron_slim.errors import CheckpointError
 from megatron_slim.pruning.experts import ExpertGroup
 from megatron_slim.pruning.plan import Plan, make_plan
@@ -29,10 +31,6 @@ from megatron_slim.recipe import parse_recipe
 from megatron_slim.recipe_run import MOMENT_RULES
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 from tests.pruning import test_apply, test_inner_axes
-
-device.install()
-
-from megatron_slim.checkpoint import common_state  # noqa: E402 (megatron is imported after the CPU layer)
 
 PRUNE = "tools/prune_checkpoint.py"
 STATES = ("param", "exp_avg", "exp_avg_sq")
