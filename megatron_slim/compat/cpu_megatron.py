@@ -26,7 +26,7 @@ def _set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = Fal
 RANDOM_STATES = Patch(
     name="random states",
     kind=CPU,
-    why="Megatron asks CUDA's generators for their states; there are none.",
+    why="Megatron sets states of CUDA's generators when CUDA starts, which here it never does: none is set.",
     upstream=NOT_REPORTED,
     targets=(f"{_RANDOM}:_get_cuda_rng_state", f"{_RANDOM}:_set_cuda_rng_state"),
     changes=(instead(_get_state), instead(_set_state)),

@@ -66,7 +66,7 @@ class Patch:
             self._change(target, change)
 
     def _change(self, target: str, change: Change) -> None:
-        owner, name = self._place(target)
+        owner, name = self.place(target)
         now = inspect.getattr_static(owner, name, None) if isinstance(owner, type) else getattr(owner, name, None)
         first, ours = MADE.get(target, (now, None))
         theirs: Any = first if now is ours else now
@@ -76,8 +76,12 @@ class Patch:
         MADE[target] = theirs, made
         setattr(owner, name, made)
 
-    def _place(self, target: str) -> tuple[Any, str]:
-        """The module or class that a target is in, and its name there."""
+    def place(self, target: str) -> tuple[Any, str]:
+        """The module or class that a target is in, and its name there.
+
+        Raises:
+            SlimError: another version of Megatron has no such target.
+        """
         module, _, path = target.partition(":")
         *outer, name = path.split(".")
         try:
