@@ -70,6 +70,8 @@ INSTANT = (
     "megatron_slim.architecture.gpus",
     "megatron_slim.architecture.pipeline_layout",
     "megatron_slim.architecture.qwen3_next",
+    "megatron_slim.architecture.qwen3_5_moe",
+    "megatron_slim.architecture.wrapper",
     "megatron_slim.architecture.table",
     "megatron_slim.architecture.shape",
     "megatron_slim.pruning.plan",

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megatron_slim.architecture.shape import language_config
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.remarks import remarks
 from megatron_slim.errors import CheckpointError, DataError
@@ -168,7 +169,7 @@ def eos_ids(checkpoint: Checkpoint) -> Collection[int]:
     Raises:
         CheckpointError: it names none.
     """
-    named = checkpoint.config.get("eos_token_id")
+    named = language_config(checkpoint.config).get("eos_token_id")
     ids = named if isinstance(named, list) else [named]
     if not ids or any(type(each) is not int for each in ids):
         raise CheckpointError(

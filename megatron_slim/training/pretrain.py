@@ -32,7 +32,7 @@ from megatron_slim.architecture.layer_specs import build_model, shape_config_fie
 from megatron_slim.architecture.parallelism import padded_vocab_size
 from megatron_slim.architecture.shape import ModelShape, shape_to_hf_config
 from megatron_slim.checkpoint.expert_storage import write_storage
-from megatron_slim.checkpoint.huggingface import read_config, storage_of
+from megatron_slim.checkpoint.huggingface import config_and_carried, storage_of
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.checkpoint.precision import keep_types
 from megatron_slim.checkpoint.side_files import carry_files, log_left_behind
@@ -294,13 +294,15 @@ def _start(args: Any) -> dict[str, Any]:
 def keep_hf_files(source: Path, save: Path, shape: ModelShape) -> None:
     """Put config.json, the tokenizer and the like next to the checkpoints of this run, so that they can be exported.
 
-    How files hold the experts is among it.
+    How files hold the experts is among it, and what a larger model has but for its language model.
     """
     if (save / HF_DIR).is_dir():
         return
     save.mkdir(parents=True, exist_ok=True)
     with new_directory(save / HF_DIR) as directory:
-        write_atomic(directory / "config.json", to_json(shape_to_hf_config(shape, read_config(source))))
+        config, carried = config_and_carried(source)
+        write_atomic(directory / "config.json", to_json(shape_to_hf_config(shape, config)))
+        carried.save(directory, verify=True)
         carry_files(source, directory)
         write_storage(directory, storage_of(source, without_mtp=not shape.mtp_num_layers))
     log_left_behind(source)

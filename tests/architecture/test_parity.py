@@ -50,6 +50,10 @@ SHAPES = {
     # 98 positions are three times the original length; eight frequencies, of which some are left alone, some not.
     "YaRN, half of the head rotates": tiny_shape(rotary_percent=0.5, kv_channels=32, rope_scaling=Yarn(4.0, 32, 1.3)),
     "no MTP block": tiny_shape(num_layers=1, layer_types=(FULL_ATTENTION,), mtp_num_layers=0, vocab_size=130),
+    "Qwen3.5-MoE": tiny_shape("qwen3_5_moe_text"),
+    "Qwen3.5-MoE, odd and aperiodic, grouped heads": tiny_shape(
+        "qwen3_5_moe_text", **{key: value for key, value in ODD.items() if key != "norm_topk_prob"}
+    ),
     "Qwen3-MoE": tiny_shape("qwen3_moe"),
     "Qwen3-MoE, odd, one key-value head, unnormalised gates": tiny_shape(
         "qwen3_moe",

@@ -43,8 +43,8 @@ def saved(model: HiddenStatesModel, forward: Callable[[], Any]) -> int:
 def built(family: str, dtype: torch.dtype) -> tuple[Any, HiddenStatesModel]:
     runtime.init_single_process()
     torch.manual_seed(0)
-    kinds = (LINEAR_ATTENTION if family == "qwen3_next" else FULL_ATTENTION, FULL_ATTENTION)
-    shared = {"moe_shared_expert_intermediate_size": 112} if family == "qwen3_next" else {}
+    kinds = (LINEAR_ATTENTION if family != "qwen3_moe" else FULL_ATTENTION, FULL_ATTENTION)
+    shared = {"moe_shared_expert_intermediate_size": 112} if family != "qwen3_moe" else {}
     shape = tiny_shape(family, num_layers=2, layer_types=kinds, **WIDTHS, **shared)
     narrow = dtype != torch.float32
     config = transformer_config(shape, params_dtype=dtype, bf16=narrow, pipeline_dtype=dtype)

@@ -37,6 +37,7 @@ SHAPES = {
         mtp_num_layers=0,
     ),
     "experts never routed": tiny_shape(num_layers=4, num_moe_experts=16, moe_router_topk=2),
+    "Qwen3.5-MoE": tiny_shape("qwen3_5_moe_text", num_moe_experts=6),
     "Qwen3-MoE": tiny_shape("qwen3_moe", num_layers=3, num_query_groups=1, num_moe_experts=6),
 }
 

@@ -32,7 +32,7 @@ NEXT_INNER = INNER | {"moe_shared_expert_intermediate_size": 24, "linear_num_val
 
 def _teacher(path: Path, family: str) -> HFCheckpoint:
     sizes = {"num_layers": 8, "num_attention_heads": 6, "num_query_groups": 2}
-    if family == "qwen3_next":
+    if family != "qwen3_moe":
         sizes |= {"linear_num_value_heads": 6, "linear_num_key_heads": 2}
     return HFCheckpoint.open(write_tiny_checkpoint(path, tiny_shape(family, **sizes), dtype=torch.float32))
 
@@ -46,7 +46,7 @@ def _plan(source: HFCheckpoint, stats: Statistics, target: dict[str, int], metho
 def test_every_entry_is_that_of_what_survived(family: str, random_stats: RandomStats, tmp_path: Path) -> None:
     source = _teacher(tmp_path / "t", family)
     stats = random_stats(source)
-    inner = NEXT_INNER if family == "qwen3_next" else INNER
+    inner = NEXT_INNER if family != "qwen3_moe" else INNER
     plan = _plan(source, stats, {"num_layers": 4, "hidden_size": 32, "num_moe_experts": 4, **inner})
     carried = carried_statistics(stats, plan, "of the student")
     carried.check(plan.target_shape, "of the student")
@@ -119,7 +119,7 @@ def test_they_are_those_of_a_new_calibration_where_what_went_had_no_effect(
     family: str, layers: int, random_stats: RandomStats, tmp_path: Path
 ) -> None:
     source = _teacher(tmp_path / "t", family)
-    inner = NEXT_INNER if family == "qwen3_next" else INNER
+    inner = NEXT_INNER if family != "qwen3_moe" else INNER
     plan = _plan(source, random_stats(source), {"num_layers": layers, **inner}, method="prune")
     quiet = _without_effect(source, plan, tmp_path / "quiet")
     tokens = np.random.default_rng(0).integers(0, 128, (6, 24))

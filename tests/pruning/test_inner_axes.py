@@ -34,12 +34,12 @@ RandomStats = Callable[..., Statistics]
 HEAD, GROUPS, PER_GROUP = 16, 2, 3  # of full attention; linear attention has as many
 TARGET = {"moe_ffn_hidden_size": 24, "num_attention_heads": 4, "num_moe_experts": 5}
 NEXT_TARGET = {**TARGET, "moe_shared_expert_intermediate_size": 20, "linear_num_value_heads": 4}
-TARGETS = {"qwen3_next": NEXT_TARGET, "qwen3_moe": TARGET}
+TARGETS = {"qwen3_next": NEXT_TARGET, "qwen3_moe": TARGET, "qwen3_5_moe_text": NEXT_TARGET}
 
 
 def _checkpoint(path: Path, family: str, dtype: torch.dtype = torch.bfloat16) -> HFCheckpoint:
     sizes = {"num_attention_heads": GROUPS * PER_GROUP, "num_query_groups": GROUPS}
-    if family == "qwen3_next":
+    if family != "qwen3_moe":
         sizes |= {"linear_num_value_heads": GROUPS * PER_GROUP, "linear_num_key_heads": GROUPS}
     return HFCheckpoint.open(write_tiny_checkpoint(path, tiny_shape(family, **sizes), dtype=dtype))
 
@@ -69,7 +69,7 @@ def test_the_most_important_survive_everywhere_apart(wide: HFCheckpoint, random_
         assert list(heads) == [
             g * PER_GROUP + h for g in range(GROUPS) for h in range(PER_GROUP) if h != of_heads[g].argmin()
         ]
-    if shape.model_type == "qwen3_next":
+    if shape.model_type != "qwen3_moe":
         assert plan.inner.shared_neurons.keys() == plan.experts.keys()
         assert {len(neurons) for neurons in plan.inner.shared_neurons.values()} == {20}
     assert parse_plan(json.loads(plan.to_json())) == plan
@@ -109,7 +109,7 @@ def by_hand(name: str, plan: Plan, read: Callable[[str], Tensor]) -> Tensor:
     per_group = [[head % per for head in heads if head // per == group] for group in range(GROUPS)]
     match part:
         case "q_proj":
-            gated = plan.source_shape.model_type == "qwen3_next"  # per head a query and a gate
+            gated = plan.source_shape.model_type != "qwen3_moe"  # per head a query and a gate
             return tensor[_rows(heads, HEAD * (2 if gated else 1))]
         case "o_proj" | "out_proj":
             return tensor[:, _rows(heads, HEAD)]
@@ -120,11 +120,15 @@ def by_hand(name: str, plan: Plan, read: Callable[[str], Tensor]) -> Tensor:
                 rows += [start + torch.arange(2 * HEAD)]
                 rows += [start + 2 * HEAD + half * per * HEAD + _rows(tuple(kept), HEAD) for half in (0, 1)]
             return tensor[torch.cat(rows)]
+        case "in_proj_z":
+            return tensor[_rows(heads, HEAD)]
+        case "in_proj_b" | "in_proj_a":
+            return tensor[list(heads)]
         case "in_proj_ba":  # per key head: beta and alpha of its value heads
             return tensor[
                 [g * 2 * per + half * per + h for g in range(GROUPS) for half in (0, 1) for h in per_group[g]]
             ]
-        case "conv1d":
+        case "in_proj_qkv" | "conv1d":  # queries, keys, then values
             return tensor[torch.cat((torch.arange(2 * GROUPS * HEAD), 2 * GROUPS * HEAD + _rows(heads, HEAD)))]
     return tensor[list(heads)] if name.endswith(("A_log", "dt_bias")) else tensor
 
@@ -193,7 +197,7 @@ def test_what_has_no_effect_may_go(family: str, random_stats: RandomStats, tmp_p
             (tmp_path / "quiet" / file.name).write_bytes(file.read_bytes())
     quiet = HFCheckpoint.open(tmp_path / "quiet")
     target = {key: value for key, value in TARGETS[family].items() if key != "num_moe_experts"}
-    if family == "qwen3_next":
+    if family != "qwen3_moe":
         target["moe_shared_expert_intermediate_size"] = 24  # a quarter goes, a third has no effect
     stats = Statistics(
         stats.tensors, {**stats.metadata, "source_sha256": random_stats(quiet).metadata["source_sha256"]}
