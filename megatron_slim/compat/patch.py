@@ -90,7 +90,9 @@ class Patch:
                 owner = getattr(owner, each)
             if not self.optional:
                 getattr(owner, name)
-        except (ModuleNotFoundError, AttributeError):
+        except (ModuleNotFoundError, AttributeError) as error:
+            if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("megatron."):
+                raise  # something that Megatron needs is not installed
             raise SlimError(
                 f"this Megatron has no {target}, which is changed for: {self.name}",
                 fix=f"install megatron-core {TESTED}",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import pkgutil
 import re
 import subprocess
 import sys
@@ -14,23 +16,14 @@ import pytest
 import torch
 from megatron.core.transformer.moe import router
 
-from megatron_slim.compat import (
-    cpu_kernels,
-    cpu_megatron,
-    fixes_data,
-    fixes_fp32,
-    fixes_resume,
-    forked_ranks,
-    libraries,
-    patch,
-)
-from megatron_slim.compat import hooks as hooks
+from megatron_slim import compat
+from megatron_slim.compat import cpu_kernels, cpu_megatron, libraries, patch
 from megatron_slim.compat.patch import BUG, CPU, HOOK, LIBRARY, MADE, NOT_REPORTED, SPEED, Patch, instead
 from megatron_slim.compat.table import FIXES, LOOP, PATCHES
 from megatron_slim.errors import SlimError
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = (cpu_kernels, cpu_megatron, fixes_data, fixes_fp32, fixes_resume, forked_ranks, hooks, libraries)
+MODULES = [importlib.import_module(f"{compat.__name__}.{each.name}") for each in pkgutil.iter_modules(compat.__path__)]
 NAMES = {name: value for module in MODULES for name, value in vars(module).items() if isinstance(value, Patch)}
 
 
@@ -115,3 +108,10 @@ def test_another_megatron_is_one_line(target: str) -> None:
 def test_another_module_too() -> None:
     with pytest.raises(SlimError, match="install megatron-core"):
         Patch("a test", BUG, ("megatron.core.none:f",), "", "", (instead(None),)).apply()
+
+
+def test_what_megatron_needs_is_something_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "needs_more.py").write_text("import not_installed_here")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ModuleNotFoundError, match="not_installed_here"):
+        Patch("a test", BUG, ("needs_more:f",), "", "", (instead(None),)).apply()
