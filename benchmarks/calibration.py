@@ -126,7 +126,7 @@ def similarities(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     import torch.nn.functional as F
 
-    from megatron_slim.pruning.importance import cosine_from_gram, cosine_matrix
+    from megatron_slim.expert_metrics import cosine_from_gram, cosine_matrix
 
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(args.logit_tokens, args.experts, generator=generator, dtype=torch.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,15 @@ def test_distill_is_the_script_with_arguments_for_variables() -> None:
     found = call("distill", *given, SAVE="run")
     assert (found.returncode, found.stdout, found.stderr) == (0, script.stdout, "")
     assert call("distill", *given, "--save", "x", SAVE="run").stdout == script.stdout.replace(" run", " x")
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    with socket.socket() as held:
+        held.bind(("", 0))
+        held.listen()
+        done = call("torchrun", "--master-port", str(held.getsockname()[1]), "--nproc-per-node", "1", "none.py")
+    assert done.returncode == 2 and "give another --master-port" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 def test_distill_refuses_in_one_line() -> None:

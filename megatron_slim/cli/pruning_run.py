@@ -16,10 +16,10 @@ from megatron_slim.cli.given_statistics import Given
 from megatron_slim.command_line import VERIFICATION, positive
 from megatron_slim.errors import RecipeError, SlimError
 from megatron_slim.files import refuse_existing
+from megatron_slim.optimizers import ADAM, OPTIMIZERS
 from megatron_slim.recipe import Recipe, load_recipe, select_phase
 
 logger = logging.getLogger(__name__)
-OPTIMIZER_BYTES = 8  # of a parameter, at the least: two moments
 
 if TYPE_CHECKING:
     from megatron_slim.checkpoint.convert import Checkpoint
@@ -215,7 +215,9 @@ def _check_space(recipe: Recipe, source: Checkpoint, save: Path, *, with_optimiz
     else:
         layers = layers_before_statistics(source.shape, recipe.target.num_layers or source.shape.num_layers)
         shapes = [target_shape(recipe, source.shape, layers)]
-    itemsize = min(dtype.itemsize for dtype in source.dtypes.values()) + (OPTIMIZER_BYTES if with_optimizer else 0)
+    itemsize = min(dtype.itemsize for dtype in source.dtypes.values()) + (
+        OPTIMIZERS[ADAM].state_bytes if with_optimizer else 0
+    )
     check_space(save, min(count_parameters(shape).total for shape in shapes) * itemsize)
 
 

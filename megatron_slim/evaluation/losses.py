@@ -14,7 +14,7 @@ from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.reference import SAMPLES
 from megatron_slim.errors import CheckpointError
 from megatron_slim.products import linear
-from megatron_slim.pruning.streaming import FINAL_NORM, MTP_NORM, StreamingForward
+from megatron_slim.pruning.streaming import FINAL_NORM, MTP_NORM, OUTPUT, StreamingForward
 
 HEAD_ROWS = 512  # positions whose logits are in memory at once: 0.3 GB of fp32 at a vocabulary of 151936
 
@@ -86,9 +86,9 @@ class HeadLosses(StreamingForward):
 
     def _measure(self, module: str) -> Head:
         # In fp32 whatever the model computes in: rounded to 16 bits, logits of different tokens become equal.
-        weight = self.weight("lm_head").float()
+        weight = self.weight(OUTPUT).float()
         teacher = self.teacher if self.teacher is not None and module in self.teacher.states else None
-        their_weight = None if teacher is None else teacher.weight("lm_head").float()
+        their_weight = None if teacher is None else teacher.weight(OUTPUT).float()
         sums, kept = torch.zeros(4, dtype=torch.float64), list[Tensor]()
         positions = self.samples.shape[1] - AHEAD[module]
         for hidden, theirs, ids in self._rows(module, teacher):

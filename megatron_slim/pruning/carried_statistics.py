@@ -14,11 +14,12 @@ import numpy as np
 
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.errors import CheckpointError
+from megatron_slim.expert_metrics import EXPERT_IMPORTANCES, EXPERT_SIMILARITIES
 from megatron_slim.pruning import statistics
 from megatron_slim.pruning.plan import Plan
 from megatron_slim.pruning.plan_reader import load_plan
 from megatron_slim.pruning.plan_view import check_statistics
-from megatron_slim.pruning.statistics import IMPORTANCES, LAYER_KINDS, SIMILARITIES, Array, Statistics
+from megatron_slim.pruning.statistics import LAYER_KINDS, Array, Statistics
 from megatron_slim.recipe import CHOICES
 
 CARRIED = "carried_from"  # in the metadata: the checkpoint that was measured
@@ -47,11 +48,12 @@ def _of_block(stats: Statistics, plan: Plan, new: str, old: str) -> Iterator[tup
     bases = [group.base for group in plan.experts[old]]
     for kind in LAYER_KINDS:
         yield statistics.layer_key(new, kind), stats.tensors[statistics.layer_key(old, kind)]
-    for kind in IMPORTANCES:
-        yield statistics.importance_key(new, kind), stats.tensors[statistics.importance_key(old, kind)][bases]
-    for kind in SIMILARITIES:
-        similarity = stats.tensors[statistics.similarity_key(old, kind)]
-        yield statistics.similarity_key(new, kind), similarity[np.ix_(bases, bases)]
+    for kind in EXPERT_IMPORTANCES:
+        if (importance := stats.tensors.get(statistics.importance_key(old, kind))) is not None:
+            yield statistics.importance_key(new, kind), importance[bases]
+    for kind in EXPERT_SIMILARITIES:
+        if (similarity := stats.tensors.get(statistics.similarity_key(old, kind))) is not None:
+            yield statistics.similarity_key(new, kind), similarity[np.ix_(bases, bases)]
     neurons = stats.tensors[statistics.expert_ffn_key(old)][bases]
     if old in plan.inner.neurons:
         neurons = np.take_along_axis(neurons, np.array(plan.inner.neurons[old]), axis=1)

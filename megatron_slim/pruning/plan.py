@@ -295,7 +295,9 @@ def target_shape(recipe: Recipe, shape: ModelShape, kept_layers: tuple[int, ...]
 
 def _block_groups(recipe: Recipe, stats: Statistics, block: str, survivors: int) -> tuple[ExpertGroup, ...]:
     importance = stats.tensors[statistics.importance_key(block, recipe.experts.importance)].astype(np.float64)
-    similarity = stats.tensors[statistics.similarity_key(block, recipe.experts.similarity)].astype(np.float64)
+    similarity = None
+    if recipe.experts.method != "prune":  # which merges nothing
+        similarity = stats.tensors[statistics.similarity_key(block, recipe.experts.similarity)].astype(np.float64)
     return expert_groups(importance, similarity, survivors, recipe.experts)
 
 

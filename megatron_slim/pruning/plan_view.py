@@ -139,7 +139,9 @@ def check_statistics(plan: Plan, stats: Statistics, *, where: str) -> None:
 
 
 def _vector(stats: Statistics | None, key: str) -> Vector | None:
-    return None if stats is None else stats.tensors[key].astype(np.float64)
+    """None without statistics, and of statistics that have no such thing."""
+    values = None if stats is None else stats.tensors.get(key)
+    return None if values is None else values.astype(np.float64)
 
 
 def _scalar(stats: Statistics | None, key: str) -> float | None:

@@ -121,8 +121,8 @@ def test_one_pass_serves_students_of_the_same_samples(paths: dict[str, Path]) ->
     samples, options = samples_for(TEACHER), {"micro_batch_size": 1, "dtype": torch.float32}
     first = teacher.states(STUDENT, samples, **options)
     assert teacher.states(STUDENT, samples.copy(), **options) is first
-    assert set(first.states) == {"model.norm", "mtp.norm"}
-    assert set(teacher.states(WITHOUT_MTP, samples, **options).states) == {"model.norm"}
+    assert set(first.states) == {"final_norm", "mtp_norm"}
+    assert set(teacher.states(WITHOUT_MTP, samples, **options).states) == {"final_norm"}
     assert teacher.states(STUDENT, samples[:2], **options) is not first
 
 
