@@ -2,6 +2,8 @@
 
 - `axes`, `weight`, `rows`, `family`: named axes, a row of the table, rows that families share, what sets a family
   apart
+- `attention_kind`, `full_attention`, `delta_net`, `kinds`: what a kind of attention declares of itself, the two kinds,
+  and both by layer type
 - `wrapper`: larger models that hold a language model
 - `qwen3_next`, `qwen3_5_moe`, `qwen3_moe`: the families
 - `shape`, `mtp_keys`, `published`: sizes and config.json, what it states of MTP, published models

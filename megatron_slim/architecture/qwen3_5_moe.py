@@ -7,6 +7,7 @@ Positions of text are the same on all three grids of their rotary embeddings, wh
 from __future__ import annotations
 
 from megatron_slim.architecture.axes import concat, label
+from megatron_slim.architecture.delta_net import GDN_QKV, HEAD_SCALARS, VALUE_HEADS, delta_net_rows
 from megatron_slim.architecture.family import (
     COMMON_ACCEPTED,
     COMMON_KEYS,
@@ -15,19 +16,8 @@ from megatron_slim.architecture.family import (
     LINEAR_ATTENTION,
     Family,
 )
-from megatron_slim.architecture.rows import (
-    EMBEDDING_ROWS,
-    GATED_QKV,
-    GDN_QKV,
-    HEAD_ROWS,
-    HEAD_SCALARS,
-    MTP_ROWS,
-    ROUTED_MOE_ROWS,
-    SHARED_EXPERT_ROWS,
-    VALUE_HEADS,
-    attention_rows,
-    delta_net_rows,
-)
+from megatron_slim.architecture.full_attention import GATED_QKV, attention_rows
+from megatron_slim.architecture.rows import EMBEDDING_ROWS, HEAD_ROWS, MTP_ROWS, ROUTED_MOE_ROWS, SHARED_EXPERT_ROWS
 from megatron_slim.architecture.weight import HFTensor
 from megatron_slim.architecture.wrapper import Wrapper
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from megatron_slim.architecture.family import COMMON_ACCEPTED, COMMON_KEYS, FULL_ATTENTION, Family
-from megatron_slim.architecture.rows import EMBEDDING_ROWS, HEAD_ROWS, QKV, ROUTED_MOE_ROWS, attention_rows
+from megatron_slim.architecture.full_attention import QKV, attention_rows
+from megatron_slim.architecture.rows import EMBEDDING_ROWS, HEAD_ROWS, ROUTED_MOE_ROWS
 
 QWEN3_MOE = Family(
     model_type="qwen3_moe",

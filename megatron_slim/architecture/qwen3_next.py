@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_slim.architecture.axes import concat, label, product
+from megatron_slim.architecture.delta_net import delta_net_rows
 from megatron_slim.architecture.family import (
     COMMON_ACCEPTED,
     COMMON_KEYS,
@@ -11,16 +12,8 @@ from megatron_slim.architecture.family import (
     LINEAR_ATTENTION,
     Family,
 )
-from megatron_slim.architecture.rows import (
-    EMBEDDING_ROWS,
-    GATED_QKV,
-    HEAD_ROWS,
-    MTP_ROWS,
-    ROUTED_MOE_ROWS,
-    SHARED_EXPERT_ROWS,
-    attention_rows,
-    delta_net_rows,
-)
+from megatron_slim.architecture.full_attention import GATED_QKV, attention_rows
+from megatron_slim.architecture.rows import EMBEDDING_ROWS, HEAD_ROWS, MTP_ROWS, ROUTED_MOE_ROWS, SHARED_EXPERT_ROWS
 from megatron_slim.architecture.weight import HFTensor
 
 # Two projections, each with the parts of one key head after those of another.

@@ -14,17 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
+from megatron_slim.architecture.kinds import KINDS
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.pruning import statistics
 from megatron_slim.pruning.experts import ExpertGroup, Vector, ranking
 from megatron_slim.pruning.statistics import Statistics
 
 EXPERT_FFN, SHARED_FFN = "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"
-# By layer type: the size, the axis of the heads, and the axis of the groups that they are nested in.
-HEADS = {
-    FULL_ATTENTION: ("num_attention_heads", "query_per_group", "kv_group"),
-    LINEAR_ATTENTION: ("linear_num_value_heads", "gdn_value_per_key", "gdn_key_head"),
-}
 
 
 @dataclass(frozen=True)
@@ -67,9 +63,9 @@ class InnerAxes:
         if block in self.shared_neurons:
             found["shared_ffn"] = np.array(self.shared_neurons[block], dtype=np.int64)
         if block in self.heads:
-            _, axis, group = HEADS[source.layer_type(block)]
-            heads = np.array(self.heads[block], dtype=np.int64).reshape(source.sizes[group], -1)
-            found[axis] = heads % source.sizes[axis]
+            axis = KINDS[source.layer_type(block)].heads
+            heads = np.array(self.heads[block], dtype=np.int64).reshape(source.sizes[axis.group_axis], -1)
+            found[axis.axis] = heads % source.sizes[axis.axis]
         return found
 
 
@@ -96,11 +92,10 @@ def choose(
         if pruned(SHARED_FFN, source, target):
             of_shared = importance(statistics.shared_ffn_key(block))
             shared[block] = best(of_shared, target.moe_shared_expert_intermediate_size)
-        kind = source.layer_type(block)
-        size, _, group_axis = HEADS[kind]
-        if pruned(size, source, target):
-            of_heads = importance(statistics.heads_key(block, kind))
-            heads[block] = best_of_groups(of_heads, getattr(target, size), source.sizes[group_axis])
+        axis = KINDS[source.layer_type(block)].heads
+        if pruned(axis.field, source, target):
+            of_heads = importance(statistics.heads_key(block, source.layer_type(block)))
+            heads[block] = best_of_groups(of_heads, getattr(target, axis.field), source.sizes[axis.group_axis])
     return InnerAxes(neurons, shared, heads)
 
 
@@ -134,7 +129,7 @@ def violations(document: Mapping[str, Any], blocks: Sequence[str], source: Model
     found = []
     for name, size in (("neurons", EXPERT_FFN), ("shared_neurons", SHARED_FFN), ("heads", "")):
         part = document[name]
-        expected = [b for b in blocks if pruned(size or HEADS[source.layer_type(b)][0], source, target)]
+        expected = [b for b in blocks if pruned(size or KINDS[source.layer_type(b)].heads.field, source, target)]
         if not isinstance(part, Mapping) or sorted(part) != sorted(expected):
             found.append(f"{name} are not given for exactly the blocks {', '.join(expected) or '(none)'}")
             continue
@@ -152,12 +147,12 @@ def _block_violations(name: str, block: str, value: Any, source: ModelShape, tar
             label = f"neurons of {block}, expert {number}"
             yield from index_violations(label, indices, target.moe_ffn_hidden_size, source.moe_ffn_hidden_size)
         return
-    size = SHARED_FFN if name == "shared_neurons" else HEADS[source.layer_type(block)][0]
+    size = SHARED_FFN if name == "shared_neurons" else KINDS[source.layer_type(block)].heads.field
     label, count, limit = f"{name} of {block}", getattr(target, size), getattr(source, size)
     wrong = index_violations(label, value, count, limit)
     yield from wrong
     if name == "heads" and not wrong:
-        groups = source.sizes[HEADS[source.layer_type(block)][2]]
+        groups = source.sizes[KINDS[source.layer_type(block)].heads.group_axis]
         per_group = np.bincount(np.array(value) // (limit // groups), minlength=groups)
         if per_group.min() != per_group.max():
             yield f"{label} are not equally many in each of {groups} groups"

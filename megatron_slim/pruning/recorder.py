@@ -32,9 +32,10 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_slim.architecture.kinds import KINDS
 from megatron_slim.architecture.local_experts import LocalExperts
 from megatron_slim.architecture.local_modules import rms_norm
-from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.expert_metrics import RoutedPairs, pair_sums
 from megatron_slim.pruning.importance import Sums
 
@@ -89,13 +90,12 @@ def norm_sizes(site: str, hidden_size: int) -> dict[str, tuple[int, ...]]:
 def block_sizes(block: str, shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Names and sizes of the sums of a block."""
     hidden, experts = shape.hidden_size, shape.num_moe_experts
-    full = shape.layer_type(block) == FULL_ATTENTION
     sizes: dict[str, tuple[int, ...]] = {
         "tokens": (),
         "cosine": (),
         "input": (hidden,),
         "output": (hidden,),
-        "heads": (shape.num_attention_heads if full else shape.linear_num_value_heads,),
+        "heads": (getattr(shape, KINDS[shape.layer_type(block)].heads.field),),
         **{f"experts.{kind}": (experts,) for kind in ("count", "share", *pair_sums())},
         "experts.output": (experts, hidden),
         "experts.ffn": (experts, shape.moe_ffn_hidden_size),
@@ -162,11 +162,9 @@ class BlockRecorder(Recorder):
         self._listen_to_experts(layer.mlp)
 
     def _listen_to_heads(self, attention: Any, block: str, shape: ModelShape) -> None:
-        if shape.layer_type(block) == FULL_ATTENTION:
-            self._head_dim, projection = shape.kv_channels, attention.linear_proj
-        else:
-            self._head_dim, projection = shape.linear_value_head_dim, attention.out_proj
-        projection.register_forward_pre_hook(self._on_heads)
+        heads = KINDS[shape.layer_type(block)].heads
+        self._head_dim = getattr(shape, heads.width)
+        getattr(attention, heads.projection).register_forward_pre_hook(self._on_heads)
 
     def _listen_to_experts(self, mlp: Any) -> None:
         mlp.router.register_forward_hook(self._on_router)

@@ -33,7 +33,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.architecture.kinds import KINDS
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.records import FORMER_STATS, STATS
 from megatron_slim.errors import CheckpointError
 from megatron_slim.expert_metrics import EXPERT_IMPORTANCES, EXPERT_SIMILARITIES
@@ -77,7 +78,7 @@ def shared_ffn_key(block: str) -> str:
 
 def heads_key(block: str, kind: str) -> str:
     """Name of the importances of the query heads or, by layer type, value heads of a block."""
-    return f"{block}.self_attn.heads" if kind == FULL_ATTENTION else f"{block}.linear_attn.value_heads"
+    return f"{block}.{KINDS[kind].heads.statistic}"
 
 
 def expected_shapes(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -88,8 +89,7 @@ def expected_shapes(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
     for block in shape.blocks:
         yield from ((layer_key(block, kind), ()) for kind in LAYER_KINDS)
         layer_type = shape.layer_type(block)
-        heads = shape.num_attention_heads if layer_type == FULL_ATTENTION else shape.linear_num_value_heads
-        yield heads_key(block, layer_type), (heads,)
+        yield heads_key(block, layer_type), (getattr(shape, KINDS[layer_type].heads.field),)
         yield expert_ffn_key(block), (experts, shape.moe_ffn_hidden_size)
         if shape.moe_shared_expert_intermediate_size:
             yield shared_ffn_key(block), (shape.moe_shared_expert_intermediate_size,)
