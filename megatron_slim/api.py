@@ -22,7 +22,7 @@ from megatron_slim.architecture.table import count_parameters as _count_paramete
 from megatron_slim.checkpoint.convert import Checkpoint, log_left_out, open_checkpoint, write_checkpoint
 from megatron_slim.checkpoint.optimizer_state import open_optimizer_state
 from megatron_slim.checkpoint.reference import carry_reference
-from megatron_slim.device import default_dtype
+from megatron_slim.compat.runtime import default_dtype
 from megatron_slim.errors import SlimError
 from megatron_slim.files import refuse_existing
 from megatron_slim.pruning.apply import PrunedCheckpoint

@@ -7,16 +7,17 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 
-from megatron_slim import data, device
+from megatron_slim import data
 from megatron_slim.data import check_ids, data_prefix, open_stream, read_samples, read_stream
 from megatron_slim.errors import DataError
 
 
 def write_indexed(prefix: Path, documents: list[list[int]], dtype: type = np.uint16) -> Path:
-    device.install()
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
@@ -199,7 +200,6 @@ def test_refuses_documents_that_are_not_all_of_the_sequences(tmp_path: Path, nam
 
 def test_accepts_all_that_megatrons_builder_writes(tmp_path: Path) -> None:
     """Merged data sets, documents of several sequences and of none, and the flags of text in a multimodal one."""
-    device.install()
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 

@@ -38,7 +38,7 @@ def add_acceptance_arguments(parser: argparse.ArgumentParser) -> None:
 def run_acceptance(args: argparse.Namespace, load: Path, teacher: Teacher | None) -> dict[str, Any]:
     """Measure a checkpoint, and the teacher; say and give what was found."""
     from megatron_slim.checkpoint.convert import log_left_out, open_checkpoint
-    from megatron_slim.device import default_dtype
+    from megatron_slim.compat.runtime import default_dtype
     from megatron_slim.evaluation.acceptance import acceptance_of
 
     checkpoint = open_checkpoint(load, **load_options(args))

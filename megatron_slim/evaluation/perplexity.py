@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from megatron_slim import device
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint, log_left_out, open_checkpoint
 from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.reference import Reference
 from megatron_slim.checkpoint.remarks import remarks
+from megatron_slim.compat import runtime
 from megatron_slim.data import Tokens, read_samples
 from megatron_slim.errors import DataError
 from megatron_slim.evaluation.teacher import Teacher
@@ -153,16 +153,16 @@ def evaluate(
         checkpoint: the model.
         samples: token ids [samples, sequence], from `read_evaluation_data`.
         micro_batch_size: samples in one forward pass.
-        dtype: of weights and activations, see `device.default_dtype`; logits are always fp32, sums fp64.
+        dtype: of weights and activations, see `runtime.default_dtype`; logits are always fp32, sums fp64.
         teacher: is compared with the model, where given; `Teacher.check` says whether it can be.
 
     Raises:
         CheckpointError: a loss is not a finite number.
     """
-    device.init_single_process()
+    runtime.init_single_process()
     from megatron_slim.evaluation.losses import HeadLosses
 
-    dtype = dtype or device.default_dtype()
+    dtype = dtype or runtime.default_dtype()
     forward = HeadLosses(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype)
     if teacher is not None:
         forward.teacher = teacher.states(checkpoint.shape, samples, micro_batch_size=micro_batch_size, dtype=dtype)
@@ -215,7 +215,7 @@ def evaluate_checkpoint(
         raise DataError(f"--micro-batch-size {micro_batch_size} is not a positive number")
     checkpoint = open_checkpoint(load, **reading)
     log_left_out(checkpoint)
-    dtype = dtype or device.default_dtype()
+    dtype = dtype or runtime.default_dtype()
     result, samples = evaluate_on(
         checkpoint,
         data,

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_slim import device
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint
+from megatron_slim.compat import runtime
 from megatron_slim.data import Tokens
 from megatron_slim.errors import CheckpointError
 from megatron_slim.files import sha256
@@ -57,7 +57,7 @@ class Teacher:
 
     def states(self, shape: ModelShape, samples: Tokens, *, micro_batch_size: int, dtype: torch.dtype) -> FinalStates:
         """What the teacher's heads are given, of those that a student of this shape has too."""
-        device.init_single_process()
+        runtime.init_single_process()
         from megatron_slim.evaluation.losses import AHEAD, FinalStates
 
         wanted = tuple(AHEAD)[: 1 + min(self.checkpoint.shape.mtp_num_layers, shape.mtp_num_layers)]

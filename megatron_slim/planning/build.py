@@ -60,9 +60,8 @@ def prepare() -> None:
     """Import what building needs, which takes seconds, before processes fork."""
     if "torch" not in sys.modules:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is to be allocated, and a fork must find CUDA untouched
-    from megatron_slim import device
+    import megatron_slim.mcore
 
-    device.install()
     import megatron_slim.training.pretrain  # noqa: F401
 
 

@@ -19,7 +19,7 @@ from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import names_of, router_of
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.dtype_names import dtype_name
-from megatron_slim.device import default_dtype, init_single_process
+from megatron_slim.compat.runtime import default_dtype, init_single_process
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.importance import HiddenImportance, block_statistics

@@ -31,7 +31,7 @@ from megatron_slim.architecture.table import router_of
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.checkpoint.precision import keep_types
-from megatron_slim.device import backend, default_dtype
+from megatron_slim.compat.runtime import backend, default_dtype
 from megatron_slim.errors import SlimError
 from megatron_slim.pruning.calibrate import FORWARD_TOKENS, log_unrouted, metadata, not_finite
 from megatron_slim.pruning.importance import HiddenImportance, Sums, block_statistics

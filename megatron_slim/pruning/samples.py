@@ -61,7 +61,7 @@ def read_calibration_samples(
 def log_calibration(source: Checkpoint, samples: npt.NDArray[np.int64], processes: str = "") -> None:
     """Log what calibration is about to do, and what of the checkpoint it takes in another precision."""
     from megatron_slim.checkpoint.remarks import remarks
-    from megatron_slim.device import default_dtype
+    from megatron_slim.compat.runtime import default_dtype
 
     logger.info(f"calibrating on {samples.shape[0]} samples of {samples.shape[1]} tokens{processes}")
     for line in remarks(source, default_dtype(), "calibration"):

@@ -24,7 +24,7 @@ from megatron_slim.architecture.table import count_parameters, names_of
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.raw_files import as_bytes
-from megatron_slim.cpu_kernels import STREAMING, keep_freed_memory
+from megatron_slim.compat.cpu_memory import STREAMING, keep_freed_memory
 from megatron_slim.files import sha256
 from megatron_slim.products import linear, threads_for
 from megatron_slim.pruning.block import block_config, build_block, rotary_embedding

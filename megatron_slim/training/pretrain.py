@@ -26,7 +26,6 @@ from megatron.training.arguments import add_megatron_arguments, parse_and_valida
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_slim import cpu_kernels, device, megatron_fixes
 from megatron_slim.architecture.context_parallel import local_positions
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.layer_specs import build_model, shape_config_fields
@@ -38,6 +37,8 @@ from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.checkpoint.precision import keep_types
 from megatron_slim.checkpoint.side_files import carry_files, log_left_behind
 from megatron_slim.checkpoint.torch_dist_names import HF_DIR
+from megatron_slim.compat import hooks
+from megatron_slim.compat.cpu_memory import TRAINING, keep_freed_memory
 from megatron_slim.distillation.divergences import KDLoss
 from megatron_slim.distillation.loss_options import DEFAULTS
 from megatron_slim.distillation.losses import KD_LAMBDA, MTP_BETA, LossWeights, TokenLosses, combine, gradients_of_total
@@ -384,12 +385,12 @@ def main(argv: list[str]) -> None:
     balancing = load_balancing_note(shape, argv, parsed.moe_router_load_balancing_type)
     if parsed.rank == 0 and balancing is not None:
         logger.info(balancing)
-    cpu_kernels.keep_freed_memory(cpu_kernels.TRAINING)
-    megatron_fixes.log_what_the_iteration_was()
+    keep_freed_memory(TRAINING)
+    hooks.TRAINING_LOG.apply()
     carried = carried_optimizer(parsed)
-    device.keep_schedule_with_iterations(0 if place is None else place.start, carried.load if carried else None)
+    hooks.keep_schedule_with_iterations(0 if place is None else place.start, carried.load if carried else None)
     if place is not None and parsed.stage_warmup:
-        device.scale_learning_rate(place.warmup(parsed.stage_warmup))
+        hooks.scale_learning_rate(place.warmup(parsed.stage_warmup))
     target = _mtp_kd_target(shape, teacher, parsed)
     runs_mtp = target == TEACHER_MTP and shape.mtp_num_layers > 0
     layout = plan_stages(shape, teacher, parsed, teacher_runs_mtp=runs_mtp)
@@ -408,7 +409,7 @@ def main(argv: list[str]) -> None:
     if teacher is not None and args.teacher_ahead:
         check_host_memory(held_bytes(teacher, args, teacher.mtp_num_layers if runs_mtp else 0), args)
         run.ahead = TeacherAhead(run.chunks, run.batch, run.watch, log.clock.teacher_alone)
-        device.before_training_steps(run.ahead.before_step)
+        hooks.before_training_steps(run.ahead.before_step)
     if args.save and args.rank == 0:
         keep_hf_files(source, Path(args.save), shape)
     _train(run, args)

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 
-from megatron_slim import device
 from megatron_slim.checkpoint.convert import Checkpoint, hf_to_torch_dist, open_checkpoint
 from megatron_slim.evaluation.acceptance import Acceptance, measure_acceptance
 from megatron_slim.evaluation.losses import FinalStates
@@ -18,8 +19,6 @@ from megatron_slim.evaluation.perplexity import evaluate_checkpoint
 from megatron_slim.evaluation.teacher import Teacher
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 from tests.evaluation.test_perplexity import samples_for
-
-device.install()
 
 SHAPE = tiny_shape(num_layers=2, layer_types=("linear_attention", "full_attention"))
 

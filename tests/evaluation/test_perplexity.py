@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from megatron_slim import device
 from megatron_slim.architecture.rope import Yarn
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint
@@ -26,8 +27,6 @@ from megatron_slim.evaluation.means import SampleMeans
 from megatron_slim.evaluation.perplexity import evaluate, evaluate_checkpoint, read_evaluation_data
 from megatron_slim.testing import random_tensors, tiny_hf_config, tiny_shape, write_tiny_checkpoint
 from tests.mtp_oracle import load_mtp, mtp_hidden
-
-device.install()
 
 SHAPES = {
     "default": tiny_shape(vocab_size=131, max_position_embeddings=64),

@@ -11,18 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 import torch
 
 import megatron_slim as slim
-from megatron_slim import device
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint
 from megatron_slim.evaluation.tasks import PRESETS, Tasks
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 from tests.evaluation.test_perplexity import load
-
-device.install()
 
 MAKE_TASK, EVALUATE = "examples/slimqwen/make_task.py", "tools/evaluate.py"
 TEXTS = [

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import megatron_slim
-from megatron_slim import device
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint
 from megatron_slim.errors import CheckpointError, DataError
@@ -23,8 +24,6 @@ from megatron_slim.evaluation.teacher import Teacher
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 from tests.evaluation.test_perplexity import load, samples_for, standard_error
 from tests.mtp_oracle import load_mtp, mtp_hidden
-
-device.install()
 
 TEACHER = tiny_shape(vocab_size=131)
 STUDENT = tiny_shape(vocab_size=131, hidden_size=48, num_layers=2, layer_types=TEACHER.layer_types[2:])

@@ -7,22 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 import torch
 
-from megatron_slim import device
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import CheckpointError, DataError
 from megatron_slim.pruning import statistics
+from megatron_slim.pruning.calibrate import calibrate
 from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
-
-device.install()
-
-from megatron_slim.pruning.calibrate import calibrate  # noqa: E402 (megatron is imported after the CPU layer)
 
 SHAPES = {
     "hybrid": tiny_shape(num_layers=5),

@@ -6,15 +6,17 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_slim import device
 from megatron_slim.architecture.shape import FAMILIES, FULL_ATTENTION
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.pruning.apply import PrunedCheckpoint
+from megatron_slim.pruning.calibrate import calibrate
 from megatron_slim.pruning.carried_statistics import carried_statistics
 from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.pipeline import write_pruned
@@ -22,10 +24,6 @@ from megatron_slim.pruning.plan import Plan, make_plan
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import parse_recipe
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
-
-device.install()
-
-from megatron_slim.pruning.calibrate import calibrate  # noqa: E402 (megatron is imported after the CPU layer)
 
 RandomStats = Callable[..., Statistics]
 INNER = {"moe_ffn_hidden_size": 24, "num_attention_heads": 4}

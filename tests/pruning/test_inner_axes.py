@@ -7,17 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_slim import device
 from megatron_slim.architecture.shape import FAMILIES, FULL_ATTENTION
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import RecipeError, SlimError
+from megatron_slim.evaluation.perplexity import evaluate
 from megatron_slim.pruning import statistics
 from megatron_slim.pruning.apply import PrunedCheckpoint
 from megatron_slim.pruning.pipeline import write_pruned
@@ -27,10 +29,6 @@ from megatron_slim.pruning.plan_view import ranked_axes
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import parse_recipe
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
-
-device.install()
-
-from megatron_slim.evaluation.perplexity import evaluate  # noqa: E402 (megatron is imported after the CPU layer)
 
 RandomStats = Callable[..., Statistics]
 HEAD, GROUPS, PER_GROUP = 16, 2, 3  # of full attention; linear attention has as many

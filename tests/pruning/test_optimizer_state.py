@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import megatron_slim as slim
-from megatron_slim import device
 from megatron_slim.architecture.shape import FAMILIES, ModelShape
+from megatron_slim.checkpoint import common_state
 from megatron_slim.checkpoint.convert import open_checkpoint, same_bytes, write_checkpoint
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.metadata_pickle import Metadata, dumps
@@ -30,10 +32,6 @@ from megatron_slim.recipe import parse_recipe
 from megatron_slim.recipe_run import DEFAULT_MOMENT_RULE, MOMENT_RULES
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 from tests.pruning import test_apply, test_inner_axes
-
-device.install()
-
-from megatron_slim.checkpoint import common_state  # noqa: E402 (megatron is imported after the CPU layer)
 
 PRUNE = "tools/prune_checkpoint.py"
 STATES = ("param", "exp_avg", "exp_avg_sq")

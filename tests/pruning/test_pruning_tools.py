@@ -228,9 +228,8 @@ def test_the_report_is_saved(tool: Tool, source: HFCheckpoint, work: Path) -> No
 
 
 def test_a_megatron_data_set_is_read_by_its_prefix(tool: Tool, source: HFCheckpoint, work: Path) -> None:
-    from megatron_slim import device
+    import megatron_slim.mcore
 
-    device.install()
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(str(work / "text.bin"), dtype=np.uint16)

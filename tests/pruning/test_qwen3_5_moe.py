@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 import torch
@@ -15,11 +17,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen3_5MoeForCausalLM
 
-from megatron_slim import device
 from megatron_slim.architecture.shape import FULL_ATTENTION
 from megatron_slim.checkpoint.convert import open_checkpoint, same_bytes, write_checkpoint
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import CheckpointError, ShapeError
+from megatron_slim.evaluation.perplexity import evaluate
 from megatron_slim.pruning.apply import PrunedCheckpoint
 from megatron_slim.pruning.pipeline import write_pruned
 from megatron_slim.pruning.plan import make_plan
@@ -27,10 +29,6 @@ from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import parse_recipe
 from tests.mtp_oracle import load_mtp, mtp_hidden
 from tests.vlm import SHAPE, config, files_tensors, load_vlm, picture_and_text, write_vlm
-
-device.install()
-
-from megatron_slim.evaluation.perplexity import evaluate  # noqa: E402 (megatron is imported after the CPU layer)
 
 RandomStats = Callable[..., Statistics]
 MERGER = "model.visual.merger.linear_fc2"

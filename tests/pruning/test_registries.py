@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import megatron_slim as slim
-from megatron_slim import device
 from megatron_slim.architecture.qwen3_moe import QWEN3_MOE
 from megatron_slim.architecture.shape import FAMILIES
 from megatron_slim.architecture.weight import HFTensor, Weight
@@ -26,8 +27,6 @@ from megatron_slim.expert_metrics import EXPERT_IMPORTANCES, EXPERT_SIMILARITIES
 from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 from tests.pruning.conftest import Reference
-
-device.install()
 
 ENERGY = ExpertMetric(
     "mean 1[i in A(x)] ||E_i(x)||^2",
