@@ -245,10 +245,13 @@ def storage_of(directory: Path, *, without_mtp: bool = False) -> frozenset[str]:
     return recorded_storage(directory)
 
 
-def config_and_carried(directory: Path) -> tuple[dict[str, Any], CarriedTensors]:
-    """The config.json of a directory, next to tensors or not, and what is carried with its language model."""
+def config_and_carried(directory: Path, *, without_mtp: bool = False) -> tuple[dict[str, Any], CarriedTensors]:
+    """The config.json of a directory, next to tensors or not, and what is carried with its language model.
+
+    ``without_mtp`` as in `read_shape`.
+    """
     if any((directory / name).exists() for name in (INDEX, SINGLE)):
-        opened = HFCheckpoint.open(directory)
+        opened = HFCheckpoint.open(directory, without_mtp=without_mtp)
         return opened.config, opened.carried
     carried = read_carried(directory)
     return language_model_alone(read_config(directory), carried), carried

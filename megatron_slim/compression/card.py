@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from megatron_slim.architecture.shape import wrapper_of
 from megatron_slim.checkpoint.records import QUANTIZATION_REPORT
 from megatron_slim.compression.report_page import recipe_yaml
 from megatron_slim.compression.report_quantization import (
@@ -36,6 +37,10 @@ README, OTHER = "README.md", "MODEL_CARD.md"
 MARKER = "<!-- Written by megatron_slim from report.json. Remove this line to keep the file as it is. -->"
 PAPER = "https://arxiv.org/abs/2605.08738"
 BASE_NOTE = "# base_model: the run's name, to be replaced by the repository of the export that is not quantized."
+CARRIED = (
+    "Pruned and trained is the language model, on text. All else of the larger model that holds it is unchanged, but "
+    "for rows that are hidden dimensions of the language model. Measure tasks with pictures before you rely on them."
+)
 CITATION = """```bibtex
 @article{slimqwen2026,
   title = {SlimQwen: Exploring the Pruning and Distillation in Large MoE Model Pre-training},
@@ -83,21 +88,27 @@ def front_matter(facts: Mapping[str, Any], model: Path, *, quantized: bool = Fal
     A quantized export is one of the export next to it, not of the larger model that was pruned: the hub lists it by
     these two keys. The former's name on the hub is not known here, so the run's stands for it.
     """
-    from megatron_slim.checkpoint.huggingface_files import CONFIG
-
-    config = read_json(model / CONFIG) if (model / CONFIG).is_file() else {}
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    config = _config(model)
+    kind = config.get("model_type")
     base = {"base_model": model.absolute().parent.name, "base_model_relation": "quantized"}
     tags = ["megatron_slim", "mixture-of-experts", "pruning", "distillation", *(["fp8"] if quantized else [])]
     entries = {
         **(base if quantized else {"base_model": facts["model"]}),
         **facts["license"],
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-generation" if wrapper_of(config) is None else "image-text-to-text",
         "tags": tags + ([kind] if isinstance(kind, str) else []),
     }
     text = str(yaml.safe_dump({key: value for key, value in entries.items() if value}, sort_keys=False))
     return f"{BASE_NOTE}\n{text}" if quantized else text
+
+
+def _config(model: Path) -> dict[str, Any]:
+    """config.json of an export, empty where it has none."""
+    from megatron_slim.checkpoint.huggingface_files import CONFIG
+
+    found = read_json(model / CONFIG) if (model / CONFIG).is_file() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _body(facts: Mapping[str, Any], model: Path, quantization: Mapping[str, Any] | None) -> Iterator[str]:
@@ -106,6 +117,8 @@ def _body(facts: Mapping[str, Any], model: Path, quantization: Mapping[str, Any]
     yield f"# {name}, compressed{small}{', in FP8' if quantization else ''}"
     yield ""
     yield f"Pruned and distilled from {name} by megatron_slim, with the method of [SlimQwen]({PAPER})."
+    if wrapper_of(_config(model)) is not None:
+        yield CARRIED
     if quantization:
         errors = f"[{QUANTIZATION_REPORT}]({QUANTIZATION_REPORT}) has the error of every tensor."
         yield f"{description(quantization)} {errors}"
@@ -167,10 +180,12 @@ def _training(cost: Mapping[str, Any]) -> Iterator[str]:
 
 def _loading(model: Path) -> Iterator[str]:
     """With transformers and vLLM; a tokenizer only where the export has one."""
-    has_tokenizer = any(model.glob("tokenizer*"))
-    names = "AutoModelForCausalLM, AutoTokenizer" if has_tokenizer else "AutoModelForCausalLM"
-    yield from ("## Loading", "", "```python", f"from transformers import {names}", "")
-    yield 'model = AutoModelForCausalLM.from_pretrained("path/to/this/model", dtype="auto", device_map="auto")'
-    if has_tokenizer:
-        yield 'tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")'
+    loader, reader = "AutoModelForCausalLM", ("tokenizer", "AutoTokenizer")
+    if wrapper_of(_config(model)) is not None:
+        loader, reader = "AutoModelForImageTextToText", ("processor", "AutoProcessor")
+    readers = [reader] if any(model.glob("tokenizer*")) else []
+    yield from ("## Loading", "", "```python")
+    yield from (f"from transformers import {', '.join([loader, *(kind for _, kind in readers)])}", "")
+    yield f'model = {loader}.from_pretrained("path/to/this/model", dtype="auto", device_map="auto")'
+    yield from (f'{name} = {kind}.from_pretrained("path/to/this/model")' for name, kind in readers)
     yield from ("```", "", "```bash", "vllm serve path/to/this/model", "```", "")

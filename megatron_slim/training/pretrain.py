@@ -300,11 +300,12 @@ def keep_hf_files(source: Path, save: Path, shape: ModelShape) -> None:
         return
     save.mkdir(parents=True, exist_ok=True)
     with new_directory(save / HF_DIR) as directory:
-        config, carried = config_and_carried(source)
+        without_mtp = not shape.mtp_num_layers
+        config, carried = config_and_carried(source, without_mtp=without_mtp)
         write_atomic(directory / "config.json", to_json(shape_to_hf_config(shape, config)))
         carried.save(directory, verify=True)
         carry_files(source, directory)
-        write_storage(directory, storage_of(source, without_mtp=not shape.mtp_num_layers))
+        write_storage(directory, storage_of(source, without_mtp=without_mtp))
     log_left_behind(source)
 
 

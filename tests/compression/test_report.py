@@ -399,6 +399,21 @@ def test_the_card(tmp_path: Path) -> None:
     assert "\n## Sizes\n" in body and "\n\n\n\n" not in body
 
 
+def test_the_card_of_a_model_that_sees_pictures(tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    from tests.vlm import write_vlm
+
+    save = make_run(tmp_path / "run")
+    shutil.rmtree(save / "model")
+    write_vlm(save / "model")
+    write_report(save)
+    _, matter, body = (save / "model/README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(matter)["pipeline_tag"] == "image-text-to-text"
+    assert "Measure tasks with pictures" in body and "AutoModelForImageTextToText.from_pretrained" in body
+    assert type(AutoModelForImageTextToText.from_pretrained(save / "model")).__name__.startswith("Qwen3_5Moe")
+
+
 @pytest.fixture
 def quantized(tmp_path: Path) -> Path:
     """A run whose export was quantized by this package's command, from a tiny model."""
