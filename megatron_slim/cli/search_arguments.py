@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from megatron_slim.command_line import positive
 from megatron_slim.errors import SlimError
 
-
 if TYPE_CHECKING:
     from megatron_slim.pruning.candidates import Measuring
 
