@@ -44,7 +44,6 @@ KEYS = {
     MTP_NORM: "mtp.layers.0.final_layernorm.weight",
 }
 MTP_INPUT_NORMS = ("mtp.layers.0.enorm.weight", "mtp.layers.0.hnorm.weight")
-OUTPUT = "output_layer.weight"
 # What a module does to a micro-batch of hidden states [samples, positions, hidden], given the tokens of its samples.
 Step = Callable[[Tensor, Tensor], Tensor]
 
