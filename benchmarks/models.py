@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from megatron_slim.architecture.hf_config import shape_from_hf_config
 from megatron_slim.architecture.published import QWEN3_NEXT_80A3B
-from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import count_parameters, hf_tensors, weights
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json, to_json

@@ -19,7 +19,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from megatron_slim.architecture.shape import FAMILIES, ModelShape, layer_pattern, shape_to_hf_config, unused_fields
+from megatron_slim.architecture.hf_config import shape_to_hf_config
+from megatron_slim.architecture.shape import FAMILIES, ModelShape, layer_pattern, unused_fields
 from megatron_slim.architecture.table import hf_tensors, weights
 from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.huggingface_writer import specs_of, write_hf_checkpoint

@@ -81,6 +81,7 @@ INSTANT = (
     "megatron_slim.architecture.qwen3_next",
     "megatron_slim.architecture.qwen3_5_moe",
     "megatron_slim.architecture.wrapper",
+    "megatron_slim.architecture.hf_config",
     "megatron_slim.architecture.table",
     "megatron_slim.architecture.shape",
     "megatron_slim.pruning.plan",

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_slim.architecture.axes import size
-from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
+from megatron_slim.architecture.hf_config import shape_from_hf_config
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.carried import CarriedTensors, language_model_alone, read_carried

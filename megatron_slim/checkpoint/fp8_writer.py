@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megatron_slim.architecture.shape import ModelShape, wrapper_of
+from megatron_slim.architecture.hf_config import wrapper_of
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import OUTPUT, hf_tensors, names_of
 from megatron_slim.architecture.weight import HFTensor
 from megatron_slim.architecture.wrapper import Wrapper

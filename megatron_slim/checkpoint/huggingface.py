@@ -17,8 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_slim.architecture.hf_config import language_config, shape_from_hf_config, wrapper_of
 from megatron_slim.architecture.mtp_keys import stated_mtp_layers
-from megatron_slim.architecture.shape import ModelShape, language_config, shape_from_hf_config, wrapper_of
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import hf_tensors, weights
 from megatron_slim.checkpoint.carried import CarriedTensors, language_model_alone, read_carried, set_apart
 from megatron_slim.checkpoint.expert_storage import recorded_storage, separated

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from megatron_slim.architecture.axes import Dim, axes_of, kept_positions
-from megatron_slim.architecture.shape import ModelShape, shape_to_hf_config, wrapper_of
+from megatron_slim.architecture.hf_config import shape_to_hf_config, wrapper_of
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import weights
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.huggingface import Index

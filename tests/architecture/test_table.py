@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from megatron_slim.architecture.hf_config import shape_from_hf_config
 from megatron_slim.architecture.published import (
     QWEN3_5_35A3B,
     QWEN3_5_122A10B,
@@ -11,14 +12,7 @@ from megatron_slim.architecture.published import (
     QWEN3_NEXT_80A3B,
     Published,
 )
-from megatron_slim.architecture.shape import (
-    FAMILIES,
-    FULL_ATTENTION,
-    LINEAR_ATTENTION,
-    ModelShape,
-    layer_pattern,
-    shape_from_hf_config,
-)
+from megatron_slim.architecture.shape import FAMILIES, FULL_ATTENTION, LINEAR_ATTENTION, ModelShape, layer_pattern
 from megatron_slim.architecture.table import count_parameters, hf_tensors, mtp_layers_in, weights
 from megatron_slim.testing import tiny_hf_config, tiny_shape
 
