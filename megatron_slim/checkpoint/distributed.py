@@ -25,7 +25,7 @@ from megatron_slim.checkpoint.expert_storage import expert_blocks, recorded_stor
 from megatron_slim.checkpoint.finite import refuse_nonfinite
 from megatron_slim.checkpoint.huggingface import CONFIG, Index, read_config, select_columns
 from megatron_slim.checkpoint.integrity import verify_metadata
-from megatron_slim.checkpoint.layout import fits, rows_in_megatron, split_keys, stored_shapes
+from megatron_slim.checkpoint.layout import as_rows, fits, rows_in_megatron, split_keys, stored_shapes
 from megatron_slim.checkpoint.metadata_pickle import Metadata, TensorStorageMetadata
 from megatron_slim.checkpoint.mtp import MTP, count_mtp_layers
 from megatron_slim.checkpoint.torch_dist_files import Piece, PieceReader, locate_pieces, read_metadata
@@ -205,7 +205,7 @@ class DistCheckpoint:
             return found[0][1]
         out = torch.empty((rows.size, *found[0][1].shape[1:]), dtype=found[0][1].dtype)
         for here, tensor in found:
-            out[torch.from_numpy(here)] = tensor
+            out[as_rows(here)] = tensor
         return out
 
     def _gather(self, key: str, rows: npt.NDArray[np.int64], expert: int | None = None) -> Tensor:
@@ -225,7 +225,7 @@ class DistCheckpoint:
             if out is None:
                 out = torch.empty((rows.size, *extents[1:]), dtype=piece.dtype)
             part = out[tuple(slice(o, o + n) for o, n in zip((0, *offsets[1:]), (rows.size, *sizes[1:]), strict=True))]
-            part[torch.from_numpy(here)] = content
+            part[as_rows(here)] = content
         assert out is not None, f"{key}: no piece holds rows {rows}"
         return out
 
