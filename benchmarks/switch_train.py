@@ -17,7 +17,9 @@ from benchmarks.run_log import Stopwatch
 
 def main(file: Path, argv: list[str]) -> None:
     """Train."""
-    import megatron.training.training as training  # after ours, which prepares for it
+    import megatron_slim.mcore
+
+    import megatron.training.training as training
 
     from megatron_slim.training import pretrain
     from megatron_slim.training.carried import CarriedOptimizer

@@ -181,32 +181,38 @@ class DistCheckpoint:
         rows = rows_in_megatron(weight, self.shape, source)
         if dim0_index is not None:
             rows = rows[np.asarray(dim0_index, dtype=np.int64)]
-        return select_columns(self._read(weight, expert, rows, name), dim1_index)
+        return self._read(weight, expert, rows, name, dim1_index)
 
-    def _read(self, weight: Weight, expert: int | None, rows: npt.NDArray[np.int64], name: str) -> Tensor:
-        """Rows of a Megatron parameter, of one expert where it is stacked."""
+    def _read(
+        self, weight: Weight, expert: int | None, rows: npt.NDArray[np.int64], name: str, columns: Index | None = None
+    ) -> Tensor:
+        """Rows of a Megatron parameter, of one expert where it is stacked.
+
+        One that is stored under a key per label is put together of what is wanted of each: it may be the largest of
+        the model.
+        """
         if expert is not None:
-            tensor = self._gather(weight.key, rows, expert)
-        else:
-            tensor = self._gather_split(weight, rows)
-        if not self.allow_nonfinite:
-            refuse_nonfinite(tensor, self._label + name, str(self.path))
-        return tensor
-
-    def _gather_split(self, weight: Weight, rows: npt.NDArray[np.int64]) -> Tensor:
-        """Rows of a parameter that may be stored under one key per label."""
-        found: list[tuple[npt.NDArray[np.int64], Tensor]] = []
+            return self._wanted(self._gather(weight.key, rows, expert), name, columns)
+        out: Tensor | None = None
         for key, part in split_keys(weight, self.shape):
             first, last, _ = part.indices(weight.shape(self.shape)[0])
             here = np.flatnonzero((rows >= first) & (rows < last))
-            if here.size:
-                found.append((here, self._gather(key, rows[here] - first)))
-        if len(found) == 1:
-            return found[0][1]
-        out = torch.empty((rows.size, *found[0][1].shape[1:]), dtype=found[0][1].dtype)
-        for here, tensor in found:
+            if not here.size:
+                continue
+            tensor = self._wanted(self._gather(key, rows[here] - first), name, columns)
+            if here.size == rows.size:
+                return tensor
+            if out is None:
+                out = torch.empty((rows.size, *tensor.shape[1:]), dtype=tensor.dtype)
             out[as_rows(here)] = tensor
+        assert out is not None, f"{name}: no key holds rows {rows}"
         return out
+
+    def _wanted(self, tensor: Tensor, name: str, columns: Index | None) -> Tensor:
+        """Some columns, after a look at the values of all."""
+        if not self.allow_nonfinite:
+            refuse_nonfinite(tensor, self._label + name, str(self.path))
+        return select_columns(tensor, columns)
 
     def _gather(self, key: str, rows: npt.NDArray[np.int64], expert: int | None = None) -> Tensor:
         """Rows of a stored tensor; of a stacked one, rows of one expert, which its pieces hold on dim 1."""
