@@ -54,7 +54,7 @@ test-all: test
 	$(PY) -m pytest -m slow
 
 # Outside CI: programs that serve models load our exports, each in an environment of its own (docs/serving.md).
-#   make test-clients CLIENTS="transformers vllm"   try these alone
+#   make test-clients CLIENTS="transformers vllm"   try these alone; one that cannot be installed is a failure then
 #   make test-clients CLIENTS_PYTHON=python3.11     build their environments with this interpreter
 CLIENTS ?=
 CLIENTS_DIR ?= .clients

@@ -126,7 +126,7 @@ def similarities(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     import torch.nn.functional as F
 
-    from megatron_slim.pruning.importance import cosine_from_gram, cosine_matrix
+    from megatron_slim.expert_metrics import cosine_from_gram, cosine_matrix
 
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(args.logit_tokens, args.experts, generator=generator, dtype=torch.float64)
@@ -171,7 +171,7 @@ def published_layers(args: argparse.Namespace, **changes: Any) -> dict[str, Any]
 
     from benchmarks.models import PUBLISHED, model_bytes, shape_of
     from megatron_slim.architecture.layer_specs import layer_spec
-    from megatron_slim.device import default_dtype
+    from megatron_slim.compat.runtime import default_dtype
     from megatron_slim.planning.preparation import ASSUMED
     from megatron_slim.pruning.block import block_config, rotary_embedding
     from megatron_slim.pruning.recorder import BlockRecorder
@@ -223,12 +223,13 @@ def estimate() -> dict[str, Any]:
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, estimate and report."""
-    from megatron_slim import device
+    import megatron_slim.mcore
 
-    device.install()
     import torch
 
-    device.init_single_process()
+    from megatron_slim.compat import runtime
+
+    runtime.init_single_process()
     with torch.no_grad():
         if args.published_layers:
             results = published_layers(args)

@@ -120,11 +120,12 @@ def step_by_step(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Ten
 
 def rules(device_type: str = "cpu") -> dict[str, Rule]:
     """The implementations that there are, all called as Megatron calls them."""
-    from megatron_slim import device, linear_attention
+    import megatron_slim.mcore
 
-    device.install()
     from megatron.core.ssm.gated_delta_net import torch_chunk_gated_delta_rule
     from transformers.models.qwen3_next import modeling_qwen3_next
+
+    from megatron_slim.compat import linear_attention
 
     # What transformers runs where flash-linear-attention is not there, even if it is.
     theirs = modeling_qwen3_next.torch_chunk_gated_delta_rule

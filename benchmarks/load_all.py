@@ -55,9 +55,9 @@ def sharded_tensors(shape: ModelShape, tensors: dict[str, Any]) -> Iterator[Any]
 
 def load_and_save(load: Path, save: Path, threads: int) -> dict[str, float]:
     """Do it; returns the seconds until all parameters are in memory, and until they are on the disk."""
-    from megatron_slim import device
+    from megatron_slim.compat import runtime
 
-    device.init_single_process()
+    runtime.init_single_process()
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
     from safetensors.torch import load_file

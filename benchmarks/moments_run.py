@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.processes import ROOT, free_port, python, run
 from benchmarks.report import machine
-from megatron_slim.cli.carried_optimizer import RULES
+from megatron_slim.recipe_run import MOMENT_RULES
 
 SCRIPT = ROOT / "examples" / "slimqwen" / "pretrain_distill.sh"
 BATCH, EVERY = 8, 10  # samples of a step, steps between validations
@@ -33,8 +33,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         work = args.dir / f"seed_{seed}"
         work.mkdir()
         _train(args, args.dir / "student_1", work / "phase_1", seed)
-        for rule in RULES:  # the second with the statistics of the first
-            _prune(args, work / "phase_1", recipe, 2, work / rule, rule=rule, stats=work / RULES[0])
+        for rule in MOMENT_RULES:  # the second with the statistics of the first
+            _prune(args, work / "phase_1", recipe, 2, work / rule, rule=rule, stats=work / MOMENT_RULES[0])
         for variant, (rule, settings) in _variants(args).items():
             losses = _train(args, work / rule, work / variant.replace(" ", "_"), seed, **settings)
             found.setdefault(variant, []).append({step: losses[args.steps_before + step] for step in args.after})
@@ -53,8 +53,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def _variants(args: argparse.Namespace) -> dict[str, tuple[str, dict[str, object]]]:
     """Ways to begin phase 2: which checkpoint, and settings of the script. All have the same weights."""
-    carried = {f"carried, {rule}": (rule, {"CARRY_OPTIMIZER": 1}) for rule in RULES}
-    return {"new": (RULES[0], {}), "new, warm-up": (RULES[0], {"STAGE_WARMUP": args.warmup}), **carried}
+    carried = {f"carried, {rule}": (rule, {"CARRY_OPTIMIZER": 1}) for rule in MOMENT_RULES}
+    return {"new": (MOMENT_RULES[0], {}), "new, warm-up": (MOMENT_RULES[0], {"STAGE_WARMUP": args.warmup}), **carried}
 
 
 def _recipe(args: argparse.Namespace) -> Path:

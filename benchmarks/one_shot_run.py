@@ -72,9 +72,8 @@ def _statistics(args: argparse.Namespace, source: Checkpoint) -> Statistics:
         seq_length=args.seq_length,
         seed=args.seed,
     )
-    from megatron_slim import device
+    import megatron_slim.mcore
 
-    device.install()
     from megatron_slim.pruning.calibrate import calibrate
 
     say(f"calibrating on {samples.shape[0]} samples of {samples.shape[1]} tokens")

@@ -109,12 +109,13 @@ def theirs(layer: Any, batches: list[Tensor], topk: int) -> dict[str, Tensor]:
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Largest differences, relative to the largest value, and whether the better half of the experts is the same."""
     sys.path.insert(0, str(args.reap_source))
-    from megatron_slim import device
+    import megatron_slim.mcore
 
-    device.install()
     import torch
 
-    device.init_single_process()
+    from megatron_slim.compat import runtime
+
+    runtime.init_single_process()
     with torch.no_grad():
         layer, shape, generator = moe_layer(args)
         batches = [torch.randn(args.tokens, args.hidden_size, generator=generator) for _ in range(BATCHES)]

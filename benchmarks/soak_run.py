@@ -22,7 +22,6 @@ import torch
 from benchmarks.models import demo_shapes
 from benchmarks.report import machine
 from benchmarks.soak_compare import LOGGED, compare
-from megatron_slim import device
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.torch_dist_names import METADATA
 from megatron_slim.errors import SlimError
@@ -55,7 +54,8 @@ def shapes(model: str) -> tuple[ModelShape, ModelShape]:
 
 def prepare(args: argparse.Namespace) -> None:
     """Write random teacher and student, and a stream of random tokens that is read more than once."""
-    device.install()
+    import megatron_slim.mcore
+
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     args.dir.mkdir()

@@ -30,8 +30,8 @@ RECIPE = ROOT / "examples" / "slimqwen" / "recipes" / "qwen3_next_80a3b_to_23a2b
 GROUPS = ("import", "help", "convert", "evaluate", "plan")
 # What an evaluation on a CPU needs, in the order in which it imports it.
 EVALUATION = (
-    "import torch; import megatron_slim.evaluation.perplexity; from megatron_slim import device; "
-    "device.install(); import megatron_slim.evaluation.losses"
+    "import torch; import megatron_slim.evaluation.perplexity; import megatron_slim.mcore; "
+    "import megatron_slim.evaluation.losses"
 )
 # What is measured -> what is done before each run, and the command.
 Commands = Mapping[str, tuple[Callable[[], None], list[str]]]

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         read_plan,
         read_recipe,
         read_statistics,
+        task_scores,
     )
 
 __version__ = "0.1.0"
@@ -58,6 +59,7 @@ __all__ = [
     "read_plan",
     "read_recipe",
     "read_statistics",
+    "task_scores",
 ]
 
 

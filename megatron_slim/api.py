@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.architecture.table import ParameterCount, count_parameters
+from megatron_slim.architecture.table import ParameterCount
+from megatron_slim.architecture.table import count_parameters as _count_parameters
 from megatron_slim.checkpoint.convert import Checkpoint, log_left_out, open_checkpoint, write_checkpoint
+from megatron_slim.checkpoint.optimizer_state import open_optimizer_state
 from megatron_slim.checkpoint.reference import carry_reference
-from megatron_slim.device import default_dtype
+from megatron_slim.compat.runtime import default_dtype
 from megatron_slim.errors import SlimError
 from megatron_slim.files import refuse_existing
 from megatron_slim.pruning.apply import PrunedCheckpoint
@@ -32,6 +34,7 @@ from megatron_slim.pruning.plan_reader import load_plan
 from megatron_slim.pruning.samples import log_calibration, read_calibration_samples
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import Recipe, load_recipe, parse_recipe, select_phase
+from megatron_slim.recipe_run import moment_rule
 from megatron_slim.reporting import Progress, use_progress
 
 if TYPE_CHECKING:
@@ -66,6 +69,7 @@ __all__ = [
     "read_plan",
     "read_recipe",
     "read_statistics",
+    "task_scores",
 ]
 
 
@@ -85,7 +89,7 @@ def calibrate(
     Args:
         checkpoint: the model, opened or as its path.
         data: prefix of a Megatron .bin/.idx pair, a .npy file, or token ids [samples, sequence].
-        num_samples: samples to draw; None: 1024 of a .bin/.idx pair, all of a matrix.
+        num_samples: samples to draw; None: 1024 of a .bin/.idx pair or all if it has fewer, all of a matrix.
         seq_length: tokens of a sample of a .bin/.idx pair; None: 4096, or what the model can read.
         seed: of the draw.
         micro_batch_size: samples in one forward pass; None: about 4096 tokens.
@@ -167,6 +171,8 @@ def prune(
     *,
     to: Format = "hf",
     statistics: Statistics | None = None,
+    carry_optimizer: bool = False,
+    moments_of_merged: Literal["sum", "base"] | None = None,
     verify: bool = True,
     processes: int | None = None,
     progress: Progress | None = None,
@@ -179,6 +185,9 @@ def prune(
         save: the new directory.
         to: format of the result.
         statistics: are kept next to it, where given.
+        carry_optimizer: prune the optimizer's moments and main weights as the weights; the checkpoint is the
+            torch_dist one of a run that saved with ``--dist-ckpt-optim-fully-reshardable``, and so is the result.
+        moments_of_merged: moments of a merged expert, the sum of its members' or its base's own; None: ``base``.
         verify: read the result back and compare.
         processes: how many write; None: chosen by size and cores.
         progress: where progress is shown.
@@ -187,15 +196,18 @@ def prune(
         What was written: ``tensors``, ``parameters``, ``bytes`` and more, as ``megatron-slim prune --json``.
 
     Raises:
-        CheckpointError: the plan is of another model, or what was read back differs.
+        CheckpointError: the plan is of another model, what was read back differs, or there is no optimizer to carry.
     """
     _expect(plan, Plan, "plan", "read it with read_plan, or make it with make_plan")
     if statistics is not None:
         _expect(statistics, Statistics, "statistics", "read them with read_statistics")
     refuse_existing(Path(save))
-    pruned = PrunedCheckpoint(plan, _opened(checkpoint))
+    rule, source = moment_rule(carry_optimizer, moments_of_merged, to), _opened(checkpoint)
+    pruned = PrunedCheckpoint(plan, source)
+    optimizer = None if rule is None else pruned.optimizer_state(open_optimizer_state(source), rule)
+    options = {"to": to, "verify": verify, "processes": processes, "optimizer": optimizer}
     with _shown(progress):
-        return write_pruned(pruned, Path(save), to=to, stats=statistics, verify=verify, processes=processes)
+        return write_pruned(pruned, Path(save), stats=statistics, **options)
 
 
 def convert(
@@ -275,7 +287,8 @@ def evaluate(
 
     Returns:
         ``loss`` (nats per token), ``perplexity``, ``tokens``, ``mtp_loss`` (one number per MTP depth). With a teacher
-        also ``kl`` (nats per token), ``top1_agreement``, ``teacher_loss``, ``mtp_kl``, ``mtp_top1_agreement``.
+        also ``kl`` (nats per token), ``top1_agreement``, ``teacher_loss``, ``loss_difference``, ``mtp_kl``,
+        ``mtp_top1_agreement``. ``stderr`` has the standard errors over samples by name.
 
     Raises:
         DataError: the data do not suit the model.
@@ -351,6 +364,57 @@ def acceptance(
     return result
 
 
+def task_scores(
+    checkpoint: Checkpoint | StrPath,
+    tasks: Sequence[str],
+    *,
+    tasks_dir: StrPath | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    micro_batch_size: int = 1,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Scores of a model on tasks of lm-evaluation-harness, offline (extra ``eval``); the whole model is in memory.
+
+    Args:
+        checkpoint: the model, opened or as its path, with its tokenizer.
+        tasks: names of tasks or groups of the harness, or ``slimqwen``: those of the paper whose data are there.
+        tasks_dir: directory with YAML files of further tasks.
+        num_fewshot: examples in a prompt; None: as the task says.
+        limit: documents of each task; None: all.
+        micro_batch_size: requests in one forward pass.
+        dtype: of weights and activations; None: bf16 on a GPU, fp32 on a CPU.
+
+    Returns:
+        ``tasks``, by task its ``metrics``, each with ``value`` and ``stderr``, and ``documents``; and
+        ``tasks_left_out``, why tasks of a preset cannot run; as ``megatron-slim evaluate --json``.
+
+    Raises:
+        SlimError: the extra is not installed.
+        DataError: a task is unknown or its data are not there, or the checkpoint has no tokenizer of its own.
+    """
+    from megatron_slim.evaluation.tasks import Tasks, check_tokenizer
+
+    source = _opened(checkpoint)
+    check_tokenizer(source)
+    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    directory = None if tasks_dir is None else Path(tasks_dir)
+    loaded = Tasks(names, tasks_dir=directory, num_fewshot=num_fewshot, limit=limit)
+    found = loaded.run(source, micro_batch_size=micro_batch_size, dtype=dtype)
+    return {"tasks": found, "tasks_left_out": loaded.left_out}
+
+
+def count_parameters(model: ModelShape | Checkpoint | StrPath, *, include_mtp: bool = True) -> ParameterCount:
+    """Count a model's parameters: ``total``, and ``active``, all but the routed experts that a token does not visit.
+
+    Args:
+        model: its sizes, such as ``plan.target_shape``, or a checkpoint, opened or as its path.
+        include_mtp: count the MTP block too.
+    """
+    shape = model if isinstance(model, ModelShape) else _opened(model).shape
+    return _count_parameters(shape, include_mtp=include_mtp)
+
+
 def figures(plan: Plan, statistics: Statistics) -> dict[str, bytes]:
     """Pictures of a plan by file name, as PNG: importances and what was cut, experts and their groups.
 
@@ -378,6 +442,12 @@ def _data(data: Data) -> Path | npt.NDArray[np.int64]:
 
 def _opened(checkpoint: Checkpoint | StrPath) -> Checkpoint:
     if not isinstance(checkpoint, (str, os.PathLike)):
+        if not hasattr(checkpoint, "read_rows"):
+            raise SlimError(
+                f"is of type {type(checkpoint).__name__}, not a checkpoint",
+                where="checkpoint",
+                fix="give its path, or open it with open_checkpoint",
+            )
         return checkpoint
     source = open_checkpoint(Path(checkpoint))
     log_left_out(source)

@@ -27,6 +27,7 @@ def read_samples(
     num_samples: int | None,
     vocab_size: int | None = None,
     seed: int = 0,
+    at_most: bool = False,
 ) -> Tokens:
     """Read token ids for calibration or evaluation.
 
@@ -40,6 +41,7 @@ def read_samples(
             the data. None takes all.
         vocab_size: ids must be smaller than this; None is any.
         seed: of the random choice.
+        at_most: where there are fewer than ``num_samples``, take them all.
 
     Returns:
         Token ids, int64 [samples, sequence].
@@ -57,7 +59,8 @@ def read_samples(
         matrix = _open_matrix(path, seq_length)
     else:
         matrix = _open_windows(data_prefix(path, or_matrix=True), seq_length)
-    chosen = _draw(len(matrix), num_samples, seed, path)
+    wanted = min(num_samples, len(matrix)) if at_most and num_samples is not None else num_samples
+    chosen = _draw(len(matrix), wanted, seed, path)
     samples = np.array(matrix[chosen])
     _check_type(samples.dtype, vocab_size, str(path))
     _check_rows(samples, chosen, vocab_size, path)
@@ -136,7 +139,11 @@ def _open_windows(prefix: Path, seq_length: int | None) -> npt.NDArray[Any]:
     stream = read_stream(prefix)
     windows = len(stream) // seq_length
     if windows == 0:
-        raise DataError(f"holds {len(stream)} tokens, fewer than one sample of {seq_length}", where=f"{prefix}.bin")
+        raise DataError(
+            f"holds {len(stream)} tokens, fewer than one sample of {seq_length}",
+            where=f"{prefix}.bin",
+            fix="ask for shorter samples (seq_length)",
+        )
     return stream[: windows * seq_length].reshape(windows, seq_length)
 
 
@@ -244,7 +251,7 @@ def _draw(available: int, num_samples: int | None, seed: int, path: Path) -> npt
         raise DataError(
             f"{num_samples} samples asked for, {available} there",
             where=str(path),
-            fix="ask for fewer samples or shorter sequences",
+            fix=f"ask for {available} or fewer (num_samples), or for shorter ones (seq_length)",
         )
     return np.sort(np.random.default_rng(seed).choice(available, num_samples, replace=False))
 

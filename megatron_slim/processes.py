@@ -1,16 +1,20 @@
-"""How processes end: with their parent, at once, or as one rank of many."""
+"""How processes run to their end, and how they end: with their parent, at once, or as one rank of many."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from time import sleep
-from typing import NoReturn
+from types import FrameType
+from typing import Any, NoReturn
 
 from megatron_slim.errors import EXIT_USER_ERROR, SlimError
 
+_FORWARDED = (signal.SIGUSR1, signal.SIGUSR2)  # what Slurm sends before a time limit; a training run saves
 _SECONDS_BEHIND_RANK_0 = 10.0  # in which the launcher ends the ranks whose error rank 0 has printed
 
 
@@ -24,6 +28,47 @@ def die_with_parent() -> None:
 
         pr_set_pdeathsig = 1
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, int(signal.SIGKILL))
+
+
+def run_to_end(command: Sequence[str], **options: Any) -> int:
+    """Run a command and wait for it; it ends where this process is about to, and gets what a training run saves at.
+
+    Args:
+        command: its words.
+        options: of `subprocess.Popen`.
+
+    Returns:
+        Its exit code.
+    """
+    process = subprocess.Popen(list(command), preexec_fn=die_with_parent, **options)
+    with _ended(process), _forwarded(process):
+        return process.wait()
+
+
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen[Any]) -> Iterator[None]:
+    """End the process where this one is about to end."""
+    try:
+        yield
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+
+
+@contextlib.contextmanager
+def _forwarded(process: subprocess.Popen[Any]) -> Iterator[None]:
+    """Pass on what a training run saves at."""
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        os.kill(process.pid, signum)
+
+    previous = {known: signal.signal(known, forward) for known in _FORWARDED}
+    try:
+        yield
+    finally:
+        for known, handler in previous.items():
+            signal.signal(known, handler)
 
 
 def leave_ranks(error: SlimError) -> NoReturn:

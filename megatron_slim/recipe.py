@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import logging
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import yaml
 
 from megatron_slim import recipe_run
 from megatron_slim.errors import RecipeError
+from megatron_slim.expert_metrics import EXPERT_IMPORTANCES, EXPERT_SIMILARITIES
 from megatron_slim.packaged import find_recipe
 from megatron_slim.recipe_budget import (
     BOUNDS,
@@ -39,7 +40,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Target:
-    """Sizes of the target; None leaves the source's size as it is."""
+    """Sizes of the target; None leaves the source's size as it is.
+
+    Heads follow the groups that share a key where only the number of groups is given.
+    """
 
     num_layers: int | None = None
     hidden_size: int | None = None
@@ -47,7 +51,9 @@ class Target:
     moe_router_topk: int | None = None
     moe_ffn_hidden_size: int | None = None
     moe_shared_expert_intermediate_size: int | None = None
+    num_query_groups: int | None = None
     num_attention_heads: int | None = None
+    linear_num_key_heads: int | None = None
     linear_num_value_heads: int | None = None
 
 
@@ -158,12 +164,12 @@ class Recipe:
 
 SECTIONS: dict[str, type] = {"target": Target, "depth": Depth, "width": Width, "experts": Experts}
 _BOUNDS = tuple(("target", bound) for bound in BOUNDS)
-CHOICES = {
+CHOICES: dict[str, Collection[str]] = {
     "depth.method": ("last", "adjacent_cosine", "block_influence"),
     "width.importance": ("norm_activation", "norm_activation_l2"),
     "experts.method": ("prune", "merge", "partial_preservation"),
-    "experts.importance": ("frequency", "soft_logits", "reap", "output_norm"),
-    "experts.similarity": ("router_weights", "router_logits", "expert_vectors"),
+    "experts.importance": EXPERT_IMPORTANCES,
+    "experts.similarity": EXPERT_SIMILARITIES,
     "experts.weighting": ("group", "pairwise"),
     "experts.align": ("none", "weights"),
 }
@@ -367,7 +373,7 @@ def _section_violations(section: str, kind: type, value: Any) -> list[str]:
             f"experts.{key} {value[key]!r} says how to merge, but experts.method 'prune' merges none (leave it out, or "
             "take method 'merge' or 'partial_preservation')"
             for key, without in (("weighting", Experts.weighting), ("align", Experts.align))
-            if key in value and value[key] in CHOICES[f"experts.{key}"] and value[key] != without
+            if key in value and str(value[key]) in CHOICES[f"experts.{key}"] and value[key] != without
         ]
     return found
 
@@ -388,9 +394,9 @@ def _value_violation(key: str, value: Any) -> str | None:
     if key == "experts.preserve":
         is_share = type(value) in (int, float) and math.isfinite(value) and 0 <= value < 1
         return None if is_share else f"{key} {value!r} is not a number in [0, 1)"
-    if value in CHOICES[key]:
+    if isinstance(value, str) and value in CHOICES[key]:
         return None
-    close = difflib.get_close_matches(str(value), CHOICES[key], n=1)
+    close = difflib.get_close_matches(str(value), list(CHOICES[key]), n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(CHOICES[key])}"
     return f"{key} {value!r} is unknown ({hint})"
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from megatron_slim.errors import SlimError
 from megatron_slim.recipe_budget import unknown_keys, whole_number
 
 # What is wrong with a value, as the rest of "section.key value is ..."; None where nothing is.
@@ -57,7 +58,7 @@ def _is_one_of(*known: str) -> Check:
 
 # Moments of a merged expert: the sum of its members', whose tokens it serves from now on (of the squares too, as if the
 # members' gradients were independent), or those of its base alone. No mean: moments are of gradients, not of weights.
-MOMENT_RULES = ("sum", "base")
+MOMENT_RULES, DEFAULT_MOMENT_RULE = ("sum", "base"), "base"  # the better one, as measured (docs/benchmarks.md)
 _POSITIVE, _COUNT = _is_whole(1), _is_whole(0)
 # Keys of ``train`` are the arguments of `megatron-slim distill`, with three more: tokens, the rule for the moments of
 # merged experts, and flags of Megatron.
@@ -68,6 +69,7 @@ SECTIONS: dict[str, dict[str, Check]] = {
         "micro_batch_size": _POSITIVE,
         "seed": _COUNT,
         "work_dir": _is_text,
+        "carry_statistics": _is_switch,
     },
     "train": {
         "tokens": _is_tokens,
@@ -101,7 +103,10 @@ SECTIONS: dict[str, dict[str, Check]] = {
 }
 
 
-_OF_PHASES = ("carry_optimizer", "moments_of_merged", "stage_warmup")
+_OF_PHASES = {
+    "calibrate": ("carry_statistics",),
+    "train": ("carry_optimizer", "moments_of_merged", "stage_warmup"),
+}
 
 
 def violations(document: Mapping[Any, Any]) -> list[str]:
@@ -119,8 +124,13 @@ def violations(document: Mapping[Any, Any]) -> list[str]:
     train = document.get("train")
     if "phases" in document and isinstance(train, Mapping) and "tokens" in train:
         found.append("train.tokens and phases exclude one another: every phase has its own tokens")
-    if "phases" not in document and isinstance(train, Mapping):
-        found += [f"train.{key} is for recipes with phases" for key in _OF_PHASES if key in train]
+    if "phases" not in document:
+        found += [
+            f"{section}.{key} is for recipes with phases"
+            for section, keys in _OF_PHASES.items()
+            for key in keys
+            if isinstance(values := document.get(section), Mapping) and key in values
+        ]
     return found
 
 
@@ -134,3 +144,26 @@ def sections(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if "flags" in train:
         train["flags"] = [str(word) for word in train["flags"]]
     return found
+
+
+def moment_rule(carry_optimizer: bool, given: str | None, to: str) -> str | None:
+    """The rule for moments of merged experts with which a pruning carries the optimizer; None if it does not.
+
+    Args:
+        carry_optimizer: whether the optimizer is to be carried.
+        given: one of `MOMENT_RULES`; None is `DEFAULT_MOMENT_RULE`.
+        to: format of the result.
+
+    Raises:
+        SlimError: the arguments contradict one another, or there is no such rule.
+    """
+    carry, rule = "--carry-optimizer", "--moments-of-merged"
+    if given is not None and given not in MOMENT_RULES:
+        raise SlimError(f"moments_of_merged {given!r} is unknown", fix=f"give {' or '.join(MOMENT_RULES)}")
+    if not carry_optimizer:
+        if given is not None:
+            raise SlimError(f"{rule} without {carry}", fix=f"add {carry}, or leave {rule} out")
+        return None
+    if to != "torch_dist":
+        raise SlimError(f"{carry} with --to {to}, which holds no optimizer state", fix="give --to torch_dist")
+    return given or DEFAULT_MOMENT_RULE

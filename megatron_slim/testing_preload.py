@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-import functools
 import gc
 import importlib
 
 # Nothing of what is imported becomes garbage: looking for it takes a sixth of the time here, and as much in every rank.
 gc.disable()
 
-from megatron_slim import device  # noqa: E402
+import megatron_slim.mcore  # noqa: E402
 
-device.install()
+from megatron_slim.compat import forked_ranks  # noqa: E402
+
 for _module in (
     "megatron.core.dist_checkpointing",
     "megatron.core.models.gpt",
@@ -21,22 +20,6 @@ for _module in (
 ):
     importlib.import_module(_module)
 
-
-def _share_between_ranks() -> None:
-    """Do once what Megatron does anew in every process, and what takes longer than a step of a tiny model."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.training.argument_utils import ArgumentGroupFactory
-    from megatron.training.arguments import add_megatron_arguments
-
-    # The help of every flag is parsed out of the source of the configuration classes, three times in a run.
-    parse = ArgumentGroupFactory._get_field_docstrings
-    parsed = functools.cache(lambda source: parse(object.__new__(ArgumentGroupFactory), source))
-    ArgumentGroupFactory._get_field_docstrings = lambda self, source: parsed(source)
-    add_megatron_arguments(argparse.ArgumentParser())
-    # A rank that saves starts a process for a queue: forked, as Megatron itself does where a persistent worker writes.
-    filesystem_async.get_write_results_queue.__wrapped__.__defaults__ = ("fork",)
-
-
-_share_between_ranks()
+forked_ranks.share()
 gc.freeze()
 gc.enable()

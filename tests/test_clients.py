@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +11,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from megatron_slim import convert
 from megatron_slim.compression.report_inputs import _EVALUATION
+from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 from tests.clients import main as clients
 from tests.clients.clients import CLIENTS, KNOWN, NOT_RUN
 from tests.clients.models import CASES
@@ -86,6 +89,19 @@ def test_summary_fits_the_report_of_a_run() -> None:
         "note": "1 of 2 checks of tiny models; fused generate: does not load",
     }
     assert found["b"]["loads"] is False
+    assert clients.summary([clients.Row("vllm-fp8", "1.0", "depth-7", "names", "same names", "note")]) == {}
+
+
+def test_a_client_that_cannot_be_installed_fails_where_it_was_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(clients, "prepare", lambda *_: None)
+    monkeypatch.setattr(clients, "install", lambda *_: "ERROR: No matching distribution found for mlx")
+    for names, code in ((["mlx-lm"], 1), ([], 0)):
+        monkeypatch.setattr(sys, "argv", ["main", *names, "--work", str(tmp_path)])
+        assert clients.main() == code
+        line = "not installed, so not tried: mlx-lm: ERROR: No matching distribution found for mlx (it needs a package"
+        assert line in capsys.readouterr().out
 
 
 def test_known_failures_are_of_checks_that_are_run() -> None:
@@ -93,3 +109,49 @@ def test_known_failures_are_of_checks_that_are_run() -> None:
     for client, check, name in KNOWN:
         assert CLIENTS[client].checks[check](cases[name])
     assert all((FOLDER / client.script).is_file() for client in CLIENTS.values()) and not NOT_RUN.keys() & CLIENTS
+
+
+RULE = """
+def is_layer_skipped(prefix: str, ignored: list[str], fused: Mapping[str, list[str]] = MappingProxyType({})) -> bool:
+    parent, _, last = prefix.rpartition(".")
+    return {f"{parent}.{shard}" in ignored for shard in fused.get(last, [last])} == {True}
+"""
+CONFIG = """
+class Fp8Config(Base):
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Fp8Config:
+        return cls(ignored_layers=cls.get_from_keys_or(config, ["ignored", "modules_to_not_convert"], None))
+"""
+MODEL = """
+class Qwen3NextForCausalLM(Base):
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+"""
+
+
+def test_rules_of_an_engine_are_run_on_an_export_in_fp8(tmp_path: Path) -> None:
+    """On sources in the layout of vLLM's: none of what they would import is there."""
+    engine = tmp_path / "site/vllm/model_executor"
+    files = {"layers/quantization/fp8.py": CONFIG, "layers/quantization/utils/quant_utils.py": RULE}
+    for name, text in (files | {"models/qwen3_next.py": MODEL}).items():
+        (engine / name).parent.mkdir(parents=True, exist_ok=True)
+        (engine / name).write_text(f"import none_of_this\n{text}")
+    (tmp_path / "case").mkdir()
+    write_tiny_checkpoint(tmp_path / "case/model", tiny_shape())
+    np.savez(tmp_path / "case/expected.npz", prompts=[[1]])
+    export = tmp_path / "case/fp8"
+    convert(tmp_path / "case/model", export, to="hf", quantize="fp8")
+    command = [sys.executable, FOLDER / "run_fp8_rules.py", tmp_path / "case", tmp_path, "names"]
+
+    def found() -> dict[str, str]:
+        code, stdout, stderr = clients.output(command, 1, {"PYTHONPATH": str(tmp_path / "site")})
+        assert code == 0, stderr
+        return dict(json.loads(stdout.splitlines()[-1]))
+
+    # 3 layers of Gated DeltaNet with 3 (2 in FP8), one of attention and the MTP block with 2 (2), every MLP with 5 (3);
+    # and mtp.fc.
+    assert found() == {"result": "same names", "note": "vllm: 39 of 39 linear layers as in the files, 25 in FP8"}
+    config = json.loads((export / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"].remove("mtp.fc")
+    (export / "config.json").write_text(json.dumps(config))
+    assert found()["note"].endswith("38 of 39 linear layers as in the files, 25 in FP8: not mtp.fc")
+    assert found()["result"] == "other results"

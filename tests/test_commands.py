@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_slim import packaged
 from megatron_slim.cli import distill, main
 from megatron_slim.errors import RecipeError
 from megatron_slim.recipe import load_recipe
+from megatron_slim.testing import reserved_port, tiny_shape, write_tiny_checkpoint, write_tokens
+from megatron_slim.training.run_view import read_run, summary
+from tests.compression.test_report import write_events
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "examples" / "slimqwen"
 SHARED = {"main", "tool", "terminal", "calibration_run", "carried_optimizer", "pruning_run", "search_arguments"}
-SHARED |= {"evaluation_extras", "acceptance_run"}
+SHARED |= {"evaluation_extras", "acceptance_run", "given_statistics"}
 # Of the environment that the scripts look at, what is not an argument: where things are, and what others read.
 NOT_ARGUMENTS = {"ROOT", "PYTHON", "IDLE_REQUEUES", "PYTHONPATH", "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS"}
 NOT_ARGUMENTS |= {"NCCL_DEBUG", "PYTORCH_CUDA_ALLOC_CONF", "TRITON_CACHE_DIR", "SETTINGS_NODES", "DEPENDENCY"}
@@ -91,6 +97,55 @@ def test_distill_is_the_script_with_arguments_for_variables() -> None:
     found = call("distill", *given, SAVE="run")
     assert (found.returncode, found.stdout, found.stderr) == (0, script.stdout, "")
     assert call("distill", *given, "--save", "x", SAVE="run").stdout == script.stdout.replace(" run", " x")
+
+
+def test_distill_gives_results_when_the_run_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By a script in place of the training, next to what a run has logged."""
+    for name in distill.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    write_events(tmp_path / "run", 0, True)
+    script = 'echo "training in $SAVE"; [[ ${1:-} != --wrong ]] || { echo "error: $1" >&2; exit 2; }'
+    (tmp_path / distill.SCRIPT).write_text(script)
+    monkeypatch.setattr(distill, "directory", lambda: tmp_path)
+    distill.main(["--save", str(tmp_path / "run"), "--json"], "megatron-slim distill")
+    *training, last = capfd.readouterr().out.splitlines()
+    assert training == [f"training in {tmp_path / 'run'}"]
+    assert json.loads(last) == {"save": str(tmp_path / "run"), **summary(read_run(tmp_path / "run"))}
+    distill.main(["--save", str(tmp_path / "run"), "--node-rank", "1", "--json"], "megatron-slim distill")
+    assert capfd.readouterr().out == f"training in {tmp_path / 'run'}\n"
+    errors = {"--wrong": "error: --wrong\n", "--dry-run": "error: --json with --dry-run: there is no run to show"}
+    for argument, error in errors.items():
+        with pytest.raises(SystemExit, match="2"):
+            distill.main(["--save", str(tmp_path / "run"), "--json", argument], "megatron-slim distill")
+        shown = capfd.readouterr()
+        assert shown.err.startswith(error) and "{" not in shown.out
+
+
+@pytest.mark.slow
+def test_results_of_a_real_run(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "student", tiny_shape(vocab_size=96))
+    write_tokens(tmp_path / "data", [np.arange(600) % 96])
+    words = ["--student", tmp_path / "student", "--data", tmp_path / "data", "--save", tmp_path / "run", "--json"]
+    words += ["--train-iters", 2, "--global-batch-size", 2, "--seq-length", 16, "--eval-iters", 0, "--log-interval", 1]
+    with reserved_port() as port:
+        found = call("distill", *map(str, words), "--split", "1,0,0", MASTER_PORT=str(port))
+    assert found.returncode == 0, found.stderr
+    result = json.loads(found.stdout.splitlines()[-1])
+    assert (result["iteration"], result["save"]) == (2, str(tmp_path / "run"))
+    shown = call("show-run", result["save"], "--json").stdout.splitlines()[-1]
+    assert result == {"save": result["save"], **json.loads(shown)}
+    assert 4 < result["curves"]["lm loss"]["last"] < 5.5  # guessing among 96 tokens is 4.56
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    with socket.socket() as held:
+        held.bind(("", 0))
+        held.listen()
+        done = call("torchrun", "--master-port", str(held.getsockname()[1]), "--nproc-per-node", "1", "none.py")
+    assert done.returncode == 2 and "give another --master-port" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 def test_distill_refuses_in_one_line() -> None:

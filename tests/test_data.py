@@ -7,16 +7,17 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 
-from megatron_slim import data, device
+from megatron_slim import data
 from megatron_slim.data import check_ids, data_prefix, open_stream, read_samples, read_stream
 from megatron_slim.errors import DataError
 
 
 def write_indexed(prefix: Path, documents: list[list[int]], dtype: type = np.uint16) -> Path:
-    device.install()
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
@@ -97,7 +98,9 @@ def test_refuses_ids_outside_the_vocabulary(tmp_path: Path) -> None:
 
 
 def test_refuses_too_few(tmp_path: Path, prefix: Path) -> None:
-    assert "4 samples asked for, 3 there" in refusal(prefix, seq_length=3, num_samples=4)
+    assert "4 samples asked for, 3 there; ask for 3 or fewer" in refusal(prefix, seq_length=3, num_samples=4)
+    for wanted, found in ((4, 3), (3, 3), (2, 2), (None, 3)):
+        assert len(read_samples(prefix, seq_length=3, num_samples=wanted, at_most=True)) == found
     assert "holds 10 tokens, fewer than one sample of 11" in refusal(prefix, seq_length=11)
     assert "--seq-length" in refusal(prefix)
     np.save(tmp_path / "x.npy", np.zeros((2, 3), np.int64))
@@ -197,7 +200,6 @@ def test_refuses_documents_that_are_not_all_of_the_sequences(tmp_path: Path, nam
 
 def test_accepts_all_that_megatrons_builder_writes(tmp_path: Path) -> None:
     """Merged data sets, documents of several sequences and of none, and the flags of text in a multimodal one."""
-    device.install()
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 

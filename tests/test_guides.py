@@ -10,7 +10,7 @@ import pytest
 
 from megatron_slim.cli import plan_parallelism
 from megatron_slim.command_line import tool_parser
-from megatron_slim.distillation.divergences import DIVERGENCES, TOP_K
+from megatron_slim.distillation.divergences import DIVERGENCES
 from megatron_slim.recipe import CHOICES
 from megatron_slim.training.slim_arguments import add_slim_arguments
 from tests.distillation import test_fused, test_logits
@@ -47,7 +47,7 @@ def choices(parser: object, flag: str) -> set[str]:
 
 
 def test_every_divergence_is_everywhere() -> None:
-    kinds = {*DIVERGENCES, TOP_K}
+    kinds = {*DIVERGENCES}
     training, planning = tool_parser(""), tool_parser("")
     add_slim_arguments(training)
     plan_parallelism.add_arguments(planning)

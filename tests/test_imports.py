@@ -24,14 +24,10 @@ LAYERS = (
         "command_line",
         "products",
         "weight_gradient",
-        "fused_adam",
-        "cpu_kernels",
-        "causal_convolution",
-        "linear_attention",
-        "megatron_fixes",
-        "device",
+        "compat",
         "mcore",
         "extras",
+        "optimizers",
         "garbage",
         "page",
         "data",
@@ -41,7 +37,7 @@ LAYERS = (
         "encoding",
         "preprocessing",
     ),
-    ("packaged", "recipe_budget", "recipe_run", "recipe", "architecture"),
+    ("packaged", "expert_metrics", "recipe_budget", "recipe_run", "recipe", "architecture"),
     ("checkpoint",),
     ("pruning",),
     ("distillation",),
@@ -68,6 +64,8 @@ INSTANT = (
     "megatron_slim.doctor.preflight",
     "megatron_slim.tokenizers",
     "megatron_slim.recipe",
+    "megatron_slim.expert_metrics",
+    "megatron_slim.optimizers",
     "megatron_slim.recipe_budget",
     "megatron_slim.distillation.loss_options",
     "megatron_slim.architecture.axes",
@@ -75,11 +73,14 @@ INSTANT = (
     "megatron_slim.architecture.gpus",
     "megatron_slim.architecture.pipeline_layout",
     "megatron_slim.architecture.qwen3_next",
+    "megatron_slim.architecture.qwen3_5_moe",
+    "megatron_slim.architecture.wrapper",
     "megatron_slim.architecture.table",
     "megatron_slim.architecture.shape",
     "megatron_slim.pruning.plan",
     "megatron_slim.pruning.plan_tables",
     "megatron_slim.pruning.plan_view",
+    "megatron_slim.pruning.carried_statistics",
     "megatron_slim.pruning.plan_plots",
     "megatron_slim.pruning.plan_page",
     "megatron_slim.training.run_figures",
@@ -110,8 +111,8 @@ def part_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_parts(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and part of the package of every import in a file, those inside functions included."""
+def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and name in the package of every import in a file, those inside functions included."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -123,7 +124,13 @@ def imported_parts(path: Path) -> Iterator[tuple[int, str]]:
         for name in names:
             head, _, rest = name.partition(".")
             if head == "megatron_slim" and rest != "__version__":
-                yield node.lineno, rest.split(".")[0]
+                yield node.lineno, rest
+
+
+def imported_parts(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and part of the package."""
+    for line, name in imported_modules(path):
+        yield line, name.split(".")[0]
 
 
 def test_every_module_has_a_layer() -> None:
@@ -140,6 +147,53 @@ def test_imports_run_one_way(path: Path) -> None:
         if part != "__init__" and RANK[other] > RANK[part]
     ]
     assert not wrong
+
+
+# What may be changed, and where. Tasks are read offline, by settings of two libraries.
+CHANGES = {
+    ("compat/cpu_tensors.py", "torch"),
+    ("compat/cpu_device.py", "torch"),
+    ("evaluation/tasks.py", "datasets"),
+    ("evaluation/tasks.py", "huggingface_hub"),
+}
+
+
+def changed_libraries(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and library of every assignment to an attribute of something that is imported from another library."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    libraries: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                module = alias.name if isinstance(node, ast.Import) else node.module or ""
+                libraries[(alias.asname or alias.name).split(".")[0]] = module.split(".")[0]
+    for node in ast.walk(tree):
+        changed: list[ast.expr] = []
+        if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            targets = [part for each in targets for part in (each.elts if isinstance(each, ast.Tuple) else [each])]
+            changed = [each.value for each in targets if isinstance(each, ast.Attribute)]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr":
+            changed = node.args[:1]
+        for owner in changed:
+            while isinstance(owner, ast.Attribute):
+                owner = owner.value
+            library = libraries.get(owner.id, "") if isinstance(owner, ast.Name) else ""
+            if library not in ("", "megatron_slim") and library not in sys.stdlib_module_names:
+                yield node.lineno, library
+
+
+def test_nothing_but_the_compatibility_layer_changes_a_library() -> None:
+    """And within it Megatron is changed by rows of the table alone, in `patch.py`, which is given what it changes."""
+    found = {(str(path.relative_to(PACKAGE)), library) for path in MODULES for _, library in changed_libraries(path)}
+    assert found == CHANGES
+    texts = {path.name: path.read_text(encoding="utf-8") for path in (PACKAGE / "compat").glob("*.py")}
+    assert [name for name, text in texts.items() if "setattr(owner," in text] == ["patch.py"]
+
+
+def test_there_is_one_door_to_the_changes() -> None:
+    doors = [path for path in MODULES if "compat.install.install" in {name for _, name in imported_modules(path)}]
+    assert doors == [PACKAGE / "mcore.py"]
 
 
 def modules_after(statement: str) -> set[str]:

@@ -13,12 +13,14 @@ import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
+import megatron_slim.mcore
+
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import megatron_slim
-from megatron_slim import device, extras
+from megatron_slim import extras
 from megatron_slim.errors import SlimError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,7 +122,6 @@ def test_dockerfile() -> None:
 
 @pytest.mark.parametrize("path", WITH_DOCTESTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_examples_in_docstrings(path: Path) -> None:
-    device.install()
     module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
     results = doctest.testmod(module)
     assert results.attempted and not results.failed

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_slim.architecture.published import QWEN3_5_35A3B
 from megatron_slim.architecture.shape import FAMILIES, ModelShape, layer_pattern, shape_from_hf_config, unused_fields
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import RecipeError
@@ -316,6 +317,8 @@ SHIPPED: dict[str, tuple[ModelShape, list[tuple[float, float]]]] = {
     "qwen3_next_80a3b_to_24a2b.yaml": (teacher(), [(24.2, 2.3)]),
     "slimqwen_24a2b_to_6a1b.yaml": (teacher(num_layers=28, num_moe_experts=256, moe_router_topk=8), [(5.9, 1.1)]),
     "qwen3_moe_30a3b_to_9a2b.yaml": (moe_teacher(), [(9.1, 2.0)]),
+    "qwen3_5_35a3b_to_19a3b.yaml": (QWEN3_5_35A3B.shape, [(18.8, 2.6)]),
+    "qwen3_5_35a3b_to_11a2b.yaml": (QWEN3_5_35A3B.shape, [(11.3, 2.2)]),
     "demo.yaml": (demo_teacher(), []),
     "demo_every_axis.yaml": (demo_teacher(), []),
     BUDGET: (teacher(), []),

@@ -39,9 +39,9 @@ def conversion(setting: Setting) -> Found:
 
 def differing(source: Path, result: Path) -> int:
     """Number of weights of all layers that are not the same bits."""
-    from megatron_slim import device
+    from megatron_slim.compat import runtime
 
-    device.init_single_process()
+    runtime.init_single_process()
     import torch
 
     from megatron_slim.checkpoint.convert import open_checkpoint

@@ -47,9 +47,9 @@ def transformer_engine(setting: Setting) -> Found:
     need("Transformer Engine")
     hide(["fla"])  # or transformers would use it in what is to be the reference
     compile_nothing()
-    from megatron_slim import device
+    from megatron_slim.compat import runtime
 
-    device.init_single_process()
+    runtime.init_single_process()
     import torch
 
     directory = tiny_model(setting.work)

@@ -91,9 +91,9 @@ def parity(setting: Setting) -> Found:
     """Logits and training in plain PyTorch: no Transformer Engine, no apex, no flash-linear-attention."""
     hide(LIBRARIES)
     compile_nothing()
-    from megatron_slim import device
+    from megatron_slim.compat import runtime
 
-    device.init_single_process()
+    runtime.init_single_process()
     import torch
 
     found, directory = Found(), tiny_model(setting.work)

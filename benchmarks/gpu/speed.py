@@ -84,9 +84,9 @@ def kd_step(setting: Setting) -> Found:
 
 def calibration(setting: Setting) -> Found:
     """Seconds of a layer of each kind of the published 80B model with all that calibration listens to."""
-    from megatron_slim import device
+    from megatron_slim.compat import runtime
 
-    device.init_single_process()
+    runtime.init_single_process()
     import torch
 
     argv = f"--published-layers --layer-tokens {64 if setting.quick else 4096} --repeats {1 if setting.quick else 3}"

@@ -30,6 +30,13 @@ CURVES = {
     "run/phase-1/training": "student, pruned",
     "random-init": "student, random init",
 }
+# Key of the report -> that of `megatron-slim evaluate --json`, whose errors are under the same names with _stderr.
+FIGURES = {
+    "validation_loss": "loss",
+    "validation_perplexity": "perplexity",
+    "validation_mtp_loss": "mtp_loss",
+    "kl_from_teacher": "kl",
+}
 # What is not measured of every model, or not everywhere -> its column.
 EXTRA_COLUMNS = {"kl_from_teacher": "KL", "task_accuracy": "task"}
 
@@ -48,10 +55,15 @@ def run_steps(out: Path) -> list[dict[str, Any]]:
     return steps
 
 
-def accuracy(result: dict[str, Any]) -> float:
-    """Share of the passages whose continuation a model finds."""
-    value: float = result["tasks"]["continuation"]["metrics"]["acc"]["value"]
-    return value
+def accuracy(results: dict[str, dict[str, Any]], part: str) -> dict[str, float]:
+    """Share of the passages whose continuation every model finds, or its error."""
+    scored = {name: result["tasks"]["continuation"] for name, result in results.items() if "tasks" in result}
+    return {name: task["metrics"]["acc"][part] for name, task in scored.items()}
+
+
+def figures(results: dict[str, dict[str, Any]], key: str) -> dict[str, Any]:
+    """What `megatron-slim evaluate` measured of every model that has it."""
+    return {name: result[key] for name, result in results.items() if key in result}
 
 
 def build_report(out: Path) -> dict[str, Any]:
@@ -60,11 +72,10 @@ def build_report(out: Path) -> dict[str, Any]:
     timings = [json.loads(line) for line in (out / "timings.jsonl").read_text().splitlines()]
     timings += [{"step": step["name"], "seconds": round(step["seconds"])} for step in run_steps(out)]
     return {
-        "validation_loss": {name: result["loss"] for name, result in results.items()},
-        "validation_perplexity": {name: result["perplexity"] for name, result in results.items()},
-        "validation_mtp_loss": {name: result["mtp_loss"] for name, result in results.items()},
-        "kl_from_teacher": {name: result["kl"] for name, result in results.items() if "kl" in result},
-        "task_accuracy": {name: accuracy(result) for name, result in results.items() if "tasks" in result},
+        **{name: figures(results, key) for name, key in FIGURES.items()},
+        **{f"{name}_stderr": figures(results, f"{key}_stderr") for name, key in FIGURES.items()},
+        "task_accuracy": accuracy(results, "value"),
+        "task_accuracy_stderr": accuracy(results, "stderr"),
         "validation_tokens": results["teacher"]["tokens"],
         "parameters": {name: count(out / directory) for name, (_, directory) in MODELS.items()},
         "seconds": {timing["step"]: timing["seconds"] for timing in timings},
@@ -111,6 +122,15 @@ def plot(out: Path, report: dict[str, Any], target: Path) -> None:
     figure.savefig(target, dpi=110)
 
 
+def cell(report: dict[str, Any], key: str, name: str, digits: int = 4) -> str:
+    """A figure of a model with its standard error; one of every MTP depth where it is a list."""
+    values, errors = (report[each].get(name, []) for each in (key, f"{key}_stderr"))
+    if not isinstance(values, list):
+        values, errors = [values], [errors]
+    shown = (f"{value:.{digits}f} ±{error:.{digits}f}" for value, error in zip(values, errors, strict=True))
+    return ", ".join(shown)
+
+
 def print_table(report: dict[str, Any]) -> None:
     """The table that ends the demo."""
     from rich.table import Table
@@ -119,16 +139,16 @@ def print_table(report: dict[str, Any]) -> None:
     table = Table(title=f"validation, {report['validation_tokens']} tokens")
     for column in ("model", "parameters", "active", "loss", "perplexity", "MTP loss", *extra.values()):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    for name, loss in report["validation_loss"].items():
+    for name in report["validation_loss"]:
         parameters = report["parameters"][name]
         table.add_row(
             name.replace("_", " "),
             f"{parameters['total']:,}",
             f"{parameters['active']:,}",
-            f"{loss:.4f}",
-            f"{report['validation_perplexity'][name]:.2f}",
-            ", ".join(f"{value:.4f}" for value in report["validation_mtp_loss"][name]),
-            *(f"{report[key][name]:.4f}" if name in report[key] else "" for key in extra),
+            cell(report, "validation_loss", name),
+            cell(report, "validation_perplexity", name, 2),
+            cell(report, "validation_mtp_loss", name),
+            *(cell(report, key, name) for key in extra),
         )
     wide_console().print(table)
 

@@ -13,27 +13,10 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import accumulate
 
+from megatron_slim.architecture.attention_kind import Kernels as Kernels
+from megatron_slim.architecture.kinds import KINDS
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
 from megatron_slim.architecture.weight import Weight
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """How the operations without weights are computed.
-
-    Attributes:
-        delta_rule_chunk: positions that the gated delta rule takes at once (arXiv 2412.06464).
-        solves_keys: it applies the inverse of a chunk's triangle to keys as to values, so that chunks can be prepared
-            before their state is known.
-        skips_masked: attention leaves out the half of the scores that the causal mask hides, and keeps none of them.
-        transformer_engine: norms and attention are Transformer Engine's.
-    """
-
-    delta_rule_chunk: int
-    solves_keys: bool
-    skips_masked: bool
-    transformer_engine: bool
-
 
 # Transformer Engine and flash-linear-attention; our modules on a CPU; on a GPU, where attention is Megatron's own.
 FUSED = Kernels(delta_rule_chunk=64, solves_keys=True, skips_masked=True, transformer_engine=True)
@@ -49,13 +32,6 @@ def _products(rows: tuple[Weight, ...], shape: ModelShape) -> float:
             visited = shape.moe_router_topk / shape.num_moe_experts if row.stacked else 1.0
             total += 2.0 * row.numel(shape) * visited
     return total
-
-
-def _delta_rule(shape: ModelShape, kernels: Kernels) -> float:
-    """Products within a chunk (scores of keys and queries, errors, outputs, solved keys), then those with the state."""
-    key, value = shape.linear_key_head_dim, shape.linear_value_head_dim
-    within_chunk = 2.0 * kernels.delta_rule_chunk * ((3 if kernels.solves_keys else 2) * key + 2 * value)
-    return shape.linear_num_value_heads * (within_chunk + 6.0 * key * value)
 
 
 def block_flops(shape: ModelShape, kind: str, seq_length: int, kernels: Kernels = FUSED) -> dict[str, float]:
@@ -78,13 +54,8 @@ def block_flops(shape: ModelShape, kind: str, seq_length: int, kernels: Kernels 
         "experts": tuple(row for row in family.moe_rows if row.stacked),
         "shared_experts": tuple(row for row in family.moe_rows if ".shared_experts." in row.key),
     }
-    found = {name: _products(rows, shape) for name, rows in parts.items()}
-    if kind == FULL_ATTENTION:
-        scores = 4.0 * seq_length * shape.num_attention_heads * shape.kv_channels
-        found["core_attn"] = scores / 2 if kernels.skips_masked else scores
-    else:
-        found["delta_rule"] = _delta_rule(shape, kernels)
-    return found
+    products = {name: _products(rows, shape) for name, rows in parts.items()}
+    return products | KINDS[kind].operations(shape, seq_length, kernels)
 
 
 def head_flops(shape: ModelShape) -> float:

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_slim.architecture.family import FULL_ATTENTION, LINEAR_ATTENTION
+from megatron_slim.architecture.family import FULL_ATTENTION
+from megatron_slim.architecture.kinds import KINDS
 from megatron_slim.architecture.parallelism import layout_violations
 from megatron_slim.architecture.shape import ModelShape
 
@@ -68,18 +69,10 @@ def fp8_sides(shape: ModelShape, *, tp: int = 1, etp: int = 1) -> Iterator[Side]
     yield Side("every layer", "hidden_size", shape.hidden_size, 1, True)
     if shape.mtp_num_layers:
         yield Side("eh_proj of the MTP block", "hidden_size", shape.hidden_size, tp, False)
-    if FULL_ATTENTION in shape.layer_types or shape.mtp_num_layers:
-        queries = shape.num_attention_heads * shape.kv_channels
-        gated = 2 if shape.family.attention_output_gate else 1
-        rows = gated * queries + 2 * shape.num_query_groups * shape.kv_channels
-        yield Side("linear_qkv", "num_attention_heads", rows, tp, False)
-        yield Side("linear_proj", "num_attention_heads", queries, tp, True)
-    if LINEAR_ATTENTION in shape.layer_types:
-        keys = shape.linear_num_key_heads * shape.linear_key_head_dim
-        values = shape.linear_num_value_heads * shape.linear_value_head_dim
-        rows = 2 * keys + 2 * values + 2 * shape.linear_num_value_heads  # q, k; v, z; beta, alpha
-        yield Side("in_proj of Gated DeltaNet", "linear_num_value_heads", rows, tp, False)
-        yield Side("out_proj of Gated DeltaNet", "linear_num_value_heads", values, tp, True)
+    present = {*shape.layer_types} | ({FULL_ATTENTION} if shape.mtp_num_layers else set())
+    for kind in (kind for name, kind in KINDS.items() if name in present):
+        for side in kind.fp8_sides(shape):
+            yield Side(side.layer, side.field, side.total, tp, side.inputs)
     yield Side("linear_fc1 of experts", "moe_ffn_hidden_size", 2 * shape.moe_ffn_hidden_size, etp, False)
     yield Side("linear_fc2 of experts", "moe_ffn_hidden_size", shape.moe_ffn_hidden_size, etp, True)
     if shared := shape.moe_shared_expert_intermediate_size:

@@ -154,13 +154,16 @@ def _linear_attention(backend: BackendSpecProvider) -> ModuleSpec:
     )
 
 
+_ATTENTION = {FULL_ATTENTION: _full_attention, LINEAR_ATTENTION: _linear_attention}
+
+
 def layer_spec(kind: str, config: TransformerConfig) -> ModuleSpec:
     """Spec of one transformer layer of type ``kind``: attention or Gated DeltaNet, then the MoE."""
     backend = backend_for(config)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            self_attention=_full_attention(backend) if kind == FULL_ATTENTION else _linear_attention(backend),
+            self_attention=_ATTENTION[kind](backend),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=backend.layer_norm(rms_norm=True),
             mlp=get_moe_module_spec_for_backend(
@@ -207,7 +210,7 @@ def build_model(
         model_class: `GPTModel` or a subclass.
         kwargs: passed to ``model_class``.
     """
-    specs = {kind: layer_spec(kind, config) for kind in (LINEAR_ATTENTION, FULL_ATTENTION)}
+    specs = {kind: layer_spec(kind, config) for kind in _ATTENTION}
     backend = backend_for(config)
     block = TransformerBlockSubmodules(
         layer_specs=[specs[shape.layer_types[layer]] for layer in local_layers(config, vp_stage)],

@@ -3,7 +3,7 @@
     num_nextn_predict_layers   vLLM (Qwen3-Next), SGLang
     num_mtp_layers             transformers' MtpModel, vLLM's transformers backend, llm-compressor
     mtp_layer_types            transformers' MtpModel: the type of every block's layer
-    mtp_num_hidden_layers      vLLM (Qwen3.5), llm-compressor; read here, not written
+    mtp_num_hidden_layers      vLLM (Qwen3.5), llm-compressor
 
 The published Qwen3-Next states nothing about its MTP block: the names of the tensors say whether there is one.
 """
@@ -22,7 +22,7 @@ MTP_KEYS = frozenset({*COUNTS, TYPES})
 
 
 def stated_mtp_layers(config: Mapping[str, Any], where: str = "config.json") -> int | None:
-    """How many MTP blocks a config.json says that there are; None where it says nothing.
+    """How many MTP blocks the config.json of a language model says that there are; None where it says nothing.
 
     Raises:
         ShapeError: values that are not counts, contradict each other, or ask for another block than there is.
@@ -50,9 +50,9 @@ def without_mtp_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in MTP_KEYS}
 
 
-def mtp_entries(layers: int) -> dict[str, Any]:
-    """What a config.json is to say of so many MTP blocks.
+def mtp_entries(layers: int, count: str) -> dict[str, Any]:
+    """What a config.json is to say of so many MTP blocks, under the key ``count`` of its family.
 
     Of none it has a zero for people and for our own tools; transformers takes the presence of its keys for a block.
     """
-    return {NEXTN: layers} | ({LAYERS: layers, TYPES: [FULL_ATTENTION] * layers} if layers else {})
+    return {count: layers} | ({LAYERS: layers, TYPES: [FULL_ATTENTION] * layers} if layers else {})

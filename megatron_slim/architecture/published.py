@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
+from megatron_slim.architecture.shape import ModelShape, layer_pattern, shape_from_hf_config
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,67 @@ QWEN3_30A3B = Published(
     },
     mtp_num_layers=0,
 )
+# A model that also sees pictures: of its config.json, the language model's part.
+QWEN3_5_35A3B = Published(
+    {
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "model_type": "qwen3_5_moe",
+        "text_config": {
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "attn_output_gate": True,
+            "full_attention_interval": 4,
+            "head_dim": 256,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "layer_types": list(layer_pattern(40, 4)),
+            "linear_conv_kernel_dim": 4,
+            "linear_key_head_dim": 128,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
+            "linear_value_head_dim": 128,
+            "max_position_embeddings": 262144,
+            "model_type": "qwen3_5_moe_text",
+            "moe_intermediate_size": 512,
+            "mtp_num_hidden_layers": 1,
+            "mtp_use_dedicated_embeddings": False,
+            "num_attention_heads": 16,
+            "num_experts": 256,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-06,
+            "rope_parameters": {
+                "mrope_interleaved": True,
+                "mrope_section": [11, 11, 10],
+                "partial_rotary_factor": 0.25,
+                "rope_theta": 10000000,
+                "rope_type": "default",
+            },
+            "router_aux_loss_coef": 0.001,
+            "shared_expert_intermediate_size": 512,
+            "vocab_size": 248320,
+        },
+        "tie_word_embeddings": False,
+    },
+    mtp_num_layers=1,
+)
+QWEN3_5_122A10B = Published(
+    QWEN3_5_35A3B.config
+    | {
+        "text_config": QWEN3_5_35A3B.config["text_config"]
+        | {
+            "hidden_size": 3072,
+            "layer_types": list(layer_pattern(48, 4)),
+            "linear_num_value_heads": 64,
+            "moe_intermediate_size": 1024,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 48,
+            "shared_expert_intermediate_size": 1024,
+        }
+    },
+    mtp_num_layers=1,
+)
 # The base of SlimQwen's study of experts, which `qwen3_next_80a3b_to_24a2b.yaml` makes of the 80A3B model.
 SLIMQWEN_24A2B = Published(
     QWEN3_NEXT_80A3B.config | {"num_hidden_layers": 28, "num_experts": 256, "num_experts_per_tok": 8}, mtp_num_layers=1
@@ -109,5 +170,7 @@ SLIMQWEN_24A2B = Published(
 MODELS = {
     "Qwen3-Next-80B-A3B": QWEN3_NEXT_80A3B,
     "Qwen3-30B-A3B": QWEN3_30A3B,
+    "Qwen3.5-35B-A3B": QWEN3_5_35A3B,
+    "Qwen3.5-122B-A10B": QWEN3_5_122A10B,
     "SlimQwen-24A2B": SLIMQWEN_24A2B,
 }

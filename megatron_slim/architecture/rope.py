@@ -91,6 +91,12 @@ def read_rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], Yarn | None, l
     return inside, None, found
 
 
+def inside(config: Mapping[str, Any]) -> frozenset[str]:
+    """Those keys of `INSIDE` that a config.json gives inside a spelling and nowhere else."""
+    held = {name for key in SPELLINGS if isinstance(config.get(key), Mapping) for name in config[key]}
+    return frozenset(name for name in INSIDE if name in held and name not in config)
+
+
 def _one_type(rope: Mapping[str, Any]) -> dict[str, Any]:
     """The same under one name of its type."""
     kind = rope.get("rope_type", rope.get("type", "default"))

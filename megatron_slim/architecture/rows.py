@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_slim.architecture.axes import product
-from megatron_slim.architecture.weight import Weight, copied, gated_mlp
+from megatron_slim.architecture.axes import concat
+from megatron_slim.architecture.weight import copied, gated_mlp
 
 EMBEDDING_ROWS = (copied("embedding.word_embeddings.weight", "model.embed_tokens.weight", "vocab", "hidden", tp_dim=0),)
 HEAD_ROWS = (
@@ -16,15 +16,15 @@ ROUTED_MOE_ROWS = (
     copied("mlp.router.weight", "mlp.gate.weight", "expert", "hidden"),
     *gated_mlp("mlp.experts.experts", "mlp.experts.{expert}", "moe_ffn", stacked=True),
 )
+SHARED_EXPERT_ROWS = (
+    *gated_mlp("mlp.shared_experts", "mlp.shared_expert", "shared_ffn"),
+    copied("mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight", "one", "hidden"),
+)
 
-
-def attention_rows(qkv: Weight) -> tuple[Weight, ...]:
-    """Full attention around its projection of queries, keys and values."""
-    heads = product("kv_group", "query_per_group", "head_dim")
-    return (
-        copied("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "hidden"),
-        qkv,
-        copied("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "hidden", heads, tp_dim=1),
-        copied("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "head_dim"),
-        copied("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "head_dim"),
-    )
+_PAIR = concat("hidden", "hidden")
+MTP_ROWS = (
+    copied("eh_proj.weight", "mtp.fc.weight", "hidden", _PAIR, tp_dim=0),
+    copied("enorm.weight", "mtp.pre_fc_norm_embedding.weight", "hidden"),
+    copied("hnorm.weight", "mtp.pre_fc_norm_hidden.weight", "hidden"),
+    copied("final_layernorm.weight", "mtp.norm.weight", "hidden"),
+)

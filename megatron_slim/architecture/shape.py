@@ -10,9 +10,11 @@ from typing import Any
 
 from megatron_slim.architecture.family import FULL_ATTENTION, LINEAR_ATTENTION, Family
 from megatron_slim.architecture.mtp_keys import MTP_KEYS, mtp_entries
+from megatron_slim.architecture.qwen3_5_moe import QWEN3_5_MOE
 from megatron_slim.architecture.qwen3_moe import QWEN3_MOE
 from megatron_slim.architecture.qwen3_next import QWEN3_NEXT
-from megatron_slim.architecture.rope import Yarn, read_rope
+from megatron_slim.architecture.rope import Yarn, inside, read_rope
+from megatron_slim.architecture.wrapper import Wrapper, text_config
 from megatron_slim.errors import ShapeError
 
 __all__ = [
@@ -25,7 +27,8 @@ __all__ = [
     "shape_to_hf_config",
     "unused_fields",
 ]
-FAMILIES = {family.model_type: family for family in (QWEN3_NEXT, QWEN3_MOE)}
+FAMILIES = {family.model_type: family for family in (QWEN3_NEXT, QWEN3_MOE, QWEN3_5_MOE)}
+_WRAPPED = {family.wrapper.model_type: family for family in FAMILIES.values() if family.wrapper is not None}
 # Keys of config.json that only some families have, about things that are not plain sizes.
 LAYER_TYPES, INTERVAL = "layer_types", "full_attention_interval"
 MAX_LAYERS = 100_000  # far above any model: a typo must not fill the memory with layer types
@@ -167,6 +170,9 @@ class ModelShape:
             if field.name in absent:
                 if value != absent[field.name]:
                     found.append(f"{name} {value!r} is not {absent[field.name]}: {self.model_type} has no such thing")
+            elif field.name in self.family.fixed:
+                if value != self.family.fixed[field.name]:
+                    found.append(f"{name} {value!r} is not {self.family.fixed[field.name]!r}, as in {self.model_type}")
             elif field.type == "int" and field.name != "mtp_num_layers":
                 if type(value) is not int or not 1 <= value <= MAX_SIZE:
                     found.append(f"{name} {value!r} is not a positive integer below 2**31")
@@ -215,11 +221,23 @@ def unused_fields(family: Family) -> dict[str, int | float]:
 
 
 def _unknown_model_type(value: object) -> str:
-    return f"model_type {value!r} is not supported (only {', '.join(map(repr, FAMILIES))})"
+    return f"model_type {value!r} is not supported (only {', '.join(map(repr, (*FAMILIES, *_WRAPPED)))})"
+
+
+def wrapper_of(config: Mapping[str, Any]) -> Wrapper | None:
+    """The larger model that a config.json describes; None where it is that of a language model."""
+    model_type = config.get("model_type")
+    family = _WRAPPED.get(model_type) if isinstance(model_type, str) else None
+    return None if family is None else family.wrapper
+
+
+def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config.json says of the language model, `Wrapper` or not."""
+    return text_config(config, wrapper_of(config))
 
 
 def shape_from_hf_config(config: Mapping[str, Any], *, mtp_num_layers: int, where: str = "config.json") -> ModelShape:
-    """Read family and sizes of a model from its config.json.
+    """Read family and sizes of a language model from its config.json, or that of the larger model which holds it.
 
     Args:
         config: the parsed file.
@@ -229,6 +247,17 @@ def shape_from_hf_config(config: Mapping[str, Any], *, mtp_num_layers: int, wher
     Raises:
         ShapeError: lists every missing key, unsupported value and impossible size.
     """
+    if (wrapper := wrapper_of(config)) is not None:
+        if not isinstance(config.get(wrapper.text), Mapping):
+            raise ShapeError([f"{wrapper.text} is missing, or is not an object"], where=where)
+        found = [
+            f"{key} {config[key]!r} is not supported (only {accepted[0]!r})"
+            for key, accepted in _WRAPPED[wrapper.model_type].accepted.items()
+            if key in config and config[key] not in accepted
+        ]
+        if found:
+            raise ShapeError(found, where=where)
+        config, where = config[wrapper.text], f"{where}: {wrapper.text}"
     if "model_type" not in config:
         raise ShapeError(["model_type is missing"], where=where)
     model_type = config["model_type"]
@@ -251,6 +280,7 @@ def shape_from_hf_config(config: Mapping[str, Any], *, mtp_num_layers: int, wher
             layer_types=_layer_types(values, family),
             mtp_num_layers=mtp_num_layers,
             rope_scaling=yarn,
+            **family.fixed,
             **unused_fields(family) | {name: _as_declared(name, value) for name, value in sizes.items()},
         )
         found = shape.type_violations(family.keys) or shape.violations()
@@ -299,14 +329,17 @@ def _layer_types(config: Mapping[str, Any], family: Family) -> tuple[str, ...]:
 def shape_to_hf_config(shape: ModelShape, base: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a model of this shape, for transformers, vLLM and SGLang alike.
 
-    Everything in ``base`` (the source model's config.json) that is not a size is carried over. Where layers differ,
+    Everything in ``base`` (the source model's config.json) that is not a size is carried over. Where that is one of a
+    larger model, so is the result (`Wrapper`). Where layers differ,
     ``layer_types`` (which transformers reads) and ``full_attention_interval`` (which SGLang reads) are both written,
     the latter only where the pattern has a period; `mtp_keys` says who reads what about MTP.
     """
+    if (wrapper := wrapper_of(base)) is not None:
+        return wrapper.wrapped(base, shape_to_hf_config(shape, language_config(base)), shape.hidden_size)
     family = shape.family
     stale = {LAYER_TYPES, INTERVAL, *MTP_KEYS, *family.aliases}
     config = {key: value for key, value in base.items() if key not in stale}
-    config |= {key: getattr(shape, name) for name, key in family.keys.items()}
+    config |= {key: getattr(shape, name) for name, key in family.keys.items() if key not in inside(base)}
     config["model_type"] = shape.model_type
     config.setdefault("architectures", [family.architecture])
     if len(family.attention_rows) > 1:
@@ -314,5 +347,5 @@ def shape_to_hf_config(shape: ModelShape, base: Mapping[str, Any]) -> dict[str, 
         if shape.full_attention_interval is not None:
             config[INTERVAL] = shape.full_attention_interval
     if family.mtp_rows:
-        config |= mtp_entries(shape.mtp_num_layers)
+        config |= mtp_entries(shape.mtp_num_layers, family.mtp_count)
     return config

@@ -54,6 +54,20 @@ def hf_tensors(model: ModelShape, fused_blocks: Collection[str] = ()) -> dict[st
     return found
 
 
+def names_of(model: ModelShape) -> dict[str, str]:
+    """Hugging Face name of every Megatron parameter that is one tensor, by its key."""
+    return {each.key: each.sources[0].name for each in weights(model) if len(each.sources) == 1 and not each.stacked}
+
+
+ROUTER = ".mlp.router.weight"  # what the key of a router's weight ends with
+
+
+def router_of(model: ModelShape, block: str) -> str:
+    """Hugging Face name of the weight of a block's router."""
+    (found,) = (each.sources[0].name for each in weights(model) if each.block == block and each.key.endswith(ROUTER))
+    return found
+
+
 def mtp_layers_in(names: Iterator[str] | set[str]) -> int:
     """Number of MTP blocks in a set of Hugging Face tensor names; 0 when there is no ``mtp.`` tensor."""
     depths = [-1]

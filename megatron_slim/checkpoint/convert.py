@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_slim.architecture.shape import ModelShape, shape_to_hf_config
+from megatron_slim.architecture.shape import ModelShape, language_config, shape_to_hf_config, wrapper_of
 from megatron_slim.architecture.table import count_parameters
+from megatron_slim.checkpoint.carried import content_of_all
 from megatron_slim.checkpoint.distributed import DistCheckpoint, is_torch_dist, iteration_directory
 from megatron_slim.checkpoint.distributed_writer import TorchDistWriter, finish_torch_dist
 from megatron_slim.checkpoint.dtype_names import dtype_name
@@ -32,9 +33,10 @@ from megatron_slim.checkpoint.optimizer_state import OptimizerState, open_optimi
 from megatron_slim.checkpoint.provenance import describe_source, software
 from megatron_slim.checkpoint.quantization_report import markdown, summary
 from megatron_slim.checkpoint.records import PROVENANCE, QUANTIZATION_REPORT
+from megatron_slim.checkpoint.safetensors_reader import TensorEntry
 from megatron_slim.checkpoint.side_files import carried_bytes, log_left_behind
 from megatron_slim.checkpoint.torch_dist_files import Part
-from megatron_slim.checkpoint.torch_dist_names import RELEASE, STATE
+from megatron_slim.checkpoint.torch_dist_names import RELEASE, STATE, hf_files
 from megatron_slim.checkpoint.transfer import transfer
 from megatron_slim.checkpoint.units import Checkpoint as Checkpoint
 from megatron_slim.checkpoint.units import units
@@ -85,11 +87,13 @@ def log_left_out(source: Checkpoint) -> None:
 
 
 def config_for(shape_config: Mapping[str, Any], dtypes: Iterable[torch.dtype]) -> dict[str, Any]:
-    """A config.json that names the type which most of the tensors have."""
-    dtype = Counter(dtypes).most_common(1)[0][0]
-    name = dtype_name(dtype)
-    stale = {"dtype": name} if "dtype" in shape_config else {}
-    return {**shape_config, "torch_dtype": name, **stale}
+    """A config.json that names the type which most of the tensors have, in a larger model's part for this one too."""
+    name = dtype_name(Counter(dtypes).most_common(1)[0][0])
+    config = {**shape_config, "torch_dtype": name, **({"dtype": name} if "dtype" in shape_config else {})}
+    if (wrapper := wrapper_of(config)) is not None:
+        text = language_config(config)
+        config[wrapper.text] = {**text, **{key: name for key in ("torch_dtype", "dtype") if key in text}}
+    return config
 
 
 def write_checkpoint(
@@ -145,12 +149,16 @@ def write_checkpoint(
     fused_blocks = fused_blocks_for(expert_storage, source.shape, source.fused_blocks)
     for note in source.notes:
         logger.info(f"{source.path}: {note}")
+    if source.carried:
+        logger.info(
+            f"{source.path}: {len(source.carried)} tensors that are not of the language model are carried along"
+        )
     options: dict[str, Any] = {"dtype": dtype, "verify": verify, "processes": processes, "where": str(target)}
     side_bytes = carried_bytes(source.config_path)  # refuses links that leave the checkpoint now, not at the end
     if isinstance(source, DistCheckpoint):
         source.check_parts()  # everything is read; a pruning reads some rows of much, and does not
     with new_directory(target) as unfinished:
-        check_space(target, nbytes + side_bytes + (optimizer.nbytes if optimizer else 0))
+        check_space(target, nbytes + source.carried.nbytes + side_bytes + (optimizer.nbytes if optimizer else 0))
         log_left_behind(source.config_path)
         quantization: dict[str, Any] = {}
         if export:
@@ -172,6 +180,8 @@ def write_checkpoint(
             "verified": verify,
             **quantization,
         }
+        if source.carried:
+            results["carried"] = {"tensors": len(source.carried), "bytes": source.carried.nbytes}
         if optimizer is not None:
             results["optimizer"] = {
                 "step": optimizer.step,
@@ -204,6 +214,7 @@ def _write_torch_dist(
     )
     of_optimizer = [] if optimizer is None else _write_states(optimizer, release, len(parts), options)
     finish_torch_dist(directory, [*parts, *of_optimizer], config, fused_blocks, copy_files_from=source.config_path)
+    content = content_of_all(content, source.carried.save(hf_files(directory), verify=options["verify"]))
     written = DistCheckpoint.open(directory)
     _check_reopened(written, source, dtypes, fused_blocks)
     pieces = {piece for part in parts for found in part.pieces.values() for piece in found}
@@ -246,9 +257,12 @@ def _write_hf(
     fused_blocks: frozenset[str],
     options: Any,
 ) -> str:
-    stored = start_hf_checkpoint(directory, specs_of(source.shape, dtypes, fused_blocks))
-    entries, _ = separated(stored, source.shape, config, directory)
+    specs = specs_of(source.shape, dtypes, fused_blocks)
+    stored = start_hf_checkpoint(directory, specs, wrapper=wrapper_of(config), carried=source.carried)
+    own = {name: entry for name, entry in stored.items() if name not in source.carried.entries}
+    entries, _ = separated(own, source.shape, config, directory)
     _, content = transfer(source, lambda _: HFWriter(entries), list(units(source.shape, dtypes)), **options)
+    content = content_of_all(content, _write_carried(source, stored, options))
     finish_hf_checkpoint(directory, config, copy_files_from=source.config_path)
     written = HFCheckpoint.open(directory)
     _check_reopened(written, source, dtypes, fused_blocks)
@@ -256,11 +270,18 @@ def _write_hf(
     return content
 
 
+def _write_carried(source: Checkpoint, places: Mapping[str, TensorEntry], options: Mapping[str, Any]) -> str:
+    """Write what travels with a language model; gives its digest, "" of nothing."""
+    if not source.carried:
+        return ""
+    return source.carried.write(places, verify=options["verify"], where=options["where"])
+
+
 def _check_reopened(
     written: Checkpoint, source: Checkpoint, dtypes: Mapping[str, torch.dtype], fused_blocks: frozenset[str]
 ) -> None:
-    wanted = (source.shape, dict(dtypes), fused_blocks)
-    if (written.shape, dict(written.dtypes), written.fused_blocks) != wanted:
+    wanted = (source.shape, dict(dtypes), fused_blocks, source.carried.by_name)
+    if (written.shape, dict(written.dtypes), written.fused_blocks, written.carried.by_name) != wanted:
         raise CheckpointError("differs from its source after writing", where=str(written.path), fix="check the disk")
 
 

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from megatron_slim.architecture.axes import size
-from megatron_slim.architecture.mtp_keys import without_mtp_keys
 from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
 from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import Weight
+from megatron_slim.checkpoint.carried import CarriedTensors, language_model_alone, read_carried
 from megatron_slim.checkpoint.expert_storage import expert_blocks, recorded_storage
 from megatron_slim.checkpoint.finite import refuse_nonfinite
 from megatron_slim.checkpoint.huggingface import CONFIG, Index, read_config, select_columns
 from megatron_slim.checkpoint.integrity import verify_metadata
 from megatron_slim.checkpoint.layout import as_rows, fits, rows_in_megatron, split_keys, stored_shapes
 from megatron_slim.checkpoint.metadata_pickle import Metadata, TensorStorageMetadata
-from megatron_slim.checkpoint.mtp import MTP, count_mtp_layers
+from megatron_slim.checkpoint.mtp import MTP, config_without_mtp, count_mtp_layers
 from megatron_slim.checkpoint.torch_dist_files import Piece, PieceReader, locate_pieces, read_metadata
 from megatron_slim.checkpoint.torch_dist_names import HF_DIR, HIDDEN_KD, METADATA, RELEASE, STATE, TRACKER, hf_files
 from megatron_slim.errors import CheckpointError, summarise
@@ -75,6 +75,7 @@ class DistCheckpoint:
         dtypes: type of every Hugging Face tensor by name.
         fused_blocks: the blocks whose experts were fused in the files that it was made of.
         notes: nothing; see `HFCheckpoint`.
+        carried: tensors of the larger model that holds this one.
         num_ignored: entries that are not weights (optimizer, random state, ...).
         left_out: names of tensors that are not part of the model: projections of hidden states (`HIDDEN_KD`), and the
             MTP block where it is not wanted.
@@ -93,9 +94,11 @@ class DistCheckpoint:
         *,
         allow_nonfinite: bool = False,
         label: str = "",
+        carried: CarriedTensors | None = None,
     ) -> None:
         self.path, self.config_path, self.config, self.shape = path, config_path, config, shape
         self.fused_blocks = recorded_storage(config_path) & expert_blocks(shape)
+        self.carried = carried or CarriedTensors()
         self.notes: tuple[str, ...] = ()
         self.weights = tuple(weights(shape))
         tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
@@ -147,14 +150,15 @@ class DistCheckpoint:
         directory = iteration_directory(path)
         metadata = read_metadata(directory)
         config_path = _find_config(path, directory, hf_config)
-        config, entries = read_config(config_path), metadata.state_dict_metadata
+        carried = read_carried(config_path)
+        config, entries = language_model_alone(read_config(config_path), carried), metadata.state_dict_metadata
         if without_mtp:
-            config = without_mtp_keys(config)
+            config = config_without_mtp(config)
             entries = {key: entry for key, entry in entries.items() if not key.startswith(MTP)}
         depth = count_mtp_layers(config, entries, where=str(directory))
         shape = shape_from_hf_config(config, mtp_num_layers=depth, where=str(config_path / CONFIG))
         _check_against_table(directory, config_path, shape, entries)
-        found = cls(directory, config_path, config, shape, metadata, allow_nonfinite=allow_nonfinite)
+        found = cls(directory, config_path, config, shape, metadata, allow_nonfinite=allow_nonfinite, carried=carried)
         verify_metadata(directory)  # last: what else is wrong says more
         return found
 

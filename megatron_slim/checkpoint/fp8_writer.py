@@ -7,7 +7,7 @@ rounded to the nearest E4M3 number, half to even. A block of zeros has the scale
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import mod
 from pathlib import Path
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.architecture.shape import ModelShape, wrapper_of
 from megatron_slim.architecture.table import hf_tensors
 from megatron_slim.architecture.weight import HFTensor
+from megatron_slim.architecture.wrapper import Wrapper
+from megatron_slim.checkpoint.carried import content_of_all
 from megatron_slim.checkpoint.expert_storage import FUSED
 from megatron_slim.checkpoint.fp8 import FP8, FP8_METHOD, QUANTIZATION, SCALE, dequantize, dequantized, grid
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
@@ -35,7 +37,7 @@ from megatron_slim.errors import CheckpointError
 BLOCK = (128, 128)
 LARGEST = torch.finfo(FP8).max
 # Projections of attention and of all experts. Gates, convolutions, beta and alpha of Gated DeltaNet are none of them.
-_LINEAR_LAYERS = ("_proj.weight", ".in_proj_qkvz.weight")
+_LINEAR_LAYERS = ("_proj.weight", ".in_proj_qkvz.weight", ".in_proj_qkv.weight", ".in_proj_z.weight")
 # The published list has the modules of these, and no embedding nor final norm: no reader looks there for linear layers.
 _LISTED = ("model.layers.", "mtp.")
 _HEAD = "lm_head"
@@ -96,10 +98,19 @@ def quantize(weight: Tensor, block: tuple[int, int] = BLOCK) -> tuple[Tensor, Te
     return codes.view(down * block[0], across * block[1])[:rows, :columns].contiguous(), scale
 
 
-def quantization_config(shape: ModelShape) -> dict[str, Any]:
-    """What config.json says of a model in FP8, with every module in layers that is not, as the published ones do."""
+def quantization_config(
+    shape: ModelShape, wrapper: Wrapper | None = None, carried: Iterable[str] = ()
+) -> dict[str, Any]:
+    """What config.json says of a model in FP8, with every module in layers that is not, as the published ones do.
+
+    Args:
+        shape: the language model.
+        wrapper: the larger model whose names the files have.
+        carried: names of tensors that are not of the language model, none of which is quantized.
+    """
     kept = {name.removesuffix(".weight") for name in hf_tensors(shape) if not is_quantized(name)}
-    listed = sorted((name for name in kept if name.startswith(_LISTED)), key=_natural)
+    named = (name if wrapper is None else wrapper.file_name(name) for name in kept if name.startswith(_LISTED))
+    listed = sorted({*named, *(name.rpartition(".")[0] for name in carried)}, key=_natural)
     return {
         "activation_scheme": "dynamic",
         "fmt": "e4m3",
@@ -219,13 +230,18 @@ class Fp8Export:
         Raises:
             CheckpointError: what was read back differs from what was written.
         """
-        source, full = self._source, {**config, QUANTIZATION: quantization_config(self._source.shape)}
-        entries, errors = start_hf_checkpoint(directory, self.specs), list[TensorError]()
+        source, wrapper, errors = self._source, wrapper_of(config), list[TensorError]()
+        full = {**config, QUANTIZATION: quantization_config(source.shape, wrapper, source.carried.entries)}
+        stored = start_hf_checkpoint(directory, self.specs, wrapper=wrapper, carried=source.carried)
+        entries = {name: entry for name, entry in stored.items() if name not in source.carried.entries}
         todo = [
             Fp8Unit(unit.weight, unit.expert, unit.rows, unit.nbytes, self.dtypes, errors)
             for unit in units(source.shape, source.dtypes, row_multiple=BLOCK[0])
         ]
         found, content = transfer(source, lambda _: Fp8Writer(entries, errors), todo, **options)
+        if source.carried:
+            carried = source.carried.write(stored, verify=options["verify"], where=options["where"])
+            content = content_of_all(content, carried)
         finish_hf_checkpoint(directory, full, copy_files_from=source.config_path)
         written = HFCheckpoint.open(directory, dequantize_fp8=True)
         if (written.shape, written.dtypes, written.fused_blocks) != (source.shape, self.dtypes, frozenset()):

@@ -17,15 +17,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_slim.architecture.mtp_keys import stated_mtp_layers, without_mtp_keys
-from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
+from megatron_slim.architecture.mtp_keys import stated_mtp_layers
+from megatron_slim.architecture.shape import ModelShape, language_config, shape_from_hf_config, wrapper_of
 from megatron_slim.architecture.table import hf_tensors, weights
+from megatron_slim.checkpoint.carried import CarriedTensors, language_model_alone, read_carried, set_apart
 from megatron_slim.checkpoint.expert_storage import recorded_storage, separated
 from megatron_slim.checkpoint.finite import refuse_nonfinite
 from megatron_slim.checkpoint.foreign import plain_names, refuse_foreign
 from megatron_slim.checkpoint.fp8 import FP8_DTYPES, BlockScaled, dequantized
 from megatron_slim.checkpoint.huggingface_files import CONFIG, INDEX, SINGLE, read_config, read_headers
-from megatron_slim.checkpoint.mtp import MTP, count_mtp_layers
+from megatron_slim.checkpoint.mtp import MTP, config_without_mtp, count_mtp_layers
 from megatron_slim.checkpoint.raw_files import OpenFiles
 from megatron_slim.checkpoint.safetensors_reader import DTYPES, TensorEntry
 from megatron_slim.errors import CheckpointError, summarise
@@ -53,6 +54,7 @@ class HFCheckpoint:
         dtypes: type of every tensor.
         allow_nonfinite: whether NaN and infinite weights are given as they are.
         left_out: names of tensors in the files that are to be no part of the model.
+        carried: tensors of the larger model that holds this one.
     """
 
     def __init__(
@@ -66,10 +68,14 @@ class HFCheckpoint:
         prefix: str | None = None,
         allow_nonfinite: bool = False,
         left_out: tuple[str, ...] = (),
+        carried: CarriedTensors | None = None,
     ) -> None:
         self.path, self.config, self.shape = path, config, shape
         self.fused_blocks = fused_blocks
-        self.notes = () if prefix is None else (f"tensors are named {prefix}* here, and are written as model.*",)
+        self.carried = carried or CarriedTensors()
+        wrapper = wrapper_of(config)
+        renamed = prefix is not None and (wrapper is None or prefix != wrapper.trunk)
+        self.notes = (f"tensors are named {prefix}* here, and are written as model.*",) if renamed else ()
         self.config_path = path
         self.names = tuple(hf_tensors(shape))
         self.entries = entries
@@ -101,13 +107,15 @@ class HFCheckpoint:
         path = Path(path)
         config = read_config(path, fp8=dequantize_fp8)
         headers = read_headers(path, FP8_DTYPES if dequantize_fp8 else DTYPES)
-        plain, prefix = plain_names(headers, path)
-        stored = {plain[name]: entry for name, entry in headers.items()}
+        own, carried = set_apart(headers, config, path)
+        config = language_model_alone(config, carried)
+        plain, prefix = plain_names(own, path)
+        stored = {plain[name]: entry for name, entry in own.items()}
         left_out: tuple[str, ...] = ()
         if without_mtp:
             left_out = tuple(sorted(name for name in stored if name.startswith(MTP)))
             stored = {name: entry for name, entry in stored.items() if not name.startswith(MTP)}
-            config = without_mtp_keys(config)
+            config = config_without_mtp(config)
         trunk = shape_from_hf_config(config, mtp_num_layers=0, where=str(path / CONFIG))
         unknown = refuse_foreign(stored, trunk, path)  # whatever wrote it may have lost the MTP block, too
         depth = count_mtp_layers(config, stored, where=str(path))
@@ -124,6 +132,7 @@ class HFCheckpoint:
             prefix=prefix,
             allow_nonfinite=allow_nonfinite,
             left_out=left_out,
+            carried=carried,
         )
 
     def reading_once(self) -> AbstractContextManager[None]:
@@ -226,7 +235,7 @@ def read_shape(directory: Path, *, without_mtp: bool = False) -> ModelShape:
     if any((directory / name).exists() for name in (INDEX, SINGLE)):
         return HFCheckpoint.open(directory, without_mtp=without_mtp).shape
     config = read_config(directory)
-    depth = 0 if without_mtp else stated_mtp_layers(config, str(directory / CONFIG)) or 0
+    depth = 0 if without_mtp else stated_mtp_layers(language_config(config), str(directory / CONFIG)) or 0
     return shape_from_hf_config(config, mtp_num_layers=depth, where=str(directory / CONFIG))
 
 
@@ -238,3 +247,15 @@ def storage_of(directory: Path, *, without_mtp: bool = False) -> frozenset[str]:
     if any((directory / name).exists() for name in (INDEX, SINGLE)):
         return HFCheckpoint.open(directory, without_mtp=without_mtp).fused_blocks
     return recorded_storage(directory)
+
+
+def config_and_carried(directory: Path, *, without_mtp: bool = False) -> tuple[dict[str, Any], CarriedTensors]:
+    """The config.json of a directory, next to tensors or not, and what is carried with its language model.
+
+    ``without_mtp`` as in `read_shape`.
+    """
+    if any((directory / name).exists() for name in (INDEX, SINGLE)):
+        opened = HFCheckpoint.open(directory, without_mtp=without_mtp)
+        return opened.config, opened.carried
+    carried = read_carried(directory)
+    return language_model_alone(read_config(directory), carried), carried

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import hf_tensors, weights
+from megatron_slim.architecture.wrapper import Wrapper
+from megatron_slim.checkpoint.carried import CarriedTensors
 from megatron_slim.checkpoint.huggingface_files import CONFIG, INDEX, SINGLE
 from megatron_slim.checkpoint.raw_files import OpenFiles, OutputFile, as_bytes
 from megatron_slim.checkpoint.safetensors_reader import TensorEntry
@@ -64,7 +67,12 @@ class HFWriter:
 
 
 def start_hf_checkpoint(
-    directory: Path, specs: Sequence[TensorSpec], *, max_shard_bytes: int = MAX_SHARD_BYTES
+    directory: Path,
+    specs: Sequence[TensorSpec],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    wrapper: Wrapper | None = None,
+    carried: CarriedTensors | None = None,
 ) -> dict[str, TensorEntry]:
     """Prepare the shards of a checkpoint, headers written and every tensor's place known.
 
@@ -72,7 +80,15 @@ def start_hf_checkpoint(
         directory: exists, is empty (usually one from `files.new_directory`).
         specs: every tensor of the checkpoint, in the order in which shards are filled.
         max_shard_bytes: a shard's size, larger only where one tensor is.
+        wrapper: the larger model whose names the files have.
+        carried: tensors of that, which follow the others.
+
+    Returns:
+        The place of every tensor, by its name in ``specs`` or in ``carried``.
     """
+    names = {spec.name if wrapper is None else wrapper.file_name(spec.name): spec.name for spec in specs}
+    specs = [replace(spec, name=name) for name, spec in zip(names, specs, strict=True)]
+    specs += [] if carried is None else carried.specs
     shards = plan_shards(specs, max_shard_bytes)
     many = len(shards) > 1
     entries: dict[str, TensorEntry] = {}
@@ -83,7 +99,7 @@ def start_hf_checkpoint(
         weight_map = {name: entry.file.name for name, entry in entries.items()}
         index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs)}, "weight_map": weight_map}
         (directory / INDEX).write_text(to_json(index), encoding="utf-8")
-    return entries
+    return {names.get(name, name): entry for name, entry in entries.items()}
 
 
 def finish_hf_checkpoint(directory: Path, config: Mapping[str, Any], copy_files_from: Path | None = None) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megatron_slim.architecture.mtp_keys import stated_mtp_layers
+from megatron_slim.architecture.mtp_keys import stated_mtp_layers, without_mtp_keys
+from megatron_slim.architecture.shape import language_config, wrapper_of
 from megatron_slim.architecture.table import mtp_layers_in
 from megatron_slim.errors import CheckpointError
 
@@ -25,7 +26,7 @@ def count_mtp_layers(config: Mapping[str, Any], names: Iterable[str], *, where: 
         CheckpointError: config.json says another number, as it does where transformers has loaded and saved a model.
         ShapeError: it contradicts itself.
     """
-    stated, found = stated_mtp_layers(config, where), mtp_layers_in(set(names))
+    stated, found = stated_mtp_layers(language_config(config), where), mtp_layers_in(set(names))
     if stated is not None and stated > 0 and not found:
         raise CheckpointError(
             f"config.json declares an MTP block ({stated}), but there is no {MTP}* tensor",
@@ -39,3 +40,11 @@ def count_mtp_layers(config: Mapping[str, Any], names: Iterable[str], *, where: 
             fix=f"correct config.json, or {WITHOUT_MTP}",
         )
     return found
+
+
+def config_without_mtp(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that says nothing of MTP, of a larger model too."""
+    wrapper = wrapper_of(config)
+    if wrapper is None:
+        return without_mtp_keys(config)
+    return {**config, wrapper.text: without_mtp_keys(language_config(config))}

@@ -22,8 +22,9 @@ from megatron_slim.checkpoint.torch_dist_files import read_metadata
 from megatron_slim.checkpoint.torch_dist_names import CARRIED, STATE
 from megatron_slim.checkpoint.units import Checkpoint
 from megatron_slim.errors import CheckpointError, summarise
+from megatron_slim.optimizers import ADAM, OPTIMIZERS
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = OPTIMIZERS[ADAM].states
 MAIN = ("param", "fp32_param")
 RESHARDABLE = "resume the run once with --dist-ckpt-optim-fully-reshardable, and prune what it then saves"
 UNREADABLE = "prune another iteration: --load RUN/iter_..."

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import HFTensor, Weight
+from megatron_slim.checkpoint.carried import CarriedTensors
 from megatron_slim.checkpoint.layout import is_copy
 from megatron_slim.checkpoint.raw_files import as_bytes
 
@@ -38,6 +39,10 @@ class Checkpoint(Protocol):
     @property
     def fused_blocks(self) -> frozenset[str]:
         """The blocks whose experts Hugging Face files of it hold fused."""
+
+    @property
+    def carried(self) -> CarriedTensors:
+        """Tensors of the larger model that holds this one, which are written with it."""
 
     @property
     def notes(self) -> tuple[str, ...]:

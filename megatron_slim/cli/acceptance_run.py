@@ -12,6 +12,7 @@ from megatron_slim.command_line import load_options, positive
 
 if TYPE_CHECKING:
     from megatron_slim.evaluation.acceptance import Acceptance
+    from megatron_slim.evaluation.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -34,20 +35,17 @@ def add_acceptance_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stop-at-eos", action="store_true", help="end texts at the eos_token_id of config.json")
 
 
-def run_acceptance(args: argparse.Namespace, load: Path) -> dict[str, Any]:
+def run_acceptance(args: argparse.Namespace, load: Path, teacher: Teacher | None) -> dict[str, Any]:
     """Measure a checkpoint, and the teacher; say and give what was found."""
     from megatron_slim.checkpoint.convert import log_left_out, open_checkpoint
-    from megatron_slim.device import default_dtype
+    from megatron_slim.compat.runtime import default_dtype
     from megatron_slim.evaluation.acceptance import acceptance_of
 
-    models = [open_checkpoint(load, **load_options(args))]
-    if args.teacher is not None:
-        models.append(open_checkpoint(args.teacher, args.teacher_hf_config))
-    for model in models:
-        log_left_out(model)
+    checkpoint = open_checkpoint(load, **load_options(args))
+    log_left_out(checkpoint)
     found = acceptance_of(
-        models[0],
-        models[1] if len(models) > 1 else None,
+        checkpoint,
+        teacher,
         args.acceptance,
         number=args.num_prompts,
         length=args.prompt_tokens,

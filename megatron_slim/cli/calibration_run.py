@@ -51,7 +51,7 @@ def add_calibration_arguments(parser: argparse.ArgumentParser, *, required: bool
         help="prefix of a Megatron .bin/.idx pair, or a .npy integer matrix [samples, sequence] used as it is",
     )
     group.add_argument(
-        "--num-samples", type=positive, metavar="N", help="samples, drawn at random (default: 1024 from .bin)"
+        "--num-samples", type=positive, metavar="N", help="samples, drawn at random (default: 1024 from .bin, or all)"
     )
     group.add_argument(
         "--seq-length", type=positive, metavar="N", help="tokens per sample (default: at most 4096 from .bin)"

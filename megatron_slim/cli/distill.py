@@ -2,7 +2,8 @@
 
 Runs pretrain_distill.sh, whose variables are the arguments below: TEACHER is --teacher. A variable of the environment
 is used where its argument is not given. All other arguments go to Megatron unchanged and take precedence;
-`megatron-slim pretrain --help` lists those of distillation.
+`megatron-slim pretrain --help` lists those of distillation. With --json the last line of standard output is what
+`megatron-slim show-run SAVE --json` gives when the run has ended, and save, its directory.
 """
 
 from __future__ import annotations
@@ -11,9 +12,16 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+from megatron_slim.cli.tool import run_tool
 from megatron_slim.command_line import not_negative, positive, tool_parser
+from megatron_slim.errors import SlimError
+from megatron_slim.extras import require
 from megatron_slim.packaged import directory
+from megatron_slim.processes import run_to_end
+from megatron_slim.training.run_view import read_run, summary
 
 SCRIPT = "pretrain_distill.sh"
 # Variables of the script by group: kind of value, and help.
@@ -71,7 +79,7 @@ def flag(variable: str) -> str:
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """The command's parser; what it does not know is Megatron's."""
-    found = tool_parser(__doc__ or "", as_json=False)
+    found = tool_parser(__doc__ or "")
     found.prog = prog
     found.formatter_class = argparse.RawDescriptionHelpFormatter
     for title, variables in GROUPS.items():
@@ -94,9 +102,37 @@ def environment(given: Mapping[str, object], before: Mapping[str, str]) -> dict[
     return {"PYTHON": sys.executable, **before, **words}
 
 
+def train(command: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
+    """Run the script to its end and read what the run has logged.
+
+    Returns:
+        `run_view.summary`, and ``save``; nothing on other machines than the first.
+
+    Raises:
+        SlimError: nothing is run, or the run cannot be read.
+        SystemExit: the script has failed, and has printed why.
+    """
+    for name, value in (("LAUNCHER", "slurm"), ("DRY_RUN", "1")):
+        if env.get(name) == value:
+            raise SlimError(f"--json with {flag(name)}: there is no run to show", fix="leave one of the two out")
+    require("plots", "tensorboard", "--json")
+    if code := run_to_end(command, env=dict(env)):
+        raise SystemExit(code)
+    return {"save": env["SAVE"], **summary(read_run(Path(env["SAVE"])))} if _is_first(env) else {}
+
+
+def _is_first(env: Mapping[str, str]) -> bool:
+    return env.get("NODE_RANK", "0") == "0"
+
+
 def main(argv: Sequence[str], prog: str) -> None:
-    """Replace this process by the script."""
+    """Replace this process by the script; with ``--json``, run it and print the results."""
     given, others = parser(prog).parse_known_args(argv)
-    script = directory() / SCRIPT
+    values = vars(given)
+    as_json, command = values.pop("json"), ["bash", str(directory() / SCRIPT), *others]
+    env = environment(values, os.environ)
+    if as_json:
+        run_tool(lambda: train(command, env), as_json=_is_first(env))
+        return
     sys.stdout.flush()
-    os.execvpe("bash", ["bash", str(script), *others], environment(vars(given), os.environ))
+    os.execvpe("bash", command, env)

@@ -26,9 +26,11 @@ def look(args: argparse.Namespace) -> Iterator[Finding]:
     if missing:
         return
     from megatron_slim.doctor.machine import machine
+    from megatron_slim.doctor.patches import patches
     from megatron_slim.doctor.preflight import preflight
 
     yield from machine()
+    yield from patches(args.patches)
     free = shutil.disk_usage(args.disk).free
     fix = "a checkpoint of the published teacher takes 163 GB, the demo less than 1 GB"
     yield good_or(NOTE, "disk", free >= 10 * GIB, f"{size(free)} free at {args.disk}", fix)
@@ -55,6 +57,7 @@ def diagnose(args: argparse.Namespace) -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.add_argument("--disk", type=Path, default=Path("."), metavar="DIR", help="check free space here")
+    parser.add_argument("--patches", action="store_true", help="list what is changed in Megatron, and why")
     run = parser.add_argument_group("inputs and outputs of a run, as distill takes them")
     run.add_argument("--data", nargs="+", default=[], metavar="PREFIX", help="prefixes, or weights and prefixes")
     run.add_argument("--checkpoint", type=Path, metavar="DIR", help="that of the student, or of a run")

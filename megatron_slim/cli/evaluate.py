@@ -16,7 +16,7 @@ from megatron_slim.cli.evaluation_extras import (
     add_extra_arguments,
     check_arguments,
     check_tasks,
-    describe_comparison,
+    describe_losses,
     dtype_of,
     evaluate_every,
     open_extras,
@@ -74,7 +74,7 @@ def _measure(args: argparse.Namespace, load: Path, extras: Extras) -> dict[str, 
         check_tasks(args, load)  # now, not after the losses
     results = _measure_losses(args, load, extras) if args.data is not None else {"load": str(load)}
     if args.acceptance is not None:
-        results |= run_acceptance(args, load)
+        results |= run_acceptance(args, load, extras.teacher)
     if extras.tasks is not None:
         results |= run_tasks(args, load, extras.tasks)
     return results
@@ -96,11 +96,7 @@ def _measure_losses(args: argparse.Namespace, load: Path, extras: Extras) -> dic
         teacher=extras.teacher,
         **load_options(args),
     )
-    mtp = "".join(f", mtp {depth} {loss:.4f}" for depth, loss in enumerate(results["mtp_loss"], start=1))
-    logger.info(
-        f"loss {results['loss']:.4f}, perplexity {results['perplexity']:.3f}{mtp} over {results['tokens']} tokens"
-        + describe_comparison(results)
-    )
+    logger.info(describe_losses(results))
     if args.record:
         logger.info(f"losses of the first tokens written to {load / REFERENCE}")
     return results

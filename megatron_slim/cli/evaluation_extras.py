@@ -23,11 +23,12 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 EPILOG = (
-    "; with --teacher also teacher_loss, kl (nats per token), top1_agreement (a share), mtp_kl and mtp_top1_agreement "
-    "(lists); with --acceptance also acceptance, and teacher_acceptance: acc (a list, share of drafts whose first 1, "
-    "2, ... tokens were all accepted), mean_accepted_length, drafts, rounds, tokens, and per_position, the same over "
-    "all positions; with --tasks also tasks and tasks_left_out; with --every-checkpoint a list of all this, by "
-    "iteration."
+    "; with --teacher also teacher_loss, loss_difference (loss less teacher_loss), kl (nats per token), top1_agreement "
+    "(a share), mtp_kl and mtp_top1_agreement (lists); of all these losses, KLs and shares the standard error over "
+    "samples, such as loss_stderr (null of one sample); with --acceptance also acceptance, and teacher_acceptance: acc "
+    "(a list, share of drafts whose first 1, 2, ... tokens were all accepted), mean_accepted_length, drafts, rounds, "
+    "tokens, and per_position, the same over all positions; with --tasks also tasks and tasks_left_out; with "
+    "--every-checkpoint a list of all this, by iteration."
 )
 
 
@@ -108,21 +109,51 @@ def open_extras(args: argparse.Namespace) -> Extras:
     tasks = teacher = None
     if args.tasks is not None:
         tasks = Tasks(args.tasks, tasks_dir=args.tasks_dir, num_fewshot=args.num_fewshot, limit=args.limit)
-    if args.teacher is not None and args.data is not None:
+    if args.teacher is not None:
         checkpoint = open_checkpoint(args.teacher, args.teacher_hf_config)
         log_left_out(checkpoint)
         teacher = Teacher(checkpoint)
     return Extras(teacher, tasks)
 
 
-def describe_comparison(results: Mapping[str, Any]) -> str:
-    """What a teacher adds to the line of the losses."""
+def shown(results: Mapping[str, Any], key: str, digits: int = 4) -> str:
+    """A figure with its standard error, where it has one.
+
+    >>> shown({"kl": 0.25, "kl_stderr": 0.01}, "kl"), shown({"kl": 0.25, "kl_stderr": None}, "kl")
+    ('0.2500 +- 0.0100', '0.2500')
+    """
+    return _with_error(results[key], results.get(f"{key}_stderr"), digits)
+
+
+def _with_error(value: float, error: float | None, digits: int = 4) -> str:
+    return f"{value:.{digits}f}" + ("" if error is None else f" +- {error:.{digits}f}")
+
+
+def _by_depth(results: Mapping[str, Any], key: str) -> dict[str, str]:
+    """Figures of every MTP depth with their errors: ``mtp 1``."""
+    values = results.get(key, [])
+    errors = results.get(f"{key}_stderr") or [None] * len(values)
+    pairs = enumerate(zip(values, errors, strict=True), start=1)
+    return {f"mtp {depth}": _with_error(*pair) for depth, pair in pairs}
+
+
+def _listed(figures: Mapping[str, str]) -> str:
+    return "".join(f", {name} {figure}" for name, figure in figures.items())
+
+
+def describe_losses(results: Mapping[str, Any]) -> str:
+    """Losses, and what a teacher adds to them, in one line."""
+    line = f"loss {shown(results, 'loss')}, perplexity {shown(results, 'perplexity', 3)}"
+    line += f"{_listed(_by_depth(results, 'mtp_loss'))} over {results['tokens']} tokens"
+    if results["loss_stderr"] is None:
+        line += " (one sample, so no standard errors)"
     if "kl" not in results:
-        return ""
-    mtp = "".join(f", mtp {depth} {kl:.4f}" for depth, kl in enumerate(results["mtp_kl"], start=1))
+        return line
+    agreement, error = results["top1_agreement"], results["top1_agreement_stderr"]
     return (
-        f"; KL from the teacher {results['kl']:.4f}{mtp}, same most probable token at "
-        f"{results['top1_agreement']:.1%}, teacher's loss {results['teacher_loss']:.4f}"
+        f"{line}; KL from the teacher {shown(results, 'kl')}{_listed(_by_depth(results, 'mtp_kl'))}, same most "
+        f"probable token at {agreement:.1%}{'' if error is None else f' +- {error:.1%}'}, teacher's loss "
+        f"{shown(results, 'teacher_loss')}, difference {shown(results, 'loss_difference')}"
     )
 
 
@@ -149,8 +180,7 @@ def run_tasks(args: argparse.Namespace, load: Path, tasks: Tasks) -> dict[str, A
     found = tasks.run(checkpoint, micro_batch_size=args.micro_batch_size, dtype=dtype_of(args))
     for name in tasks.names:
         for metric, value in _metrics(found, name):
-            error = "" if value["stderr"] is None else f" +- {value['stderr']:.4f}"
-            logger.info(f"{name}: {metric} {value['value']:.4f}{error}")
+            logger.info(f"{name}: {metric} {_with_error(value['value'], value['stderr'])}")
     return {"tasks": found, "tasks_left_out": tasks.left_out}
 
 
@@ -187,9 +217,11 @@ def print_curve(checkpoints: Sequence[Mapping[str, Any]], names: Sequence[str]) 
 
 def _row(results: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
     row = {"iteration": str(results["iteration"])}
-    row |= {key: f"{results[key]:.4f}" for key in ("loss", "perplexity") if key in results}
-    row |= {f"mtp {depth}": f"{loss:.4f}" for depth, loss in enumerate(results.get("mtp_loss", ()), start=1)}
-    row |= {key: f"{results[key]:.4f}" for key in ("kl", "top1_agreement") if key in results}
+    row |= {key: shown(results, key) for key in ("loss", "perplexity") if key in results}
+    row |= _by_depth(results, "mtp_loss")
+    row |= {key: shown(results, key) for key in ("kl", "top1_agreement") if key in results}
     for name in names:
-        row |= {f"{name} {metric}": f"{found['value']:.4f}" for metric, found in _metrics(results["tasks"], name)}
+        row |= {
+            f"{name} {m}": _with_error(found["value"], found["stderr"]) for m, found in _metrics(results["tasks"], name)
+        }
     return row

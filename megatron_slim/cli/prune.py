@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slim.cli.calibration_run import add_calibration_arguments, calibration_options
-from megatron_slim.cli.carried_optimizer import add_optimizer_arguments, moments_of_merged
+from megatron_slim.cli.carried_optimizer import add_optimizer_arguments
+from megatron_slim.cli.given_statistics import add_statistics_arguments, given_statistics
 from megatron_slim.cli.pruning_run import add_phase_argument, refuse_conflicts, run_prune
 from megatron_slim.cli.search_arguments import add_search_arguments, measuring
 from megatron_slim.cli.tool import run_command
 from megatron_slim.command_line import RECIPE_HELP, add_load_arguments, add_write_arguments, load_options, write_options
+from megatron_slim.recipe_run import moment_rule
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,12 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", type=Path, metavar="DIR", help="new directory for the result")
     parser.add_argument("--recipe", type=Path, metavar="RECIPE", help=RECIPE_HELP)
     add_phase_argument(parser)
-    parser.add_argument(
-        "--stats",
-        type=Path,
-        metavar="FILE",
-        help="existing statistics, or a pruned checkpoint that has them: nothing is measured",
-    )
+    add_statistics_arguments(parser)
     parser.add_argument(
         "--plan",
         type=Path,
@@ -51,11 +48,11 @@ def prune(args: argparse.Namespace) -> dict[str, Any]:
         recipe_file=args.recipe,
         phase=args.phase,
         plan_file=args.plan,
-        stats_file=args.stats,
+        given=given_statistics(args),
         calibration=calibration_options(args) if args.calibration_data else None,
         dry_run=args.dry_run,
         measuring=measuring(args),
-        moments_of_merged=moments_of_merged(args),
+        moments_of_merged=moment_rule(args.carry_optimizer, args.moments_of_merged, args.to),
         reading=load_options(args),
         writing=write_options(args),
     )

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_slim.cli.calibration_run import CalibrationOptions, measure, opened_work_dir
+from megatron_slim.cli.given_statistics import FLAG as CARRY_STATISTICS
+from megatron_slim.cli.given_statistics import Given
 from megatron_slim.command_line import VERIFICATION, positive
 from megatron_slim.errors import RecipeError, SlimError
 from megatron_slim.files import refuse_existing
+from megatron_slim.optimizers import ADAM, OPTIMIZERS
 from megatron_slim.recipe import Recipe, load_recipe, select_phase
 
 logger = logging.getLogger(__name__)
-OPTIMIZER_BYTES = 8  # of a parameter, at the least: two moments
 
 if TYPE_CHECKING:
     from megatron_slim.checkpoint.convert import Checkpoint
@@ -69,7 +71,7 @@ def add_phase_argument(parser: argparse.ArgumentParser) -> None:
 
 def run_plan(
     load: Path,
-    stats_file: Path,
+    given: Given,
     recipe_file: Path,
     save: Path,
     *,
@@ -93,7 +95,7 @@ def run_plan(
     _check_phase(schedule, phase, source, where=str(recipe_file))
     check_recipe(recipe, source.shape, where=str(recipe_file))
     options = measuring.options(recipe, source, where=str(recipe_file)) if measuring else {}
-    plan = make_plan(recipe, _load_stats(stats_file, source), source.shape, **options)
+    plan = make_plan(recipe, given.read(source), source.shape, **options)
     pruned = PrunedCheckpoint(plan, source, check_source=False)
     plan.save(save)
     Console().print(comparison_table(pruned))
@@ -109,7 +111,7 @@ def run_prune(
     recipe_file: Path | None = None,
     phase: int | None = None,
     plan_file: Path | None = None,
-    stats_file: Path | None = None,
+    given: Given | None = None,
     calibration: CalibrationOptions | None = None,
     dry_run: bool = False,
     measuring: Measuring | None = None,
@@ -126,7 +128,7 @@ def run_prune(
         recipe_file: what is wanted; needed unless there is a plan.
         phase: which of the recipe's phases, where it has some.
         plan_file: a plan made before; then nothing is measured.
-        stats_file: statistics made before; then nothing is measured.
+        given: statistics made before; then nothing is measured.
         calibration: data to measure on.
         dry_run: stop at the plan and write nothing.
         measuring: how the candidates of a budget are measured; None: they are not.
@@ -160,7 +162,7 @@ def run_prune(
             if save is not None and not dry_run:
                 _check_space(recipe, source, save, with_optimizer=optimizer is not None, where=str(recipe_file))
             where = str(recipe_file)
-            plan, stats = _decide(recipe, source, stats_file, calibration, work, measuring, where=where)
+            plan, stats = _decide(recipe, source, given, calibration, work, measuring, where=where)
         pruned = PrunedCheckpoint(plan, source, check_source=plan_file is not None)
         Console().print(comparison_table(pruned))
         results = {"load": str(load), "plan_sha256": plan.sha256, "dry_run": dry_run, **comparison(pruned)}
@@ -213,14 +215,16 @@ def _check_space(recipe: Recipe, source: Checkpoint, save: Path, *, with_optimiz
     else:
         layers = layers_before_statistics(source.shape, recipe.target.num_layers or source.shape.num_layers)
         shapes = [target_shape(recipe, source.shape, layers)]
-    itemsize = min(dtype.itemsize for dtype in source.dtypes.values()) + (OPTIMIZER_BYTES if with_optimizer else 0)
+    itemsize = min(dtype.itemsize for dtype in source.dtypes.values()) + (
+        OPTIMIZERS[ADAM].state_bytes if with_optimizer else 0
+    )
     check_space(save, min(count_parameters(shape).total for shape in shapes) * itemsize)
 
 
 def _decide(
     recipe: Recipe,
     source: Checkpoint,
-    stats_file: Path | None,
+    given: Given | None,
     calibration: CalibrationOptions | None,
     work: WorkDir | None,
     measuring: Measuring | None,
@@ -231,21 +235,12 @@ def _decide(
 
     check_recipe(recipe, source.shape, where=where)
     options = measuring.options(recipe, source, where=where) if measuring else {}
-    if stats_file is not None:
-        stats = _load_stats(stats_file, source)
+    if given is not None:
+        stats = given.read(source)
     else:
         assert calibration is not None
         stats = measure(source, calibration, work)
     return make_plan(recipe, stats, source.shape, **options), stats
-
-
-def _load_stats(path: Path, source: Checkpoint) -> Statistics:
-    from megatron_slim.pruning.fingerprint import fingerprint
-    from megatron_slim.pruning.statistics import Statistics
-
-    stats = Statistics.load(path)
-    stats.check(source.shape, fingerprint(source), where=str(path))
-    return stats
 
 
 def refuse_conflicts(args: argparse.Namespace) -> None:
@@ -259,13 +254,14 @@ def refuse_conflicts(args: argparse.Namespace) -> None:
         for option, value in (
             ("--calibration-data", args.calibration_data),
             ("--stats", args.stats),
+            (CARRY_STATISTICS, args.carry_statistics),
             ("--plan", args.plan),
         )
         if value is not None
     ]
     if len(given) != 1:
         what = " and ".join(given) + " exclude one another" if given else "nothing to plan from"
-        raise SlimError(what, fix="give one of --calibration-data, --stats and --plan")
+        raise SlimError(what, fix=f"give one of --calibration-data, --stats, {CARRY_STATISTICS} and --plan")
     if args.work_dir is not None and args.calibration_data is None:
         raise SlimError("--work-dir without a calibration", fix="leave it out")
     if (args.recipe is None) == (args.plan is None):

@@ -7,6 +7,7 @@ torchrun would kill after 30 seconds a rank that is saving a checkpoint (``--exi
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -16,7 +17,9 @@ from types import FrameType
 
 import psutil
 
-from megatron_slim.errors import EXIT_USER_ERROR
+from megatron_slim.errors import EXIT_USER_ERROR, SlimError
+
+PORT_IN_USE = SlimError("the port is in use, as by another run on this machine", fix="give another --master-port")
 
 
 def pass_on(signum: int, frame: FrameType | None) -> None:
@@ -37,7 +40,7 @@ def main(argv: Sequence[str], prog: str) -> None:
         return
     sys.argv[0] = prog  # for torchrun's --help
     signal.signal(signal.SIGTERM, pass_on)
-    from torch.distributed import run
+    from torch.distributed import DistNetworkError, run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # The one reports in a line what the exception has in full, the other that ranks compute with one thread.
@@ -49,4 +52,9 @@ def main(argv: Sequence[str], prog: str) -> None:
         _, failure = error.get_first_failure()
         if failure.exitcode != EXIT_USER_ERROR:
             raise
+        sys.exit(EXIT_USER_ERROR)
+    except DistNetworkError as error:
+        if errno.errorcode[errno.EADDRINUSE] not in str(error):
+            raise
+        logging.getLogger(__name__).error(f"error: {PORT_IN_USE}")
         sys.exit(EXIT_USER_ERROR)

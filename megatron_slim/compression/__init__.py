@@ -9,6 +9,6 @@
 - `report`: writes the report: a page, its numbers as JSON, and the model card
 - `report_inputs`: what lies in the directory of a run, read and checked
 - `report_facts`, `report_curves`: the numbers of the report; losses of all phases over tokens
-- `report_tables`, `report_page`: its tables, the page
-- `card`, `card_source`: the model card; what the teacher's own card and licence say
+- `report_tables`, `report_quantization`, `report_page`: its tables, those of the export in FP8, the page
+- `card`, `card_source`: the model cards; what the teacher's own card and licence say
 """

@@ -9,8 +9,23 @@ from typing import Any
 
 import yaml
 
+from megatron_slim.architecture.shape import wrapper_of
+from megatron_slim.checkpoint.records import QUANTIZATION_REPORT
 from megatron_slim.compression.report_page import recipe_yaml
-from megatron_slim.compression.report_tables import NOT_MEASURED, count, evaluation_sections, headline, size_section
+from megatron_slim.compression.report_quantization import (
+    description,
+    loading,
+    quantization_of,
+    quantization_section,
+)
+from megatron_slim.compression.report_tables import (
+    CLIENTS,
+    NOT_MEASURED,
+    count,
+    evaluation_sections,
+    headline,
+    size_section,
+)
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json, write_atomic
 from megatron_slim.page import Section
@@ -21,6 +36,11 @@ README, OTHER = "README.md", "MODEL_CARD.md"
 # A card with it is ours, and replaced when the report is written again.
 MARKER = "<!-- Written by megatron_slim from report.json. Remove this line to keep the file as it is. -->"
 PAPER = "https://arxiv.org/abs/2605.08738"
+BASE_NOTE = "# base_model: the run's name, to be replaced by the repository of the export that is not quantized."
+CARRIED = (
+    "Pruned and trained is the language model, on text. All else of the larger model that holds it is unchanged, but "
+    "for rows that are hidden dimensions of the language model. Measure tasks with pictures before you rely on them."
+)
 CITATION = """```bibtex
 @article{slimqwen2026,
   title = {SlimQwen: Exploring the Pruning and Distillation in Large MoE Model Pre-training},
@@ -55,42 +75,65 @@ def card(facts: Mapping[str, Any], model: Path) -> str:
 
     Args:
         facts: `report_facts.Gathered.facts`.
-        model: the export, which the card says how to load.
+        model: the export, which the card says how to load; its config.json says whether it is quantized.
     """
-    return "\n".join(["---", front_matter(facts, model) + "---", MARKER, "", *_body(facts, model)]) + "\n"
+    quantization = quantization_of(model)
+    matter = front_matter(facts, model, quantized=quantization is not None)
+    return "\n".join(["---", matter + "---", MARKER, "", *_body(facts, model, quantization)]) + "\n"
 
 
-def front_matter(facts: Mapping[str, Any], model: Path) -> str:
-    """What the hub reads; without a licence where none is stated."""
-    from megatron_slim.checkpoint.huggingface_files import CONFIG
+def front_matter(facts: Mapping[str, Any], model: Path, *, quantized: bool = False) -> str:
+    """What the hub reads; without a licence where none is stated.
 
-    config = read_json(model / CONFIG) if (model / CONFIG).is_file() else {}
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    tags = ["megatron_slim", "mixture-of-experts", "pruning", "distillation"]
+    A quantized export is one of the export next to it, not of the larger model that was pruned: the hub lists it by
+    these two keys. The former's name on the hub is not known here, so the run's stands for it.
+    """
+    config = _config(model)
+    kind = config.get("model_type")
+    base = {"base_model": model.absolute().parent.name, "base_model_relation": "quantized"}
+    tags = ["megatron_slim", "mixture-of-experts", "pruning", "distillation", *(["fp8"] if quantized else [])]
     entries = {
-        "base_model": facts["model"],
+        **(base if quantized else {"base_model": facts["model"]}),
         **facts["license"],
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-generation" if wrapper_of(config) is None else "image-text-to-text",
         "tags": tags + ([kind] if isinstance(kind, str) else []),
     }
-    return str(yaml.safe_dump({key: value for key, value in entries.items() if value}, sort_keys=False))
+    text = str(yaml.safe_dump({key: value for key, value in entries.items() if value}, sort_keys=False))
+    return f"{BASE_NOTE}\n{text}" if quantized else text
 
 
-def _body(facts: Mapping[str, Any], model: Path) -> Iterator[str]:
+def _config(model: Path) -> dict[str, Any]:
+    """config.json of an export, empty where it has none."""
+    from megatron_slim.checkpoint.huggingface_files import CONFIG
+
+    found = read_json(model / CONFIG) if (model / CONFIG).is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _body(facts: Mapping[str, Any], model: Path, quantization: Mapping[str, Any] | None) -> Iterator[str]:
     name, sizes = escaped(facts["model"] or "a model"), facts["sizes"]
     small = f" with {count(sizes[-1]['parameters'])} parameters" if len(sizes) > 1 else ""
-    yield f"# {name}, compressed{small}"
+    yield f"# {name}, compressed{small}{', in FP8' if quantization else ''}"
     yield ""
     yield f"Pruned and distilled from {name} by megatron_slim, with the method of [SlimQwen]({PAPER})."
+    if wrapper_of(_config(model)) is not None:
+        yield CARRIED
+    if quantization:
+        errors = f"[{QUANTIZATION_REPORT}]({QUANTIZATION_REPORT}) has the error of every tensor."
+        yield f"{description(quantization)} {errors}"
     yield from (" ".join(headline(facts)), "")
     sections = [size_section(sizes), *evaluation_sections(facts["evaluations"])]
+    if quantization:  # clients were tried with the other export
+        sections = [section for section in sections if section.title != CLIENTS]
+        sections.insert(1, quantization_section(facts["quantization"] or {}))
     for section in sections:
         yield from _markdown(section) if section.rows else ()
     if missing := [section.title for section in sections if not section.rows]:
         yield from (f"{NOT_MEASURED.capitalize()}: {', '.join(missing)}.", "")
     yield from _training(facts["cost"])
     yield from _loading(model)
+    yield from loading(quantization) if quantization else ()
     yield from ("## Recipe", "", "```yaml", recipe_yaml(facts).replace("```", "'''") + "```", "")
     yield from ("## Citation", "", CITATION)
     yield from (
@@ -137,10 +180,12 @@ def _training(cost: Mapping[str, Any]) -> Iterator[str]:
 
 def _loading(model: Path) -> Iterator[str]:
     """With transformers and vLLM; a tokenizer only where the export has one."""
-    has_tokenizer = any(model.glob("tokenizer*"))
-    names = "AutoModelForCausalLM, AutoTokenizer" if has_tokenizer else "AutoModelForCausalLM"
-    yield from ("## Loading", "", "```python", f"from transformers import {names}", "")
-    yield 'model = AutoModelForCausalLM.from_pretrained("path/to/this/model", dtype="auto", device_map="auto")'
-    if has_tokenizer:
-        yield 'tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")'
+    loader, reader = "AutoModelForCausalLM", ("tokenizer", "AutoTokenizer")
+    if wrapper_of(_config(model)) is not None:
+        loader, reader = "AutoModelForImageTextToText", ("processor", "AutoProcessor")
+    readers = [reader] if any(model.glob("tokenizer*")) else []
+    yield from ("## Loading", "", "```python")
+    yield from (f"from transformers import {', '.join([loader, *(kind for _, kind in readers)])}", "")
+    yield f'model = {loader}.from_pretrained("path/to/this/model", dtype="auto", device_map="auto")'
+    yield from (f'{name} = {kind}.from_pretrained("path/to/this/model")' for name, kind in readers)
     yield from ("```", "", "```bash", "vllm serve path/to/this/model", "```", "")

@@ -25,6 +25,7 @@ from megatron_slim.compression.steps import (
     SHOW_PLAN,
     TRAIN,
     Step,
+    measures,
 )
 from megatron_slim.data import data_prefix, open_stream
 from megatron_slim.doctor.preflight import BYTES_PER_PARAMETER
@@ -107,8 +108,7 @@ def needs(settings: RunSettings, found: Sequence[Step], teacher: ModelShape, mac
         if step.kind == PRUNE:
             assert step.phase is not None
             source, student = student, _pruned(settings, step.phase, student)  # type: ignore[assignment]
-            calibrate = settings.section("calibrate")
-            tokens = calibrate.get("num_samples", NUM_SAMPLES) * calibrate.get("seq_length", length)
+            tokens = _calibration_tokens(settings, length) if measures(settings, step.phase) else 0
             yield Need(step, tokens, _streaming(source, length, kernels, tokens, machine), _size(student, machine))
         elif step.kind == TRAIN:
             yield _training(settings, step, teacher, student, machine)
@@ -183,6 +183,16 @@ def _pruned(settings: RunSettings, phase: int, source: ModelShape | None) -> Mod
 def first_student(settings: RunSettings, teacher: ModelShape) -> ModelShape | None:
     """Sizes of the student of the first phase; None where statistics choose them."""
     return _pruned(settings, 1, teacher)
+
+
+def _calibration_tokens(settings: RunSettings, length: int) -> int:
+    """As `pruning.samples` draws them: where no number is given, all of data that have fewer than the default."""
+    calibrate, data = settings.section("calibrate"), settings.calibration_data
+    length, number = calibrate.get("seq_length", length), calibrate.get("num_samples")
+    if number is None:
+        matrix = data.suffix == ".npy"
+        number = NUM_SAMPLES if matrix else min(NUM_SAMPLES, len(open_stream(data_prefix(data), None)[0]) // length)
+    return int(number * length)
 
 
 def _evaluation_tokens(settings: RunSettings) -> int:

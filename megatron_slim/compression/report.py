@@ -1,4 +1,4 @@
-"""The report that a compression run ends with: a page, its numbers, and the model card of the export."""
+"""The report that a compression run ends with: a page, its numbers, and the model cards of the exports."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ logger = logging.getLogger(__name__)
 
 
 def write_report(save: Path) -> Path:
-    """Write ``report.html`` and ``report.json`` into the directory of a run, and the model card into its export.
+    """Write ``report.html`` and ``report.json`` into the directory of a run, and a model card into its exports.
 
-    Whatever is not measured yet is stated as that, so a run in the middle has a report too. The card is written where
-    ``save/model`` exists: as README.md, or as MODEL_CARD.md where there is a README.md that is not ours.
+    Whatever is not measured yet is stated as that, so a run in the middle has a report too. Cards are written into
+    ``save/model`` and ``save/model-fp8`` where they exist: as README.md, or as MODEL_CARD.md where there is a README.md
+    that is not ours.
 
     Args:
         save: directory of the run, with ``run.json``.
@@ -33,9 +34,10 @@ def write_report(save: Path) -> Path:
     run = read_compression_run(save)
     gathered = gather(run)
     shown, numbers = page(gathered), to_json(gathered.facts)
-    if run.final_model().is_dir():
-        written = write_card(card(gathered.facts, run.final_model()), run.final_model())
-        logger.info(f"{written}: the model card")
+    models = [model for model in (run.final_model(), run.quantized_model()) if model.is_dir()]
+    cards = {model: card(gathered.facts, model) for model in models}
+    for model, text in cards.items():
+        logger.info(f"{write_card(text, model)}: the model card")
     write_atomic(save / NUMBERS, numbers)
     write_atomic(save / PAGE, shown)
     logger.info(f"{save / PAGE}: open it in a browser")

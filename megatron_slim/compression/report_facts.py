@@ -22,6 +22,7 @@ from megatron_slim.compression.steps import (
     EVALUATE_TEACHER,
     EXPORT,
     PRUNE,
+    QUANTIZE,
 )
 from megatron_slim.files import read_json
 from megatron_slim.page import Section
@@ -73,6 +74,7 @@ def gather(run: CompressionRun) -> Gathered:
         "training": report_curves.summary(curves),
         "training_not_read": why_no_curves,
         "evaluations": _evaluations(run),
+        "quantization": _quantization(run),
         "cost": _cost(run, curves),
         "versions": _versions(run),
         "seeds": dict(_seeds(run)),
@@ -142,6 +144,8 @@ def _evaluations(run: CompressionRun) -> list[dict[str, Any]]:
         model = _evaluation(_KINDS[kind], phase, result)
         if "loss" in model and "loss" in teacher:
             model["loss_difference"] = model["loss"] - teacher["loss"]
+            if (error := result.get("loss_difference_stderr")) is not None:
+                model["loss_difference_stderr"] = error
         found.append(model)
     return found
 
@@ -150,10 +154,20 @@ def _teacher(own: Document | None, others: Sequence[Document]) -> Document:
     """What is known of the teacher, its students' evaluations included."""
     found = dict(own or {})
     for result in others:
-        for key, value in (("loss", "teacher_loss"), ("acceptance", "teacher_acceptance")):
-            if found.get(key) is None and result.get(value) is not None:
-                found[key] = result[value]
+        if found.get("loss") is None and result.get("teacher_loss") is not None:
+            found |= {"loss": result["teacher_loss"], "loss_stderr": result.get("teacher_loss_stderr")}
+        if found.get("acceptance") is None and result.get("teacher_acceptance") is not None:
+            found["acceptance"] = result["teacher_acceptance"]
     return found
+
+
+def _quantization(run: CompressionRun) -> dict[str, Any] | None:
+    """What the step found that quantized the last export; None where it is not done."""
+    found = [result for phase in run.phases if (result := run.result(QUANTIZE, phase)) is not None]
+    if not found:
+        return None
+    size = {"bytes": found[-1]["bytes"]} if "bytes" in found[-1] else {}
+    return size | dict(found[-1].get("quantization", {}))
 
 
 def _evaluation(model: str, phase: int | None, result: Document) -> dict[str, Any]:
@@ -161,8 +175,9 @@ def _evaluation(model: str, phase: int | None, result: Document) -> dict[str, An
     for key in FIGURES:
         found |= {name: result[name] for name in (key, f"{key}_stderr") if result.get(name) is not None}
     for key in DEPTHS:
-        if (value := result.get(key)) not in (None, []):
-            found[key] = value if isinstance(value, list) else [value]
+        for name in (key, f"{key}_stderr"):
+            if (value := result.get(name)) not in (None, []):
+                found[name] = value if isinstance(value, list) else [value]
     if result.get("tasks"):
         found["tasks"] = {name: metrics_of(task) for name, task in result["tasks"].items()}
     keys = ("tokens", "samples", "seq_length", "dtype", "acceptance", "clients")

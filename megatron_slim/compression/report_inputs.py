@@ -21,7 +21,9 @@ from megatron_slim.compression.steps import (
     EVALUATE_TEACHER,
     EXPORT,
     MODEL,
+    MODEL_FP8,
     PRUNE,
+    QUANTIZE,
 )
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json
@@ -102,6 +104,10 @@ class CompressionRun:
         """The export of the last phase."""
         return self.save / MODEL
 
+    def quantized_model(self) -> Path:
+        """The same in FP8."""
+        return self.save / MODEL_FP8
+
 
 def read_compression_run(save: Path) -> CompressionRun:
     """Read ``run.json`` and the results of the steps that are done.
@@ -168,6 +174,11 @@ def _is_numbers(value: Any) -> bool:
     return _is_number(value) or (isinstance(value, list) and all(map(_is_number, value)))
 
 
+def _are_errors(value: Any) -> bool:
+    """A standard error or a list of them, each of which may be missing: one sample has none."""
+    return all(_is_number(each, True) for each in (value if isinstance(value, list) else [value]))
+
+
 def _is_acceptance(value: Any) -> bool:
     keys = ("mean_accepted_length", "drafts")
     return isinstance(value, dict) and _is_numbers(value.get("acc")) and all(_is_number(value.get(k)) for k in keys)
@@ -202,15 +213,23 @@ def _is_clients(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(client, dict) for client in value.values())
 
 
+def _is_quantization(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(worst := value.get("worst"), dict):
+        return False
+    numbers = (value.get("tensors"), value.get("partial_blocks"), worst.get("relative_rms"))
+    return all(map(_is_number, numbers)) and isinstance(worst.get("tensor"), str)
+
+
 def _is_sizes(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_is_number, value.values()))
 
 
-_NUMBERS = ("loss", "perplexity", "tokens", "kl", "top1_agreement", "teacher_loss")
+_NUMBERS = ("loss", "perplexity", "kl", "top1_agreement", "teacher_loss", "loss_difference")
+_LISTS = ("mtp_loss", "mtp_kl", "mtp_top1_agreement")
 _EVALUATION: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(_NUMBERS, _is_number),
-    **{f"{key}_stderr": _is_number for key in _NUMBERS},
-    **dict.fromkeys(("mtp_loss", "mtp_kl", "mtp_top1_agreement"), _is_numbers),
+    **dict.fromkeys((*_NUMBERS, "tokens"), _is_number),
+    **dict.fromkeys(_LISTS, _is_numbers),
+    **{f"{key}_stderr": _are_errors for key in (*_NUMBERS, *_LISTS)},
     **dict.fromkeys(("acceptance", "teacher_acceptance"), _is_acceptance),
     "tasks": _is_tasks,
     "clients": _is_clients,
@@ -218,4 +237,5 @@ _EVALUATION: dict[str, Callable[[Any], bool]] = {
 _SIZES: dict[str, dict[str, Callable[[Any], bool]]] = {
     PRUNE: {"before": _is_sizes, "after": _is_sizes},
     EXPORT: {"bytes": _is_number},
+    QUANTIZE: {"bytes": _is_number, "quantization": _is_quantization},
 }

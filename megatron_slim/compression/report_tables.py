@@ -12,6 +12,7 @@ from megatron_slim.reporting import duration
 from megatron_slim.training.run_figures import amount
 
 NOT_MEASURED = "not measured"
+CLIENTS = "Clients that load the export"
 _EXACT = 10_000_000  # a larger size is shown in millions or billions, which a phone has space for
 Model = Mapping[str, Any]
 Models = Sequence[Model]
@@ -41,7 +42,7 @@ def headline(facts: Mapping[str, Any]) -> Iterator[str]:
     students = [model for model in evaluations if model["model"] == "student" and "loss_difference" in model]
     if students:
         loss, difference = students[-1]["loss"], students[-1]["loss_difference"]
-        of_both = f"{loss - difference:.4f}, of the student {loss:.4f} ({difference:+.4f})"
+        of_both = f"{loss - difference:.4f}, of the student {loss:.4f} ({_difference(students[-1])})"
         yield f"Loss of the teacher {of_both} nats per token."
     in_fp8 = [model["loss"] for model in evaluations if model["model"] == "student, FP8" and "loss" in model]
     if students and in_fp8:
@@ -92,11 +93,20 @@ def labels(models: Models) -> list[str]:
     return [_label(model, several) for model in models]
 
 
+def _error(value: float | None, digits: int = 4) -> str:
+    return "" if value is None else f" ±{value:.{digits}f}"
+
+
 def _with_error(model: Model, key: str, digits: int) -> str:
     if key not in model:
         return NOT_MEASURED
-    error = model.get(f"{key}_stderr")
-    return f"{model[key]:.{digits}f}" + ("" if error is None else f" ±{error:.{digits}f}")
+    return f"{model[key]:.{digits}f}{_error(model.get(f'{key}_stderr'), digits)}"
+
+
+def _difference(model: Model) -> str:
+    if "loss_difference" not in model:
+        return ""
+    return f"{model['loss_difference']:+.4f}{_error(model.get('loss_difference_stderr'))}"
 
 
 def evaluation_sections(models: Models) -> list[Section]:
@@ -121,7 +131,11 @@ def _depth_rows(models: Models, key: str, label: str) -> dict[str, Callable[[Mod
     depths = max((len(model.get(key, ())) for model in models), default=0)
 
     def show(depth: int) -> Callable[[Model], str]:
-        return lambda model: _number(dict(enumerate(model.get(key, ()))).get(depth))
+        def cell(model: Model) -> str:
+            value, error = (dict(enumerate(model.get(name, ()))).get(depth) for name in (key, f"{key}_stderr"))
+            return _number(value) + _error(error)
+
+        return cell
 
     return {f"{label} {depth + 1}" if depths > 1 else label: show(depth) for depth in range(depths)}
 
@@ -132,9 +146,6 @@ def _table(heading: str, models: Models, rows: Rows, note: str) -> Section:
 
 
 def _losses(models: Models) -> Section:
-    def difference(model: Model) -> str:
-        return f"{model['loss_difference']:+.4f}" if "loss_difference" in model else ""
-
     data = {
         (model.get("tokens"), model.get("samples"), model.get("seq_length"), model.get("dtype")) for model in models
     }
@@ -145,10 +156,12 @@ def _losses(models: Models) -> Section:
         note += f", over {tokens:,} tokens ({samples} samples of {length}), computed in {dtype}"
     rows: dict[str, Callable[[Model], str]] = {
         "loss": lambda model: _with_error(model, "loss", 4),
-        "to the teacher": difference,
+        "to the teacher": _difference,
         "perplexity": lambda model: _with_error(model, "perplexity", 2),
         **_depth_rows(models, "mtp_loss", "MTP loss"),
     }
+    if any("loss_stderr" in model for model in models):
+        note += ", with standard errors over samples; that of a difference is paired"
     return _table("Evaluation", models, rows, f"{note}.")
 
 
@@ -190,7 +203,7 @@ def _tasks(models: Models) -> Section:
     def show(task: str, metric: str) -> Callable[[Model], str]:
         def cell(model: Model) -> str:
             value, error = model.get("tasks", {}).get(task, {}).get(metric, (None, None))
-            return _number(value) + ("" if error is None else f" ±{error:.4f}")
+            return _number(value) + _error(error)
 
         return cell
 
@@ -202,7 +215,7 @@ def _clients(models: Models) -> Section:
     """Of the last model that was tried."""
     tried = [model["clients"] for model in models if "clients" in model]
     if not tried:
-        return unknown("Clients that load the export")
+        return unknown(CLIENTS)
     loads = {True: "yes", False: "no"}
     rows = tuple(
         (
@@ -213,7 +226,7 @@ def _clients(models: Models) -> Section:
         )
         for name, client in tried[-1].items()
     )
-    return Section("Clients that load the export", ("client", "version", "loads", "note"), rows, text=True)
+    return Section(CLIENTS, ("client", "version", "loads", "note"), rows, text=True)
 
 
 def cost_section(cost: Mapping[str, Any]) -> Section:

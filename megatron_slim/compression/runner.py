@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from megatron_slim.compression.state import DONE, FAILED, RUNNING, RunState
 from megatron_slim.compression.steps import TRAIN, Step, command_line
 from megatron_slim.errors import EXIT_USER_ERROR, SlimError, last_error
 from megatron_slim.files import write_atomic
-from megatron_slim.processes import die_with_parent
+from megatron_slim.processes import run_to_end
 
 logger = logging.getLogger(__name__)
 
 EXIT_DIED = 1  # a process died, or a bug of ours
 _LINES = 12  # of its log that a failed step shows
-_FORWARDED = (signal.SIGUSR1, signal.SIGUSR2)  # what Slurm sends before a time limit; a training run saves
 
 
 def run_steps(steps: Sequence[Step], state: RunState, save: Path) -> None:
@@ -99,36 +93,6 @@ def _process(command: Sequence[str], log: Path) -> tuple[int, str]:
     """Run a command to its end, its output in files; gives its exit code and the last line of its output."""
     out, err = (Path(f"{log}.{kind}") for kind in ("out", "err"))
     with out.open("wb") as stdout, err.open("wb") as stderr:
-        process = subprocess.Popen(
-            list(command), stdout=stdout, stderr=stderr, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent
-        )
-        with _ended(process), _forwarded(process):
-            code = process.wait()
+        code = run_to_end(command, stdout=stdout, stderr=stderr, stdin=subprocess.DEVNULL)
     lines = out.read_text(errors="replace").strip().splitlines()
     return code, lines[-1] if lines else ""
-
-
-@contextmanager
-def _ended(process: subprocess.Popen[Any]) -> Iterator[None]:
-    """End the process where this one is about to end."""
-    try:
-        yield
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-
-
-@contextmanager
-def _forwarded(process: subprocess.Popen[Any]) -> Iterator[None]:
-    """Pass on what a training run saves at."""
-
-    def forward(signum: int, frame: FrameType | None) -> None:
-        os.kill(process.pid, signum)
-
-    previous = {known: signal.signal(known, forward) for known in _FORWARDED}
-    try:
-        yield
-    finally:
-        for known, handler in previous.items():
-            signal.signal(known, handler)

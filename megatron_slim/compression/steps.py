@@ -165,15 +165,27 @@ def _measuring(settings: RunSettings, kind: str, phase: int | None, command: lis
 
 
 def _prune(settings: RunSettings, phase: int, load: Path, pruned: Path) -> Step:
-    calibrate = dict(settings.section("calibrate"))
-    work = calibrate.pop("work_dir", None)
     command = ["prune", "--load", str(load), "--save", str(pruned), "--recipe", str(settings.save / RECIPE_FILE)]
     command += ["--phase", str(phase)] if settings.recipe.phases else []
-    command += ["--calibration-data", str(settings.calibration_data), *_options(calibrate)]
-    command += ["--work-dir", f"{Path(work).absolute()}-{phase}"] if work else []
-    command += _carrying(settings, phase) or ["--to", "hf"]
+    command += _statistics(settings, phase) + (_carrying(settings, phase) or ["--to", "hf"])
     recover = ("prune", "--load", str(load), "--plan", str(pruned), "--dry-run", "--json")
     return _step(settings, PRUNE, phase, (*command, "--json"), pruned, pruned.is_dir, recover)
+
+
+def measures(settings: RunSettings, phase: int) -> bool:
+    """Whether the pruning of a phase calibrates; with ``carry_statistics`` only that of the first does."""
+    return phase == 1 or not settings.section("calibrate").get("carry_statistics")
+
+
+def _statistics(settings: RunSettings, phase: int) -> list[str]:
+    """Arguments that say where a pruning has its statistics from."""
+    if not measures(settings, phase):
+        return ["--carry-statistics", str(settings.save / f"phase-{phase - 1}" / "pruned")]
+    values = dict(settings.section("calibrate"))
+    work = values.pop("work_dir", None)
+    values.pop("carry_statistics", None)
+    command = ["--calibration-data", str(settings.calibration_data), *_options(values)]
+    return [*command, "--work-dir", f"{Path(work).absolute()}-{phase}"] if work else command
 
 
 def _carrying(settings: RunSettings, phase: int) -> list[str]:

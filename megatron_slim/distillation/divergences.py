@@ -25,18 +25,14 @@ Divergence = Callable[[Tensor, Tensor, VocabShard, Tensor, Tensor], tuple[Tensor
 class KDLoss:
     """What distillation minimises, per token.
 
-    With temperature T, q = softmax(student logits / T), p = softmax(teacher logits / T), and the loss is T^2 times
-
-    - ``forward-kl``: the cross entropy H(p, q), whose gradient is that of KL(p || q);
-    - ``reverse-kl``: KL(q || p) (MiniLLM, arXiv 2306.08543);
-    - ``jsd``: KL(p || m) / 2 + KL(q || m) / 2 with m = (p + q) / 2 (GKD, arXiv 2306.13649, beta 0.5);
-    - ``top-k``: the cross entropy over k + 1 events, the teacher's k most probable tokens and the rest as one.
+    With temperature T, q = softmax(student logits / T), p = softmax(teacher logits / T), and the loss is T^2 times one
+    of `loss_options.KD_LOSSES`, which has the definitions.
 
     T^2 keeps the size of gradients as T grows (Hinton et al., arXiv 1503.02531). The language-model losses and the
     teacher's own cross entropy are at temperature 1 whatever T is.
 
     Attributes:
-        kind: one of the names above, `KD_LOSSES`.
+        kind: one of `KD_LOSSES`.
         temperature: T > 0.
         top_k: k >= 1, for ``top-k`` alone.
     """
@@ -56,7 +52,8 @@ class KDLoss:
 
         All but the shard are [n, P]. It may overwrite log q, and leaves the others alone.
         """
-        return partial(top_k, k=self.top_k) if self.kind == TOP_K else DIVERGENCES[self.kind]
+        found = DIVERGENCES[self.kind]
+        return partial(found, k=self.top_k) if self.kind == TOP_K else found
 
 
 def forward_kl(log_q: Tensor, log_p: Tensor, shard: VocabShard, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,4 +124,10 @@ def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return found, columns.gather(1, order)
 
 
-DIVERGENCES: dict[str, Divergence] = {FORWARD_KL: forward_kl, REVERSE_KL: reverse_kl, JSD: jsd}
+# A further one is another entry here and in `KD_LOSSES`, from this package or from outside.
+DIVERGENCES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    FORWARD_KL: forward_kl,
+    REVERSE_KL: reverse_kl,
+    JSD: jsd,
+    TOP_K: top_k,
+}

@@ -2,5 +2,6 @@
 
 - `findings`: what a finding is
 - `machine`, `packages`: the machine and its versions
+- `patches`: what is changed in Megatron
 - `preflight`: what a run is given
 """

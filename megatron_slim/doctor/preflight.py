@@ -13,12 +13,13 @@ from megatron_slim.data import count_documents, exact_prefix, open_stream
 from megatron_slim.doctor.findings import NOTE, OK, PROBLEM, Finding, good_or, parameters, refused, size
 from megatron_slim.doctor.machine import storage
 from megatron_slim.errors import DataError, SlimError
+from megatron_slim.optimizers import ADAM, OPTIMIZERS
 from megatron_slim.training.blends import parse_blend
 
 if TYPE_CHECKING:
     from megatron_slim.architecture.shape import ModelShape
 
-BYTES_PER_PARAMETER = 14  # of a checkpoint of training in bf16: the weight, and three numbers of the optimizer in fp32
+BYTES_PER_PARAMETER = OPTIMIZERS[ADAM].checkpoint_bytes(2)  # of training in bf16
 
 
 def preflight(

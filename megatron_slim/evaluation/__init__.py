@@ -2,6 +2,7 @@
 
 - `perplexity`: the pass, with one block in memory at a time
 - `losses`: what it computes at the end of the model
+- `means`: means of samples that stream by, with standard errors
 - `acceptance`: counts over speculative decoding
 - `prompts`: what that starts from
 - `teacher`: a teacher that it compares the model with

@@ -12,10 +12,11 @@ import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_slim.architecture.shape import language_config
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.remarks import remarks
 from megatron_slim.errors import CheckpointError, DataError
@@ -23,6 +24,9 @@ from megatron_slim.evaluation.prompts import Prompts, check_prompts, read_prompt
 from megatron_slim.generation.decoder import Decoder
 from megatron_slim.generation.speculative import Drafted, count_accepted, draft_everywhere, speculative
 from megatron_slim.reporting import progress
+
+if TYPE_CHECKING:
+    from megatron_slim.evaluation.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +172,7 @@ def eos_ids(checkpoint: Checkpoint) -> Collection[int]:
     Raises:
         CheckpointError: it names none.
     """
-    named = checkpoint.config.get("eos_token_id")
+    named = language_config(checkpoint.config).get("eos_token_id")
     ids = named if isinstance(named, list) else [named]
     if not ids or any(type(each) is not int for each in ids):
         raise CheckpointError(
@@ -179,7 +183,7 @@ def eos_ids(checkpoint: Checkpoint) -> Collection[int]:
 
 def acceptance_of(
     checkpoint: Checkpoint,
-    teacher: Checkpoint | None,
+    teacher: Teacher | None,
     prompts: Path | Prompts,
     *,
     number: int | None = None,
@@ -190,7 +194,7 @@ def acceptance_of(
 
     Args:
         checkpoint: the model, whose tokenizer reads the prompts.
-        teacher: another model of the same vocabulary.
+        teacher: another model of the same vocabulary, which measures itself once for the same prompts.
         prompts: a file of `read_prompts`, or token ids.
         number: prompts to take of a file; None is all.
         length: tokens to take of each of them; None is all.
@@ -198,7 +202,7 @@ def acceptance_of(
     """
     if options["micro_batch_size"] < 1:
         raise DataError(f"--micro-batch-size {options['micro_batch_size']} is not a positive number")
-    models = [checkpoint] if teacher is None else [checkpoint, teacher]
+    models = [checkpoint] if teacher is None else [checkpoint, teacher.checkpoint]
     where = str(prompts) if isinstance(prompts, Path) else "prompts"
     if isinstance(prompts, Path):
         ids = read_prompts(prompts, checkpoint.config_path, number=number, length=length)
@@ -207,5 +211,4 @@ def acceptance_of(
     checks = {name: options[name] for name in ("max_new_tokens", "draft_tokens")}
     for model in models:
         check_acceptance(model, ids, where=where, **checks)
-    student, *others = (measure_acceptance(model, ids, **options) for model in models)
-    return student, others[0] if others else None
+    return measure_acceptance(checkpoint, ids, **options), teacher.acceptance(ids, **options) if teacher else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +14,16 @@ from torch import Tensor
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.reference import SAMPLES
 from megatron_slim.errors import CheckpointError
+from megatron_slim.evaluation.means import Mean, SampleMeans
 from megatron_slim.products import linear
-from megatron_slim.pruning.streaming import FINAL_NORM, MTP_NORM, StreamingForward
+from megatron_slim.pruning.streaming import FINAL_NORM, MTP_NORM, OUTPUT, StreamingForward
 
 HEAD_ROWS = 512  # positions whose logits are in memory at once: 0.3 GB of fp32 at a vocabulary of 151936
 
 # Norm before a head -> how many positions on the token is that the head predicts.
 AHEAD = {FINAL_NORM: 1, MTP_NORM: 2}
+# Hidden states [n, hidden] of the student and of the teacher, if there is one, and the token ids [n] they predict.
+Chunk: TypeAlias = tuple[Tensor, Tensor | None, Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,16 @@ class Head:
     Attributes:
         loss: cross entropy in nats.
         teacher_loss: that of the teacher's head.
+        difference: the first less the second, whose error is that of differences on the same samples.
         kl: KL(teacher || student) in nats.
         top1_agreement: share of the positions at which both have the same most probable token.
     """
 
-    loss: float
-    teacher_loss: float | None = None
-    kl: float | None = None
-    top1_agreement: float | None = None
+    loss: Mean
+    teacher_loss: Mean | None = None
+    difference: Mean | None = None
+    kl: Mean | None = None
+    top1_agreement: Mean | None = None
 
 
 class FinalStates(StreamingForward):
@@ -86,41 +92,32 @@ class HeadLosses(StreamingForward):
 
     def _measure(self, module: str) -> Head:
         # In fp32 whatever the model computes in: rounded to 16 bits, logits of different tokens become equal.
-        weight = self.weight("lm_head").float()
+        weight = self.weight(OUTPUT).float()
         teacher = self.teacher if self.teacher is not None and module in self.teacher.states else None
-        their_weight = None if teacher is None else teacher.weight("lm_head").float()
-        sums, kept = torch.zeros(4, dtype=torch.float64), list[Tensor]()
-        positions = self.samples.shape[1] - AHEAD[module]
-        for hidden, theirs, ids in self._rows(module, teacher):
-            ids = ids.to(self.device)
-            own = F.log_softmax(linear(hidden.to(self.device).float(), weight), dim=-1)
-            losses = F.nll_loss(own, ids, reduction="none")
-            sums[0] += losses.double().sum().item()
-            if theirs is not None and their_weight is not None:
-                other = F.log_softmax(linear(theirs.to(self.device).float(), their_weight), dim=-1)
-                sums[1:] += _distance(own, other, ids).cpu()
-            if sum(map(len, kept)) < SAMPLES * positions:
-                kept.append(losses.cpu())
-        _check_finite(self.checkpoint, sums[0])
+        their_weight = None if teacher is None else teacher.weight(OUTPUT).float()
+        means, kept = SampleMeans(), list[Tensor]()
+        for chunks in self._batches(module, teacher):
+            figures = [_figures(chunk, weight, their_weight) for chunk in chunks]
+            by_sample = torch.cat(figures, dim=1).unflatten(1, (-1, self.samples.shape[1] - AHEAD[module]))
+            means.add(by_sample)
+            if sum(map(len, kept)) < SAMPLES:
+                kept.append(by_sample[0])
+        _check_finite(self.checkpoint, means.sums[0])
+        if teacher is not None:
+            _check_finite(teacher.checkpoint, means.sums[1])
         if module == FINAL_NORM:
-            by_sample = torch.cat(kept)[: SAMPLES * positions].reshape(-1, positions)
-            self.token_losses = tuple(map(tuple, by_sample.tolist()))
-        means = (sums / (len(self.samples) * positions)).tolist()
-        if teacher is None:
-            return Head(means[0])
-        _check_finite(teacher.checkpoint, sums[1])
-        return Head(*means)
+            self.token_losses = tuple(map(tuple, torch.cat(kept)[:SAMPLES].tolist()))
+        return Head(*means.result())
 
-    def _rows(self, module: str, teacher: FinalStates | None) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-        """Hidden states [n, hidden] of the student and of the teacher, and the token ids [n] that they predict."""
+    def _batches(self, module: str, teacher: FinalStates | None) -> Iterator[list[Chunk]]:
+        """What predicts the tokens of every micro-batch, in chunks of rows."""
         targets = self.samples[:, AHEAD[module] :]
         batches = targets.split(self.micro_batch_size)
         others: Sequence[Tensor | None] = [None] * len(batches) if teacher is None else teacher.states[module]
         for hidden, other, wanted in zip(self.batches(), others, batches, strict=True):
             own, ids = _split(hidden, targets.shape[1]), wanted.reshape(-1).split(HEAD_ROWS)
-            yield from zip(
-                own, [None] * len(own) if other is None else _split(other, targets.shape[1]), ids, strict=True
-            )
+            theirs = [None] * len(own) if other is None else _split(other, targets.shape[1])
+            yield list(zip(own, theirs, ids, strict=True))
 
 
 def _split(hidden: Tensor, positions: int) -> tuple[Tensor, ...]:
@@ -128,19 +125,26 @@ def _split(hidden: Tensor, positions: int) -> tuple[Tensor, ...]:
     return hidden[:, :positions].reshape(-1, hidden.shape[-1]).split(HEAD_ROWS)
 
 
-def _distance(own: Tensor, other: Tensor, ids: Tensor) -> Tensor:
-    """Sums in fp64 of the teacher's losses, the KL divergences and the equal most probable tokens.
+def _figures(chunk: Chunk, weight: Tensor, their_weight: Tensor | None) -> Tensor:
+    """What a `Head` has the means of, for every token: fp64 [figures, n], in the host's memory.
 
     Args:
-        own: log-probabilities [n, vocabulary] of the student.
-        other: those of the teacher.
-        ids: token ids [n] that are predicted.
+        chunk: what predicts n tokens.
+        weight: of the student's head, [vocabulary, hidden].
+        their_weight: of the teacher's.
     """
-    agree = own.argmax(-1) == other.argmax(-1)
-    loss = F.nll_loss(other, ids, reduction="none").double().sum()
+    hidden, theirs, ids = chunk
+    ids = ids.to(weight.device)
+    own = F.log_softmax(linear(hidden.to(weight.device).float(), weight), dim=-1)
+    loss = F.nll_loss(own, ids, reduction="none").double()
+    if theirs is None or their_weight is None:
+        return loss[None].cpu()
+    other = F.log_softmax(linear(theirs.to(weight.device).float(), their_weight), dim=-1)
+    their_loss = F.nll_loss(other, ids, reduction="none").double()
+    agree = (own.argmax(-1) == other.argmax(-1)).double()
     # As F.kl_div with log_target, which takes twice the time and memory.
-    divergence = (other - own).mul_(other.exp()).sum(-1, dtype=torch.float64).sum()
-    return torch.stack([loss, divergence, agree.double().sum()])
+    divergence = (other - own).mul_(other.exp()).sum(-1, dtype=torch.float64)
+    return torch.stack([loss, their_loss, loss - their_loss, divergence, agree]).cpu()
 
 
 def _check_finite(checkpoint: Checkpoint, total: Tensor) -> None:

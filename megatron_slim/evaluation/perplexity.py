@@ -8,29 +8,34 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from megatron_slim import device
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint, log_left_out, open_checkpoint
 from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.reference import Reference
 from megatron_slim.checkpoint.remarks import remarks
+from megatron_slim.compat import runtime
 from megatron_slim.data import Tokens, read_samples
 from megatron_slim.errors import DataError
 from megatron_slim.evaluation.teacher import Teacher
 from megatron_slim.pruning.samples import check_samples
 
+if TYPE_CHECKING:
+    from megatron_slim.evaluation.losses import Head
+
 logger = logging.getLogger(__name__)
+Stderr: TypeAlias = float | tuple[float | None, ...] | None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Losses of a checkpoint on some samples.
+    """Losses of a checkpoint on some samples; standard errors are over samples (`means.SampleMeans`).
 
     Attributes:
         loss: mean cross entropy in nats over all predicted tokens.
@@ -40,8 +45,10 @@ class Evaluation:
         kl: with a teacher, mean KL(teacher || student) in nats over the tokens of ``loss``.
         top1_agreement: share of these positions at which both have the same most probable token.
         teacher_loss: the teacher's ``loss``.
+        loss_difference: ``loss`` less ``teacher_loss``.
         mtp_kl: as ``kl``, between the MTP heads of each depth that both have.
         mtp_top1_agreement: as ``top1_agreement``, between these heads.
+        stderr: standard error of each of them by name, a tuple where it is one; None where there is one sample.
     """
 
     loss: float
@@ -51,24 +58,70 @@ class Evaluation:
     kl: float | None = None
     top1_agreement: float | None = None
     teacher_loss: float | None = None
+    loss_difference: float | None = None
     mtp_kl: tuple[float, ...] = ()
     mtp_top1_agreement: tuple[float, ...] = ()
+    stderr: Mapping[str, Stderr] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, heads: Sequence[Head], tokens: int, token_losses: tuple[tuple[float, ...], ...]) -> Evaluation:
+        """What the heads were found to predict, the main one first."""
+        main, mtp = heads[0], heads[1:]
+        single = {
+            "loss": main.loss,
+            "kl": main.kl,
+            "top1_agreement": main.top1_agreement,
+            "teacher_loss": main.teacher_loss,
+            "loss_difference": main.difference,
+        }
+        found = {name: mean for name, mean in single.items() if mean is not None}
+        by_depth = {
+            "mtp_loss": [head.loss for head in mtp],
+            "mtp_kl": [head.kl for head in mtp if head.kl is not None],
+            "mtp_top1_agreement": [head.top1_agreement for head in mtp if head.top1_agreement is not None],
+        }
+        stderr: dict[str, Stderr] = {name: mean.stderr for name, mean in found.items()}
+        stderr |= {name: tuple(mean.stderr for mean in means) for name, means in by_depth.items()}
+        values: dict[str, Any] = {name: mean.value for name, mean in found.items()}
+        values |= {name: tuple(mean.value for mean in means) for name, means in by_depth.items()}
+        return cls(tokens=tokens, token_losses=token_losses, stderr=stderr, **values)
 
     @property
     def perplexity(self) -> float:
         """exp(loss)."""
         return math.exp(self.loss)
 
+    @property
+    def perplexity_stderr(self) -> float | None:
+        """Standard error of the perplexity, to first order in that of the loss (delta method)."""
+        error = self.stderr.get("loss")
+        return self.perplexity * error if isinstance(error, float) else None
+
+    def losses(self) -> dict[str, Any]:
+        """Losses as in a command's ``--json``."""
+        return {
+            **self._with_errors("loss"),
+            "perplexity": self.perplexity,
+            "perplexity_stderr": self.perplexity_stderr,
+            "tokens": self.tokens,
+            **self._with_errors("mtp_loss"),
+        }
+
     def comparison(self) -> dict[str, Any]:
         """What a teacher adds to a command's ``--json``; nothing without one."""
         if self.kl is None:
             return {}
+        return self._with_errors(
+            "teacher_loss", "loss_difference", "kl", "top1_agreement", "mtp_kl", "mtp_top1_agreement"
+        )
+
+    def _with_errors(self, *names: str) -> dict[str, Any]:
+        """Figures, each with its error under its name with ``_stderr``."""
+        pairs = ((name, getattr(self, name), self.stderr.get(name)) for name in names)
         return {
-            "teacher_loss": self.teacher_loss,
-            "kl": self.kl,
-            "top1_agreement": self.top1_agreement,
-            "mtp_kl": list(self.mtp_kl),
-            "mtp_top1_agreement": list(self.mtp_top1_agreement),
+            key: list(value) if isinstance(value, tuple) else value
+            for name, figure, error in pairs
+            for key, value in ((name, figure), (f"{name}_stderr", error))
         }
 
 
@@ -100,32 +153,21 @@ def evaluate(
         checkpoint: the model.
         samples: token ids [samples, sequence], from `read_evaluation_data`.
         micro_batch_size: samples in one forward pass.
-        dtype: of weights and activations, see `device.default_dtype`; logits are always fp32, sums fp64.
+        dtype: of weights and activations, see `runtime.default_dtype`; logits are always fp32, sums fp64.
         teacher: is compared with the model, where given; `Teacher.check` says whether it can be.
 
     Raises:
         CheckpointError: a loss is not a finite number.
     """
-    device.init_single_process()
+    runtime.init_single_process()
     from megatron_slim.evaluation.losses import HeadLosses
 
-    dtype = dtype or device.default_dtype()
+    dtype = dtype or runtime.default_dtype()
     forward = HeadLosses(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype)
     if teacher is not None:
         forward.teacher = teacher.states(checkpoint.shape, samples, micro_batch_size=micro_batch_size, dtype=dtype)
     forward.run("evaluating")
-    main, *mtp = forward.heads
-    return Evaluation(
-        main.loss,
-        samples.shape[0] * (samples.shape[1] - 1),
-        tuple(head.loss for head in mtp),
-        forward.token_losses,
-        main.kl,
-        main.top1_agreement,
-        main.teacher_loss,
-        tuple(head.kl for head in mtp if head.kl is not None),
-        tuple(head.top1_agreement for head in mtp if head.top1_agreement is not None),
-    )
+    return Evaluation.of(forward.heads, samples.shape[0] * (samples.shape[1] - 1), forward.token_losses)
 
 
 def evaluate_on(
@@ -166,14 +208,14 @@ def evaluate_checkpoint(
     ``record`` writes a `Reference` into ``load``; ``reading`` goes to `open_checkpoint`.
 
     Returns:
-        ``loss``, ``perplexity``, ``tokens``, ``mtp_loss`` (a list, depth 1 first), ``samples``, ``seq_length``,
-        ``dtype`` and ``load``; with a teacher also `Evaluation.comparison`.
+        `Evaluation.losses`, ``samples``, ``seq_length``, ``dtype`` and ``load``; with a teacher also
+        `Evaluation.comparison`.
     """
     if micro_batch_size < 1:
         raise DataError(f"--micro-batch-size {micro_batch_size} is not a positive number")
     checkpoint = open_checkpoint(load, **reading)
     log_left_out(checkpoint)
-    dtype = dtype or device.default_dtype()
+    dtype = dtype or runtime.default_dtype()
     result, samples = evaluate_on(
         checkpoint,
         data,
@@ -187,10 +229,7 @@ def evaluate_checkpoint(
     if record:
         Reference.of(samples.tolist(), result.token_losses, dtype_name(dtype)).save(load)
     return {
-        "loss": result.loss,
-        "perplexity": result.perplexity,
-        "tokens": result.tokens,
-        "mtp_loss": list(result.mtp_loss),
+        **result.losses(),
         **result.comparison(),
         "samples": samples.shape[0],
         "seq_length": samples.shape[1],

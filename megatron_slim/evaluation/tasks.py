@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from megatron_slim import device
 from megatron_slim.checkpoint.convert import Checkpoint, write_checkpoint
 from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.fp8 import BlockScaled
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.compat import runtime
 from megatron_slim.errors import DataError, one_line
 from megatron_slim.extras import require
 from megatron_slim.tokenizers import HuggingFaceTokenizer
@@ -107,7 +107,7 @@ class Tasks:
         Args:
             checkpoint: the model; what transformers cannot read as it is, is exported for the time of the call.
             micro_batch_size: requests in one forward pass.
-            dtype: of weights and activations, see `device.default_dtype`.
+            dtype: of weights and activations, see `runtime.default_dtype`.
 
         Returns:
             By task, parts of groups included: its metrics, each ``{"value", "stderr"}``, and ``documents``.
@@ -120,7 +120,7 @@ class Tasks:
         from lm_eval.models.huggingface import HFLM
 
         on = "cuda" if torch.cuda.is_available() else "cpu"
-        name = dtype_name(dtype or device.default_dtype())
+        name = dtype_name(dtype or runtime.default_dtype())
         with exported(checkpoint) as path:
             model = HFLM(pretrained=str(path), device=on, dtype=name, batch_size=micro_batch_size)
             found = simple_evaluate(

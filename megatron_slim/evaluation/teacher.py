@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_slim import device
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint
+from megatron_slim.compat import runtime
 from megatron_slim.data import Tokens
 from megatron_slim.errors import CheckpointError
 from megatron_slim.files import sha256
 from megatron_slim.pruning.samples import check_samples
 
 if TYPE_CHECKING:
+    from megatron_slim.evaluation.acceptance import Acceptance
     from megatron_slim.evaluation.losses import FinalStates
+    from megatron_slim.evaluation.prompts import Prompts
 
 logger = logging.getLogger(__name__)
 
 
 class Teacher:
-    """A teacher, and its hidden states on the samples that it was last asked for: one pass serves many students.
+    """A teacher, its hidden states on the samples and its acceptance on the prompts that it was last asked for.
+
+    What it has measured serves many students.
 
     Attributes:
         checkpoint: the model.
@@ -33,6 +37,7 @@ class Teacher:
         self.checkpoint = checkpoint
         self._asked: tuple[object, ...] = ()
         self._last: FinalStates | None = None
+        self._accepted: tuple[object, Acceptance] | None = None
 
     def check(self, shape: ModelShape, samples: Tokens) -> None:
         """Refuse a student of this shape, or samples, with which no comparison is possible.
@@ -52,7 +57,7 @@ class Teacher:
 
     def states(self, shape: ModelShape, samples: Tokens, *, micro_batch_size: int, dtype: torch.dtype) -> FinalStates:
         """What the teacher's heads are given, of those that a student of this shape has too."""
-        device.init_single_process()
+        runtime.init_single_process()
         from megatron_slim.evaluation.losses import AHEAD, FinalStates
 
         wanted = tuple(AHEAD)[: 1 + min(self.checkpoint.shape.mtp_num_layers, shape.mtp_num_layers)]
@@ -67,3 +72,12 @@ class Teacher:
         states.run("evaluating the teacher")
         self._asked, self._last = asked, states
         return states
+
+    def acceptance(self, prompts: Prompts, **options: Any) -> Acceptance:
+        """Acceptance of its own drafts; arguments as `acceptance.measure_acceptance`."""
+        asked = ([*map(tuple, prompts)], options)
+        if self._accepted is None or self._accepted[0] != asked:
+            from megatron_slim.evaluation.acceptance import measure_acceptance
+
+            self._accepted = (asked, measure_acceptance(self.checkpoint, prompts, **options))
+        return self._accepted[1]

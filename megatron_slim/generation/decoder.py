@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from megatron_slim.architecture.shape import FULL_ATTENTION
+from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.generation.cache import Cache, DeltaNetCache, KeyValueCache, LayerCache
@@ -117,8 +117,11 @@ class Decoder:
         )
 
     def _layer_cache(self, kind: str, batch: int, places: int) -> LayerCache:
-        if kind == FULL_ATTENTION:
-            return self._keys_and_values(batch, places)
+        makers: dict[str, Callable[[int, int], LayerCache]]
+        makers = {FULL_ATTENTION: self._keys_and_values, LINEAR_ATTENTION: self._delta_net_state}
+        return makers[kind](batch, places)
+
+    def _delta_net_state(self, batch: int, places: int) -> DeltaNetCache:
         shape = self.shape
         keys, values = shape.linear_key_head_dim, shape.linear_value_head_dim
         channels = 2 * shape.linear_num_key_heads * keys + shape.linear_num_value_heads * values

@@ -6,13 +6,14 @@ convolution, W its width; E experts, F neurons of an expert.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_slim.architecture.shape import FULL_ATTENTION
+from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION
 from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.convert import Checkpoint
@@ -176,8 +177,9 @@ class _Reader:
         return self(key).float() + float(self.shape.family.zero_centered_norms)
 
     def block(self, prefix: str, kind: str) -> BlockWeights:
-        mixer = self._attention if kind == FULL_ATTENTION else self._delta_net
-        return BlockWeights(mixer(f"{prefix}self_attention."), self._experts(prefix))
+        mixers: dict[str, Callable[[str], AttentionWeights | DeltaNetWeights]]
+        mixers = {FULL_ATTENTION: self._attention, LINEAR_ATTENTION: self._delta_net}
+        return BlockWeights(mixers[kind](f"{prefix}self_attention."), self._experts(prefix))
 
     def mtp(self, prefix: str) -> MTPWeights:
         return MTPWeights(

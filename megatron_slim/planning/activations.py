@@ -4,20 +4,20 @@
 `TORCH` are the plain modules of a CPU, where tests count what autograd really saves. Tensor parallelism comes with
 sequence parallelism, so that every rank keeps 1 / tp of everything. Routed tokens are split evenly.
 
-Letters: h hidden, q queries, k keys of a token in full attention, f hidden neurons of an expert.
+Letters: h hidden, f hidden neurons of an expert. What a kind of attention keeps is in `architecture.kinds`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_slim.architecture.attention_kind import FP32
 from megatron_slim.architecture.flops import FUSED, Kernels, Recompute
+from megatron_slim.architecture.kinds import KINDS
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
 
-FP32 = 4
 INDEX = 8  # int64
 NOTHING = Recompute()
-DELTA_RULE_BLOCK = 64  # columns of the triangle that fla keeps per token and head
 
 
 @dataclass(frozen=True)
@@ -61,46 +61,9 @@ def _norm_and_output(size: float, of: Pass) -> float:
     return _norm(size, of) + of.width * size
 
 
-def _full_attention(shape: ModelShape, of: Pass) -> float:
-    """Bytes a token, of all tensor-parallel ranks together."""
-    w, heads, groups = of.width, shape.num_attention_heads, shape.num_query_groups
-    q, k = heads * shape.kv_channels, groups * shape.kv_channels
-    gate = (FP32 + w) * q if shape.family.attention_output_gate else 0.0  # its sigmoid, and what is multiplied by it
-    projected = w * (q * (2 if shape.family.attention_output_gate else 1) + 2 * k)
-    rotated = w * (q + k) + FP32 * (heads + groups)  # and the roots of their norms
-    found = projected + rotated + (w * q + FP32 * heads) + gate
-    if not of.fused:  # the queries apart from what was projected, and sines and cosines, of all samples once
-        found += w * q + 4 * w * shape.rotary_dim / of.samples
-    if not of.kernels.skips_masked:  # scores in fp32, the same rounded, and one mask for all samples
-        found += of.seq_length * (heads * (FP32 + w if w < FP32 else FP32) + 1 / of.samples)
-    return found
-
-
-def _linear_attention(shape: ModelShape, of: Pass) -> float:
-    """Likewise, of Gated DeltaNet."""
-    w, heads, dim = of.width, shape.linear_num_value_heads, shape.linear_key_head_dim
-    keys, values = shape.linear_num_key_heads * dim, heads * shape.linear_value_head_dim
-    channels = 2 * keys + values
-    # Before and after; ours convolves again, and keeps the whole projection, with gate, beta and decay.
-    convolved = w * (2 * channels if of.fused else channels + values + 2 * heads)
-    normed = w * 2 * keys + w * 2 * shape.linear_num_key_heads
-    rule = w * (2 * heads * dim + values) + FP32 * heads  # every value head has its queries and keys, and a decay
-    decays = 2 * FP32 * heads + w * heads
-    gated = 2 * FP32 * values + w * values + w * values  # gate and its silu in fp32, what it multiplies, the product
-    output = w * values + FP32 * heads  # also the input of the norm
-    if of.fused:
-        triangle = w * DELTA_RULE_BLOCK * heads
-        return convolved + normed + rule + decays + triangle + output + gated
-    chunk = of.kernels.delta_rule_chunk
-    state = FP32 * heads * dim * shape.linear_value_head_dim / chunk
-    within = FP32 * (heads * 3 * chunk + values)  # similarities of queries and keys, the inverse; the errors
-    return convolved + normed + rule + decays + state + within + output + gated
-
-
 def attention_bytes(shape: ModelShape, kind: str, of: Pass) -> float:
     """What attention or Gated DeltaNet keeps, its norm included."""
-    core = _full_attention(shape, of) if kind == FULL_ATTENTION else _linear_attention(shape, of)
-    return of.share * (_norm_and_output(shape.hidden_size, of) + core)
+    return of.share * (_norm_and_output(shape.hidden_size, of) + KINDS[kind].kept(shape, of))
 
 
 def moe_norm_bytes(shape: ModelShape, of: Pass) -> float:

@@ -23,9 +23,10 @@ from typing import Any
 from megatron_slim.architecture.pipeline_layout import Stages
 from megatron_slim.architecture.shape import ModelShape, shape_to_hf_config
 from megatron_slim.garbage import without_collection
+from megatron_slim.optimizers import MAIN_COPY
 from megatron_slim.planning.flags import megatron_arguments
 from megatron_slim.planning.layouts import Settings, TrainLayout
-from megatron_slim.planning.memory import GRADIENT, MAIN_COPY, MOMENTS, Memory
+from megatron_slim.planning.memory import GRADIENT, MOMENTS, Memory
 from megatron_slim.planning.parameters import Count
 
 
@@ -59,9 +60,8 @@ def prepare() -> None:
     """Import what building needs, which takes seconds, before processes fork."""
     if "torch" not in sys.modules:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is to be allocated, and a fork must find CUDA untouched
-    from megatron_slim import device
+    import megatron_slim.mcore
 
-    device.install()
     import megatron_slim.training.pretrain  # noqa: F401
 
 

@@ -14,6 +14,7 @@ from megatron_slim.architecture.parallelism import padded_vocab_size
 from megatron_slim.architecture.pipeline_layout import Stages
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.distillation.loss_options import FORWARD_KL
+from megatron_slim.optimizers import ADAM, MAIN_COPY, OPTIMIZERS
 from megatron_slim.planning.activations import Pass, largest_block_bytes, stage_bytes
 from megatron_slim.planning.hardware import GIB, Assumptions
 from megatron_slim.planning.layouts import RECOMPUTE, Settings, TrainLayout
@@ -21,8 +22,7 @@ from megatron_slim.planning.parameters import Count, counter
 from megatron_slim.planning.schedule import most_held
 
 GRADIENT = 4  # bytes
-MOMENTS = 8
-MAIN_COPY = 4
+MOMENTS = OPTIMIZERS[ADAM].state_bytes
 # Of a chunk of the losses, a token and column of the vocabulary (docs/distillation.md).
 LOSS_BYTES = {"bf16": 14, "fp32": 12}
 LOSS_OTHERS = 3.0  # losses that need both models' probabilities as well as the logits

@@ -13,6 +13,7 @@ from megatron_slim.architecture.flops import block_flops, head_flops, mtp_flops,
 from megatron_slim.architecture.parallelism import padded_vocab_size
 from megatron_slim.architecture.pipeline_layout import Stages
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.optimizers import ADAM, OPTIMIZERS
 from megatron_slim.planning.activations import Pass, attention_bytes, moe_bytes, moe_norm_bytes
 from megatron_slim.planning.hardware import Assumptions, Gpu
 from megatron_slim.planning.layouts import Settings, TrainLayout
@@ -20,7 +21,6 @@ from megatron_slim.planning.memory import GRADIENT, LOSS_BYTES, micro_batch, ran
 from megatron_slim.planning.parameters import counter
 from megatron_slim.planning.schedule import step_seconds
 
-OPTIMIZER_TRAFFIC = 30  # bytes of a parameter: gradient read, main copy and moments read and written, weight written
 LATENCY = 20e-6  # seconds of a collective or a message, whatever it carries
 
 
@@ -218,7 +218,7 @@ def _synchronised(layers: Sequence[int], cost: Cost) -> tuple[float, float]:
             rate = gpu.nvlink * assumed.nvlink if near else gpu.network * assumed.network
             if ranks > 1:
                 communicated += LATENCY + numel * (GRADIENT + cost.of.width) * (ranks - 1) / ranks / rate
-            updated += (numel / ranks * OPTIMIZER_TRAFFIC + numel * GRADIENT) / cost.hbm
+            updated += (numel / ranks * OPTIMIZERS[ADAM].traffic + numel * GRADIENT) / cost.hbm
         found.append((communicated, updated))
     return max(each for each, _ in found), max(each for _, each in found)
 

@@ -4,6 +4,7 @@
   kill
 - `parallel`: the same pass inside Megatron, over many processes
 - `recorder`, `importance`, `statistics`, `samples`: sums, their definitions, the file, the data
+- `carried_statistics`: statistics through a plan, instead of a new calibration
 - `plan`, `depth`, `experts`, `inner_axes`: the decision: widths, layers, experts, neurons and heads
 - `search`: sizes that meet a budget
 - `plan_reader`, `fingerprint`: reading a decision back, and which checkpoint it is for

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_slim.architecture.axes import Dim, axes_of, kept_positions
-from megatron_slim.architecture.shape import ModelShape, shape_to_hf_config
+from megatron_slim.architecture.shape import ModelShape, shape_to_hf_config, wrapper_of
 from megatron_slim.architecture.table import weights
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.huggingface import Index
@@ -72,6 +72,7 @@ class PrunedCheckpoint:
         self.fused_blocks = frozenset(new for new, old in plan.source_blocks.items() if old in source.fused_blocks)
         self.notes = source.notes
         self.left_out = source.left_out
+        self.carried = source.carried.with_rows(wrapper_of(source.config), np.array(plan.kept_hidden, dtype=np.int64))
         self.config: dict[str, Any] = shape_to_hf_config(plan.target_shape, source.config)
         self._origins = dict(_origins(plan))
         self._kept_hidden = np.array(plan.kept_hidden, dtype=np.int64)

@@ -16,16 +16,17 @@ from torch import Tensor
 
 from megatron_slim import __version__
 from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.architecture.table import names_of, router_of
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.dtype_names import dtype_name
-from megatron_slim.device import default_dtype, init_single_process
+from megatron_slim.compat.runtime import default_dtype, init_single_process
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.importance import HiddenImportance, block_statistics
 from megatron_slim.pruning.recorder import BlockRecorder, NormRecorder
 from megatron_slim.pruning.samples import check_samples
 from megatron_slim.pruning.statistics import FORMAT, Array, Statistics, importance_key
-from megatron_slim.pruning.streaming import FINAL_NORM, StreamingForward
+from megatron_slim.pruning.streaming import FINAL_NORM, KEYS, StreamingForward
 from megatron_slim.pruning.work_dir import WorkDir
 
 logger = logging.getLogger(__name__)
@@ -97,10 +98,10 @@ class _Calibration(StreamingForward):
         tokens = self.samples.numel()
         if module == FINAL_NORM:
             self.importance.add(self.final_norm.sums, tokens)
-        if ".layers." in module:
+        if module in self.shape.blocks:
             sums = self._recorder.sums
             self.importance.add(sums, tokens)
-            router = self.checkpoint.read(router_weight(module))
+            router = self.checkpoint.read(router_of(self.shape, module))
             self.tensors.update(block_statistics(module, self.shape, sums, router))
 
     def state(self) -> Mapping[str, Tensor]:
@@ -115,11 +116,6 @@ class _Calibration(StreamingForward):
             values.copy_(state[f"{_HIDDEN}{kind}"])
 
 
-def router_weight(block: str) -> str:
-    """Hugging Face name of the weight of a block's router."""
-    return f"{block}.mlp.gate.weight"
-
-
 def log_unrouted(tensors: Mapping[str, Array], shape: ModelShape) -> None:
     """Log how many experts no token visited, by block."""
     counts = {block: int((tensors[importance_key(block, "frequency")] == 0).sum()) for block in shape.blocks}
@@ -128,7 +124,9 @@ def log_unrouted(tensors: Mapping[str, Array], shape: ModelShape) -> None:
 
 
 def not_finite(module: str, checkpoint: Checkpoint) -> CheckpointError:
-    """What to raise where an activation is not finite."""
+    """What to raise where an activation is not finite; the module by its Hugging Face name."""
+    if module in KEYS:
+        module = names_of(checkpoint.shape)[KEYS[module]].removesuffix(".weight")
     return CheckpointError(
         f"output of {module} is not finite",
         where=str(checkpoint.path),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 
-from megatron_slim.architecture.table import hf_tensors
+from megatron_slim.architecture.table import ROUTER, hf_tensors, names_of
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.raw_files import as_bytes
 
@@ -18,9 +18,10 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     """
     shape = checkpoint.shape
     digest = hashlib.sha256(json.dumps(shape.to_dict(), sort_keys=True).encode())
+    routers = {name for key, name in names_of(shape).items() if key.endswith(ROUTER)}
     for name, tensor in sorted(hf_tensors(shape).items()):
         extents = tensor.shape(shape)
         digest.update(f"{name} {list(extents)} {checkpoint.dtypes[name]}\n".encode())
-        if len(extents) == 1 or name.endswith(".mlp.gate.weight"):
+        if len(extents) == 1 or name in routers:
             digest.update(as_bytes(checkpoint.read(name).contiguous()))
     return digest.hexdigest()

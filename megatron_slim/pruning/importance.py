@@ -17,16 +17,7 @@ Layers, the MTP block too, whose input is what leaves ``mtp.fc``:
     cosine          = cos(mean X_l, mean Y_l)                              (SlimQwen A.4)
     block_influence = 1 - mean cos(X_l, Y_l)                               (ShortGPT, arXiv 2403.03853)
 
-Experts of a block. A(x) are the top-k experts of token x, p the router's softmax, g the gate by which the network
-multiplies an expert's output E_i(x) (p, renormalised over A(x) where ``norm_topk_prob``), X_i the tokens routed to i:
-
-    frequency_i   = mean 1[i in A(x)]                                                          (SlimQwen 3.2)
-    soft_logits_i = mean 1[i in A(x)] p_i(x) / sum_{j in A(x)} p_j(x)                          (SlimQwen 3.2)
-    reap_i        = mean over X_i of g_i(x) ||E_i(x)||_2, and 0 where X_i is empty             (REAP, arXiv 2510.13999)
-    output_norm_i = mean 1[i in A(x)] ||E_i(x)||_2                    (EAN of arXiv 2510.13999)
-
-Their similarities are cosines of the router's rows, of its logits as vectors over all tokens, and of the experts' mean
-outputs over X_i; 0 where one of the two is a zero vector.
+Experts of a block: `expert_metrics` has importances and similarities with their definitions.
 
 Neurons and heads, by the activations that the last projection reads (a = silu(gate) * up, before any router's gate):
 
@@ -45,6 +36,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from megatron_slim import expert_metrics
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.pruning.statistics import (
     Array,
@@ -65,22 +57,6 @@ def to_array(values: Tensor) -> Array:
     """A float32 array of a float64 tensor."""
     array: Array = values.to(device="cpu", dtype=torch.float32).numpy()
     return array
-
-
-def cosine_matrix(rows: Tensor) -> Tensor:
-    """Cosine of every pair of rows; of a zero row with anything, 0.
-
-    >>> cosine_matrix(torch.tensor([[3.0, 4.0], [0.0, 2.0], [0.0, 0.0]], dtype=torch.float64))[1].tolist()
-    [0.8, 1.0, 0.0]
-    """
-    return cosine_from_gram(rows @ rows.T)
-
-
-def cosine_from_gram(gram: Tensor) -> Tensor:
-    """Cosines of vectors from their inner products; of a zero vector with anything, 0."""
-    norms = gram.diagonal().sqrt()
-    scale = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
-    return gram * scale[:, None] * scale[None, :]
 
 
 class HiddenImportance:
@@ -120,7 +96,7 @@ def block_statistics(block: str, shape: ModelShape, sums: Sums, router_EH: Tenso
     sums = {name: values.cpu() for name, values in sums.items()}
     tokens = sums["tokens"]
     ends = torch.stack((sums["input"], sums["output"]))
-    yield layer_key(block, "cosine"), to_array(cosine_matrix(ends)[0, 1])
+    yield layer_key(block, "cosine"), to_array(expert_metrics.cosine_matrix(ends)[0, 1])
     yield layer_key(block, "block_influence"), to_array(1 - sums["cosine"] / tokens)
     yield heads_key(block, shape.layer_type(block)), to_array(sums["heads"] / tokens)
     if shape.moe_shared_expert_intermediate_size:
@@ -129,18 +105,10 @@ def block_statistics(block: str, shape: ModelShape, sums: Sums, router_EH: Tenso
 
 
 def _expert_statistics(block: str, sums: Sums, router_EH: Tensor) -> Iterator[tuple[str, Array]]:
-    tokens, visits = sums["tokens"], sums["experts.count"].clamp(min=1)
-    importances = {
-        "frequency": sums["experts.count"] / tokens,
-        "soft_logits": sums["experts.share"] / tokens,
-        "reap": sums["experts.saliency"] / visits,
-        "output_norm": sums["experts.norm"] / tokens,
-    }
-    similarities = {
-        "router_weights": cosine_matrix(router_EH.double()),
-        "router_logits": cosine_from_gram(sums["experts.logits"]),
-        "expert_vectors": cosine_matrix(sums["experts.output"] / visits[:, None]),
-    }
+    visits = expert_metrics.visits(sums)
     yield expert_ffn_key(block), to_array(sums["experts.ffn"] / visits[:, None])
-    yield from ((importance_key(block, kind), to_array(values)) for kind, values in importances.items())
-    yield from ((similarity_key(block, kind), to_array(values)) for kind, values in similarities.items())
+    known = {**sums, "router": router_EH}
+    for kind, metric in expert_metrics.EXPERT_IMPORTANCES.items():
+        yield importance_key(block, kind), to_array(metric.of(known))
+    for kind, metric in expert_metrics.EXPERT_SIMILARITIES.items():
+        yield similarity_key(block, kind), to_array(metric.of(known))

@@ -14,17 +14,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
+from megatron_slim.architecture.attention_kind import Heads
+from megatron_slim.architecture.kinds import KINDS
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.pruning import statistics
 from megatron_slim.pruning.experts import ExpertGroup, Vector, ranking
 from megatron_slim.pruning.statistics import Statistics
 
 EXPERT_FFN, SHARED_FFN = "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"
-# By layer type: the size, the axis of the heads, and the axis of the groups that they are nested in.
-HEADS = {
-    FULL_ATTENTION: ("num_attention_heads", "query_per_group", "kv_group"),
-    LINEAR_ATTENTION: ("linear_num_value_heads", "gdn_value_per_key", "gdn_key_head"),
-}
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,8 @@ class InnerAxes:
         neurons: of each surviving expert, in order, the FFN neurons of its base; members that are merged into it give
             theirs at the same places, or those that match them (`align`). Empty: all survive, as in the others.
         shared_neurons: those of the shared expert.
-        heads: query heads of full attention, value heads of linear attention; of every group equally many.
+        heads: query heads of full attention, value heads of linear attention; of every group equally many, or none of
+            a group that goes with its key.
     """
 
     neurons: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
@@ -67,9 +65,15 @@ class InnerAxes:
         if block in self.shared_neurons:
             found["shared_ffn"] = np.array(self.shared_neurons[block], dtype=np.int64)
         if block in self.heads:
-            _, axis, group = HEADS[source.layer_type(block)]
-            heads = np.array(self.heads[block], dtype=np.int64).reshape(source.sizes[group], -1)
-            found[axis] = heads % source.sizes[axis]
+            axis = KINDS[source.layer_type(block)].heads
+            groups, width = source.sizes[axis.group_axis], source.sizes[axis.axis]
+            heads = np.array(self.heads[block], dtype=np.int64)
+            kept = np.unique(heads // width)
+            within = np.zeros((groups, len(heads) // len(kept)), dtype=np.int64)  # of groups that go, never read
+            within[kept] = heads.reshape(len(kept), -1) % width
+            found[axis.axis] = within
+            if len(kept) < groups:
+                found[axis.group_axis] = kept
         return found
 
 
@@ -96,17 +100,23 @@ def choose(
         if pruned(SHARED_FFN, source, target):
             of_shared = importance(statistics.shared_ffn_key(block))
             shared[block] = best(of_shared, target.moe_shared_expert_intermediate_size)
-        kind = source.layer_type(block)
-        size, _, group_axis = HEADS[kind]
-        if pruned(size, source, target):
-            of_heads = importance(statistics.heads_key(block, kind))
-            heads[block] = best_of_groups(of_heads, getattr(target, size), source.sizes[group_axis])
+        axis = KINDS[source.layer_type(block)].heads
+        if has_fewer_heads(axis, source, target):
+            of_heads = importance(statistics.heads_key(block, source.layer_type(block)))
+            heads[block] = best_of_groups(
+                of_heads, getattr(target, axis.field), source.sizes[axis.group_axis], getattr(target, axis.groups_field)
+            )
     return InnerAxes(neurons, shared, heads)
 
 
 def pruned(size: str, source: ModelShape, target: ModelShape) -> bool:
     """Whether the target is smaller in a size."""
     return bool(getattr(target, size) < getattr(source, size))
+
+
+def has_fewer_heads(axis: Heads, source: ModelShape, target: ModelShape) -> bool:
+    """Whether the target has fewer heads of a kind, or fewer groups of them."""
+    return pruned(axis.field, source, target) or pruned(axis.groups_field, source, target)
 
 
 def best(importance: Vector, count: int) -> tuple[int, ...]:
@@ -118,15 +128,20 @@ def best(importance: Vector, count: int) -> tuple[int, ...]:
     return tuple(np.sort(ranking(importance)[:count]).tolist())
 
 
-def best_of_groups(importance: Vector, count: int, groups: int) -> tuple[int, ...]:
-    """The same, equally many of each of some equal and contiguous groups.
+def best_of_groups(importance: Vector, count: int, groups: int, kept: int) -> tuple[int, ...]:
+    """The same, equally many of each of the ``kept`` most important of some equal and contiguous groups.
 
-    >>> best_of_groups(np.array([5.0, 4.0, 3.0, 0.0, 1.0, 2.0]), 4, 2)
+    A group is as important as its members together.
+
+    >>> best_of_groups(np.array([5.0, 4.0, 3.0, 0.0, 1.0, 2.0]), 4, groups=2, kept=2)
     (0, 1, 4, 5)
+    >>> best_of_groups(np.array([0.0, 1.0, 2.0, 5.0, 4.0, 3.0]), 2, groups=2, kept=1)
+    (3, 4)
     """
     each = importance.reshape(groups, -1)
     width = each.shape[1]
-    return tuple(group * width + index for group in range(groups) for index in best(each[group], count // groups))
+    survivors = best(each.sum(1), kept)
+    return tuple(group * width + index for group in survivors for index in best(each[group], count // kept))
 
 
 def violations(document: Mapping[str, Any], blocks: Sequence[str], source: ModelShape, target: ModelShape) -> list[str]:
@@ -134,7 +149,10 @@ def violations(document: Mapping[str, Any], blocks: Sequence[str], source: Model
     found = []
     for name, size in (("neurons", EXPERT_FFN), ("shared_neurons", SHARED_FFN), ("heads", "")):
         part = document[name]
-        expected = [b for b in blocks if pruned(size or HEADS[source.layer_type(b)][0], source, target)]
+        if size:
+            expected = [block for block in blocks if pruned(size, source, target)]
+        else:
+            expected = [b for b in blocks if has_fewer_heads(KINDS[source.layer_type(b)].heads, source, target)]
         if not isinstance(part, Mapping) or sorted(part) != sorted(expected):
             found.append(f"{name} are not given for exactly the blocks {', '.join(expected) or '(none)'}")
             continue
@@ -152,15 +170,16 @@ def _block_violations(name: str, block: str, value: Any, source: ModelShape, tar
             label = f"neurons of {block}, expert {number}"
             yield from index_violations(label, indices, target.moe_ffn_hidden_size, source.moe_ffn_hidden_size)
         return
-    size = SHARED_FFN if name == "shared_neurons" else HEADS[source.layer_type(block)][0]
+    size = SHARED_FFN if name == "shared_neurons" else KINDS[source.layer_type(block)].heads.field
     label, count, limit = f"{name} of {block}", getattr(target, size), getattr(source, size)
     wrong = index_violations(label, value, count, limit)
     yield from wrong
     if name == "heads" and not wrong:
-        groups = source.sizes[HEADS[source.layer_type(block)][2]]
-        per_group = np.bincount(np.array(value) // (limit // groups), minlength=groups)
-        if per_group.min() != per_group.max():
-            yield f"{label} are not equally many in each of {groups} groups"
+        axis = KINDS[source.layer_type(block)].heads
+        groups, kept = source.sizes[axis.group_axis], getattr(target, axis.groups_field)
+        _, per_group = np.unique(np.array(value) // (limit // groups), return_counts=True)
+        if len(per_group) != kept or per_group.min() != per_group.max():
+            yield f"{label} are not equally many in each of {kept} groups"
 
 
 def index_violations(key: str, value: Any, count: int, limit: int) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_slim.architecture.kinds import KINDS
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import RecipeError
@@ -201,12 +202,36 @@ def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") ->
     layers = recipe.target.num_layers or shape.num_layers
     if layers <= shape.num_layers and not list(_with_full_attention(recipe, shape, layers)):
         found.append(f"target.num_layers {layers} leaves no full_attention layer")
-    sizes = {key: value for key, value in wanted.items() if value is not None and key != "num_layers"}
+    found += _head_violations(recipe, shape)
+    sizes: dict[str, Any] = {k: size for k, size in wanted_sizes(recipe, shape).items() if k != "num_layers"}
     found = found or dataclasses.replace(shape, **sizes).violations()
     if recipe.budget is not None:
         found = found or _grid_violations(recipe, shape) or space_before_statistics(recipe, shape).violations()
     if found:
         raise RecipeError("; ".join(found), where=where)
+
+
+def wanted_sizes(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
+    """The sizes that a target names; heads follow their groups where only the number of groups is given."""
+    sizes = {key: value for key, value in dataclasses.asdict(recipe.target).items() if value is not None}
+    for axis in (kind.heads for kind in KINDS.values()):
+        if axis.groups_field in sizes and axis.field not in sizes:
+            sizes[axis.field] = shape.sizes[axis.axis] * sizes[axis.groups_field]
+    return sizes
+
+
+def _head_violations(recipe: Recipe, shape: ModelShape) -> list[str]:
+    """Numbers of heads that the groups cannot have."""
+    sizes, found = dataclasses.asdict(recipe.target), []
+    for axis in (kind.heads for kind in KINDS.values()):
+        groups, heads = sizes[axis.groups_field], sizes[axis.field]
+        if groups is None:
+            continue
+        if heads is not None and heads > shape.sizes[axis.axis] * groups:
+            found.append(f"target.{axis.field} {heads} is more than {groups} {axis.groups_noun} have in the source")
+        if recipe.budget is not None and heads is None:
+            found.append(f"target.{axis.groups_field} with a budget needs target.{axis.field}")
+    return found
 
 
 def check_later_phases(schedule: Recipe, number: int, shape: ModelShape, *, where: str) -> None:
@@ -240,7 +265,7 @@ def check_later_phases(schedule: Recipe, number: int, shape: ModelShape, *, wher
 
 def _possible_targets(recipe: Recipe, shape: ModelShape) -> Iterator[ModelShape]:
     """Every model that a recipe without a budget can give, as far as statistics decide."""
-    sizes = {key: value for key, value in dataclasses.asdict(recipe.target).items() if value is not None}
+    sizes: dict[str, Any] = wanted_sizes(recipe, shape)
     layers = recipe.target.num_layers or shape.num_layers
     for types in _with_full_attention(recipe, shape, layers):
         yield dataclasses.replace(shape, **sizes | {"num_layers": layers, "layer_types": types})
@@ -285,7 +310,7 @@ def target_shape(recipe: Recipe, shape: ModelShape, kept_layers: tuple[int, ...]
     Raises:
         RecipeError: the result cannot be built.
     """
-    wanted = {key: value for key, value in dataclasses.asdict(recipe.target).items() if value is not None}
+    wanted: dict[str, Any] = wanted_sizes(recipe, shape)
     wanted |= {"num_layers": len(kept_layers), "layer_types": tuple(shape.layer_types[i] for i in kept_layers)}
     target = dataclasses.replace(shape, **wanted)
     if violations := target.violations():
@@ -295,7 +320,9 @@ def target_shape(recipe: Recipe, shape: ModelShape, kept_layers: tuple[int, ...]
 
 def _block_groups(recipe: Recipe, stats: Statistics, block: str, survivors: int) -> tuple[ExpertGroup, ...]:
     importance = stats.tensors[statistics.importance_key(block, recipe.experts.importance)].astype(np.float64)
-    similarity = stats.tensors[statistics.similarity_key(block, recipe.experts.similarity)].astype(np.float64)
+    similarity = None
+    if recipe.experts.method != "prune":  # which merges nothing
+        similarity = stats.tensors[statistics.similarity_key(block, recipe.experts.similarity)].astype(np.float64)
     return expert_groups(importance, similarity, survivors, recipe.experts)
 
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
+from megatron_slim.architecture.kinds import KINDS
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import BF16_BYTES, count_parameters
 from megatron_slim.pruning import report
 from megatron_slim.pruning.experts import ExpertGroup, Vector, ranking
-from megatron_slim.pruning.inner_axes import HEADS
 from megatron_slim.pruning.plan import Plan
 from megatron_slim.pruning.plan_reader import PlanError
 from megatron_slim.pruning.statistics import (
@@ -139,7 +139,9 @@ def check_statistics(plan: Plan, stats: Statistics, *, where: str) -> None:
 
 
 def _vector(stats: Statistics | None, key: str) -> Vector | None:
-    return None if stats is None else stats.tensors[key].astype(np.float64)
+    """None without statistics, and of statistics that have no such thing."""
+    values = None if stats is None else stats.tensors.get(key)
+    return None if values is None else values.astype(np.float64)
 
 
 def _scalar(stats: Statistics | None, key: str) -> float | None:
@@ -165,11 +167,11 @@ def _inner_axes(plan: Plan, stats: Statistics | None) -> Iterator[Axis]:
     for block, neurons in plan.inner.shared_neurons.items():
         measured = _vector(stats, shared_ffn_key(block))
         yield Axis("shared neurons", block, shape.moe_shared_expert_intermediate_size, neurons, measured)
-    for kind, name in ((FULL_ATTENTION, "query heads"), (LINEAR_ATTENTION, "value heads")):
+    for name, kind in KINDS.items():
         for block, heads in plan.inner.heads.items():
-            if shape.layer_type(block) == kind:
-                size = getattr(shape, HEADS[kind][0])
-                yield Axis(name, block, size, heads, _vector(stats, heads_key(block, kind)))
+            if shape.layer_type(block) == name:
+                size = getattr(shape, kind.heads.field)
+                yield Axis(kind.heads.noun, block, size, heads, _vector(stats, heads_key(block, name)))
 
 
 def block_experts(plan: Plan, stats: Statistics | None) -> list[BlockExperts]:

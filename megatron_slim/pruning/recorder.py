@@ -10,7 +10,8 @@ Sums of a block (H hidden, E experts, F neurons of one; sizes are those of the w
     {input|mlp}_norm.abs [H]                        |normed|
     {input|mlp}_norm.squares [H]                    over samples, squares of the mean over the sample of |normed|
     heads [heads]   shared_ffn [S]                  norms of heads; |activations| of the shared expert
-    experts.{count|share|saliency|norm} [E]         1, share of the gate, gate * norm of the output, norm of the output
+    experts.{count|share} [E]                       1, share of the gate
+    experts.NAME [E]                                what `expert_metrics.pair_sums` adds up of every pair
     experts.output [E, H]   experts.ffn [E, F]      outputs; |activations|
     experts.logits [E, E]                           products of logits
 
@@ -31,9 +32,11 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_slim.architecture.kinds import KINDS
 from megatron_slim.architecture.local_experts import LocalExperts
 from megatron_slim.architecture.local_modules import rms_norm
-from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.expert_metrics import RoutedPairs, pair_sums
 from megatron_slim.pruning.importance import Sums
 
 
@@ -87,14 +90,13 @@ def norm_sizes(site: str, hidden_size: int) -> dict[str, tuple[int, ...]]:
 def block_sizes(block: str, shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Names and sizes of the sums of a block."""
     hidden, experts = shape.hidden_size, shape.num_moe_experts
-    full = shape.layer_type(block) == FULL_ATTENTION
     sizes: dict[str, tuple[int, ...]] = {
         "tokens": (),
         "cosine": (),
         "input": (hidden,),
         "output": (hidden,),
-        "heads": (shape.num_attention_heads if full else shape.linear_num_value_heads,),
-        **{f"experts.{kind}": (experts,) for kind in ("count", "share", "saliency", "norm")},
+        "heads": (getattr(shape, KINDS[shape.layer_type(block)].heads.field),),
+        **{f"experts.{kind}": (experts,) for kind in ("count", "share", *pair_sums())},
         "experts.output": (experts, hidden),
         "experts.ffn": (experts, shape.moe_ffn_hidden_size),
         "experts.logits": (experts, experts),
@@ -152,6 +154,7 @@ class BlockRecorder(Recorder):
             parameter for name, parameter in layer.named_parameters() if name.endswith("layer_norm_weight")
         )
         self._pairs: _Pairs | None = None
+        self._pair_sums = pair_sums()
         layer.register_forward_hook(self._on_layer, with_kwargs=True)
         if self._in_trunk:
             layer.pre_mlp_layernorm.register_forward_hook(self._on_mlp_norm)
@@ -159,11 +162,9 @@ class BlockRecorder(Recorder):
         self._listen_to_experts(layer.mlp)
 
     def _listen_to_heads(self, attention: Any, block: str, shape: ModelShape) -> None:
-        if shape.layer_type(block) == FULL_ATTENTION:
-            self._head_dim, projection = shape.kv_channels, attention.linear_proj
-        else:
-            self._head_dim, projection = shape.linear_value_head_dim, attention.out_proj
-        projection.register_forward_pre_hook(self._on_heads)
+        heads = KINDS[shape.layer_type(block)].heads
+        self._head_dim = getattr(shape, heads.width)
+        getattr(attention, heads.projection).register_forward_pre_hook(self._on_heads)
 
     def _listen_to_experts(self, mlp: Any) -> None:
         mlp.router.register_forward_hook(self._on_router)
@@ -232,9 +233,10 @@ class BlockRecorder(Recorder):
         assert self._pairs is not None
         outputs_PH, gates_P = output[0], self._pairs.gates_P
         lengths_P = torch.linalg.vector_norm(outputs_PH, dim=1, dtype=torch.float32)
-        per_pair = self._pairs.sums_by_expert(torch.stack((gates_P * lengths_P, lengths_P), dim=1))
-        self.sums["experts.saliency"][self._own] += per_pair[:, 0]
-        self.sums["experts.norm"][self._own] += per_pair[:, 1]
+        pairs = RoutedPairs(outputs_PH, gates_P, lengths_P)
+        per_pair = torch.stack([value(pairs) for value in self._pair_sums.values()], dim=1)
+        for name, total_E in zip(self._pair_sums, self._pairs.sums_by_expert(per_pair).T, strict=True):
+            self.sums[f"experts.{name}"][self._own] += total_E
         self.sums["experts.output"][self._own] += self._pairs.sums_by_expert(outputs_PH)
         self._pairs = None
         return (outputs_PH * gates_P[:, None]).to(outputs_PH.dtype), output[1]

@@ -22,7 +22,9 @@ class Summary(TypedDict):
     moe_router_topk: int
     moe_ffn_hidden_size: int
     moe_shared_expert_intermediate_size: int
+    num_query_groups: int
     num_attention_heads: int
+    linear_num_key_heads: int
     linear_num_value_heads: int
     parameters: int
     parameters_without_mtp: int
@@ -40,7 +42,9 @@ LABELS = {
     "moe_router_topk": "top-k",
     "moe_ffn_hidden_size": "expert FFN",
     "moe_shared_expert_intermediate_size": "shared expert FFN",
+    "num_query_groups": "KV groups",
     "num_attention_heads": "query heads",
+    "linear_num_key_heads": "linear key heads",
     "linear_num_value_heads": "linear value heads",
     "parameters": "parameters",
     "parameters_without_mtp": "without MTP",
@@ -63,7 +67,9 @@ def summarise(shape: ModelShape, total_bytes: int) -> Summary:
         moe_router_topk=shape.moe_router_topk,
         moe_ffn_hidden_size=shape.moe_ffn_hidden_size,
         moe_shared_expert_intermediate_size=shape.moe_shared_expert_intermediate_size,
+        num_query_groups=shape.num_query_groups,
         num_attention_heads=shape.num_attention_heads,
+        linear_num_key_heads=shape.linear_num_key_heads,
         linear_num_value_heads=shape.linear_num_value_heads,
         parameters=count_parameters(shape).total,
         parameters_without_mtp=trunk.total,

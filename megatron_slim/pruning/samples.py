@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,17 +31,29 @@ def read_calibration_samples(
     Args:
         data: prefix of a Megatron .bin/.idx pair, or a ``.npy`` file or its matrix, which is used as it is.
         shape: sizes of the model.
-        num_samples: drawn at random; None takes all of a matrix and `NUM_SAMPLES` of a Megatron data set.
+        num_samples: drawn at random; None takes all of a matrix and `NUM_SAMPLES` of a Megatron data set, or all of
+            it where it has fewer, which is logged.
         seq_length: tokens per sample of a Megatron data set; None is `SEQ_LENGTH`, or all that the model reads.
         seed: of the random choice.
 
     Raises:
         DataError: not data, or not for this model.
     """
+    is_default = False
     if isinstance(data, Path) and data.suffix != ".npy":
-        num_samples = num_samples or NUM_SAMPLES
+        is_default, num_samples = num_samples is None, num_samples or NUM_SAMPLES
         seq_length = seq_length or min(SEQ_LENGTH, shape.max_position_embeddings)
-    samples = read_samples(data, seq_length=seq_length, num_samples=num_samples, vocab_size=shape.vocab_size, seed=seed)
+    samples = read_samples(
+        data,
+        seq_length=seq_length,
+        num_samples=num_samples,
+        vocab_size=shape.vocab_size,
+        seed=seed,
+        at_most=is_default,
+    )
+    if is_default and len(samples) < NUM_SAMPLES and os.environ.get("RANK", "0") == "0":
+        has = f"has {len(samples)} samples of {samples.shape[1]} tokens"
+        logger.info(f"{data}: {has}, not the default of {NUM_SAMPLES}: all are used")
     check_samples(samples, shape, where=str(data) if isinstance(data, Path) else "samples")
     return samples
 
@@ -48,7 +61,7 @@ def read_calibration_samples(
 def log_calibration(source: Checkpoint, samples: npt.NDArray[np.int64], processes: str = "") -> None:
     """Log what calibration is about to do, and what of the checkpoint it takes in another precision."""
     from megatron_slim.checkpoint.remarks import remarks
-    from megatron_slim.device import default_dtype
+    from megatron_slim.compat.runtime import default_dtype
 
     logger.info(f"calibrating on {samples.shape[0]} samples of {samples.shape[1]} tokens{processes}")
     for line in remarks(source, default_dtype(), "calibration"):

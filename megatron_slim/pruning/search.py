@@ -31,12 +31,13 @@ from typing import Any
 
 import numpy as np
 
+from megatron_slim.architecture.kinds import KINDS
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
 from megatron_slim.architecture.table import BF16_BYTES, count_parameters
 from megatron_slim.errors import RecipeError
 from megatron_slim.pruning import statistics
 from megatron_slim.pruning.experts import Vector
-from megatron_slim.pruning.inner_axes import EXPERT_FFN, HEADS, SHARED_FFN
+from megatron_slim.pruning.inner_axes import EXPERT_FFN, SHARED_FFN
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import Recipe
 from megatron_slim.recipe_budget import Budget, Search
@@ -128,7 +129,7 @@ def usual_sizes(axis: str, shape: ModelShape, runs: int = 1) -> list[int]:
     if axis == LAYERS:
         step = shape.full_attention_interval or 1
     else:
-        groups = {name: shape.sizes[group] for name, _, group in HEADS.values()}
+        groups = {kind.heads.field: shape.sizes[kind.heads.group_axis] for kind in KINDS.values()}
         coarse, fine = MULTIPLES.get(axis, (groups.get(axis, 1),) * 2)
         multiple = coarse if size >= FEWEST * coarse else fine
         multiple = math.lcm(multiple, runs) if axis == EXPERTS else multiple
@@ -272,7 +273,7 @@ class Shares:
         product = math.fsum(influence[layer] for layer in kept) / total if total else len(kept) / len(influence)
         if target.hidden_size < self._shape.hidden_size:
             product *= float(self._curve(HIDDEN, 0)[target.hidden_size - 1])
-        for axis in (EXPERTS, EXPERT_FFN, SHARED_FFN, *(size for size, _, _ in HEADS.values())):
+        for axis in (EXPERTS, EXPERT_FFN, SHARED_FFN, *(kind.heads.field for kind in KINDS.values())):
             size: int = getattr(target, axis)
             if size < getattr(self._shape, axis):
                 layers = [layer for layer in kept if self._has(axis, layer)]
@@ -285,12 +286,12 @@ class Shares:
 
     def _has(self, axis: str, layer: int) -> bool:
         """Whether a layer has an axis: heads belong to one type of layers."""
-        kinds = {size: kind for kind, (size, _, _) in HEADS.items()}
+        kinds = {kind.heads.field: name for name, kind in KINDS.items()}
         return kinds.get(axis, self._shape.layer_types[layer]) == self._shape.layer_types[layer]
 
     def _groups(self, axis: str) -> int:
         """Groups that an importance falls into, of which each keeps equally many."""
-        groups = {size: self._shape.sizes[group] for size, _, group in HEADS.values()}
+        groups = {kind.heads.field: self._shape.sizes[kind.heads.group_axis] for kind in KINDS.values()}
         groups |= {EXPERTS: self._recipe.experts.num_groups, EXPERT_FFN: self._shape.num_moe_experts}
         return groups.get(axis, 1)
 

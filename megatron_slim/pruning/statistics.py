@@ -9,14 +9,16 @@ Tensors, all float32 (L layers, H hidden, E experts, F neurons of one; a block i
     hidden.{norm_activation|norm_activation_l2}         [H]     of the residual stream
     {block}.cosine                                      []      cos of mean-pooled layer input and output
     {block}.block_influence                             []      1 - mean cos of layer input and output
-    {block}.mlp.experts.{frequency|soft_logits|reap|output_norm}                   [E]
-    {block}.mlp.experts.similarity.{router_weights|router_logits|expert_vectors}   [E, E]   cosines
+    {block}.mlp.experts.{name of an importance}               [E]        `expert_metrics` has them
+    {block}.mlp.experts.similarity.{name of a similarity}     [E, E]     cosines
     {block}.mlp.experts.ffn                             [E, F]  neurons of every routed expert
     {block}.mlp.shared_expert.ffn                       [S]     neurons of the shared expert, where there is one
     {block}.self_attn.heads                             [query heads]   of full attention
     {block}.linear_attn.value_heads                     [value heads]   of Gated DeltaNet
 
-The file's metadata says which checkpoint and how much data it came from.
+The file's metadata says which checkpoint and how much data it came from. A file may lack metrics of experts that are
+newer than it, or have some that this program does not know: what is there is checked, and a plan needs only what its
+recipe names.
 """
 
 from __future__ import annotations
@@ -31,14 +33,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.architecture.kinds import KINDS
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.records import FORMER_STATS, STATS
 from megatron_slim.errors import CheckpointError
+from megatron_slim.expert_metrics import EXPERT_IMPORTANCES, EXPERT_SIMILARITIES
 from megatron_slim.files import sha256, write_atomic
 from megatron_slim.recipe import CHOICES
 
 FORMAT = "megatron_slim statistics 2"
-IMPORTANCES, SIMILARITIES = CHOICES["experts.importance"], CHOICES["experts.similarity"]
 LAYER_KINDS = ("cosine", "block_influence")
 Array = npt.NDArray[np.float32]
 
@@ -75,7 +78,7 @@ def shared_ffn_key(block: str) -> str:
 
 def heads_key(block: str, kind: str) -> str:
     """Name of the importances of the query heads or, by layer type, value heads of a block."""
-    return f"{block}.self_attn.heads" if kind == FULL_ATTENTION else f"{block}.linear_attn.value_heads"
+    return f"{block}.{KINDS[kind].heads.statistic}"
 
 
 def expected_shapes(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -86,15 +89,29 @@ def expected_shapes(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
     for block in shape.blocks:
         yield from ((layer_key(block, kind), ()) for kind in LAYER_KINDS)
         layer_type = shape.layer_type(block)
-        heads = shape.num_attention_heads if layer_type == FULL_ATTENTION else shape.linear_num_value_heads
-        yield heads_key(block, layer_type), (heads,)
+        yield heads_key(block, layer_type), (getattr(shape, KINDS[layer_type].heads.field),)
         yield expert_ffn_key(block), (experts, shape.moe_ffn_hidden_size)
         if shape.moe_shared_expert_intermediate_size:
             yield shared_ffn_key(block), (shape.moe_shared_expert_intermediate_size,)
-        for kind in IMPORTANCES:
+        for kind in EXPERT_IMPORTANCES:
             yield importance_key(block, kind), (experts,)
-        for kind in SIMILARITIES:
+        for kind in EXPERT_SIMILARITIES:
             yield similarity_key(block, kind), (experts, experts)
+
+
+class _Tensors(dict[str, Array]):
+    """Tensors by name; one that is not there is an error that says what to do."""
+
+    def __missing__(self, name: str) -> Array:
+        raise CheckpointError(
+            f"the statistics have no {name}, which this recipe needs",
+            fix="calibrate again: megatron-slim calibrate measures it, or name another metric in the recipe",
+        )
+
+
+def _is_expert_metric(name: str) -> bool:
+    """Whether a tensor is a metric of experts, which a file may have or not."""
+    return ".mlp.experts." in name and not name.endswith(".ffn")
 
 
 def _refuse_other_format(metadata: Mapping[str, str], path: Path) -> None:
@@ -111,12 +128,15 @@ class Statistics:
     """A complete set of calibration statistics.
 
     Attributes:
-        tensors: see the module's docstring.
+        tensors: see the module's docstring; one that is not there is a `CheckpointError`.
         metadata: ``source_sha256``, ``num_samples``, ``seq_length``, versions.
     """
 
     tensors: Mapping[str, Array]
     metadata: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", _Tensors(self.tensors))
 
     @classmethod
     def load(cls, path: Path) -> Statistics:
@@ -170,8 +190,8 @@ class Statistics:
         """Refuse statistics of another model.
 
         Raises:
-            CheckpointError: another source, a missing or extra tensor, a wrong shape or type, a value that is not
-                finite; lists the first few violations.
+            CheckpointError: another source, a missing tensor that is not a metric of experts, a wrong shape or type, a
+                value that is not finite; lists the first few violations.
         """
         measured = self.metadata.get("source_sha256")
         if measured != source_sha256:
@@ -181,8 +201,9 @@ class Statistics:
                 fix="calibrate on this one",
             )
         expected = dict(expected_shapes(shape))
-        found = [f"missing tensor {name}" for name in expected if name not in self.tensors]
-        found += [f"extra tensor {name}" for name in self.tensors if name not in expected]
+        known = {name for name in expected if not _is_expert_metric(name)}
+        found = [f"missing tensor {name}" for name in expected if name in known and name not in self.tensors]
+        found += [f"extra tensor {n}" for n in self.tensors if n not in expected and not _is_expert_metric(n)]
         for name, extents in expected.items():
             value = self.tensors.get(name)
             if value is not None and (value.shape != extents or value.dtype != np.float32):

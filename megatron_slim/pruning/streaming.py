@@ -20,11 +20,11 @@ from torch import Tensor
 
 from megatron_slim import __version__
 from megatron_slim.architecture.local_modules import rms_norm
-from megatron_slim.architecture.table import count_parameters
+from megatron_slim.architecture.table import count_parameters, names_of
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.raw_files import as_bytes
-from megatron_slim.cpu_kernels import STREAMING, keep_freed_memory
+from megatron_slim.compat.cpu_memory import STREAMING, keep_freed_memory
 from megatron_slim.files import sha256
 from megatron_slim.products import linear, threads_for
 from megatron_slim.pruning.block import block_config, build_block, rotary_embedding
@@ -35,8 +35,16 @@ from megatron_slim.reporting import progress
 
 logger = logging.getLogger(__name__)
 
-EMBEDDING, FINAL_NORM, MTP_NORM = "model.embed_tokens", "model.norm", "mtp.norm"
-MTP_INPUT, MTP_INPUT_NORMS = "mtp.fc", ("mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden")
+# What a pass goes through around the blocks, and Megatron's key of its weight.
+EMBEDDING, FINAL_NORM, MTP_INPUT, MTP_NORM = "embedding", "final_norm", "mtp_input", "mtp_norm"
+KEYS = {
+    EMBEDDING: "embedding.word_embeddings.weight",
+    FINAL_NORM: "decoder.final_layernorm.weight",
+    MTP_INPUT: "mtp.layers.0.eh_proj.weight",
+    MTP_NORM: "mtp.layers.0.final_layernorm.weight",
+}
+MTP_INPUT_NORMS = ("mtp.layers.0.enorm.weight", "mtp.layers.0.hnorm.weight")
+OUTPUT = "output_layer.weight"
 # What a module does to a micro-batch of hidden states [samples, positions, hidden], given the tokens of its samples.
 Step = Callable[[Tensor, Tensor], Tensor]
 
@@ -45,7 +53,7 @@ class StreamingForward:
     """All samples on their way through a model.
 
     A subclass overrides what it wants to look at: `enter`, `observe` and `leave`, which do nothing here; and, to be
-    taken up after a kill, `state` and `restore`. Modules go by their Hugging Face names.
+    taken up after a kill, `state` and `restore`. Blocks go by their Hugging Face names, the rest by those in `KEYS`.
 
     Attributes:
         checkpoint: the model.
@@ -119,9 +127,12 @@ class StreamingForward:
                 if number >= finished:
                     self._pass(module)
 
-    def weight(self, module: str) -> Tensor:
-        """The weight of a module, on the device."""
-        return self.checkpoint.read(f"{module}.weight").to(self.device, self.dtype)
+    def weight(self, key: str) -> Tensor:
+        """A weight by Megatron's key, on the device."""
+        return self._read(key).to(self.device, self.dtype)
+
+    def _read(self, key: str) -> Tensor:
+        return self.checkpoint.read(names_of(self.shape)[key])
 
     def _inputs(self) -> dict[str, str]:
         """Everything that decides what is measured."""
@@ -165,7 +176,7 @@ class StreamingForward:
         return self._norm(module) if module in (FINAL_NORM, MTP_NORM) else self._block(module)
 
     def _embed(self) -> Step:
-        embedding = self.checkpoint.read(f"{EMBEDDING}.weight")
+        embedding = self._read(KEYS[EMBEDDING])
 
         def step(_: Tensor, tokens: Tensor) -> Tensor:
             output = embedding[tokens].to(self.dtype)
@@ -189,7 +200,7 @@ class StreamingForward:
         return step
 
     def _norm(self, module: str) -> Step:
-        weight = self.weight(module)
+        weight = self.weight(KEYS[module])
 
         def step(hidden: Tensor, _: Tensor) -> Tensor:
             output = self._normed(hidden, weight)
@@ -204,8 +215,8 @@ class StreamingForward:
 
     def _join_next_tokens(self) -> Step:
         """Join the trunk's output at position i with the embedding of token i + 1; the last position has none."""
-        projection, (enorm, hnorm) = self.weight(MTP_INPUT), map(self.weight, MTP_INPUT_NORMS)
-        embedding = self.checkpoint.read(f"{EMBEDDING}.weight")
+        projection, (enorm, hnorm) = self.weight(KEYS[MTP_INPUT]), map(self.weight, MTP_INPUT_NORMS)
+        embedding = self._read(KEYS[EMBEDDING])
 
         def step(hidden: Tensor, tokens: Tensor) -> Tensor:
             embedded = embedding[tokens[:, 1:]].to(self.device, self.dtype)

@@ -21,6 +21,7 @@ from megatron_slim.checkpoint.torch_dist_names import TRACKER
 from megatron_slim.checkpoint.tracker import missing_parts, repair_tracker
 from megatron_slim.distillation.model import TEACHER_MTP
 from megatron_slim.errors import CheckpointError, SlimError, summarise
+from megatron_slim.optimizers import OPTIMIZERS
 from megatron_slim.training.data_checks import check_data
 from megatron_slim.training.fp8_checks import fp8_violations
 from megatron_slim.training.hidden_kd import check_projections, hidden_violations
@@ -31,8 +32,6 @@ from megatron_slim.training.run_log import logging_violations
 from megatron_slim.training.stage_layout import layer_violations, stage_violations
 from megatron_slim.training.start_checks import check_mtp, check_rows, say_remarks
 from megatron_slim.training.teacher_ahead import ahead_violations
-
-OPTIMIZER = "adam"  # memory plans, checkpoints of optimizer state and the CPU know no other
 
 
 def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
@@ -55,8 +54,8 @@ def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
         if getattr(args, name) < 1:
             small.append(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive")
     found = small or _process_violations(args) + stage_violations(args) + _model_violations("student", shape, args)
-    if args.optimizer != OPTIMIZER:
-        found.append(f"--optimizer {args.optimizer} is not supported: only {OPTIMIZER} is tested")
+    if args.optimizer not in OPTIMIZERS:
+        found.append(f"--optimizer {args.optimizer} is not supported: only {', '.join(OPTIMIZERS)} is tested")
     found += loss_violations(shape, args) + ahead_violations(args) + logging_violations(args) + rate_violations(args)
     found += hidden_violations(shape, teacher, args) + ([] if small else fp8_violations(shape, teacher, args))
     if teacher is not None and not small:

@@ -1,4 +1,4 @@
-"""What a run on a GPU does without Transformer Engine; `device.install` sees to the other libraries."""
+"""What a run on a GPU does without Transformer Engine; `compat.libraries` sees to the others."""
 
 from __future__ import annotations
 

@@ -26,18 +26,19 @@ from megatron.training.arguments import add_megatron_arguments, parse_and_valida
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_slim import cpu_kernels, device, megatron_fixes
 from megatron_slim.architecture.context_parallel import local_positions
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.layer_specs import build_model, shape_config_fields
 from megatron_slim.architecture.parallelism import padded_vocab_size
 from megatron_slim.architecture.shape import ModelShape, shape_to_hf_config
 from megatron_slim.checkpoint.expert_storage import write_storage
-from megatron_slim.checkpoint.huggingface import read_config, storage_of
+from megatron_slim.checkpoint.huggingface import config_and_carried, storage_of
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.checkpoint.precision import keep_types
 from megatron_slim.checkpoint.side_files import carry_files, log_left_behind
 from megatron_slim.checkpoint.torch_dist_names import HF_DIR
+from megatron_slim.compat import hooks
+from megatron_slim.compat.cpu_memory import TRAINING, keep_freed_memory
 from megatron_slim.distillation.divergences import KDLoss
 from megatron_slim.distillation.loss_options import DEFAULTS
 from megatron_slim.distillation.losses import KD_LAMBDA, MTP_BETA, LossWeights, TokenLosses, combine, gradients_of_total
@@ -293,15 +294,18 @@ def _start(args: Any) -> dict[str, Any]:
 def keep_hf_files(source: Path, save: Path, shape: ModelShape) -> None:
     """Put config.json, the tokenizer and the like next to the checkpoints of this run, so that they can be exported.
 
-    How files hold the experts is among it.
+    How files hold the experts is among it, and what a larger model has but for its language model.
     """
     if (save / HF_DIR).is_dir():
         return
     save.mkdir(parents=True, exist_ok=True)
     with new_directory(save / HF_DIR) as directory:
-        write_atomic(directory / "config.json", to_json(shape_to_hf_config(shape, read_config(source))))
+        without_mtp = not shape.mtp_num_layers
+        config, carried = config_and_carried(source, without_mtp=without_mtp)
+        write_atomic(directory / "config.json", to_json(shape_to_hf_config(shape, config)))
+        carried.save(directory, verify=True)
         carry_files(source, directory)
-        write_storage(directory, storage_of(source, without_mtp=not shape.mtp_num_layers))
+        write_storage(directory, storage_of(source, without_mtp=without_mtp))
     log_left_behind(source)
 
 
@@ -382,12 +386,12 @@ def main(argv: list[str]) -> None:
     balancing = load_balancing_note(shape, argv, parsed.moe_router_load_balancing_type)
     if parsed.rank == 0 and balancing is not None:
         logger.info(balancing)
-    cpu_kernels.keep_freed_memory(cpu_kernels.TRAINING)
-    megatron_fixes.log_what_the_iteration_was()
+    keep_freed_memory(TRAINING)
+    hooks.TRAINING_LOG.apply()
     carried = carried_optimizer(parsed)
-    device.keep_schedule_with_iterations(0 if place is None else place.start, carried.load if carried else None)
+    hooks.keep_schedule_with_iterations(0 if place is None else place.start, carried.load if carried else None)
     if place is not None and parsed.stage_warmup:
-        device.scale_learning_rate(place.warmup(parsed.stage_warmup))
+        hooks.scale_learning_rate(place.warmup(parsed.stage_warmup))
     target = _mtp_kd_target(shape, teacher, parsed)
     runs_mtp = target == TEACHER_MTP and shape.mtp_num_layers > 0
     layout = plan_stages(shape, teacher, parsed, teacher_runs_mtp=runs_mtp)
@@ -406,7 +410,7 @@ def main(argv: list[str]) -> None:
     if teacher is not None and args.teacher_ahead:
         check_host_memory(held_bytes(teacher, args, teacher.mtp_num_layers if runs_mtp else 0), args)
         run.ahead = TeacherAhead(run.chunks, run.batch, run.watch, log.clock.teacher_alone)
-        device.before_training_steps(run.ahead.before_step)
+        hooks.before_training_steps(run.ahead.before_step)
     if args.save and args.rank == 0:
         keep_hf_files(source, Path(args.save), shape)
     _train(run, args)

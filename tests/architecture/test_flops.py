@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import megatron_slim.mcore
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_slim import device
-
-device.install()
-
-from megatron_slim.architecture.flops import (  # noqa: E402
+from megatron_slim.architecture.flops import (
     FUSED,
     TORCH,
     Recompute,
@@ -20,12 +18,13 @@ from megatron_slim.architecture.flops import (  # noqa: E402
     student_flops,
     teacher_flops,
 )
-from megatron_slim.architecture.layer_specs import build_model, transformer_config  # noqa: E402
-from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape  # noqa: E402
-from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine, gradients_of_total  # noqa: E402
-from megatron_slim.distillation.model import TEACHER_MTP, DistillationModel, HiddenStatesModel  # noqa: E402
-from megatron_slim.linear_attention import chunk_gated_delta_rule  # noqa: E402
-from megatron_slim.testing import tiny_shape  # noqa: E402
+from megatron_slim.architecture.layer_specs import build_model, transformer_config
+from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
+from megatron_slim.compat import runtime
+from megatron_slim.compat.linear_attention import chunk_gated_delta_rule
+from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine, gradients_of_total
+from megatron_slim.distillation.model import TEACHER_MTP, DistillationModel, HiddenStatesModel
+from megatron_slim.testing import tiny_shape
 
 LENGTH, BATCH = 64, 2
 SIZES = {"num_layers": 2, "layer_types": (LINEAR_ATTENTION, FULL_ATTENTION), "hidden_size": 128}
@@ -34,7 +33,7 @@ TEACHER = tiny_shape(**{**SIZES, "hidden_size": 160}, num_moe_experts=16, moe_ro
 
 
 def build(shape: ModelShape, model_class: type[HiddenStatesModel], **fields: object) -> HiddenStatesModel:
-    device.init_single_process()
+    runtime.init_single_process()
     quiet = {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0}
     model = build_model(shape, transformer_config(shape, **quiet, **fields), model_class=model_class)
     assert isinstance(model, HiddenStatesModel)

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_slim import device
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
 from megatron_slim.architecture.table import weights
 from megatron_slim.checkpoint.layout import stored_shapes
+from megatron_slim.compat import runtime
 from megatron_slim.errors import ShapeError
 from megatron_slim.testing import run_distributed, tiny_shape
 
@@ -39,7 +39,7 @@ def _table(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=["published", "aperiodic", "no-mtp", "qwen3-moe"])
 def test_checkpoint_names_and_shapes_are_those_of_the_table(shape: ModelShape) -> None:
-    device.init_single_process()
+    runtime.init_single_process()
     from megatron_slim.architecture.layer_specs import build_model, transformer_config
 
     assert _stored([build_model(shape, transformer_config(shape))]) == _table(shape)
@@ -47,7 +47,7 @@ def test_checkpoint_names_and_shapes_are_those_of_the_table(shape: ModelShape) -
 
 def test_stock_megatron_has_these_names_where_it_takes_layers_for_different() -> None:
     """``--moe-layer-freq`` as a list is the flag; without it, it stacks the layers of Qwen3-MoE into one tensor."""
-    device.init_single_process()
+    runtime.init_single_process()
     from megatron_slim.architecture.layer_specs import build_model, transformer_config
 
     shape = tiny_shape("qwen3_moe")
@@ -60,7 +60,7 @@ def test_stock_megatron_has_these_names_where_it_takes_layers_for_different() ->
 @pytest.mark.parametrize(("family", "around_one"), [("qwen3_next", "out_norm"), ("qwen3_moe", "norm")])
 def test_norms_that_are_not_zero_centred(family: str, around_one: str) -> None:
     """In Qwen3-Next that of Gated DeltaNet's output alone."""
-    device.init_single_process()
+    runtime.init_single_process()
     from megatron_slim.architecture.layer_specs import build_model, transformer_config
 
     model = build_model(tiny_shape(family), transformer_config(tiny_shape(family)))
@@ -70,7 +70,7 @@ def test_norms_that_are_not_zero_centred(family: str, around_one: str) -> None:
 
 
 def test_overrides_reach_the_config() -> None:
-    device.init_single_process()
+    runtime.init_single_process()
     from megatron_slim.architecture.layer_specs import transformer_config
 
     config = transformer_config(tiny_shape(), moe_aux_loss_coeff=0.5, moe_router_load_balancing_type="aux_loss")
@@ -79,7 +79,7 @@ def test_overrides_reach_the_config() -> None:
 
 
 def test_top_1_routing_with_normalised_gates_is_refused() -> None:
-    device.init_single_process()
+    runtime.init_single_process()
     from megatron_slim.architecture.layer_specs import shape_config_fields
 
     with pytest.raises(ShapeError, match="moe_router_topk 1"):

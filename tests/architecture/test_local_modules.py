@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_slim import device
 from megatron_slim.architecture.layer_specs import build_model, transformer_config
 from megatron_slim.architecture.local_attention import LocalAttention
 from megatron_slim.architecture.local_experts import LocalExperts
 from megatron_slim.architecture.local_modules import rms_norm
+from megatron_slim.compat import runtime
 from megatron_slim.testing import tiny_shape
 
 SIZES = {"num_layers": 2, "layer_types": ("linear_attention", "full_attention"), "moe_router_topk": 3}
@@ -33,7 +33,7 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 def layer(dtype: torch.dtype = torch.float32) -> Any:
     """The second layer: full attention and experts."""
-    device.init_single_process()
+    runtime.init_single_process()
     torch.manual_seed(0)
     shape = tiny_shape(**SIZES)
     narrow = dtype == torch.bfloat16

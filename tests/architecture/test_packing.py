@@ -5,23 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import pytest
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from transformers import DataCollatorWithFlattening, Qwen3MoeForCausalLM, Qwen3NextForCausalLM
 
-from megatron_slim import device
-
-device.install()
-
-from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
-
-from megatron_slim.architecture.hidden_states import HiddenStatesModel  # noqa: E402
-from megatron_slim.architecture.layer_specs import build_model, transformer_config  # noqa: E402
-from megatron_slim.checkpoint.convert import Checkpoint, open_checkpoint  # noqa: E402
-from megatron_slim.checkpoint.loading import load_hf_weights  # noqa: E402
-from megatron_slim.pruning.block import block_config, build_block  # noqa: E402
-from megatron_slim.testing import tiny_shape, write_tiny_checkpoint  # noqa: E402
+from megatron_slim.architecture.hidden_states import HiddenStatesModel
+from megatron_slim.architecture.layer_specs import build_model, transformer_config
+from megatron_slim.checkpoint.convert import Checkpoint, open_checkpoint
+from megatron_slim.checkpoint.loading import load_hf_weights
+from megatron_slim.compat import runtime
+from megatron_slim.pruning.block import block_config, build_block
+from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 FIRST, SECOND = 13, 21  # positions of the documents
 LENGTH = FIRST + SECOND
@@ -32,7 +30,7 @@ TOLERANCE = 1e-5  # hidden states are of order one; fp32, and chunks that begin 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    device.init_single_process()
+    runtime.init_single_process()
     shape = tiny_shape(num_layers=2, layer_types=("linear_attention", "full_attention"))
     return open_checkpoint(write_tiny_checkpoint(tmp_path_factory.mktemp("hf") / "m", shape, dtype=torch.float32))
 

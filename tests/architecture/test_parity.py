@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from megatron_slim import device
 from megatron_slim.architecture.rope import Yarn
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
 from megatron_slim.architecture.table import weights
@@ -20,6 +19,7 @@ from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.layout import from_megatron
 from megatron_slim.checkpoint.loading import load_hf_weights
+from megatron_slim.compat import runtime
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 from tests.mtp_oracle import load_mtp, mtp_hidden, named
 from tests.sizes import ODD
@@ -50,6 +50,10 @@ SHAPES = {
     # 98 positions are three times the original length; eight frequencies, of which some are left alone, some not.
     "YaRN, half of the head rotates": tiny_shape(rotary_percent=0.5, kv_channels=32, rope_scaling=Yarn(4.0, 32, 1.3)),
     "no MTP block": tiny_shape(num_layers=1, layer_types=(FULL_ATTENTION,), mtp_num_layers=0, vocab_size=130),
+    "Qwen3.5-MoE": tiny_shape("qwen3_5_moe_text"),
+    "Qwen3.5-MoE, odd and aperiodic, grouped heads": tiny_shape(
+        "qwen3_5_moe_text", **{key: value for key, value in ODD.items() if key != "norm_topk_prob"}
+    ),
     "Qwen3-MoE": tiny_shape("qwen3_moe"),
     "Qwen3-MoE, odd, one key-value head, unnormalised gates": tiny_shape(
         "qwen3_moe",
@@ -155,7 +159,7 @@ def _gradients(model: nn.Module, shape: ModelShape) -> dict[str, Tensor]:
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda name: name.replace(" ", "-"))
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Results]:
     """Reference and Megatron on the same checkpoint and tokens; 98 positions are 3 chunks and a bit."""
-    device.init_single_process()
+    runtime.init_single_process()
     shape = SHAPES[request.param]
     directory = write_tiny_checkpoint(tmp_path_factory.mktemp("hf"), shape, seed=7, dtype=torch.float32)
     tokens = torch.randint(0, shape.vocab_size, (2, 99), generator=torch.Generator().manual_seed(1))
@@ -184,7 +188,7 @@ def test_loss_and_gradients(results: tuple[Results, Results]) -> None:
 
 
 def test_padding_of_the_vocabulary_changes_nothing(tmp_path: Path) -> None:
-    device.init_single_process()
+    runtime.init_single_process()
     shape = tiny_shape(num_layers=1, layer_types=(FULL_ATTENTION,), vocab_size=100)
     write_tiny_checkpoint(tmp_path, shape, dtype=torch.float32)
     tokens = torch.arange(40).reshape(2, 20)

@@ -6,21 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import pytest
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_slim import device
-
-device.install()
-
-from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding  # noqa: E402
-
-from megatron_slim.architecture.frequencies import yarn_frequencies  # noqa: E402
-from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config, shape_to_hf_config  # noqa: E402
-from megatron_slim.errors import ShapeError  # noqa: E402
-from megatron_slim.files import to_json  # noqa: E402
-from megatron_slim.testing import tiny_hf_config, tiny_shape  # noqa: E402
+from megatron_slim.architecture.frequencies import yarn_frequencies
+from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config, shape_to_hf_config
+from megatron_slim.compat import runtime
+from megatron_slim.errors import ShapeError
+from megatron_slim.files import to_json
+from megatron_slim.testing import tiny_hf_config, tiny_shape
 
 YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 ASKED: dict[str, dict[str, Any]] = {
@@ -73,7 +71,7 @@ def test_it_is_transformers_yarn(name: str, family: str, spelling: str, tmp_path
 
 def test_megatrons_own_is_the_same_but_rotates_whole_heads() -> None:
     """Why `rotary` does not use it: with rotary_percent it is twice as wide as what transformers rotates."""
-    device.init_single_process()
+    runtime.init_single_process()
     shape = tiny_shape(rotary_percent=0.5, kv_channels=64)
     yarn = shape_from_hf_config(spelled(shape, YARN, "rope_scaling"), mtp_num_layers=0).rope_scaling
     assert yarn is not None

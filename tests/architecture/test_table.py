@@ -4,7 +4,13 @@ from typing import Any
 
 import pytest
 
-from megatron_slim.architecture.published import QWEN3_30A3B, QWEN3_NEXT_80A3B
+from megatron_slim.architecture.published import (
+    QWEN3_5_35A3B,
+    QWEN3_5_122A10B,
+    QWEN3_30A3B,
+    QWEN3_NEXT_80A3B,
+    Published,
+)
 from megatron_slim.architecture.shape import (
     FAMILIES,
     FULL_ATTENTION,
@@ -45,6 +51,30 @@ def test_parameters_of_the_published_qwen3_moe() -> None:
     assert len(hf_tensors(shape)) == 18_867
 
 
+@pytest.mark.parametrize(
+    ("published", "total", "active"),
+    [(QWEN3_5_35A3B, 34_660_610_688, 3_454_988_928), (QWEN3_5_122A10B, 122_111_526_912, 9_771_288_576)],
+)
+def test_parameters_of_the_published_qwen3_5(published: Published, total: int, active: int) -> None:
+    """Of the language model, without MTP; 35B-A3B has 3.46B active. transformers counts on the meta device."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+
+    counted = count_parameters(published.shape, include_mtp=False)
+    with torch.device("meta"):
+        config = transformers.AutoConfig.for_model(**published.config["text_config"])
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert counted.total == model.num_parameters() == total and counted.active == active
+
+
+def test_tensors_of_the_published_qwen3_5() -> None:
+    """1,811, of which 333 are the vision tower's; experts of the trunk are fused, those of the MTP block are not."""
+    shape = QWEN3_5_35A3B.shape
+    names = hf_tensors(shape, [block for block in shape.blocks if block.startswith("model.")])
+    assert len(names) == 1_811 - 333
+    assert sum(name.startswith("mtp.") for name in names) == 785
+
+
 def test_tensors_of_the_published_checkpoint() -> None:
     names = hf_tensors(published())
     assert len(names) == 75_944
@@ -73,6 +103,7 @@ def test_parameters_of_the_papers_models(changes: dict[str, Any], total: float, 
         tiny_shape(mtp_num_layers=0, num_query_groups=4, linear_num_value_heads=2),
         tiny_shape(layer_types=(FULL_ATTENTION, LINEAR_ATTENTION, LINEAR_ATTENTION), moe_router_topk=8),
         tiny_shape("qwen3_moe"),
+        tiny_shape("qwen3_5_moe_text", num_moe_experts=5),
         tiny_shape("qwen3_moe", num_query_groups=1, kv_channels=24, num_moe_experts=5),
     ],
 )

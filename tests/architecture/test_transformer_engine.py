@@ -229,9 +229,9 @@ def check_state_of_delayed_scaling() -> None:
 
 
 def check_all(work: Path) -> None:
-    from megatron_slim import device
+    from megatron_slim.compat import runtime
 
-    device.init_single_process()
+    runtime.init_single_process()
     check_specs(work)
     check_types(work)
     check_regions()

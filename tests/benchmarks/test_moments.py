@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from benchmarks.moments_run import markdown
-from megatron_slim.cli.carried_optimizer import RULES
+from megatron_slim.recipe_run import MOMENT_RULES
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint, write_tokens
 
 MOMENTS = "benchmarks/moments.py"
-VARIANTS = ["new", "new, warm-up", *(f"carried, {rule}" for rule in RULES)]
+VARIANTS = ["new", "new, warm-up", *(f"carried, {rule}" for rule in MOMENT_RULES)]
 
 
 def test_the_table_has_means_and_paired_differences() -> None:

@@ -8,26 +8,24 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import megatron_slim.mcore
+
 import pytest
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import Qwen3NextForCausalLM
 
-from megatron_slim import device
-
-device.install()
-
-from megatron.core import dist_checkpointing  # noqa: E402
-from megatron.core.dist_checkpointing.core import CheckpointingException  # noqa: E402
-from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: E402
-from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
-
-from megatron_slim.architecture.hidden_states import HiddenStatesModel  # noqa: E402
-from megatron_slim.architecture.layer_specs import build_model, transformer_config  # noqa: E402
-from megatron_slim.architecture.shape import ModelShape  # noqa: E402
-from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint  # noqa: E402
-from megatron_slim.errors import CheckpointError  # noqa: E402
-from megatron_slim.testing import tiny_shape, write_tiny_checkpoint  # noqa: E402
+from megatron_slim.architecture.hidden_states import HiddenStatesModel
+from megatron_slim.architecture.layer_specs import build_model, transformer_config
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint
+from megatron_slim.compat import runtime
+from megatron_slim.errors import CheckpointError
+from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 SHAPE = tiny_shape()
 Lacks = Callable[[str], bool]
@@ -94,7 +92,7 @@ def test_megatron_refuses_what_is_missing_and_takes_what_is_too_much(
     source: Path, tmp_path: Path, changes: dict[str, object], error: type[BaseException] | None
 ) -> None:
     """Unless it is to raise all: then what the checkpoint has in addition is refused too."""
-    device.init_single_process()
+    runtime.init_single_process()
     hf_to_torch_dist(source, tmp_path / "dist")
     directory = str(tmp_path / "dist" / "release")
 

@@ -35,8 +35,10 @@ WHOLE_NEXT = {"moe_shared_expert_intermediate_size": 128, "linear_key_head_dim":
 SHAPES = {
     "qwen3_next": tiny_shape(hidden_size=192, moe_ffn_hidden_size=144),
     "qwen3_moe": tiny_shape("qwen3_moe", hidden_size=192, moe_ffn_hidden_size=144),
+    "qwen3_5_moe": tiny_shape("qwen3_5_moe_text", hidden_size=192, moe_ffn_hidden_size=144),
     "qwen3_next, whole blocks": tiny_shape(**WHOLE, **WHOLE_NEXT),
     "qwen3_moe, whole blocks": tiny_shape("qwen3_moe", **WHOLE),
+    "qwen3_5_moe, whole blocks": tiny_shape("qwen3_5_moe_text", **WHOLE, **WHOLE_NEXT),
 }
 SHAPE = SHAPES["qwen3_next"]
 
@@ -319,7 +321,7 @@ def test_config_is_the_published_one() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_moe", "qwen3_5_moe"])
 def test_transformers_looks_for_the_same_layers_in_fp8(name: str) -> None:
     """By its own rule for names, over its own model: linear layers, and fused experts as a whole."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -340,13 +342,17 @@ def test_transformers_looks_for_the_same_layers_in_fp8(name: str) -> None:
     assert theirs == {module for module in ours if not module.startswith("mtp.")}
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_moe"])
+_JOINED = ("_qkvz", "_ba", "_qkv", "_z", "_b", "_a")
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_moe", "qwen3_5_moe"])
 def test_vllm_looks_for_the_same_layers_in_fp8(name: str) -> None:
     """A layer that joins several is skipped where all of them are listed, word for word; some of them are an error."""
     joined = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    joined |= {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")}
     kept = set(quantization_config(SHAPES[name])["modules_to_not_convert"])
     modules = {tensor.removesuffix(".weight") for tensor in hf_tensors(SHAPES[name])}
-    linear = {module for module in modules if module.endswith(("_proj", "_qkvz", "_ba", "gate", "mtp.fc", "lm_head"))}
+    linear = {module for module in modules if module.endswith(("_proj", *_JOINED, "gate", "mtp.fc", "lm_head"))}
     for parts in joined.values():
         for module in [module for module in linear if module.endswith(f".{parts[0]}")]:
             others = [module.removesuffix(parts[0]) + part for part in parts]
@@ -354,7 +360,7 @@ def test_vllm_looks_for_the_same_layers_in_fp8(name: str) -> None:
     assert {module for module in linear if module not in kept} == {m for m in linear if is_quantized(f"{m}.weight")}
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_moe", "qwen3_5_moe"])
 def test_transformers_loads_every_weight(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU it dequantizes; all blocks must be whole, because it takes their size from the number of scales."""
     from transformers import AutoModelForCausalLM

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_slim import device
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.loading import load_hf_weights
+from megatron_slim.compat import runtime
 from megatron_slim.errors import CheckpointError
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
@@ -28,7 +28,7 @@ FOREIGN = {  # parameter, its size, and what the message says of it
 
 
 def build(shape: ModelShape, rows: int | None = None) -> Any:
-    device.init_single_process()
+    runtime.init_single_process()
     from megatron_slim.architecture.hidden_states import HiddenStatesModel
     from megatron_slim.architecture.layer_specs import build_model, transformer_config
 

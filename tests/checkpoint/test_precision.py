@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen3NextForCausalLM
 
-from megatron_slim import device
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.checkpoint.precision import float32_weights, keep_types
 from megatron_slim.checkpoint.remarks import remarks
+from megatron_slim.compat import runtime
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 GDN, NORM, ROUTER = ("A_log", "dt_bias", "linear_attn.norm.weight"), "model.norm.weight", "mlp.gate.weight"
@@ -62,7 +62,7 @@ def test_a_checkpoint_of_one_type_says_nothing_of_single_weights(tmp_path: Path,
 @pytest.mark.parametrize("cast", ["bfloat16", "half"])
 def test_a_cast_model_has_the_bits_of_the_source(mixed: Path, cast: str) -> None:
     """`Float16Module` casts the model, before weights come through Megatron, or after they came through us."""
-    device.init_single_process()
+    runtime.init_single_process()
     from megatron.core.transformer.module import Float16Module
 
     from megatron_slim.architecture.hidden_states import HiddenStatesModel
@@ -98,7 +98,7 @@ def transformers_block(directory: Path, dtype: torch.dtype) -> Any:
 @torch.no_grad()
 def test_a_block_in_bf16_computes_what_transformers_does(mixed: Path) -> None:
     """What calibration and evaluation run. Both are compared with fp32, of which bf16 rounds every product."""
-    device.init_single_process()
+    runtime.init_single_process()
     from megatron_slim.pruning.block import block_config, build_block
 
     layer = build_block(HFCheckpoint.open(mixed), BLOCK, block_config(SHAPE, torch.bfloat16))

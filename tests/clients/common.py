@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 SAME_LOGITS, SAME_TOKENS, LOADS, DIFFERS = "same logits", "same tokens", "loads", "other results"
+SAME_NAMES = "same names"
 # Logits of the tiny models are about 1. Sums of another order differ by some 1e-6 in fp32, and in bf16 by up to 0.1
 # among 30,000 logits. One expert less in one layer changes them by 0.26 or more, a layer without its attention by 1.
 FP32, BF16 = 1e-4, 0.2

@@ -1,6 +1,7 @@
 """Makes the models that clients are tried with: tiny, random, and pruned by this package's own commands.
 
-Each case becomes a directory with ``model/``, an export, and what is expected of it in ``expected.npz``. The
+Each case becomes a directory with ``model/``, an export, ``fp8/``, the same in block-scaled FP8, and what is expected
+of the former in ``expected.npz``. The
 expectation is transformers' in fp32, without a cache, from the same files (`expected.py`).
 """
 
@@ -194,6 +195,8 @@ def write_case(work: Path, case: Case, source: Path) -> Path:
     if case.without_mtp:
         convert = ("-m", "megatron_slim", "convert", "--without-mtp", "--to", "hf")
         run(*convert, "--load", pruned, "--save", directory / "model")
+    quantize = ("-m", "megatron_slim", "convert", "--to", "hf", "--quantize", "fp8")
+    run(*quantize, "--load", directory / "model", "--save", directory / "fp8")
     return directory
 
 

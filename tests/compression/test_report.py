@@ -6,6 +6,7 @@ import html.parser
 import importlib.util
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_slim import convert
 from megatron_slim.architecture.flops import student_flops, teacher_flops
 from megatron_slim.compression import card
 from megatron_slim.compression.card import MARKER
@@ -69,7 +71,14 @@ def results_of(phase: int) -> dict[str, Any]:
             kl=0.1234,
             kl_stderr=0.0011,
             top1_agreement=0.8125,
+            loss_stderr=0.0123,
+            perplexity_stderr=0.8574,
+            mtp_loss_stderr=[0.0131],
+            loss_difference=0.1791,
+            loss_difference_stderr=0.0021,
+            top1_agreement_stderr=None,
             mtp_kl=[0.2345],
+            mtp_kl_stderr=[0.0034],
             mtp_top1_agreement=[0.7654],
             acceptance=acceptance(0.62),
             teacher_acceptance=acceptance(0.71),
@@ -202,21 +211,25 @@ def page_of(save: Path) -> Page:
 
 
 def test_numbers_are_those_of_the_files(tmp_path: Path) -> None:
-    page = page_of(make_run(tmp_path / "run"))
+    save = make_run(tmp_path / "run")
+    page, numbers = page_of(save), json.loads((save / "report.json").read_text())
     assert page.column("Sizes", "teacher")["parameters"] == "7,429,408"
     after = page.column("Sizes", "phase 1")
     assert (after["parameters"], after["experts"], after["bytes"]) == ("6,429,408", "8", "14.000M")
     assert page.column("Sizes", "left")["experts"] == "50.0%"
     teacher, pruned, student = (page.column("Evaluation", model) for model in ("teacher", "pruned", "student"))
-    assert (teacher["loss"], pruned["loss"], student["loss"]) == ("4.0651", "6.1957", "4.2442")
+    assert (teacher["loss"], pruned["loss"], student["loss"]) == ("4.0651", "6.1957", "4.2442 ±0.0123")
     assert (teacher["to the teacher"], pruned["to the teacher"]) == ("", "+2.1306")
-    assert (student["to the teacher"], student["MTP loss"]) == ("+0.1791", "4.3442")
-    assert student["perplexity"] == f"{np.exp(4.2442):.2f}" and "24,480 tokens" in page.texts["Evaluation"]
+    assert (student["to the teacher"], student["MTP loss"]) == ("+0.1791 ±0.0021", "4.3442 ±0.0131")
+    assert student["perplexity"] == f"{np.exp(4.2442):.2f} ±0.86" and "24,480 tokens" in page.texts["Evaluation"]
+    assert "standard errors over samples" in page.texts["Evaluation"]
+    (model,) = [each for each in numbers["evaluations"] if each["model"] == "student"]
+    assert (model["mtp_kl_stderr"], model["loss_difference_stderr"]) == ([0.0034], 0.0021)
     agreement = page.column("Agreement with the teacher", "student")
     assert agreement == {
         "KL": "0.1234 ±0.0011",
         "same likeliest token": "0.8125",
-        "MTP KL": "0.2345",
+        "MTP KL": "0.2345 ±0.0034",
         "MTP same likeliest token": "0.7654",
     }
     drafts = page.column("Acceptance of MTP drafts", "student")
@@ -238,7 +251,7 @@ def test_losses_before_and_after_quantization(tmp_path: Path) -> None:
     (save / "run.json").write_text(json.dumps(document))
     (save / "fp8.json").write_text(json.dumps(evaluation(4.2492)))
     page = page_of(save)
-    assert page.column("Evaluation", "student")["loss"] == "4.2442"
+    assert page.column("Evaluation", "student")["loss"] == "4.2442 ±0.0123"
     quantized = page.column("Evaluation", "student, FP8")
     assert (quantized["loss"], quantized["to the teacher"]) == ("4.2492", "+0.1841")
     assert "Loss of the student in FP8 4.2492 (+0.0050 to its own)." in page.texts["Compression of run-teacher"]
@@ -285,7 +298,7 @@ def test_losses_of_two_phases_are_on_one_axis_of_tokens(tmp_path: Path, count_on
             assert curves.losses[term][:, 1].tolist() == pytest.approx(logged.tolist(), rel=1e-6)
     page = page_of(save)
     assert page.column("Loss terms in training", "phase 1 last")["lm loss"] == "0.5000"
-    assert page.column("Evaluation", "phase 2 student")["loss"] == "4.3442"
+    assert page.column("Evaluation", "phase 2 student")["loss"] == "4.3442 ±0.0123"
     assert page.tables["Sizes"][0] == ["", "teacher", "phase 1", "phase 2", "left"]
     assert page.column("Sizes", "left")["experts"] == "25.0%"
 
@@ -347,7 +360,8 @@ def test_the_plan_of_real_commands(tool: Tool, tmp_path: Path) -> None:
     page = page_of(save)
     assert page.column("Sizes", "phase 1")["hidden size"] == "48"
     assert page.column("Sizes", "phase 1")["parameters"] == f"{pruned.json['parameters']:,}"
-    assert page.column("Evaluation", "pruned")["loss"] == f"{measured[1]['loss']:.4f}"
+    loss = f"{measured[1]['loss']:.4f} ±{measured[1]['loss_stderr']:.4f}"
+    assert page.column("Evaluation", "pruned")["loss"] == loss
     assert page.column("Evaluation", "pruned")["to the teacher"] == f"{measured[1]['loss'] - measured[0]['loss']:+.4f}"
     plan = json.loads((save / "phase-1/pruned/plan.json").read_text())
     (gone,) = set(range(4)) - set(plan["kept_layers"])
@@ -379,10 +393,80 @@ def test_the_card(tmp_path: Path) -> None:
         "pipeline_tag": "text-generation",
         "tags": ["megatron_slim", "mixture-of-experts", "pruning", "distillation", "qwen3_next"],
     }
-    assert "| loss | 4.0651 | 6.1957 | 4.2442 |" in body and "| experts | 16 | 8 | 50.0% |" in body
+    assert "| loss | 4.0651 | 6.1957 | 4.2442 ±0.0123 |" in body and "| experts | 16 | 8 | 50.0% |" in body
     assert "| acc\\_" not in body and "| acc_0 | 0.7100 | 0.6200 |" in body
     assert "AutoTokenizer" in body and "vllm serve" in body and "Licence of run-teacher: apache-2.0." in body
     assert "\n## Sizes\n" in body and "\n\n\n\n" not in body
+
+
+def test_the_card_of_a_model_that_sees_pictures(tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    from tests.vlm import write_vlm
+
+    save = make_run(tmp_path / "run")
+    shutil.rmtree(save / "model")
+    write_vlm(save / "model")
+    write_report(save)
+    _, matter, body = (save / "model/README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(matter)["pipeline_tag"] == "image-text-to-text"
+    assert "Measure tasks with pictures" in body and "AutoModelForImageTextToText.from_pretrained" in body
+    assert type(AutoModelForImageTextToText.from_pretrained(save / "model")).__name__.startswith("Qwen3_5Moe")
+
+
+@pytest.fixture
+def quantized(tmp_path: Path) -> Path:
+    """A run whose export was quantized by this package's command, from a tiny model."""
+    save = make_run(tmp_path / "run")
+    shutil.rmtree(save / "model")
+    write_tiny_checkpoint(save / "model", STUDENT)
+    found = convert(save / "model", save / "model-fp8", to="hf", quantize="fp8")
+    results = {"quantize": found, "evaluate-fp8": evaluation(4.2492, loss_stderr=0.0124)}
+    document = json.loads((save / "run.json").read_text())
+    for kind, result in results.items():
+        (save / f"results/{kind}.json").write_text(json.dumps(result))
+        step = {"name": f"phase-1/{kind}", "kind": kind, "phase": 1, "state": "done", "command": [kind]}
+        document["steps"].insert(-1, step | {"result": f"results/{kind}.json"})
+    (save / "run.json").write_text(json.dumps(document))
+    return save
+
+
+def test_the_card_of_the_export_in_fp8(quantized: Path) -> None:
+    page = page_of(quantized)
+    plain, card_of_fp8 = ((quantized / model / "README.md").read_text() for model in ("model", "model-fp8"))
+    assert "quantized" not in plain and "FP8 (E4M3)" not in plain
+    _, matter, body = card_of_fp8.split("---\n", 2)
+    keys = yaml.safe_load(matter)
+    assert (keys["base_model"], keys["base_model_relation"]) == ("run", "quantized") and "fp8" in keys["tags"]
+    assert keys["license"] == "apache-2.0" and keys["tags"][-1] == "qwen3_next"
+    assert "# base_model: the run's name, to be replaced" in matter
+    assert body.startswith(MARKER) and ", in FP8\n" in body and "128 x 128" in body
+    assert "| loss | 4.0651 | 6.1957 | 4.2442 ±0.0123 | 4.2492 ±0.0124 |" in body
+    found = json.loads((quantized / "results/quantize.json").read_text())
+    worst = found["quantization"]["worst"]
+    rows = {
+        "bytes": f"{found['bytes']:,}",
+        "weights in FP8": str(found["quantization"]["tensors"]),
+        "of these with smaller blocks at the edges": str(found["quantization"]["partial_blocks"]),
+        "largest relative RMS error": f"{100 * worst['relative_rms']:.2f}%",
+        "tensor with this error": worst["tensor"],
+    }
+    assert all(f"| {name} | {value} |" in body for name, value in rows.items())
+    assert page.column("Quantization", "FP8") == rows
+    assert "[quantization_report.md](quantization_report.md)" in body
+    assert (quantized / "model-fp8/quantization_report.md").is_file()
+    assert "Clients that load" not in body and "Clients that load" in plain
+    assert "--dequantize-fp8" in body and "accelerate" in body and "vllm serve" in body
+
+
+def test_a_card_in_fp8_without_results(quantized: Path) -> None:
+    for kind in ("quantize", "evaluate-fp8"):
+        (quantized / f"results/{kind}.json").write_text("{}")
+    write_report(quantized)
+    assert "| bytes | not measured |" in (quantized / "model-fp8/README.md").read_text()
+    (quantized / "results/quantize.json").write_text('{"quantization": {"worst": 3}}')
+    with pytest.raises(SlimError, match="not what the step prints: quantization; remove it and run phase-1/quantize"):
+        write_report(quantized)
 
 
 def test_the_citation_is_that_of_the_project() -> None:
@@ -484,7 +568,7 @@ def test_damaged_events_are_not_measured(tmp_path: Path) -> None:
     events.write_bytes(b"not events")
     page = page_of(save)
     assert "Not measured." in page.texts["Losses over the tokens of training"]
-    assert page.column("Evaluation", "student")["loss"] == "4.2442"
+    assert page.column("Evaluation", "student")["loss"] == "4.2442 ±0.0123"
 
 
 def test_without_the_packages_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -494,4 +578,4 @@ def test_without_the_packages_of_pictures(tmp_path: Path, monkeypatch: pytest.Mo
     page = page_of(save)
     shown = page.texts["Losses over the tokens of training"]
     assert "Not measured. a curve of losses needs tensorboard, which is not installed" in shown
-    assert page.loaded == [] and page.column("Evaluation", "student")["loss"] == "4.2442"
+    assert page.loaded == [] and page.column("Evaluation", "student")["loss"] == "4.2442 ±0.0123"

@@ -22,6 +22,7 @@ from megatron_slim.cli.distill import VARIABLES
 from megatron_slim.compression import runner, steps
 from megatron_slim.compression.settings import read_settings
 from megatron_slim.errors import SlimError
+from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe_run import SECTIONS
 from megatron_slim.testing import reserved_port, tiny_shape, write_tiny_checkpoint, write_tokens
 
@@ -85,6 +86,14 @@ def test_a_dry_run_says_what_every_step_needs_and_makes_nothing(place: Path, tmp
     assert "--progressive" in found["phase-1/train"]["command"]
 
 
+def test_tokens_of_data_with_fewer_samples_than_the_default(place: Path, tmp_path: Path, tool: Any) -> None:
+    (tmp_path / "recipe.yaml").write_text(ONE.replace("num_samples: 4, seq_length: 16, ", ""))
+    words = arguments(place, tmp_path / "r", "one.yaml", "--dry-run", "--json")
+    done = tool("tools/run.py", tmp_path / "recipe.yaml", *words[1:])
+    (prune,) = [step for step in done.json["steps"] if step["name"] == "phase-1/prune"]
+    assert prune["tokens"] == 60 * 33 // 32 * 32 and "--num-samples" not in prune["command"]
+
+
 def test_the_table_of_a_dry_run(place: Path, tmp_path: Path, tool: Any) -> None:
     done = tool("tools/run.py", *arguments(place, tmp_path / "r", "one.yaml", "--dry-run"))
     assert "phase-1/train" in done.stdout and "megatron-slim distill --teacher" in done.stdout
@@ -135,6 +144,15 @@ def test_the_optimizer_is_carried_from_phase_to_phase(place: Path, tmp_path: Pat
     assert not {"--carry-optimizer"} & {*found["phase-1/prune"], *found["phase-1/train"]}
     assert "--to torch_dist --carry-optimizer --moments-of-merged sum" in " ".join(found["phase-2/prune"])
     assert "--carry-optimizer" in found["phase-2/train"] and "--moments-of-merged" not in found["phase-2/train"]
+
+
+def test_statistics_are_carried_from_phase_to_phase(place: Path, tmp_path: Path, tool: Any) -> None:
+    words = ("--set", "calibrate.carry_statistics=true", "--dry-run", "--json")
+    found = tool("tools/run.py", *arguments(place, tmp_path / "r", "two.yaml", *words)).json["steps"]
+    tokens = {step["name"]: step["tokens"] for step in found if step["name"].endswith("/prune")}
+    assert tokens == {"phase-1/prune": 4 * 16, "phase-2/prune": 0}
+    one = tool("tools/run.py", *arguments(place, tmp_path / "r", "one.yaml", *words))
+    assert "calibrate.carry_statistics is for recipes with phases" in one.error
 
 
 def test_acceptance_is_a_step_of_its_own(place: Path, tmp_path: Path) -> None:
@@ -301,6 +319,7 @@ def test_a_run_that_was_killed_ten_times_ends_as_one_that_was_not(place: Path, t
 
         def command(save: Path) -> list[str]:
             words = arguments(place, save, "two.yaml", "--master-port", str(port))
+            words += ["--set", "calibrate.carry_statistics=true"]
             return [sys.executable, "-m", "megatron_slim", "run", *words]
 
         begin = time.monotonic()
@@ -308,17 +327,19 @@ def test_a_run_that_was_killed_ten_times_ends_as_one_that_was_not(place: Path, t
         took = time.monotonic() - begin
         kills = 0
         for _ in range(10):
-            # Two starts of Python at least, so that every start comes further.
+            # Some starts end before they come further. Where other programs slowed only the run that was timed, the
+            # killed one may be over before all ten.
             with subprocess.Popen(command(killed), env=environment, stderr=subprocess.DEVNULL) as process:
                 try:
-                    process.wait(timeout=drawn.uniform(0.05, 0.25) * took)
+                    process.wait(timeout=drawn.uniform(0.03, 0.2) * took)
                 except subprocess.TimeoutExpired:
                     kill(process)
                     kills += 1
         found = finish(command(killed), killed, environment)
-    assert kills >= 5
+    assert kills >= 4, f"{kills} kills of a run that took {took:.0f} s"
     assert expected.keys() == found.keys()
     assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    assert "carried_from" in Statistics.load(whole / "phase-2/pruned").metadata
     states = json.loads((killed / "run.json").read_text())["steps"]
     assert {step["state"] for step in states} == {"done"} and max(step["attempts"] for step in states) > 1
     for name in ("phase-1-evaluate", "phase-2-evaluate", "teacher-evaluate"):

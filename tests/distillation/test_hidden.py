@@ -7,25 +7,23 @@ import doctest
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
-from megatron_slim import device
-
-device.install()
-
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler  # noqa: E402
-
-from megatron_slim.checkpoint.huggingface import HFCheckpoint  # noqa: E402
-from megatron_slim.checkpoint.loading import load_hf_weights  # noqa: E402
-from megatron_slim.checkpoint.torch_dist_names import HIDDEN_KD  # noqa: E402
-from megatron_slim.distillation import layer_pairs  # noqa: E402
-from megatron_slim.distillation.hidden import HiddenInputs, Projection  # noqa: E402
-from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine  # noqa: E402
-from megatron_slim.distillation.model import TEACHER_MTP, DistillationModel, HiddenStatesModel  # noqa: E402
-from megatron_slim.testing import tiny_shape, write_tiny_checkpoint  # noqa: E402
-from tests.distillation.test_model import build, gradients  # noqa: E402
+from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.checkpoint.loading import load_hf_weights
+from megatron_slim.checkpoint.torch_dist_names import HIDDEN_KD
+from megatron_slim.compat import runtime
+from megatron_slim.distillation import layer_pairs
+from megatron_slim.distillation.hidden import HiddenInputs, Projection
+from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine
+from megatron_slim.distillation.model import TEACHER_MTP, DistillationModel, HiddenStatesModel
+from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
+from tests.distillation.test_model import build, gradients
 
 SIZES: dict[str, Any] = {
     "num_layers": 4,
@@ -38,7 +36,7 @@ WEIGHT, SCALE = 0.7, 4.0
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HFCheckpoint]:
-    device.init_single_process()
+    runtime.init_single_process()
     root = tmp_path_factory.mktemp("hidden")
     shapes = {"teacher": tiny_shape(**SIZES), "student": tiny_shape(**SIZES, hidden_size=48, num_moe_experts=4)}
     return {

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
+import megatron_slim.mcore
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_slim import device
+from megatron_slim.compat import runtime
 from megatron_slim.distillation.divergences import KDLoss
 from megatron_slim.distillation.fused import DistillationInputs, OutputLayer, Target, fused_losses
 from megatron_slim.distillation.loss_options import KD_LOSSES
@@ -114,8 +116,7 @@ def test_on_two_tensor_parallel_ranks_too() -> None:
 
 def test_megatrons_cross_entropy_overwrites_logits_in_fp32() -> None:
     """Which is why logits are cloned wherever a test compares with it, and why the losses here do without it."""
-    device.install()
-    device.init_single_process()
+    runtime.init_single_process()
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
     labels = torch.randint(0, V, (3, 2), generator=torch.Generator().manual_seed(1))

@@ -5,33 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import pytest
 import torch
-from torch import Tensor
-
-from megatron_slim import device
-
-device.install()
-
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.transformer.multi_token_prediction import (  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.multi_token_prediction import (
     MTPLossAutoScaler,
     MTPLossLoggingHelper,
     roll_tensor,
 )
+from torch import Tensor
 
-from megatron_slim.architecture.layer_specs import build_model, transformer_config  # noqa: E402
-from megatron_slim.checkpoint.huggingface import HFCheckpoint  # noqa: E402
-from megatron_slim.checkpoint.loading import load_hf_weights  # noqa: E402
-from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine, shift  # noqa: E402
-from megatron_slim.distillation.model import (  # noqa: E402
+from megatron_slim.architecture.layer_specs import build_model, transformer_config
+from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.checkpoint.loading import load_hf_weights
+from megatron_slim.compat import runtime
+from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine, shift
+from megatron_slim.distillation.model import (
     TEACHER_MAIN,
     TEACHER_MTP,
     DistillationModel,
     HiddenStatesModel,
 )
-from megatron_slim.testing import tiny_shape, write_tiny_checkpoint  # noqa: E402
+from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 TEACHER = {"num_layers": 2, "layer_types": ("linear_attention", "full_attention"), "vocab_size": 101}
 STUDENT = {**TEACHER, "hidden_size": 48, "num_moe_experts": 4}
@@ -40,7 +38,7 @@ PADDED = 128
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HFCheckpoint]:
-    device.init_single_process()
+    runtime.init_single_process()
     root = tmp_path_factory.mktemp("distillation")
     found = {}
     for seed, (name, sizes) in enumerate({"teacher": TEACHER, "student": STUDENT}.items()):

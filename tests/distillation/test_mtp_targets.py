@@ -5,27 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import megatron_slim.mcore
+
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 from torch import Tensor
 
-from megatron_slim import device
-
-device.install()
-
-from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids  # noqa: E402
-
-from megatron_slim.architecture.hidden_states import HiddenStatesModel  # noqa: E402
-from megatron_slim.architecture.layer_specs import build_model, transformer_config  # noqa: E402
-from megatron_slim.distillation.losses import (  # noqa: E402
+from megatron_slim.architecture.hidden_states import HiddenStatesModel
+from megatron_slim.architecture.layer_specs import build_model, transformer_config
+from megatron_slim.compat import runtime
+from megatron_slim.distillation.losses import (
     LossWeights,
     TokenLosses,
     gradients_of_total,
     mtp_mask,
 )
-from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel  # noqa: E402
-from megatron_slim.testing import tiny_shape  # noqa: E402
+from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel
+from megatron_slim.testing import tiny_shape
 
 V, S, BATCH, EOD = 101, 12, 2, 100
 SIZES: dict[str, Any] = {"num_layers": 1, "layer_types": ("full_attention",), "vocab_size": V}
@@ -33,7 +31,7 @@ SURE = 60.0  # a logit that leaves exp(-60) for all other tokens
 
 
 def build(model_class: type[HiddenStatesModel], depths: int, **sizes: int) -> Any:
-    device.init_single_process()
+    runtime.init_single_process()
     shape = tiny_shape(**SIZES, **sizes)
     config = transformer_config(
         shape, mtp_num_layers=depths, moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0

@@ -5,26 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import megatron_slim.mcore
+
 import pytest
 import torch
-from torch import Tensor
-
-from megatron_slim import device
-
-device.install()
-
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.transformer.moe.moe_logging import (  # noqa: E402
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.moe_logging import (
     destroy_moe_metrics_tracker,
     get_moe_metrics_tracker,
 )
-from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
-from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper  # noqa: E402
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper
+from torch import Tensor
 
-from megatron_slim.architecture.hidden_states import HiddenStatesModel  # noqa: E402
-from megatron_slim.architecture.layer_specs import build_model, transformer_config  # noqa: E402
-from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel  # noqa: E402
-from megatron_slim.testing import tiny_shape  # noqa: E402
+from megatron_slim.architecture.hidden_states import HiddenStatesModel
+from megatron_slim.architecture.layer_specs import build_model, transformer_config
+from megatron_slim.compat import runtime
+from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel
+from megatron_slim.testing import tiny_shape
 
 KINDS = ("linear_attention", "full_attention")
 LENGTH = 12
@@ -34,7 +32,7 @@ NAME = "global_load_balancing_loss"
 @pytest.fixture(autouse=True)
 def trackers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fresh ones for every test, and a scale of Megatron's own MTP loss as its schedules set it."""
-    device.init_single_process()
+    runtime.init_single_process()
     destroy_moe_metrics_tracker()
     MTPLossLoggingHelper.tracker.clear()
     monkeypatch.setattr(MTPLossAutoScaler, "main_loss_backward_scale", torch.tensor(1.0))

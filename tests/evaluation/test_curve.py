@@ -7,18 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 
-from megatron_slim import device
-from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint
+from megatron_slim.checkpoint.convert import Checkpoint, hf_to_torch_dist, open_checkpoint
+from megatron_slim.evaluation.acceptance import Acceptance, measure_acceptance
 from megatron_slim.evaluation.losses import FinalStates
 from megatron_slim.evaluation.perplexity import evaluate_checkpoint
 from megatron_slim.evaluation.teacher import Teacher
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 from tests.evaluation.test_perplexity import samples_for
-
-device.install()
 
 SHAPE = tiny_shape(num_layers=2, layer_types=("linear_attention", "full_attention"))
 
@@ -65,6 +65,29 @@ def test_every_complete_checkpoint_is_measured(
         )
         assert {**alone, "load": None} == {key: each[key] for key in alone} | {"load": None}
         assert f"{each['loss']:.4f}" in found.stdout and f"{each['kl']:.4f}" in found.stdout
+
+
+def test_the_teachers_acceptance_is_measured_once(
+    run: Path, tool: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its losses are compared, and as a student of its own measures it."""
+    measured: list[Path] = []
+
+    def counted(checkpoint: Checkpoint, *arguments: Any, **options: Any) -> Acceptance:
+        measured.append(checkpoint.path)
+        return measure_acceptance(checkpoint, *arguments, **options)
+
+    monkeypatch.setattr("megatron_slim.evaluation.acceptance.measure_acceptance", counted)
+    np.save(tmp_path / "prompts.npy", samples_for(SHAPE)[:2, :4])
+    teacher = tmp_path / "hf20"
+    arguments = ("--acceptance", tmp_path / "prompts.npy", "--max-new-tokens", 8, "--teacher", teacher, "--json")
+    for data in ((), ("--data", tmp_path / "x.npy")):
+        measured.clear()
+        found = tool("tools/evaluate.py", "--load", run, "--every-checkpoint", *arguments, *data)
+        assert found.code == 0, found.stderr
+        assert measured == [run / "iter_0000010", teacher, run / "iter_0000020"]
+        first, last = found.json["checkpoints"]
+        assert first["teacher_acceptance"] == last["teacher_acceptance"] == last["acceptance"]
 
 
 def test_what_does_nothing_together_is_refused(run: Path, tool: Callable[..., Any], tmp_path: Path) -> None:

@@ -11,17 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 import torch
 
-from megatron_slim import device
+import megatron_slim as slim
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint
 from megatron_slim.evaluation.tasks import PRESETS, Tasks
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 from tests.evaluation.test_perplexity import load
-
-device.install()
 
 MAKE_TASK, EVALUATE = "examples/slimqwen/make_task.py", "tools/evaluate.py"
 TEXTS = [
@@ -116,6 +116,8 @@ def test_scores_are_those_of_transformers(
             error = math.sqrt(value * (1 - value) / 6)
             assert scored["metrics"][metric] == pytest.approx({"value": value, "stderr": error}, rel=1e-12)
             assert f"continuation: {metric} {value:.4f} +- {error:.4f}" in found.stderr
+        scores = slim.task_scores(path, ["continuation"], tasks_dir=task)
+        assert scores == {key: found.json[key] for key in ("tasks", "tasks_left_out")}
     assert not [*(tmp_path / "temporary").iterdir()]
     short = tool(EVALUATE, "--load", model, "--tasks", "continuation", "--tasks-dir", task, "--limit", 1, "--json")
     assert short.json["tasks"]["continuation"]["documents"] == 1

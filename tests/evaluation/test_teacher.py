@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 import torch
@@ -14,17 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import megatron_slim
-from megatron_slim import device
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint
 from megatron_slim.errors import CheckpointError, DataError
 from megatron_slim.evaluation.perplexity import evaluate
 from megatron_slim.evaluation.teacher import Teacher
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
-from tests.evaluation.test_perplexity import load, samples_for
+from tests.evaluation.test_perplexity import load, samples_for, standard_error
 from tests.mtp_oracle import load_mtp, mtp_hidden
-
-device.install()
 
 TEACHER = tiny_shape(vocab_size=131)
 STUDENT = tiny_shape(vocab_size=131, hidden_size=48, num_layers=2, layer_types=TEACHER.layer_types[2:])
@@ -44,11 +43,21 @@ def logits(path: Path, shape: ModelShape, ids: Tensor) -> list[Tensor]:
     return found
 
 
-def distance(student: Tensor, teacher: Tensor) -> tuple[float, float]:
-    """KL(teacher || student) and the share of equal most probable tokens."""
-    own, other = student.flatten(0, 1).log_softmax(-1), teacher.flatten(0, 1).log_softmax(-1)
-    agreement = (own.argmax(-1) == other.argmax(-1)).double().mean()
-    return float(F.kl_div(own, other, reduction="batchmean", log_target=True)), float(agreement)
+def distance(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(teacher || student), and whether the most probable tokens are equal, [samples, tokens]."""
+    own, other = student.log_softmax(-1), teacher.log_softmax(-1)
+    agreement = (own.argmax(-1) == other.argmax(-1)).double()
+    return F.kl_div(own, other, reduction="none", log_target=True).sum(-1), agreement
+
+
+def figures(found: list[Tensor]) -> tuple[list[float], list[float]]:
+    """Means, and their standard errors over samples."""
+    return [float(each.mean()) for each in found], [standard_error(each.numpy()) for each in found]
+
+
+def loss(predicted: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of every token, [samples, tokens]."""
+    return F.cross_entropy(predicted.mT, targets, reduction="none")
 
 
 @pytest.fixture(scope="module")
@@ -83,17 +92,32 @@ def test_equals_transformers(paths: dict[str, Path], student: str, teacher: str)
         for name, model in zip((student, teacher), models, strict=True)
     )
     result = evaluate(models[0], samples, micro_batch_size=2, dtype=torch.float32, teacher=Teacher(models[1]))
-    (kl, agreement), *mtp = (distance(own, other) for own, other in zip(ours, theirs, strict=False))
+    distances, agreements = zip(*(distance(own, other) for own, other in zip(ours, theirs, strict=False)), strict=True)
+    (kl, *mtp_kl), (kl_error, *mtp_kl_errors) = figures(distances)
+    (agreement, *mtp_agreement), (agreement_error, *mtp_agreement_errors) = figures(agreements)
     assert kl > 0.01  # they are two models
     assert result.kl == pytest.approx(kl, rel=TOLERANCE)
     assert result.top1_agreement == agreement
-    assert list(result.mtp_kl) == pytest.approx([kl for kl, _ in mtp], rel=TOLERANCE)
-    assert list(result.mtp_top1_agreement) == [agreement for _, agreement in mtp]
-    assert len(mtp) == min(model.shape.mtp_num_layers for model in models)
+    assert list(result.mtp_kl) == pytest.approx(mtp_kl, rel=TOLERANCE)
+    assert list(result.mtp_top1_agreement) == mtp_agreement
+    assert len(mtp_kl) == min(model.shape.mtp_num_layers for model in models)
+    targets = [loss(each[0], ids[:, 1:]) for each in (ours, theirs)]
+    assert result.loss_difference == pytest.approx(float((targets[0] - targets[1]).mean()), rel=TOLERANCE)
+    # An error is a difference of figures of samples: their rounding, and 10 to 100 times less to be relative to.
+    expected = {
+        "kl": kl_error,
+        "mtp_kl": tuple(mtp_kl_errors),
+        "teacher_loss": standard_error(targets[1].numpy()),
+        "loss_difference": standard_error((targets[0] - targets[1]).numpy()),
+        "top1_agreement": agreement_error,
+        "mtp_top1_agreement": tuple(mtp_agreement_errors),
+    }
+    for name, error in expected.items():
+        assert result.stderr[name] == pytest.approx(error, rel=1e-4), name
     assert result.teacher_loss == evaluate(models[1], samples, micro_batch_size=2, dtype=torch.float32).loss
     alone = evaluate(models[0], samples, micro_batch_size=2, dtype=torch.float32)
     assert (result.loss, result.mtp_loss, result.token_losses) == (alone.loss, alone.mtp_loss, alone.token_losses)
-    assert alone.comparison() == {}
+    assert alone.comparison() == {} and alone.stderr["loss"] == result.stderr["loss"]
 
 
 def test_rows_are_compared_in_chunks(paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +138,8 @@ def test_a_model_is_at_no_distance_from_itself(paths: dict[str, Path], dtype: to
     )
     assert (result.kl, result.top1_agreement) == (0.0, 1.0)
     assert (result.mtp_kl, result.mtp_top1_agreement) == ((0.0,), (1.0,))
-    assert result.teacher_loss == result.loss
+    assert result.teacher_loss == result.loss and result.loss_difference == 0.0
+    assert result.stderr["kl"] == result.stderr["top1_agreement"] == result.stderr["loss_difference"] == 0.0
 
 
 def test_one_pass_serves_students_of_the_same_samples(paths: dict[str, Path]) -> None:
@@ -122,8 +147,8 @@ def test_one_pass_serves_students_of_the_same_samples(paths: dict[str, Path]) ->
     samples, options = samples_for(TEACHER), {"micro_batch_size": 1, "dtype": torch.float32}
     first = teacher.states(STUDENT, samples, **options)
     assert teacher.states(STUDENT, samples.copy(), **options) is first
-    assert set(first.states) == {"model.norm", "mtp.norm"}
-    assert set(teacher.states(WITHOUT_MTP, samples, **options).states) == {"model.norm"}
+    assert set(first.states) == {"final_norm", "mtp_norm"}
+    assert set(teacher.states(WITHOUT_MTP, samples, **options).states) == {"final_norm"}
     assert teacher.states(STUDENT, samples[:2], **options) is not first
 
 
@@ -143,6 +168,7 @@ def test_tool(tool: Callable[..., Any], paths: dict[str, Path], tmp_path: Path) 
     assert outcome.code == 0, outcome.stderr
     expected = megatron_slim.evaluate(paths["student"], samples_for(TEACHER), teacher=paths["teacher"])
     assert {key: outcome.json[key] for key in expected.comparison()} == expected.comparison()
-    assert f"KL from the teacher {expected.kl:.4f}" in outcome.stderr
+    assert f"KL from the teacher {expected.kl:.4f} +- {expected.stderr['kl']:.4f}" in outcome.stderr
+    assert f"difference {expected.loss_difference:.4f} +- {expected.stderr['loss_difference']:.4f}" in outcome.stderr
     assert not {"kl", "teacher_loss"} & tool("tools/evaluate.py", *arguments).json.keys()
     assert "no such directory" in tool("tools/evaluate.py", *arguments, "--teacher", tmp_path / "none").error

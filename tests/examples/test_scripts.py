@@ -101,6 +101,9 @@ def test_the_demo_in_miniature(tmp_path: Path) -> None:
     assert report["parameters"]["student"]["total"] < report["parameters"]["teacher"]["total"] / 2
     assert (out / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
     assert "random init student" in done.stdout
+    for key in ("validation_loss", "kl_from_teacher"):
+        for name, value in report[key].items():
+            assert f"{value:.4f} ±{report[f'{key}_stderr'][name]:.4f}" in done.stdout
 
 
 @pytest.mark.slow

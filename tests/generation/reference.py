@@ -68,9 +68,9 @@ class Megatron:
     """The modules that training builds, of whichever format of checkpoint."""
 
     def __init__(self, directory: Path) -> None:
-        from megatron_slim import device
+        from megatron_slim.compat import runtime
 
-        device.init_single_process()
+        runtime.init_single_process()
         from megatron_slim.architecture.hidden_states import HiddenStatesModel
         from megatron_slim.architecture.layer_specs import build_model, transformer_config
 

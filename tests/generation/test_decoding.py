@@ -33,6 +33,7 @@ SHAPES = {
     "many experts, of which few are visited, and YaRN": tiny_shape(
         num_moe_experts=24, rotary_percent=0.5, kv_channels=32, rope_scaling=Yarn(4.0, 32, 1.3)
     ),
+    "Qwen3.5-MoE": tiny_shape("qwen3_5_moe_text"),
     "Qwen3-MoE": tiny_shape("qwen3_moe"),
     "Qwen3-MoE, one key-value head, gates that do not add up to 1": tiny_shape(
         "qwen3_moe", num_layers=3, num_query_groups=1, num_moe_experts=7, moe_router_topk=3, norm_topk_prob=False

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_slim.cli.calibration_run import CalibrationOptions, run_calibrate
+from megatron_slim.cli.given_statistics import Given
 from megatron_slim.cli.pruning_run import run_plan
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
@@ -288,7 +289,19 @@ DATA = {
     ),
     "too long .bin": Case(CALIBRATE, "--calibration-data d --seq-length 33 --num-samples 1", dataset(), "is 32; use"),
     "too short": Case(CALIBRATE, "--calibration-data x.npy", array(ids(1, 1)), "too short for the MTP block"),
-    "too few": Case(CALIBRATE, "--calibration-data d", dataset(), "1024 samples asked for, 1 there"),
+    "too few": Case(
+        CALIBRATE,
+        "--calibration-data d --num-samples 2",
+        dataset(),
+        "2 samples asked for, 1 there; ask for 1 or fewer (num_samples), or for shorter ones (seq_length)",
+    ),
+    "too few to evaluate on": Case(
+        EVALUATE,
+        "--data d --seq-length 8 --num-samples 6",
+        dataset(),
+        "6 samples asked for, 5 there; ask for 5 or fewer",
+    ),
+    "not one sample": Case(CALIBRATE, "--calibration-data d", dataset(tokens=31), "one sample of 32; ask for shorter"),
 }
 FILES = {
     "output exists": Case(CONVERT, "", lambda work: (work / "out").mkdir(), "out: output already exists"),
@@ -360,7 +373,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "recipe.yaml").write_text(RECIPE)
     (root / "text.txt").write_text("Some text.\n")
     run_calibrate(root / "hf", root / STATS, CalibrationOptions(root / "tokens.npy", None, None, 0, None))
-    run_plan(root / "hf", root / STATS, root / "recipe.yaml", root / "plan.json")
+    run_plan(root / "hf", Given(root / STATS), root / "recipe.yaml", root / "plan.json")
     return root
 
 

@@ -8,18 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 
-from megatron_slim import device
-
-device.install()
-
-
-from megatron_slim.architecture.parallelism import layout_violations  # noqa: E402
-from megatron_slim.errors import SlimError  # noqa: E402
-from megatron_slim.testing import tiny_shape, write_tiny_checkpoint, write_tokens  # noqa: E402
-from megatron_slim.training.pretrain import main  # noqa: E402
+from megatron_slim.architecture.parallelism import layout_violations
+from megatron_slim.errors import SlimError
+from megatron_slim.testing import tiny_shape, write_tiny_checkpoint, write_tokens
+from megatron_slim.training.pretrain import main
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"num_layers": 4, "vocab_size": 120, "max_position_embeddings": 64}

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import megatron_slim.mcore
+
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_slim import device
-
-device.install()
-
-from megatron_slim.architecture.flops import FUSED, TORCH, Recompute  # noqa: E402
-from megatron_slim.architecture.hidden_states import HiddenStatesModel  # noqa: E402
-from megatron_slim.architecture.layer_specs import build_model, transformer_config  # noqa: E402
-from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION  # noqa: E402
-from megatron_slim.planning.activations import Pass, block_bytes, moe_bytes, stage_bytes  # noqa: E402
-from megatron_slim.testing import tiny_shape  # noqa: E402
+from megatron_slim.architecture.flops import FUSED, TORCH, Recompute
+from megatron_slim.architecture.hidden_states import HiddenStatesModel
+from megatron_slim.architecture.layer_specs import build_model, transformer_config
+from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION
+from megatron_slim.compat import runtime
+from megatron_slim.planning.activations import Pass, block_bytes, moe_bytes, stage_bytes
+from megatron_slim.testing import tiny_shape
 
 LENGTH = 256
 WIDTHS = {"hidden_size": 128, "vocab_size": 256, "moe_router_topk": 3, "moe_ffn_hidden_size": 80}
@@ -42,10 +41,10 @@ def saved(model: HiddenStatesModel, forward: Callable[[], Any]) -> int:
 
 
 def built(family: str, dtype: torch.dtype) -> tuple[Any, HiddenStatesModel]:
-    device.init_single_process()
+    runtime.init_single_process()
     torch.manual_seed(0)
-    kinds = (LINEAR_ATTENTION if family == "qwen3_next" else FULL_ATTENTION, FULL_ATTENTION)
-    shared = {"moe_shared_expert_intermediate_size": 112} if family == "qwen3_next" else {}
+    kinds = (LINEAR_ATTENTION if family != "qwen3_moe" else FULL_ATTENTION, FULL_ATTENTION)
+    shared = {"moe_shared_expert_intermediate_size": 112} if family != "qwen3_moe" else {}
     shape = tiny_shape(family, num_layers=2, layer_types=kinds, **WIDTHS, **shared)
     narrow = dtype != torch.float32
     config = transformer_config(shape, params_dtype=dtype, bf16=narrow, pipeline_dtype=dtype)

@@ -10,21 +10,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import pytest
 
-from megatron_slim import device
-
-device.install()
-
-from megatron_slim.architecture.flops import TORCH  # noqa: E402
-from megatron_slim.architecture.shape import ModelShape  # noqa: E402
-from megatron_slim.planning import flags  # noqa: E402
-from megatron_slim.planning.build import BuiltRank, Request, build_ranks, prepare  # noqa: E402
-from megatron_slim.planning.hardware import GPUS  # noqa: E402
-from megatron_slim.planning.layouts import Settings, TrainLayout  # noqa: E402
-from megatron_slim.planning.memory import rank_counts, static_memory  # noqa: E402
-from megatron_slim.planning.search import Candidate, Job, Search  # noqa: E402
-from megatron_slim.testing import run_distributed, tiny_hf_config, tiny_shape, write_tiny_checkpoint  # noqa: E402
+from megatron_slim.architecture.flops import TORCH
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.planning import flags
+from megatron_slim.planning.build import BuiltRank, Request, build_ranks, prepare
+from megatron_slim.planning.hardware import GPUS
+from megatron_slim.planning.layouts import Settings, TrainLayout
+from megatron_slim.planning.memory import rank_counts, static_memory
+from megatron_slim.planning.search import Candidate, Job, Search
+from megatron_slim.testing import run_distributed, tiny_hf_config, tiny_shape, write_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("weights", "gradients", "optimizer", "teacher")

@@ -7,17 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_slim import device
 from megatron_slim.architecture.shape import FAMILIES, FULL_ATTENTION
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import RecipeError, SlimError
+from megatron_slim.evaluation.perplexity import evaluate
 from megatron_slim.pruning import statistics
 from megatron_slim.pruning.apply import PrunedCheckpoint
 from megatron_slim.pruning.pipeline import write_pruned
@@ -28,20 +30,22 @@ from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import parse_recipe
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
-device.install()
-
-from megatron_slim.evaluation.perplexity import evaluate  # noqa: E402 (megatron is imported after the CPU layer)
-
 RandomStats = Callable[..., Statistics]
 HEAD, GROUPS, PER_GROUP = 16, 2, 3  # of full attention; linear attention has as many
 TARGET = {"moe_ffn_hidden_size": 24, "num_attention_heads": 4, "num_moe_experts": 5}
 NEXT_TARGET = {**TARGET, "moe_shared_expert_intermediate_size": 20, "linear_num_value_heads": 4}
-TARGETS = {"qwen3_next": NEXT_TARGET, "qwen3_moe": TARGET}
+TARGETS = {"qwen3_next": NEXT_TARGET, "qwen3_moe": TARGET, "qwen3_5_moe_text": NEXT_TARGET}
+
+
+# A whole group of heads goes with its key, and the others keep two of three heads, or all of them.
+FEWER_GROUPS = {"num_query_groups": 1, "num_attention_heads": 2, "moe_ffn_hidden_size": 24}
+NEXT_FEWER_GROUPS = {**FEWER_GROUPS, "linear_num_key_heads": 1, "moe_shared_expert_intermediate_size": 20}
+GROUPED = {"qwen3_next": NEXT_FEWER_GROUPS, "qwen3_moe": FEWER_GROUPS, "qwen3_5_moe_text": NEXT_FEWER_GROUPS}
 
 
 def _checkpoint(path: Path, family: str, dtype: torch.dtype = torch.bfloat16) -> HFCheckpoint:
     sizes = {"num_attention_heads": GROUPS * PER_GROUP, "num_query_groups": GROUPS}
-    if family == "qwen3_next":
+    if family != "qwen3_moe":
         sizes |= {"linear_num_value_heads": GROUPS * PER_GROUP, "linear_num_key_heads": GROUPS}
     return HFCheckpoint.open(write_tiny_checkpoint(path, tiny_shape(family, **sizes), dtype=dtype))
 
@@ -71,7 +75,7 @@ def test_the_most_important_survive_everywhere_apart(wide: HFCheckpoint, random_
         assert list(heads) == [
             g * PER_GROUP + h for g in range(GROUPS) for h in range(PER_GROUP) if h != of_heads[g].argmin()
         ]
-    if shape.model_type == "qwen3_next":
+    if shape.model_type != "qwen3_moe":
         assert plan.inner.shared_neurons.keys() == plan.experts.keys()
         assert {len(neurons) for neurons in plan.inner.shared_neurons.values()} == {20}
     assert parse_plan(json.loads(plan.to_json())) == plan
@@ -109,33 +113,42 @@ def by_hand(name: str, plan: Plan, read: Callable[[str], Tensor]) -> Tensor:
         return tensor[:, neurons] if part == "down_proj" else tensor[neurons]
     heads, per = plan.inner.heads[block], PER_GROUP
     per_group = [[head % per for head in heads if head // per == group] for group in range(GROUPS)]
+    groups = tuple(group for group, kept in enumerate(per_group) if kept)
     match part:
         case "q_proj":
-            gated = plan.source_shape.model_type == "qwen3_next"  # per head a query and a gate
+            gated = plan.source_shape.model_type != "qwen3_moe"  # per head a query and a gate
             return tensor[_rows(heads, HEAD * (2 if gated else 1))]
+        case "k_proj" | "v_proj":
+            return tensor[_rows(groups, HEAD)]
         case "o_proj" | "out_proj":
             return tensor[:, _rows(heads, HEAD)]
         case "in_proj_qkvz":  # per key head: query, key, its value heads, their z
             rows: list[Tensor] = []
-            for group, kept in enumerate(per_group):
+            for group, kept in ((group, per_group[group]) for group in groups):
                 start = group * (2 * HEAD + 2 * per * HEAD)
                 rows += [start + torch.arange(2 * HEAD)]
                 rows += [start + 2 * HEAD + half * per * HEAD + _rows(tuple(kept), HEAD) for half in (0, 1)]
             return tensor[torch.cat(rows)]
+        case "in_proj_z":
+            return tensor[_rows(heads, HEAD)]
+        case "in_proj_b" | "in_proj_a":
+            return tensor[list(heads)]
         case "in_proj_ba":  # per key head: beta and alpha of its value heads
             return tensor[
                 [g * 2 * per + half * per + h for g in range(GROUPS) for half in (0, 1) for h in per_group[g]]
             ]
-        case "conv1d":
-            return tensor[torch.cat((torch.arange(2 * GROUPS * HEAD), 2 * GROUPS * HEAD + _rows(heads, HEAD)))]
+        case "in_proj_qkv" | "conv1d":  # queries, keys, then values
+            queries, keys, values = _rows(groups, HEAD), GROUPS * HEAD + _rows(groups, HEAD), _rows(heads, HEAD)
+            return tensor[torch.cat((queries, keys, 2 * GROUPS * HEAD + values))]
     return tensor[list(heads)] if name.endswith(("A_log", "dt_bias")) else tensor
 
 
-@pytest.mark.parametrize("method", ["prune", "merge"])
+@pytest.mark.parametrize(("method", "targets"), [("prune", TARGETS), ("merge", TARGETS), ("prune", GROUPED)])
 def test_every_tensor_is_the_slice_that_its_name_says(
-    method: str, wide: HFCheckpoint, random_stats: RandomStats, tmp_path: Path
+    method: str, targets: dict[str, dict[str, int]], wide: HFCheckpoint, random_stats: RandomStats, tmp_path: Path
 ) -> None:
-    plan = plan_of(TARGETS[wide.shape.model_type], random_stats(wide), wide, method)
+    plan = plan_of(targets[wide.shape.model_type], random_stats(wide), wide, method)
+    assert parse_plan(json.loads(plan.to_json())) == plan
     pruned, differing, total = PrunedCheckpoint(plan, wide), 0, 0
     for name in pruned.names:
         tensor, expected = pruned.read(name), by_hand(name, plan, wide.read)
@@ -195,7 +208,7 @@ def test_what_has_no_effect_may_go(family: str, random_stats: RandomStats, tmp_p
             (tmp_path / "quiet" / file.name).write_bytes(file.read_bytes())
     quiet = HFCheckpoint.open(tmp_path / "quiet")
     target = {key: value for key, value in TARGETS[family].items() if key != "num_moe_experts"}
-    if family == "qwen3_next":
+    if family != "qwen3_moe":
         target["moe_shared_expert_intermediate_size"] = 24  # a quarter goes, a third has no effect
     stats = Statistics(
         stats.tensors, {**stats.metadata, "source_sha256": random_stats(quiet).metadata["source_sha256"]}
@@ -217,9 +230,57 @@ def test_what_has_no_effect_may_go(family: str, random_stats: RandomStats, tmp_p
     np.testing.assert_allclose([losses[1].loss, *losses[1].mtp_loss], [losses[0].loss, *losses[0].mtp_loss], rtol=1e-6)
 
 
+def test_groups_without_effect_may_go_with_their_keys(random_stats: RandomStats, tmp_path: Path) -> None:
+    """Heads that are not named follow their groups; transformers gives the same logits."""
+    from transformers import AutoModelForCausalLM
+
+    source = _checkpoint(tmp_path / "loud", "qwen3_5_moe_text", torch.float32)
+    stats, shape = random_stats(source), source.shape
+    tensors = {name: source.read(name) for name in source.names}
+    for number, block in enumerate(shape.blocks):
+        kind = shape.layer_type(block)
+        name = "self_attn.o_proj" if kind == FULL_ATTENTION else "linear_attn.out_proj"
+        quiet = slice(number % GROUPS * PER_GROUP, (number % GROUPS + 1) * PER_GROUP)
+        tensors[f"{block}.{name}.weight"].unflatten(1, (-1, HEAD))[:, quiet] = 0
+        stats.tensors[statistics.heads_key(block, kind)][quiet] = 0
+    (tmp_path / "quiet").mkdir()
+    for file in source.path.iterdir():
+        if file.suffix == ".safetensors":
+            save_file({name: tensors[name] for name in load_file(file)}, tmp_path / "quiet" / file.name)
+        else:
+            (tmp_path / "quiet" / file.name).write_bytes(file.read_bytes())
+    quiet_source = HFCheckpoint.open(tmp_path / "quiet")
+    known = Statistics(stats.tensors, random_stats(quiet_source).metadata)
+    plan = plan_of({"num_query_groups": 1, "linear_num_key_heads": 1}, known, quiet_source)
+    assert (plan.target_shape.num_attention_heads, plan.target_shape.linear_num_value_heads) == (3, 3)
+    write_pruned(PrunedCheckpoint(plan, quiet_source), tmp_path / "out", to="hf", stats=None)
+    tokens = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = [
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")(tokens).logits
+            for path in (tmp_path / "quiet", tmp_path / "out")
+        ]
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-5)
+    losses = [
+        evaluate(HFCheckpoint.open(path), tokens.numpy(), dtype=torch.float32)
+        for path in (quiet_source.path, tmp_path / "out")
+    ]
+    np.testing.assert_allclose([losses[1].loss, *losses[1].mtp_loss], [losses[0].loss, *losses[0].mtp_loss], rtol=1e-6)
+
+
+def test_a_smaller_top_k_alone(wide: HFCheckpoint, random_stats: RandomStats, tmp_path: Path) -> None:
+    """Every weight stays."""
+    plan = plan_of({"moe_router_topk": 1 if not wide.shape.norm_topk_prob else 2}, random_stats(wide), wide)
+    pruned = PrunedCheckpoint(plan, wide)
+    assert pruned.names == wide.names
+    assert all(same_bytes(pruned.read(name), wide.read(name)) for name in wide.names)
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [
+        ({"num_query_groups": 1, "num_attention_heads": 4}, "num_attention_heads 4 is more than 1 KV groups have"),
+        ({"num_query_groups": 3}, "target.num_query_groups 3 is larger than the source's 2"),
         ({"moe_ffn_hidden_size": 20}, "target.moe_ffn_hidden_size 20 is not a multiple of 8"),
         ({"num_attention_heads": 8}, "target.num_attention_heads 8 is larger than the source's 6"),
         ({"num_attention_heads": 3}, "num_attention_heads 3 is not a multiple of num_query_groups 2"),

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_slim import device
+import megatron_slim as slim
 from megatron_slim.architecture.shape import FAMILIES, ModelShape
 from megatron_slim.checkpoint import optimizer_state
 from megatron_slim.checkpoint.convert import open_checkpoint, same_bytes, write_checkpoint
@@ -21,18 +23,15 @@ from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.metadata_pickle import Metadata, dumps
 from megatron_slim.checkpoint.optimizer_state import OptimizerState, open_optimizer_state
 from megatron_slim.checkpoint.torch_dist_files import read_metadata
-from megatron_slim.cli.carried_optimizer import DEFAULT_RULE, RULES
-from megatron_slim.errors import CheckpointError
+from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.pruning.experts import ExpertGroup
 from megatron_slim.pruning.plan import Plan, make_plan
+from megatron_slim.pruning.plan_reader import load_plan
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import parse_recipe
-from megatron_slim.recipe_run import MOMENT_RULES
+from megatron_slim.recipe_run import DEFAULT_MOMENT_RULE, MOMENT_RULES
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 from tests.pruning import test_apply, test_inner_axes
-
-device.install()
-
 
 PRUNE = "tools/prune_checkpoint.py"
 STATES = ("param", "exp_avg", "exp_avg_sq")
@@ -66,6 +65,12 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return trained(tmp_path_factory.mktemp("wide"), tiny_shape("qwen3_next", **sizes))
 
 
+def same_state(found: OptimizerState, expected: OptimizerState) -> None:
+    assert (found.step, list(found.tensors)) == (expected.step, list(expected.tensors))
+    for name, tensors in expected.tensors.items():
+        assert all(same_bytes(found.tensors[name].read(key), tensors.read(key)) for key in tensors.names), name
+
+
 @pytest.fixture
 def pruned(tool: Any, random_stats: Stats, tmp_path: Path) -> Callable[..., tuple[Plan, Any, OptimizerState]]:
     """Prunes with the command: plan, weights and optimizer state of the result."""
@@ -83,6 +88,11 @@ def pruned(tool: Any, random_stats: Stats, tmp_path: Path) -> Callable[..., tupl
         found = open_optimizer_state(written)
         assert done.json["optimizer"] == {"step": 7, "states": list(STATES), "bytes": found.nbytes}
         assert found.step == 7 and tuple(found.tensors) == STATES
+        rule = flags[flags.index("--moments-of-merged") + 1] if "--moments-of-merged" in flags else None
+        carried: Any = {"carry_optimizer": True, "moments_of_merged": rule}
+        from_python = slim.prune(load, plan, tmp_path / "from_python", to="torch_dist", **carried)
+        assert from_python["content"] == done.json["content"]
+        same_state(open_optimizer_state(open_checkpoint(tmp_path / "from_python")), found)
         return plan, written, found
 
     return run
@@ -113,7 +123,7 @@ def members_of(tensors: HFCheckpoint, name: Callable[[int], str], group: ExpertG
     return [part[hidden] if "down_proj" in name(0) else part[:, hidden] for part in parts]
 
 
-@pytest.mark.parametrize("rule", [*RULES, None])
+@pytest.mark.parametrize("rule", [*MOMENT_RULES, None])
 def test_moments_of_merged_experts(deep: Any, pruned: Any, rule: str | None) -> None:
     """Main weights in fp32 and with the plan's shares; moments by the rule, in numpy."""
     run, made = deep
@@ -136,11 +146,11 @@ def test_moments_of_merged_experts(deep: Any, pruned: Any, rule: str | None) -> 
                 for moment in ("exp_avg", "exp_avg_sq"):
                     found = state.tensors[moment].read(name(new)).numpy()
                     parts = members_of(made[moment], name, group, hidden)
-                    if (rule or DEFAULT_RULE) == "base":
+                    if (rule or DEFAULT_MOMENT_RULE) == "base":
                         assert np.array_equal(found, parts[group.members.index(group.base)].astype(np.float32))
                     else:
                         np.testing.assert_allclose(found, sum(parts), rtol=0, atol=1e-6)
-    assert merged and RULES == MOMENT_RULES and DEFAULT_RULE in RULES
+    assert merged and DEFAULT_MOMENT_RULE in MOMENT_RULES
 
 
 def permuted(tensors: HFCheckpoint, seed: int) -> HFCheckpoint:
@@ -239,6 +249,16 @@ def test_what_is_not_an_optimizers_state_is_refused_before_work_starts(
         run, flag, to="hf"
     )
     assert "--moments-of-merged without --carry-optimizer" in refused(run, "--moments-of-merged", "sum")
+    for wrong, message in (
+        ({"carry_optimizer": True}, "--carry-optimizer with --to hf, which holds no optimizer state"),
+        ({"moments_of_merged": "sum"}, "--moments-of-merged without --carry-optimizer"),
+        (
+            {"carry_optimizer": True, "moments_of_merged": "mean"},
+            "moments_of_merged 'mean' is unknown; give sum or base",
+        ),
+    ):
+        with pytest.raises(SlimError, match=message):
+            slim.prune(run, load_plan(tmp_path / "plan.json"), tmp_path / "out", **wrong)  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="the format hf holds no optimizer state; write torch_dist"):
         write_checkpoint(made[""], tmp_path / "out", to="hf", optimizer=partly)
     assert tuple(open_optimizer_state(open_checkpoint(tmp_path / "partly")).tensors) == ("exp_avg", "exp_avg_sq")

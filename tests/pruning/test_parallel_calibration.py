@@ -9,26 +9,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 import torch
 
-from megatron_slim import device
 from megatron_slim.architecture.parallelism import Layout
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import SlimError
+from megatron_slim.pruning.calibrate import calibrate
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkpoint
-
-device.install()
-
-from megatron_slim.pruning.calibrate import calibrate  # noqa: E402 (megatron is imported after the CPU layer)
 
 ROOT = Path(__file__).resolve().parents[2]
 # Attention and Gated DeltaNet in both pipeline stages, and an MTP block.
 SHAPES = {
     "qwen3_next": tiny_shape(layer_types=("linear_attention", "full_attention") * 2),
     "qwen3_moe": tiny_shape("qwen3_moe"),
+    "qwen3_5_moe": tiny_shape("qwen3_5_moe_text", layer_types=("linear_attention", "full_attention") * 2),
 }
 TWO = {"dp2": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "ep2": {"ep": 2}}
 FOUR = {"tp2-ep2": {"tp": 2, "ep": 2}, "pp2-ep2": {"pp": 2, "ep": 2}, "tp2-pp2": {"tp": 2, "pp": 2}}
@@ -37,7 +36,6 @@ EIGHT = {"tp2-pp2-ep2": {"tp": 2, "pp": 2, "ep": 2}, "tp2-pp2-ep4": {"tp": 2, "p
 
 def measure(path: str, samples: np.ndarray, layouts: dict[str, dict[str, int]]) -> dict[str, Any]:
     """Body of one rank: all layouts, one after the other; statistics by layout on rank 0."""
-    device.install()
     from megatron_slim.pruning.parallel import calibrate_parallel
 
     checkpoint, world = HFCheckpoint.open(Path(path)), torch.distributed.get_world_size()
@@ -77,7 +75,6 @@ def test_every_layout_gives_the_numbers_of_one_process(
 
 def refusal(path: str, samples: np.ndarray, sizes: dict[str, int], broken: str) -> str:
     """Body of one rank: its error message, the weight ``broken`` being NaN."""
-    device.install()
     from megatron_slim.pruning.parallel import calibrate_parallel
 
     checkpoint, world = HFCheckpoint.open(Path(path)), torch.distributed.get_world_size()

@@ -228,9 +228,8 @@ def test_the_report_is_saved(tool: Tool, source: HFCheckpoint, work: Path) -> No
 
 
 def test_a_megatron_data_set_is_read_by_its_prefix(tool: Tool, source: HFCheckpoint, work: Path) -> None:
-    from megatron_slim import device
+    import megatron_slim.mcore
 
-    device.install()
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(str(work / "text.bin"), dtype=np.uint16)
@@ -240,6 +239,11 @@ def test_a_megatron_data_set_is_read_by_its_prefix(tool: Tool, source: HFCheckpo
     few = ("--num-samples", 4, "--seq-length", 12)
     run = tool(CALIBRATE, "--load", source.path, "--calibration-data", work / "text", *few, *save)
     assert (run.json["num_samples"], run.json["seq_length"]) == ("4", "12")
+    read = (CALIBRATE, "--load", source.path, "--calibration-data", work / "text")
+    every = tool(*read, "--seq-length", 5, "--save", work / "all", "--json")
+    assert (every.json["num_samples"], every.json["seq_length"]) == ("9", "5")
+    line = f"{work / 'text'}: has 9 samples of 5 tokens, not the default of 1024: all are used"
+    assert line in every.stderr and "not the default" not in run.stderr
     matrix = tool(CALIBRATE, "--load", source.path, "--calibration-data", work / "tokens.npy", "--save", work / "same")
     assert matrix.code == 0 and (work / "stats").read_bytes() == (work / "same").read_bytes()
     run = tool(CALIBRATE, "--load", source.path, "--calibration-data", work / "text", "--save", work / "s")
@@ -284,7 +288,7 @@ def test_every_other_error_has_its_line(tool: Tool, source: HFCheckpoint, work: 
     assert "no such directory" in error("--load", work / "none")
     assert "samples asked for" in error("--num-samples", 5)
     run = tool(PRUNE, "--load", source.path, "--recipe", work / "recipe.yaml", "--dry-run")
-    assert "give one of --calibration-data, --stats and --plan" in run.error
+    assert "give one of --calibration-data, --stats, --carry-statistics and --plan" in run.error
     run = tool(PRUNE, "--load", source.path, "--calibration-data", work / "tokens.npy", "--dry-run")
     assert "give --recipe or --plan" in run.error
     assert sorted(p.name for p in work.iterdir()) == ["big.yaml", "old", "recipe.yaml", "tokens.npy", "typo.yaml"]

@@ -5,18 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_slim import device
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.compat import runtime
+from megatron_slim.pruning.block import block_config, build_block, rotary_embedding
+from megatron_slim.pruning.recorder import BlockRecorder
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
-
-device.install()
-
-from megatron_slim.pruning.block import block_config, build_block, rotary_embedding  # noqa: E402
-from megatron_slim.pruning.recorder import BlockRecorder  # noqa: E402
 
 
 class GroupedProjection(nn.Module):
@@ -52,7 +51,7 @@ def test_grouped_experts_give_the_sums_of_separate_ones(masked: bool, tmp_path: 
     """And where some tokens do not count, they give those of the others alone."""
     shape = tiny_shape()
     source = HFCheckpoint.open(write_tiny_checkpoint(tmp_path / "hf", shape, dtype=torch.float32))
-    device.init_single_process()
+    runtime.init_single_process()
     block, hidden = "model.layers.3", torch.randn(6, 4, 64, generator=torch.Generator().manual_seed(0))
     counted = torch.tensor([True, False, True, True]).expand(6, -1) if masked else None
 

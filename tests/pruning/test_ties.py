@@ -96,7 +96,9 @@ def test_ties_on_the_edge_of_what_is_kept() -> None:
     assert best(TWO_LEVELS, 300) == tuple(sorted([*high, *low[: 300 - len(high)]]))
     assert best(TWO_LEVELS, 100) == tuple(high[:100])
     of_each = [best(TWO_LEVELS[start : start + 128], 75) for start in range(0, MANY, 128)]
-    assert best_of_groups(TWO_LEVELS, 300, 4) == tuple(128 * run + i for run, each in enumerate(of_each) for i in each)
+    assert best_of_groups(TWO_LEVELS, 300, 4, 4) == tuple(
+        128 * run + i for run, each in enumerate(of_each) for i in each
+    )
     bases = [group.base for group in expert_groups(TWO_LEVELS, None, 300, Experts(method="prune"))]
     assert tuple(bases) == best(TWO_LEVELS, 300)
 

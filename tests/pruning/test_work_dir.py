@@ -11,22 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_slim import device
 from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.compat import runtime
 from megatron_slim.errors import SlimError
+from megatron_slim.pruning.calibrate import calibrate
+from megatron_slim.pruning.streaming import StreamingForward
 from megatron_slim.pruning.work_dir import WorkDir, open_work_dir
 from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkpoint
-
-device.install()
-
-from megatron_slim.pruning.calibrate import calibrate  # noqa: E402 (megatron is imported after the CPU layer)
-from megatron_slim.pruning.streaming import StreamingForward  # noqa: E402
 
 SHAPE = tiny_shape()
 SAMPLES = np.random.default_rng(0).integers(0, SHAPE.vocab_size, (5, 12))
@@ -99,13 +98,13 @@ def test_files_change_no_bit_and_leave_nothing(model: HFCheckpoint, unbroken: st
 
 
 @pytest.mark.parametrize(
-    ("module", "batch"), [("model.embed_tokens", 1), ("model.layers.2", 1), ("model.layers.1", 3), ("mtp.fc", 2)]
+    ("module", "batch"), [("embedding", 1), ("model.layers.2", 1), ("model.layers.1", 3), ("mtp_input", 2)]
 )
 def test_killed_in_a_module(model: HFCheckpoint, unbroken: str, tmp_path: Path, module: str, batch: int) -> None:
     work = tmp_path / "work"
     with pytest.raises(RuntimeError, match=KILLED):
         run_distributed(1, killed_in_a_module, str(model.path), str(work), module, batch, initialise=False)
-    before = module != "model.embed_tokens"
+    before = module != "embedding"
     assert (work / "state").exists() == before
     assert in_files(model, work) == unbroken
     assert not list(work.iterdir())
@@ -233,7 +232,7 @@ class Watched(StreamingForward):
 
 @torch.no_grad()
 def test_memory_does_not_grow_with_the_samples(model: HFCheckpoint, tmp_path: Path) -> None:
-    device.init_single_process()
+    runtime.init_single_process()
 
     def most(samples: int, *, in_files: bool) -> int:
         tokens = np.zeros((samples, 16), dtype=np.int64)

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_slim.compat.patch import TESTED
+from megatron_slim.compat.table import PATCHES
 from megatron_slim.doctor import machine
 from megatron_slim.doctor.findings import OK, Finding
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint, write_tokens
@@ -61,6 +63,29 @@ def test_missing_package_is_a_problem_with_a_fix(doctor: Doctor, monkeypatch: py
     code, findings = doctor()
     assert code == 1 and state(findings["megatron-core"], "not installed", "make venv") == "problem"
     assert state(findings["transformers"], "5.22.0", "tested with <6,>=5.23") == "note"
+
+
+def test_changes_of_megatron_are_counted_or_listed(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, findings = doctor()
+    assert state(findings["changes of megatron"], f"{len(PATCHES)}, made for megatron-core {TESTED}; --patches") == "ok"
+    assert not {each.name for each in PATCHES} & findings.keys()
+    code, findings = doctor("--patches")
+    assert code == 0
+    for each in PATCHES:
+        assert state(findings[each.name], f"{each.kind}, made: {each.targets[0]}") == "ok"
+        assert findings[each.name]["found"].endswith(f"{each.why} ({each.upstream})")
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9" if name == "megatron-core" else real(name))
+    code, findings = doctor("--patches")
+    assert code == 0 and {findings[each.name]["state"] for each in PATCHES} == {"note"}
+    assert state(findings["changes of megatron"], "", "docs/guides/upgrade_megatron.md") == "note"
+
+
+def test_on_a_gpu_those_for_cpus_are_not_made(doctor: Doctor, gpu: dict[str, Any]) -> None:
+    _, findings = doctor("--patches")
+    made = {"cpu": "not made with CUDA", "speed": "not made with CUDA", "library": "made if missing"}
+    for each in PATCHES:
+        assert state(findings[each.name], f"{each.kind}, {made.get(each.kind, 'made')}: ") == "ok"
 
 
 def test_builds_of_nvidia_count_as_the_release_that_they_lead_to(

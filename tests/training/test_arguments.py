@@ -5,24 +5,22 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import megatron_slim.mcore
+
 import pytest
 import torch
 
-from megatron_slim import device
-
-device.install()
-
-from megatron_slim.architecture.layer_specs import transformer_config  # noqa: E402
-from megatron_slim.architecture.mtp_keys import without_mtp_keys  # noqa: E402
-from megatron_slim.architecture.parallelism import padded_vocab_size  # noqa: E402
-from megatron_slim.checkpoint.convert import hf_to_torch_dist  # noqa: E402
-from megatron_slim.checkpoint.huggingface import read_shape  # noqa: E402
-from megatron_slim.errors import SlimError  # noqa: E402
-from megatron_slim.files import read_json, to_json  # noqa: E402
-from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tiny_checkpoint  # noqa: E402
-from megatron_slim.training import pretrain  # noqa: E402
-from megatron_slim.training.arguments import complete_argv, shape_directory  # noqa: E402
-from megatron_slim.training.slim_arguments import add_slim_arguments, loss_schedules  # noqa: E402
+from megatron_slim.architecture.layer_specs import transformer_config
+from megatron_slim.architecture.mtp_keys import without_mtp_keys
+from megatron_slim.architecture.parallelism import padded_vocab_size
+from megatron_slim.checkpoint.convert import hf_to_torch_dist
+from megatron_slim.checkpoint.huggingface import read_shape
+from megatron_slim.errors import SlimError
+from megatron_slim.files import read_json, to_json
+from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tiny_checkpoint
+from megatron_slim.training import pretrain
+from megatron_slim.training.arguments import complete_argv, shape_directory
+from megatron_slim.training.slim_arguments import add_slim_arguments, loss_schedules
 
 SHAPE = tiny_shape(num_layers=4, layer_types=("linear_attention", "full_attention") * 2, vocab_size=120)
 

@@ -9,41 +9,34 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import megatron_slim.mcore
+
+import megatron.training
 import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_slim import device
-
-device.install()
-
-import megatron.training  # noqa: E402
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
-
-from megatron_slim.architecture.table import weights  # noqa: E402
-from megatron_slim.checkpoint.common_state import read_common_state  # noqa: E402
-from megatron_slim.checkpoint.convert import open_checkpoint, same_bytes, write_checkpoint  # noqa: E402
-from megatron_slim.checkpoint.distributed import iteration_directory  # noqa: E402
-from megatron_slim.checkpoint.layout import to_megatron  # noqa: E402
-from megatron_slim.checkpoint.optimizer_state import (  # noqa: E402
-    MOMENTS,
-    OptimizerState,
-    open_optimizer_state,
-    steps_in,
-)
-from megatron_slim.checkpoint.plain_state import read_plain_state  # noqa: E402
-from megatron_slim.checkpoint.torch_dist_files import read_metadata  # noqa: E402
-from megatron_slim.errors import SlimError  # noqa: E402
-from megatron_slim.pruning.fingerprint import fingerprint  # noqa: E402
-from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes  # noqa: E402
-from megatron_slim.testing import run_distributed  # noqa: E402
-from megatron_slim.training.carried import CarriedOptimizer, carried_optimizer  # noqa: E402
-from megatron_slim.training.progressive import Place  # noqa: E402
-from megatron_slim.training.run_figures import KD, LM, MTP_LM  # noqa: E402
-from tests.training.conftest import Workplace, read_scalars, refusal, train  # noqa: E402
-from tests.training.test_progressive import TOKENS, write_plan  # noqa: E402
+from megatron_slim.architecture.table import weights
+from megatron_slim.checkpoint.common_state import read_common_state
+from megatron_slim.checkpoint.convert import open_checkpoint, same_bytes, write_checkpoint
+from megatron_slim.checkpoint.distributed import iteration_directory
+from megatron_slim.checkpoint.layout import to_megatron
+from megatron_slim.checkpoint.optimizer_state import MOMENTS, OptimizerState, open_optimizer_state, steps_in
+from megatron_slim.checkpoint.plain_state import read_plain_state
+from megatron_slim.checkpoint.torch_dist_files import read_metadata
+from megatron_slim.compat import hooks
+from megatron_slim.errors import SlimError
+from megatron_slim.pruning.fingerprint import fingerprint
+from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes
+from megatron_slim.testing import run_distributed
+from megatron_slim.training.carried import CarriedOptimizer, carried_optimizer
+from megatron_slim.training.progressive import Place
+from megatron_slim.training.run_figures import KD, LM, MTP_LM
+from tests.training.conftest import Workplace, read_scalars, refusal, train
+from tests.training.test_progressive import TOKENS, write_plan
 
 SCHEDULE = (3 * TOKENS, 2 * TOKENS)
 RUN = "--micro-batch-size 2 --lr-warmup-iters 1 --save-interval 1".split()
@@ -268,7 +261,7 @@ def test_the_first_step_of_a_phase_has_a_tenth_of_megatrons_rate(monkeypatch: py
         return found
 
     plain = rates()
-    device.scale_learning_rate(Place(5, 12, 20, 0).warmup(4))
+    hooks.scale_learning_rate(Place(5, 12, 20, 0).warmup(4))
     factors = (0.1, 0.325, 0.55, 0.775, 1.0, 1.0)
     assert rates() == pytest.approx([rate * factor for rate, factor in zip(plain, factors, strict=True)], rel=1e-12)
 

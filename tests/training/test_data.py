@@ -9,18 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 import torch
 
-from megatron_slim import device
-
-device.install()
-
-from megatron_slim.errors import DataError  # noqa: E402
-from megatron_slim.testing import write_tokens  # noqa: E402
-from megatron_slim.training import data  # noqa: E402
-from megatron_slim.training.data_checks import check_data  # noqa: E402
+from megatron_slim.errors import DataError
+from megatron_slim.testing import write_tokens
+from megatron_slim.training import data
+from megatron_slim.training.data_checks import check_data
 
 SEQ, PAD, END = 16, 0, 119
 Build = Callable[..., list[Any]]

@@ -10,17 +10,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 
-from megatron_slim import device
-
-device.install()
-
-from megatron_slim.errors import DataError, SlimError  # noqa: E402
-from megatron_slim.testing import write_tokens  # noqa: E402
-from megatron_slim.training.blends import Blend, parse_blend  # noqa: E402
-from megatron_slim.training.data_checks import check_data  # noqa: E402
+from megatron_slim.errors import DataError, SlimError
+from megatron_slim.testing import write_tokens
+from megatron_slim.training.blends import Blend, parse_blend
+from megatron_slim.training.data_checks import check_data
 
 MIXED = "weights and data sets do not alternate in "
 BLENDS = {

@@ -6,20 +6,18 @@ import dataclasses
 import doctest
 from typing import Any
 
+import megatron_slim.mcore
+
 import pytest
 import torch
 
-from megatron_slim import device
-
-device.install()
-
-from megatron_slim.architecture.hidden_states import HiddenStatesModel  # noqa: E402
-from megatron_slim.distillation import hidden  # noqa: E402
-from megatron_slim.distillation.losses import TokenLosses  # noqa: E402
-from megatron_slim.distillation.model import DistillationModel  # noqa: E402
-from megatron_slim.testing import run_distributed  # noqa: E402
-from megatron_slim.training import finite, pretrain  # noqa: E402
-from megatron_slim.training.finite import FiniteWatch  # noqa: E402
+from megatron_slim.architecture.hidden_states import HiddenStatesModel
+from megatron_slim.distillation import hidden
+from megatron_slim.distillation.losses import TokenLosses
+from megatron_slim.distillation.model import DistillationModel
+from megatron_slim.testing import run_distributed
+from megatron_slim.training import finite, pretrain
+from megatron_slim.training.finite import FiniteWatch
 
 AT = 1  # 0-based; Megatron's log calls it iteration 2
 PP2 = "--pipeline-model-parallel-size 2 --micro-batch-size 2"

@@ -6,20 +6,17 @@ import doctest
 from types import SimpleNamespace
 from typing import Any
 
+import megatron_slim.mcore
+
 import pytest
 import torch
+from megatron.core.enums import Fp8Recipe
+from megatron.core.transformer import transformer_config as transformer_config_module
 
-from megatron_slim import device
-
-device.install()
-
-from megatron.core.enums import Fp8Recipe  # noqa: E402
-from megatron.core.transformer import transformer_config as transformer_config_module  # noqa: E402
-
-from megatron_slim.architecture.layer_specs import transformer_config  # noqa: E402
-from megatron_slim.testing import tiny_shape  # noqa: E402
-from megatron_slim.training import arguments, fp8_checks, teacher_config  # noqa: E402
-from megatron_slim.training.arguments import default_flags  # noqa: E402
+from megatron_slim.architecture.layer_specs import transformer_config
+from megatron_slim.testing import tiny_shape
+from megatron_slim.training import arguments, fp8_checks, teacher_config
+from megatron_slim.training.arguments import default_flags
 
 FITTING = tiny_shape(linear_num_value_heads=16)
 TEACHER = tiny_shape(linear_num_value_heads=16, hidden_size=96)

@@ -28,9 +28,8 @@ def train_and_count(argv: list[str], log: str) -> Counter[tuple[str, bool]]:
 
 
 def check_runs(root: Path) -> None:
-    from megatron_slim import device
+    import megatron_slim.mcore
 
-    device.install()
     from megatron_slim.checkpoint.convert import torch_dist_to_hf
     from megatron_slim.checkpoint.huggingface import HFCheckpoint
 

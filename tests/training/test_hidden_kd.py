@@ -7,21 +7,19 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import pytest
 
-from megatron_slim import device
-
-device.install()
-
-from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes  # noqa: E402
-from megatron_slim.checkpoint.distributed import DistCheckpoint  # noqa: E402
-from megatron_slim.checkpoint.huggingface import HFCheckpoint  # noqa: E402
-from megatron_slim.checkpoint.records import PROVENANCE  # noqa: E402
-from megatron_slim.distillation.layer_pairs import parse_layer_pairs  # noqa: E402
-from megatron_slim.errors import CheckpointError  # noqa: E402
-from megatron_slim.files import read_json  # noqa: E402
-from megatron_slim.training.hidden_kd import check_projections  # noqa: E402
-from tests.training.test_parallel_layouts import cases  # noqa: E402
+from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes
+from megatron_slim.checkpoint.distributed import DistCheckpoint
+from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.checkpoint.records import PROVENANCE
+from megatron_slim.distillation.layer_pairs import parse_layer_pairs
+from megatron_slim.errors import CheckpointError
+from megatron_slim.files import read_json
+from megatron_slim.training.hidden_kd import check_projections
+from tests.training.test_parallel_layouts import cases
 
 MBS = ("--micro-batch-size", "2")
 PAIRS = "1:0,2:3"

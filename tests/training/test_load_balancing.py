@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import megatron_slim.mcore
+
 import pytest
 import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 from transformers.models.qwen3_next.modeling_qwen3_next import load_balancing_loss_func
 
-from megatron_slim import device
-
-device.install()
-
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker  # noqa: E402
-from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
-
-from megatron_slim.architecture.layer_specs import build_model, transformer_config  # noqa: E402
-from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, torch_dist_to_hf  # noqa: E402
-from megatron_slim.checkpoint.huggingface import read_shape  # noqa: E402
-from megatron_slim.checkpoint.loading import load_hf_weights  # noqa: E402
-from megatron_slim.files import read_json, to_json  # noqa: E402
-from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tiny_checkpoint  # noqa: E402
-from megatron_slim.training.arguments import complete_argv, load_balancing_note  # noqa: E402
+from megatron_slim.architecture.layer_specs import build_model, transformer_config
+from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, torch_dist_to_hf
+from megatron_slim.checkpoint.huggingface import read_shape
+from megatron_slim.checkpoint.loading import load_hf_weights
+from megatron_slim.compat import runtime
+from megatron_slim.files import read_json, to_json
+from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tiny_checkpoint
+from megatron_slim.training.arguments import complete_argv, load_balancing_note
 
 TOP_K, EXPERTS, LAYERS, TOKENS, COEFFICIENT = 2, 8, 4, 12, 0.7
 BATCH, LENGTH = 2, 24
@@ -48,7 +46,7 @@ def transformers_own(layers: tuple[Tensor, ...]) -> tuple[float, list[Tensor]]:
 
 def megatrons(layers: tuple[Tensor, ...], kind: str) -> tuple[float, list[Tensor]]:
     """Its value as it is logged, the mean over layers, and gradients by layer; both without the coefficient."""
-    device.init_single_process()
+    runtime.init_single_process()
     shape = tiny_shape(num_layers=LAYERS, mtp_num_layers=0, moe_router_topk=TOP_K, num_moe_experts=EXPERTS)
     config = transformer_config(shape, moe_router_load_balancing_type=kind, moe_aux_loss_coeff=COEFFICIENT)
     groups, tracker = ProcessGroupCollection.use_mpu_process_groups(), get_moe_metrics_tracker()
@@ -99,7 +97,7 @@ def gradients_in_a_model(directory: Path, kind: str, *, per_token: bool) -> dict
 
     The formula is transformers' function of each layer alone, over the top-k, added up, the MTP block's included.
     """
-    device.init_single_process()
+    runtime.init_single_process()
     checkpoint = open_checkpoint(directory)
     shape = checkpoint.shape
     coefficient = 0.0 if kind == "none" else COEFFICIENT

@@ -8,15 +8,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import megatron_slim.mcore
+
 import pytest
 
-from megatron_slim import device
-
-device.install()
-
-from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, torch_dist_to_hf  # noqa: E402
-from megatron_slim.errors import CheckpointError, SlimError  # noqa: E402
-from megatron_slim.training.pretrain import main  # noqa: E402
+from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, torch_dist_to_hf
+from megatron_slim.errors import CheckpointError, SlimError
+from megatron_slim.training.pretrain import main
 
 TERMS = ("lm loss", "logits distillation loss", "teacher lm loss", "mtp lm loss", "mtp distillation loss", "grad-norm")
 VERIFY = ("--verify-integrity",)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 
-from megatron_slim import device
-
-device.install()
-
-from megatron_slim.testing import write_tokens  # noqa: E402
+from megatron_slim.testing import write_tokens
 
 TERMS = ("lm loss", "logits distillation loss", "teacher lm loss", "mtp lm loss", "mtp distillation loss", "grad-norm")
 END = 119  # ends a document

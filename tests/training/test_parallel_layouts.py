@@ -13,18 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import pytest
 
-from megatron_slim import device
-
-device.install()
-
-from megatron_slim.architecture import context_parallel, local_modules  # noqa: E402
-from megatron_slim.checkpoint.convert import open_checkpoint  # noqa: E402
-from megatron_slim.testing import run_distributed  # noqa: E402
-from megatron_slim.training import pretrain  # noqa: E402
-from megatron_slim.training.finite import FiniteWatch  # noqa: E402
-from tests.training.conftest import read_scalars, train  # noqa: E402
+from megatron_slim.architecture import context_parallel, local_modules
+from megatron_slim.checkpoint.convert import open_checkpoint
+from megatron_slim.testing import run_distributed
+from megatron_slim.training import pretrain
+from megatron_slim.training.finite import FiniteWatch
+from tests.training.conftest import read_scalars, train
 
 Logged = dict[str, list[float]]
 

@@ -6,24 +6,22 @@ from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
 
+import megatron_slim.mcore
+
 import pytest
 import torch
 
-from megatron_slim import device
-
-device.install()
-
-from megatron_slim.architecture.mtp_keys import stated_mtp_layers  # noqa: E402
-from megatron_slim.checkpoint.convert import open_checkpoint, write_checkpoint  # noqa: E402
-from megatron_slim.checkpoint.expert_storage import expert_blocks, recorded_storage  # noqa: E402
-from megatron_slim.checkpoint.huggingface import HFCheckpoint  # noqa: E402
-from megatron_slim.errors import CheckpointError  # noqa: E402
-from megatron_slim.files import read_json, to_json  # noqa: E402
-from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tiny_checkpoint  # noqa: E402
-from megatron_slim.training import pretrain  # noqa: E402
-from megatron_slim.training.data import Repeated, first_batch  # noqa: E402
-from megatron_slim.training.hidden_kd import check_projections  # noqa: E402
-from megatron_slim.training.start_checks import check_mtp  # noqa: E402
+from megatron_slim.architecture.mtp_keys import stated_mtp_layers
+from megatron_slim.checkpoint.convert import open_checkpoint, write_checkpoint
+from megatron_slim.checkpoint.expert_storage import expert_blocks, recorded_storage
+from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.errors import CheckpointError
+from megatron_slim.files import read_json, to_json
+from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tiny_checkpoint
+from megatron_slim.training import pretrain
+from megatron_slim.training.data import Repeated, first_batch
+from megatron_slim.training.hidden_kd import check_projections
+from megatron_slim.training.start_checks import check_mtp
 
 
 def test_what_export_needs_is_kept_next_to_the_checkpoints_once(tmp_path: Path) -> None:

@@ -7,18 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import megatron_slim.mcore
+
 import pytest
 
-from megatron_slim import device
-
-device.install()
-
-from megatron_slim.errors import CheckpointError, SlimError  # noqa: E402
-from megatron_slim.files import to_json  # noqa: E402
-from megatron_slim.recipe import Phase  # noqa: E402
-from megatron_slim.testing import run_distributed  # noqa: E402
-from megatron_slim.training.progressive import Place, find_place, is_done, phase_of  # noqa: E402
-from megatron_slim.training.run_figures import KD, LM, MTP_KD, MTP_LM  # noqa: E402
+from megatron_slim.errors import CheckpointError, SlimError
+from megatron_slim.files import to_json
+from megatron_slim.recipe import Phase
+from megatron_slim.testing import run_distributed
+from megatron_slim.training.progressive import Place, find_place, is_done, phase_of
+from megatron_slim.training.run_figures import KD, LM, MTP_KD, MTP_LM
 
 TRACKER = "latest_checkpointed_iteration.txt"
 TOKENS = 32 * 4  # of an iteration of FLAGS

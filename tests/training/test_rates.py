@@ -8,16 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import megatron_slim.mcore
+
 import pytest
 
-from megatron_slim import device
-
-device.install()
-
-from megatron_slim.testing import run_distributed  # noqa: E402
-from megatron_slim.training.rates import default_warmup, rate_violations  # noqa: E402
-from megatron_slim.training.resume_checks import _of_lengths  # noqa: E402
-from tests.training.conftest import refusal  # noqa: E402
+from megatron_slim.testing import run_distributed
+from megatron_slim.training.rates import default_warmup, rate_violations
+from megatron_slim.training.resume_checks import _of_lengths
+from tests.training.conftest import refusal
 
 
 def arguments(**given: Any) -> SimpleNamespace:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import megatron_slim.mcore
+
 import pytest
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_slim import device
-
-device.install()
-
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
-
-from megatron_slim.checkpoint.common_state import read_common_state  # noqa: E402
-from megatron_slim.errors import CheckpointError  # noqa: E402
-from megatron_slim.training.resume_checks import why_not_restored  # noqa: E402
+from megatron_slim.checkpoint.common_state import read_common_state
+from megatron_slim.errors import CheckpointError
+from megatron_slim.training.resume_checks import why_not_restored
 
 
 def test_a_common_state_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import pytest
 
-from megatron_slim import device
-
-device.install()
-
-from megatron_slim.testing import run_distributed  # noqa: E402
-from tests.training.conftest import MEASURED, read_console, read_scalars, train  # noqa: E402
-from tests.training.test_runs import SCHEDULES, TERMS, keep_only  # noqa: E402
+from megatron_slim.testing import run_distributed
+from tests.training.conftest import MEASURED, read_console, read_scalars, train
+from tests.training.test_runs import SCHEDULES, TERMS, keep_only
 
 # Equal micro-batch size times data-parallel size: the load-balancing loss counts tokens as micro-batches go by.
 LAYOUTS = {

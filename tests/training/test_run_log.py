@@ -12,27 +12,25 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 import torch
+from megatron.core.transformer.moe.experts import SequentialMLP
 
-from megatron_slim import device
-
-device.install()
-
-from megatron.core.transformer.moe.experts import SequentialMLP  # noqa: E402
-
-from megatron_slim.architecture.flops import TORCH, student_flops, teacher_flops  # noqa: E402
-from megatron_slim.architecture.layer_specs import build_model, transformer_config  # noqa: E402
-from megatron_slim.cli.terminal import messages_shown  # noqa: E402
-from megatron_slim.distillation.losses import LossWeights  # noqa: E402
-from megatron_slim.distillation.model import TEACHER_MTP, DistillationModel, HiddenStatesModel  # noqa: E402
-from megatron_slim.testing import run_distributed, tiny_shape  # noqa: E402
-from megatron_slim.training import meters, pretrain, run_log  # noqa: E402
-from megatron_slim.training.meters import StageClock, weights_of_terms  # noqa: E402
-from megatron_slim.training.run_figures import BACKWARD, KINDS, LOSSES, STUDENT, TEACHER, TERMS  # noqa: E402
-from megatron_slim.training.run_log import RunLog, logging_violations, run_constants  # noqa: E402
-from tests.training.conftest import SIZES, Workplace, read_scalars, write_to  # noqa: E402
+from megatron_slim.architecture.flops import TORCH, student_flops, teacher_flops
+from megatron_slim.architecture.layer_specs import build_model, transformer_config
+from megatron_slim.cli.terminal import messages_shown
+from megatron_slim.compat import runtime
+from megatron_slim.distillation.losses import LossWeights
+from megatron_slim.distillation.model import TEACHER_MTP, DistillationModel, HiddenStatesModel
+from megatron_slim.testing import run_distributed, tiny_shape
+from megatron_slim.training import meters, pretrain, run_log
+from megatron_slim.training.meters import StageClock, weights_of_terms
+from megatron_slim.training.run_figures import BACKWARD, KINDS, LOSSES, STUDENT, TEACHER, TERMS
+from megatron_slim.training.run_log import RunLog, logging_violations, run_constants
+from tests.training.conftest import SIZES, Workplace, read_scalars, write_to
 
 # Six steps in three intervals, validated and recomputed in between.
 INTERVAL, STEPS = 2, 6
@@ -231,7 +229,7 @@ def test_one_line_for_each_interval(workplace: Workplace, many: dict[str, list[f
 
 def fake_log(monkeypatch: pytest.MonkeyPatch, clock: dict[str, float]) -> tuple[RunLog, list[Any]]:
     """The log of one rank whose time is set by hand, and what it logs."""
-    device.init_single_process()
+    runtime.init_single_process()
     args = SimpleNamespace(
         curr_iteration=0,
         log_interval=3,
@@ -327,7 +325,7 @@ def test_a_fake_clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapture
 @pytest.fixture
 def distilling() -> DistillationModel:
     """Both models on one rank."""
-    device.init_single_process()
+    runtime.init_single_process()
     quiet: dict[str, Any] = {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0}
     student = build_model(STUDENT_SHAPE, transformer_config(STUDENT_SHAPE, **quiet), model_class=DistillationModel)
     teacher = build_model(TEACHER_SHAPE, transformer_config(TEACHER_SHAPE, **quiet), model_class=HiddenStatesModel)

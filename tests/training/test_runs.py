@@ -8,29 +8,26 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 import torch
 
-from megatron_slim import device
-
-device.install()
-
-
-from megatron_slim.checkpoint.convert import (  # noqa: E402
+from megatron_slim.checkpoint.convert import (
     hf_to_torch_dist,
     open_checkpoint,
     same_bytes,
     torch_dist_to_hf,
     write_checkpoint,
 )
-from megatron_slim.checkpoint.huggingface import HFCheckpoint  # noqa: E402
-from megatron_slim.checkpoint.torch_dist_files import read_metadata  # noqa: E402
-from megatron_slim.errors import CheckpointError  # noqa: E402
-from megatron_slim.pruning.fingerprint import fingerprint  # noqa: E402
-from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes  # noqa: E402
-from megatron_slim.testing import random_tensors, run_distributed, tiny_hf_config, tiny_shape, write_tokens  # noqa: E402
-from megatron_slim.training.teacher_check import judge_teacher  # noqa: E402
+from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.checkpoint.torch_dist_files import read_metadata
+from megatron_slim.errors import CheckpointError
+from megatron_slim.pruning.fingerprint import fingerprint
+from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes
+from megatron_slim.testing import random_tensors, run_distributed, tiny_hf_config, tiny_shape, write_tokens
+from megatron_slim.training.teacher_check import judge_teacher
 
 TERMS = ("lm loss", "logits distillation loss", "mtp lm loss", "mtp distillation loss", "grad-norm", "kd lambda")
 SCHEDULES = ("kd lambda", "mtp beta", "learning-rate")

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import megatron_slim.mcore
+
 import pytest
 
-from megatron_slim import device
-
-device.install()
-
-from megatron_slim.checkpoint.convert import open_checkpoint, torch_dist_to_hf  # noqa: E402
-from megatron_slim.checkpoint.huggingface import HFCheckpoint  # noqa: E402
-from megatron_slim.training.stage_layout import layout_string  # noqa: E402
+from megatron_slim.checkpoint.convert import open_checkpoint, torch_dist_to_hf
+from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.training.stage_layout import layout_string
 
 TERMS = ("lm loss", "logits distillation loss", "teacher lm loss", "mtp lm loss", "mtp distillation loss", "grad-norm")
 PP2 = "--pipeline-model-parallel-size 2"

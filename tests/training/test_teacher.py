@@ -7,22 +7,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 import torch
 
-from megatron_slim import device
-
-device.install()
-
-from megatron_slim.checkpoint.huggingface import HFCheckpoint  # noqa: E402
-from megatron_slim.checkpoint.huggingface_writer import specs_of, write_hf_checkpoint  # noqa: E402
-from megatron_slim.checkpoint.records import REFERENCE  # noqa: E402
-from megatron_slim.checkpoint.reference import Reference, read_reference  # noqa: E402
-from megatron_slim.errors import CheckpointError  # noqa: E402
-from megatron_slim.evaluation.perplexity import evaluate_checkpoint  # noqa: E402
-from megatron_slim.testing import random_tensors, run_distributed, tiny_hf_config  # noqa: E402
-from megatron_slim.training.data import reference_batch  # noqa: E402
+from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.checkpoint.huggingface_writer import specs_of, write_hf_checkpoint
+from megatron_slim.checkpoint.records import REFERENCE
+from megatron_slim.checkpoint.reference import Reference, read_reference
+from megatron_slim.errors import CheckpointError
+from megatron_slim.evaluation.perplexity import evaluate_checkpoint
+from megatron_slim.testing import random_tensors, run_distributed, tiny_hf_config
+from megatron_slim.training.data import reference_batch
 
 LENGTH = 41  # the runs' sequences have 32 positions
 

@@ -10,22 +10,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 import torch
 
-from megatron_slim import device
-
-device.install()
-
-
-from megatron_slim.errors import SlimError  # noqa: E402
-from megatron_slim.testing import tiny_shape, write_tokens  # noqa: E402
-from megatron_slim.training import teacher_ahead  # noqa: E402
-from megatron_slim.training.finite import FiniteWatch  # noqa: E402
-from megatron_slim.training.slim_arguments import add_slim_arguments  # noqa: E402
-from megatron_slim.training.teacher_ahead import Held, TeacherAhead, ahead_violations, held_bytes  # noqa: E402
-from tests.training.test_parallel_layouts import (  # noqa: E402
+from megatron_slim.errors import SlimError
+from megatron_slim.testing import tiny_shape, write_tokens
+from megatron_slim.training import teacher_ahead
+from megatron_slim.training.finite import FiniteWatch
+from megatron_slim.training.slim_arguments import add_slim_arguments
+from megatron_slim.training.teacher_ahead import Held, TeacherAhead, ahead_violations, held_bytes
+from tests.training.test_parallel_layouts import (
     LAYOUTS,
     ONE,
     TERMS,
@@ -34,7 +31,7 @@ from tests.training.test_parallel_layouts import (  # noqa: E402
     cases,
     differences,
 )
-from tests.training.test_runs import keep_only  # noqa: E402
+from tests.training.test_runs import keep_only
 
 # Five iterations are a block of three and one of two. Weights of the teacher come and go.
 AHEAD = ("--teacher-ahead", "3")

@@ -6,18 +6,16 @@ import multiprocessing
 import re
 from pathlib import Path
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 import torch
 
-from megatron_slim import device
-
-device.install()
-
-from megatron_slim import data  # noqa: E402
-from megatron_slim.errors import DataError  # noqa: E402
-from megatron_slim.testing import run_distributed, write_tokens  # noqa: E402
-from megatron_slim.training.data import check_token_ids  # noqa: E402
+from megatron_slim import data
+from megatron_slim.errors import DataError
+from megatron_slim.testing import run_distributed, write_tokens
+from megatron_slim.training.data import check_token_ids
 
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel --micro-batch-size 4"
 PP2 = "--pipeline-model-parallel-size 2 --micro-batch-size 2"

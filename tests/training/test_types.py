@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import megatron_slim.mcore
+
 import pytest
 import torch
 
-from megatron_slim import device
-
-device.install()
-
-from megatron_slim.checkpoint.convert import same_bytes, torch_dist_to_hf  # noqa: E402
-from megatron_slim.checkpoint.huggingface import HFCheckpoint  # noqa: E402
-from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkpoint  # noqa: E402
-from tests.training.conftest import SIZES, Workplace, train  # noqa: E402
-from tests.training.test_runs import keep_only  # noqa: E402
+from megatron_slim.checkpoint.convert import same_bytes, torch_dist_to_hf
+from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkpoint
+from tests.training.conftest import SIZES, Workplace, train
+from tests.training.test_runs import keep_only
 
 KEPT = ("A_log", "dt_bias", "linear_attn.norm.weight")
 MBS, ONE = "--micro-batch-size 2", "--micro-batch-size 1"

@@ -6,20 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 import torch
 
-from megatron_slim import device
-
-device.install()
-
-from megatron_slim.checkpoint.convert import open_checkpoint  # noqa: E402
-from megatron_slim.checkpoint.huggingface import HFCheckpoint  # noqa: E402
-from megatron_slim.checkpoint.remarks import remarks  # noqa: E402
-from megatron_slim.testing import run_distributed  # noqa: E402
-from tests.training.conftest import Workplace, refusal  # noqa: E402
-from tests.training.test_runs import keep_only  # noqa: E402
+from megatron_slim.checkpoint.convert import open_checkpoint
+from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.checkpoint.remarks import remarks
+from megatron_slim.compat import runtime
+from megatron_slim.testing import run_distributed
+from tests.training.conftest import Workplace, refusal
+from tests.training.test_runs import keep_only
 
 MBS = ("--micro-batch-size", "2")
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -28,7 +27,7 @@ TERMS = ("lm loss", "mtp lm loss", "grad-norm")
 
 def save_foreign(hf: Path, saves: dict[str, tuple[int, dict[str, tuple[int, ...]]]]) -> None:
     """Body of one rank: a stock GPTModel's checkpoints, by directory: rows of the vocabulary, sizes of parameters."""
-    device.init_single_process()
+    runtime.init_single_process()
     from megatron.core import dist_checkpointing
     from megatron.core.models.gpt import GPTModel
 

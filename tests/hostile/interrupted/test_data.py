@@ -10,10 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import megatron_slim.mcore
+
 import numpy as np
 import pytest
 
-from megatron_slim import device, encoding, preprocessing
+from megatron_slim import encoding, preprocessing
 from megatron_slim.cli.tool import run_tool
 from megatron_slim.data import read_stream
 from megatron_slim.encoding import Options
@@ -26,7 +28,6 @@ Start = Callable[..., Callable[[], Any]]
 @pytest.fixture
 def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Makes ``data/out_text_document`` of one text, one token per byte."""
-    device.install()
     import megatron.core.datasets.indexed_dataset  # noqa: F401 (a child has it already)
 
     bytewise = SimpleNamespace(vocab_size=256, eod=None, encode=lambda texts: [list(text.encode()) for text in texts])

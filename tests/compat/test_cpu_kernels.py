@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from torch import Tensor
 
-from megatron_slim import device
+from megatron_slim.compat import runtime
 
 
 def test_chunks_that_are_sorted_stay_where_they_are() -> None:
@@ -43,7 +43,7 @@ def test_linear_layers_and_their_gradients(trained: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(7, 2, 24, generator=generator, requires_grad=True)
     weight = torch.nn.Parameter(torch.randn(5, 24, generator=generator), requires_grad=trained)
-    device.init_single_process()
+    runtime.init_single_process()
     apply = layers.linear_with_grad_accumulation_and_async_allreduce if trained else layers.linear_with_frozen_weight
     plain = {"gradient_accumulation_fusion": False, "allreduce_dgrad": False, "sequence_parallel": False}
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import megatron_slim.mcore
+
 import pytest
 import torch
 
-from megatron_slim import device
-from megatron_slim.fused_adam import FusedAdam
+from megatron_slim.compat import runtime
+from megatron_slim.compat.adam import FusedAdam
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the layer changes nothing where CUDA is available")
-
-
-@pytest.fixture(autouse=True)
-def cpu_layer() -> None:
-    device.install()
 
 
 def test_cuda_means_the_cpu() -> None:
@@ -86,7 +83,7 @@ def test_counts_of_the_global_load_balancing_loss_are_exact_in_bf16() -> None:
     from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    device.init_single_process()
+    runtime.init_single_process()
     config = TransformerConfig(
         num_layers=1,
         hidden_size=8,
@@ -122,7 +119,7 @@ def test_an_expert_bias_in_bf16_is_that_in_fp32() -> None:
     from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    device.init_single_process()
+    runtime.init_single_process()
     biases = {}
     for dtype in (torch.float32, torch.bfloat16):
         config = TransformerConfig(
@@ -201,10 +198,10 @@ def test_a_gpu_without_its_libraries(
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.ssm.gated_delta_net import common, gdn
 
-    from megatron_slim import linear_attention
+    from megatron_slim.compat import libraries, linear_attention
 
     monkeypatch.setenv("RANK", rank)
-    device._fill_in_for_missing_libraries()
+    libraries.fill_in()
     assert caplog.messages == []  # nothing is missing
     for module, name, value in (
         (common, "HAVE_FLA", False),
@@ -219,10 +216,10 @@ def test_a_gpu_without_its_libraries(
         (distrib_optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states", lambda self: None),
     ):
         monkeypatch.setattr(module, name, value)
-    device._fill_in_for_missing_libraries()
+    libraries.fill_in()
     assert common.HAVE_FLA and common.l2norm is linear_attention.l2norm
     assert gdn.chunk_gated_delta_rule is linear_attention.chunk_gated_delta_rule
     assert optimizer.Adam is distrib_optimizer.Adam is FusedAdam and not optimizer.USING_PYTORCH_OPTIMIZER
-    device._fill_in_for_missing_libraries()
+    libraries.fill_in()
     found = caplog.messages
     assert len(found) == (1 if rank == "0" else 0) and all("(megatron-slim doctor)" in line for line in found)

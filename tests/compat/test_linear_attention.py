@@ -7,24 +7,22 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import megatron_slim.mcore
+
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet
+from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from benchmarks.gated_delta_rule import step_by_step, value_and_gradients, weights_like
-from megatron_slim import device, linear_attention
-
-device.install()
-
-from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
-from megatron.core.ssm.gated_delta_net import GatedDeltaNet  # noqa: E402
-from megatron.core.transformer.spec_utils import build_module  # noqa: E402
-
-from megatron_slim.architecture.layer_specs import layer_spec, transformer_config  # noqa: E402
-from megatron_slim.architecture.shape import LINEAR_ATTENTION  # noqa: E402
-from megatron_slim.linear_attention import CHUNK, causal_conv1d, chunk_gated_delta_rule  # noqa: E402
-from megatron_slim.testing import tiny_shape  # noqa: E402
+from megatron_slim.architecture.layer_specs import layer_spec, transformer_config
+from megatron_slim.architecture.shape import LINEAR_ATTENTION
+from megatron_slim.compat import delta_rule_chunks, runtime
+from megatron_slim.compat.linear_attention import CHUNK, causal_conv1d, chunk_gated_delta_rule
+from megatron_slim.testing import tiny_shape
 
 # An empty document, one of one position, of less than a chunk, of exactly one, and of several.
 BOUNDS = [0, 0, 1, 20, 20 + CHUNK, 130]
@@ -92,7 +90,7 @@ def test_the_convolution_is_torch_s() -> None:
 
 @pytest.fixture(scope="module")
 def module() -> GatedDeltaNet:
-    device.init_single_process()
+    runtime.init_single_process()
     shape = tiny_shape()
     config = transformer_config(shape, params_dtype=torch.float64)
     layer = build_module(layer_spec(LINEAR_ATTENTION, config), config=config, layer_number=1)
@@ -132,14 +130,14 @@ def test_megatron_s_module_keeps_packed_documents_apart(module: GatedDeltaNet) -
 def test_states_are_kept_for_a_backward_pass_only(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibration and the teacher's forward pass hold the current state alone."""
     states: list[weakref.ref[Tensor]] = []
-    forward = linear_attention._Chunk.forward
+    forward = delta_rule_chunks.Chunk.forward
 
     def watched(self: Any, value: Tensor, state: Tensor) -> Any:
         states.append(weakref.ref(state))
         assert sum(each() is not None for each in states) == (len(states) if grad else 1)
         return forward(self, value, state)
 
-    monkeypatch.setattr(linear_attention._Chunk, "forward", watched)
+    monkeypatch.setattr(delta_rule_chunks.Chunk, "forward", watched)
     with torch.set_grad_enabled(grad):
         output, _ = chunk_gated_delta_rule(*_inputs(4 * CHUNK))
     assert len(states) == 4 and (output.grad_fn is not None) == grad

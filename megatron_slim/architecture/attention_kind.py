@@ -1,0 +1,123 @@
+"""What a kind of attention declares of itself; everything else asks (imports no torch).
+
+Its rows, module spec and decoder are elsewhere: a family may store the same kind in other tensors, and the latter two
+need Megatron and torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from megatron_slim.architecture.shape import ModelShape
+
+FP32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """How the operations without weights are computed.
+
+    Attributes:
+        delta_rule_chunk: positions that the gated delta rule takes at once (arXiv 2412.06464).
+        solves_keys: it applies the inverse of a chunk's triangle to keys as to values, so that chunks can be prepared
+            before their state is known.
+        skips_masked: attention leaves out the half of the scores that the causal mask hides, and keeps none of them.
+        transformer_engine: norms and attention are Transformer Engine's.
+    """
+
+    delta_rule_chunk: int
+    solves_keys: bool
+    skips_masked: bool
+    transformer_engine: bool
+
+
+class MicroBatch(Protocol):
+    """What decides how much a forward pass keeps; `planning.activations.Pass` has it."""
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of a sample."""
+
+    @property
+    def samples(self) -> int:
+        """Of the micro-batch."""
+
+    @property
+    def width(self) -> int:
+        """Bytes of an activation."""
+
+    @property
+    def kernels(self) -> Kernels:
+        """How it is computed."""
+
+    @property
+    def fused(self) -> bool:
+        """Norms and attention of a GPU."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A dimension of a linear layer that may be multiplied in FP8.
+
+    Attributes:
+        layer: its name.
+        field: the size of the shape that would be changed.
+        total: inputs or outputs of all ranks.
+        inputs: whether they are inputs.
+    """
+
+    layer: str
+    field: str
+    total: int
+    inputs: bool
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of a kind, as an axis that is pruned; each of some equal groups keeps equally many.
+
+    Attributes:
+        field: their number in a `ModelShape`.
+        noun: for people.
+        axis: within a group, in the architecture table.
+        group_axis: of the groups.
+        groups_field: number of groups in a `ModelShape`.
+        groups_noun: for people.
+        width: field of the numbers that one head gives to the last projection.
+        statistic: their importance in a statistics file, after the block's name.
+        projection: the module of Megatron's layer that reads what they give.
+    """
+
+    field: str
+    noun: str
+    axis: str
+    group_axis: str
+    groups_field: str
+    groups_noun: str
+    width: str
+    statistic: str
+    projection: str
+
+
+@dataclass(frozen=True)
+class AttentionKind:
+    """One kind.
+
+    Attributes:
+        name: layer type in config.json.
+        noun: for people.
+        heads: its axis of heads.
+        operations: forward operations per token without weights, by what does them, of a sequence of so many tokens.
+        kept: bytes a token, of all tensor-parallel ranks together, that a forward pass keeps for backward.
+        fp8_sides: dimensions of its linear layers.
+    """
+
+    name: str
+    noun: str
+    heads: Heads
+    operations: Callable[[ModelShape, int, Kernels], dict[str, float]]
+    kept: Callable[[ModelShape, MicroBatch], float]
+    fp8_sides: Callable[[ModelShape], Iterator[Side]]

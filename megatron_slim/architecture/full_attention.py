@@ -1,0 +1,99 @@
+"""Full attention: its rows, with and without an output gate, and what it declares of itself (imports no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from megatron_slim.architecture.attention_kind import FP32, AttentionKind, Heads, Kernels, MicroBatch, Side
+from megatron_slim.architecture.axes import concat, label, product
+from megatron_slim.architecture.family import FULL_ATTENTION
+from megatron_slim.architecture.weight import HFTensor, Weight, copied
+
+if TYPE_CHECKING:
+    from megatron_slim.architecture.shape import ModelShape
+
+_GATED_QUERIES, _GATES = (product("query_per_group", label(name, "head_dim")) for name in ("query", "gate"))
+_QUERIES = product("query_per_group", label("query", "head_dim"))
+_QUERY_AND_GATE = concat(label("query", "head_dim"), label("gate", "head_dim"))
+_KEY, _VALUE = label("key", "head_dim"), label("value", "head_dim")
+_KEY_AND_VALUE = (
+    HFTensor("self_attn.k_proj.weight", (product("kv_group", _KEY), "hidden")),
+    HFTensor("self_attn.v_proj.weight", (product("kv_group", _VALUE), "hidden")),
+)
+QKV = Weight(
+    "self_attention.linear_qkv.weight",
+    (product("kv_group", concat(_QUERIES, _KEY, _VALUE)), "hidden"),
+    (HFTensor("self_attn.q_proj.weight", (product("kv_group", _QUERIES), "hidden")), *_KEY_AND_VALUE),
+    tp_dim=0,
+)
+# A gate for every head's output follows its query.
+GATED_QKV = Weight(
+    "self_attention.linear_qkv.weight",
+    (product("kv_group", concat(_GATED_QUERIES, _GATES, _KEY, _VALUE)), "hidden"),
+    (
+        HFTensor("self_attn.q_proj.weight", (product("kv_group", "query_per_group", _QUERY_AND_GATE), "hidden")),
+        *_KEY_AND_VALUE,
+    ),
+    tp_dim=0,
+)
+
+
+def attention_rows(qkv: Weight) -> tuple[Weight, ...]:
+    """Full attention around its projection of queries, keys and values."""
+    heads = product("kv_group", "query_per_group", "head_dim")
+    return (
+        copied("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "hidden"),
+        qkv,
+        copied("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "hidden", heads, tp_dim=1),
+        copied("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "head_dim"),
+        copied("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "head_dim"),
+    )
+
+
+def _operations(shape: ModelShape, seq_length: int, kernels: Kernels) -> dict[str, float]:
+    scores = 4.0 * seq_length * shape.num_attention_heads * shape.kv_channels
+    return {"core_attn": scores / 2 if kernels.skips_masked else scores}
+
+
+def _kept(shape: ModelShape, of: MicroBatch) -> float:
+    """Letters: q queries, k keys of a token."""
+    w, heads, groups = of.width, shape.num_attention_heads, shape.num_query_groups
+    q, k = heads * shape.kv_channels, groups * shape.kv_channels
+    gate = (FP32 + w) * q if shape.family.attention_output_gate else 0.0  # its sigmoid, and what is multiplied by it
+    projected = w * (q * (2 if shape.family.attention_output_gate else 1) + 2 * k)
+    rotated = w * (q + k) + FP32 * (heads + groups)  # and the roots of their norms
+    found = projected + rotated + (w * q + FP32 * heads) + gate
+    if not of.fused:  # the queries apart from what was projected, and sines and cosines, of all samples once
+        found += w * q + 4 * w * shape.rotary_dim / of.samples
+    if not of.kernels.skips_masked:  # scores in fp32, the same rounded, and one mask for all samples
+        found += of.seq_length * (heads * (FP32 + w if w < FP32 else FP32) + 1 / of.samples)
+    return found
+
+
+def _fp8_sides(shape: ModelShape) -> Iterator[Side]:
+    queries = shape.num_attention_heads * shape.kv_channels
+    gated = 2 if shape.family.attention_output_gate else 1
+    rows = gated * queries + 2 * shape.num_query_groups * shape.kv_channels
+    yield Side("linear_qkv", "num_attention_heads", rows, inputs=False)
+    yield Side("linear_proj", "num_attention_heads", queries, inputs=True)
+
+
+KIND = AttentionKind(
+    name=FULL_ATTENTION,
+    noun="full attention",
+    heads=Heads(
+        field="num_attention_heads",
+        noun="query heads",
+        axis="query_per_group",
+        group_axis="kv_group",
+        groups_field="num_query_groups",
+        groups_noun="KV groups",
+        width="kv_channels",
+        statistic="self_attn.heads",
+        projection="linear_proj",
+    ),
+    operations=_operations,
+    kept=_kept,
+    fp8_sides=_fp8_sides,
+)

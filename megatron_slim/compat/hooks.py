@@ -1,0 +1,143 @@
+"""What training adds to Megatron's loop in places where it calls nobody, and what its log says."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_slim.compat.patch import BUG, HOOK, NOT_REPORTED, Patch
+
+_LOOP = "megatron.training.training"
+
+STEP_START = Patch(
+    name="start of a step",
+    kind=HOOK,
+    why="Nothing that the loop calls is reached by all ranks right before the schedule of a training step: within a "
+    "schedule later stages are waiting already.",
+    upstream=NOT_REPORTED,
+    targets=(f"{_LOOP}:get_forward_backward_func",),
+)
+
+
+def before_training_steps(hook: Callable[[], None]) -> None:
+    """Have Megatron's loop call ``hook`` on every rank right before the pipeline schedule of a training step."""
+
+    def change(choose: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(choose)
+        def with_hook(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+            schedule = choose(*args, **kwargs)
+
+            @functools.wraps(schedule)
+            def run(*, forward_only: bool, **arguments: Any) -> Any:
+                if not forward_only:
+                    hook()
+                return schedule(forward_only=forward_only, **arguments)
+
+            return run
+
+        return with_hook
+
+    STEP_START.apply(change)
+
+
+SCHEDULE = Patch(
+    name="place in the schedule",
+    kind=BUG,
+    why="With --no-load-optim Megatron resumes at the checkpoint's iteration, but with the learning rate of the first. "
+    "Nor can a run begin at an iteration that it has no checkpoint of, as the second phase of a student does.",
+    upstream="https://github.com/NVIDIA/Megatron-LM/issues/1533",
+    targets=(f"{_LOOP}:load_checkpoint",),
+)
+
+
+def keep_schedule_with_iterations(start: int, at_start: Callable[[list[Any], Any], None] | None = None) -> None:
+    """Have Megatron's schedules be where the iteration is, whatever was loaded.
+
+    A run that finds no checkpoint of its own begins at ``start``, its data too, and with what ``at_start(model chunks,
+    optimizer)`` does when the weights are loaded and the schedule is there.
+    """
+
+    def change(load: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(load)
+        def load_and_keep(model: Any, optimizer: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+            from megatron.training import get_args
+
+            found, *rest = load(model, optimizer, scheduler, *args, **kwargs)
+            iteration, given = found or start, get_args()
+            if iteration and scheduler is not None and scheduler.num_steps == 0:  # without one: --skip-train
+                scheduler.step((found and given.consumed_train_samples) or iteration * given.global_batch_size)
+            if at_start is not None and not found:
+                at_start(model, optimizer)
+            return iteration, *rest
+
+        return load_and_keep
+
+    SCHEDULE.apply(change)
+
+
+LEARNING_RATES = Patch(
+    name="scaled learning rates",
+    kind=HOOK,
+    why="Megatron's schedules have no second warm-up, which a phase of a student begins with.",
+    upstream=NOT_REPORTED,
+    targets=("megatron.core.optimizer_param_scheduler:OptimizerParamScheduler.get_lr",),
+)
+
+
+def scale_learning_rate(factor: Callable[[float], float]) -> None:
+    """Have Megatron's scheduler multiply every learning rate by ``factor(iteration)``, iterations that are done."""
+
+    def change(get: Callable[..., float]) -> Callable[..., float]:
+        @functools.wraps(get)
+        def scaled(self: Any, param_group: dict[str, Any]) -> float:
+            from megatron.training import get_args
+
+            return float(get(self, param_group) * factor(self.num_steps / get_args().global_batch_size))
+
+        return scaled
+
+    LEARNING_RATES.apply(change)
+
+
+_LOG_COUNTERS = ("advanced iterations", "skipped iterations", "nan iterations")
+
+
+class _LastIteration(dict[str, Any]):
+    """Megatron's sums of losses, of one iteration alone: read to be divided by the iterations since the last line."""
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        return value.double() * max(1, self["advanced iterations"]) if torch.is_tensor(value) else value
+
+
+def _of_one_iteration(log: Callable[..., Any]) -> Callable[..., Any]:
+    """Losses and schedules are those of the iteration; counts and times stay those since the last line."""
+    sums = _LastIteration()
+
+    @functools.wraps(log)
+    def log_one(
+        losses: Any, _: Any, rate: Any, iteration: int, *args: Any, is_first_iteration: bool, **more: Any
+    ) -> Any:
+        from megatron.training import get_args
+
+        for name in sums.keys() - _LOG_COUNTERS:
+            del sums[name]
+        # Otherwise a first line that ends an interval would not begin the next.
+        first = is_first_iteration and iteration % get_args().log_interval != 0
+        return log(losses, sums, rate, iteration, *args, is_first_iteration=first, **more)
+
+    return log_one
+
+
+TRAINING_LOG = Patch(
+    name="lines of the log",
+    kind=BUG,
+    why="Megatron logs means since the last line, and since the start in the line after the first of a start: what a "
+    "line says then depends on where a run was interrupted.",
+    upstream="https://github.com/NVIDIA/Megatron-LM/issues/6237",
+    targets=(f"{_LOOP}:training_log",),
+    changes=(_of_one_iteration,),
+)

@@ -1,0 +1,31 @@
+"""Every change of Megatron, for those who look after them: `FIXES` on any machine, `PATCHES` all there are."""
+
+from __future__ import annotations
+
+from megatron_slim.compat import cpu_kernels, cpu_megatron, forked_ranks, libraries
+from megatron_slim.compat.fixes_data import DATASET_HELPERS
+from megatron_slim.compat.fixes_fp32 import ORDERED_PARAMETERS, PLAIN_OPTIMIZER, RESTORED_PARAMETERS, ROUTER_COUNTS
+from megatron_slim.compat.fixes_resume import BUCKET_PADDING, OTHER_EXPERT_PARALLELISM, OTHER_RATES
+from megatron_slim.compat.hooks import LEARNING_RATES, SCHEDULE, STEP_START, TRAINING_LOG
+from megatron_slim.compat.patch import Patch
+
+# Of Megatron-Core, made before anything uses it; those of its loop are made by training.
+FIXES: tuple[Patch, ...] = (
+    DATASET_HELPERS,
+    BUCKET_PADDING,
+    ROUTER_COUNTS,
+    RESTORED_PARAMETERS,
+    ORDERED_PARAMETERS,
+    PLAIN_OPTIMIZER,
+    OTHER_RATES,
+    OTHER_EXPERT_PARALLELISM,
+)
+LOOP: tuple[Patch, ...] = (SCHEDULE, TRAINING_LOG, STEP_START, LEARNING_RATES)
+PATCHES: tuple[Patch, ...] = (
+    *FIXES,
+    *LOOP,
+    *libraries.PATCHES,
+    *cpu_megatron.PATCHES,
+    *cpu_kernels.PATCHES,
+    *forked_ranks.PATCHES,
+)

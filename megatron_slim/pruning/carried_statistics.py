@@ -1,0 +1,92 @@
+"""Statistics of a model, carried through a plan to the model that it gave, instead of a new calibration (no torch).
+
+What survives keeps the numbers that were measured before the pruning, bit for bit. A merged expert has those of its
+base. The numbers are those of a calibration where what went had no effect; elsewhere they are those of the model before
+it was pruned and trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.errors import CheckpointError
+from megatron_slim.expert_metrics import EXPERT_IMPORTANCES, EXPERT_SIMILARITIES
+from megatron_slim.pruning import statistics
+from megatron_slim.pruning.plan import Plan
+from megatron_slim.pruning.plan_reader import load_plan
+from megatron_slim.pruning.plan_view import check_statistics
+from megatron_slim.pruning.statistics import LAYER_KINDS, Array, Statistics
+from megatron_slim.recipe import CHOICES
+
+CARRIED = "carried_from"  # in the metadata: the checkpoint that was measured
+
+
+def carried_statistics(stats: Statistics, plan: Plan, source_sha256: str) -> Statistics:
+    """Statistics of what a plan gives.
+
+    Args:
+        stats: of the plan's source.
+        plan: what survives of it.
+        source_sha256: fingerprint of the model that they are for: the plan's target, trained or not.
+    """
+    tensors = {}
+    for kind in CHOICES["width.importance"]:
+        key = statistics.hidden_key(kind)
+        tensors[key] = stats.tensors[key][list(plan.kept_hidden)]
+    for new, old in plan.source_blocks.items():
+        tensors |= dict(_of_block(stats, plan, new, old))
+    measured = stats.metadata.get(CARRIED, stats.metadata["source_sha256"])
+    return Statistics(tensors, {**stats.metadata, "source_sha256": source_sha256, CARRIED: measured})
+
+
+def _of_block(stats: Statistics, plan: Plan, new: str, old: str) -> Iterator[tuple[str, Array]]:
+    """Names and values of one block: ``new`` in the plan's target, ``old`` in its source."""
+    bases = [group.base for group in plan.experts[old]]
+    for kind in LAYER_KINDS:
+        yield statistics.layer_key(new, kind), stats.tensors[statistics.layer_key(old, kind)]
+    for kind in EXPERT_IMPORTANCES:
+        if (importance := stats.tensors.get(statistics.importance_key(old, kind))) is not None:
+            yield statistics.importance_key(new, kind), importance[bases]
+    for kind in EXPERT_SIMILARITIES:
+        if (similarity := stats.tensors.get(statistics.similarity_key(old, kind))) is not None:
+            yield statistics.similarity_key(new, kind), similarity[np.ix_(bases, bases)]
+    neurons = stats.tensors[statistics.expert_ffn_key(old)][bases]
+    if old in plan.inner.neurons:
+        neurons = np.take_along_axis(neurons, np.array(plan.inner.neurons[old]), axis=1)
+    yield statistics.expert_ffn_key(new), neurons
+    shared = stats.tensors.get(statistics.shared_ffn_key(old))
+    if shared is not None:
+        kept = plan.inner.shared_neurons.get(old)
+        yield statistics.shared_ffn_key(new), shared if kept is None else shared[list(kept)]
+    kind = plan.source_shape.layer_type(old)
+    heads, kept = stats.tensors[statistics.heads_key(old, kind)], plan.inner.heads.get(old)
+    yield statistics.heads_key(new, kind), heads if kept is None else heads[list(kept)]
+
+
+def read_carried_statistics(pruned: Path, shape: ModelShape, source_sha256: str) -> Statistics:
+    """Carry the statistics that a pruned checkpoint keeps, through the plan that it keeps.
+
+    Args:
+        pruned: the checkpoint that the model was trained from.
+        shape: sizes of the model that the statistics are for.
+        source_sha256: its fingerprint.
+
+    Raises:
+        SlimError: there is no plan or there are no statistics, they do not belong together, or the plan gave a model of
+            other sizes.
+    """
+    plan, stats = load_plan(pruned), Statistics.load(pruned)
+    check_statistics(plan, stats, where=str(pruned))
+    if plan.target_shape != shape:
+        ours, theirs = shape.to_dict(), plan.target_shape.to_dict()
+        found = [f"{key} {ours[key]}, not {theirs.get(key)}" for key in ours if ours[key] != theirs.get(key)]
+        raise CheckpointError(
+            f"its plan did not give the model that is to be pruned, which has {', '.join(found)}",
+            where=str(pruned),
+            fix="give the pruned checkpoint that this model was trained from",
+        )
+    return carried_statistics(stats, plan, source_sha256)
