@@ -167,8 +167,8 @@ def _random_bf16(generator: np.random.Generator, nbytes: int) -> Iterator[memory
 def write_statistics(checkpoint: Path, file: Path) -> None:
     """Statistics of a checkpoint as calibration would write them, with random values in them."""
     from megatron_slim.checkpoint.convert import open_checkpoint
-    from megatron_slim.pruning.fingerprint import fingerprint
     from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes
+    from megatron_slim.streaming.fingerprint import fingerprint
 
     source, generator = open_checkpoint(checkpoint), np.random.default_rng(0)
     tensors = {key: generator.random(size, dtype=np.float32) for key, size in expected_shapes(source.shape)}

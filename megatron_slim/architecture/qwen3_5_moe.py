@@ -22,8 +22,8 @@ from megatron_slim.architecture.weight import HFTensor
 from megatron_slim.architecture.wrapper import Wrapper
 
 _LINEAR_ATTENTION_ROWS = delta_net_rows(
-    HFTensor("linear_attn.in_proj_qkv.weight", (concat(*GDN_QKV), "hidden")),
-    HFTensor("linear_attn.in_proj_z.weight", (label("z", VALUE_HEADS), "hidden")),
+    HFTensor("linear_attn.in_proj_qkv.weight", (concat(*GDN_QKV), "hidden"), fp8=True),
+    HFTensor("linear_attn.in_proj_z.weight", (label("z", VALUE_HEADS), "hidden"), fp8=True),
     HFTensor("linear_attn.in_proj_b.weight", (label("beta", HEAD_SCALARS), "hidden")),
     HFTensor("linear_attn.in_proj_a.weight", (label("alpha", HEAD_SCALARS), "hidden")),
 )

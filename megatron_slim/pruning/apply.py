@@ -29,9 +29,9 @@ from megatron_slim.checkpoint.huggingface import Index
 from megatron_slim.checkpoint.optimizer_state import MOMENTS, OptimizerState
 from megatron_slim.pruning.align import Alignment, Neurons
 from megatron_slim.pruning.experts import ExpertGroup
-from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.plan import Plan
 from megatron_slim.pruning.plan_reader import PlanError
+from megatron_slim.streaming.fingerprint import fingerprint
 
 MEAN = "mean"  # of weights, by the plan's
 

@@ -19,7 +19,7 @@ from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import CheckpointError, DataError
 from megatron_slim.pruning import statistics
 from megatron_slim.pruning.calibrate import calibrate
-from megatron_slim.pruning.fingerprint import fingerprint
+from megatron_slim.streaming.fingerprint import fingerprint
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 SHAPES = {

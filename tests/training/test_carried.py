@@ -29,8 +29,8 @@ from megatron_slim.checkpoint.plain_state import read_plain_state
 from megatron_slim.checkpoint.torch_dist_files import read_metadata
 from megatron_slim.compat import hooks
 from megatron_slim.errors import SlimError
-from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes
+from megatron_slim.streaming.fingerprint import fingerprint
 from megatron_slim.testing import run_distributed
 from megatron_slim.training.carried import CarriedOptimizer, carried_optimizer
 from megatron_slim.training.progressive import Place
