@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from megatron_slim.errors import SlimError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -55,6 +57,11 @@ class ExpertMetric:
     definition: str
     of: Callable[[Sums], Tensor]
     pair_sums: Mapping[str, Callable[[RoutedPairs], Tensor]] = field(default_factory=dict)
+
+
+# Other statistics and sums of experts have these names.
+_TAKEN_NAMES = ("ffn", "similarity")
+_TAKEN_SUMS = ("count", "share", "output", "ffn", "logits")
 
 
 def visits(sums: Sums) -> Tensor:
@@ -107,6 +114,17 @@ EXPERT_SIMILARITIES: dict[str, ExpertMetric] = {
 
 
 def pair_sums() -> dict[str, Callable[[RoutedPairs], Tensor]]:
-    """All sums over routed pairs that the metrics need, each once."""
-    metrics = (*EXPERT_IMPORTANCES.values(), *EXPERT_SIMILARITIES.values())
-    return {name: value for metric in metrics for name, value in metric.pair_sums.items()}
+    """All sums over routed pairs that the metrics need, each once.
+
+    Raises:
+        SlimError: a name that is taken: of a metric by another statistic, of a sum by another sum.
+    """
+    for name in (*EXPERT_IMPORTANCES, *EXPERT_SIMILARITIES):
+        if name in _TAKEN_NAMES:
+            raise SlimError(f"a metric of experts may not be called {name!r}", fix="give it another name")
+    found: dict[str, Callable[[RoutedPairs], Tensor]] = {}
+    for metric in (*EXPERT_IMPORTANCES.values(), *EXPERT_SIMILARITIES.values()):
+        for name, value in metric.pair_sums.items():
+            if name in _TAKEN_SUMS or found.setdefault(name, value) is not value:
+                raise SlimError(f"two sums of experts are called {name!r}", fix="give one of them another name")
+    return found

@@ -25,8 +25,11 @@ class Optimizer:
         return 4 * len(self.states)
 
     def checkpoint_bytes(self, width: int) -> int:
-        """Bytes of a parameter in a checkpoint of training whose weights have ``width``: weight, main copy, states."""
-        return width + (MAIN_COPY if width < MAIN_COPY else 0) + self.state_bytes
+        """Bytes of a parameter in a checkpoint of training whose weights have ``width``: weight, main copy, states.
+
+        In a checkpoint Megatron has a main copy of fp32 weights too.
+        """
+        return width + MAIN_COPY + self.state_bytes
 
 
 ADAM = "adam"

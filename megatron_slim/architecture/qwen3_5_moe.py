@@ -45,5 +45,6 @@ QWEN3_5_MOE = replace(
         others=("model.visual.",),
         hidden_rows=("model.visual.merger.linear_fc2.weight", "model.visual.merger.linear_fc2.bias"),
         hidden_key=("vision_config", "out_hidden_size"),
+        accepted={"deepstack_visual_indexes": ([], None)},
     ),
 )

@@ -16,6 +16,8 @@ SPELLINGS = ("rope_scaling", "rope_parameters")
 INSIDE = ("rope_theta", "partial_rotary_factor")  # keys of config.json that either spelling may hold, and then wins
 _ORIGINAL = "original_max_position_embeddings"
 _TYPES = ("rope_type", "type")
+# Which dimensions turn by which of three positions; those of a text are the same, and then it is plain.
+_GRIDS = ("mrope_section", "mrope_interleaved")
 # Numbers that YaRN takes -> the least they may be.
 _LEAST = {
     "factor": 1.0,
@@ -106,7 +108,9 @@ def _one_type(rope: Mapping[str, Any]) -> dict[str, Any]:
 def _read_yarn(rope: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Yarn | None, list[str]]:
     """YaRN with transformers' defaults, or what is wrong with its values."""
     values: dict[str, Any] = {_ORIGINAL: config.get("max_position_embeddings")}
-    values |= {name: value for name, value in rope.items() if value is not None and name not in (*_TYPES, *INSIDE)}
+    values |= {
+        name: value for name, value in rope.items() if value is not None and name not in (*_TYPES, *INSIDE, *_GRIDS)
+    }
     found = [] if "factor" in values else ["factor is missing"]
     if (outside := config.get(_ORIGINAL)) is not None:  # which transformers lets win
         if rope.get(_ORIGINAL, outside) != outside:

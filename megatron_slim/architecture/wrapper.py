@@ -6,7 +6,7 @@ for those whose rows are its hidden dimensions: they lose the rows that it loses
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ class Wrapper:
         others: what the names of all other tensors begin with.
         hidden_rows: those of them whose rows are the hidden dimensions of the language model.
         hidden_key: section and key in config.json that say how many these are.
+        accepted: keys of that section that ask for what is not implemented -> values accepted.
     """
 
     model_type: str
@@ -34,6 +35,7 @@ class Wrapper:
     others: tuple[str, ...]
     hidden_rows: tuple[str, ...]
     hidden_key: tuple[str, str]
+    accepted: Mapping[str, tuple[Any, ...]]
 
     def file_name(self, name: str) -> str:
         """Name in the files of a tensor of the language model."""
@@ -42,6 +44,27 @@ class Wrapper:
     def is_other(self, name: str) -> bool:
         """Whether a name in the files is not of the language model."""
         return name.startswith(self.others)
+
+    def violations(self, config: Mapping[str, Any], names: Collection[str], hidden_size: Any) -> list[str]:
+        """What makes the rest of the larger model another one than this.
+
+        Args:
+            config: its config.json.
+            names: of its tensors outside the language model, at least one.
+            hidden_size: of the language model.
+        """
+        section, key = self.hidden_key
+        values = config.get(section)
+        if not isinstance(values, Mapping):
+            return [f"{section} is missing, or is not an object"]
+        found = [f"{name} is missing" for name in self.hidden_rows if name.endswith(".weight") and name not in names]
+        if values.get(key, hidden_size) != hidden_size:
+            found.append(f"{section}.{key} {values[key]!r} is not hidden_size {hidden_size}")
+        return found + [
+            f"{section}.{name} {values[name]!r} is not supported (only {accepted[0]!r})"
+            for name, accepted in self.accepted.items()
+            if name in values and values[name] not in accepted
+        ]
 
     def wrapped(self, base: Mapping[str, Any], text: Mapping[str, Any], hidden_size: int) -> dict[str, Any]:
         """config.json of the whole: ``base`` with another language model of ``hidden_size`` in it."""

@@ -9,26 +9,30 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import xxhash
 from torch import Tensor
 
 from megatron_slim.architecture.hf_config import language_config, wrapper_of
 from megatron_slim.architecture.wrapper import Wrapper
+from megatron_slim.checkpoint.finite import refuse_nonfinite
 from megatron_slim.checkpoint.huggingface_files import find_file
 from megatron_slim.checkpoint.raw_files import OpenFiles, OutputFile, as_bytes
-from megatron_slim.checkpoint.records import CARRIED_TENSORS
+from megatron_slim.checkpoint.records import CARRIED_CONTENT, CARRIED_TENSORS
 from megatron_slim.checkpoint.safetensors_reader import TensorEntry, read_header
 from megatron_slim.checkpoint.safetensors_writer import TensorSpec, start_shard
 from megatron_slim.errors import CheckpointError, summarise
+from megatron_slim.files import read_json, to_json
 
 # Keys that a larger model has outside the part for its language model and that hold for that alone, too.
 _OF_ALL = ("torch_dtype", "dtype", "tie_word_embeddings", "transformers_version", "quantization_config")
+_CONTENT = "content"
 Rows = npt.NDArray[np.int64]
 
 
@@ -39,10 +43,14 @@ class CarriedTensors:
     Attributes:
         entries: where each is.
         rows: of some, the rows that are left.
+        content: digest of what the entries have, where it was recorded.
+        allow_nonfinite: whether NaN and infinity may be among them.
     """
 
     entries: Mapping[str, TensorEntry] = field(default_factory=dict)
     rows: Mapping[str, Rows] = field(default_factory=dict)
+    content: str = ""
+    allow_nonfinite: bool = False
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -72,7 +80,7 @@ class CarriedTensors:
         """The same, of those whose rows are hidden dimensions only ``kept``."""
         names = [] if wrapper is None else [name for name in wrapper.hidden_rows if name in self.entries]
         before = {name: self.rows.get(name, np.arange(self.entries[name].shape[0])) for name in names}
-        return CarriedTensors(self.entries, {**self.rows, **{name: rows[kept] for name, rows in before.items()}})
+        return replace(self, rows={**self.rows, **{name: rows[kept] for name, rows in before.items()}})
 
     def write(self, entries: Mapping[str, TensorEntry], *, verify: bool, where: str) -> str:
         """Write all of them to places that are there, and read each back.
@@ -86,12 +94,17 @@ class CarriedTensors:
             The digest of all content: names, types, shapes and bytes.
 
         Raises:
-            CheckpointError: one differs when read back.
+            CheckpointError: one is not finite or differs when read back, or they are not those that were recorded.
         """
-        digest, outputs, files = hashlib.sha256(), dict[Path, OutputFile](), OpenFiles()
+        digest, source = hashlib.sha256(), hashlib.sha256()
+        outputs, files = dict[Path, OutputFile](), OpenFiles()
         for name in sorted(self.entries):
-            entry = entries[name]
-            tensor = self.entries[name].read(files, self.rows.get(name))
+            entry, rows = entries[name], self.rows.get(name)
+            tensor = self.entries[name].read(files)
+            source.update(_line(name, tensor))
+            if not self.allow_nonfinite:
+                refuse_nonfinite(tensor, name, str(self.entries[name].file))
+            tensor = tensor if rows is None else tensor[torch.from_numpy(rows)]
             assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype), name
             if entry.file not in outputs:
                 outputs[entry.file] = OutputFile(entry.file, create=False)
@@ -103,13 +116,19 @@ class CarriedTensors:
             digest.update(line)
         while outputs:
             outputs.popitem()[1].close()
+        if self.content not in ("", source.hexdigest()):
+            changed = next(iter(self.entries.values())).file
+            raise CheckpointError("is not what was written", where=str(changed), fix="get the checkpoint again")
         return digest.hexdigest()
 
     def save(self, directory: Path, *, verify: bool) -> str:
         """Write them into their file next to a config.json, if there are any; gives the digest, "" of none."""
         if not self.entries:
             return ""
-        return self.write(start_shard(directory / CARRIED_TENSORS, self.specs), verify=verify, where=str(directory))
+        places = start_shard(directory / CARRIED_TENSORS, self.specs)
+        content = self.write(places, verify=verify, where=str(directory))
+        (directory / CARRIED_CONTENT).write_text(to_json({_CONTENT: content}), encoding="utf-8")
+        return content
 
 
 def _line(name: str, tensor: Tensor) -> bytes:
@@ -128,13 +147,15 @@ def set_apart(
     """The tensors of a language model in the files of a checkpoint, under their names there, and all others.
 
     Raises:
-        CheckpointError: rows that are to be hidden dimensions are not as many as these.
+        CheckpointError: these are not the tensors of the larger model that config.json describes.
     """
     wrapper = wrapper_of(config)
     if wrapper is None:
         return dict(headers), CarriedTensors()
     others = {name: entry for name, entry in headers.items() if wrapper.is_other(name)}
     hidden = language_config(config).get("hidden_size")
+    if others and hidden is not None and (found := wrapper.violations(config, others, hidden)):
+        raise CheckpointError("; ".join(found), where=str(path), fix="the vision tower is not one that is known")
     wrong = [name for name in wrapper.hidden_rows if name in others and others[name].shape[:1] != (hidden,)]
     if wrong and hidden is not None:
         raise CheckpointError(
@@ -143,6 +164,14 @@ def set_apart(
             fix="the checkpoint and its config.json do not belong together",
         )
     return {name: entry for name, entry in headers.items() if name not in others}, CarriedTensors(others)
+
+
+def without_the_rest(config: Mapping[str, Any], carried: CarriedTensors) -> tuple[str, ...]:
+    """What a person should know where a larger model's config.json comes without any of its other tensors."""
+    wrapper = wrapper_of(config)
+    if wrapper is None or carried.entries:
+        return ()
+    return (f"no tensor of {wrapper.model_type} but its language model is there: that is written alone",)
 
 
 def language_model_alone(config: Mapping[str, Any], carried: CarriedTensors) -> dict[str, Any]:
@@ -160,5 +189,10 @@ def read_carried(directory: Path) -> CarriedTensors:
     Raises:
         CheckpointError: it is damaged.
     """
-    file = find_file(directory, CARRIED_TENSORS)
-    return CarriedTensors() if file is None else CarriedTensors(dict(read_header(file)))
+    file, record = find_file(directory, CARRIED_TENSORS), find_file(directory, CARRIED_CONTENT)
+    if file is None:
+        if record is not None:
+            raise CheckpointError(f"there is no {CARRIED_TENSORS}", where=str(directory), fix="get it again")
+        return CarriedTensors()
+    content = read_json(record).get(_CONTENT, "") if record is not None else ""
+    return CarriedTensors(dict(read_header(file)), content=content)

@@ -120,7 +120,7 @@ def write_checkpoint(
         source: gives the tensors and the config.
         target: a new directory.
         to: ``hf`` or ``torch_dist``.
-        dtype: cast every tensor to this type; None keeps each as it is, bit for bit.
+        dtype: cast every tensor of the language model to this type; None keeps each as it is, bit for bit.
         verify: read every tensor back through the files and compare it.
         processes: how many write, each its own part; None chooses by size and cores.
         records: writes more files into the directory, and returns what the provenance says of them.

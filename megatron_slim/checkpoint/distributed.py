@@ -21,10 +21,10 @@ from megatron_slim.architecture.hf_config import shape_from_hf_config
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import Weight
-from megatron_slim.checkpoint.carried import CarriedTensors, language_model_alone, read_carried
+from megatron_slim.checkpoint.carried import CarriedTensors, language_model_alone, without_the_rest
 from megatron_slim.checkpoint.expert_storage import expert_blocks, recorded_storage
 from megatron_slim.checkpoint.finite import refuse_nonfinite
-from megatron_slim.checkpoint.huggingface import CONFIG, Index, read_config, select_columns
+from megatron_slim.checkpoint.huggingface import CONFIG, Index, carried_next_to, read_config, select_columns
 from megatron_slim.checkpoint.integrity import verify_metadata
 from megatron_slim.checkpoint.layout import as_rows, fits, rows_in_megatron, split_keys, stored_shapes
 from megatron_slim.checkpoint.metadata_pickle import Metadata, TensorStorageMetadata
@@ -75,7 +75,7 @@ class DistCheckpoint:
         names: every Hugging Face tensor name, in the order of the architecture table.
         dtypes: type of every Hugging Face tensor by name.
         fused_blocks: the blocks whose experts were fused in the files that it was made of.
-        notes: nothing; see `HFCheckpoint`.
+        notes: as of `HFCheckpoint`.
         carried: tensors of the larger model that holds this one.
         num_ignored: entries that are not weights (optimizer, random state, ...).
         left_out: names of tensors that are not part of the model: projections of hidden states (`HIDDEN_KD`), and the
@@ -151,8 +151,9 @@ class DistCheckpoint:
         directory = iteration_directory(path)
         metadata = read_metadata(directory)
         config_path = _find_config(path, directory, hf_config)
-        carried = read_carried(config_path)
-        config, entries = language_model_alone(read_config(config_path), carried), metadata.state_dict_metadata
+        carried = carried_next_to(config_path, allow_nonfinite=allow_nonfinite)
+        whole, entries = read_config(config_path), metadata.state_dict_metadata
+        config, notes = language_model_alone(whole, carried), without_the_rest(whole, carried)
         if without_mtp:
             config = config_without_mtp(config)
             entries = {key: entry for key, entry in entries.items() if not key.startswith(MTP)}
@@ -160,6 +161,7 @@ class DistCheckpoint:
         shape = shape_from_hf_config(config, mtp_num_layers=depth, where=str(config_path / CONFIG))
         _check_against_table(directory, config_path, shape, entries)
         found = cls(directory, config_path, config, shape, metadata, allow_nonfinite=allow_nonfinite, carried=carried)
+        found.notes = notes
         verify_metadata(directory)  # last: what else is wrong says more
         return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,7 +22,13 @@ from megatron_slim.architecture.hf_config import language_config, shape_from_hf_
 from megatron_slim.architecture.mtp_keys import stated_mtp_layers
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import hf_tensors, weights
-from megatron_slim.checkpoint.carried import CarriedTensors, language_model_alone, read_carried, set_apart
+from megatron_slim.checkpoint.carried import (
+    CarriedTensors,
+    language_model_alone,
+    read_carried,
+    set_apart,
+    without_the_rest,
+)
 from megatron_slim.checkpoint.expert_storage import recorded_storage, separated
 from megatron_slim.checkpoint.finite import refuse_nonfinite
 from megatron_slim.checkpoint.foreign import plain_names, refuse_foreign
@@ -70,13 +77,14 @@ class HFCheckpoint:
         allow_nonfinite: bool = False,
         left_out: tuple[str, ...] = (),
         carried: CarriedTensors | None = None,
+        notes: tuple[str, ...] = (),
     ) -> None:
         self.path, self.config, self.shape = path, config, shape
         self.fused_blocks = fused_blocks
         self.carried = carried or CarriedTensors()
         wrapper = wrapper_of(config)
         renamed = prefix is not None and (wrapper is None or prefix != wrapper.trunk)
-        self.notes = (f"tensors are named {prefix}* here, and are written as model.*",) if renamed else ()
+        self.notes = (*notes, *([f"tensors are named {prefix}* here, and are written as model.*"] if renamed else []))
         self.config_path = path
         self.names = tuple(hf_tensors(shape))
         self.entries = entries
@@ -109,6 +117,8 @@ class HFCheckpoint:
         config = read_config(path, fp8=dequantize_fp8)
         headers = read_headers(path, FP8_DTYPES if dequantize_fp8 else DTYPES)
         own, carried = set_apart(headers, config, path)
+        carried = replace(carried, allow_nonfinite=allow_nonfinite)
+        alone = without_the_rest(config, carried)
         config = language_model_alone(config, carried)
         plain, prefix = plain_names(own, path)
         stored = {plain[name]: entry for name, entry in own.items()}
@@ -134,6 +144,7 @@ class HFCheckpoint:
             allow_nonfinite=allow_nonfinite,
             left_out=left_out,
             carried=carried,
+            notes=alone,
         )
 
     def reading_once(self) -> AbstractContextManager[None]:
@@ -256,7 +267,20 @@ def config_and_carried(directory: Path, *, without_mtp: bool = False) -> tuple[d
     ``without_mtp`` as in `read_shape`.
     """
     if any((directory / name).exists() for name in (INDEX, SINGLE)):
-        opened = HFCheckpoint.open(directory, without_mtp=without_mtp)
+        opened = HFCheckpoint.open(directory, without_mtp=without_mtp, allow_nonfinite=True)
         return opened.config, opened.carried
+    config, carried = read_config(directory), carried_next_to(directory, allow_nonfinite=True)
+    return language_model_alone(config, carried), carried
+
+
+def carried_next_to(directory: Path, *, allow_nonfinite: bool) -> CarriedTensors:
+    """What travels with a language model whose config.json is in a directory: in its own file, or among weights.
+
+    Raises:
+        CheckpointError: it is damaged, or is not what config.json describes.
+    """
     carried = read_carried(directory)
-    return language_model_alone(read_config(directory), carried), carried
+    config = read_config(directory, fp8=True)
+    if not carried and wrapper_of(config) is not None and any((directory / n).exists() for n in (INDEX, SINGLE)):
+        _, carried = set_apart(read_headers(directory, FP8_DTYPES), config, directory)
+    return replace(carried, allow_nonfinite=allow_nonfinite)

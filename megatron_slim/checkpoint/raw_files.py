@@ -38,7 +38,7 @@ def as_tensor(content: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tens
     """Bytes as a tensor of a type, shared with them where torch can address them as that."""
     if content.storage_offset() % dtype.itemsize:
         content = content.clone()
-    return content.view(-1).view(dtype).view(*shape)
+    return content.view(-1).view(dtype).view(tuple(shape))
 
 
 def cached_share(file: Path) -> float:

@@ -6,9 +6,21 @@ PROVENANCE = "slim_provenance.json"
 REFERENCE = "slim_reference.json"
 STORAGE = "slim_storage.json"  # next to the config.json of a torch_dist checkpoint, whose own layout cannot say
 CARRIED_TENSORS = "slim_carried.tensors"  # next to the config.json of a torch_dist checkpoint: `carried`
+CARRIED_CONTENT = "slim_carried.json"  # its digest
 PLAN, REPORT = "plan.json", "pruning_report.md"
 QUANTIZATION_REPORT = "quantization_report.md"
 STATS, FORMER_STATS = "calibration.stats", "stats.safetensors"
 RECORDS = frozenset(
-    {PROVENANCE, REFERENCE, STORAGE, CARRIED_TENSORS, PLAN, REPORT, QUANTIZATION_REPORT, STATS, FORMER_STATS}
+    {
+        PROVENANCE,
+        REFERENCE,
+        STORAGE,
+        CARRIED_TENSORS,
+        CARRIED_CONTENT,
+        PLAN,
+        REPORT,
+        QUANTIZATION_REPORT,
+        STATS,
+        FORMER_STATS,
+    }
 )

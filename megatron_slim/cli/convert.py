@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="format of the result; the other one if not given. The same one takes a reason: --dequantize-fp8, "
         "--quantize, --expert-storage, --without-mtp or --dtype",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="cast every tensor (default: each keeps its type)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="cast every tensor of the language model (default: each keeps its type)"
+    )
     parser.add_argument(
         "--quantize",
         choices=("fp8",),

@@ -40,7 +40,7 @@ class Given:
         from megatron_slim.streaming.fingerprint import fingerprint
 
         if self.carried:
-            stats = read_carried_statistics(self.file, source.shape, fingerprint(source))
+            stats = read_carried_statistics(self.file, source)
             logger.info(
                 f"{self.file}: statistics of before that pruning, carried through its plan; nothing is measured"
             )

@@ -25,10 +25,11 @@ from megatron_slim.compression.steps import (
     SHOW_PLAN,
     TRAIN,
     Step,
+    carries_optimizer,
     measures,
 )
 from megatron_slim.data import data_prefix, open_stream
-from megatron_slim.doctor.preflight import BYTES_PER_PARAMETER
+from megatron_slim.optimizers import ADAM, MAIN_COPY, OPTIMIZERS
 from megatron_slim.streaming.samples import NUM_SAMPLES
 
 # Shares of the rate of large products. Training on GPUs: what the planner's estimates come to for 80A3B -> 23A2B on
@@ -109,7 +110,10 @@ def needs(settings: RunSettings, found: Sequence[Step], teacher: ModelShape, mac
             assert step.phase is not None
             source, student = student, _pruned(settings, step.phase, student)  # type: ignore[assignment]
             tokens = _calibration_tokens(settings, length) if measures(settings, step.phase) else 0
-            yield Need(step, tokens, _streaming(source, length, kernels, tokens, machine), _size(student, machine))
+            size = _size(student, machine)
+            if student is not None and size is not None and carries_optimizer(settings, step.phase):
+                size += count_parameters(student).total * (MAIN_COPY + OPTIMIZERS[ADAM].state_bytes)
+            yield Need(step, tokens, _streaming(source, length, kernels, tokens, machine), size)
         elif step.kind == TRAIN:
             yield _training(settings, step, teacher, student, machine)
         elif step.kind == SHOW_PLAN:
@@ -148,7 +152,7 @@ def _training(
     flops = student_flops(student, length, kernels).total + teacher_flops(teacher, length, kernels, runs_mtp=True).total
     checkpoints = max(1, math.ceil(iterations / train.get("save_interval", SAVE_INTERVAL)))
     precision = train.get("precision", "bf16" if machine.on_gpus else "fp32")
-    per_parameter = {"bf16": BYTES_PER_PARAMETER, "fp32": 4 + 8}[precision]
+    per_parameter = OPTIMIZERS[ADAM].checkpoint_bytes({"bf16": 2, "fp32": 4}[precision])
     nbytes = checkpoints * per_parameter * count_parameters(student).total
     return Need(step, tokens, _seconds(flops, tokens, machine.training), nbytes)
 

@@ -172,6 +172,11 @@ def _prune(settings: RunSettings, phase: int, load: Path, pruned: Path) -> Step:
     return _step(settings, PRUNE, phase, (*command, "--json"), pruned, pruned.is_dir, recover)
 
 
+def carries_optimizer(settings: RunSettings, phase: int) -> bool:
+    """Whether the pruning of a phase carries the optimizer of the phase before."""
+    return phase > 1 and bool(settings.section("train").get("carry_optimizer"))
+
+
 def measures(settings: RunSettings, phase: int) -> bool:
     """Whether the pruning of a phase calibrates; with ``carry_statistics`` only that of the first does."""
     return phase == 1 or not settings.section("calibrate").get("carry_statistics")
@@ -191,7 +196,7 @@ def _statistics(settings: RunSettings, phase: int) -> list[str]:
 def _carrying(settings: RunSettings, phase: int) -> list[str]:
     """Arguments of a pruning that carries the optimizer of the phase before; none where it does not."""
     train = settings.section("train")
-    if phase == 1 or not train.get("carry_optimizer"):
+    if not carries_optimizer(settings, phase):
         return []
     rule = ["--moments-of-merged", train["moments_of_merged"]] if "moments_of_merged" in train else []
     return ["--to", "torch_dist", "--carry-optimizer", *rule]

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.checkpoint.records import PLAN, PROVENANCE
 from megatron_slim.errors import CheckpointError
 from megatron_slim.expert_metrics import EXPERT_IMPORTANCES, EXPERT_SIMILARITIES
+from megatron_slim.files import read_json
 from megatron_slim.pruning import statistics
 from megatron_slim.pruning.plan import Plan
 from megatron_slim.pruning.plan_reader import load_plan
@@ -22,22 +24,29 @@ from megatron_slim.pruning.plan_view import check_statistics
 from megatron_slim.pruning.statistics import LAYER_KINDS, Array, Statistics
 from megatron_slim.recipe import CHOICES
 
+if TYPE_CHECKING:
+    from megatron_slim.checkpoint.convert import Checkpoint
+
 CARRIED = "carried_from"  # in the metadata: the checkpoint that was measured
 
 
-def carried_statistics(stats: Statistics, plan: Plan, source_sha256: str) -> Statistics:
+def carried_statistics(stats: Statistics, plan: Plan, source_sha256: str, *, with_mtp: bool = True) -> Statistics:
     """Statistics of what a plan gives.
 
     Args:
         stats: of the plan's source.
         plan: what survives of it.
         source_sha256: fingerprint of the model that they are for: the plan's target, trained or not.
+        with_mtp: false leaves out the MTP block, as a model that was trained without it has none.
     """
     tensors = {}
+    trunk = {f"model.layers.{layer}" for layer in plan.kept_layers}
     for kind in CHOICES["width.importance"]:
         key = statistics.hidden_key(kind)
         tensors[key] = stats.tensors[key][list(plan.kept_hidden)]
     for new, old in plan.source_blocks.items():
+        if not with_mtp and old not in trunk:
+            continue
         tensors |= dict(_of_block(stats, plan, new, old))
     measured = stats.metadata.get(CARRIED, stats.metadata["source_sha256"])
     return Statistics(tensors, {**stats.metadata, "source_sha256": source_sha256, CARRIED: measured})
@@ -67,26 +76,53 @@ def _of_block(stats: Statistics, plan: Plan, new: str, old: str) -> Iterator[tup
     yield statistics.heads_key(new, kind), heads if kept is None else heads[list(kept)]
 
 
-def read_carried_statistics(pruned: Path, shape: ModelShape, source_sha256: str) -> Statistics:
+def read_carried_statistics(pruned: Path, source: Checkpoint) -> Statistics:
     """Carry the statistics that a pruned checkpoint keeps, through the plan that it keeps.
 
     Args:
         pruned: the checkpoint that the model was trained from.
-        shape: sizes of the model that the statistics are for.
-        source_sha256: its fingerprint.
+        source: the model that the statistics are for.
 
     Raises:
-        SlimError: there is no plan or there are no statistics, they do not belong together, or the plan gave a model of
-            other sizes.
+        SlimError: there is no plan or there are no statistics, they do not belong together, or the plan is not the one
+            that gave this model, as far as its files say, or gave one of other sizes.
     """
+    if not pruned.is_dir():
+        raise CheckpointError("is not a directory", where=str(pruned), fix="give a pruned checkpoint, which has a plan")
     plan, stats = load_plan(pruned), Statistics.load(pruned)
     check_statistics(plan, stats, where=str(pruned))
-    if plan.target_shape != shape:
-        ours, theirs = shape.to_dict(), plan.target_shape.to_dict()
+    _check_origin(pruned, plan, source)
+    shape, target = source.shape, plan.target_shape
+    if not shape.mtp_num_layers:  # it may have been left out since
+        target = target.replace(mtp_num_layers=0)
+    if target != shape:
+        ours, theirs = shape.to_dict(), target.to_dict()
         found = [f"{key} {ours[key]}, not {theirs.get(key)}" for key in ours if ours[key] != theirs.get(key)]
         raise CheckpointError(
             f"its plan did not give the model that is to be pruned, which has {', '.join(found)}",
             where=str(pruned),
             fix="give the pruned checkpoint that this model was trained from",
         )
-    return carried_statistics(stats, plan, source_sha256)
+    from megatron_slim.streaming.fingerprint import fingerprint  # which brings torch
+
+    return carried_statistics(stats, plan, fingerprint(source), with_mtp=bool(shape.mtp_num_layers))
+
+
+def _check_origin(pruned: Path, plan: Plan, source: Checkpoint) -> None:
+    """Refuse a plan that was changed since, and one that is not the plan next to a model, which training keeps."""
+    file = pruned / PROVENANCE
+    made_by = read_json(file).get("plan_sha256") if file.is_file() else None
+    if made_by not in (None, plan.sha256):
+        raise CheckpointError(
+            f"its plan is not the one that it was made by (sha256 {made_by})",
+            where=str(pruned),
+            fix="calibrate anew with --calibration-data",
+        )
+    is_hf = source.config_path == source.path
+    for directory in (source.config_path,) if is_hf else (source.config_path, source.path.parent):
+        if (directory / PLAN).is_file() and load_plan(directory).sha256 != plan.sha256:
+            raise CheckpointError(
+                f"another plan gave the model that is to be pruned ({directory / PLAN})",
+                where=str(pruned),
+                fix="give the pruned checkpoint that this model was trained from",
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ from megatron_slim.checkpoint.expert_storage import write_storage
 from megatron_slim.checkpoint.huggingface import config_and_carried, storage_of
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.checkpoint.precision import keep_types
+from megatron_slim.checkpoint.records import PLAN
 from megatron_slim.checkpoint.side_files import carry_files, log_left_behind
 from megatron_slim.checkpoint.torch_dist_names import HF_DIR
 from megatron_slim.compat import hooks
@@ -292,6 +294,13 @@ def _start(args: Any) -> dict[str, Any]:
     return fields
 
 
+def keep_plan(source: Path, directory: Path) -> None:
+    """Copy the plan that gave a student, by which a later pruning knows it; of torch_dist it is next to ``hf/``."""
+    places = (source, source.parent) if source.name == HF_DIR else (source,)
+    if (file := next((place / PLAN for place in places if (place / PLAN).is_file()), None)) is not None:
+        shutil.copyfile(file, directory / PLAN)
+
+
 def keep_hf_files(source: Path, save: Path, shape: ModelShape) -> None:
     """Put config.json, the tokenizer and the like next to the checkpoints of this run, so that they can be exported.
 
@@ -306,6 +315,7 @@ def keep_hf_files(source: Path, save: Path, shape: ModelShape) -> None:
         write_atomic(directory / "config.json", to_json(shape_to_hf_config(shape, config)))
         carried.save(directory, verify=True)
         carry_files(source, directory)
+        keep_plan(source, directory)
         write_storage(directory, storage_of(source, without_mtp=without_mtp))
     log_left_behind(source)
 

@@ -76,8 +76,13 @@ def test_a_dry_run_says_what_every_step_needs_and_makes_nothing(place: Path, tmp
     assert list(found) == ["teacher/evaluate", *(f"phase-{phase}/{kind}" for phase in (1, 2) for kind in kinds)]
     assert found["phase-1/train"]["tokens"] == 192 and found["phase-2/train"]["tokens"] == 192
     assert found["phase-1/prune"]["tokens"] == 4 * 16 and found["teacher/evaluate"]["tokens"] == 8 * 32
-    # Three checkpoints with two moments in fp32 next to the weights.
-    assert found["phase-1/train"]["bytes"] == 3 * 3 * found["phase-1/export"]["bytes"]
+    # Three checkpoints with a main copy and two moments in fp32 next to the weights.
+    assert found["phase-1/train"]["bytes"] == 3 * 4 * found["phase-1/export"]["bytes"]
+    words = ("--set", "train.carry_optimizer=true", "--dry-run", "--json")
+    carried = tool("tools/run.py", *arguments(place, tmp_path / "r", "two.yaml", *words)).json["steps"]
+    nbytes = {step["name"]: step["bytes"] for step in carried}
+    assert nbytes["phase-2/prune"] == 4 * nbytes["phase-2/export"]
+    assert nbytes["phase-1/prune"] == nbytes["phase-1/export"]
     assert all(step["seconds"] > 0 for step in done.json["steps"] if step["tokens"])
     assert not (tmp_path / "r").exists()
     before = found["phase-2/prune"]["command"]

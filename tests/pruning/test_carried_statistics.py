@@ -167,6 +167,21 @@ def test_the_command_prunes_with_them_and_refuses_those_of_others(tool: Callable
     planned = tool("tools/plan_pruning.py", *words, "--carry-statistics", tmp_path / "s2", "--json")
     assert planned.code == 0, planned.stderr
 
+    # Without its MTP block, which training may leave out.
+    bare = prune("second", "s1-trained", "s2-bare", "--carry-statistics", tmp_path / "s1", "--without-mtp")
+    assert bare.code == 0, bare.stderr
+    assert not [name for name in Statistics.load(tmp_path / "s2-bare").tensors if name.startswith("mtp.")]
+    # Another plan gives a model of the same sizes, of other layers or experts.
+    (tmp_path / "reap.yaml").write_text("version: 1\ntarget: {num_layers: 6}\nexperts: {importance: reap}\n")
+    assert prune("reap", "t", "other", "--calibration-data", tmp_path / "tokens.npy").code == 0
+    wrong = prune("second", "other", "s3", "--carry-statistics", tmp_path / "s1")
+    assert wrong.code == 2 and "another plan gave the model that is to be pruned" in wrong.stderr
+    edited = json.loads((tmp_path / "other" / "plan.json").read_text())
+    edited["experts"]["model.layers.0"]["kept"] = list(range(8))
+    edited["recipe"]["experts"]["importance"] = "output_norm"
+    (tmp_path / "other" / "plan.json").write_text(json.dumps(edited))
+    changed = prune("second", "s1-trained", "s3", "--carry-statistics", tmp_path / "other")
+    assert changed.code == 2 and not (tmp_path / "s3").exists()
     refused = prune("second", "t", "s3", "--carry-statistics", tmp_path / "s1")
     assert refused.code == 2 and "num_layers 8, not 6" in refused.stderr and not (tmp_path / "s3").exists()
     missing = prune("second", "s1-trained", "s3", "--carry-statistics", tmp_path / "t")

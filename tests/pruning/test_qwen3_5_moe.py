@@ -68,6 +68,84 @@ def test_it_comes_back_from_torch_dist_byte_by_byte(vlm: Path, tmp_path: Path) -
     assert {key: value for key, value in text.items() if key not in added[1]} == base["text_config"]
 
 
+def test_a_torch_dist_checkpoint_keeps_its_tower_or_says_so(
+    vlm: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_checkpoint(open_checkpoint(vlm), tmp_path / "dist", to="torch_dist")
+    file = tmp_path / "dist" / "hf" / "slim_carried.tensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"slim_carried.tensors: is not what was written"):
+        write_checkpoint(open_checkpoint(tmp_path / "dist"), tmp_path / "flipped", to="hf")
+    assert not (tmp_path / "flipped").exists()
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"there is no slim_carried.tensors"):
+        open_checkpoint(tmp_path / "dist")
+    # From the directory of the original.
+    write_checkpoint(open_checkpoint(tmp_path / "dist", vlm), tmp_path / "whole", to="hf")
+    before, after = files_tensors(vlm), files_tensors(tmp_path / "whole")
+    assert all(same_bytes(before[name], after[name]) for name in before if ".visual." in name)
+    (tmp_path / "dist" / "hf" / "slim_carried.json").unlink()
+    with caplog.at_level("INFO"):
+        write_checkpoint(open_checkpoint(tmp_path / "dist"), tmp_path / "alone", to="hf")
+    assert "no tensor of qwen3_5_moe but its language model is there: that is written alone" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors, config: tensors.pop(f"{MERGER}.weight"), r"linear_fc2.weight is missing"),
+        (
+            lambda tensors, config: tensors[f"{MERGER}.bias"].fill_(float("nan")),
+            "linear_fc2.bias: 64 of 64 values are NaN",
+        ),
+        (
+            lambda tensors, config: config["vision_config"].update(out_hidden_size=48),
+            "out_hidden_size 48 is not hidden",
+        ),
+        (
+            lambda tensors, config: config["vision_config"].update(deepstack_visual_indexes=[1]),
+            "deepstack_visual_index",
+        ),
+        (lambda tensors, config: config.pop("vision_config"), "vision_config is missing"),
+        (
+            lambda tensors, config: tensors.update({f"{MERGER}.bias": torch.zeros(48)}),
+            "rows that are not the 64 hidden",
+        ),
+    ],
+)
+def test_a_tower_that_is_not_this_is_refused(
+    change: Callable[[dict[str, torch.Tensor], dict[str, Any]], object], message: str, vlm: Path, tmp_path: Path
+) -> None:
+    tensors, asked = files_tensors(vlm), config()
+    change(tensors, asked)
+    (tmp_path / "hf").mkdir()
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(asked))
+    with pytest.raises(CheckpointError, match=message):
+        write_checkpoint(open_checkpoint(tmp_path / "hf"), tmp_path / "out", to="torch_dist")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensors_without_dimensions_and_yarn_are_read(vlm: Path, tmp_path: Path) -> None:
+    tensors, asked = files_tensors(vlm) | {"model.visual.scale": torch.tensor(2.0)}, config()
+    asked["text_config"]["rope_parameters"] |= {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+    }
+    (tmp_path / "hf").mkdir()
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(asked))
+    source = open_checkpoint(tmp_path / "hf")
+    assert source.shape.rope_scaling is not None
+    write_checkpoint(source, tmp_path / "out", to="hf")
+    assert files_tensors(tmp_path / "out")["model.visual.scale"].item() == 2.0
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["text_config"]["rope_parameters"] == asked["text_config"]["rope_parameters"]
+
+
 def test_losses_are_those_of_transformers(vlm: Path) -> None:
     """Of text, whose positions are alike on the three grids of its rotary embeddings; the MTP block's too."""
     tokens = torch.randint(0, 100, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -197,7 +275,7 @@ def test_fp8_leaves_what_is_carried_alone(vlm: Path, tmp_path: Path) -> None:
         ({"tie_word_embeddings": True}, "tie_word_embeddings True is not supported"),
         ({"text_config": config()["text_config"] | {"model_type": "llama"}}, "model_type 'llama' is not supported"),
         ({"text_config": config()["text_config"] | {"attn_output_gate": False}}, "attn_output_gate False is not"),
-        ({"text_config": config()["text_config"] | {"hidden_size": 48}}, "rows that are not the 48 hidden dimensions"),
+        ({"text_config": config()["text_config"] | {"hidden_size": 48}}, "out_hidden_size 64 is not hidden_size 48"),
     ],
 )
 def test_configs_that_are_not_this_are_refused(change: dict[str, Any], message: str, vlm: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import megatron_slim.mcore
 
@@ -97,6 +98,23 @@ def test_a_similarity_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found = stats.tensors["model.layers.0.mlp.experts.similarity.centred"]
     assert found.shape == (8, 8) and np.allclose(found.diagonal(), 1)
     assert sum(len(group.members) for group in plan.experts["model.layers.0"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "sums", "message"),
+    [
+        ("energy", {"norm": lambda pairs: pairs.lengths.square()}, "two sums of experts are called 'norm'"),
+        ("energy", {"count": lambda pairs: pairs.lengths}, "two sums of experts are called 'count'"),
+        ("ffn", {}, "a metric of experts may not be called 'ffn'"),
+    ],
+)
+def test_names_that_are_taken(
+    name: str, sums: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EXPERT_IMPORTANCES, name, ExpertMetric("x", lambda sums: sums["tokens"], sums))
+    source = write_tiny_checkpoint(tmp_path / "hf", tiny_shape())
+    with pytest.raises(slim.SlimError, match=message):
+        slim.calibrate(source, np.zeros((1, 4), dtype=np.int64))
 
 
 def total_variation(log_q: Tensor, log_p: Tensor, shard: VocabShard, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
