@@ -104,7 +104,12 @@ CASES = (
     ),
     Case("no-mtp", "exported without its MTP block", target={"num_layers": 4}, without_mtp=True),
     Case("qwen3-moe", "Qwen3-MoE, 3 of 8 layers, 9 of 16 experts", MOE, {"num_layers": 3, "num_moe_experts": 9}),
-    Case("qwen3.5", "Qwen3.5-MoE alone, 6 of 8 layers, 9 of 16 experts, fused", TEXT, {"num_layers": 6, "num_moe_experts": 9}),
+    Case(
+        "qwen3.5",
+        "Qwen3.5-MoE alone, 6 of 8 layers, 9 of 16 experts, fused",
+        TEXT,
+        {"num_layers": 6, "num_moe_experts": 9},
+    ),
     Case(
         "qwen3.5-vlm",
         "the same that sees pictures, 4 layers, hidden size 128 to 64",

@@ -1,11 +1,21 @@
-"""On the path of vLLM's processes: torchvision next to a build of torch that it was not built for.
+"""On the path of vLLM's processes: torchvision built for CUDA, which PyPI has, next to torch without it.
 
-Its operators do not load then, and it does not even import without the name of this one. No model here uses any.
+Its operators do not load then, and it does not even import unless these two have a name. No model here uses any.
 """
 
-import importlib.util
+from importlib.metadata import PackageNotFoundError, version
 
-if importlib.util.find_spec("torch") and importlib.util.find_spec("torchvision"):
+
+def fits() -> bool:
+    """Whether both are built for a CPU, or both are not; or one is missing."""
+    try:
+        return ("+cpu" in version("torch")) == ("+cpu" in version("torchvision"))
+    except PackageNotFoundError:
+        return True
+
+
+if not fits():
     import torch
 
-    torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
