@@ -67,7 +67,7 @@ def moe_layer(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 
     from benchmarks.models import PUBLISHED, shape_of
     from megatron_slim.architecture.layer_specs import layer_spec
-    from megatron_slim.pruning.block import block_config
+    from megatron_slim.streaming.block import block_config
 
     sizes = {"hidden_size": args.hidden_size, "num_experts": args.experts, "num_experts_per_tok": args.topk}
     shape = shape_of(PUBLISHED | sizes | {"moe_intermediate_size": args.ffn_size})
@@ -173,9 +173,9 @@ def published_layers(args: argparse.Namespace, **changes: Any) -> dict[str, Any]
     from megatron_slim.architecture.layer_specs import layer_spec
     from megatron_slim.compat.runtime import default_dtype
     from megatron_slim.planning.preparation import ASSUMED
-    from megatron_slim.pruning.block import block_config, rotary_embedding
     from megatron_slim.pruning.recorder import BlockRecorder
-    from megatron_slim.pruning.samples import NUM_SAMPLES, SEQ_LENGTH
+    from megatron_slim.streaming.block import block_config, rotary_embedding
+    from megatron_slim.streaming.samples import NUM_SAMPLES, SEQ_LENGTH
 
     shape, dtype, device = shape_of(PUBLISHED | changes), default_dtype(), torch.device(torch.cuda.current_device())
     config, rotary = block_config(shape, dtype), rotary_embedding(shape, args.layer_tokens)

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from megatron_slim.architecture.hf_config import shape_from_hf_config
 from megatron_slim.architecture.published import QWEN3_NEXT_80A3B
-from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import count_parameters, hf_tensors, weights
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json, to_json
@@ -166,11 +167,11 @@ def _random_bf16(generator: np.random.Generator, nbytes: int) -> Iterator[memory
 
 def write_statistics(checkpoint: Path, file: Path) -> None:
     """Statistics of a checkpoint as calibration would write them, with random values in them."""
-    from megatron_slim.checkpoint.huggingface import HFCheckpoint
-    from megatron_slim.pruning.fingerprint import fingerprint
+    from megatron_slim.checkpoint.convert import open_checkpoint
     from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes
+    from megatron_slim.streaming.fingerprint import fingerprint
 
-    source, generator = HFCheckpoint.open(checkpoint), np.random.default_rng(0)
+    source, generator = open_checkpoint(checkpoint), np.random.default_rng(0)
     tensors = {key: generator.random(size, dtype=np.float32) for key, size in expected_shapes(source.shape)}
     tensors = {key: np.asarray(value, dtype=np.float32) for key, value in tensors.items()}
     Statistics(tensors, {"format": FORMAT, "source_sha256": fingerprint(source)}).save(file)
@@ -206,8 +207,8 @@ class Needed:
     written: int
 
 
-def needed_by_plan(plan_file: Path) -> Needed:
-    """What applying a plan must move."""
+def needed_by_plan(plan_file: Path, itemsize: int = ITEMSIZE, *, merged: bool = True) -> Needed:
+    """What applying a plan must move of tensors of one item size; ``merged`` or not, members of experts are read."""
     from megatron_slim.pruning.plan_reader import load_plan
 
     plan = load_plan(plan_file)
@@ -215,12 +216,12 @@ def needed_by_plan(plan_file: Path) -> Needed:
     kept = rows = 0
     for weight in weights(shape):
         block = plan.source_blocks[weight.block] if weight.stacked else ""
-        members = sum(len(group.members) for group in plan.experts[block]) if weight.stacked else 1
+        members = sum(len(group.members) if merged else 1 for group in plan.experts[block]) if weight.stacked else 1
         for tensor in weight.sources:
             height, *columns = tensor.shape(shape)
-            kept += members * height * math.prod(columns) * ITEMSIZE
-            rows += members * height * math.prod(tensor.shape(source)[1:]) * ITEMSIZE
-    return Needed(kept, rows, model_bytes(shape))
+            kept += members * height * math.prod(columns) * itemsize
+            rows += members * height * math.prod(tensor.shape(source)[1:]) * itemsize
+    return Needed(kept, rows, count_parameters(shape).total * itemsize)
 
 
 def read_config(directory: Path) -> dict[str, Any]:

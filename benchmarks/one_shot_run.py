@@ -15,11 +15,11 @@ from megatron_slim.data import Tokens
 from megatron_slim.errors import SlimError
 from megatron_slim.evaluation.perplexity import evaluate, read_evaluation_data
 from megatron_slim.pruning.apply import PrunedCheckpoint
-from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.plan import Plan, check_recipe, make_plan
-from megatron_slim.pruning.samples import SEQ_LENGTH, read_calibration_samples
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import load_recipe
+from megatron_slim.streaming.fingerprint import fingerprint
+from megatron_slim.streaming.samples import SEQ_LENGTH, read_calibration_samples
 
 FORWARD_TOKENS = 4096  # in one forward pass, unless --micro-batch-size says how many samples
 

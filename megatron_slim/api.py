@@ -26,16 +26,16 @@ from megatron_slim.compat.runtime import default_dtype
 from megatron_slim.errors import SlimError
 from megatron_slim.files import refuse_existing
 from megatron_slim.pruning.apply import PrunedCheckpoint
-from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.pipeline import write_pruned
 from megatron_slim.pruning.plan import Plan, check_recipe
 from megatron_slim.pruning.plan import make_plan as _make_plan
 from megatron_slim.pruning.plan_reader import load_plan
-from megatron_slim.pruning.samples import log_calibration, read_calibration_samples
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import Recipe, load_recipe, parse_recipe, select_phase
 from megatron_slim.recipe_run import moment_rule
 from megatron_slim.reporting import Progress, use_progress
+from megatron_slim.streaming.fingerprint import fingerprint
+from megatron_slim.streaming.samples import log_calibration, read_calibration_samples
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,7 +105,7 @@ def calibrate(
         _data(data), source.shape, num_samples=num_samples, seq_length=seq_length, seed=seed
     )
     from megatron_slim.pruning.calibrate import calibrate as measure
-    from megatron_slim.pruning.work_dir import open_work_dir
+    from megatron_slim.streaming.work_dir import open_work_dir
 
     log_calibration(source, samples)
     with contextlib.ExitStack() as stack:

@@ -19,8 +19,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from megatron_slim.architecture.shape import FAMILIES, ModelShape, layer_pattern, shape_to_hf_config, unused_fields
-from megatron_slim.architecture.table import hf_tensors
+from megatron_slim.architecture.hf_config import shape_to_hf_config
+from megatron_slim.architecture.shape import FAMILIES, ModelShape, layer_pattern, unused_fields
+from megatron_slim.architecture.table import hf_tensors, weights
 from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.huggingface_writer import specs_of, write_hf_checkpoint
 from megatron_slim.processes import exit_at_once
@@ -87,12 +88,11 @@ def tiny_hf_config(shape: ModelShape) -> dict[str, Any]:
     return shape_to_hf_config(shape, base)
 
 
-def _random_tensor(name: str, size: tuple[int, ...], generator: torch.Generator, *, zero_centered: bool) -> Tensor:
+def _random_tensor(name: str, size: tuple[int, ...], generator: torch.Generator, *, around_one: bool) -> Tensor:
     if name.endswith("A_log"):
         return torch.empty(size).uniform_(1, 16, generator=generator).log()
     noise = torch.randn(size, generator=generator)
     if len(size) == 1:
-        around_one = not zero_centered or name.endswith(("linear_attn.norm.weight", "dt_bias"))
         return around_one + 0.1 * noise
     return 0.2 * noise if "conv1d" in name else 0.05 * noise
 
@@ -102,8 +102,9 @@ def random_tensors(
 ) -> dict[str, Tensor]:
     """Random weights of plausible scale under their Hugging Face names; those that end with ``float32`` are in fp32."""
     generator, zero_centered = torch.Generator().manual_seed(seed), shape.family.zero_centered_norms
+    around_one = {t.name for row in weights(shape) if row.float32 or not zero_centered for t in row.sources}
     return {
-        name: _random_tensor(name, tensor.shape(shape), generator, zero_centered=zero_centered).to(
+        name: _random_tensor(name, tensor.shape(shape), generator, around_one=name in around_one).to(
             torch.float32 if float32 and name.endswith(float32) else dtype
         )
         for name, tensor in hf_tensors(shape).items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from megatron_slim.architecture.shape import FAMILIES
+from megatron_slim.architecture.table import hf_tensors, weights
+from megatron_slim.testing import tiny_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_slim"
@@ -39,12 +44,13 @@ LAYERS = (
     ),
     ("packaged", "expert_metrics", "recipe_budget", "recipe_run", "recipe", "architecture"),
     ("checkpoint",),
+    ("streaming",),
+    ("generation",),
+    ("evaluation",),
     ("pruning",),
     ("distillation",),
     ("training",),
     ("planning",),
-    ("generation",),
-    ("evaluation",),
     ("doctor",),
     ("compression",),
     ("api",),
@@ -75,6 +81,7 @@ INSTANT = (
     "megatron_slim.architecture.qwen3_next",
     "megatron_slim.architecture.qwen3_5_moe",
     "megatron_slim.architecture.wrapper",
+    "megatron_slim.architecture.hf_config",
     "megatron_slim.architecture.table",
     "megatron_slim.architecture.shape",
     "megatron_slim.pruning.plan",
@@ -238,3 +245,48 @@ def test_help_works_from_any_directory(path: Path, tmp_path: Path) -> None:
     found = subprocess.run([sys.executable, path, "--help"], cwd=tmp_path, env={}, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert found.stdout.startswith("usage:") and found.stderr == ""
+
+
+# Where names of Hugging Face's modules may stand: the families, and the sublayers that they are made of.
+NAMING = {
+    "rows",
+    "weight",
+    "full_attention",
+    "delta_net",
+    *(path.stem for path in (PACKAGE / "architecture").glob("qwen*.py")),
+}
+OWN_NAMES = {("statistics", "shared_expert")}  # our name of a statistic
+
+
+def _hugging_face_parts() -> set[str]:
+    """Parts of the names of tensors that Megatron has no parameter of, such as ``q_proj``."""
+    shapes = [tiny_shape(name) for name in FAMILIES]
+    theirs = {part for shape in shapes for name in hf_tensors(shape) for part in name.split(".")}
+    ours = {part for shape in shapes for row in weights(shape) for part in row.key.split(".")}
+    return {part for part in theirs - ours if "_" in part}
+
+
+def test_names_of_hugging_face_are_in_families_and_sublayers_alone() -> None:
+    parts, found = _hugging_face_parts(), []
+    assert {"q_proj", "self_attn", "embed_tokens", "lm_head", "in_proj_qkv"} <= parts
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.parent.name == "architecture" and path.stem in NAMING:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        documented = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documented:
+                named = parts & set(re.split(r"[^\w]", node.value))
+                found += [(path.stem, name) for name in named if (path.stem, name) not in OWN_NAMES]
+    assert found == []
+
+
+def test_only_layers_that_are_dropped_are_compared_by_kind() -> None:
+    """Elsewhere a kind is asked what it is (`architecture.kinds`), or looked up."""
+    compared = re.compile(r"[!=]= (?:FULL|LINEAR)_ATTENTION|(?:FULL|LINEAR)_ATTENTION [!=]=")
+    found = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if compared.search(path.read_text(encoding="utf-8")) and path.parent.name != "architecture"
+    }
+    assert found == {"pruning/depth.py"}  # clients need a layer of full attention

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_slim.architecture.hf_config import shape_from_hf_config
 from megatron_slim.architecture.published import QWEN3_5_35A3B
-from megatron_slim.architecture.shape import FAMILIES, ModelShape, layer_pattern, shape_from_hf_config, unused_fields
+from megatron_slim.architecture.shape import FAMILIES, ModelShape, layer_pattern, unused_fields
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import RecipeError
 from megatron_slim.pruning.plan import check_recipe, space_before_statistics, target_shape

@@ -45,7 +45,7 @@ def differing(source: Path, result: Path) -> int:
     import torch
 
     from megatron_slim.checkpoint.convert import open_checkpoint
-    from megatron_slim.pruning.block import block_config, build_block
+    from megatron_slim.streaming.block import block_config, build_block
 
     checkpoints = [open_checkpoint(path) for path in (source, result)]
     config, count = block_config(checkpoints[0].shape, torch.bfloat16), 0

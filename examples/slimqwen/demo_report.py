@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_slim.architecture.shape import shape_from_hf_config
+from megatron_slim.architecture.hf_config import shape_from_hf_config
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.cli.terminal import wide_console
 from megatron_slim.cli.tool import run_tool

@@ -6,7 +6,7 @@
   and both by layer type
 - `wrapper`: larger models that hold a language model
 - `qwen3_next`, `qwen3_5_moe`, `qwen3_moe`: the families
-- `shape`, `mtp_keys`, `published`: sizes and config.json, what it states of MTP, published models
+- `shape`, `hf_config`, `mtp_keys`, `published`: sizes, config.json, what it states of MTP, published models
 - `table`: all parameters of a model, and how many there are
 - `rope`, `frequencies`, `rotary`: rotary embeddings as config.json asks for them, their frequencies, and in Megatron's
   modules

@@ -42,7 +42,9 @@ def delta_net_rows(*projections: HFTensor) -> tuple[Weight, ...]:
         copied("self_attention.A_log", "linear_attn.A_log", HEAD_SCALARS, tp_dim=0, float32=True),
         copied("self_attention.dt_bias", "linear_attn.dt_bias", HEAD_SCALARS, tp_dim=0, float32=True),
         copied("self_attention.out_norm.weight", "linear_attn.norm.weight", "gdn_value_dim", float32=True),
-        copied("self_attention.out_proj.weight", "linear_attn.out_proj.weight", "hidden", VALUE_HEADS, tp_dim=1),
+        copied(
+            "self_attention.out_proj.weight", "linear_attn.out_proj.weight", "hidden", VALUE_HEADS, tp_dim=1, fp8=True
+        ),
     )
 
 

@@ -18,13 +18,13 @@ _QUERIES = product("query_per_group", label("query", "head_dim"))
 _QUERY_AND_GATE = concat(label("query", "head_dim"), label("gate", "head_dim"))
 _KEY, _VALUE = label("key", "head_dim"), label("value", "head_dim")
 _KEY_AND_VALUE = (
-    HFTensor("self_attn.k_proj.weight", (product("kv_group", _KEY), "hidden")),
-    HFTensor("self_attn.v_proj.weight", (product("kv_group", _VALUE), "hidden")),
+    HFTensor("self_attn.k_proj.weight", (product("kv_group", _KEY), "hidden"), fp8=True),
+    HFTensor("self_attn.v_proj.weight", (product("kv_group", _VALUE), "hidden"), fp8=True),
 )
 QKV = Weight(
     "self_attention.linear_qkv.weight",
     (product("kv_group", concat(_QUERIES, _KEY, _VALUE)), "hidden"),
-    (HFTensor("self_attn.q_proj.weight", (product("kv_group", _QUERIES), "hidden")), *_KEY_AND_VALUE),
+    (HFTensor("self_attn.q_proj.weight", (product("kv_group", _QUERIES), "hidden"), fp8=True), *_KEY_AND_VALUE),
     tp_dim=0,
 )
 # A gate for every head's output follows its query.
@@ -32,7 +32,9 @@ GATED_QKV = Weight(
     "self_attention.linear_qkv.weight",
     (product("kv_group", concat(_GATED_QUERIES, _GATES, _KEY, _VALUE)), "hidden"),
     (
-        HFTensor("self_attn.q_proj.weight", (product("kv_group", "query_per_group", _QUERY_AND_GATE), "hidden")),
+        HFTensor(
+            "self_attn.q_proj.weight", (product("kv_group", "query_per_group", _QUERY_AND_GATE), "hidden"), fp8=True
+        ),
         *_KEY_AND_VALUE,
     ),
     tp_dim=0,
@@ -45,7 +47,7 @@ def attention_rows(qkv: Weight) -> tuple[Weight, ...]:
     return (
         copied("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "hidden"),
         qkv,
-        copied("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "hidden", heads, tp_dim=1),
+        copied("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "hidden", heads, tp_dim=1, fp8=True),
         copied("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "head_dim"),
         copied("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "head_dim"),
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_slim.architecture.shape import ModelShape, layer_pattern, shape_from_hf_config
+from megatron_slim.architecture.hf_config import shape_from_hf_config
+from megatron_slim.architecture.shape import ModelShape, layer_pattern
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ _OF_KEY_HEAD = concat(
 )
 _SCALARS_OF_KEY_HEAD = concat(label("beta", "gdn_value_per_key"), label("alpha", "gdn_value_per_key"))
 _LINEAR_ATTENTION_ROWS = delta_net_rows(
-    HFTensor("linear_attn.in_proj_qkvz.weight", (product("gdn_key_head", _OF_KEY_HEAD), "hidden")),
+    HFTensor("linear_attn.in_proj_qkvz.weight", (product("gdn_key_head", _OF_KEY_HEAD), "hidden"), fp8=True),
     HFTensor("linear_attn.in_proj_ba.weight", (product("gdn_key_head", _SCALARS_OF_KEY_HEAD), "hidden")),
 )
 

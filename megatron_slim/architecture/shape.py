@@ -1,4 +1,4 @@
-"""The sizes of a model: read from a Hugging Face config.json, validated whole, written back."""
+"""The sizes of a model, validated whole, and the families that there are."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_slim.architecture.family import FULL_ATTENTION, LINEAR_ATTENTION, Family
-from megatron_slim.architecture.mtp_keys import MTP_KEYS, mtp_entries
 from megatron_slim.architecture.qwen3_5_moe import QWEN3_5_MOE
 from megatron_slim.architecture.qwen3_moe import QWEN3_MOE
 from megatron_slim.architecture.qwen3_next import QWEN3_NEXT
-from megatron_slim.architecture.rope import Yarn, inside, read_rope
-from megatron_slim.architecture.wrapper import Wrapper, text_config
+from megatron_slim.architecture.rope import Yarn
 from megatron_slim.errors import ShapeError
 
 __all__ = [
@@ -23,15 +21,9 @@ __all__ = [
     "LINEAR_ATTENTION",
     "ModelShape",
     "layer_pattern",
-    "shape_from_hf_config",
-    "shape_to_hf_config",
     "unused_fields",
 ]
 FAMILIES = {family.model_type: family for family in (QWEN3_NEXT, QWEN3_MOE, QWEN3_5_MOE)}
-_WRAPPED = {family.wrapper.model_type: family for family in FAMILIES.values() if family.wrapper is not None}
-# Keys of config.json that only some families have, about things that are not plain sizes.
-LAYER_TYPES, INTERVAL = "layer_types", "full_attention_interval"
-MAX_LAYERS = 100_000  # far above any model: a typo must not fill the memory with layer types
 MAX_SIZE = 2**31 - 1  # torch and Megatron index many things with 32 bits
 
 
@@ -163,7 +155,7 @@ class ModelShape:
             names: what the values are called where they were read, as far as that differs.
         """
         if self.model_type not in FAMILIES:
-            return [_unknown_model_type(self.model_type)]
+            return [unknown_model_type(self.model_type)]
         found, absent = [], unused_fields(self.family)
         for field in dataclasses.fields(self):
             value, name = getattr(self, field.name), (names or {}).get(field.name, field.name)
@@ -220,132 +212,11 @@ def unused_fields(family: Family) -> dict[str, int | float]:
     return {name: value for name, value in neutral.items() if name not in family.keys and name != "mtp_num_layers"}
 
 
-def _unknown_model_type(value: object) -> str:
-    return f"model_type {value!r} is not supported (only {', '.join(map(repr, (*FAMILIES, *_WRAPPED)))})"
+def wrapped_families() -> dict[str, Family]:
+    """The families that larger models hold, by the ``model_type`` of those."""
+    return {family.wrapper.model_type: family for family in FAMILIES.values() if family.wrapper is not None}
 
 
-def wrapper_of(config: Mapping[str, Any]) -> Wrapper | None:
-    """The larger model that a config.json describes; None where it is that of a language model."""
-    model_type = config.get("model_type")
-    family = _WRAPPED.get(model_type) if isinstance(model_type, str) else None
-    return None if family is None else family.wrapper
-
-
-def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a config.json says of the language model, `Wrapper` or not."""
-    return text_config(config, wrapper_of(config))
-
-
-def shape_from_hf_config(config: Mapping[str, Any], *, mtp_num_layers: int, where: str = "config.json") -> ModelShape:
-    """Read family and sizes of a language model from its config.json, or that of the larger model which holds it.
-
-    Args:
-        config: the parsed file.
-        mtp_num_layers: number of MTP blocks found in the checkpoint's tensor names.
-        where: the file's name, for errors.
-
-    Raises:
-        ShapeError: lists every missing key, unsupported value and impossible size.
-    """
-    if (wrapper := wrapper_of(config)) is not None:
-        if not isinstance(config.get(wrapper.text), Mapping):
-            raise ShapeError([f"{wrapper.text} is missing, or is not an object"], where=where)
-        found = [
-            f"{key} {config[key]!r} is not supported (only {accepted[0]!r})"
-            for key, accepted in _WRAPPED[wrapper.model_type].accepted.items()
-            if key in config and config[key] not in accepted
-        ]
-        if found:
-            raise ShapeError(found, where=where)
-        config, where = config[wrapper.text], f"{where}: {wrapper.text}"
-    if "model_type" not in config:
-        raise ShapeError(["model_type is missing"], where=where)
-    model_type = config["model_type"]
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None:
-        raise ShapeError([_unknown_model_type(model_type)], where=where)
-    values, yarn, found = _under_one_name(config, family)
-    found += [f"{key} is missing" for key in family.keys.values() if key not in values]
-    found += [
-        f"{key} {values[key]!r} is not supported (only {accepted[0]!r})"
-        for key, accepted in family.accepted.items()
-        if key in values and values[key] not in accepted
-    ]
-    found += _layer_type_violations(values)
-    if not found:
-        sizes = {name: values[key] for name, key in family.keys.items()}
-        sizes["router_aux_loss_coef"] = values.get("router_aux_loss_coef", 0.001)
-        shape = ModelShape(
-            model_type=model_type,
-            layer_types=_layer_types(values, family),
-            mtp_num_layers=mtp_num_layers,
-            rope_scaling=yarn,
-            **family.fixed,
-            **unused_fields(family) | {name: _as_declared(name, value) for name, value in sizes.items()},
-        )
-        found = shape.type_violations(family.keys) or shape.violations()
-    if found:
-        raise ShapeError(found, where=where)
-    return shape
-
-
-def _under_one_name(config: Mapping[str, Any], family: Family) -> tuple[dict[str, Any], Yarn | None, list[str]]:
-    """config.json with every value where this package looks for it, YaRN, and what contradicts itself on the way."""
-    inside, yarn, found = read_rope(config)
-    values = dict(config) | inside
-    for alias, key in family.aliases.items():
-        if alias in config and values.setdefault(key, config[alias]) != config[alias]:
-            found.append(f"{key} {config[key]!r} and {alias} {config[alias]!r} are two names of one thing")
-    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    if family.optional_head_dim and "head_dim" not in config and type(hidden) is type(heads) is int and heads > 0:
-        values["head_dim"] = hidden // heads
-    return values, yarn, found
-
-
-def _as_declared(name: str, value: Any) -> Any:
-    """An integer that stands for a float as one; anything else as it is, for `ModelShape.violations` to judge."""
-    return float(value) if type(value) is int and ModelShape.__annotations__[name] == "float" else value
-
-
-def _layer_type_violations(config: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the keys that `_layer_types` reads."""
-    kinds, layers, interval = (config.get(key) for key in (LAYER_TYPES, "num_hidden_layers", INTERVAL))
-    if kinds is not None:
-        return [] if isinstance(kinds, list) else [f"layer_types {kinds!r} is not a list"]
-    if type(layers) is int and layers > MAX_LAYERS:
-        return [f"num_hidden_layers {layers} is more than {MAX_LAYERS}"]
-    whole = interval is None or (type(interval) is int and interval > 0)
-    return [] if whole else [f"{INTERVAL} {interval!r} is not a positive integer"]
-
-
-def _layer_types(config: Mapping[str, Any], family: Family) -> tuple[str, ...]:
-    if config.get(LAYER_TYPES) is not None:
-        return tuple(config[LAYER_TYPES])
-    layers = config["num_hidden_layers"]
-    interval = config.get(INTERVAL) or family.full_attention_interval
-    return layer_pattern(layers, interval) if type(layers) is int else ()
-
-
-def shape_to_hf_config(shape: ModelShape, base: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of a model of this shape, for transformers, vLLM and SGLang alike.
-
-    Everything in ``base`` (the source model's config.json) that is not a size is carried over. Where that is one of a
-    larger model, so is the result (`Wrapper`). Where layers differ,
-    ``layer_types`` (which transformers reads) and ``full_attention_interval`` (which SGLang reads) are both written,
-    the latter only where the pattern has a period; `mtp_keys` says who reads what about MTP.
-    """
-    if (wrapper := wrapper_of(base)) is not None:
-        return wrapper.wrapped(base, shape_to_hf_config(shape, language_config(base)), shape.hidden_size)
-    family = shape.family
-    stale = {LAYER_TYPES, INTERVAL, *MTP_KEYS, *family.aliases}
-    config = {key: value for key, value in base.items() if key not in stale}
-    config |= {key: getattr(shape, name) for name, key in family.keys.items() if key not in inside(base)}
-    config["model_type"] = shape.model_type
-    config.setdefault("architectures", [family.architecture])
-    if len(family.attention_rows) > 1:
-        config[LAYER_TYPES] = list(shape.layer_types)
-        if shape.full_attention_interval is not None:
-            config[INTERVAL] = shape.full_attention_interval
-    if family.mtp_rows:
-        config |= mtp_entries(shape.mtp_num_layers, family.mtp_count)
-    return config
+def unknown_model_type(value: object) -> str:
+    """What is wrong with a ``model_type``."""
+    return f"model_type {value!r} is not supported (only {', '.join(map(repr, (*FAMILIES, *wrapped_families())))})"

@@ -35,8 +35,8 @@ def _in_block(rows: tuple[Weight, ...], key: str, hf: str) -> Iterator[Weight]:
 
 def _renamed(rows: tuple[Weight, ...], key: str, hf: str = "", block: str = "") -> Iterator[Weight]:
     for row in rows:
-        sources = tuple(HFTensor(hf + source.name, source.dims) for source in row.sources)
-        fused = None if row.fused is None else HFTensor(hf + row.fused.name, row.fused.dims)
+        sources = tuple(replace(source, name=hf + source.name) for source in row.sources)
+        fused = None if row.fused is None else replace(row.fused, name=hf + row.fused.name)
         yield replace(row, key=key + row.key, sources=sources, block=block, fused=fused)
 
 
@@ -59,6 +59,7 @@ def names_of(model: ModelShape) -> dict[str, str]:
     return {each.key: each.sources[0].name for each in weights(model) if len(each.sources) == 1 and not each.stacked}
 
 
+OUTPUT = "output_layer.weight"  # key of the output layer
 ROUTER = ".mlp.router.weight"  # what the key of a router's weight ends with
 
 

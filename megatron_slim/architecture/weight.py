@@ -11,7 +11,7 @@ grouped by label inside every tensor-parallel rank.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from megatron_slim.architecture.axes import Dim, Sizes, concat, label, size
@@ -33,10 +33,17 @@ class SizedModel(Protocol):
 
 @dataclass(frozen=True)
 class HFTensor:
-    """A tensor of the Hugging Face checkpoint: its name and its dimensions."""
+    """A tensor of the Hugging Face checkpoint.
+
+    Attributes:
+        name: its name.
+        dims: its dimensions.
+        fp8: a linear layer that the published checkpoints in block-scaled FP8 have in FP8.
+    """
 
     name: str
     dims: tuple[Dim, ...]
+    fp8: bool = False
 
     def shape(self, model: SizedModel) -> tuple[int, ...]:
         """Its shape in a model of these sizes."""
@@ -87,12 +94,14 @@ class Weight:
         for expert in range(model.num_moe_experts) if self.stacked else [None]:
             for source in self.sources:
                 name = source.name if expert is None else source.name.format(expert=expert)
-                yield HFTensor(name, source.dims), expert
+                yield replace(source, name=name), expert
 
 
-def copied(key: str, hf: str, *dims: Dim, tp_dim: int | None = None, float32: bool = False) -> Weight:
+def copied(
+    key: str, hf: str, *dims: Dim, tp_dim: int | None = None, float32: bool = False, fp8: bool = False
+) -> Weight:
     """A parameter that has the same layout in both formats."""
-    return Weight(key, dims, (HFTensor(hf, dims),), tp_dim, float32=float32)
+    return Weight(key, dims, (HFTensor(hf, dims, fp8=fp8),), tp_dim, float32=float32)
 
 
 def gated_mlp(key: str, hf: str, ffn: str, *, stacked: bool = False) -> tuple[Weight, Weight]:
@@ -103,7 +112,10 @@ def gated_mlp(key: str, hf: str, ffn: str, *, stacked: bool = False) -> tuple[We
         Weight(
             f"{key}.linear_fc1.weight",
             (concat(gate, up), "hidden"),
-            (HFTensor(f"{hf}.gate_proj.weight", (gate, "hidden")), HFTensor(f"{hf}.up_proj.weight", (up, "hidden"))),
+            (
+                HFTensor(f"{hf}.gate_proj.weight", (gate, "hidden"), fp8=True),
+                HFTensor(f"{hf}.up_proj.weight", (up, "hidden"), fp8=True),
+            ),
             tp_dim=0,
             stacked=stacked,
             fused=HFTensor(f"{whole}.gate_up_proj", ("expert", concat(gate, up), "hidden")) if stacked else None,
@@ -111,7 +123,7 @@ def gated_mlp(key: str, hf: str, ffn: str, *, stacked: bool = False) -> tuple[We
         Weight(
             f"{key}.linear_fc2.weight",
             ("hidden", ffn),
-            (HFTensor(f"{hf}.down_proj.weight", ("hidden", ffn)),),
+            (HFTensor(f"{hf}.down_proj.weight", ("hidden", ffn), fp8=True),),
             tp_dim=1,
             stacked=stacked,
             fused=HFTensor(f"{whole}.down_proj", ("expert", "hidden", ffn)) if stacked else None,

@@ -14,7 +14,7 @@
 - `loading`, `precision`: a built model's own shard from either format, and what stays in fp32
 - `carried`: tensors of a larger model that travel with its language model
 - `side_files`, `records`, `provenance`, `reference`: files next to the weights
-- `optimizer_state`, `common_state`: what a run has saved in addition to weights
+- `optimizer_state`, `common_state`, `plain_state`: what a run has saved in addition to weights
 - `integrity`, `remarks`: SHA-256 of files, and what is not taken as it is
 
 A source is anything that gives Hugging Face tensors by name: a directory of either format, or a pruned model.

@@ -171,6 +171,17 @@ def _content(stream: BinaryIO, info: zipfile.ZipInfo, length: int, checked: bool
     return content
 
 
+def pickle_of(stream: BinaryIO, length: int) -> bytes:
+    """The pickle of an archive, whatever it describes.
+
+    Raises:
+        ValueError: it is damaged; `zipfile` and `struct` have errors of their own.
+    """
+    with zipfile.ZipFile(stream) as archive:
+        entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+    return _content(stream, entries["data.pkl"], length, entries["data.pkl"].CRC != 0)
+
+
 def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import xxhash
 from torch import Tensor
 
-from megatron_slim.architecture.shape import language_config, wrapper_of
+from megatron_slim.architecture.hf_config import language_config, wrapper_of
 from megatron_slim.architecture.wrapper import Wrapper
 from megatron_slim.checkpoint.huggingface_files import find_file
 from megatron_slim.checkpoint.raw_files import OpenFiles, OutputFile, as_bytes

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_slim.architecture.shape import ModelShape, language_config, shape_to_hf_config, wrapper_of
+from megatron_slim.architecture.hf_config import language_config, shape_to_hf_config, wrapper_of
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.checkpoint.carried import content_of_all
 from megatron_slim.checkpoint.distributed import DistCheckpoint, is_torch_dist, iteration_directory

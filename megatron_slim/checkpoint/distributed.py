@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_slim.architecture.axes import size
-from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config
+from megatron_slim.architecture.hf_config import shape_from_hf_config
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.carried import CarriedTensors, language_model_alone, read_carried
@@ -25,7 +26,7 @@ from megatron_slim.checkpoint.expert_storage import expert_blocks, recorded_stor
 from megatron_slim.checkpoint.finite import refuse_nonfinite
 from megatron_slim.checkpoint.huggingface import CONFIG, Index, read_config, select_columns
 from megatron_slim.checkpoint.integrity import verify_metadata
-from megatron_slim.checkpoint.layout import fits, rows_in_megatron, split_keys, stored_shapes
+from megatron_slim.checkpoint.layout import as_rows, fits, rows_in_megatron, split_keys, stored_shapes
 from megatron_slim.checkpoint.metadata_pickle import Metadata, TensorStorageMetadata
 from megatron_slim.checkpoint.mtp import MTP, config_without_mtp, count_mtp_layers
 from megatron_slim.checkpoint.torch_dist_files import Piece, PieceReader, locate_pieces, read_metadata
@@ -185,32 +186,38 @@ class DistCheckpoint:
         rows = rows_in_megatron(weight, self.shape, source)
         if dim0_index is not None:
             rows = rows[np.asarray(dim0_index, dtype=np.int64)]
-        return select_columns(self._read(weight, expert, rows, name), dim1_index)
+        return self._read(weight, expert, rows, name, dim1_index)
 
-    def _read(self, weight: Weight, expert: int | None, rows: npt.NDArray[np.int64], name: str) -> Tensor:
-        """Rows of a Megatron parameter, of one expert where it is stacked."""
+    def _read(
+        self, weight: Weight, expert: int | None, rows: npt.NDArray[np.int64], name: str, columns: Index | None = None
+    ) -> Tensor:
+        """Rows of a Megatron parameter, of one expert where it is stacked.
+
+        One that is stored under a key per label is put together of what is wanted of each: it may be the largest of
+        the model.
+        """
         if expert is not None:
-            tensor = self._gather(weight.key, rows, expert)
-        else:
-            tensor = self._gather_split(weight, rows)
-        if not self.allow_nonfinite:
-            refuse_nonfinite(tensor, self._label + name, str(self.path))
-        return tensor
-
-    def _gather_split(self, weight: Weight, rows: npt.NDArray[np.int64]) -> Tensor:
-        """Rows of a parameter that may be stored under one key per label."""
-        found: list[tuple[npt.NDArray[np.int64], Tensor]] = []
+            return self._wanted(self._gather(weight.key, rows, expert), name, columns)
+        out: Tensor | None = None
         for key, part in split_keys(weight, self.shape):
             first, last, _ = part.indices(weight.shape(self.shape)[0])
             here = np.flatnonzero((rows >= first) & (rows < last))
-            if here.size:
-                found.append((here, self._gather(key, rows[here] - first)))
-        if len(found) == 1:
-            return found[0][1]
-        out = torch.empty((rows.size, *found[0][1].shape[1:]), dtype=found[0][1].dtype)
-        for here, tensor in found:
-            out[torch.from_numpy(here)] = tensor
+            if not here.size:
+                continue
+            tensor = self._wanted(self._gather(key, rows[here] - first), name, columns)
+            if here.size == rows.size:
+                return tensor
+            if out is None:
+                out = torch.empty((rows.size, *tensor.shape[1:]), dtype=tensor.dtype)
+            out[as_rows(here)] = tensor
+        assert out is not None, f"{name}: no key holds rows {rows}"
         return out
+
+    def _wanted(self, tensor: Tensor, name: str, columns: Index | None) -> Tensor:
+        """Some columns, after a look at the values of all."""
+        if not self.allow_nonfinite:
+            refuse_nonfinite(tensor, self._label + name, str(self.path))
+        return select_columns(tensor, columns)
 
     def _gather(self, key: str, rows: npt.NDArray[np.int64], expert: int | None = None) -> Tensor:
         """Rows of a stored tensor; of a stacked one, rows of one expert, which its pieces hold on dim 1."""
@@ -229,7 +236,7 @@ class DistCheckpoint:
             if out is None:
                 out = torch.empty((rows.size, *extents[1:]), dtype=piece.dtype)
             part = out[tuple(slice(o, o + n) for o, n in zip((0, *offsets[1:]), (rows.size, *sizes[1:]), strict=True))]
-            part[torch.from_numpy(here)] = content
+            part[as_rows(here)] = content
         assert out is not None, f"{key}: no piece holds rows {rows}"
         return out
 

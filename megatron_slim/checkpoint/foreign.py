@@ -13,10 +13,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_slim.architecture.rows import EMBEDDING_ROWS
+from megatron_slim.architecture.rows import EMBEDDING_ROWS, HEAD_ROWS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import hf_tensors, weights
 from megatron_slim.checkpoint.fp8 import FP8_METHOD, QUANTIZATION, SCALE
+from megatron_slim.checkpoint.mtp import MTP
 from megatron_slim.checkpoint.safetensors_reader import mlx_layout
 from megatron_slim.errors import CheckpointError, summarise
 
@@ -37,7 +38,10 @@ _QUANTIZED = re.compile(
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _EMBEDDING = EMBEDDING_ROWS[0].sources[0].name
 _TRUNK, _EMBED = _EMBEDDING.split(".", 1)
-_IN_TRUNK, _BESIDE_TRUNK = ("embed_tokens.", "layers.", "norm."), ("lm_head.", "mtp.")
+_OUTSIDE = [row.sources[0].name for row in (*EMBEDDING_ROWS, *HEAD_ROWS)]
+# First parts of names within the trunk, its blocks among them, and of those next to it.
+_IN_TRUNK = ("layers.", *(name.split(".")[1] + "." for name in _OUTSIDE if name.startswith(f"{_TRUNK}.")))
+_BESIDE_TRUNK = (MTP, *(name.split(".")[0] + "." for name in _OUTSIDE if not name.startswith(f"{_TRUNK}.")))
 
 
 def plain_names(names: Collection[str], path: Path) -> tuple[dict[str, str], str | None]:

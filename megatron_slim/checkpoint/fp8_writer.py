@@ -2,7 +2,9 @@
 
 A block of 128 x 128 weights has the scale amax / 448, in fp32, and each of its weights is divided by the scale and
 rounded to the nearest E4M3 number, half to even. A block of zeros has the scale 1. Blocks at the edges are smaller.
-(DeepSeek-V3, section 3.3.2; the layers and config.json as in Qwen3-Next-80B-A3B-Instruct-FP8.)
+(DeepSeek-V3, section 3.3.2; the layers and config.json as in Qwen3-Next-80B-A3B-Instruct-FP8.) Which layers these are
+the table says (`architecture.weight.HFTensor`): projections of attention and of all experts. Gates, convolutions, beta
+and alpha of Gated DeltaNet are not among them.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megatron_slim.architecture.shape import ModelShape, wrapper_of
-from megatron_slim.architecture.table import hf_tensors
+from megatron_slim.architecture.hf_config import wrapper_of
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.architecture.table import OUTPUT, hf_tensors, names_of
 from megatron_slim.architecture.weight import HFTensor
 from megatron_slim.architecture.wrapper import Wrapper
 from megatron_slim.checkpoint.carried import content_of_all
@@ -36,16 +39,6 @@ from megatron_slim.errors import CheckpointError
 
 BLOCK = (128, 128)
 LARGEST = torch.finfo(FP8).max
-# Projections of attention and of all experts. Gates, convolutions, beta and alpha of Gated DeltaNet are none of them.
-_LINEAR_LAYERS = ("_proj.weight", ".in_proj_qkvz.weight", ".in_proj_qkv.weight", ".in_proj_z.weight")
-# The published list has the modules of these, and no embedding nor final norm: no reader looks there for linear layers.
-_LISTED = ("model.layers.", "mtp.")
-_HEAD = "lm_head"
-
-
-def is_quantized(name: str) -> bool:
-    """Whether the published checkpoints have a tensor in FP8."""
-    return name.endswith(_LINEAR_LAYERS)
 
 
 def check_quantization(
@@ -108,13 +101,17 @@ def quantization_config(
         wrapper: the larger model whose names the files have.
         carried: names of tensors that are not of the language model, none of which is quantized.
     """
-    kept = {name.removesuffix(".weight") for name in hf_tensors(shape) if not is_quantized(name)}
-    named = (name if wrapper is None else wrapper.file_name(name) for name in kept if name.startswith(_LISTED))
-    listed = sorted({*named, *(name.rpartition(".")[0] for name in carried)}, key=_natural)
+    # The published list has no embedding nor final norm: no reader looks there for linear layers.
+    left_out = {each.sources[0].name for each in (*shape.family.first_rows, *shape.family.last_rows)}
+    head = names_of(shape)[OUTPUT].removesuffix(".weight")
+    kept = (name for name, tensor in hf_tensors(shape).items() if not tensor.fp8 and name not in left_out)
+    named = (name if wrapper is None else wrapper.file_name(name) for name in kept)
+    modules = {name.removesuffix(".weight") for name in named} | {name.rpartition(".")[0] for name in carried}
+    listed = sorted(modules, key=_natural)
     return {
         "activation_scheme": "dynamic",
         "fmt": "e4m3",
-        "modules_to_not_convert": [_HEAD, *listed],
+        "modules_to_not_convert": [head, *listed],
         "quant_method": FP8_METHOD,
         "weight_block_size": list(BLOCK),
     }
@@ -130,7 +127,7 @@ def fp8_specs(shape: ModelShape, dtypes: Mapping[str, torch.dtype] | None = None
     found = []
     for name, tensor in hf_tensors(shape).items():
         extents = tensor.shape(shape)
-        if is_quantized(name):
+        if tensor.fp8:
             found.append(TensorSpec(name, extents, FP8))
             found.append(TensorSpec(name + SCALE, grid(extents, BLOCK), torch.float32))
         else:
@@ -155,7 +152,7 @@ class Fp8Unit(Unit):
         """Its tensors by name, scales after their weights."""
         for name, tensor in super().tensors:
             yield name, tensor
-            if is_quantized(name):
+            if tensor.fp8:
                 yield name + SCALE, tensor
 
     def rows_of(self, name: str) -> slice | None:
@@ -168,8 +165,10 @@ class Fp8Unit(Unit):
         """Read and quantize it."""
         found: dict[str, Tensor] = {}
         plain = Unit(self.weight, self.expert, self.rows, self.nbytes).read(source, dtype)
+        ours = super().tensors
+        linear = {name for name, tensor in ours if tensor.fp8}
         for name, tensor in plain.items():
-            if not is_quantized(name):
+            if name not in linear:
                 found[name] = tensor.to(self.dtypes[name])
                 continue
             codes, scale = quantize(tensor)

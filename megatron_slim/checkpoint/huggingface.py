@@ -17,8 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_slim.architecture.hf_config import language_config, shape_from_hf_config, wrapper_of
 from megatron_slim.architecture.mtp_keys import stated_mtp_layers
-from megatron_slim.architecture.shape import ModelShape, language_config, shape_from_hf_config, wrapper_of
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import hf_tensors, weights
 from megatron_slim.checkpoint.carried import CarriedTensors, language_model_alone, read_carried, set_apart
 from megatron_slim.checkpoint.expert_storage import recorded_storage, separated
@@ -174,9 +175,13 @@ def select_columns(tensor: Tensor, index: Index | None) -> Tensor:
     """The given indices of dim 1, in the order wanted; None for all."""
     if index is None:
         return tensor
-    # numpy's take is three times as fast as torch's index_select here; it does not know bf16, hence the bits.
+    # numpy's take is five times as fast as torch's index_select here, if it may neither look at every index nor copy
+    # (mode "raise"); it does not know bf16, hence the bits.
     bits = {2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize]
-    taken = np.take(tensor.view(bits).numpy(), np.asarray(index, dtype=np.int64), axis=1)
+    columns, content = np.asarray(index, dtype=np.int64), tensor.view(bits).numpy()
+    assert 0 <= columns.min() <= columns.max() < content.shape[1], "column index out of range"
+    taken = np.empty((len(content), columns.size), dtype=content.dtype)
+    np.take(content, columns, axis=1, out=taken, mode="clip")
     return torch.from_numpy(taken).view(tensor.dtype)
 
 

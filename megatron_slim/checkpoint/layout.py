@@ -32,7 +32,7 @@ class _RowMap:
     target: Rows
 
 
-def _as_rows(positions: npt.NDArray[np.int64]) -> Rows:
+def as_rows(positions: npt.NDArray[np.int64]) -> Rows:
     """A slice where the positions are consecutive: a plain copy instead of a gather."""
     first = int(positions[0])
     if positions.size == positions[-1] - first + 1 and bool(np.all(np.diff(positions) == 1)):
@@ -53,7 +53,7 @@ def _dim_maps(target: Dim, sources: tuple[Dim, ...], model: ModelShape) -> tuple
     maps = []
     for index, source in enumerate(sources):
         for name, rows in labelled_positions(source, model.sizes).items():
-            maps.append(_RowMap(index, _as_rows(rows), _as_rows(target_at.pop(name))))
+            maps.append(_RowMap(index, as_rows(rows), as_rows(target_at.pop(name))))
     assert not target_at, f"no source holds {sorted(target_at)}"
     return tuple(maps)
 
@@ -126,7 +126,7 @@ def from_megatron(weight: Weight, model: ModelShape, tensor: Tensor, *, expert: 
     assert tuple(tensor.shape) == shape, (weight.key, tuple(tensor.shape), shape)
     if is_copy(weight):
         return {weight.sources[0].name: tensor.contiguous()}
-    places = [_as_rows(rows_in_megatron(weight, model, index)) for index in range(len(weight.sources))]
+    places = [as_rows(rows_in_megatron(weight, model, index)) for index in range(len(weight.sources))]
     found: dict[str, Tensor] = {}
     for index in _experts(weight, model, expert):
         part = tensor[index] if weight.stacked and expert is None else tensor
@@ -154,7 +154,7 @@ def split_keys(weight: Weight, model: ModelShape) -> list[tuple[str, slice]]:
     """
     if not weight.split:
         return [(weight.key, slice(None))]
-    labels = {name: _as_rows(at) for name, at in labelled_positions(weight.dims[0], model.sizes).items()}
+    labels = {name: as_rows(at) for name, at in labelled_positions(weight.dims[0], model.sizes).items()}
     assert all(isinstance(rows, slice) for rows in labels.values()), f"{weight.key}: labels are not runs of rows"
     return [(f"{weight.key}.{name}", rows) for name, rows in labels.items() if isinstance(rows, slice)]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from megatron_slim.architecture.hf_config import language_config, wrapper_of
 from megatron_slim.architecture.mtp_keys import stated_mtp_layers, without_mtp_keys
-from megatron_slim.architecture.shape import language_config, wrapper_of
 from megatron_slim.architecture.table import mtp_layers_in
 from megatron_slim.errors import CheckpointError
 

@@ -17,6 +17,7 @@ from megatron_slim.checkpoint.distributed import DistCheckpoint
 from megatron_slim.checkpoint.huggingface_writer import total_bytes
 from megatron_slim.checkpoint.layout import fits, stored_shapes
 from megatron_slim.checkpoint.metadata_pickle import Metadata, MetadataIndex, TensorStorageMetadata
+from megatron_slim.checkpoint.plain_state import read_plain_state
 from megatron_slim.checkpoint.torch_dist_files import read_metadata
 from megatron_slim.checkpoint.torch_dist_names import CARRIED, STATE
 from megatron_slim.checkpoint.units import Checkpoint
@@ -71,7 +72,7 @@ def open_optimizer_state(source: Checkpoint) -> OptimizerState:
         raise CheckpointError(
             f"its optimizer state does not fit the weights: {summarise(violations)}", where=where, fix=UNREADABLE
         )
-    return OptimizerState(_step(source), {name: _view(name, source, view) for name, view in views.items()})
+    return OptimizerState(_step(source, metadata), {name: _view(name, source, view) for name, view in views.items()})
 
 
 def _metadata_of(name: str, metadata: Metadata) -> Metadata:
@@ -112,18 +113,25 @@ def _view(name: str, source: DistCheckpoint, metadata: Metadata) -> DistCheckpoi
     )
 
 
-def _step(source: DistCheckpoint) -> int:
+def _step(source: DistCheckpoint, metadata: Metadata) -> int:
     """The one number of steps that all groups of parameters have."""
-    from megatron_slim.checkpoint.common_state import read_common_state  # only who carries it waits for Megatron
+    steps = steps_in(read_plain_state(source.path, metadata))
+    if not steps or not all(type(step) is int for step in steps):  # as another Megatron saves it, or damaged
+        from megatron_slim.checkpoint.common_state import read_common_state  # with Megatron, which takes long
 
-    common = read_common_state(source.path, fix=UNREADABLE)
-    steps = set(_values("step", [common.get(CARRIED), common.get("optimizer")]))
+        steps = steps_in([read_common_state(source.path, fix=UNREADABLE)])
     if len(steps) != 1:
         found = ", ".join(map(str, sorted(steps))) or "none"
         raise CheckpointError(
             f"its optimizer has no one number of steps ({found})", where=str(source.path), fix=UNREADABLE
         )
     return int(steps.pop())
+
+
+def steps_in(found: Any) -> set[Any]:
+    """All numbers of steps in a common state, which Megatron saves as a list of one."""
+    common = found[0] if isinstance(found, list) and found and isinstance(found[0], dict) else {}
+    return set(_values("step", [common.get(CARRIED), common.get("optimizer")]))
 
 
 def _values(name: str, part: Any) -> Iterator[Any]:

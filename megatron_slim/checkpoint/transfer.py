@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -217,6 +218,7 @@ def _work(run: Callable[[int, Callable[[int], None]], Any], number: int, pipe: C
     if os.getppid() != parent:  # it died before that
         os._exit(1)
     torch.set_num_threads(1)
+    gc.freeze()  # looking through all that was imported would copy its pages
     waiting = 0
 
     def advance(nbytes: int) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from megatron_slim.checkpoint.convert import Checkpoint
     from megatron_slim.pruning.statistics import Statistics
-    from megatron_slim.pruning.work_dir import WorkDir
+    from megatron_slim.streaming.work_dir import WorkDir
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def opened_work_dir(options: CalibrationOptions | None) -> AbstractContextManage
     """The work directory of a calibration, if it has one."""
     if options is None or options.work_dir is None:
         return contextlib.nullcontext()
-    from megatron_slim.pruning.work_dir import open_work_dir
+    from megatron_slim.streaming.work_dir import open_work_dir
 
     return open_work_dir(options.work_dir)
 
@@ -176,7 +176,7 @@ def measure(source: Checkpoint, options: CalibrationOptions, work: WorkDir | Non
     """Measure in this process; ``work`` as `calibrate.calibrate`."""
     samples = _read_samples(source, options)
     from megatron_slim.pruning.calibrate import calibrate
-    from megatron_slim.pruning.samples import log_calibration
+    from megatron_slim.streaming.samples import log_calibration
 
     log_calibration(source, samples)
     return calibrate(source, samples, micro_batch_size=options.micro_batch_size, work=work)
@@ -189,7 +189,7 @@ def _measure_parallel(source: Checkpoint, options: CalibrationOptions, layout: L
         raise SlimError("; ".join(found), fix="choose other parallel sizes")
     samples = _read_samples(source, options)
     from megatron_slim.pruning.parallel import calibrate_parallel
-    from megatron_slim.pruning.samples import log_calibration
+    from megatron_slim.streaming.samples import log_calibration
 
     if os.environ["RANK"] == "0":
         log_calibration(source, samples, f", {layout.world} processes")
@@ -197,7 +197,7 @@ def _measure_parallel(source: Checkpoint, options: CalibrationOptions, layout: L
 
 
 def _read_samples(source: Checkpoint, options: CalibrationOptions) -> npt.NDArray[np.int64]:
-    from megatron_slim.pruning.samples import read_calibration_samples
+    from megatron_slim.streaming.samples import read_calibration_samples
 
     return read_calibration_samples(
         options.data,

@@ -36,8 +36,8 @@ class Given:
             SlimError: they are of another model.
         """
         from megatron_slim.pruning.carried_statistics import read_carried_statistics
-        from megatron_slim.pruning.fingerprint import fingerprint
         from megatron_slim.pruning.statistics import Statistics
+        from megatron_slim.streaming.fingerprint import fingerprint
 
         if self.carried:
             stats = read_carried_statistics(self.file, source.shape, fingerprint(source))

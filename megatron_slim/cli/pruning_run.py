@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,32 +22,23 @@ logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from megatron_slim.checkpoint.convert import Checkpoint
+    from megatron_slim.pruning.candidates import Measuring
     from megatron_slim.pruning.plan import Plan
     from megatron_slim.pruning.statistics import Statistics
-    from megatron_slim.pruning.work_dir import WorkDir
+    from megatron_slim.streaming.work_dir import WorkDir
 
 
-@dataclass(frozen=True)
-class Measuring:
-    """How the candidates of a budget are measured.
+def _search_options(measuring: Measuring | None, recipe: Recipe, source: Checkpoint, *, where: str) -> dict[str, Any]:
+    """Arguments of `plan.make_plan`.
 
-    Attributes:
-        losses: of a source, what gives the loss of a plan's result; refuses bad data when it is called.
-        top: how many candidates, the best first.
+    Raises:
+        SlimError: there is nothing to choose between.
     """
-
-    losses: Callable[[Checkpoint], Callable[[Plan], float]]
-    top: int
-
-    def options(self, recipe: Recipe, source: Checkpoint, *, where: str) -> dict[str, Any]:
-        """Arguments of `plan.make_plan`.
-
-        Raises:
-            SlimError: there is nothing to choose between.
-        """
-        if recipe.budget is None:
-            raise SlimError("--search-data, but the recipe has no budget", where=where, fix="leave it out")
-        return {"measure": self.losses(source), "top": self.top}
+    if measuring is None:
+        return {}
+    if recipe.budget is None:
+        raise SlimError("--search-data, but the recipe has no budget", where=where, fix="leave it out")
+    return {"measure": measuring.losses(source), "top": measuring.top}
 
 
 class PhaseAction(argparse.Action):
@@ -94,7 +84,7 @@ def run_plan(
     log_left_out(source)
     _check_phase(schedule, phase, source, where=str(recipe_file))
     check_recipe(recipe, source.shape, where=str(recipe_file))
-    options = measuring.options(recipe, source, where=str(recipe_file)) if measuring else {}
+    options = _search_options(measuring, recipe, source, where=str(recipe_file))
     plan = make_plan(recipe, given.read(source), source.shape, **options)
     pruned = PrunedCheckpoint(plan, source, check_source=False)
     plan.save(save)
@@ -234,7 +224,7 @@ def _decide(
     from megatron_slim.pruning.plan import check_recipe, make_plan
 
     check_recipe(recipe, source.shape, where=where)
-    options = measuring.options(recipe, source, where=where) if measuring else {}
+    options = _search_options(measuring, recipe, source, where=where)
     if given is not None:
         stats = given.read(source)
     else:

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_slim.command_line import positive
 from megatron_slim.errors import SlimError
 
-logger = logging.getLogger(__name__)
-
 if TYPE_CHECKING:
-    from megatron_slim.checkpoint.convert import Checkpoint
-    from megatron_slim.cli.pruning_run import Measuring
-    from megatron_slim.pruning.plan import Plan
+    from megatron_slim.pruning.candidates import Measuring
 
 DEFAULT_TOP = 3
 
@@ -51,34 +45,7 @@ def measuring(args: argparse.Namespace) -> Measuring | None:
                 "--search-samples, --search-seq-length or --search-top without data", fix="give --search-data"
             )
         return None
-    from megatron_slim.cli.pruning_run import Measuring
+    from megatron_slim.pruning.candidates import Measuring
 
-    def losses(source: Checkpoint) -> Callable[[Plan], float]:
-        return losses_of(source, args.search_data, args.search_samples, args.search_seq_length)
-
-    return Measuring(losses, args.search_top or DEFAULT_TOP)
-
-
-def losses_of(
-    source: Checkpoint, data: Path, num_samples: int | None, seq_length: int | None
-) -> Callable[[Plan], float]:
-    """Reads the data; gives what evaluates the result of a plan: nats per token of the main head.
-
-    Raises:
-        DataError: the data do not fit the model.
-    """
-    from megatron_slim.evaluation.perplexity import read_evaluation_data
-
-    samples = read_evaluation_data(data, source.shape, seq_length=seq_length, num_samples=num_samples)
-
-    def loss(plan: Plan) -> float:
-        from megatron_slim.evaluation.perplexity import evaluate
-        from megatron_slim.pruning.apply import PrunedCheckpoint
-
-        found = evaluate(PrunedCheckpoint(plan, source, check_source=False), samples).loss
-        assert plan.search is not None, "only candidates are measured"
-        sizes = plan.search.candidates[plan.search.chosen].sizes
-        logger.info(f"candidate {', '.join(f'{axis} {size}' for axis, size in sizes.items())}: loss {found:.4f}")
-        return found
-
-    return loss
+    top = args.search_top or DEFAULT_TOP
+    return Measuring(args.search_data, args.search_samples, args.search_seq_length, top)

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from megatron_slim.architecture.shape import wrapper_of
+from megatron_slim.architecture.hf_config import wrapper_of
 from megatron_slim.checkpoint.records import QUANTIZATION_REPORT
 from megatron_slim.compression.report_page import recipe_yaml
 from megatron_slim.compression.report_quantization import (

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_slim.architecture.shape import ModelShape, shape_to_hf_config
+from megatron_slim.architecture.hf_config import shape_to_hf_config
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.compression.estimate import first_student
 from megatron_slim.compression.settings import RunSettings
 from megatron_slim.compression.steps import TRAIN, command_line, steps

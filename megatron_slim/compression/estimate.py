@@ -29,7 +29,7 @@ from megatron_slim.compression.steps import (
 )
 from megatron_slim.data import data_prefix, open_stream
 from megatron_slim.doctor.preflight import BYTES_PER_PARAMETER
-from megatron_slim.pruning.samples import NUM_SAMPLES
+from megatron_slim.streaming.samples import NUM_SAMPLES
 
 # Shares of the rate of large products. Training on GPUs: what the planner's estimates come to for 80A3B -> 23A2B on
 # H100s; on a CPU: measured, as is the streaming pass.
@@ -186,7 +186,7 @@ def first_student(settings: RunSettings, teacher: ModelShape) -> ModelShape | No
 
 
 def _calibration_tokens(settings: RunSettings, length: int) -> int:
-    """As `pruning.samples` draws them: where no number is given, all of data that have fewer than the default."""
+    """As `streaming.samples` draws them: where no number is given, all of data that have fewer than the default."""
     calibrate, data = settings.section("calibrate"), settings.calibration_data
     length, number = calibrate.get("seq_length", length), calibrate.get("num_samples")
     if number is None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_slim.architecture.shape import language_config
+from megatron_slim.architecture.hf_config import language_config
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.remarks import remarks
 from megatron_slim.errors import CheckpointError, DataError

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_slim.architecture.table import OUTPUT
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.reference import SAMPLES
 from megatron_slim.errors import CheckpointError
 from megatron_slim.evaluation.means import Mean, SampleMeans
 from megatron_slim.products import linear
-from megatron_slim.pruning.streaming import FINAL_NORM, MTP_NORM, OUTPUT, StreamingForward
+from megatron_slim.streaming.forward import FINAL_NORM, MTP_NORM, StreamingForward
 
 HEAD_ROWS = 512  # positions whose logits are in memory at once: 0.3 GB of fp32 at a vocabulary of 151936
 

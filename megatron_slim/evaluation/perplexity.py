@@ -24,7 +24,7 @@ from megatron_slim.compat import runtime
 from megatron_slim.data import Tokens, read_samples
 from megatron_slim.errors import DataError
 from megatron_slim.evaluation.teacher import Teacher
-from megatron_slim.pruning.samples import check_samples
+from megatron_slim.streaming.samples import check_samples
 
 if TYPE_CHECKING:
     from megatron_slim.evaluation.losses import Head

@@ -13,7 +13,7 @@ from megatron_slim.compat import runtime
 from megatron_slim.data import Tokens
 from megatron_slim.errors import CheckpointError
 from megatron_slim.files import sha256
-from megatron_slim.pruning.samples import check_samples
+from megatron_slim.streaming.samples import check_samples
 
 if TYPE_CHECKING:
     from megatron_slim.evaluation.acceptance import Acceptance

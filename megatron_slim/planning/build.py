@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_slim.architecture.hf_config import shape_to_hf_config
 from megatron_slim.architecture.pipeline_layout import Stages
-from megatron_slim.architecture.shape import ModelShape, shape_to_hf_config
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.garbage import without_collection
 from megatron_slim.optimizers import MAIN_COPY
 from megatron_slim.planning.flags import megatron_arguments

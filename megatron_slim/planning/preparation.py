@@ -8,7 +8,7 @@ from megatron_slim.architecture.flops import block_flops
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import BF16_BYTES, count_parameters
 from megatron_slim.planning.hardware import GIB, GPUS, Gpu
-from megatron_slim.pruning.samples import NUM_SAMPLES, SEQ_LENGTH
+from megatron_slim.streaming.samples import NUM_SAMPLES, SEQ_LENGTH
 
 # Shares of the GPU's peaks are guesses, and so are the others.
 ASSUMED = {

@@ -1,13 +1,12 @@
 """Measuring, deciding and cutting.
 
-- `calibrate`, `streaming`, `block`, `hidden_states`, `work_dir`: a pass with one block in memory, resumed after a
-  kill
+- `calibrate`: a pass with one block in memory
 - `parallel`: the same pass inside Megatron, over many processes
-- `recorder`, `importance`, `statistics`, `samples`: sums, their definitions, the file, the data
+- `recorder`, `importance`, `statistics`: sums, their definitions, the file
 - `carried_statistics`: statistics through a plan, instead of a new calibration
 - `plan`, `depth`, `experts`, `inner_axes`: the decision: widths, layers, experts, neurons and heads
-- `search`: sizes that meet a budget
-- `plan_reader`, `fingerprint`: reading a decision back, and which checkpoint it is for
+- `search`, `candidates`: sizes that meet a budget, and what the best ones lose
+- `plan_reader`: reading a decision back
 - `apply`, `align`, `pipeline`, `report`: pruned tensors, neurons matched before a merge, the whole, before and after
 - `plan_view`, `plan_tables`, `plan_plots`, `plan_page`: a plan as numbers, tables, pictures and a page
 

@@ -22,16 +22,17 @@ import torch
 from torch import Tensor
 
 from megatron_slim.architecture.axes import Dim, axes_of, kept_positions
-from megatron_slim.architecture.shape import ModelShape, shape_to_hf_config, wrapper_of
+from megatron_slim.architecture.hf_config import shape_to_hf_config, wrapper_of
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import weights
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.huggingface import Index
 from megatron_slim.checkpoint.optimizer_state import MOMENTS, OptimizerState
 from megatron_slim.pruning.align import Alignment, Neurons
 from megatron_slim.pruning.experts import ExpertGroup
-from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.plan import Plan
 from megatron_slim.pruning.plan_reader import PlanError
+from megatron_slim.streaming.fingerprint import fingerprint
 
 MEAN = "mean"  # of weights, by the plan's
 

@@ -21,13 +21,13 @@ from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.compat.runtime import default_dtype, init_single_process
 from megatron_slim.errors import CheckpointError, summarise
-from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.importance import HiddenImportance, block_statistics
 from megatron_slim.pruning.recorder import BlockRecorder, NormRecorder
-from megatron_slim.pruning.samples import check_samples
 from megatron_slim.pruning.statistics import FORMAT, Array, Statistics, importance_key
-from megatron_slim.pruning.streaming import FINAL_NORM, KEYS, StreamingForward
-from megatron_slim.pruning.work_dir import WorkDir
+from megatron_slim.streaming.fingerprint import fingerprint
+from megatron_slim.streaming.forward import FINAL_NORM, KEYS, StreamingForward
+from megatron_slim.streaming.samples import check_samples
+from megatron_slim.streaming.work_dir import WorkDir
 
 logger = logging.getLogger(__name__)
 

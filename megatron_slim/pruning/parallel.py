@@ -36,9 +36,9 @@ from megatron_slim.errors import SlimError
 from megatron_slim.pruning.calibrate import FORWARD_TOKENS, log_unrouted, metadata, not_finite
 from megatron_slim.pruning.importance import HiddenImportance, Sums, block_statistics
 from megatron_slim.pruning.recorder import BlockRecorder, NormRecorder, Recorder, block_sizes, norm_sizes
-from megatron_slim.pruning.samples import check_samples
 from megatron_slim.pruning.statistics import Array, Statistics
-from megatron_slim.pruning.streaming import EMBEDDING, FINAL_NORM, MTP_INPUT, MTP_NORM
+from megatron_slim.streaming.forward import EMBEDDING, FINAL_NORM, MTP_INPUT, MTP_NORM
+from megatron_slim.streaming.samples import check_samples
 
 SEED = 1234  # of Megatron's generators, which nothing uses in a forward pass
 Samples = npt.NDArray[np.int64]

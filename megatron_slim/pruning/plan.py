@@ -43,7 +43,7 @@ class Plan:
         recipe: what was asked for.
         source_shape: the model that it was made for.
         target_shape: the model that it gives.
-        source_sha256: fingerprint of the checkpoint (`pruning.fingerprint.fingerprint`).
+        source_sha256: fingerprint of the checkpoint (`streaming.fingerprint.fingerprint`).
         stats_sha256: hash of the statistics that it follows from.
         kept_layers: source layers that survive, ascending.
         kept_hidden: source hidden dimensions that survive, ascending.

@@ -27,10 +27,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_slim.architecture.context_parallel import local_positions
+from megatron_slim.architecture.hf_config import shape_to_hf_config
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.layer_specs import build_model, shape_config_fields
 from megatron_slim.architecture.parallelism import padded_vocab_size
-from megatron_slim.architecture.shape import ModelShape, shape_to_hf_config
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.expert_storage import write_storage
 from megatron_slim.checkpoint.huggingface import config_and_carried, storage_of
 from megatron_slim.checkpoint.loading import load_hf_weights

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
+from megatron_slim.architecture.shape import FAMILIES, FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
 from megatron_slim.architecture.table import weights
 from megatron_slim.checkpoint.layout import stored_shapes
 from megatron_slim.compat import runtime
@@ -16,7 +16,7 @@ from megatron_slim.testing import run_distributed, tiny_shape
 
 APERIODIC = (FULL_ATTENTION, LINEAR_ATTENTION, LINEAR_ATTENTION, FULL_ATTENTION, LINEAR_ATTENTION)
 SHAPES = [
-    tiny_shape(),
+    *map(tiny_shape, FAMILIES),
     tiny_shape(num_layers=5, layer_types=APERIODIC, linear_num_value_heads=6, num_query_groups=1),
     tiny_shape(num_layers=1, layer_types=(FULL_ATTENTION,), mtp_num_layers=0),
     tiny_shape("qwen3_moe", num_query_groups=1, num_moe_experts=5),
@@ -37,7 +37,7 @@ def _table(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return {key: size for weight in weights(shape) for key, size in stored_shapes(weight, shape)}
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=["published", "aperiodic", "no-mtp", "qwen3-moe"])
+@pytest.mark.parametrize("shape", SHAPES, ids=[*FAMILIES, "aperiodic", "no-mtp", "qwen3-moe, odd"])
 def test_checkpoint_names_and_shapes_are_those_of_the_table(shape: ModelShape) -> None:
     runtime.init_single_process()
     from megatron_slim.architecture.layer_specs import build_model, transformer_config

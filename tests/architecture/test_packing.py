@@ -18,7 +18,7 @@ from megatron_slim.architecture.layer_specs import build_model, transformer_conf
 from megatron_slim.checkpoint.convert import Checkpoint, open_checkpoint
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.compat import runtime
-from megatron_slim.pruning.block import block_config, build_block
+from megatron_slim.streaming.block import block_config, build_block
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 FIRST, SECOND = 13, 21  # positions of the documents

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from megatron_slim.architecture.rope import Yarn
-from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
+from megatron_slim.architecture.shape import FAMILIES, FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
 from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
@@ -30,7 +30,7 @@ LOGIT_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-4  # relative to the gradient's norm, per tensor
 
 SHAPES = {
-    "published proportions": tiny_shape(),
+    **{family: tiny_shape(family) for family in FAMILIES},
     "odd and aperiodic, grouped heads, unnormalised gates": tiny_shape(**ODD),
     "one layer of each, one key-value head, odd experts": tiny_shape(
         num_layers=3,
@@ -50,11 +50,9 @@ SHAPES = {
     # 98 positions are three times the original length; eight frequencies, of which some are left alone, some not.
     "YaRN, half of the head rotates": tiny_shape(rotary_percent=0.5, kv_channels=32, rope_scaling=Yarn(4.0, 32, 1.3)),
     "no MTP block": tiny_shape(num_layers=1, layer_types=(FULL_ATTENTION,), mtp_num_layers=0, vocab_size=130),
-    "Qwen3.5-MoE": tiny_shape("qwen3_5_moe_text"),
     "Qwen3.5-MoE, odd and aperiodic, grouped heads": tiny_shape(
         "qwen3_5_moe_text", **{key: value for key, value in ODD.items() if key != "norm_topk_prob"}
     ),
-    "Qwen3-MoE": tiny_shape("qwen3_moe"),
     "Qwen3-MoE, odd, one key-value head, unnormalised gates": tiny_shape(
         "qwen3_moe",
         num_layers=3,

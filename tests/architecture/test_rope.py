@@ -14,7 +14,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_slim.architecture.frequencies import yarn_frequencies
-from megatron_slim.architecture.shape import ModelShape, shape_from_hf_config, shape_to_hf_config
+from megatron_slim.architecture.hf_config import shape_from_hf_config, shape_to_hf_config
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.compat import runtime
 from megatron_slim.errors import ShapeError
 from megatron_slim.files import to_json

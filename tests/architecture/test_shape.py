@@ -6,15 +6,9 @@ import sys
 import pytest
 from transformers import Qwen3MoeConfig, Qwen3NextConfig
 
+from megatron_slim.architecture.hf_config import shape_from_hf_config, shape_to_hf_config
 from megatron_slim.architecture.mtp_keys import stated_mtp_layers
-from megatron_slim.architecture.shape import (
-    FAMILIES,
-    FULL_ATTENTION,
-    LINEAR_ATTENTION,
-    layer_pattern,
-    shape_from_hf_config,
-    shape_to_hf_config,
-)
+from megatron_slim.architecture.shape import FAMILIES, FULL_ATTENTION, LINEAR_ATTENTION, layer_pattern
 from megatron_slim.errors import ShapeError
 from megatron_slim.testing import tiny_hf_config, tiny_shape
 

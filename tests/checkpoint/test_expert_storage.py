@@ -22,7 +22,7 @@ from megatron_slim.checkpoint.huggingface_writer import HFWriter, finish_hf_chec
 from megatron_slim.checkpoint.records import STORAGE
 from megatron_slim.checkpoint.units import units
 from megatron_slim.errors import CheckpointError
-from megatron_slim.pruning.fingerprint import fingerprint
+from megatron_slim.streaming.fingerprint import fingerprint
 from megatron_slim.testing import random_tensors, tiny_hf_config, tiny_shape, write_tiny_checkpoint
 
 TOOL = "tools/convert_checkpoint.py"

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_slim.architecture.published import QWEN3_NEXT_80A3B
-from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.architecture.shape import FAMILIES, ModelShape, unused_fields
 from megatron_slim.architecture.table import hf_tensors
 from megatron_slim.checkpoint import units
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes, write_checkpoint
-from megatron_slim.checkpoint.fp8_writer import BLOCK, is_quantized, quantization_config, quantize
+from megatron_slim.checkpoint.fp8_writer import BLOCK, quantization_config, quantize
 from megatron_slim.checkpoint.huggingface import CONFIG, INDEX, SINGLE, HFCheckpoint
 from megatron_slim.checkpoint.records import QUANTIZATION_REPORT, REFERENCE
 from megatron_slim.checkpoint.reference import Reference
@@ -32,14 +32,16 @@ FP8 = torch.float8_e4m3fn
 CONVERT = "tools/convert_checkpoint.py"
 WHOLE = {"hidden_size": 256, "moe_ffn_hidden_size": 128, "num_attention_heads": 4, "kv_channels": 64}
 WHOLE_NEXT = {"moe_shared_expert_intermediate_size": 128, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
-SHAPES = {
-    "qwen3_next": tiny_shape(hidden_size=192, moe_ffn_hidden_size=144),
-    "qwen3_moe": tiny_shape("qwen3_moe", hidden_size=192, moe_ffn_hidden_size=144),
-    "qwen3_5_moe": tiny_shape("qwen3_5_moe_text", hidden_size=192, moe_ffn_hidden_size=144),
-    "qwen3_next, whole blocks": tiny_shape(**WHOLE, **WHOLE_NEXT),
-    "qwen3_moe, whole blocks": tiny_shape("qwen3_moe", **WHOLE),
-    "qwen3_5_moe, whole blocks": tiny_shape("qwen3_5_moe_text", **WHOLE, **WHOLE_NEXT),
-}
+
+
+def whole_blocks(family: str) -> ModelShape:
+    """Sizes of which every matrix is made of whole blocks; those that the family has."""
+    absent = unused_fields(FAMILIES[family])
+    return tiny_shape(family, **{name: size for name, size in (WHOLE | WHOLE_NEXT).items() if name not in absent})
+
+
+SHAPES = {family: tiny_shape(family, hidden_size=192, moe_ffn_hidden_size=144) for family in FAMILIES}
+SHAPES |= {f"{family}, whole blocks": whole_blocks(family) for family in FAMILIES}
 SHAPE = SHAPES["qwen3_next"]
 
 
@@ -143,6 +145,11 @@ def written(
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
     return load_file(path / SINGLE)
+
+
+def is_quantized(name: str) -> bool:
+    """By what a person knows about the published names; the table is not asked."""
+    return name.endswith(("_proj.weight", ".in_proj_qkvz.weight", ".in_proj_qkv.weight", ".in_proj_z.weight"))
 
 
 def test_every_byte(written: tuple[ModelShape, Path, Path, dict[str, Any]]) -> None:
@@ -321,7 +328,7 @@ def test_config_is_the_published_one() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_moe", "qwen3_5_moe"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_transformers_looks_for_the_same_layers_in_fp8(name: str) -> None:
     """By its own rule for names, over its own model: linear layers, and fused experts as a whole."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -345,7 +352,7 @@ def test_transformers_looks_for_the_same_layers_in_fp8(name: str) -> None:
 _JOINED = ("_qkvz", "_ba", "_qkv", "_z", "_b", "_a")
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_moe", "qwen3_5_moe"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_vllm_looks_for_the_same_layers_in_fp8(name: str) -> None:
     """A layer that joins several is skipped where all of them are listed, word for word; some of them are an error."""
     joined = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -360,7 +367,7 @@ def test_vllm_looks_for_the_same_layers_in_fp8(name: str) -> None:
     assert {module for module in linear if module not in kept} == {m for m in linear if is_quantized(f"{m}.weight")}
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_moe", "qwen3_5_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_loads_every_weight(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU it dequantizes; all blocks must be whole, because it takes their size from the number of scales."""
     from transformers import AutoModelForCausalLM

@@ -99,7 +99,7 @@ def transformers_block(directory: Path, dtype: torch.dtype) -> Any:
 def test_a_block_in_bf16_computes_what_transformers_does(mixed: Path) -> None:
     """What calibration and evaluation run. Both are compared with fp32, of which bf16 rounds every product."""
     runtime.init_single_process()
-    from megatron_slim.pruning.block import block_config, build_block
+    from megatron_slim.streaming.block import block_config, build_block
 
     layer = build_block(HFCheckpoint.open(mixed), BLOCK, block_config(SHAPE, torch.bfloat16))
     ours: Any = layer.self_attention

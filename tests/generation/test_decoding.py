@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_slim.architecture.rope import Yarn
-from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
+from megatron_slim.architecture.shape import FAMILIES, FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint
 from megatron_slim.generation.decoder import Decoder
 from megatron_slim.generation.greedy import greedy
@@ -26,15 +26,13 @@ LENGTHS = (5, 1, 70, 5, 2)  # one alone, two alike, one of more than a segment
 NEW, DRAFTS = 24, 5
 
 SHAPES = {
-    "published proportions": tiny_shape(),
+    **{family: tiny_shape(family) for family in FAMILIES},
     "odd, grouped heads, gates that do not add up to 1": tiny_shape(
         **ODD, linear_conv_kernel_dim=3, moe_shared_expert_intermediate_size=80
     ),
     "many experts, of which few are visited, and YaRN": tiny_shape(
         num_moe_experts=24, rotary_percent=0.5, kv_channels=32, rope_scaling=Yarn(4.0, 32, 1.3)
     ),
-    "Qwen3.5-MoE": tiny_shape("qwen3_5_moe_text"),
-    "Qwen3-MoE": tiny_shape("qwen3_moe"),
     "Qwen3-MoE, one key-value head, gates that do not add up to 1": tiny_shape(
         "qwen3_moe", num_layers=3, num_query_groups=1, num_moe_experts=7, moe_router_topk=3, norm_topk_prob=False
     ),
@@ -102,7 +100,7 @@ def test_rejected_tokens_leave_no_trace(model: tuple[Path, ModelShape]) -> None:
 
 
 def test_end_of_text(tmp_path: Path) -> None:
-    shape = SHAPES["published proportions"]
+    shape = SHAPES["qwen3_next"]
     path = write_tiny_checkpoint(tmp_path, shape, seed=3, dtype=torch.float32)
     given, ours, theirs = prompts(shape.vocab_size, LENGTHS), decoder(path), reference.Transformers(path)
     texts = greedy(ours, given, max_new_tokens=NEW)
@@ -116,7 +114,7 @@ def test_end_of_text(tmp_path: Path) -> None:
 
 
 def test_both_formats_give_the_same_texts(tmp_path: Path) -> None:
-    path = write_tiny_checkpoint(tmp_path / "hf", SHAPES["published proportions"], seed=3)
+    path = write_tiny_checkpoint(tmp_path / "hf", SHAPES["qwen3_next"], seed=3)
     hf_to_torch_dist(path, tmp_path / "dist")
     given = prompts(128, LENGTHS)
     hf, dist = (
@@ -126,7 +124,7 @@ def test_both_formats_give_the_same_texts(tmp_path: Path) -> None:
 
 
 def test_bf16_runs_and_is_near(tmp_path: Path) -> None:
-    path = write_tiny_checkpoint(tmp_path / "hf", SHAPES["published proportions"], float32=("A_log", "dt_bias"))
+    path = write_tiny_checkpoint(tmp_path / "hf", SHAPES["qwen3_next"], float32=("A_log", "dt_bias"))
     tokens, found = torch.tensor(prompts(128, (30,))), []
     for dtype in (torch.float32, torch.bfloat16):
         ours = decoder(path, dtype)

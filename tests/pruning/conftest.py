@@ -13,10 +13,10 @@ from torch import Tensor
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.pruning import statistics
-from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.plan import Plan, make_plan
 from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes
 from megatron_slim.recipe import parse_recipe
+from megatron_slim.streaming.fingerprint import fingerprint
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 from tests.mtp_oracle import load_mtp, mtp_hidden
 

@@ -23,9 +23,9 @@ from megatron_slim.checkpoint.huggingface_writer import total_bytes
 from megatron_slim.errors import SlimError
 from megatron_slim.evaluation.perplexity import evaluate
 from megatron_slim.pruning.apply import PrunedCheckpoint, merge
-from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.pipeline import write_pruned
 from megatron_slim.pruning.plan import Plan
+from megatron_slim.streaming.fingerprint import fingerprint
 from megatron_slim.testing import write_tiny_checkpoint
 from tests.mtp_oracle import load_mtp, mtp_hidden
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.architecture.shape import FAMILIES, ModelShape
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import CheckpointError, DataError
 from megatron_slim.pruning import statistics
 from megatron_slim.pruning.calibrate import calibrate
-from megatron_slim.pruning.fingerprint import fingerprint
+from megatron_slim.streaming.fingerprint import fingerprint
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 SHAPES = {
@@ -37,7 +37,7 @@ SHAPES = {
         mtp_num_layers=0,
     ),
     "experts never routed": tiny_shape(num_layers=4, num_moe_experts=16, moe_router_topk=2),
-    "Qwen3.5-MoE": tiny_shape("qwen3_5_moe_text", num_moe_experts=6),
+    **{family: tiny_shape(family, num_moe_experts=6) for family in FAMILIES},
     "Qwen3-MoE": tiny_shape("qwen3_moe", num_layers=3, num_query_groups=1, num_moe_experts=6),
 }
 

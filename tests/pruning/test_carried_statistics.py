@@ -18,11 +18,11 @@ from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.pruning.apply import PrunedCheckpoint
 from megatron_slim.pruning.calibrate import calibrate
 from megatron_slim.pruning.carried_statistics import carried_statistics
-from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.pipeline import write_pruned
 from megatron_slim.pruning.plan import Plan, make_plan
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import parse_recipe
+from megatron_slim.streaming.fingerprint import fingerprint
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 RandomStats = Callable[..., Statistics]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import megatron_slim as slim
 from megatron_slim.architecture.shape import FAMILIES, ModelShape
-from megatron_slim.checkpoint import common_state
+from megatron_slim.checkpoint import optimizer_state
 from megatron_slim.checkpoint.convert import open_checkpoint, same_bytes, write_checkpoint
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.metadata_pickle import Metadata, dumps
@@ -208,7 +208,7 @@ def test_steps_that_differ_are_refused(deep: Any, monkeypatch: pytest.MonkeyPatc
     """As groups of parameters would have them that began at different times."""
     source = open_checkpoint(deep[0])
     groups = {"optimizer": {0: {"optimizer": {"param_groups": [{"step": 3}, {"step": 5}]}}, 1: {}}}
-    monkeypatch.setattr(common_state, "read_common_state", lambda *_, **__: groups)
+    monkeypatch.setattr(optimizer_state, "read_plain_state", lambda *_: [groups])
     with pytest.raises(CheckpointError, match=r"its optimizer has no one number of steps \(3, 5\); prune another"):
         open_optimizer_state(source)
     groups["optimizer"][0]["optimizer"]["param_groups"][0]["step"] = 5

@@ -22,8 +22,8 @@ from megatron_slim.architecture.shape import FAMILIES
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.files import read_json, to_json
-from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.plan_reader import load_plan
+from megatron_slim.streaming.fingerprint import fingerprint
 from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tiny_checkpoint
 
 PRUNE, CALIBRATE, PLAN = "tools/prune_checkpoint.py", "tools/calibrate.py", "tools/plan_pruning.py"

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.compat import runtime
-from megatron_slim.pruning.block import block_config, build_block, rotary_embedding
 from megatron_slim.pruning.recorder import BlockRecorder
+from megatron_slim.streaming.block import block_config, build_block, rotary_embedding
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 

@@ -24,7 +24,7 @@ from megatron_slim.distillation.divergences import DIVERGENCES, KDLoss
 from megatron_slim.distillation.loss_options import KD_LOSSES
 from megatron_slim.distillation.vocabulary import VocabShard
 from megatron_slim.expert_metrics import EXPERT_IMPORTANCES, EXPERT_SIMILARITIES, ExpertMetric, cosine_matrix
-from megatron_slim.pruning.fingerprint import fingerprint
+from megatron_slim.streaming.fingerprint import fingerprint
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 from tests.pruning.conftest import Reference
 

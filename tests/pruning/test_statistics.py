@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import CheckpointError
-from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.statistics import Statistics, hidden_key
+from megatron_slim.streaming.fingerprint import fingerprint
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 HIDDEN = hidden_key("norm_activation")

@@ -23,8 +23,8 @@ from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.compat import runtime
 from megatron_slim.errors import SlimError
 from megatron_slim.pruning.calibrate import calibrate
-from megatron_slim.pruning.streaming import StreamingForward
-from megatron_slim.pruning.work_dir import WorkDir, open_work_dir
+from megatron_slim.streaming.forward import StreamingForward
+from megatron_slim.streaming.work_dir import WorkDir, open_work_dir
 from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkpoint
 
 SHAPE = tiny_shape()

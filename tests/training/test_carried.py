@@ -20,13 +20,17 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_slim.architecture.table import weights
+from megatron_slim.checkpoint.common_state import read_common_state
 from megatron_slim.checkpoint.convert import open_checkpoint, same_bytes, write_checkpoint
+from megatron_slim.checkpoint.distributed import iteration_directory
 from megatron_slim.checkpoint.layout import to_megatron
-from megatron_slim.checkpoint.optimizer_state import MOMENTS, OptimizerState, open_optimizer_state
+from megatron_slim.checkpoint.optimizer_state import MOMENTS, OptimizerState, open_optimizer_state, steps_in
+from megatron_slim.checkpoint.plain_state import read_plain_state
+from megatron_slim.checkpoint.torch_dist_files import read_metadata
 from megatron_slim.compat import hooks
 from megatron_slim.errors import SlimError
-from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes
+from megatron_slim.streaming.fingerprint import fingerprint
 from megatron_slim.testing import run_distributed
 from megatron_slim.training.carried import CarriedOptimizer, carried_optimizer
 from megatron_slim.training.progressive import Place
@@ -94,6 +98,14 @@ def prune(tool: Any, tmp_path: Path) -> Callable[..., Path]:
     return run
 
 
+def check_steps(run: Path, expected: int) -> None:
+    """What is read without Megatron's classes says the same as what Megatron reads."""
+    directory = iteration_directory(run)
+    plain = read_plain_state(directory, read_metadata(directory))
+    assert steps_in(plain) == steps_in([read_common_state(directory)]) == {expected}
+    assert plain[0]["iteration"] == read_common_state(directory)["iteration"]
+
+
 @pytest.mark.parametrize("flags", [(), BF16], ids=["fp32", "bf16"])
 def test_a_pruning_that_keeps_everything_changes_nothing(
     flags: tuple[str, ...], workplace: Workplace, tmp_path: Path, first_phase: Any, prune: Any
@@ -101,7 +113,9 @@ def test_a_pruning_that_keeps_everything_changes_nothing(
     """Three steps, a pruning and two steps are five steps, bit for bit; in bf16 main weights are more than weights."""
     name = "carried-" + "".join(flags).strip("-")
     unbroken = workplace.train(f"{name}-unbroken", 2, *RUN, *flags, "--save", str(tmp_path / "unbroken"))
-    student = prune(first_phase(f"{name}-1", 2, *flags), f"{name}-2", {"num_layers": 4}, "--carry-optimizer")
+    run = first_phase(f"{name}-1", 2, *flags)
+    check_steps(run, 3)
+    student = prune(run, f"{name}-2", {"num_layers": 4}, "--carry-optimizer")
     second = phase_flags(tmp_path, student, "run_2")
     found = workplace.train(f"{name}-2", 2, *second, "--carry-optimizer", *flags)
     for tag in (LM, KD, MTP_LM, "grad-norm", "learning-rate", "params-norm"):

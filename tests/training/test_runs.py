@@ -24,8 +24,8 @@ from megatron_slim.checkpoint.convert import (
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.torch_dist_files import read_metadata
 from megatron_slim.errors import CheckpointError
-from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes
+from megatron_slim.streaming.fingerprint import fingerprint
 from megatron_slim.testing import random_tensors, run_distributed, tiny_hf_config, tiny_shape, write_tokens
 from megatron_slim.training.teacher_check import judge_teacher
 

@@ -30,10 +30,10 @@ from megatron_slim.checkpoint.distributed import DistCheckpoint
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.optimizer_state import MAIN, MOMENTS, OptimizerState, open_optimizer_state
 from megatron_slim.files import write_atomic
-from megatron_slim.pruning.fingerprint import fingerprint
 from megatron_slim.pruning.plan import make_plan
 from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes
 from megatron_slim.recipe import parse_recipe
+from megatron_slim.streaming.fingerprint import fingerprint
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 from tests.signals import default_signals
 

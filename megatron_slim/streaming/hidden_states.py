@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_slim.pruning.work_dir import WorkDir
+from megatron_slim.streaming.work_dir import WorkDir
 
 
 class HiddenStates(Protocol):

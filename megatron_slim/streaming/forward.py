@@ -27,11 +27,11 @@ from megatron_slim.checkpoint.raw_files import as_bytes
 from megatron_slim.compat.cpu_memory import STREAMING, keep_freed_memory
 from megatron_slim.files import sha256
 from megatron_slim.products import linear, threads_for
-from megatron_slim.pruning.block import block_config, build_block, rotary_embedding
-from megatron_slim.pruning.fingerprint import fingerprint
-from megatron_slim.pruning.hidden_states import HiddenStates, InFiles, InMemory
-from megatron_slim.pruning.work_dir import WorkDir
 from megatron_slim.reporting import progress
+from megatron_slim.streaming.block import block_config, build_block, rotary_embedding
+from megatron_slim.streaming.fingerprint import fingerprint
+from megatron_slim.streaming.hidden_states import HiddenStates, InFiles, InMemory
+from megatron_slim.streaming.work_dir import WorkDir
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,6 @@ KEYS = {
     MTP_NORM: "mtp.layers.0.final_layernorm.weight",
 }
 MTP_INPUT_NORMS = ("mtp.layers.0.enorm.weight", "mtp.layers.0.hnorm.weight")
-OUTPUT = "output_layer.weight"
 # What a module does to a micro-batch of hidden states [samples, positions, hidden], given the tokens of its samples.
 Step = Callable[[Tensor, Tensor], Tensor]
 
