@@ -174,15 +174,8 @@ def write_tokenizer(work: Path) -> Path:
     text, tokenizer = work / "text.jsonl", work / "tokenizer"
     pages = sorted((ROOT / "docs").glob("*.md"))
     text.write_text("".join(json.dumps({"text": page.read_text(encoding="utf-8")}) + "\n" for page in pages))
-    run(
-        ROOT / "examples/slimqwen/train_tokenizer.py",
-        "--input",
-        text,
-        "--output",
-        tokenizer,
-        "--vocab-size",
-        str(VOCAB),
-    )
+    tool = ROOT / "examples/slimqwen/train_tokenizer.py"
+    run(tool, "--input", text, "--output", tokenizer, "--vocab-size", str(VOCAB))
     return tokenizer
 
 
