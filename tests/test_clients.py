@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,7 @@ from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 from tests.clients import main as clients
 from tests.clients.clients import CLIENTS, KNOWN, NOT_RUN
 from tests.clients.models import CASES
+from tests.vlm import write_vlm
 
 FOLDER = Path(clients.__file__).parent
 
@@ -128,30 +130,60 @@ class Qwen3NextForCausalLM(Base):
 """
 
 
-def test_rules_of_an_engine_are_run_on_an_export_in_fp8(tmp_path: Path) -> None:
-    """On sources in the layout of vLLM's: none of what they would import is there."""
-    engine = tmp_path / "site/vllm/model_executor"
+PICTURES = """
+class Qwen3VLForConditionalGeneration(Base):
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+"""
+WHOLE = """
+class Qwen3_5ForConditionalGeneration(Qwen3VLForConditionalGeneration):
+    packed_modules_mapping = Qwen3VLForConditionalGeneration.packed_modules_mapping | {
+        "in_proj_qkvz": ["in_proj_qkv", "in_proj_z"], "in_proj_ba": ["in_proj_b", "in_proj_a"]
+    }
+"""
+
+
+def rules(directory: Path, **models: str) -> Callable[[], dict[str, str]]:
+    """Sources in the layout of vLLM's, without what they would import; gives what its rules make of ``case``."""
+    engine = directory / "site/vllm/model_executor"
     files = {"layers/quantization/fp8.py": CONFIG, "layers/quantization/utils/quant_utils.py": RULE}
-    for name, text in (files | {"models/qwen3_next.py": MODEL}).items():
+    for name, text in (files | {f"models/{name}.py": text for name, text in models.items()}).items():
         (engine / name).parent.mkdir(parents=True, exist_ok=True)
         (engine / name).write_text(f"import none_of_this\n{text}")
-    (tmp_path / "case").mkdir()
-    write_tiny_checkpoint(tmp_path / "case/model", tiny_shape())
-    np.savez(tmp_path / "case/expected.npz", prompts=[[1]])
-    export = tmp_path / "case/fp8"
-    convert(tmp_path / "case/model", export, to="hf", quantize="fp8")
-    command = [sys.executable, FOLDER / "run_fp8_rules.py", tmp_path / "case", tmp_path, "names"]
+    np.savez(directory / "case/expected.npz", prompts=[[1]])
+    convert(directory / "case/model", directory / "case/fp8", to="hf", quantize="fp8")
+    command = [sys.executable, FOLDER / "run_fp8_rules.py", directory / "case", directory, "names"]
 
     def found() -> dict[str, str]:
-        code, stdout, stderr = clients.output(command, 1, {"PYTHONPATH": str(tmp_path / "site")})
+        code, stdout, stderr = clients.output(command, 1, {"PYTHONPATH": str(directory / "site")})
         assert code == 0, stderr
         return dict(json.loads(stdout.splitlines()[-1]))
 
+    return found
+
+
+def take_out(name: str, export: Path) -> None:
+    """Of the list of modules that are not in FP8."""
+    config = json.loads((export / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"].remove(name)
+    (export / "config.json").write_text(json.dumps(config))
+
+
+def test_rules_of_an_engine_are_run_on_an_export_in_fp8(tmp_path: Path) -> None:
+    (tmp_path / "case").mkdir()
+    write_tiny_checkpoint(tmp_path / "case/model", tiny_shape())
+    found = rules(tmp_path, qwen3_next=MODEL)
     # 3 layers of Gated DeltaNet with 3 (2 in FP8), one of attention and the MTP block with 2 (2), every MLP with 5 (3);
     # and mtp.fc.
     assert found() == {"result": "same names", "note": "vllm: 39 of 39 linear layers as in the files, 25 in FP8"}
-    config = json.loads((export / "config.json").read_text())
-    config["quantization_config"]["modules_to_not_convert"].remove("mtp.fc")
-    (export / "config.json").write_text(json.dumps(config))
+    take_out("mtp.fc", tmp_path / "case/fp8")
     assert found()["note"].endswith("38 of 39 linear layers as in the files, 25 in FP8: not mtp.fc")
     assert found()["result"] == "other results"
+
+
+def test_rules_of_an_engine_that_renames_what_sees_pictures(tmp_path: Path) -> None:
+    write_vlm(tmp_path / "case/model")
+    found = rules(tmp_path, qwen3_vl=PICTURES, qwen3_5=WHOLE)
+    # The same layers, and the vision tower's: 4 in each of 2 blocks, and 2 that merge patches.
+    assert found() == {"result": "same names", "note": "vllm: 49 of 49 linear layers as in the files, 25 in FP8"}
+    take_out("model.visual.merger.linear_fc2", tmp_path / "case/fp8")
+    assert found()["note"].endswith("48 of 49 linear layers as in the files, 25 in FP8: not visual.merger.linear_fc2")

@@ -19,8 +19,9 @@ SHAPE = tiny_shape("qwen3_5_moe_text", rotary_percent=0.5)
 IMAGE, GRID = 120, (1, 4, 4)  # a picture of 4 x 4 patches, which are merged 2 x 2
 
 
-def config(shape: ModelShape = SHAPE) -> dict[str, Any]:
-    """config.json as the published ones are."""
+def config(shape: ModelShape = SHAPE, image: int = IMAGE) -> dict[str, Any]:
+    """config.json as the published ones are; tokens of pictures and films begin with ``image``."""
+    pairs = int(shape.kv_channels * shape.rotary_percent) // 2
     text = {
         "model_type": "qwen3_5_moe_text",
         "attention_bias": False,
@@ -50,7 +51,7 @@ def config(shape: ModelShape = SHAPE) -> dict[str, Any]:
         "rms_norm_eps": shape.layernorm_epsilon,
         "rope_parameters": {
             "mrope_interleaved": True,
-            "mrope_section": [2, 1, 1],
+            "mrope_section": [(pairs + 2 - grid) // 3 for grid in range(3)],  # as interleaving gives them
             "partial_rotary_factor": shape.rotary_percent,
             "rope_theta": shape.rotary_base,
             "rope_type": "default",
@@ -71,14 +72,14 @@ def config(shape: ModelShape = SHAPE) -> dict[str, Any]:
     }
     return {
         "architectures": ["Qwen3_5MoeForConditionalGeneration"],
-        "image_token_id": IMAGE,
+        "image_token_id": image,
         "model_type": "qwen3_5_moe",
         "text_config": text,
         "tie_word_embeddings": False,
-        "video_token_id": 121,
+        "video_token_id": image + 1,
         "vision_config": vision,
-        "vision_end_token_id": 123,
-        "vision_start_token_id": 122,
+        "vision_end_token_id": image + 3,
+        "vision_start_token_id": image + 2,
     }
 
 

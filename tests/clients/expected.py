@@ -10,22 +10,26 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tests.clients.models import VOCAB
+from tests.clients.pictures import picture_arrays
 from tests.mtp_oracle import load_mtp, mtp_hidden
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 24, 32
 
 
-def write_expected(directory: Path, has_mtp: bool) -> None:
+def write_expected(directory: Path, has_mtp: bool, source: Path | None = None) -> None:
     """Write ``expected.npz`` next to ``model/``.
 
     Its arrays: ``prompts`` [prompts, tokens]; ``logits`` [prompts, tokens, vocabulary], fp32, of the prompts alone;
     ``tokens`` [prompts, new tokens], the greedy continuations; ``margins`` of the same size, logit of the chosen token
     less that of the second; and with an MTP block ``agrees`` [prompts, prompt and new tokens - 2], whether the block's
-    draft at position i is the token at i + 2.
+    draft at position i is the token at i + 2. Of a model that sees pictures they are its language model's alone, in
+    ``text/``, and there are those of `picture_arrays`; ``source`` is that model before its pruning.
     """
-    model = AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.float32).eval()
+    own = directory / ("text" if source else "model")
+    model = AutoModelForCausalLM.from_pretrained(own, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(7)
-    prompts = torch.randint(1, model.config.vocab_size, (PROMPTS, PROMPT_TOKENS), generator=generator)
+    prompts = torch.randint(1, VOCAB, (PROMPTS, PROMPT_TOKENS), generator=generator)
     with torch.no_grad():
         text, margins = _continue(model, prompts)
         arrays = {
@@ -36,6 +40,8 @@ def write_expected(directory: Path, has_mtp: bool) -> None:
         }
         if has_mtp:
             arrays["agrees"] = _draft_agrees(model, text)
+        if source:
+            arrays |= picture_arrays(source, directory / "model")
     np.savez(directory / "expected.npz", **{name: array.numpy() for name, array in arrays.items()})
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_slim.errors import SlimError
 from tests.clients.clients import CLIENTS, NOT_RUN, Client, known
-from tests.clients.models import CASES, ROOT, Case, write_cases
+from tests.clients.models import CASES, PICTURES, ROOT, Case, write_cases
 
 HERE = Path(__file__).resolve().parent
 INSTALL_MINUTES = 30
@@ -178,7 +178,8 @@ def prepare(models: Path, cases: Sequence[Case]) -> None:
     shutil.rmtree(models, ignore_errors=True)
     write_cases(models, tuple(cases))
     for case in cases:
-        write_expected(models / "cases" / case.name, case.has_mtp)
+        source = models / PICTURES if case.model_type == PICTURES else None
+        write_expected(models / "cases" / case.name, case.has_mtp, source)
     stamp.write_text(made)
 
 

@@ -1,8 +1,8 @@
 """Makes the models that clients are tried with: tiny, random, and pruned by this package's own commands.
 
 Each case becomes a directory with ``model/``, an export, ``fp8/``, the same in block-scaled FP8, and what is expected
-of the former in ``expected.npz``. The
-expectation is transformers' in fp32, without a cache, from the same files (`expected.py`).
+of the former in ``expected.npz``. The expectation is transformers' in fp32, without a cache, from the same files
+(`expected.py`). Of a model that sees pictures it is that of its language model, exported alone into ``text/``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,15 @@ from torch import Tensor
 
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.testing import random_tensors, tiny_hf_config, tiny_shape
+from tests.clients.pictures import (
+    TOKENS,
+    add_picture_tokens,
+    fused,
+    language_config,
+    leave_tower_out,
+    pictures_config,
+    with_tower,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB = 320
@@ -39,11 +48,15 @@ SIZES: dict[str, Any] = {
     "moe_ffn_hidden_size": 64,
     "moe_shared_expert_intermediate_size": 64,
 }
-NEXT, MOE = "qwen3_next", "qwen3_moe"
+NEXT, MOE, TEXT, PICTURES = "qwen3_next", "qwen3_moe", "qwen3_5_moe_text", "qwen3_5_moe"
 _SIZES = {
     NEXT: SIZES,
+    TEXT: SIZES,
+    PICTURES: SIZES | {"vocab_size": VOCAB + len(TOKENS)},
     MOE: {key: size for key, size in SIZES.items() if not key.startswith("linear_") and "shared" not in key},
 }
+_FAMILY = {PICTURES: TEXT}
+_CONVERT = ("-m", "megatron_slim", "convert", "--to", "hf")
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ class Case:
     @property
     def has_mtp(self) -> bool:
         """There is an MTP block in the export."""
-        return self.model_type == NEXT and not self.without_mtp
+        return self.model_type != MOE and not self.without_mtp
 
 
 CASES = (
@@ -91,6 +104,18 @@ CASES = (
     ),
     Case("no-mtp", "exported without its MTP block", target={"num_layers": 4}, without_mtp=True),
     Case("qwen3-moe", "Qwen3-MoE, 3 of 8 layers, 9 of 16 experts", MOE, {"num_layers": 3, "num_moe_experts": 9}),
+    Case(
+        "qwen3.5",
+        "Qwen3.5-MoE alone, 6 of 8 layers, 9 of 16 experts, fused",
+        TEXT,
+        {"num_layers": 6, "num_moe_experts": 9},
+    ),
+    Case(
+        "qwen3.5-vlm",
+        "the same that sees pictures, 4 layers, hidden size 128 to 64",
+        PICTURES,
+        {"num_layers": 4, "hidden_size": 64, "num_moe_experts": 9},
+    ),
 )
 
 
@@ -106,10 +131,10 @@ def run(*words: str | Path) -> None:
         raise RuntimeError(f"{' '.join(map(str, words))}: {done.stderr.strip()[-2000:]}")
 
 
-def ascii_tokens(tokenizer: Path) -> Tensor:
+def ascii_tokens(tokenizer: Path, size: int) -> Tensor:
     """Which tokens are ASCII text, [vocabulary]: llama.cpp gives no probabilities of parts of a character."""
     vocabulary = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-    found = torch.zeros(VOCAB, dtype=torch.bool)
+    found = torch.zeros(size, dtype=torch.bool)
     for token, number in vocabulary.items():
         # Of a byte-level vocabulary: the signs for a space and for the end of a line.
         found[number] = token.replace("\u0120", "").replace("\u010a", "").isascii() and number != 0
@@ -128,11 +153,11 @@ def source_tensors(shape: ModelShape, possible: Tensor, seed: int = 0) -> dict[s
         return torch.randn(*size, generator=generator)
 
     tensors = random_tensors(shape, seed, torch.float32)
-    hidden = shape.hidden_size
-    embedding = noise(VOCAB, hidden)
+    hidden, tokens = shape.hidden_size, shape.vocab_size
+    embedding = noise(tokens, hidden)
     tensors["model.embed_tokens.weight"] = embedding
     tensors["lm_head.weight"] = 0.1 * (
-        0.3 * embedding[torch.randperm(VOCAB, generator=generator)] + noise(VOCAB, hidden)
+        0.3 * embedding[torch.randperm(tokens, generator=generator)] + noise(tokens, hidden)
     )
     tensors["lm_head.weight"][~possible] = 0  # logits of 0 are far below the largest
     for name in tensors:
@@ -149,30 +174,27 @@ def write_tokenizer(work: Path) -> Path:
     text, tokenizer = work / "text.jsonl", work / "tokenizer"
     pages = sorted((ROOT / "docs").glob("*.md"))
     text.write_text("".join(json.dumps({"text": page.read_text(encoding="utf-8")}) + "\n" for page in pages))
-    run(
-        ROOT / "examples/slimqwen/train_tokenizer.py",
-        "--input",
-        text,
-        "--output",
-        tokenizer,
-        "--vocab-size",
-        str(VOCAB),
-    )
+    tool = ROOT / "examples/slimqwen/train_tokenizer.py"
+    run(tool, "--input", text, "--output", tokenizer, "--vocab-size", str(VOCAB))
     return tokenizer
 
 
 def write_source(work: Path, model_type: str) -> Path:
     """A model to prune, with the tokenizer next to its weights."""
-    shape = tiny_shape(model_type, **_SIZES[model_type])
     source = work / model_type
     source.mkdir()
-    save_file(
-        source_tensors(shape, ascii_tokens(work / "tokenizer")), source / "model.safetensors", metadata={"format": "pt"}
-    )
-    config = tiny_hf_config(shape) | {"bos_token_id": 0, "eos_token_id": 0}
-    (source / "config.json").write_text(json.dumps(config, indent=2))
     for file in (work / "tokenizer").iterdir():
         (source / file.name).write_bytes(file.read_bytes())
+    shape = tiny_shape(_FAMILY.get(model_type, model_type), **_SIZES[model_type])
+    tensors = source_tensors(shape, ascii_tokens(work / "tokenizer", shape.vocab_size))
+    config = tiny_hf_config(shape) | {"bos_token_id": 0, "eos_token_id": 0}
+    if model_type == TEXT:
+        tensors, config = fused(tensors, shape), language_config(shape)
+    elif model_type == PICTURES:
+        tensors, config = with_tower(fused(tensors, shape), shape), pictures_config(shape)
+        add_picture_tokens(source)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "config.json").write_text(json.dumps(config, indent=2))
     return source
 
 
@@ -193,10 +215,11 @@ def write_case(work: Path, case: Case, source: Path) -> Path:
         *("--calibration-data", work / "calibration.npy", *case.flags),
     )
     if case.without_mtp:
-        convert = ("-m", "megatron_slim", "convert", "--without-mtp", "--to", "hf")
-        run(*convert, "--load", pruned, "--save", directory / "model")
-    quantize = ("-m", "megatron_slim", "convert", "--to", "hf", "--quantize", "fp8")
-    run(*quantize, "--load", directory / "model", "--save", directory / "fp8")
+        run(*_CONVERT, "--without-mtp", "--load", pruned, "--save", directory / "model")
+    if case.model_type == PICTURES:
+        leave_tower_out(directory / "model", directory / "language")
+        run(*_CONVERT, "--load", directory / "language", "--save", directory / "text")
+    run(*_CONVERT, "--quantize", "fp8", "--load", directory / "model", "--save", directory / "fp8")
     return directory
 
 

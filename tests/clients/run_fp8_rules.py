@@ -14,12 +14,12 @@ import logging
 import struct
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from common import DIFFERS, SAME_NAMES, Case, Result, main
 
-# Of each package: the file of Fp8Config, that of the rule, the models' folder, and its name for the block "mtp".
+# Of each package: the file of Fp8Config, that of the rule, the models' folder, and Qwen3-Next's name for "mtp".
 SOURCES = {
     "sglang": ("srt/layers/quantization/fp8.py", "srt/layers/quantization/utils.py", "srt/models", "model"),
     "vllm": (
@@ -30,8 +30,23 @@ SOURCES = {
     ),
 }
 RULE = ("is_layer_skipped", "_module_path_match", "_FALLBACK_FUSED_SHARDS")
-FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
-FUSED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+# model_type -> for each package: the models' file, and the class that says which layers it merges.
+CLASSES = {
+    "qwen3_next": dict.fromkeys(SOURCES, ("qwen3_next.py", "Qwen3NextForCausalLM")),
+    "qwen3_moe": dict.fromkeys(SOURCES, ("qwen3_moe.py", "Qwen3MoeForCausalLM")),
+    "qwen3_5_moe_text": {
+        "sglang": ("qwen3_5.py", "Qwen3_5ForCausalLM"),
+        "vllm": ("qwen3_5.py", "Qwen3_5ForCausalLMBase"),
+    },
+    "qwen3_5_moe": {
+        "sglang": ("qwen3_5.py", "Qwen3_5ForCausalLM"),  # the class of the whole takes this one's
+        "vllm": ("qwen3_5.py", "Qwen3_5ForConditionalGeneration"),
+    },
+}
+# The class that this one of vLLM's adds to, and what names begin with there, in the list of layers that are not in FP8
+# as well. SGLang keeps the names of the files.
+BASE = ("qwen3_vl.py", "Qwen3VLForConditionalGeneration")
+VLLM_NAMES = {"model.language_model.": "language_model.model.", "model.visual.": "visual."}
 # Fused in fact where the rule has no such list: vLLM adds it to Qwen3-MoE for dense layers, which we have none of.
 ALSO_FUSED = {"gate_up_proj": ["gate_proj", "up_proj"]}
 
@@ -51,8 +66,8 @@ class Config:
         return next((config[key] for key in keys if key in config), default)
 
 
-def pick(nodes: Collection[ast.AST], names: Collection[str]) -> dict[str, Any]:
-    """Functions and constants of these names, run by themselves."""
+def pick(nodes: Collection[ast.AST], names: Collection[str], **known: Any) -> dict[str, Any]:
+    """Functions and constants of these names, run by themselves; ``known`` is what they refer to."""
     found: list[ast.stmt] = []
     for node in nodes:
         targets = (
@@ -66,7 +81,7 @@ def pick(nodes: Collection[ast.AST], names: Collection[str]) -> dict[str, Any]:
             found.append(node)
     lazy = ast.ImportFrom("__future__", [ast.alias("annotations")], 0)
     module = ast.fix_missing_locations(ast.Module([lazy, *found], []))
-    namespace: dict[str, Any] = {"MappingProxyType": MappingProxyType, "logger": logging.getLogger()}
+    namespace: dict[str, Any] = {"MappingProxyType": MappingProxyType, "logger": logging.getLogger(), **known}
     exec(compile(module, "rules", "exec"), namespace)
     return namespace
 
@@ -85,19 +100,34 @@ def header(file: Path) -> dict[str, Any]:
     return {name: entry for name, entry in found.items() if name != "__metadata__"}
 
 
-def linear_layers(tensors: Mapping[str, Any], mtp: str) -> dict[str, set[bool]]:
-    """Modules of an engine that are linear layers, and whether the weights that they are made of are in FP8."""
+def merged_layers(folder: Path, package: str, model_type: str) -> dict[str, list[str]]:
+    """Layers that an engine makes of several in the files, and of which."""
+    file, name = CLASSES[model_type][package]
+    known, wanted = {}, "packed_modules_mapping"
+    if package == "vllm" and model_type == "qwen3_5_moe":
+        known = {BASE[1]: SimpleNamespace(**pick(body_of(folder / BASE[0], BASE[1]), [wanted]))}
+    return ALSO_FUSED | pick(body_of(folder / file, name), [wanted], **known)[wanted]
+
+
+def renamed(name: str, names: Mapping[str, str]) -> str:
+    """A name that begins with one of ``names`` with what that is in an engine."""
+    before = next((begin for begin in names if name.startswith(begin)), "")
+    return names.get(before, "") + name.removeprefix(before)
+
+
+def linear_layers(tensors: Mapping[str, Any], merged: Mapping[str, list[str]]) -> dict[str, set[bool]]:
+    """Linear layers of an engine by the names in the files, and whether the weights they are made of are in FP8."""
+    whole = {part: name for name, parts in merged.items() for part in parts}
     found: dict[str, set[bool]] = {}
     for name, entry in tensors.items():
         parent, _, leaf = name.removesuffix(".weight").rpartition(".")
-        in_layers = ".layers." in name or name == "mtp.fc.weight"
-        if not name.endswith(".weight") or len(entry["shape"]) != 2 or not in_layers:
+        in_layers = ".layers." in name or ".visual." in name or name == "mtp.fc.weight"
+        # Patches are cut by a convolution, and positions are an embedding.
+        if not name.endswith(".weight") or len(entry["shape"]) != 2 or not in_layers or leaf == "pos_embed":
             continue
-        module = f"{parent}.{FUSED.get(leaf, leaf)}"
+        module = f"{parent}.{whole.get(leaf, leaf)}"
         if ".mlp.experts." in name:
             module = name.partition(".experts.")[0] + ".experts"
-        if module.startswith("mtp."):
-            module = module.replace("mtp.", f"{mtp}.", 1)
         found.setdefault(module, set()).add(entry["dtype"] == "F8_E4M3")
     return found
 
@@ -110,16 +140,20 @@ def names(case: Case) -> Result:
     config_file, rule_file, models, mtp = SOURCES[package]
     export = case.model.parent / "fp8"
     config = json.loads((export / "config.json").read_text())
-    classes = {"qwen3_next": "Qwen3NextForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
-    own = body_of(root / models / f"{config['model_type']}.py", classes[config["model_type"]])
-    mapping = ALSO_FUSED | pick(own, ["packed_modules_mapping"])["packed_modules_mapping"]
+    mapping = merged_layers(root / models, package, config["model_type"])
+    own = VLLM_NAMES if package == "vllm" and "text_config" in config else {}
+    if config["model_type"] == "qwen3_next":
+        own = {"mtp.": f"{mtp}."}
     from_config = pick(body_of(root / config_file, "Fp8Config"), ["from_config"])["from_config"]
     ignored = from_config(Config, config["quantization_config"]).ignored_layers
+    if own is VLLM_NAMES:
+        ignored = [renamed(name, own) for name in ignored]
     skipped = pick(ast.parse((root / rule_file).read_text(encoding="utf-8")).body, RULE)["is_layer_skipped"]
     tensors = {name: entry for file in export.glob("*.safetensors") for name, entry in header(file).items()}
-    layers = linear_layers(tensors, mtp)
-    if package == "sglang":
-        layers.pop("model.fc", None)  # a plain layer of torch there, which no rule is asked about
+    layers = linear_layers(tensors, mapping)
+    if package == "sglang":  # there, layers of torch in these two, which no rule is asked about
+        layers = {name: fp8 for name, fp8 in layers.items() if name != "mtp.fc" and ".visual." not in name}
+    layers = {renamed(name, own): fp8 for name, fp8 in layers.items()}
     wrong = [module for module, fp8 in layers.items() if fp8 != {not skipped(module, ignored, mapping)}]
     note = f"{package}: {len(layers) - len(wrong)} of {len(layers)} linear layers as in the files"
     in_fp8 = sum(True in fp8 for fp8 in layers.values())

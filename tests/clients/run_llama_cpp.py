@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import Case, Result, both, main
+from common import DIFFERS, LOADS, Case, Result, both, main
 
 # The converter recognises a tokenizer by the hash of what it makes of a text, so it knows published ones alone. A tiny
 # one is none of them; it has GPT-2's rules.
@@ -68,11 +68,8 @@ def margins(answers: list[dict[str, Any]]) -> list[list[float]]:
 
 
 def convert(case: Case) -> Result:
-    flags = (
-        ()
-        if case.config.get("num_nextn_predict_layers") or case.config["model_type"] != "qwen3_next"
-        else ("--no-mtp",)
-    )
+    has_mtp = any(case.text.get(key) for key in ("num_nextn_predict_layers", "mtp_num_hidden_layers"))
+    flags = ("--no-mtp",) if case.hybrid and not has_mtp else ()
     answers = complete(to_gguf(case, *flags), case)
     result, note = both(
         case.compare_margins(margins(answers)), case.compare_tokens([answer["tokens"] for answer in answers])
@@ -81,11 +78,23 @@ def convert(case: Case) -> Result:
 
 
 def mtp(case: Case) -> Result:
-    """A rejected draft returns it to a copy of the recurrent state; the token after that has no draft."""
+    """With Qwen3-Next, a rejected draft returns it to a copy of the recurrent state; the next token has no draft."""
     answers = complete(to_gguf(case), case, mtp=True)
     timings = [answer["timings"] for answer in answers]
     rounds, accepted = (sum(each.get(key, 0) for each in timings) for key in ("draft_n", "draft_n_accepted"))
-    return both(case.compare_tokens([answer["tokens"] for answer in answers]), case.compare_drafts(rounds, accepted, 2))
+    texts = case.compare_tokens([answer["tokens"] for answer in answers])
+    return both(texts, case.compare_drafts(rounds, accepted, 2 if case.config["model_type"] == "qwen3_next" else 1))
 
 
-main({"convert": convert, "mtp": mtp})
+def mmproj(case: Case) -> Result:
+    """Its vision tower as a file of its own, whose last layer writes into the hidden dimensions that are left."""
+    sys.path.insert(0, str(next(Path(sys.prefix).glob("src/*/vendor/llama.cpp/gguf-py"))))
+    import gguf
+
+    file = to_gguf(case, "--mmproj")
+    shapes = [tuple(int(size) for size in tensor.shape) for tensor in gguf.GGUFReader(file).tensors]
+    rows = [shape for shape in shapes if shape[-1] == case.text["hidden_size"] and len(shape) == 2]
+    return (LOADS if rows else DIFFERS), f"{len(shapes)} tensors, of which one writes {case.text['hidden_size']} rows"
+
+
+main({"convert": convert, "mtp": mtp, "mmproj": mmproj})

@@ -14,16 +14,15 @@ from common import BF16, DIFFERS, FP32, SAME_LOGITS, Case, Result, both, main
 def _start(case: Case, **settings: Any) -> Any:
     from vllm import LLM
 
-    hybrid = case.config["model_type"] == "qwen3_next"
     return LLM(
         str(case.model),
-        dtype="bfloat16" if hybrid else "float32",
+        dtype="bfloat16" if case.hybrid else "float32",
         max_model_len=128,
         max_num_seqs=4,
         enforce_eager=True,
         enable_prefix_caching=False,
         disable_log_stats=False,
-        max_logprobs=case.config["vocab_size"],
+        max_logprobs=case.text["vocab_size"],
         **settings,
     )
 
@@ -36,11 +35,11 @@ def _greedy(engine: Any, case: Case, **settings: Any) -> list[Any]:
 
 
 def _tolerance(case: Case) -> float:
-    return BF16 if case.config["model_type"] == "qwen3_next" else FP32
+    return BF16 if case.hybrid else FP32
 
 
 def generate(case: Case) -> Result:
-    size = case.config["vocab_size"]
+    size = case.text["vocab_size"]
     answers = _greedy(_start(case), case, prompt_logprobs=size)
     logits = case.expected["logits"]
     logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -64,4 +63,29 @@ def mtp(case: Case) -> Result:
     return both(texts, case.compare_drafts(int(rounds), int(accepted)))
 
 
-main({"generate": generate, "mtp": mtp})
+def picture(case: Case) -> Result:
+    """A text around a picture: log-probabilities are those of this environment's transformers, in fp32."""
+    import torch
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    seen = [np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8) for seed in range(2)]
+    images = [Image.fromarray(values) for values in seen]
+    text = "The model is <|vision_start|><|image_pad|><|vision_end|> pruned, and one file of weights"
+    processor = AutoProcessor.from_pretrained(case.model)
+    whole = AutoModelForImageTextToText.from_pretrained(case.model, dtype=torch.float32).eval()
+    inputs = [processor(text=[text], images=[image], return_tensors="pt") for image in images]
+    with torch.no_grad():
+        expected, other = (whole(**each).logits[0, :-1].log_softmax(-1).numpy() for each in inputs)
+    from vllm import SamplingParams
+
+    wanted = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=case.text["vocab_size"])
+    (answer,) = _start(case).generate([{"prompt": text, "multi_modal_data": {"image": images[0]}}], wanted)
+    entries = answer.prompt_logprobs[1:]
+    found = np.array([[entry[token].logprob for token in range(expected.shape[1])] for entry in entries])
+    largest, effect = (float(np.abs(each - expected).max()) for each in (found, other))
+    note = f"log-probabilities differ by at most {largest:.1g}, with another picture by {effect:.2g}"
+    return (SAME_LOGITS if largest <= BF16 and effect > 5 * BF16 else DIFFERS), note
+
+
+main({"generate": generate, "mtp": mtp, "picture": picture})
