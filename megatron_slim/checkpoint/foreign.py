@@ -149,6 +149,8 @@ def _unknown(names: Iterable[str], shape: ModelShape) -> Iterator[str]:
 def refuse_quantized(config: Mapping[str, Any], file: Path, fp8: bool) -> None:
     """Refuse what config.json says is quantized, but for block-scaled FP8 where that is wanted.
 
+    A larger model's file may say it of the language model alone, in its section. Serving programs read that too.
+
     Args:
         config: the parsed file.
         file: where it is.
@@ -157,8 +159,10 @@ def refuse_quantized(config: Mapping[str, Any], file: Path, fp8: bool) -> None:
     Raises:
         CheckpointError: says with what the weights are quantized.
     """
-    for key in (_MLX_QUANTIZATION, QUANTIZATION, "compression_config"):
-        quantization = config.get(key)
+    sections = {"": config} | {f"{name}.": section for name, section in config.items() if isinstance(section, Mapping)}
+    keys = (_MLX_QUANTIZATION, QUANTIZATION, "compression_config")
+    found = {prefix + key: section.get(key) for prefix, section in sections.items() for key in keys}
+    for key, quantization in found.items():
         if quantization is None:
             continue
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization

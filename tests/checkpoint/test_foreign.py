@@ -208,6 +208,10 @@ QUANTIZED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "nothing stated": ({"quantization_config": {}}, r"a method that it does not name \(no settings\)"),
     "method a number": ({"quantization_config": {"quant_method": 4}}, "a method that it does not name"),
+    "FP8 in a section": (
+        {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
+        "text_config.quantization_config: weights quantized with 'fp8'",
+    ),
     "FP8 under another key": ({"quantization": {"quant_method": "fp8"}}, "quantization: weights quantized with 'fp8'"),
 }
 
