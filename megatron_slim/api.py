@@ -26,6 +26,7 @@ from megatron_slim.compat.runtime import default_dtype
 from megatron_slim.errors import SlimError
 from megatron_slim.files import refuse_existing
 from megatron_slim.pruning.apply import PrunedCheckpoint
+from megatron_slim.pruning.carried_statistics import read_carried_statistics
 from megatron_slim.pruning.pipeline import write_pruned
 from megatron_slim.pruning.plan import Plan, check_recipe
 from megatron_slim.pruning.plan import make_plan as _make_plan
@@ -59,6 +60,7 @@ __all__ = [
     "Statistics",
     "acceptance",
     "calibrate",
+    "carry_statistics",
     "convert",
     "count_parameters",
     "evaluate",
@@ -121,6 +123,21 @@ def read_statistics(path: StrPath) -> Statistics:
         CheckpointError: it is missing, or holds something else.
     """
     return Statistics.load(Path(path))
+
+
+def carry_statistics(pruned: StrPath, checkpoint: Checkpoint | StrPath) -> Statistics:
+    """Statistics for a model that was pruned and trained, without a new calibration: those that the pruning kept.
+
+    What its plan kept has the numbers measured before it, a merged expert those of its base.
+
+    Args:
+        pruned: the pruned checkpoint that the model was trained from, with plan and statistics.
+        checkpoint: the model.
+
+    Raises:
+        SlimError: plan or statistics are missing, or did not give this model.
+    """
+    return read_carried_statistics(Path(pruned), _opened(checkpoint))
 
 
 def read_recipe(recipe: StrPath | Mapping[str, Any], *, phase: int | None = None) -> Recipe:

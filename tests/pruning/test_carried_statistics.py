@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import megatron_slim as slim
 from megatron_slim.architecture.shape import FAMILIES, FULL_ATTENTION
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.pruning.apply import PrunedCheckpoint
@@ -166,6 +167,10 @@ def test_the_command_prunes_with_them_and_refuses_those_of_others(tool: Callable
     words = ("--recipe", tmp_path / "second.yaml", "--load", tmp_path / "s2-trained", "--save", tmp_path / "plan.json")
     planned = tool("tools/plan_pruning.py", *words, "--carry-statistics", tmp_path / "s2", "--json")
     assert planned.code == 0, planned.stderr
+    # From Python, which gives the same plan.
+    stats = slim.carry_statistics(tmp_path / "s2", tmp_path / "s2-trained")
+    slim.make_plan(slim.read_recipe(tmp_path / "second.yaml"), tmp_path / "s2-trained", stats).save(tmp_path / "same")
+    assert (tmp_path / "same").read_bytes() == (tmp_path / "plan.json").read_bytes()
 
     # Without its MTP block, which training may leave out.
     bare = prune("second", "s1-trained", "s2-bare", "--carry-statistics", tmp_path / "s1", "--without-mtp")
