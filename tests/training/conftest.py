@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,9 +107,18 @@ class Workplace:
         """What the ranks of a run print."""
         return self.root / f"{name}.log"
 
+    def new_log(self, name: str) -> Path:
+        """`log` of a run that is to begin, without what one of the same name has left.
+
+        pytest may leave a module and come back: its fixtures then run again, in the same workplace.
+        """
+        shutil.rmtree(self.root / "tensorboard" / name, ignore_errors=True)
+        self.log(name).unlink(missing_ok=True)
+        return self.log(name)
+
     def train(self, name: str, ranks: int, *flags: str, **options: bool) -> dict[str, list[float]]:
         """Train on ``ranks`` processes; what tensorboard got, by tag. ``options`` as `argv`."""
-        run_distributed(ranks, train, self.argv(name, *flags, **options), str(self.log(name)), initialise=False)
+        run_distributed(ranks, train, self.argv(name, *flags, **options), str(self.new_log(name)), initialise=False)
         return read_scalars(self.root / "tensorboard" / name)
 
 

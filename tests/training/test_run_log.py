@@ -116,7 +116,7 @@ def one(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> tuple
     # As many sequences go by at once as in the other layout, in which two ranks have one each.
     wandb = ("--wandb-project", "p", "--wandb-exp-name", "n", "--wandb-save-dir", str(counted.parent))
     argv = workplace.argv("logged", "--micro-batch-size", "2", *FLAGS.split(), *wandb)
-    run_distributed(1, train_and_count, argv, str(workplace.log("logged")), str(counted), initialise=False)
+    run_distributed(1, train_and_count, argv, str(workplace.new_log("logged")), str(counted), initialise=False)
     logged = read_scalars(workplace.root / "tensorboard" / "logged")
     sent = [json.loads(text) for text in (counted.parent / "logged").read_text().splitlines()]
     assert [step for values, step in sent if "slim/throughput/seconds_per_iteration" in values] == [2, 4, 6]
@@ -128,7 +128,7 @@ def one(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> tuple
 @pytest.fixture(scope="module")
 def many(workplace: Workplace) -> dict[str, list[float]]:
     argv = workplace.argv("logged-pp2-ep2", *PP2_EP2.split(), *FLAGS.split())
-    run_distributed(4, train_with_a_slow_stage, argv, str(workplace.log("logged-pp2-ep2")), initialise=False)
+    run_distributed(4, train_with_a_slow_stage, argv, str(workplace.new_log("logged-pp2-ep2")), initialise=False)
     return read_scalars(workplace.root / "tensorboard" / "logged-pp2-ep2")
 
 
