@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_slim.cli.evaluation_extras import dtype_of
-from megatron_slim.command_line import load_options, positive
+from megatron_slim.command_line import positive
 
 if TYPE_CHECKING:
+    from megatron_slim.checkpoint.convert import Checkpoint
     from megatron_slim.evaluation.acceptance import Acceptance
     from megatron_slim.evaluation.teacher import Teacher
 
@@ -35,14 +36,11 @@ def add_acceptance_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stop-at-eos", action="store_true", help="end texts at the eos_token_id of config.json")
 
 
-def run_acceptance(args: argparse.Namespace, load: Path, teacher: Teacher | None) -> dict[str, Any]:
+def run_acceptance(args: argparse.Namespace, checkpoint: Checkpoint, teacher: Teacher | None) -> dict[str, Any]:
     """Measure a checkpoint, and the teacher; say and give what was found."""
-    from megatron_slim.checkpoint.convert import log_left_out, open_checkpoint
     from megatron_slim.compat.runtime import default_dtype
     from megatron_slim.evaluation.acceptance import acceptance_of
 
-    checkpoint = open_checkpoint(load, **load_options(args))
-    log_left_out(checkpoint)
     found = acceptance_of(
         checkpoint,
         teacher,

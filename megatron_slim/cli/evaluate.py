@@ -6,7 +6,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_slim.cli.acceptance_run import add_acceptance_arguments, run_acceptance
 from megatron_slim.cli.evaluation_extras import (
@@ -15,7 +15,6 @@ from megatron_slim.cli.evaluation_extras import (
     Extras,
     add_extra_arguments,
     check_arguments,
-    check_tasks,
     describe_losses,
     dtype_of,
     evaluate_every,
@@ -24,6 +23,9 @@ from megatron_slim.cli.evaluation_extras import (
 )
 from megatron_slim.cli.tool import run_command
 from megatron_slim.command_line import add_load_arguments, load_options, not_negative, positive
+
+if TYPE_CHECKING:
+    from megatron_slim.checkpoint.convert import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -70,21 +72,28 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 def _measure(args: argparse.Namespace, load: Path, extras: Extras) -> dict[str, Any]:
     """Evaluate one checkpoint on everything that was asked for."""
+    from megatron_slim.checkpoint.convert import log_left_out, open_checkpoint
+
+    checkpoint = open_checkpoint(load, **load_options(args))
+    log_left_out(checkpoint)
     if extras.tasks is not None:
-        check_tasks(args, load)  # now, not after the losses
-    results = _measure_losses(args, load, extras) if args.data is not None else {"load": str(load)}
+        from megatron_slim.evaluation.tasks import check_tokenizer
+
+        check_tokenizer(checkpoint)  # now, not after the losses
+    results = _measure_losses(args, checkpoint, load, extras) if args.data is not None else {"load": str(load)}
     if args.acceptance is not None:
-        results |= run_acceptance(args, load, extras.teacher)
+        results |= run_acceptance(args, checkpoint, extras.teacher)
     if extras.tasks is not None:
-        results |= run_tasks(args, load, extras.tasks)
+        results |= run_tasks(args, checkpoint, extras.tasks)
     return results
 
 
-def _measure_losses(args: argparse.Namespace, load: Path, extras: Extras) -> dict[str, Any]:
+def _measure_losses(args: argparse.Namespace, checkpoint: Checkpoint, load: Path, extras: Extras) -> dict[str, Any]:
     from megatron_slim.checkpoint.records import REFERENCE
     from megatron_slim.evaluation.perplexity import evaluate_checkpoint
 
     results = evaluate_checkpoint(
+        checkpoint,
         load,
         args.data,
         seq_length=args.seq_length,
@@ -94,7 +103,6 @@ def _measure_losses(args: argparse.Namespace, load: Path, extras: Extras) -> dic
         seed=args.seed,
         record=args.record,
         teacher=extras.teacher,
-        **load_options(args),
     )
     logger.info(describe_losses(results))
     if args.record:

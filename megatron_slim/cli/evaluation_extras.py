@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_slim.cli.terminal import wide_console
-from megatron_slim.command_line import load_options, not_negative, positive
+from megatron_slim.command_line import not_negative, positive
 from megatron_slim.errors import SlimError
 
 if TYPE_CHECKING:
     import torch
 
+    from megatron_slim.checkpoint.convert import Checkpoint
     from megatron_slim.evaluation.tasks import Tasks
     from megatron_slim.evaluation.teacher import Teacher
 
@@ -164,19 +165,8 @@ def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
     return getattr(torch, DTYPES[args.dtype]) if args.dtype else None
 
 
-def check_tasks(args: argparse.Namespace, load: Path) -> None:
-    """See that tasks can be asked of a checkpoint."""
-    from megatron_slim.checkpoint.convert import open_checkpoint
-    from megatron_slim.evaluation.tasks import check_tokenizer
-
-    check_tokenizer(open_checkpoint(load, **load_options(args)))
-
-
-def run_tasks(args: argparse.Namespace, load: Path, tasks: Tasks) -> dict[str, Any]:
+def run_tasks(args: argparse.Namespace, checkpoint: Checkpoint, tasks: Tasks) -> dict[str, Any]:
     """Score a checkpoint on tasks; a line for every metric of those that were asked for."""
-    from megatron_slim.checkpoint.convert import open_checkpoint
-
-    checkpoint = open_checkpoint(load, **load_options(args))
     found = tasks.run(checkpoint, micro_batch_size=args.micro_batch_size, dtype=dtype_of(args))
     for name in tasks.names:
         for metric, value in _metrics(found, name):

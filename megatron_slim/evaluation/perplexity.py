@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.checkpoint.convert import Checkpoint, log_left_out, open_checkpoint
+from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.reference import Reference
 from megatron_slim.checkpoint.remarks import remarks
@@ -191,6 +191,7 @@ def evaluate_on(
 
 
 def evaluate_checkpoint(
+    checkpoint: Checkpoint,
     load: Path,
     data: Path,
     *,
@@ -201,11 +202,10 @@ def evaluate_checkpoint(
     seed: int = 0,
     record: bool = False,
     teacher: Teacher | None = None,
-    **reading: Any,
 ) -> dict[str, Any]:
-    """Evaluate a Hugging Face or torch_dist directory; what megatron-slim evaluate runs.
+    """Evaluate what was opened of the directory ``load``; what megatron-slim evaluate runs.
 
-    ``record`` writes a `Reference` into ``load``; ``reading`` goes to `open_checkpoint`.
+    ``record`` writes a `Reference` into ``load``.
 
     Returns:
         `Evaluation.losses`, ``samples``, ``seq_length``, ``dtype`` and ``load``; with a teacher also
@@ -213,8 +213,6 @@ def evaluate_checkpoint(
     """
     if micro_batch_size < 1:
         raise DataError(f"--micro-batch-size {micro_batch_size} is not a positive number")
-    checkpoint = open_checkpoint(load, **reading)
-    log_left_out(checkpoint)
     dtype = dtype or runtime.default_dtype()
     result, samples = evaluate_on(
         checkpoint,

@@ -60,8 +60,9 @@ def test_every_complete_checkpoint_is_measured(
     assert (first["iteration"], last["iteration"]) == (10, 20)
     assert first["kl"] > 0.01 and (last["kl"], last["top1_agreement"]) == (0.0, 1.0)
     for each in (first, last):
+        load = tmp_path / f"hf{each['iteration']}"
         alone = evaluate_checkpoint(
-            tmp_path / f"hf{each['iteration']}", tmp_path / "x.npy", teacher=Teacher(open_checkpoint(teacher))
+            open_checkpoint(load), load, tmp_path / "x.npy", teacher=Teacher(open_checkpoint(teacher))
         )
         assert {**alone, "load": None} == {key: each[key] for key in alone} | {"load": None}
         assert f"{each['loss']:.4f}" in found.stdout and f"{each['kl']:.4f}" in found.stdout

@@ -170,7 +170,7 @@ def test_tool(tool: Callable[..., Any], tmp_path: Path) -> None:
     outcome = tool("tools/evaluate.py", *arguments)
     assert outcome.code == 0, outcome.stderr
     result = outcome.json
-    assert result == evaluate_checkpoint(path, tmp_path / "x.npy", micro_batch_size=2)
+    assert result == evaluate_checkpoint(open_checkpoint(path), path, tmp_path / "x.npy", micro_batch_size=2)
     assert result["tokens"] == 100 and len(result["mtp_loss"]) == 1
     assert result["perplexity"] == math.exp(result["loss"])
     loss, perplexity = (f"{key} {result[key]:.{n}f} +- {result[f'{key}_stderr']:.{n}f}" for key, n in SHOWN.items())

@@ -49,7 +49,8 @@ def teachers(workplace, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     shutil.copytree(workplace.teacher, found["same"])
     shape = HFCheckpoint.open(found["same"]).shape
     np.save(root / "data.npy", np.random.default_rng(0).integers(0, shape.vocab_size, (4, LENGTH)))
-    result = evaluate_checkpoint(found["same"], root / "data.npy", record=True, dtype=torch.float32)
+    same = found["same"]
+    result = evaluate_checkpoint(HFCheckpoint.open(same), same, root / "data.npy", record=True, dtype=torch.float32)
     reference = read_reference(found["same"], shape.vocab_size)
     assert reference is not None and len(reference.losses) == 4 and len(reference.losses[0]) == LENGTH - 1
     assert np.mean(reference.losses) == pytest.approx(result["loss"], rel=1e-6)
