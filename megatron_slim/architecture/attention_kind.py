@@ -66,7 +66,7 @@ class Side:
         layer: its name.
         field: the size of the shape that would be changed.
         total: inputs or outputs of all ranks.
-        inputs: whether they are inputs.
+        inputs: whether they are inputs, which the forward pass sums over.
     """
 
     layer: str

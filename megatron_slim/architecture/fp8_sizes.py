@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_slim.architecture.attention_kind import Side
 from megatron_slim.architecture.family import FULL_ATTENTION
 from megatron_slim.architecture.kinds import KINDS
 from megatron_slim.architecture.parallelism import layout_violations
@@ -28,22 +29,14 @@ REACH = 2048  # how far from a size allowed ones are looked for
 
 
 @dataclass(frozen=True)
-class Side:
-    """Inputs or outputs of a layer that is multiplied in FP8.
+class SharedSide(Side):
+    """A side that is multiplied in FP8, and among how many ranks.
 
     Attributes:
-        layer: its name.
-        field: the size of the shape that would be changed.
-        total: inputs or outputs of all ranks.
-        ways: ranks that share them.
-        inputs: whether they are inputs, which the forward pass sums over.
+        ways: ranks that share it.
     """
 
-    layer: str
-    field: str
-    total: int
     ways: int
-    inputs: bool
 
     def unit(self, recipe: str, *, trained: bool) -> int:
         """What each rank's part must be a multiple of."""
@@ -61,24 +54,25 @@ class Side:
         return f"{self.layer} has {self.total / self.ways:g} {'inputs' if self.inputs else 'outputs'}{ranks}"
 
 
-def fp8_sides(shape: ModelShape, *, tp: int = 1, etp: int = 1) -> Iterator[Side]:
+def fp8_sides(shape: ModelShape, *, tp: int = 1, etp: int = 1) -> Iterator[SharedSide]:
     """Every different dimension of a model's FP8 layers.
 
     Router, gate of the shared expert, embedding, output layer, norms, convolution and delta rule stay in bf16 or fp32.
     """
-    yield Side("every layer", "hidden_size", shape.hidden_size, 1, True)
+    yield SharedSide("every layer", "hidden_size", shape.hidden_size, inputs=True, ways=1)
     if shape.mtp_num_layers:
-        yield Side("eh_proj of the MTP block", "hidden_size", shape.hidden_size, tp, False)
+        yield SharedSide("eh_proj of the MTP block", "hidden_size", shape.hidden_size, inputs=False, ways=tp)
     present = {*shape.layer_types} | ({FULL_ATTENTION} if shape.mtp_num_layers else set())
     for kind in (kind for name, kind in KINDS.items() if name in present):
         for side in kind.fp8_sides(shape):
-            yield Side(side.layer, side.field, side.total, tp, side.inputs)
-    yield Side("linear_fc1 of experts", "moe_ffn_hidden_size", 2 * shape.moe_ffn_hidden_size, etp, False)
-    yield Side("linear_fc2 of experts", "moe_ffn_hidden_size", shape.moe_ffn_hidden_size, etp, True)
+            yield SharedSide(**vars(side), ways=tp)
+    field, size = "moe_ffn_hidden_size", shape.moe_ffn_hidden_size
+    yield SharedSide("linear_fc1 of experts", field, 2 * size, inputs=False, ways=etp)
+    yield SharedSide("linear_fc2 of experts", field, size, inputs=True, ways=etp)
     if shared := shape.moe_shared_expert_intermediate_size:
         field = "moe_shared_expert_intermediate_size"
-        yield Side("linear_fc1 of the shared expert", field, 2 * shared, tp, False)
-        yield Side("linear_fc2 of the shared expert", field, shared, tp, True)
+        yield SharedSide("linear_fc1 of the shared expert", field, 2 * shared, inputs=False, ways=tp)
+        yield SharedSide("linear_fc2 of the shared expert", field, shared, inputs=True, ways=tp)
 
 
 def size_violations(shape: ModelShape, recipe: str, *, tp: int = 1, etp: int = 1, trained: bool = True) -> list[str]:
@@ -98,8 +92,8 @@ def size_violations(shape: ModelShape, recipe: str, *, tp: int = 1, etp: int = 1
     """
     known = {*shape.violations(), *layout_violations(shape, tp=tp, etp=etp)}
 
-    def misfits(candidate: ModelShape, tp: int, etp: int) -> dict[str, list[Side]]:
-        found: dict[str, list[Side]] = {}
+    def misfits(candidate: ModelShape, tp: int, etp: int) -> dict[str, list[SharedSide]]:
+        found: dict[str, list[SharedSide]] = {}
         for side in fp8_sides(candidate, tp=tp, etp=etp):
             if not side.fits(recipe, trained=trained):
                 found.setdefault(side.field, []).append(side)
