@@ -1,4 +1,4 @@
-"""Megatron without one of its changes, and optimizers of a few parameters."""
+"""Megatron without one of its changes, a router, and optimizers of a few parameters."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_slim.compat import runtime
@@ -34,6 +36,25 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Without:
                 monkeypatch.setattr(owner, name, theirs)
 
     return put_back
+
+
+def router_in_bf16() -> TopKRouter:
+    """A router that counts micro-batches and tokens for the global load balancing loss."""
+    runtime.init_single_process()
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=1,
+        num_moe_experts=4,
+        moe_router_topk=2,
+        moe_router_load_balancing_type="global_aux_loss",
+        moe_aux_loss_coeff=0.01,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+    )
+    router = TopKRouter(config, pg_collection=ProcessGroupCollection.use_mpu_process_groups()).bfloat16()
+    router.set_layer_number(1)
+    return router
 
 
 class Parameters(torch.nn.Module):

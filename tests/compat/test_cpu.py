@@ -12,6 +12,7 @@ import torch
 
 from megatron_slim.compat import runtime
 from megatron_slim.compat.adam import FusedAdam
+from tests.compat.conftest import router_in_bf16
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the layer changes nothing where CUDA is available")
 
@@ -79,24 +80,7 @@ def test_token_counts_of_the_dispatcher_become_arrays() -> None:
 
 
 def test_counts_of_the_global_load_balancing_loss_are_exact_in_bf16() -> None:
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer.moe.router import TopKRouter
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    runtime.init_single_process()
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=8,
-        num_attention_heads=1,
-        num_moe_experts=4,
-        moe_router_topk=2,
-        moe_router_load_balancing_type="global_aux_loss",
-        moe_aux_loss_coeff=0.01,
-        bf16=True,
-        params_dtype=torch.bfloat16,
-    )
-    router = TopKRouter(config, pg_collection=ProcessGroupCollection.use_mpu_process_groups()).bfloat16()
-    router.set_layer_number(1)
+    router = router_in_bf16()
     steps, tokens = 260, 7  # bf16 has no 257
     counts = torch.zeros(4)
     for step in range(steps):

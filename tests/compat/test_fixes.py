@@ -15,15 +15,11 @@ import pytest
 import torch
 from megatron.core.datasets import utils
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_slim.compat import runtime
 from megatron_slim.compat.fixes_data import DATASET_HELPERS
 from megatron_slim.compat.fixes_fp32 import ORDERED_PARAMETERS, PLAIN_OPTIMIZER, RESTORED_PARAMETERS, ROUTER_COUNTS
 from megatron_slim.compat.fixes_resume import BUCKET_PADDING, OTHER_EXPERT_PARALLELISM, OTHER_RATES
-from tests.compat.conftest import NUMBERS, Parameters, Without, trained
+from tests.compat.conftest import NUMBERS, Parameters, Without, router_in_bf16, trained
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -40,20 +36,7 @@ def test_without_it_they_are(without: Without) -> None:
 
 def micro_batches_counted(number: int) -> float:
     """By a router in bf16, which has no 257."""
-    runtime.init_single_process()
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=8,
-        num_attention_heads=1,
-        num_moe_experts=4,
-        moe_router_topk=2,
-        moe_router_load_balancing_type="global_aux_loss",
-        moe_aux_loss_coeff=0.01,
-        bf16=True,
-        params_dtype=torch.bfloat16,
-    )
-    router = TopKRouter(config, pg_collection=ProcessGroupCollection.use_mpu_process_groups()).bfloat16()
-    router.set_layer_number(1)
+    router = router_in_bf16()
     for _ in range(number):
         router(torch.ones(1, 1, 8, dtype=BF16))
     return float(router.ga_steps)

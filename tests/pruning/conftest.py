@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
@@ -27,6 +29,17 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     shape = tiny_shape(getattr(request, "param", "qwen3_next"), num_layers=8)
     path = write_tiny_checkpoint(tmp_path_factory.mktemp("model") / "hf", shape)
     (path / "tokenizer.json").write_text("{}")
+    return HFCheckpoint.open(path)
+
+
+def rewritten(source: HFCheckpoint, tensors: Mapping[str, Tensor], path: Path) -> HFCheckpoint:
+    """The same files in a new directory, with these tensors."""
+    path.mkdir()
+    for file in source.path.iterdir():
+        if file.suffix == ".safetensors":
+            save_file({name: tensors[name] for name in load_file(file)}, path / file.name)
+        else:
+            (path / file.name).write_bytes(file.read_bytes())
     return HFCheckpoint.open(path)
 
 

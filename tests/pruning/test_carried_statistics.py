@@ -11,7 +11,6 @@ import megatron_slim.mcore
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import megatron_slim as slim
 from megatron_slim.architecture.shape import FAMILIES, FULL_ATTENTION
@@ -25,6 +24,7 @@ from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import parse_recipe
 from megatron_slim.streaming.fingerprint import fingerprint
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
+from tests.pruning.conftest import rewritten
 
 RandomStats = Callable[..., Statistics]
 INNER = {"moe_ffn_hidden_size": 24, "num_attention_heads": 4}
@@ -99,13 +99,7 @@ def _without_effect(source: HFCheckpoint, plan: Plan, path: Path) -> HFCheckpoin
             _only(downs[expert], kept)
         if shared is not None:
             _only(shared, plan.inner.shared_neurons[block])
-    path.mkdir()
-    for file in source.path.iterdir():
-        if file.suffix == ".safetensors":
-            save_file({name: tensors[name] for name in load_file(file)}, path / file.name)
-        else:
-            (path / file.name).write_bytes(file.read_bytes())
-    return HFCheckpoint.open(path)
+    return rewritten(source, tensors, path)
 
 
 def _only(matrix: torch.Tensor, columns: tuple[int, ...]) -> None:

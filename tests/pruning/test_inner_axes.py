@@ -12,7 +12,6 @@ import megatron_slim.mcore
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_slim.architecture.shape import FAMILIES, FULL_ATTENTION
@@ -29,6 +28,7 @@ from megatron_slim.pruning.plan_view import ranked_axes
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import parse_recipe
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
+from tests.pruning.conftest import rewritten
 
 RandomStats = Callable[..., Statistics]
 HEAD, GROUPS, PER_GROUP = 16, 2, 3  # of full attention; linear attention has as many
@@ -200,13 +200,7 @@ def test_what_has_no_effect_may_go(family: str, random_stats: RandomStats, tmp_p
     source = _checkpoint(tmp_path / "loud", family, torch.float32)
     stats = random_stats(source)
     tensors = _silence(source, stats, np.random.default_rng(0))
-    (tmp_path / "quiet").mkdir()
-    for file in source.path.iterdir():
-        if file.suffix == ".safetensors":
-            save_file({name: tensors[name] for name in load_file(file)}, tmp_path / "quiet" / file.name)
-        else:
-            (tmp_path / "quiet" / file.name).write_bytes(file.read_bytes())
-    quiet = HFCheckpoint.open(tmp_path / "quiet")
+    quiet = rewritten(source, tensors, tmp_path / "quiet")
     target = {key: value for key, value in TARGETS[family].items() if key != "num_moe_experts"}
     if family != "qwen3_moe":
         target["moe_shared_expert_intermediate_size"] = 24  # a quarter goes, a third has no effect
@@ -243,13 +237,7 @@ def test_groups_without_effect_may_go_with_their_keys(random_stats: RandomStats,
         quiet = slice(number % GROUPS * PER_GROUP, (number % GROUPS + 1) * PER_GROUP)
         tensors[f"{block}.{name}.weight"].unflatten(1, (-1, HEAD))[:, quiet] = 0
         stats.tensors[statistics.heads_key(block, kind)][quiet] = 0
-    (tmp_path / "quiet").mkdir()
-    for file in source.path.iterdir():
-        if file.suffix == ".safetensors":
-            save_file({name: tensors[name] for name in load_file(file)}, tmp_path / "quiet" / file.name)
-        else:
-            (tmp_path / "quiet" / file.name).write_bytes(file.read_bytes())
-    quiet_source = HFCheckpoint.open(tmp_path / "quiet")
+    quiet_source = rewritten(source, tensors, tmp_path / "quiet")
     known = Statistics(stats.tensors, random_stats(quiet_source).metadata)
     plan = plan_of({"num_query_groups": 1, "linear_num_key_heads": 1}, known, quiet_source)
     assert (plan.target_shape.num_attention_heads, plan.target_shape.linear_num_value_heads) == (3, 3)
