@@ -91,11 +91,13 @@ class CarriedTensors:
             where: name of the target, for errors.
 
         Returns:
-            The digest of all content: names, types, shapes and bytes.
+            The digest of all content: names, types, shapes and bytes; "" of none.
 
         Raises:
             CheckpointError: one is not finite or differs when read back, or they are not those that were recorded.
         """
+        if not self.entries:
+            return ""
         digest, source = hashlib.sha256(), hashlib.sha256()
         outputs, files = dict[Path, OutputFile](), OpenFiles()
         for name in sorted(self.entries):

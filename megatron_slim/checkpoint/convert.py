@@ -34,7 +34,6 @@ from megatron_slim.checkpoint.optimizer_state import OptimizerState, open_optimi
 from megatron_slim.checkpoint.provenance import describe_source, software
 from megatron_slim.checkpoint.quantization_report import markdown, summary
 from megatron_slim.checkpoint.records import PROVENANCE, QUANTIZATION_REPORT
-from megatron_slim.checkpoint.safetensors_reader import TensorEntry
 from megatron_slim.checkpoint.side_files import carried_bytes, log_left_behind
 from megatron_slim.checkpoint.torch_dist_files import Part
 from megatron_slim.checkpoint.torch_dist_names import RELEASE, STATE, hf_files
@@ -263,19 +262,12 @@ def _write_hf(
     own = {name: entry for name, entry in stored.items() if name not in source.carried.entries}
     entries, _ = separated(own, source.shape, config, directory)
     _, content = transfer(source, lambda _: HFWriter(entries), list(units(source.shape, dtypes)), **options)
-    content = content_of_all(content, _write_carried(source, stored, options))
+    carried = source.carried.write(stored, verify=options["verify"], where=options["where"])
     finish_hf_checkpoint(directory, config, copy_files_from=source.config_path)
     written = HFCheckpoint.open(directory)
     _check_reopened(written, source, dtypes, fused_blocks)
     assert written.entries == entries, "headers of other places"
-    return content
-
-
-def _write_carried(source: Checkpoint, places: Mapping[str, TensorEntry], options: Mapping[str, Any]) -> str:
-    """Write what travels with a language model; gives its digest, "" of nothing."""
-    if not source.carried:
-        return ""
-    return source.carried.write(places, verify=options["verify"], where=options["where"])
+    return content_of_all(content, carried)
 
 
 def _check_reopened(

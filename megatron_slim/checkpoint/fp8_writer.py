@@ -238,12 +238,10 @@ class Fp8Export:
             for unit in units(source.shape, source.dtypes, row_multiple=BLOCK[0])
         ]
         found, content = transfer(source, lambda _: Fp8Writer(entries, errors), todo, **options)
-        if source.carried:
-            carried = source.carried.write(stored, verify=options["verify"], where=options["where"])
-            content = content_of_all(content, carried)
+        carried = source.carried.write(stored, verify=options["verify"], where=options["where"])
         finish_hf_checkpoint(directory, full, copy_files_from=source.config_path)
         written = HFCheckpoint.open(directory, dequantize_fp8=True)
         if (written.shape, written.dtypes, written.fused_blocks) != (source.shape, self.dtypes, frozenset()):
             raise CheckpointError("differs from its source after writing", where=str(directory), fix="check the disk")
         assert written.entries == dequantized(entries, full, directory)[0], "headers of other places"
-        return content, merged((error for part in found for error in part), source.names)
+        return content_of_all(content, carried), merged((error for part in found for error in part), source.names)
