@@ -28,10 +28,10 @@ def record(file: Path, argv: list[str]) -> None:
     import numpy as np
     import torch
 
-    from megatron_slim.training import pretrain
+    from megatron_slim.training import pretrain, steps
 
     found: list[Any] = []
-    fetch = pretrain.next_batch  # type: ignore[attr-defined]
+    fetch = steps.next_batch  # type: ignore[attr-defined]
 
     def fetch_and_keep(*args: Any, **kwargs: Any) -> Any:
         batch = fetch(*args, **kwargs)
@@ -40,7 +40,7 @@ def record(file: Path, argv: list[str]) -> None:
         found.append(torch.cat([tokens, labels[:, -1:]], dim=1).numpy())
         return batch
 
-    pretrain.next_batch = fetch_and_keep  # type: ignore[attr-defined]
+    steps.next_batch = fetch_and_keep  # type: ignore[attr-defined]
     pretrain.main(argv)
     np.save(file, np.stack(found))
 

@@ -70,8 +70,8 @@ class Stopwatch:
 def watch_the_log(stopwatch: Stopwatch) -> list[float]:
     """Wrap all of the log that runs in a step; the list gets the time at which each step ends."""
     from megatron_slim.training import meters
-    from megatron_slim.training.pretrain import Run
     from megatron_slim.training.run_log import RunLog
+    from megatron_slim.training.steps import Steps
 
     ends: list[float] = []
     stopwatch.wrap(meters, "_now")
@@ -82,7 +82,7 @@ def watch_the_log(stopwatch: Stopwatch) -> list[float]:
         (RunLog, "end_iteration"),
     ):
         stopwatch.wrap(owner, name)
-    hook, finalize = meters.ExpertCounter._hook, Run.finalize_grads
+    hook, finalize = meters.ExpertCounter._hook, Steps.finalize_grads
     meters.ExpertCounter._hook = lambda *args: stopwatch.timed(hook(*args), "count experts")  # type: ignore[method-assign]
 
     def finalizing(*args: Any, **kwargs: Any) -> None:
@@ -91,7 +91,7 @@ def watch_the_log(stopwatch: Stopwatch) -> list[float]:
         if len(ends) == WARM_UP:
             stopwatch.seconds.clear()
 
-    Run.finalize_grads = finalizing  # type: ignore[method-assign]
+    Steps.finalize_grads = finalizing  # type: ignore[method-assign]
     return ends
 
 
@@ -104,7 +104,6 @@ def train(argv: list[str], log: str) -> tuple[float, dict[str, float]]:
     os.dup2(stream, 2)
     stopwatch = Stopwatch()
     ends = watch_the_log(stopwatch)
-    sys.argv = ["pretrain", *argv]
     main(argv)
     return ends[-1] - ends[WARM_UP - 1], stopwatch.seconds
 

@@ -28,7 +28,6 @@ def main(file: Path, argv: list[str]) -> None:
     stopwatch.wrap(training, "save_checkpoint")
     stopwatch.wrap(training, "load_checkpoint")
     stopwatch.wrap(CarriedOptimizer, "load")
-    sys.argv = ["pretrain", *argv]
     try:
         pretrain.main(argv)
     finally:

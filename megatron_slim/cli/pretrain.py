@@ -24,15 +24,14 @@ def main(argv: Sequence[str], prog: str) -> None:
     from megatron_slim.cli.terminal import messages_shown, progress_shown
     from megatron_slim.reporting import use_progress
 
-    sys.argv = [prog, *argv]  # Megatron reads its arguments there
     # What Megatron and torch announce at import is the doctor's to report; what they warn of later stays.
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
-        from megatron_slim.training.pretrain import run_from_command_line
+        from megatron_slim.training.pretrain import run_ranks
 
     with messages_shown("stdout"), use_progress(progress_shown()):
-        run_from_command_line()
+        run_ranks(argv)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,6 @@ def main(argv: Sequence[str], prog: str) -> None:
         print(f"usage: {prog} [arguments of torchrun] SCRIPT [its arguments]\n\n{__doc__}")
         print("`python -m torch.distributed.run --help` lists the arguments of torchrun.")
         return
-    sys.argv[0] = prog  # for torchrun's --help
     signal.signal(signal.SIGTERM, pass_on)
     from torch.distributed import DistNetworkError, run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -47,7 +46,9 @@ def main(argv: Sequence[str], prog: str) -> None:
     for name, level in (("elastic.multiprocessing.api", logging.CRITICAL), ("run", logging.ERROR)):
         logging.getLogger(f"torch.distributed.{name}").setLevel(level)
     try:
-        run.main(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *argv])
+        parser = run.get_args_parser()
+        parser.prog = prog
+        run.run(parser.parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *argv]))
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         if failure.exitcode != EXIT_USER_ERROR:

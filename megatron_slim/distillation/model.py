@@ -15,8 +15,9 @@ Shapes: S sequence, s that of this rank (under sequence and context parallelism)
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import megatron_slim.mcore
@@ -36,6 +37,7 @@ from megatron_slim.distillation.divergences import KDLoss
 from megatron_slim.distillation.fused import DistillationInputs, OutputLayer, Target, default_chunk, fused_losses
 from megatron_slim.distillation.hidden import HiddenDistillation, HiddenInputs, layers_of
 from megatron_slim.distillation.layer_pairs import LayerPair
+from megatron_slim.distillation.loss_options import DEFAULTS
 from megatron_slim.distillation.losses import TokenLosses, shift
 from megatron_slim.distillation.offload import OffloadedWeights
 from megatron_slim.distillation.vocabulary import VocabShard
@@ -49,43 +51,80 @@ def _between_stages(config: TransformerConfig) -> torch.dtype:
     return torch.float32 if config.fp32_residual_connection else config.params_dtype
 
 
+@dataclass(frozen=True)
+class DistillationOptions:
+    """What a student is trained by.
+
+    Attributes:
+        vocab_size: tokens that count; the rest of the output layer's rows are padding.
+        kd_loss: of main and MTP heads.
+        loss_chunk: rows whose logits are in memory at once; None, what suits the device.
+        mtp_kd_target: what supervises an MTP head, `TEACHER_MTP` or `TEACHER_MAIN`.
+        teacher_ahead: in training mode `DistillationModel.forward` does not run the teacher, and is given its hidden
+            states.
+        hidden_pairs: layers, of the whole model, that the teacher's supervise; both of a pair are in one stage.
+        hidden_loss: of their hidden states, as `hidden.token_losses`.
+        seed: of their projections.
+    """
+
+    vocab_size: int
+    kd_loss: KDLoss = field(default_factory=KDLoss)
+    loss_chunk: int | None = None
+    mtp_kd_target: str = TEACHER_MTP
+    teacher_ahead: bool = False
+    hidden_pairs: tuple[LayerPair, ...] = ()
+    hidden_loss: str = DEFAULTS.hidden_kd_loss
+    seed: int = 0
+
+
 class DistillationModel(HiddenStatesModel):
     """The student, with or without a teacher; ends with the loss terms of every token."""
 
     config: TransformerConfig
-    teacher: HiddenStatesModel | None = None
-    teacher_ahead: bool = False
-    teacher_weights: OffloadedWeights | None = None
-    mtp_kd_target: str = TEACHER_MTP
-    unpadded_vocab_size: int = 0
-    kd_loss: KDLoss = KDLoss()
-    loss_chunk: int | None = None  # rows whose logits are in memory at once; None: what suits the device
-    timed_losses: Callable[[], AbstractContextManager[None]] = nullcontext  # around output layers and losses
+    teacher: HiddenStatesModel | None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.hidden_kd: HiddenDistillation | None = None  # a submodule where there is one: its projections are trained
-
-    def attach_teacher(self, teacher: HiddenStatesModel, mtp_kd_target: str, *, ahead: bool = False) -> None:
-        """Co-locate a frozen teacher of the same pipeline stage with the student.
+    def __init__(
+        self,
+        *args: Any,
+        options: DistillationOptions,
+        teacher: HiddenStatesModel | None = None,
+        timed_losses: Callable[[], AbstractContextManager[None]] = nullcontext,
+        **kwargs: Any,
+    ) -> None:
+        """Build the student, a frozen teacher of the same pipeline stage co-located with it.
 
         Args:
+            args: as for GPTModel.
+            options: by what it is trained.
             teacher: built for the same parallel layout; any layers, widths and experts.
-            mtp_kd_target: what supervises an MTP head, `TEACHER_MTP` or `TEACHER_MAIN`.
-            ahead: in training mode `forward` does not run it, and is given its hidden states.
+            timed_losses: is entered around output layers and losses.
+            kwargs: as for GPTModel.
         """
-        teacher.requires_grad_(False).eval()
-        teacher.runs_mtp = mtp_kd_target == TEACHER_MTP and self.mtp_depths > 0
+        super().__init__(*args, **kwargs)
+        self.options, self.timed_losses = options, timed_losses
+        self.student_hidden_size = self.config.hidden_size
+        self.teacher_weights: OffloadedWeights | None = None
+        self.hidden_kd: HiddenDistillation | None = None  # a submodule where there is one: its projections are trained
         # Past nn.Module's own __setattr__, which would register it as a submodule.
         object.__setattr__(self, "teacher", teacher)
-        self.mtp_kd_target, self.teacher_ahead = mtp_kd_target, ahead
-        self.student_hidden_size = self.config.hidden_size
+        if teacher is None:
+            return
+        teacher.requires_grad_(False).eval()
+        teacher.runs_mtp = options.mtp_kd_target == TEACHER_MTP and self.mtp_depths > 0
         self.config = copy.copy(self.config)
         self.train(self.training)
+        if here := [pair for pair in options.hidden_pairs if pair[0] in layers_of(self)]:
+            share = 1.0 / len(options.hidden_pairs)
+            self.hidden_kd = HiddenDistillation(
+                self, teacher, here, kind=options.hidden_loss, seed=options.seed, share=share
+            )
 
     def offload_teacher(self) -> None:
-        """Keep the teacher's weights in host memory unless it runs; not its output layer's, which the losses need."""
-        assert self.teacher is not None and self.teacher_ahead
+        """Keep the teacher's weights, which are loaded, in host memory unless it runs.
+
+        Not those of its output layer, which the losses need.
+        """
+        assert self.teacher is not None and self.options.teacher_ahead
         losses = [self.teacher.output_layer] if self.post_process else []
         self.teacher_weights = OffloadedWeights(self.teacher, but=losses)
         self.train(self.training)
@@ -93,7 +132,7 @@ class DistillationModel(HiddenStatesModel):
     @property
     def colocated_teacher(self) -> HiddenStatesModel | None:
         """The teacher if it runs in the student's forward pass."""
-        return None if self.teacher_ahead and self.training else self.teacher
+        return None if self.options.teacher_ahead and self.training else self.teacher
 
     def train(self, mode: bool = True) -> DistillationModel:
         """Set training or evaluation mode; a teacher that computes ahead is co-located in evaluation alone."""
@@ -106,20 +145,6 @@ class DistillationModel(HiddenStatesModel):
         if self.teacher_weights is not None:
             self.teacher_weights.drop() if self.colocated_teacher is None else self.teacher_weights.load()
         return self
-
-    def attach_hidden_distillation(self, pairs: Sequence[LayerPair], kind: str, seed: int) -> None:
-        """Supervise layers of this stage by the teacher's layers of this stage.
-
-        Args:
-            pairs: those of the whole model; no pair is in two stages.
-            kind: of the loss, as `hidden.token_losses`.
-            seed: of the projections.
-        """
-        here = [pair for pair in pairs if pair[0] in layers_of(self)]
-        if here:
-            assert self.teacher is not None
-            share = 1.0 / len(pairs)
-            self.hidden_kd = HiddenDistillation(self, self.teacher, here, kind=kind, seed=seed, share=share)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Take what the previous stage sent: [s, b, student h + teacher h in numbers of the student's dtype]."""
@@ -184,9 +209,9 @@ class DistillationModel(HiddenStatesModel):
         own = (local_slice(shift(labels, depth), positions) for depth in depths)
         shifted = torch.stack([_rows(each.transpose(0, 1)) for each in own])
         targets, teacher = self._targets(teacher_hidden, batch=labels.shape[0])
-        chunk = self.loss_chunk or default_chunk(hidden.device)
+        chunk = self.options.loss_chunk or default_chunk(hidden.device)
         upstream = None if expected is None else _upstream(expected)
-        inputs = DistillationInputs(shifted, targets, teacher, self.kd_loss, chunk)
+        inputs = DistillationInputs(shifted, targets, teacher, self.options.kd_loss, chunk)
         with self.timed_losses():
             terms = fused_losses(self._output_weights(self), heads, inputs, upstream)
         lm, kd, teacher_lm = (term.unflatten(-1, (-1, labels.shape[0])).transpose(-1, -2) for term in terms)
@@ -203,7 +228,7 @@ class DistillationModel(HiddenStatesModel):
         weight = ready_weight(model.output_layer)
         if weight is None:
             weight = model.shared_embedding_or_output_weight()
-        return OutputLayer(weight, VocabShard.of(self.pg_collection.tp, len(weight), self.unpadded_vocab_size))
+        return OutputLayer(weight, VocabShard.of(self.pg_collection.tp, len(weight), self.options.vocab_size))
 
     def _whole_input(self, hidden: Tensor) -> Tensor:
         """Hidden states [s, b, h] of the whole sequence, whose gradient is then summed over tensor-parallel ranks."""
@@ -225,7 +250,7 @@ class DistillationModel(HiddenStatesModel):
             return (Target(None, tuple((number, 0) for number in numbers)),), None
         heads = [self._whole_input(head) for head in self.teacher.heads(teacher_hidden)]
         layer = self._output_weights(self.teacher)
-        if self.mtp_kd_target == TEACHER_MAIN:
+        if self.options.mtp_kd_target == TEACHER_MAIN:
             if self.config.context_parallel_size == 1:
                 return (Target(_rows(heads[0]), tuple((number, number * batch) for number in numbers)),), layer
             for number in numbers[1:]:  # what is further on is on another rank: it comes, and logits are made again

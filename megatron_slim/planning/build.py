@@ -1,7 +1,7 @@
 """Parameter memory of every distinct rank of a layout, from the modules that training itself builds.
 
 A process of its own parses the flags as training does, joins a world of any size whose communication is fake (torch's
-``fake`` backend), and lets training's model provider build each pipeline rank's modules on the meta device. Megatron's
+``fake`` backend), and builds each pipeline rank's modules on the meta device, by training's `build_stage`. Megatron's
 own rules then put their parameters into buffers. Ranks that differ in tensor, expert or data-parallel rank alone hold
 equally much.
 """
@@ -63,7 +63,7 @@ def prepare() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is to be allocated, and a fork must find CUDA untouched
     import megatron_slim.mcore
 
-    import megatron_slim.training.pretrain  # noqa: F401
+    import megatron_slim.training.build  # noqa: F401
 
 
 def build_ranks(request: Request, *, processes: int | None = None) -> list[BuiltRank]:
@@ -90,16 +90,15 @@ def _start(request: Request) -> None:
     quiet = os.open(os.devnull, os.O_WRONLY)  # Megatron prints all arguments, and more
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
-    from megatron_slim.training.arguments import complete_argv
-    from megatron_slim.training.slim_arguments import add_slim_arguments
+    from megatron_slim.training.arguments import parse
+    from megatron_slim.training.spec import resolve
     from megatron_slim.training.stage_layout import layout_string
 
     layout, stages = request.layout, request.stages
     os.environ.update(WORLD_SIZE=str(layout.gpus), RANK="0", LOCAL_RANK="0")
-    teacher_layout = None
     with tempfile.TemporaryDirectory() as folder:
         config = shape_to_hf_config(request.student, {})
         Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -112,14 +111,14 @@ def _start(request: Request) -> None:
             own = layout_string(stages.student_layers, request.student.mtp_num_layers)
             argv.append(f"--pipeline-model-parallel-layout={own}")
             if request.teacher is not None:
-                teacher_layout = layout_string(stages.teacher_layers, request.teacher.mtp_num_layers)
-        flags, _ = complete_argv(argv)
-        sys.argv[1:] = [*flags, *argv]
-        args = parse_args(add_slim_arguments)
+                other = layout_string(stages.teacher_layers, request.teacher.mtp_num_layers)
+                argv.append(f"--teacher-pipeline-layout={other}")
+        spec = resolve(argv, request.teacher)
+        args = parse(spec.megatron_argv)
         validate_args(args)
     set_global_variables(args, build_tokenizer=False)  # whose libraries take a second to import
     args.perform_initialization = False
-    _state.update(request=request, args=args, teacher_layout=teacher_layout)
+    _state.update(request=request, spec=spec, args=args)
 
 
 def _without(argv: list[str], flags: dict[str, int]) -> list[str]:
@@ -180,29 +179,23 @@ def _world(layout: TrainLayout, rank: int) -> Iterator[None]:
 def _build_rank(rank: int) -> BuiltRank:
     """Build one pipeline rank, all its virtual stages."""
     from megatron.core import parallel_state as state
+    from megatron.training.argument_utils import core_transformer_config_from_args
 
-    from megatron_slim.training.pretrain import Run
-
-    class WithoutWeights(Run):
-        def _finish_chunks(self) -> None:
-            """They have no weights, and will do nothing."""
+    from megatron_slim.training.build import build_stage
 
     request: Request = _state["request"]
-    layout = request.layout
-    # What supervises an MTP head changes no parameter.
-    nothing: Any = None
-    layouts = {"teacher_layout": _state["teacher_layout"]}
-    run = WithoutWeights(request.student, request.teacher, "teacher-main", nothing, **layouts)
+    layout, chunks = request.layout, []
     with _world(layout, rank * (layout.gpus // layout.pp)):
         with _on_meta(), without_collection():
             for chunk in range(layout.vpp):
-                at = {"vp_stage": chunk if layout.vpp > 1 else None}
+                at = chunk if layout.vpp > 1 else None
                 first, last = (
-                    ask(ignore_virtual=False, **at)
+                    ask(ignore_virtual=False, vp_stage=at)
                     for ask in (state.is_pipeline_first_stage, state.is_pipeline_last_stage)
                 )
-                run.model_provider(first, last, **at)
-        return _summed(run.chunks, layout)
+                config = core_transformer_config_from_args(_state["args"])
+                chunks.append(build_stage(_state["spec"], config, pre_process=first, post_process=last, vp_stage=at))
+        return _summed(chunks, layout)
 
 
 def _summed(chunks: list[Any], layout: TrainLayout) -> BuiltRank:

@@ -1,12 +1,14 @@
 """What we add to Megatron's training loop.
 
-- `pretrain`: model provider, forward step and the callbacks of the loop
+- `pretrain`: a run from its command line to its end: resolve, check, train
+- `spec`: the description of a run, from flags and checkpoints
+- `build`, `steps`: the models of a pipeline stage, and what Megatron's loop calls in a step
 - `slim_arguments`, `arguments`: our flags, and Megatron's with our defaults
 - `data`, `blends`: batches, and mixtures of data sets
 - `checks`, `data_checks`, `loss_checks`, `fp8_checks`, `start_checks`, `missing_libraries`: before the start
 - `teacher_check`, `teacher_config`: whether the teacher is the one that was recorded, and its configuration
 - `resume_checks`: whether a checkpoint fits the run that resumes from it
-- `carried`: a phase that begins with the optimizer of the one before
+- `carried`, `kept_files`: the optimizer of the phase before; what an export of a run's checkpoints needs
 - `rates`, `progressive`, `stage_layout`: the learning rate, phases of one schedule, pipeline stages
 - `teacher_ahead`, `hidden_kd`, `finite`: a teacher ahead of its student, hidden states, NaN on any rank
 - `meters`, `run_figures`, `run_log`: what is measured, the figures made of it, gathering and writing them

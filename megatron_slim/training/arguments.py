@@ -6,8 +6,10 @@ Megatron as the flags that it stands for.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping
+import argparse
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ import megatron_slim.mcore
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
+from megatron.training.argument_utils import core_transformer_config_from_args
+from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args, parse_args
 
 from megatron_slim.architecture.layer_specs import shape_config_fields
 from megatron_slim.architecture.shape import ModelShape
@@ -23,7 +27,9 @@ from megatron_slim.checkpoint.huggingface import read_shape
 from megatron_slim.checkpoint.torch_dist_names import HF_DIR
 from megatron_slim.command_line import ToolParser
 from megatron_slim.errors import SlimError
-from megatron_slim.training.slim_arguments import WITHOUT_MTP
+from megatron_slim.training.slim_arguments import WITHOUT_MTP, add_slim_arguments
+
+PROG = "megatron-slim pretrain"
 
 
 def shape_directory(argv: list[str]) -> Path:
@@ -135,7 +141,7 @@ def default_flags() -> list[str]:
 
 
 def complete_argv(argv: list[str]) -> tuple[list[str], ModelShape]:
-    """The command line that Megatron parses, and the student's shape.
+    """What the command line that Megatron parses has in front of what was given, and the student's shape.
 
     Raises:
         SlimError: a flag contradicts the shape, which config.json alone decides.
@@ -149,7 +155,7 @@ def complete_argv(argv: list[str]) -> tuple[list[str], ModelShape]:
     return [*(flag for flag in defaults if flag.split("=")[0] not in given), *_as_words(fixed)], shape
 
 
-def load_balancing_note(shape: ModelShape, argv: list[str], kind: str | list[str]) -> str | None:
+def load_balancing_note(shape: ModelShape, argv: Sequence[str], kind: str | list[str]) -> str | None:
     """What config.json's load-balancing coefficient means here; None where the command line gives one, or no loss.
 
     transformers' loss is one of all layers together, and balance is top-k to it; Megatron's is one of every layer, and
@@ -170,8 +176,50 @@ def load_balancing_note(shape: ModelShape, argv: list[str], kind: str | list[str
     )
 
 
-def install_argv(argv: list[str]) -> ModelShape:
-    """Replace ``sys.argv``, which is what Megatron parses, by the completed command line."""
-    flags, shape = complete_argv(argv)
-    sys.argv[1:] = [*flags, *argv]
-    return shape
+def reading(argv: Sequence[str]) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
+    """Megatron's ``extra_args_provider``: it adds our group to the parser, and has it parse these words.
+
+    Megatron's functions parse what stands in ``sys.argv``, and take no words; but the parser is what this gives them.
+    """
+
+    def add(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser.prog = PROG
+        found = add_slim_arguments(parser)
+        found.parse_args = partial(found.parse_args, list(argv))  # type: ignore[method-assign, assignment]
+        return found
+
+    return add
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Megatron's arguments and ours, before Megatron's own validation."""
+    found: argparse.Namespace = parse_args(reading(argv))
+    return found
+
+
+def validated(argv: Sequence[str]) -> argparse.Namespace:
+    """Megatron's arguments after its own validation, which asserts; from here on ``get_args`` gives them.
+
+    Raises:
+        SlimError: what Megatron refuses, and where it does not say, the line of its source.
+    """
+    try:
+        args: argparse.Namespace = parse_and_validate_args(reading(argv))
+        core_transformer_config_from_args(args)  # validates more, and would do so after all else was set up
+    except (AssertionError, ValueError) as error:
+        what = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise SlimError(f"Megatron refuses the arguments: {what}") from None
+    return args
+
+
+class _PlainHelp(argparse.HelpFormatter):
+    """Megatron's help texts hold bare percent signs, at which argparse's own expansion fails."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        return action.help or ""
+
+
+def print_help() -> None:
+    """Print all of Megatron's arguments, and ours."""
+    parser = argparse.ArgumentParser(prog=PROG, formatter_class=_PlainHelp, allow_abbrev=False)
+    add_slim_arguments(add_megatron_arguments(parser)).print_help()

@@ -7,10 +7,10 @@ is even, and takes a mixture of both for prefixes.
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_slim.errors import DataError
 from megatron_slim.files import read_json
@@ -84,7 +84,7 @@ def parse_blend(words: Sequence[str], where: str) -> Blend:
     return Blend(tuple(words[1::2]), tuple(weights))
 
 
-def read_sources(args: Any) -> Sources:
+def read_sources(args: Namespace) -> Sources:
     """What the arguments name, read from files where they name files; mock data are not a source.
 
     Args:

@@ -7,6 +7,7 @@ with it. Those of this run are kept here, and of the carried state it takes the 
 from __future__ import annotations
 
 import logging
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from megatron_slim.checkpoint.distributed import DistCheckpoint, iteration_direc
 from megatron_slim.checkpoint.optimizer_state import MAIN, open_optimizer_state
 from megatron_slim.checkpoint.torch_dist_names import STATE
 from megatron_slim.errors import SlimError
-from megatron_slim.training.checks import holds_checkpoint, open_student
+from megatron_slim.training.spec import RunSpec
 
 logger = logging.getLogger(__name__)
 FLAG = "--carry-optimizer"
@@ -81,19 +82,17 @@ class CarriedOptimizer:
         return part
 
 
-def carried_optimizer(args: Any) -> CarriedOptimizer | None:
+def carried_optimizer(spec: RunSpec) -> CarriedOptimizer | None:
     """The state that a run is to begin with; None where it begins with a new optimizer, or resumes.
-
-    Args:
-        args: Megatron's arguments as parsed.
 
     Raises:
         SlimError: it is asked for, and there is none or it cannot be used.
     """
-    if args.load is not None and (args.ckpt_step or holds_checkpoint(args.load)):
+    if spec.resumes:
         return None
+    args = spec.args
     start = args.pretrained_checkpoint
-    checkpoint = None if start is None else open_student(Path(start), args)
+    checkpoint = None if start is None else spec.open_student(Path(start))
     if not args.carry_optimizer:
         if args.rank == 0 and isinstance(checkpoint, DistCheckpoint) and checkpoint.optimizer_by_names:
             logger.info(f"{start}: its optimizer state is not used; {FLAG} begins with it")
@@ -108,7 +107,7 @@ def carried_optimizer(args: Any) -> CarriedOptimizer | None:
     return CarriedOptimizer(directory, state.step, next(iter(set(MAIN) & set(state.tensors)), None))
 
 
-def _metadata(args: Any) -> dict[str, Any]:
+def _metadata(args: Namespace) -> dict[str, Any]:
     """What Megatron writes into a checkpoint of that format, and is asked for by its optimizers."""
     sharding = {
         "distrib_optim_sharding_type": "fully_reshardable",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 import megatron_slim.mcore
 
@@ -14,41 +14,50 @@ from megatron.core.dist_checkpointing.validation import verify_integrity_manifes
 
 from megatron_slim.architecture.parallelism import layout_violations, padded_vocab_size
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.checkpoint.convert import Checkpoint, open_checkpoint
+from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.distributed import is_torch_dist, iteration_directory
 from megatron_slim.checkpoint.integrity import read_manifest
-from megatron_slim.checkpoint.torch_dist_names import TRACKER
-from megatron_slim.checkpoint.tracker import missing_parts, repair_tracker
+from megatron_slim.checkpoint.tracker import repair_tracker
 from megatron_slim.distillation.model import TEACHER_MTP
-from megatron_slim.errors import CheckpointError, SlimError, summarise
+from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.optimizers import OPTIMIZERS
 from megatron_slim.training.data_checks import check_data
 from megatron_slim.training.fp8_checks import fp8_violations
-from megatron_slim.training.hidden_kd import check_projections, hidden_violations
+from megatron_slim.training.hidden_kd import check_projections, check_stages, hidden_violations
 from megatron_slim.training.loss_checks import loss_violations
 from megatron_slim.training.missing_libraries import library_violations
 from megatron_slim.training.rates import rate_violations
 from megatron_slim.training.run_log import logging_violations
+from megatron_slim.training.spec import RunSpec
 from megatron_slim.training.stage_layout import layer_violations, stage_violations
 from megatron_slim.training.start_checks import check_mtp, check_rows, say_remarks
 from megatron_slim.training.teacher_ahead import ahead_violations
 
 
-def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
+def check(spec: RunSpec) -> None:
     """Check what Megatron cannot know, or says with a traceback: models, layout, checkpoints and data.
-
-    Args:
-        shape: sizes of the student.
-        args: Megatron's arguments as parsed, before its own validation.
-
-    Returns:
-        The teacher's sizes, None without a teacher.
 
     Raises:
         SlimError: lists every violation of the part that fails first.
     """
-    teacher_checkpoint = open_teacher(args) if args.teacher_load is not None else None
-    teacher = teacher_checkpoint.shape if teacher_checkpoint is not None else None
+    args, shape = spec.args, spec.student
+    if found := _violations(shape, spec.teacher, args):
+        raise SlimError("; ".join(found))
+    if not args.train_iters and not args.train_samples:
+        raise SlimError("nothing to train", fix="give --train-iters or --train-samples")
+    start = _check_start(spec)
+    check_data(args, shape.vocab_size)
+    if args.verify_integrity:
+        _check_integrity(spec)
+    if "MASTER_ADDR" not in os.environ:
+        raise SlimError("not started by torchrun", fix="use megatron-slim distill, or torchrun")
+    if args.rank == 0:
+        say_remarks(shape, start, spec.checkpoint, args)
+    check_stages(args.hidden_kd_layers, spec.stages.stages)
+
+
+def _violations(shape: ModelShape, teacher: ModelShape | None, args: Namespace) -> list[str]:
+    """What is wrong with the flags and both models, in sentences."""
     small = [f"{name} parallel size {size} is not positive" for name, size in _sizes(args).items() if size < 1]
     for name in ("eval_interval", "make_vocab_size_divisible_by"):
         if getattr(args, name) < 1:
@@ -60,59 +69,21 @@ def check_run(shape: ModelShape, args: Any) -> ModelShape | None:
     found += hidden_violations(shape, teacher, args) + ([] if small else fp8_violations(shape, teacher, args))
     if teacher is not None and not small:
         found += _model_violations("teacher", teacher, args) + _pair_violations(shape, teacher, args)
-    if found:
-        raise SlimError("; ".join(found))
-    if not args.train_iters and not args.train_samples:
-        raise SlimError("nothing to train", fix="give --train-iters or --train-samples")
-    start = _check_start(shape, args)
-    check_data(args, shape.vocab_size)
-    if args.verify_integrity:
-        _check_integrity(args)
-    if "MASTER_ADDR" not in os.environ:
-        raise SlimError("not started by torchrun", fix="use megatron-slim distill, or torchrun")
-    if args.rank == 0:
-        say_remarks(shape, start, teacher_checkpoint, args)
-    return teacher
+    return found
 
 
-def open_teacher(args: Any) -> Checkpoint:
-    """The teacher's checkpoint, opened as the command line says."""
-    return open_checkpoint(args.teacher_load, without_mtp=args.teacher_without_mtp)
-
-
-def open_student(path: Path, args: Any) -> Checkpoint:
-    """A checkpoint of the student, opened as the command line says."""
-    config = args.hf_config if is_torch_dist(path) else None
-    return open_checkpoint(path, config, without_mtp=args.without_mtp)
-
-
-def holds_checkpoint(directory: str | None) -> bool:
-    """Whether Megatron would find a checkpoint there; then a run resumes from it instead of starting."""
-    return directory is not None and (Path(directory) / TRACKER).exists()
-
-
-def starts_by_ourselves(args: Any) -> bool:
-    """Whether the student's weights do not come through Megatron.
-
-    That is a ``--pretrained-checkpoint`` in Hugging Face's format, and any where projections are to be trained, which
-    Megatron would look for in it. Like Megatron's own, it counts only as long as ``--load`` holds no checkpoint.
-    """
-    path = args.pretrained_checkpoint
-    ours = path is not None and (bool(args.hidden_kd_layers) or not is_torch_dist(Path(path)))
-    return ours and not holds_checkpoint(args.load)
-
-
-def _check_start(shape: ModelShape, args: Any) -> Checkpoint | None:
+def _check_start(spec: RunSpec) -> Checkpoint | None:
     """See that the weights to start from are whole and the student's; gives them, None where they are random."""
+    shape, args = spec.student, spec.args
     for directory in sorted({path for path in (args.load, args.save) if path is not None}):
         repair_tracker(Path(directory), rank=args.rank)
-    start = start_of(args)
+    start = spec.start
     if start is None:
         if args.load is not None and args.exit_on_missing_checkpoint:  # Megatron would exit with status 0
             raise CheckpointError("holds no checkpoint", where=args.load, fix="check --load")
         return None
-    checkpoint = open_student(start, args)
-    if args.load is not None and (args.ckpt_step or holds_checkpoint(args.load)):
+    checkpoint = spec.open_student(start)
+    if spec.resumes:
         check_projections(checkpoint, args)
         check_mtp(checkpoint)
     found = checkpoint.shape
@@ -126,32 +97,19 @@ def _check_start(shape: ModelShape, args: Any) -> Checkpoint | None:
         raise SlimError(
             "not of the student's shape: " + "; ".join(differing), where=str(start), fix="check --hf-config"
         )
-    if args.load is not None and (args.ckpt_step or holds_checkpoint(args.load)):
+    if spec.resumes:
         check_rows(checkpoint, args)
     return checkpoint
 
 
-def start_of(args: Any) -> Path | None:
-    """Where Megatron, or we, will read the student's weights; None where they are random."""
-    if args.load is not None and args.ckpt_step:
-        directory = Path(args.load) / f"iter_{args.ckpt_step:07d}"
-        if not directory.is_dir():
-            raise CheckpointError("no such directory", where=str(directory), fix="check --ckpt-step")
-        if found := missing_parts(directory):
-            raise CheckpointError(f"is incomplete: {summarise(found)}", where=str(directory), fix="check --ckpt-step")
-        return directory
-    start = args.load if holds_checkpoint(args.load) else args.pretrained_checkpoint
-    return None if start is None else Path(start)
-
-
-def _check_integrity(args: Any) -> None:
+def _check_integrity(spec: RunSpec) -> None:
     """See that --verify-integrity verifies all: Megatron what it loads itself, and we, on one rank, what we do."""
-    start = start_of(args)
-    for path in filter(None, (start, args.teacher_load)):
+    start = spec.start
+    for path in filter(None, (start, spec.args.teacher_load)):
         if not is_torch_dist(path):
             continue
         read_manifest(iteration_directory(path))
-        if args.rank != 0 or (path == start and not starts_by_ourselves(args)):
+        if spec.args.rank != 0 or (path == start and not spec.starts_by_ourselves):
             continue
         try:
             verify_integrity_manifest(str(iteration_directory(path)))
@@ -159,7 +117,7 @@ def _check_integrity(args: Any) -> None:
             raise CheckpointError(str(error)) from None
 
 
-def _sizes(args: Any) -> dict[str, int]:
+def _sizes(args: Namespace) -> dict[str, int]:
     """Parallel sizes under the names of `layout_violations`."""
     tp = args.tensor_model_parallel_size
     etp = args.expert_tensor_parallel_size or tp
@@ -167,7 +125,7 @@ def _sizes(args: Any) -> dict[str, int]:
     return sizes | {"cp": args.context_parallel_size}
 
 
-def _process_violations(args: Any) -> list[str]:
+def _process_violations(args: Namespace) -> list[str]:
     sizes = _sizes(args)
     found = library_violations(args)
     for names in (("tp", "cp", "pp") if sizes["cp"] > 1 else ("tp", "pp"), ("etp", "ep", "pp")):
@@ -182,7 +140,7 @@ def _process_violations(args: Any) -> list[str]:
     return found + _context_violations(args, sizes["tp"], sizes["cp"]) + _expert_violations(args, sizes)
 
 
-def _context_violations(args: Any, tp: int, cp: int) -> list[str]:
+def _context_violations(args: Namespace, tp: int, cp: int) -> list[str]:
     """What is wrong with context parallelism, whose ranks have two chunks of a sequence each."""
     found = []
     parts = cp * math.lcm(2, tp if args.sequence_parallel else 1)
@@ -195,7 +153,7 @@ def _context_violations(args: Any, tp: int, cp: int) -> list[str]:
     return found
 
 
-def _expert_violations(args: Any, sizes: dict[str, int]) -> list[str]:
+def _expert_violations(args: Namespace, sizes: dict[str, int]) -> list[str]:
     """What Megatron's MoE layers, or gloo, cannot do."""
     found = []
     if sizes["tp"] > 1 and not args.sequence_parallel:
@@ -210,7 +168,7 @@ def _expert_violations(args: Any, sizes: dict[str, int]) -> list[str]:
     return found
 
 
-def _model_violations(name: str, shape: ModelShape, args: Any) -> list[str]:
+def _model_violations(name: str, shape: ModelShape, args: Namespace) -> list[str]:
     found = layer_violations(name, shape, args) + layout_violations(shape, **_sizes(args) | {"pp": 1})
     rows, tp = padded_vocab_size(shape, args.make_vocab_size_divisible_by), args.tensor_model_parallel_size
     if rows % tp:
@@ -220,7 +178,7 @@ def _model_violations(name: str, shape: ModelShape, args: Any) -> list[str]:
     return [f"{name}: {sentence}" for sentence in found]
 
 
-def _pair_violations(shape: ModelShape, teacher: ModelShape, args: Any) -> list[str]:
+def _pair_violations(shape: ModelShape, teacher: ModelShape, args: Namespace) -> list[str]:
     found = []
     if teacher.vocab_size != shape.vocab_size:
         found.append(f"teacher: vocabulary {teacher.vocab_size}, the student has {shape.vocab_size}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -156,7 +157,7 @@ def build_datasets(num_samples: tuple[int, int | None, int | None]) -> list[Any]
     return datasets
 
 
-def _validation_samples(args: Any) -> int:
+def _validation_samples(args: Namespace) -> int:
     """How many samples validation takes up to the end of the run, those before it was resumed included.
 
     Megatron's own number is right for a run that validates by the same flags from its first iteration on: one that is

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 import megatron_slim.mcore
 
@@ -27,7 +27,7 @@ _OWN_PATHS = "--train-data-path, --valid-data-path and --test-data-path"
 Bounds = tuple[float, float] | None
 
 
-def check_data(args: Any, vocab_size: int) -> None:
+def check_data(args: Namespace, vocab_size: int) -> None:
     """See that all data sets are there, whole, of the vocabulary, and that every part that is built can be.
 
     Training checks the ids of every batch; here it is a part of each data set.
@@ -55,13 +55,13 @@ def check_data(args: Any, vocab_size: int) -> None:
             _check_part(name, prefix, ends, lengths[prefix], sources, args)
 
 
-def needed_parts(args: Any) -> tuple[bool, bool, bool]:
+def needed_parts(args: Namespace) -> tuple[bool, bool, bool]:
     """Which of training, validation and test part are used; Megatron would build the others too."""
     evaluates = args.eval_iters > 0
     return True, evaluates, evaluates
 
 
-def part_bounds(sources: Sources, args: Any) -> tuple[Bounds, Bounds, Bounds]:
+def part_bounds(sources: Sources, args: Namespace) -> tuple[Bounds, Bounds, Bounds]:
     """Where each part begins and ends in the documents of its data sets, as fractions; None for a part without any.
 
     Raises:
@@ -101,7 +101,7 @@ def _refuse_missing_part(name: str, sources: Sources) -> None:
 
 
 def _check_part(
-    name: str, prefix: str, ends: tuple[float, float], lengths: npt.NDArray[np.int32], sources: Sources, args: Any
+    name: str, prefix: str, ends: tuple[float, float], lengths: npt.NDArray[np.int32], sources: Sources, args: Namespace
 ) -> None:
     """See that a data set has at least one sample for a part.
 

@@ -6,7 +6,7 @@ refuse, they refuse at the first step, with a traceback.
 
 from __future__ import annotations
 
-from typing import Any
+from argparse import Namespace
 
 import megatron_slim.mcore
 
@@ -27,7 +27,7 @@ _GPUS = {
 _LAYERS_IN_BF16 = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
 
 
-def fp8_violations(shape: ModelShape, teacher: ModelShape | None, args: Any) -> list[str]:
+def fp8_violations(shape: ModelShape, teacher: ModelShape | None, args: Namespace) -> list[str]:
     """What is wrong with the arguments about FP8, in sentences; nothing for a run without it.
 
     Args:
@@ -54,11 +54,11 @@ def fp8_violations(shape: ModelShape, teacher: ModelShape | None, args: Any) -> 
     return found
 
 
-def _teacher_recipe(args: Any) -> str | None:
+def _teacher_recipe(args: Namespace) -> str | None:
     return teacher_recipe(args.teacher_dtype, args.teacher_fp8_recipe, args.fp8_recipe if args.fp8 else None)
 
 
-def _student_violations(args: Any) -> list[str]:
+def _student_violations(args: Namespace) -> list[str]:
     found = []
     if not args.bf16:
         found.append("--fp8-format needs --bf16: it is for bf16 weights and activations")
@@ -69,7 +69,7 @@ def _student_violations(args: Any) -> list[str]:
     return found
 
 
-def _model_violations(shape: ModelShape, recipe: str, args: Any, *, trained: bool) -> list[str]:
+def _model_violations(shape: ModelShape, recipe: str, args: Namespace, *, trained: bool) -> list[str]:
     tp = args.tensor_model_parallel_size
     found = _gpu_violations(recipe)
     found += size_violations(shape, recipe, tp=tp, etp=args.expert_tensor_parallel_size or tp, trained=trained)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import megatron_slim.mcore
 
@@ -32,7 +32,7 @@ LOSS, WEIGHT = "hidden distillation loss", "hidden kd weight"
 _PAST_LAYERS = ("enable_cuda_graph", "external_cuda_graph", "overlap_moe_expert_parallel_comm")
 
 
-def hidden_violations(shape: ModelShape, teacher: ModelShape | None, args: Any) -> list[str]:
+def hidden_violations(shape: ModelShape, teacher: ModelShape | None, args: Namespace) -> list[str]:
     """What is wrong with the arguments of hidden-state distillation, in sentences.
 
     Args:
@@ -73,7 +73,7 @@ def check_stages(pairs: Sequence[LayerPair], stages: Stages) -> None:
         )
 
 
-def check_projections(found: Checkpoint, args: Any) -> None:
+def check_projections(found: Checkpoint, args: Namespace) -> None:
     """See that a run which resumes by ``--load`` finds the projections that it needs.
 
     Args:

@@ -71,8 +71,7 @@ class StageClock:
     _chunk: int | None = None
 
     def watch(self, chunk: DistillationModel) -> None:
-        """Tell what a stage's forward pass spends on the teacher and on the losses."""
-        chunk.timed_losses = self._losses
+        """Tell what a stage's forward pass spends on the teacher; it tells the losses' itself, by `losses`."""
         if chunk.teacher is None:
             return
         teacher: list[Any] = []
@@ -100,7 +99,8 @@ class StageClock:
         self._spans.append(_Span(vp_stage or 0, TEACHER, start, _now()))
 
     @contextlib.contextmanager
-    def _losses(self) -> Iterator[None]:
+    def losses(self) -> Iterator[None]:
+        """Around output layers and losses: the student's ``timed_losses``."""
         start = _now()
         yield
         self._add_part(LOSSES, start)

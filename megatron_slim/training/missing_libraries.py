@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from argparse import Namespace
 
 import megatron_slim.mcore
 
@@ -22,7 +22,7 @@ def library_note() -> str | None:
     return NOTE if torch.cuda.is_available() and not HAVE_TE else None
 
 
-def library_violations(args: Any) -> list[str]:
+def library_violations(args: Namespace) -> list[str]:
     """Arguments of Megatron's that it would take, and then fail in the middle of building the model."""
     if HAVE_TE:
         return []

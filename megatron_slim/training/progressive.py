@@ -7,10 +7,10 @@ Learning rate, lambda and beta move over the tokens of all phases, and no phase 
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_slim.checkpoint.records import PLAN
 from megatron_slim.checkpoint.torch_dist_names import RELEASE, TRACKER
@@ -103,7 +103,7 @@ class Place:
         return self.stop if self.stop < self.total else None
 
 
-def find_place(phase: Phase | None, args: Any) -> Place | None:
+def find_place(phase: Phase | None, args: Namespace) -> Place | None:
     """A run's place, None without ``--progressive-schedule``; its iterations become those of ``args``.
 
     Args:

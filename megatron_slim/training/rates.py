@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Lengths:
     wsd: int | None
 
     @staticmethod
-    def of(args: Any) -> Lengths:
+    def of(args: Namespace) -> Lengths:
         """Of Megatron's arguments, parsed, validated or saved."""
         unit = "samples" if args.train_samples else "iters"
         train, decay = getattr(args, f"train_{unit}"), getattr(args, f"lr_decay_{unit}")
@@ -44,7 +44,7 @@ class Lengths:
         return Lengths(unit, train, decay, warmup, getattr(args, f"lr_wsd_decay_{unit}"))
 
 
-def default_warmup(args: Any, argv: list[str]) -> list[str]:
+def default_warmup(args: Namespace, argv: list[str]) -> list[str]:
     """Megatron's words for ``--default-lr-warmup-iters`` where nothing says how long the warm-up is.
 
     A default for long runs would not fit into a short one: it warms up over a tenth of its iterations, and says so.
@@ -68,7 +68,7 @@ def default_warmup(args: Any, argv: list[str]) -> list[str]:
     return [f"--lr-warmup-iters={warmup}"]
 
 
-def rate_violations(args: Any) -> list[str]:
+def rate_violations(args: Namespace) -> list[str]:
     """What is wrong with the learning rate and the lengths of its schedule, in sentences.
 
     Args:
@@ -79,7 +79,7 @@ def rate_violations(args: Any) -> list[str]:
     return [*_of_rates(args), *_of_lengths(args), *_of_weight_decay(args)]
 
 
-def _of_rates(args: Any) -> Iterator[str]:
+def _of_rates(args: Namespace) -> Iterator[str]:
     if args.lr is None:
         yield "--lr is not given"
         return
@@ -91,7 +91,7 @@ def _of_rates(args: Any) -> Iterator[str]:
             yield f"{flag} {rate:g} is above --lr {args.lr:g}"
 
 
-def _of_lengths(args: Any) -> Iterator[str]:
+def _of_lengths(args: Namespace) -> Iterator[str]:
     found = Lengths.of(args)
     unit, fraction, given = found.unit, args.lr_warmup_fraction, getattr(args, f"lr_decay_{found.unit}")
     whole = f"--train-{unit} {found.train}" if given is None else f"--lr-decay-{unit} {given}"
@@ -109,7 +109,7 @@ def _of_lengths(args: Any) -> Iterator[str]:
             yield f"--lr-wsd-decay-{unit} {found.wsd} is not between 1 and what {whole} leaves after the warm-up"
 
 
-def _of_weight_decay(args: Any) -> Iterator[str]:
+def _of_weight_decay(args: Namespace) -> Iterator[str]:
     style, start, end = args.weight_decay_incr_style, args.start_weight_decay, args.end_weight_decay
     if style == "constant":
         if args.weight_decay < 0:

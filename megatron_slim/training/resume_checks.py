@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import traceback
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ _STYLES = {
 _GIVEN_AS = {"start_wd": "start_weight_decay", "end_wd": "end_weight_decay", "wd_incr_style": "weight_decay_incr_style"}
 
 
-def check_resume(args: Any) -> None:
+def check_resume(args: Namespace) -> None:
     """Compare the checkpoint that a run resumes from with the run.
 
     Args:
@@ -94,7 +95,7 @@ def why_not_restored(error: Exception) -> CheckpointError | None:
     return CheckpointError(f"Megatron cannot restore the optimizer: {type(error).__name__}: {error}", fix=SAME_LAYOUT)
 
 
-def _resumed_from(args: Any) -> Path | None:
+def _resumed_from(args: Namespace) -> Path | None:
     """The iteration's directory; None where a run starts, or starts from weights alone."""
     if args.load is None:
         return None
@@ -106,7 +107,7 @@ def _resumed_from(args: Any) -> Path | None:
     return None if directory.name == RELEASE else directory
 
 
-def _differing(saved: Any, args: Any, names: dict[str, str]) -> Iterator[str]:
+def _differing(saved: Any, args: Namespace, names: dict[str, str]) -> Iterator[str]:
     """Arguments that are not what they were, in words; what an older Megatron did not have is not compared."""
     for name, words in names.items():
         own = getattr(args, name)
@@ -116,13 +117,13 @@ def _differing(saved: Any, args: Any, names: dict[str, str]) -> Iterator[str]:
             yield f"{words} {was}, not {is_now}"
 
 
-def _of_layout(state: dict[str, Any], args: Any) -> Iterator[str]:
+def _of_layout(state: dict[str, Any], args: Namespace) -> Iterator[str]:
     kind = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
     if args.use_distributed_optimizer and kind not in DistributedOptimizer.checkpoint_fully_reshardable_formats:
         yield from _differing(state["args"], args, _LAYOUT)
 
 
-def _of_schedule(state: dict[str, Any], args: Any) -> Iterator[str]:
+def _of_schedule(state: dict[str, Any], args: Namespace) -> Iterator[str]:
     """Rates find the saved groups of parameters; the rest Megatron takes from the checkpoint on request."""
     saved, scheduler = state["args"], state.get("opt_param_scheduler")
     yield from _differing(saved, args, _RATES)
@@ -135,7 +136,7 @@ def _of_schedule(state: dict[str, Any], args: Any) -> Iterator[str]:
     yield from _of_lengths(saved, scheduler, args)
 
 
-def _of_lengths(saved: Any, scheduler: dict[str, Any], args: Any) -> Iterator[str]:
+def _of_lengths(saved: Any, scheduler: dict[str, Any], args: Namespace) -> Iterator[str]:
     """In Megatron's scheduler they are samples, so that another batch makes another schedule of the same iterations.
 
     A warm-up that is a fraction is one of samples there and of iterations here, which round differently.

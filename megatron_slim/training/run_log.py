@@ -12,10 +12,10 @@ from __future__ import annotations
 import logging
 import math
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any
 
 import megatron_slim.mcore
 
@@ -39,7 +39,7 @@ from megatron_slim.training.teacher_config import teacher_recipe
 logger = logging.getLogger(__name__)
 
 
-def logging_violations(args: Any) -> list[str]:
+def logging_violations(args: Namespace) -> list[str]:
     """What is wrong with the arguments of the log, in sentences."""
     found = []
     if args.log_throughput:
@@ -65,7 +65,7 @@ def logging_violations(args: Any) -> list[str]:
 def run_constants(
     shape: ModelShape,
     teacher: ModelShape | None,
-    args: Any,
+    args: Namespace,
     *,
     teacher_runs_mtp: bool,
     phase: Phase | None = None,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import dataclass
-from typing import Any
 
 import megatron_slim.mcore
 
@@ -97,7 +97,7 @@ class StageLayout:
         return " (single layers are too much for less)" if self.chosen == AUTO else f" ({AUTO} would balance them)"
 
 
-def virtual_stages(shape: ModelShape, args: Any) -> int:
+def virtual_stages(shape: ModelShape, args: Namespace) -> int:
     """Virtual stages per pipeline rank that the flags ask for."""
     if args.pipeline_model_parallel_layout is not None:
         return max(1, len(_rows(args.pipeline_model_parallel_layout) or ()) // args.pipeline_model_parallel_size)
@@ -107,12 +107,12 @@ def virtual_stages(shape: ModelShape, args: Any) -> int:
     return 1 if layers is None else max(1, shape.num_layers // args.pipeline_model_parallel_size // layers)
 
 
-def _layout_of(name: str, args: Any) -> str | None:
+def _layout_of(name: str, args: Namespace) -> str | None:
     layout = args.pipeline_model_parallel_layout if name == "student" else args.teacher_pipeline_layout
     return None if layout is None else str(layout)
 
 
-def stage_violations(args: Any) -> list[str]:
+def stage_violations(args: Namespace) -> list[str]:
     """What is wrong with the flags of the pipeline whatever the models."""
     found = []
     auto, explicit = args.pipeline_layout == "auto", [_layout_of(name, args) for name in ("student", "teacher")]
@@ -129,7 +129,7 @@ def stage_violations(args: Any) -> list[str]:
     return found
 
 
-def layer_violations(name: str, shape: ModelShape, args: Any) -> list[str]:
+def layer_violations(name: str, shape: ModelShape, args: Namespace) -> list[str]:
     """What keeps the layers of the student, or of the teacher, from being divided into stages as asked for."""
     ranks, virtual = args.pipeline_model_parallel_size, virtual_stages(shape, args)
     stages = f"{ranks} pipeline stages" if virtual == 1 else f"{ranks} x {virtual} virtual pipeline stages"
@@ -176,7 +176,7 @@ def _explicit_violations(name: str, shape: ModelShape, layout: str, ranks: int, 
     return found
 
 
-def _counts(name: str, shape: ModelShape, args: Any) -> Counts:
+def _counts(name: str, shape: ModelShape, args: Namespace) -> Counts:
     layout = _layout_of(name, args)
     if layout is not None:
         return tuple(row.count(LayerType.decoder) for row in _rows(layout) or ())
@@ -192,7 +192,9 @@ def layout_string(counts: Counts, mtp_num_layers: int) -> str:
     return f"E{'|'.join('t' * count for count in counts)}{'m' * mtp_num_layers}L"
 
 
-def plan_stages(shape: ModelShape, teacher: ModelShape | None, args: Any, *, teacher_runs_mtp: bool) -> StageLayout:
+def plan_stages(
+    shape: ModelShape, teacher: ModelShape | None, args: Namespace, *, teacher_runs_mtp: bool
+) -> StageLayout:
     """Stages of a run whose flags have been checked.
 
     Args:
@@ -226,14 +228,16 @@ def plan_stages(shape: ModelShape, teacher: ModelShape | None, args: Any, *, tea
     return StageLayout(stages, explicit[0], explicit[1], chosen)
 
 
-def kernels_of(args: Any) -> Kernels:
+def kernels_of(args: Namespace) -> Kernels:
     """How a run computes what has no weights."""
     if args.transformer_impl != "local":
         return FUSED
     return TORCH_ON_GPU if torch.cuda.is_available() else TORCH
 
 
-def _flops(shape: ModelShape, teacher: ModelShape | None, args: Any, teacher_runs_mtp: bool) -> tuple[Flops, Flops]:
+def _flops(
+    shape: ModelShape, teacher: ModelShape | None, args: Namespace, teacher_runs_mtp: bool
+) -> tuple[Flops, Flops]:
     kernels = kernels_of(args)
     length = args.seq_length or shape.max_position_embeddings
     selective = args.recompute_activations or args.recompute_granularity == "selective"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from argparse import Namespace
 
 import torch
 
@@ -14,13 +14,16 @@ from megatron_slim.checkpoint.distributed import DistCheckpoint
 from megatron_slim.checkpoint.mtp import MTP
 from megatron_slim.checkpoint.remarks import remarks
 from megatron_slim.errors import CheckpointError
+from megatron_slim.training.arguments import load_balancing_note
+from megatron_slim.training.missing_libraries import library_note
 from megatron_slim.training.slim_arguments import WITHOUT_MTP
+from megatron_slim.training.spec import RunSpec
 from megatron_slim.training.teacher_config import DTYPES
 
 logger = logging.getLogger(__name__)
 
 
-def say_remarks(shape: ModelShape, start: Checkpoint | None, teacher: Checkpoint | None, args: Any) -> None:
+def say_remarks(shape: ModelShape, start: Checkpoint | None, teacher: Checkpoint | None, args: Namespace) -> None:
     """Say which weights are rounded, and which rows are padding.
 
     Args:
@@ -35,6 +38,18 @@ def say_remarks(shape: ModelShape, start: Checkpoint | None, teacher: Checkpoint
     for name, checkpoint, dtype in (("student", start, own), ("teacher", teacher, of_teacher)):
         for line in remarks(checkpoint, dtype, name, rows) if checkpoint is not None else ():
             logger.info(line)
+
+
+def say_notes(spec: RunSpec) -> None:
+    """Say what a run does that its flags do not: on one rank, once it is checked."""
+    args = spec.args
+    if args.rank != 0:
+        return
+    balancing = load_balancing_note(spec.student, spec.given, args.moe_router_load_balancing_type)
+    stages = spec.stages.table() if args.pipeline_model_parallel_size > 1 else None
+    for note in (library_note(), balancing, stages):
+        if note is not None:
+            logger.info(note)
 
 
 def check_mtp(checkpoint: Checkpoint) -> None:
@@ -54,7 +69,7 @@ def check_mtp(checkpoint: Checkpoint) -> None:
         )
 
 
-def check_rows(checkpoint: Checkpoint, args: Any) -> None:
+def check_rows(checkpoint: Checkpoint, args: Namespace) -> None:
     """See that optimizer state saved in the layout of buffers finds buffers of the same layout.
 
     With another padding of the vocabulary all that follows the embedding is shifted; where the buffers' own padding

@@ -11,6 +11,7 @@ So the data of training, what counts as consumed, and resuming know nothing of b
 from __future__ import annotations
 
 import logging
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ _NOT_TOGETHER = {
 }
 
 
-def ahead_violations(args: Any) -> list[str]:
+def ahead_violations(args: Namespace) -> list[str]:
     """What is wrong with the arguments of a teacher that computes ahead, in sentences.
 
     Args:
@@ -73,7 +74,7 @@ def ahead_violations(args: Any) -> list[str]:
     return found
 
 
-def held_bytes(teacher: ModelShape, args: Any, depths: int) -> int:
+def held_bytes(teacher: ModelShape, args: Namespace, depths: int) -> int:
     """Host memory that a rank of the last stage needs for the hidden states of a block.
 
     Tokens of a data-parallel rank, split under context and sequence parallelism, times hidden size, heads and
@@ -92,7 +93,7 @@ def held_bytes(teacher: ModelShape, args: Any, depths: int) -> int:
     return int(tokens * teacher.hidden_size * (1 + depths) * dtype.itemsize)
 
 
-def check_host_memory(needed: int, args: Any) -> None:
+def check_host_memory(needed: int, args: Namespace) -> None:
     """Say how much host memory a block needs, or refuse it.
 
     Raises:
@@ -107,7 +108,7 @@ def check_host_memory(needed: int, args: Any) -> None:
         logger.info(f"teacher ahead: hidden states of {args.teacher_ahead} iterations take {sizes}")
 
 
-def block_end(start: int, length: int, args: Any) -> int:
+def block_end(start: int, length: int, args: Namespace) -> int:
     """The iteration, from 0, at which a block that begins with ``start`` is over: early where training stops or skips.
 
     >>> from types import SimpleNamespace

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import megatron_slim.mcore
 
 import pytest
@@ -23,7 +25,7 @@ from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, M
 from megatron_slim.compat import runtime
 from megatron_slim.compat.linear_attention import chunk_gated_delta_rule
 from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine, gradients_of_total
-from megatron_slim.distillation.model import TEACHER_MTP, DistillationModel, HiddenStatesModel
+from megatron_slim.distillation.model import DistillationModel, DistillationOptions, HiddenStatesModel
 from megatron_slim.testing import tiny_shape
 
 LENGTH, BATCH = 64, 2
@@ -32,10 +34,13 @@ STUDENT = tiny_shape(**SIZES)
 TEACHER = tiny_shape(**{**SIZES, "hidden_size": 160}, num_moe_experts=16, moe_router_topk=3)
 
 
-def build(shape: ModelShape, model_class: type[HiddenStatesModel], **fields: object) -> HiddenStatesModel:
+def build(
+    shape: ModelShape, model_class: type[HiddenStatesModel], *, own: dict[str, Any] | None = None, **fields: object
+) -> HiddenStatesModel:
+    """A model of a configuration with these fields; ``own`` are arguments of its class."""
     runtime.init_single_process()
     quiet = {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0}
-    model = build_model(shape, transformer_config(shape, **quiet, **fields), model_class=model_class)
+    model = build_model(shape, transformer_config(shape, **quiet, **fields), model_class=model_class, **(own or {}))
     assert isinstance(model, HiddenStatesModel)
     return model
 
@@ -150,10 +155,8 @@ RECOMPUTE = {
 def test_a_training_step_of_teacher_and_student(name: str) -> None:
     """Forward, backward and recomputation of the student, and the teacher's forward pass."""
     fields, batch = RECOMPUTE[name], tokens()
-    student = build(STUDENT, DistillationModel, **fields)
-    assert isinstance(student, DistillationModel)
-    student.unpadded_vocab_size = STUDENT.vocab_size
-    student.attach_teacher(build(TEACHER, HiddenStatesModel), TEACHER_MTP)
+    own = {"options": DistillationOptions(STUDENT.vocab_size), "teacher": build(TEACHER, HiddenStatesModel)}
+    student = build(STUDENT, DistillationModel, own=own, **fields)
     mask, weights = torch.ones(BATCH, LENGTH), LossWeights(0.8, 0.3)
     expected = gradients_of_total(mask, weights, STUDENT.mtp_num_layers, has_teacher=True)
     with counting() as counter:

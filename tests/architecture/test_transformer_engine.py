@@ -26,15 +26,17 @@ ENGINE = {"transformer_impl": "transformer_engine", "gradient_accumulation_fusio
 GROUPED = ENGINE | {"moe_grouped_gemm": True}
 
 
-def _model(shape: ModelShape, *, teacher: bool = False, **fields: Any) -> Any:
+def _model(shape: ModelShape, *, is_teacher: bool = False, teacher: Any = None, **fields: Any) -> Any:
+    """A student, with ``teacher`` if there is one; or a model that is to be a teacher."""
     from megatron_slim.architecture.hidden_states import HiddenStatesModel
     from megatron_slim.architecture.layer_specs import build_model, transformer_config
-    from megatron_slim.distillation.model import DistillationModel
+    from megatron_slim.distillation.model import DistillationModel, DistillationOptions
 
-    kind = HiddenStatesModel if teacher else DistillationModel
-    model: Any = build_model(shape, transformer_config(shape, **fields), model_class=kind)
-    model.unpadded_vocab_size = shape.vocab_size
-    return model
+    config = transformer_config(shape, **fields)
+    if is_teacher:
+        return build_model(shape, config, model_class=HiddenStatesModel)
+    options = DistillationOptions(shape.vocab_size)
+    return build_model(shape, config, model_class=DistillationModel, options=options, teacher=teacher)
 
 
 def _loaded(shape: ModelShape, directory: Path, **fields: Any) -> Any:
@@ -181,15 +183,15 @@ def check_errors() -> None:
 
 def check_teacher_apart(work: Path) -> None:
     """Each model in its own recipe; the teacher without gradients, its weights quantised once and for all."""
-    from megatron_slim.distillation.model import TEACHER_MTP
+    from megatron_slim.architecture.layer_specs import transformer_config
     from megatron_slim.training.teacher_config import teacher_config
 
     directory = write_tiny_checkpoint(work / "apart", SHAPE, dtype=torch.float32)
-    student = _loaded(SHAPE, directory, **GROUPED, fp8="hybrid", fp8_recipe="delayed")
-    config = teacher_config(SHAPE, student.config, fp8_recipe="blockwise")
+    of_student = GROUPED | {"fp8": "hybrid", "fp8_recipe": "delayed"}
+    config = teacher_config(SHAPE, transformer_config(SHAPE, **of_student), fp8_recipe="blockwise")
     fields = {name: getattr(config, name) for name in (*GROUPED, "fp8", "fp8_recipe")}
-    teacher = _loaded(SHAPE, directory, teacher=True, **fields)
-    student.attach_teacher(teacher, TEACHER_MTP)
+    teacher = _loaded(SHAPE, directory, is_teacher=True, **fields)
+    student = _loaded(SHAPE, directory, teacher=teacher, **of_student)
     before = _losses(student)
     calls = _engine_calls()
     models = {id(module): name for name, model in (("s", student), ("t", teacher)) for module in model.modules()}

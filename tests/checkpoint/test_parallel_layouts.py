@@ -37,7 +37,7 @@ def _build(shape: Any, layout: tuple[Any, ...], modules: dict[str, Any]) -> list
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from megatron_slim.architecture.layer_specs import build_model, transformer_config
-    from megatron_slim.distillation.model import DistillationModel
+    from megatron_slim.distillation.model import DistillationModel, DistillationOptions
 
     tp, pp, vpp, ep, etp = layout
     sizes = {
@@ -69,7 +69,13 @@ def _build(shape: Any, layout: tuple[Any, ...], modules: dict[str, Any]) -> list
     last = [parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage) for stage in stages]
     return [
         build_model(
-            shape, config, pre_process=pre, post_process=post, vp_stage=stage, model_class=DistillationModel
+            shape,
+            config,
+            pre_process=pre,
+            post_process=post,
+            vp_stage=stage,
+            model_class=DistillationModel,
+            options=DistillationOptions(shape.vocab_size),
         ).bfloat16()
         for pre, post, stage in zip(first, last, stages, strict=True)
     ]

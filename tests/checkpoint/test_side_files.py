@@ -83,7 +83,7 @@ def test_they_go_along_to_every_place_or_are_named(tool: Tool, model: Path, tmp_
 def test_training_keeps_them_too(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     import megatron_slim.mcore
 
-    from megatron_slim.training.pretrain import keep_hf_files
+    from megatron_slim.training.kept_files import keep_hf_files
 
     caplog.set_level("INFO", "megatron_slim")
     keep_hf_files(model, tmp_path / "run", tiny_shape(num_layers=1, layer_types=("full_attention",)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import doctest
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from megatron_slim.compat import runtime
 from megatron_slim.distillation import layer_pairs
 from megatron_slim.distillation.hidden import HiddenInputs, Projection
 from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine
-from megatron_slim.distillation.model import TEACHER_MTP, DistillationModel, HiddenStatesModel
+from megatron_slim.distillation.model import DistillationModel, DistillationOptions, HiddenStatesModel
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 from tests.distillation.test_model import build, gradients
 
@@ -59,14 +60,12 @@ def batches() -> list[dict[str, Tensor]]:
 
 
 def distilled(checkpoints: dict[str, HFCheckpoint], kind: str | None = None) -> DistillationModel:
-    teacher, student = (
-        build(checkpoints["teacher"], HiddenStatesModel),
-        build(checkpoints["student"], DistillationModel),
-    )
-    assert isinstance(student, DistillationModel) and isinstance(teacher, HiddenStatesModel)
-    student.attach_teacher(teacher, TEACHER_MTP)
+    options = DistillationOptions(SIZES["vocab_size"])
     if kind is not None:
-        student.attach_hidden_distillation(PAIRS, kind, seed=5)
+        options = replace(options, hidden_pairs=PAIRS, hidden_loss=kind, seed=5)
+    teacher = build(checkpoints["teacher"], HiddenStatesModel)
+    student = build(checkpoints["student"], DistillationModel, options=options, teacher=teacher)
+    assert isinstance(student, DistillationModel)
     return student.train()
 
 

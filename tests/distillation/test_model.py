@@ -27,6 +27,7 @@ from megatron_slim.distillation.model import (
     TEACHER_MAIN,
     TEACHER_MTP,
     DistillationModel,
+    DistillationOptions,
     HiddenStatesModel,
 )
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
@@ -50,13 +51,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HFCheckpo
 def build(
     checkpoint: HFCheckpoint, model_class: type[GPTModel], padded_vocab_size: int = PADDED, **stage: Any
 ) -> GPTModel:
+    """A model with its weights; of a student, ``options`` and ``teacher`` are its own."""
+    if model_class is DistillationModel:
+        stage = {"options": DistillationOptions(checkpoint.shape.vocab_size), **stage}
     # No load balancing: its loss is attached to the graph behind the back of a comparison.
     config = transformer_config(checkpoint.shape, moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0)
     model = build_model(checkpoint.shape, config, padded_vocab_size=padded_vocab_size, model_class=model_class, **stage)
     if model.post_process:  # a stage by itself is not all of the checkpoint, and keeps its random weights
         load_hf_weights(model, checkpoint)
-    if isinstance(model, DistillationModel):
-        model.unpadded_vocab_size = checkpoint.shape.vocab_size
     return model
 
 
@@ -136,9 +138,8 @@ def test_four_terms_against_fp64(checkpoints: dict[str, HFCheckpoint], batch: di
     expected = 0.2 * terms[0] + 0.8 * terms[1] + 0.25 * fewer * (0.2 * terms[2] + 0.8 * terms[3])
     expected.backward()
 
-    student = build(checkpoints["student"], DistillationModel)
-    assert isinstance(student, DistillationModel) and isinstance(teacher, HiddenStatesModel)
-    student.attach_teacher(teacher, target)
+    options = DistillationOptions(checkpoints["student"].shape.vocab_size, mtp_kd_target=target)
+    student = build(checkpoints["student"], DistillationModel, options=options, teacher=teacher)
     stacked = student(batch["tokens"], batch["position_ids"], None, batch["labels"])
     total, tokens, report = combine(TokenLosses.unstack(stacked, has_teacher=True), batch["mask"], weights)
     (total / tokens).backward()
@@ -154,26 +155,23 @@ def test_four_terms_against_fp64(checkpoints: dict[str, HFCheckpoint], batch: di
 
 
 def test_the_teacher_is_no_part_of_the_student(checkpoints: dict[str, HFCheckpoint]) -> None:
-    student = build(checkpoints["student"], DistillationModel)
-    alone = {name for name, _ in student.named_parameters()}, student.sharded_state_dict().keys()
+    plain = build(checkpoints["student"], DistillationModel)
+    alone = {name for name, _ in plain.named_parameters()}, plain.sharded_state_dict().keys()
     teacher = build(checkpoints["teacher"], HiddenStatesModel)
-    assert isinstance(student, DistillationModel) and isinstance(teacher, HiddenStatesModel)
-    hidden_size = student.config.hidden_size
-    student.attach_teacher(teacher, TEACHER_MTP)
-    student.train()
+    hidden_size = plain.config.hidden_size
+    student = build(checkpoints["student"], DistillationModel, teacher=teacher).train()
     assert ({name for name, _ in student.named_parameters()}, student.sharded_state_dict().keys()) == alone
     assert student.config.hidden_size == hidden_size + teacher.config.hidden_size
     assert student.decoder.config.hidden_size == hidden_size
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
 
 
-def side_by_side(checkpoints: dict[str, HFCheckpoint], **options: Any) -> DistillationModel:
+def side_by_side(checkpoints: dict[str, HFCheckpoint], *, ahead: bool = False, **stage: Any) -> DistillationModel:
     """Student and teacher; as ``post_process=False`` has it, a stage that ends before the heads."""
-    ahead = options.pop("ahead", False)
-    student = build(checkpoints["student"], DistillationModel, **options)
-    teacher = build(checkpoints["teacher"], HiddenStatesModel, **options)
-    assert isinstance(student, DistillationModel) and isinstance(teacher, HiddenStatesModel)
-    student.attach_teacher(teacher, TEACHER_MTP, ahead=ahead)
+    teacher = build(checkpoints["teacher"], HiddenStatesModel, **stage)
+    options = DistillationOptions(checkpoints["student"].shape.vocab_size, teacher_ahead=ahead)
+    student = build(checkpoints["student"], DistillationModel, options=options, teacher=teacher, **stage)
+    assert isinstance(student, DistillationModel)
     return student
 
 

@@ -22,7 +22,7 @@ from megatron_slim.distillation.losses import (
     gradients_of_total,
     mtp_mask,
 )
-from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel
+from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel, DistillationOptions
 from megatron_slim.testing import tiny_shape
 
 V, S, BATCH, EOD = 101, 12, 2, 100
@@ -30,13 +30,14 @@ SIZES: dict[str, Any] = {"num_layers": 1, "layer_types": ("full_attention",), "v
 SURE = 60.0  # a logit that leaves exp(-60) for all other tokens
 
 
-def build(model_class: type[HiddenStatesModel], depths: int, **sizes: int) -> Any:
+def build(model_class: type[HiddenStatesModel], depths: int, *, own: dict[str, Any] | None = None, **sizes: int) -> Any:
+    """A model; ``own`` are arguments of its class."""
     runtime.init_single_process()
     shape = tiny_shape(**SIZES, **sizes)
     config = transformer_config(
         shape, mtp_num_layers=depths, moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0
     )
-    return build_model(shape, config, padded_vocab_size=128, model_class=model_class)
+    return build_model(shape, config, padded_vocab_size=128, model_class=model_class, **(own or {}))
 
 
 def by_heart(stream: Tensor, depths: int) -> Callable[..., Tensor]:
@@ -55,9 +56,9 @@ def by_heart(stream: Tensor, depths: int) -> Callable[..., Tensor]:
 def test_every_position_is_supervised_by_the_token_it_predicts(depths: int, target: str, chunk: int) -> None:
     """Head k at position i gets token i + 1 + k from label and teacher, wherever chunks end."""
     stream = torch.stack([torch.randperm(V, generator=torch.Generator().manual_seed(seed))[: S + 4] for seed in (0, 1)])
-    student, teacher = build(DistillationModel, depths), build(HiddenStatesModel, depths, hidden_size=128)
-    student.unpadded_vocab_size, student.loss_chunk = V, chunk
-    student.attach_teacher(teacher, target)
+    teacher = build(HiddenStatesModel, depths, hidden_size=128)
+    options = DistillationOptions(V, loss_chunk=chunk, mtp_kd_target=target)
+    student = build(DistillationModel, depths, own={"options": options, "teacher": teacher})
     with torch.no_grad():
         teacher.output_layer.weight.copy_(torch.eye(128))
     teacher.forward = by_heart(stream, depths if target == TEACHER_MTP else 0)

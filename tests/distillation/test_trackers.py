@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.layer_specs import build_model, transformer_config
 from megatron_slim.compat import runtime
-from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel
+from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel, DistillationOptions
 from megatron_slim.testing import tiny_shape
 
 KINDS = ("linear_attention", "full_attention")
@@ -41,10 +41,12 @@ def trackers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     MTPLossLoggingHelper.tracker.clear()
 
 
-def build(model_class: type[GPTModel], layers: int, seed: int, stage: dict[str, bool], **fields: Any) -> Any:
+def build(model_class: type[GPTModel], layers: int, seed: int, stage: dict[str, Any], **fields: Any) -> Any:
     """A model of so many layers with random weights that the seed alone decides."""
     shape = tiny_shape(layer_types=(KINDS * layers)[:layers], vocab_size=128)
     torch.manual_seed(seed)
+    if model_class is DistillationModel:
+        stage = {"options": DistillationOptions(128), **stage}
     model = build_model(shape, transformer_config(shape, **fields), model_class=model_class, **stage)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -95,10 +97,8 @@ def test_teacher_and_student_of_different_depth_share_no_tracker(depth: int, tar
 
     def train(teacher: Any) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         destroy_moe_metrics_tracker()
-        student = build(DistillationModel, 4, 3, {}, **balanced)
-        student.unpadded_vocab_size = 128
-        if teacher is not None:
-            student.attach_teacher(teacher, target)
+        distilled = {"options": DistillationOptions(128, mtp_kd_target=target), "teacher": teacher}
+        student = build(DistillationModel, 4, 3, distilled, **balanced)
         inputs, labels = tokens()
         for training in (True, False, True, False):
             student.train(training)

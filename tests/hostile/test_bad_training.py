@@ -270,7 +270,6 @@ def test_refused(files: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setenv("MASTER_ADDR", "localhost")
     given = GIVEN.removesuffix(" --data-path d") if "-data-" in options else GIVEN
     argv = f"{given} {options}".split()
-    monkeypatch.setattr(sys, "argv", ["pretrain", *argv])
     before = sorted(files.rglob("*"))
     with pytest.raises(SlimError) as caught:
         main(argv)
@@ -297,7 +296,6 @@ def test_layers_of_two_stages(files: Path, options: str, message: str, monkeypat
     for name, value in {"MASTER_ADDR": "localhost", "WORLD_SIZE": "2", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     argv = f"{GIVEN} --teacher-load teacher --pipeline-model-parallel-size 2 {options}".split()
-    monkeypatch.setattr(sys, "argv", ["pretrain", *argv])
     with pytest.raises(SlimError) as caught:
         main(argv)
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -313,7 +311,6 @@ def test_layers_of_two_stages(files: Path, options: str, message: str, monkeypat
 def test_left_out(files: Path, options: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(files)
     argv = f"{BASE} {options}".split()
-    monkeypatch.setattr(sys, "argv", ["pretrain", *argv])
     with pytest.raises(SlimError, match=message):
         main(argv)
 

@@ -87,7 +87,6 @@ def allocated(argv: list[str], log: str) -> dict[str, int]:
         return kept[0]
 
     training.setup_model_and_optimizer = remember
-    sys.argv = ["pretrain", *argv]
     main(argv)
     chunks, optimizer, _ = kept[0]
     buffers = [each for chunk in chunks for each in (*chunk.buffers, *chunk.expert_parallel_buffers)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +36,6 @@ def train(argv: list[str], log: str) -> None:
 
     from megatron_slim.training.pretrain import main
 
-    sys.argv = ["pretrain", *argv]
     try:
         with messages_shown("stdout"):
             main(argv)
@@ -53,7 +51,6 @@ def refusal(argv: list[str], log: str) -> str:
     from megatron_slim.errors import SlimError
     from megatron_slim.training.pretrain import main
 
-    sys.argv = ["pretrain", *argv]
     try:
         with messages_shown("stdout"):
             main(argv)

@@ -18,7 +18,7 @@ from megatron_slim.checkpoint.huggingface import read_shape
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json, to_json
 from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tiny_checkpoint
-from megatron_slim.training import pretrain
+from megatron_slim.training import build, pretrain
 from megatron_slim.training.arguments import complete_argv, shape_directory
 from megatron_slim.training.slim_arguments import add_slim_arguments, loss_schedules
 
@@ -110,12 +110,12 @@ def test_the_vocabulary_is_padded_alike_everywhere(vocab: int, padded: int) -> N
 
 def test_load_balancing_keeps_its_weight_under_data_parallelism(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of four ranks has a quarter of the global loss, and averaging gradients divides by four once more."""
-    monkeypatch.setattr(pretrain.parallel_state, "get_data_parallel_world_size", lambda: 4)
+    monkeypatch.setattr(build.parallel_state, "get_data_parallel_world_size", lambda: 4)
     several = {"moe_router_load_balancing_type": ["global_aux_loss", "seq_aux_loss"], "moe_aux_loss_coeff": [0.1, 0.2]}
-    assert pretrain.load_balancing_fields(transformer_config(SHAPE)) == {"moe_aux_loss_coeff": 0.004}
+    assert build.load_balancing_fields(transformer_config(SHAPE)) == {"moe_aux_loss_coeff": 0.004}
     config = transformer_config(SHAPE, moe_router_load_balancing_type="seq_aux_loss")
-    assert pretrain.load_balancing_fields(config) == {"moe_aux_loss_coeff": 0.001}
-    assert pretrain.load_balancing_fields(transformer_config(SHAPE, **several)) == {"moe_aux_loss_coeff": [0.4, 0.2]}
+    assert build.load_balancing_fields(config) == {"moe_aux_loss_coeff": 0.001}
+    assert build.load_balancing_fields(transformer_config(SHAPE, **several)) == {"moe_aux_loss_coeff": [0.4, 0.2]}
 
 
 def test_megatrons_arguments_are_listed_on_request(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,13 +29,15 @@ from megatron_slim.checkpoint.optimizer_state import MOMENTS, OptimizerState, op
 from megatron_slim.checkpoint.plain_state import read_plain_state
 from megatron_slim.checkpoint.torch_dist_files import read_metadata
 from megatron_slim.compat import hooks
+from megatron_slim.distillation.model import DistillationOptions
 from megatron_slim.errors import SlimError
 from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes
 from megatron_slim.streaming.fingerprint import fingerprint
-from megatron_slim.testing import run_distributed
+from megatron_slim.testing import run_distributed, tiny_shape
 from megatron_slim.training.carried import CarriedOptimizer, carried_optimizer
 from megatron_slim.training.progressive import Place
 from megatron_slim.training.run_figures import KD, LM, MTP_LM
+from megatron_slim.training.spec import RunSpec
 from tests.training.conftest import Workplace, read_scalars, refusal, train
 from tests.training.test_progressive import TOKENS, write_plan
 
@@ -266,10 +269,13 @@ def test_the_first_step_of_a_phase_has_a_tenth_of_megatrons_rate(monkeypatch: py
     assert rates() == pytest.approx([rate * factor for rate, factor in zip(plain, factors, strict=True)], rel=1e-12)
 
 
-def arguments(start: Path | None, **given: Any) -> SimpleNamespace:
+def described(start: Path | None, **given: Any) -> RunSpec:
+    """A run of which nothing but these arguments matters."""
     names = "load ckpt_step hf_config no_load_optim finetune skip_train hidden_kd_layers"
     base = dict.fromkeys(names.split()) | {"without_mtp": False, "rank": 0, "carry_optimizer": True}
-    return SimpleNamespace(**base | {"pretrained_checkpoint": None if start is None else str(start)} | given)
+    args = Namespace(**base | {"pretrained_checkpoint": None if start is None else str(start)} | given)
+    shape = tiny_shape()
+    return RunSpec((), (), args, Path(), shape, None, None, DistillationOptions(shape.vocab_size), None, None)
 
 
 def test_what_has_no_moments_is_refused(workplace: Workplace, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -278,23 +284,23 @@ def test_what_has_no_moments_is_refused(workplace: Workplace, tmp_path: Path, ca
     state = OptimizerState(9, dict.fromkeys(MOMENTS, source))
     write_checkpoint(source, tmp_path / "carried", to="torch_dist", optimizer=state)
     refusals = {
-        "--carry-optimizer without --pretrained-checkpoint": arguments(None),
-        "is a Hugging Face checkpoint, which has no optimizer state": arguments(workplace.student),
-        "has no optimizer state by the names of weights": arguments(tmp_path / "bare"),
-        "--no-load-optim, which begins with a new optimizer": arguments(tmp_path / "carried", no_load_optim=True),
-        "--hidden-kd-layers, whose projections are new": arguments(tmp_path / "carried", hidden_kd_layers=((0, 1),)),
+        "--carry-optimizer without --pretrained-checkpoint": described(None),
+        "is a Hugging Face checkpoint, which has no optimizer state": described(workplace.student),
+        "has no optimizer state by the names of weights": described(tmp_path / "bare"),
+        "--no-load-optim, which begins with a new optimizer": described(tmp_path / "carried", no_load_optim=True),
+        "--hidden-kd-layers, whose projections are new": described(tmp_path / "carried", hidden_kd_layers=((0, 1),)),
     }
-    for message, args in refusals.items():
+    for message, spec in refusals.items():
         with pytest.raises(SlimError, match=message):
-            carried_optimizer(args)
-    found = carried_optimizer(arguments(tmp_path / "carried"))
+            carried_optimizer(spec)
+    found = carried_optimizer(described(tmp_path / "carried"))
     assert found == CarriedOptimizer(tmp_path / "carried" / "release", 9, None)
     # A run that resumes has an optimizer of its own.
-    resumed = arguments(workplace.student, load=str(tmp_path / "carried"))
+    resumed = described(workplace.student, load=str(tmp_path / "carried"))
     assert carried_optimizer(resumed) is None
     with caplog.at_level("INFO"):
-        assert carried_optimizer(arguments(tmp_path / "carried", carry_optimizer=False)) is None
-        assert carried_optimizer(arguments(tmp_path / "bare", carry_optimizer=False)) is None
+        assert carried_optimizer(described(tmp_path / "carried", carry_optimizer=False)) is None
+        assert carried_optimizer(described(tmp_path / "bare", carry_optimizer=False)) is None
     assert [record.message for record in caplog.records if "optimizer state" in record.message] == [
         f"{tmp_path / 'carried'}: its optimizer state is not used; --carry-optimizer begins with it"
     ]

@@ -16,7 +16,7 @@ from megatron_slim.distillation import hidden
 from megatron_slim.distillation.losses import TokenLosses
 from megatron_slim.distillation.model import DistillationModel
 from megatron_slim.testing import run_distributed
-from megatron_slim.training import finite, pretrain
+from megatron_slim.training import finite, pretrain, steps
 from megatron_slim.training.finite import FiniteWatch
 
 AT = 1  # 0-based; Megatron's log calls it iteration 2
@@ -58,7 +58,7 @@ def break_teacher() -> None:
 
 def break_term() -> None:
     """One token's loss of one head is infinite, on one of the data-parallel ranks."""
-    combine = pretrain.combine
+    combine = steps.combine
 
     def broken(losses: TokenLosses, *args: Any) -> Any:
         if iteration() == AT and torch.distributed.get_rank() == 1:
@@ -68,7 +68,7 @@ def break_term() -> None:
             losses = dataclasses.replace(losses, mtp_lm=(losses.mtp_lm[0] + much,))
         return combine(losses, *args)
 
-    pretrain.combine = broken  # type: ignore[assignment]
+    steps.combine = broken  # type: ignore[assignment]
 
 
 def break_gradient() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,7 +135,6 @@ def refusal(monkeypatch: pytest.MonkeyPatch, *argv: str) -> str:
         *"--mock-data --seq-length 32 --micro-batch-size 1 --global-batch-size 2 --train-iters 2 --lr 1e-3".split(),
         *argv,
     ]
-    monkeypatch.setattr(sys, "argv", ["pretrain", *words])
     with pytest.raises(SlimError) as caught:
         main(words)
     return str(caught.value)

@@ -16,11 +16,12 @@ from typing import Any
 import megatron_slim.mcore
 
 import pytest
+from megatron.core import parallel_state
 
 from megatron_slim.architecture import context_parallel, local_modules
 from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.testing import run_distributed
-from megatron_slim.training import pretrain
+from megatron_slim.training import build, steps
 from megatron_slim.training.finite import FiniteWatch
 from tests.training.conftest import read_scalars, train
 
@@ -239,7 +240,7 @@ def scale_gradients_of_the_first_stage() -> None:
 
     def scaled(self: FiniteWatch, model: list[Any], *args: Any, **kwargs: Any) -> None:
         finalize(self, model, *args, **kwargs)
-        if pretrain.parallel_state.is_pipeline_first_stage():
+        if parallel_state.is_pipeline_first_stage():
             for parameter in model[0].parameters():
                 parameter.main_grad.mul_(1.001)
 
@@ -247,18 +248,18 @@ def scale_gradients_of_the_first_stage() -> None:
 
 
 def weigh_mtp_otherwise_on_one_rank() -> None:
-    weights = pretrain._loss_weights
+    weights = steps.loss_weights
 
     def other() -> Any:
         right = weights()
-        first = pretrain.parallel_state.get_data_parallel_rank() == 0
+        first = parallel_state.get_data_parallel_rank() == 0
         return right if first else type(right)(right.kd_lambda, right.mtp_beta * 1.01)
 
-    pretrain._loss_weights = other
+    steps.loss_weights = other
 
 
 def average_the_balancing_loss() -> None:
-    pretrain.load_balancing_fields = lambda config: {}
+    build.load_balancing_fields = lambda config: {}
 
 
 def leave_norms_to_each_rank() -> None:
@@ -274,13 +275,13 @@ def leave_norms_to_each_rank() -> None:
 
 def count_tokens_of_all() -> None:
     """As if the loss were divided by the tokens of the whole sequence on each context-parallel rank."""
-    combine = pretrain.combine
+    combine = steps.combine
 
     def counted(*args: Any) -> Any:
         total, tokens, report = combine(*args)
         return total, 2 * tokens, report
 
-    pretrain.combine = counted
+    steps.combine = counted
 
 
 BUGS: dict[str, tuple[Callable[[], None], Layout]] = {

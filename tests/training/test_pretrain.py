@@ -18,9 +18,9 @@ from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import CheckpointError
 from megatron_slim.files import read_json, to_json
 from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tiny_checkpoint
-from megatron_slim.training import pretrain
 from megatron_slim.training.data import Repeated, first_batch
 from megatron_slim.training.hidden_kd import check_projections
+from megatron_slim.training.kept_files import keep_hf_files
 from megatron_slim.training.start_checks import check_mtp
 
 
@@ -30,13 +30,13 @@ def test_what_export_needs_is_kept_next_to_the_checkpoints_once(tmp_path: Path) 
     config = tiny_hf_config(tiny_shape())
     (source / "config.json").write_text(to_json(config))
     (source / "tokenizer.json").write_text("{}")
-    pretrain.keep_hf_files(source, save, tiny_shape())
+    keep_hf_files(source, save, tiny_shape())
     assert read_json(save / "hf" / "config.json") == config and (save / "hf" / "tokenizer.json").is_file()
     (source / "config.json").write_text("{}")
-    pretrain.keep_hf_files(source, save, tiny_shape())  # a resumed run keeps what it began with
+    keep_hf_files(source, save, tiny_shape())  # a resumed run keeps what it began with
     assert read_json(save / "hf" / "config.json") == config
     (source / "config.json").write_text(to_json(config))
-    pretrain.keep_hf_files(source, tmp_path / "other", tiny_shape(mtp_num_layers=0))  # as --without-mtp trains it
+    keep_hf_files(source, tmp_path / "other", tiny_shape(mtp_num_layers=0))  # as --without-mtp trains it
     assert stated_mtp_layers(read_json(tmp_path / "other" / "hf" / "config.json")) == 0
 
 
@@ -44,16 +44,16 @@ def test_how_experts_were_stored_is_kept_next_to_the_checkpoints(tmp_path: Path)
     """Of Hugging Face files that a run starts from, and of a torch_dist checkpoint made of such files."""
     plain = HFCheckpoint.open(write_tiny_checkpoint(tmp_path / "plain", tiny_shape()))
     write_checkpoint(plain, tmp_path / "fused", to="hf", expert_storage="fused")
-    pretrain.keep_hf_files(tmp_path / "fused", tmp_path / "first", plain.shape)
-    pretrain.keep_hf_files(tmp_path / "first" / "hf", tmp_path / "second", plain.shape)
-    pretrain.keep_hf_files(plain.path, tmp_path / "third", plain.shape)
+    keep_hf_files(tmp_path / "fused", tmp_path / "first", plain.shape)
+    keep_hf_files(tmp_path / "first" / "hf", tmp_path / "second", plain.shape)
+    keep_hf_files(plain.path, tmp_path / "third", plain.shape)
     blocks = expert_blocks(plain.shape)
     cut = open_checkpoint(tmp_path / "fused", without_mtp=True)
     write_checkpoint(cut, tmp_path / "resaved", to="hf")
     config = read_json(tmp_path / "fused" / "config.json")  # declares MTP, as transformers' load and save leaves it
     (tmp_path / "resaved" / "config.json").write_text(to_json(config))
     for number, source in enumerate(("fused", "resaved")):
-        pretrain.keep_hf_files(tmp_path / source, tmp_path / f"cut-{number}", cut.shape)
+        keep_hf_files(tmp_path / source, tmp_path / f"cut-{number}", cut.shape)
         assert recorded_storage(tmp_path / f"cut-{number}" / "hf") == expert_blocks(cut.shape)
     assert [recorded_storage(tmp_path / run / "hf") for run in ("first", "second", "third")] == [blocks, blocks, set()]
 

@@ -24,9 +24,9 @@ from megatron_slim.architecture.layer_specs import build_model, transformer_conf
 from megatron_slim.cli.terminal import messages_shown
 from megatron_slim.compat import runtime
 from megatron_slim.distillation.losses import LossWeights
-from megatron_slim.distillation.model import TEACHER_MTP, DistillationModel, HiddenStatesModel
+from megatron_slim.distillation.model import DistillationModel, DistillationOptions, HiddenStatesModel
 from megatron_slim.testing import run_distributed, tiny_shape
-from megatron_slim.training import meters, pretrain, run_log
+from megatron_slim.training import meters, pretrain, run_log, steps
 from megatron_slim.training.meters import StageClock, weights_of_terms
 from megatron_slim.training.run_figures import BACKWARD, KINDS, LOSSES, STUDENT, TEACHER, TERMS
 from megatron_slim.training.run_log import RunLog, logging_violations, run_constants
@@ -44,7 +44,7 @@ TEACHER_SHAPE = tiny_shape(**SIZES)
 
 def count_rows(counts: list[dict[tuple[str, int], int]]) -> None:
     """Count the rows that each expert of the student is given in the forward pass of a training step."""
-    provider, finalize = pretrain.Run.model_provider, pretrain.Run.finalize_grads
+    provider, finalize = pretrain.Run.model_provider, steps.Steps.finalize_grads
     counts.append({})
 
     def counting(self: pretrain.Run, *args: Any, **kwargs: Any) -> DistillationModel:
@@ -60,12 +60,12 @@ def count_rows(counts: list[dict[tuple[str, int], int]]) -> None:
             module.register_forward_pre_hook(count)
         return model
 
-    def finalizing(self: pretrain.Run, *args: Any, **kwargs: Any) -> None:
+    def finalizing(self: steps.Steps, *args: Any, **kwargs: Any) -> None:
         finalize(self, *args, **kwargs)
         counts.append({})
 
     pretrain.Run.model_provider = counting  # type: ignore[method-assign]
-    pretrain.Run.finalize_grads = finalizing  # type: ignore[method-assign]
+    steps.Steps.finalize_grads = finalizing  # type: ignore[method-assign]
 
 
 WANDB = """
@@ -86,7 +86,6 @@ def train_and_count(argv: list[str], log: str, result: str) -> None:
     sys.path.insert(0, str(Path(result).parent))
     counts: list[dict[tuple[str, int], int]] = []
     count_rows(counts)
-    sys.argv = ["pretrain", *argv]
     with messages_shown("stdout"):
         pretrain.main(argv)
     Path(result).write_bytes(pickle.dumps(counts[:STEPS]))
@@ -104,7 +103,6 @@ def train_with_a_slow_stage(argv: list[str], log: str) -> None:
         return model
 
     pretrain.Run.model_provider = slow  # type: ignore[method-assign]
-    sys.argv = ["pretrain", *argv]
     with messages_shown("stdout"):
         pretrain.main(argv)
 
@@ -323,15 +321,25 @@ def test_a_fake_clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapture
 
 
 @pytest.fixture
-def distilling() -> DistillationModel:
+def clock() -> StageClock:
+    return StageClock()
+
+
+@pytest.fixture
+def distilling(clock: StageClock) -> DistillationModel:
     """Both models on one rank."""
     runtime.init_single_process()
     quiet: dict[str, Any] = {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0}
-    student = build_model(STUDENT_SHAPE, transformer_config(STUDENT_SHAPE, **quiet), model_class=DistillationModel)
     teacher = build_model(TEACHER_SHAPE, transformer_config(TEACHER_SHAPE, **quiet), model_class=HiddenStatesModel)
-    assert isinstance(student, DistillationModel) and isinstance(teacher, HiddenStatesModel)
-    student.unpadded_vocab_size = STUDENT_SHAPE.vocab_size
-    student.attach_teacher(teacher, TEACHER_MTP)
+    student = build_model(
+        STUDENT_SHAPE,
+        transformer_config(STUDENT_SHAPE, **quiet),
+        model_class=DistillationModel,
+        options=DistillationOptions(STUDENT_SHAPE.vocab_size),
+        teacher=teacher,
+        timed_losses=clock.losses,
+    )
+    assert isinstance(student, DistillationModel)
     return student
 
 
@@ -348,7 +356,9 @@ class Event:
         return (end.at - self.at) * 1000.0
 
 
-def test_the_clock_separates_parts(distilling: DistillationModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_separates_parts(
+    distilling: DistillationModel, clock: StageClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Time passes in one place of each part; two micro-batches, and a pass of validation that does not count."""
     now, weights = [0.0], distilling._output_weights
     parts = {STUDENT: 1.0, TEACHER: 2.0, LOSSES: 4.0, BACKWARD: 8.0}
@@ -371,7 +381,6 @@ def test_the_clock_separates_parts(distilling: DistillationModel, monkeypatch: p
     distilling.teacher.decoder.register_forward_hook(passes(TEACHER))
     # The last gradient of all.
     distilling.embedding.word_embeddings.weight.register_post_accumulate_grad_hook(passes(BACKWARD))
-    clock = StageClock()
     clock.watch(distilling)
     tokens = torch.randint(0, 120, (1, 33), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(32)[None]
