@@ -20,6 +20,7 @@ from megatron_slim.errors import RecipeError
 from megatron_slim.recipe import load_recipe
 from megatron_slim.testing import reserved_port, tiny_shape, write_tiny_checkpoint, write_tokens
 from megatron_slim.training.run_view import read_run, summary
+from megatron_slim.training.variables import VARIABLES
 from tests.compression.test_report import write_events
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +33,7 @@ NOT_ARGUMENTS |= {"NCCL_DEBUG", "PYTORCH_CUDA_ALLOC_CONF", "TRITON_CACHE_DIR", "
 
 
 def call(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if name not in distill.VARIABLES}
+    clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     command = [sys.executable, "-m", "megatron_slim", *arguments]
     return subprocess.run(command, cwd=ROOT, env=clean | environment, capture_output=True, text=True)
 
@@ -81,7 +82,7 @@ def test_distill_knows_the_variables_of_the_script() -> None:
     text = "".join((SCRIPTS / name).read_text() for name in ("pretrain_distill.sh", "slurm.sh"))
     read = set(re.findall(r"\$\{([A-Z][A-Z_]+):?-", text))
     read -= {name for name in read if name.startswith("SLURM_")}
-    assert read - NOT_ARGUMENTS == set(distill.VARIABLES)
+    assert read - NOT_ARGUMENTS == set(VARIABLES)
 
 
 def test_distill_is_the_script_with_arguments_for_variables() -> None:
@@ -103,7 +104,7 @@ def test_distill_gives_results_when_the_run_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """By a script in place of the training, next to what a run has logged."""
-    for name in distill.VARIABLES:
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     write_events(tmp_path / "run", 0, True)
     script = 'echo "training in $SAVE"; [[ ${1:-} != --wrong ]] || { echo "error: $1" >&2; exit 2; }'

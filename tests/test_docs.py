@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_slim.cli import distill
+from megatron_slim.training import variables
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -73,7 +73,7 @@ def flags() -> set[str]:
     for folder in ("megatron_slim", "tools", "benchmarks", "examples"):
         for path in (ROOT / folder).rglob("*.py"):
             known |= set(re.findall(r'"(--[a-z][\w-]*)"', path.read_text(encoding="utf-8")))
-    return known | set(map(distill.flag, distill.VARIABLES))
+    return known | set(map(variables.flag, variables.VARIABLES))
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "comparison.md"], ids=_page_id)

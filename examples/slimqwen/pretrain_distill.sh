@@ -68,31 +68,13 @@ MASTER_PORT=${MASTER_PORT:-29500}
 LAUNCHER=${LAUNCHER:-$([[ -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]] && echo slurm || echo torchrun)}
 [[ $LAUNCHER == torchrun || $LAUNCHER == slurm ]] || fail "LAUNCHER=$LAUNCHER: it is torchrun or slurm"
 
-# SlimQwen, 400B-token setting.
-SEQ_LENGTH=${SEQ_LENGTH:-4096}
-MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-1}
-GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-1024}
 # PROGRESSIVE=1: the student is that of a phase of a recipe, and takes its part in the one schedule of all phases, whose
 # length follows from the recipe's tokens. CARRY_OPTIMIZER=1: it begins with the moments that pruning has carried over;
 # without them STAGE_WARMUP=N: the learning rate begins at a tenth and is the schedule's after N steps of the phase.
 PROGRESSIVE=${PROGRESSIVE:-0}
 CARRY_OPTIMIZER=${CARRY_OPTIMIZER:-0}
-STAGE_WARMUP=${STAGE_WARMUP:-}
-length_args=(--progressive-schedule ${TRAIN_ITERS:+--train-iters "$TRAIN_ITERS"})
-TRAIN_ITERS=${TRAIN_ITERS:-95368}
-case $PROGRESSIVE in
-  0) length_args=(--train-iters "$TRAIN_ITERS") ;;
-  1) ;;
-  *) fail "PROGRESSIVE=$PROGRESSIVE: it is 0 or 1" ;;
-esac
+[[ $PROGRESSIVE == 0 || $PROGRESSIVE == 1 ]] || fail "PROGRESSIVE=$PROGRESSIVE: it is 0 or 1"
 [[ $CARRY_OPTIMIZER == 0 || $CARRY_OPTIMIZER == 1 ]] || fail "CARRY_OPTIMIZER=$CARRY_OPTIMIZER: it is 0 or 1"
-LR=${LR:-4e-4}
-MIN_LR=${MIN_LR:-3e-5}
-LR_WARMUP_ITERS=${LR_WARMUP_ITERS:-} # 2000, or a tenth of a run that is no longer
-SAVE_INTERVAL=${SAVE_INTERVAL:-1000}
-EVAL_INTERVAL=${EVAL_INTERVAL:-1000}
-EVAL_ITERS=${EVAL_ITERS:-10}
-LOG_INTERVAL=${LOG_INTERVAL:-10}
 PRECISION=${PRECISION:-$([[ $gpus -gt 0 ]] && echo bf16 || echo fp32)}
 [[ $PRECISION == bf16 || $PRECISION == fp32 ]] || fail "PRECISION=$PRECISION: it is bf16 or fp32; FP8 and fp16 are flags of Megatron (docs/fp8.md)"
 
@@ -104,34 +86,33 @@ elif [[ ${SLURM_STEP_NUM_NODES:-1} -gt 1 && $NNODES == 1 ]]; then
   fail "srun started this on $SLURM_STEP_NUM_NODES nodes; start it once, in the job, and it starts them (LAUNCHER=slurm)"
 fi
 
+# What is set, as `megatron-slim distill` has it. Defaults, and Megatron's names for it, are the ranks' to know:
+# megatron_slim/training/variables.py.
 read -r -a data <<<"$DATA"
 read -r -a valid_data <<<"$VALID_DATA"
-if [[ ${#valid_data[@]} -gt 0 ]]; then
-  data_args=(--train-data-path "${data[@]}" --valid-data-path "${valid_data[@]}" --test-data-path "${valid_data[@]}")
-else
-  data_args=(--data-path "${data[@]}" --split "990,5,5")
-fi
-args=(
-  --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --expert-model-parallel-size "$EP"
-  --use-distributed-optimizer
-  --seq-length "$SEQ_LENGTH" --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE"
-  "${length_args[@]}" --lr "$LR" --min-lr "$MIN_LR"
-  --lr-decay-style cosine --clip-grad 1.0
-  --save "$SAVE" --load "$SAVE" --save-interval "$SAVE_INTERVAL" --tensorboard-dir "$SAVE/tensorboard"
-  --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" --log-interval "$LOG_INTERVAL"
-  --distributed-timeout-minutes 30
-  --data-cache-path "$SAVE/data-cache"
-  "${data_args[@]}"
-)
-if [[ -n $LR_WARMUP_ITERS ]]; then args+=(--lr-warmup-iters "$LR_WARMUP_ITERS"); else args+=(--default-lr-warmup-iters 2000); fi
-if [[ $TP -gt 1 ]]; then args+=(--sequence-parallel); fi
-if [[ $PRECISION == bf16 ]]; then args+=(--bf16); fi
-if [[ $LAUNCHER == slurm ]]; then args+=(--exit-signal-handler); fi
+args=(--tp "$TP" --pp "$PP" --ep "$EP" --precision "$PRECISION" --save "$SAVE" --data "${data[@]}")
+if [[ ${#valid_data[@]} -gt 0 ]]; then args+=(--valid-data "${valid_data[@]}"); fi
+pass_on() { [[ -z $2 ]] || args+=("$1" "$2"); }
+pass_on --student "$STUDENT"
+pass_on --hf-config "$HF_CONFIG"
+pass_on --teacher "$TEACHER"
+pass_on --seq-length "${SEQ_LENGTH:-}"
+pass_on --micro-batch-size "${MICRO_BATCH_SIZE:-}"
+pass_on --global-batch-size "${GLOBAL_BATCH_SIZE:-}"
+pass_on --train-iters "${TRAIN_ITERS:-}"
+pass_on --lr "${LR:-}"
+pass_on --min-lr "${MIN_LR:-}"
+pass_on --lr-warmup-iters "${LR_WARMUP_ITERS:-}"
+pass_on --save-interval "${SAVE_INTERVAL:-}"
+pass_on --eval-interval "${EVAL_INTERVAL:-}"
+pass_on --eval-iters "${EVAL_ITERS:-}"
+pass_on --log-interval "${LOG_INTERVAL:-}"
+pass_on --stage-warmup "${STAGE_WARMUP:-}"
+if [[ $PROGRESSIVE == 1 ]]; then args+=(--progressive); fi
 if [[ $CARRY_OPTIMIZER == 1 ]]; then args+=(--carry-optimizer); fi
-if [[ -n $STAGE_WARMUP ]]; then args+=(--stage-warmup "$STAGE_WARMUP"); fi
-if [[ -n $STUDENT ]]; then args+=(--pretrained-checkpoint "$STUDENT"); fi
-if [[ -n $HF_CONFIG ]]; then args+=(--hf-config "$HF_CONFIG"); fi
-if [[ -n $TEACHER ]]; then args+=(--teacher-load "$TEACHER"); fi
+# Megatron's own come behind.
+args+=(--)
+if [[ $LAUNCHER == slurm ]]; then args+=(--exit-signal-handler); fi
 
 # Variables that ranks need in addition to those of the environment. One hardware queue makes kernels start in the order in
 # which they were launched, by which tensor parallelism overlaps up to Hopper (Megatron insists on it); Blackwell has

@@ -1,4 +1,8 @@
-"""Train or distil with Megatron's loop; one process per device, started by torchrun."""
+"""Train or distil with Megatron's loop; one process per device, started by torchrun.
+
+Arguments are Megatron's and ours; with ``--`` among them, those in front of it are variables, as `megatron-slim
+distill` takes them.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,9 @@ def main(argv: Sequence[str], prog: str) -> None:
         return
     from megatron_slim.cli.terminal import messages_shown, progress_shown
     from megatron_slim.reporting import use_progress
+    from megatron_slim.training.variables import expand
 
+    words = expand(argv, prog)
     # What Megatron and torch announce at import is the doctor's to report; what they warn of later stays.
     with warnings.catch_warnings():
         if not sys.warnoptions:
@@ -31,7 +37,7 @@ def main(argv: Sequence[str], prog: str) -> None:
         from megatron_slim.training.pretrain import run_ranks
 
     with messages_shown("stdout"), use_progress(progress_shown()):
-        run_ranks(argv)
+        run_ranks(words)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_slim.cli.distill import GROUPS, flag
 from megatron_slim.cli.tool import run_tool
 from megatron_slim.command_line import RECIPE_HELP, not_negative, tool_parser
 from megatron_slim.compression import estimate
@@ -27,6 +26,7 @@ from megatron_slim.compression.steps import Step, steps
 from megatron_slim.errors import SlimError
 from megatron_slim.files import sole_writer
 from megatron_slim.recipe_run import SECTIONS
+from megatron_slim.training.variables import GROUPS, flag
 
 logger = logging.getLogger(__name__)
 

@@ -103,9 +103,9 @@ def _after(words: Sequence[str], flag: str) -> str:
 
 def _of_one_run(arguments: Sequence[str], config: str, iterations: int) -> list[str]:
     """The arguments of a run that begins with random weights and has one phase."""
-    place = arguments.index("--pretrained-checkpoint")
+    place = arguments.index("--student")
     kept = [*arguments[:place], "--hf-config", config, *arguments[place + 2 :]]
-    alone = [word for word in kept if word not in ("--progressive-schedule", "--carry-optimizer")]
+    alone = [word for word in kept if word not in ("--progressive", "--carry-optimizer")]
     if "--stage-warmup" in alone:
         place = alone.index("--stage-warmup")
         del alone[place : place + 2]

@@ -102,7 +102,7 @@ def _start(request: Request) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = shape_to_hf_config(request.student, {})
         Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
-        argv = ["--hf-config", folder, "--mock-data", "--lr", "1e-4"]
+        argv = ["--hf-config", folder, "--mock-data"]
         argv += megatron_arguments(layout, request.settings, tokens=1)
         argv += ["--use-cpu-initialization"]  # which leaves it to the default device where weights are
         if layout.pp > 1:

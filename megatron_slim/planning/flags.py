@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import shlex
+from dataclasses import replace
 
 from megatron_slim.planning.layouts import RECOMPUTE, Settings, TrainLayout
+from megatron_slim.training import variables as run_variables
 
 SCRIPT = "examples/slimqwen/pretrain_distill.sh"
 COMMAND = "megatron-slim distill"  # runs the script, also where no checkout is
@@ -18,7 +20,7 @@ def iterations(settings: Settings, tokens: int) -> int:
 
 
 def variables(layout: TrainLayout, settings: Settings, tokens: int, per_node: int) -> dict[str, str]:
-    """Environment variables of the script."""
+    """Variables of the run, as the script has them in its environment."""
     nodes = max(1, layout.gpus // per_node)
     found = {
         "NNODES": nodes,
@@ -59,21 +61,9 @@ def arguments(layout: TrainLayout, settings: Settings) -> list[str]:
 
 
 def megatron_arguments(layout: TrainLayout, settings: Settings, tokens: int) -> list[str]:
-    """What the script makes of both for Megatron, as far as models and their buffers depend on it."""
-    given = {
-        "--tensor-model-parallel-size": layout.tp,
-        "--pipeline-model-parallel-size": layout.pp,
-        "--expert-model-parallel-size": layout.ep,
-        "--seq-length": settings.seq_length,
-        "--micro-batch-size": layout.micro_batch,
-        "--global-batch-size": settings.global_batch,
-        "--train-iters": iterations(settings, tokens),
-    }
-    found = [word for flag, value in given.items() for word in (flag, str(value))]
-    found += ["--use-distributed-optimizer"]
-    found += ["--sequence-parallel"] if layout.tp > 1 else []
-    found += ["--bf16"] if settings.precision == "bf16" else []
-    return found + arguments(layout, settings)
+    """What a run makes of both for Megatron; its models and data are to be added."""
+    given = variables(layout, replace(settings, progressive=False), tokens, per_node=layout.gpus)
+    return run_variables.megatron_arguments(given) + arguments(layout, settings)
 
 
 def command(layout: TrainLayout, settings: Settings, tokens: int, per_node: int, *, has_teacher: bool = True) -> str:

@@ -9,7 +9,8 @@ from itertools import product
 from megatron_slim.architecture.flops import FUSED, Kernels, Recompute
 from megatron_slim.architecture.parallelism import layout_violations, padded_vocab_size
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.distillation.loss_options import DEFAULTS
+from megatron_slim.distillation.loss_options import DEFAULTS as LOSSES
+from megatron_slim.training.variables import DEFAULTS
 
 RECOMPUTE = {
     "none": Recompute(),
@@ -21,7 +22,7 @@ MAX_VIRTUAL, MAX_PIPELINE = 2, 16
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is, whatever its layout; defaults are those of ``examples/slimqwen/pretrain_distill.sh``.
+    """What a run is, whatever its layout; defaults are those of `megatron-slim distill`.
 
     Attributes:
         seq_length: tokens of a sample.
@@ -35,10 +36,10 @@ class Settings:
         teacher_without_mtp: the same of the teacher.
     """
 
-    seq_length: int = 4096
-    global_batch: int = 1024
+    seq_length: int = int(DEFAULTS["SEQ_LENGTH"])
+    global_batch: int = int(DEFAULTS["GLOBAL_BATCH_SIZE"])
     precision: str = "bf16"
-    kd_loss: str = DEFAULTS.kd_loss
+    kd_loss: str = LOSSES.kd_loss
     loss_chunk: int = 1024
     kernels: Kernels = FUSED
     progressive: bool = False

@@ -21,7 +21,7 @@ def help_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Train or distil with Megatron's loop. Takes all of Megatron's arguments but those of the model's "
-        "shape, which comes from its config.json.",
+        "shape, which comes from its config.json. In front of -- it takes those of megatron-slim distill instead.",
     )
     parser.add_argument(MEGATRON_HELP, action="store_true", help="Print all of Megatron's arguments and exit.")
     return add_slim_arguments(parser)

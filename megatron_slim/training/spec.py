@@ -71,7 +71,7 @@ class RunSpec:
 
     @property
     def resumes(self) -> bool:
-        """Whether it goes on from a checkpoint of its own, which Megatron finds by ``--load``."""
+        """Whether it continues from a checkpoint of its own, which Megatron finds by ``--load``."""
         load = self.args.load
         return load is not None and bool(self.args.ckpt_step or _holds_checkpoint(load))
 

@@ -18,13 +18,13 @@ import psutil
 import pytest
 
 from megatron_slim.checkpoint.convert import open_checkpoint
-from megatron_slim.cli.distill import VARIABLES
 from megatron_slim.compression import runner, steps
 from megatron_slim.compression.settings import read_settings
 from megatron_slim.errors import SlimError
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe_run import SECTIONS
 from megatron_slim.testing import reserved_port, tiny_shape, write_tiny_checkpoint, write_tokens
+from megatron_slim.training.variables import VARIABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS_TEXT = """

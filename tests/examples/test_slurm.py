@@ -47,7 +47,7 @@ def test_dry_run_of_a_job_prints_srun_and_every_node(slurm: dict[str, str]) -> N
         assert words[8:] == step[step.index("--nproc-per-node") :]  # what the step hands to each node
     command = " ".join(nodes[1])
     assert "--nnodes 2 --master-addr localhost --master-port 24242" in command
-    assert f"--data-path 0.3 {ROOT}/a 0.7 {ROOT}/b --split" in command and "--exit-signal-handler" in command
+    assert f"--data 0.3 {ROOT}/a 0.7 {ROOT}/b --student" in command and "-- --exit-signal-handler" in command
     assert nodes[1][-2:] == ["--lr", "1"]
     assert not (ROOT / "run").exists()
 
@@ -58,7 +58,7 @@ def test_dry_run_outside_of_a_job_prints_sbatch_too(slurm: dict[str, str]) -> No
     batch, step, *nodes = done.stdout.splitlines()
     assert f"sbatch --nodes 8 --output {ROOT}/run/logs/%j.out --gpus-per-node 8 {SCRIPT}" in batch
     assert step.startswith("srun --nodes 8 ") and len(nodes) == 8
-    assert "--expert-tensor-parallel-size 1" in nodes[0] and "--bf16" in nodes[0]
+    assert "--expert-tensor-parallel-size 1" in nodes[0] and "--precision bf16" in nodes[0]
 
 
 def test_tensor_parallelism_alone_asks_for_one_queue(slurm: dict[str, str]) -> None:

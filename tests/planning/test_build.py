@@ -23,6 +23,7 @@ from megatron_slim.planning.layouts import Settings, TrainLayout
 from megatron_slim.planning.memory import rank_counts, static_memory
 from megatron_slim.planning.search import Candidate, Job, Search
 from megatron_slim.testing import run_distributed, tiny_hf_config, tiny_shape, write_tiny_checkpoint
+from megatron_slim.training.variables import expand
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("weights", "gradients", "optimizer", "teacher")
@@ -126,10 +127,10 @@ def pasted(request: Request, models: Path, tmp_path: Path) -> list[str]:
     done = subprocess.run(script, env=os.environ | given, capture_output=True, text=True, check=True)
     words = shlex.split(done.stdout)
     assert words[words.index("--nproc-per-node") + 1] == str(layout.gpus)
-    argv = words[words.index("megatron_slim.cli.pretrain") + 1 :]
-    planned = flags.megatron_arguments(layout, settings, tokens)
-    assert {each for each in planned if each.startswith("--")} <= set(argv)
-    for flag in ("--data-path", "--split", "--tensorboard-dir", "--save", "--load"):
+    argv = expand(words[words.index("megatron_slim.cli.pretrain") + 1 :], "pretrain")
+    planned = {each for each in flags.megatron_arguments(layout, settings, tokens) if each.startswith("--")}
+    assert planned - {"--default-lr-warmup-iters"} <= set(argv)
+    for flag in ("--data-path", "--split", "--tensorboard-dir", "--data-cache-path", "--save", "--load"):
         del argv[argv.index(flag) : argv.index(flag) + 2]
     return [*argv, "--mock-data"]
 

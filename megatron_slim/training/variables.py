@@ -1,0 +1,186 @@
+"""The variables of a run, which are arguments of `megatron-slim distill`, as Megatron's arguments (no torch).
+
+pretrain_distill.sh starts the processes of a run and passes on what is set; each of them makes Megatron's arguments of
+it here. Planning does the same of a layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+
+from megatron_slim.command_line import ToolParser, not_negative, positive
+
+# SlimQwen, 400B-token setting.
+DEFAULTS = {
+    "TP": "1",
+    "PP": "1",
+    "EP": "1",
+    "SEQ_LENGTH": "4096",
+    "MICRO_BATCH_SIZE": "1",
+    "GLOBAL_BATCH_SIZE": "1024",
+    "TRAIN_ITERS": "95368",
+    "LR": "4e-4",
+    "MIN_LR": "3e-5",
+    "SAVE_INTERVAL": "1000",
+    "EVAL_INTERVAL": "1000",
+    "EVAL_ITERS": "10",
+    "LOG_INTERVAL": "10",
+}
+DEFAULT_WARMUP = "2000"
+_D = DEFAULTS
+# By group: kind of value, and help.
+GROUPS: dict[str, dict[str, tuple[str, str]]] = {
+    "models and data": {
+        "STUDENT": ("DIR", "checkpoint to start from, either format"),
+        "HF_CONFIG": ("DIR", "in place of --student: directory of a config.json, for random weights"),
+        "TEACHER": ("DIR", "checkpoint of the teacher, either format; without it the run is LM + MTP-LM training"),
+        "DATA": ("PREFIX ...", "training data: .bin/.idx prefixes, or weights and prefixes"),
+        "VALID_DATA": ("PREFIX ...", "validation data; without it a part of --data is set aside"),
+        "SAVE": ("DIR", "checkpoints and logs; a run found there is resumed"),
+    },
+    "processes": {
+        "TP": ("N", f"tensor parallel size ({_D['TP']})"),
+        "PP": ("N", f"pipeline parallel size ({_D['PP']})"),
+        "EP": ("N", f"expert parallel size ({_D['EP']})"),
+        "NPROC_PER_NODE": ("N", "processes of a machine (one for each GPU; without GPUs TP x PP x EP)"),
+        "NNODES": ("N", "number of machines (1)"),
+        "NODE_RANK": ("K", "number of this machine, from 0 (0)"),
+        "MASTER_ADDR": ("HOST", "address of the first machine (127.0.0.1)"),
+        "MASTER_PORT": ("PORT", "port of the first machine (29500)"),
+        "LAUNCHER": ("NAME", "torchrun, or slurm to submit a job (torchrun)"),
+        "SETTINGS": ("NAME", "layout and batch of h100_8, h100_64, h100_256, h200_8, h200_64 or h200_256; or a file"),
+        "IMAGE": ("IMAGE", "container of a Slurm job: *.sif for apptainer, anything else for pyxis"),
+        "MOUNTS": ("PATHS", "more paths for the container, comma-separated"),
+    },
+    "run": {
+        "SEQ_LENGTH": ("N", f"tokens of a sample ({_D['SEQ_LENGTH']})"),
+        "MICRO_BATCH_SIZE": ("N", f"samples of a forward pass ({_D['MICRO_BATCH_SIZE']})"),
+        "GLOBAL_BATCH_SIZE": ("N", f"samples of a step ({_D['GLOBAL_BATCH_SIZE']})"),
+        "TRAIN_ITERS": ("N", f"steps ({_D['TRAIN_ITERS']}: 400B tokens)"),
+        "LR": ("X", f"learning rate ({_D['LR']})"),
+        "MIN_LR": ("X", f"learning rate at the end ({_D['MIN_LR']})"),
+        "LR_WARMUP_ITERS": ("N", f"warm-up steps ({DEFAULT_WARMUP}, or a tenth of a short run)"),
+        "SAVE_INTERVAL": ("N", f"steps between checkpoints ({_D['SAVE_INTERVAL']})"),
+        "EVAL_INTERVAL": ("N", f"steps between validations ({_D['EVAL_INTERVAL']})"),
+        "EVAL_ITERS": ("N", f"steps of a validation ({_D['EVAL_ITERS']})"),
+        "LOG_INTERVAL": ("N", f"steps between lines of the log ({_D['LOG_INTERVAL']})"),
+        "PRECISION": ("TYPE", "bf16 or fp32 (bf16 on GPUs, else fp32)"),
+        "PROGRESSIVE": ("", "the student is that of one phase of a recipe: use one schedule for all phases"),
+        "CARRY_OPTIMIZER": ("", "begin with the moments that megatron-slim prune --carry-optimizer put into --student"),
+        "STAGE_WARMUP": ("N", "with --progressive: warm-up steps of the phase, from a tenth of the learning rate (0)"),
+        "DRY_RUN": ("", "print the commands and do nothing"),
+    },
+}
+VARIABLES = {name: value for group in GROUPS.values() for name, value in group.items()}
+# Numbers that may be zero: no validation, no warm-up.
+_OR_ZERO = ("EVAL_ITERS", "LR_WARMUP_ITERS")
+# What Megatron, or our group of its arguments, calls otherwise; and what all runs have.
+_NAMES = {
+    "TP": "--tensor-model-parallel-size",
+    "PP": "--pipeline-model-parallel-size",
+    "EP": "--expert-model-parallel-size",
+    "STUDENT": "--pretrained-checkpoint",
+    "TEACHER": "--teacher-load",
+}
+_SAME_NAMES = (
+    "HF_CONFIG SEQ_LENGTH MICRO_BATCH_SIZE GLOBAL_BATCH_SIZE TRAIN_ITERS LR MIN_LR LR_WARMUP_ITERS SAVE_INTERVAL "
+    "EVAL_INTERVAL EVAL_ITERS LOG_INTERVAL STAGE_WARMUP"
+).split()
+_ALWAYS = "--use-distributed-optimizer --lr-decay-style cosine --clip-grad 1.0 --distributed-timeout-minutes 30".split()
+BEHIND = "--"  # what stands behind it goes to Megatron as it is
+
+
+def flag(variable: str) -> str:
+    """The argument of a variable: ``--valid-data`` of ``VALID_DATA``."""
+    return "--" + variable.lower().replace("_", "-")
+
+
+def add_variables(parser: argparse.ArgumentParser, *, checked: bool = True) -> None:
+    """Add an argument for each variable; what is not given is None.
+
+    Args:
+        parser: of a command.
+        checked: numbers are; else they are left as they are, as those of an environment are.
+    """
+    for title, variables in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name, (kind, text) in variables.items():
+            if not kind:
+                group.add_argument(flag(name), dest=name, action="store_const", const="1", help=text)
+            elif kind.endswith("..."):
+                group.add_argument(flag(name), dest=name, nargs="+", metavar=kind.split()[0], help=text)
+            else:
+                number = (not_negative if name in _OR_ZERO else positive) if checked and kind == "N" else str
+                group.add_argument(flag(name), dest=name, type=number, metavar=kind, help=text)
+
+
+def as_text(given: Mapping[str, object]) -> dict[str, str]:
+    """Values of variables as a shell has them; without those that are None."""
+    values = {name: value for name, value in given.items() if value is not None}
+    return {name: " ".join(value) if isinstance(value, list) else str(value) for name, value in values.items()}
+
+
+def megatron_arguments(given: Mapping[str, str]) -> list[str]:
+    """Megatron's arguments, and ours, for what is set; for the rest, `DEFAULTS`.
+
+    Args:
+        given: values by the names of variables; those of processes say nothing here, but for the parallel sizes.
+
+    >>> megatron_arguments({"TP": "2", "PRECISION": "bf16"})[-4:]
+    ['--default-lr-warmup-iters', '2000', '--sequence-parallel', '--bf16']
+    """
+    return [*_words(given)]
+
+
+def _words(given: Mapping[str, str]) -> Iterator[str]:
+    values = {**DEFAULTS, **given}
+    if values.get("PROGRESSIVE") == "1" and "TRAIN_ITERS" not in given:
+        del values["TRAIN_ITERS"]  # the phases' tokens say
+    for name, theirs in (_NAMES | {name: flag(name) for name in _SAME_NAMES}).items():
+        if name in values:
+            yield from (theirs, values[name])
+    yield from _ALWAYS
+    if (save := values.get("SAVE")) is not None:
+        yield from ("--save", save, "--load", save)
+        yield from ("--tensorboard-dir", f"{save}/tensorboard", "--data-cache-path", f"{save}/data-cache")
+    yield from _data(values.get("DATA", "").split(), values.get("VALID_DATA", "").split())
+    if "LR_WARMUP_ITERS" not in values:
+        yield from ("--default-lr-warmup-iters", DEFAULT_WARMUP)
+    if int(values["TP"]) > 1:
+        yield "--sequence-parallel"
+    if values.get("PRECISION") == "bf16":
+        yield "--bf16"
+    if values.get("PROGRESSIVE") == "1":
+        yield "--progressive-schedule"
+    if values.get("CARRY_OPTIMIZER") == "1":
+        yield "--carry-optimizer"
+
+
+def _data(train: Sequence[str], valid: Sequence[str]) -> Iterator[str]:
+    if valid:
+        yield from ("--train-data-path", *train, "--valid-data-path", *valid, "--test-data-path", *valid)
+    elif train:
+        yield from ("--data-path", *train, "--split", "990,5,5")
+
+
+def expand(argv: Sequence[str], prog: str) -> list[str]:
+    """A command line for Megatron: arguments of variables in front of `BEHIND` become Megatron's.
+
+    Args:
+        argv: without `BEHIND`, all is Megatron's already.
+        prog: the command's name, for what is wrong with it.
+
+    Returns:
+        What stands behind comes last, and so takes precedence.
+
+    >>> expand(["--tp", "2", "--lr", "1", "--", "--lr", "3"], "")[-3:]
+    ['--sequence-parallel', '--lr', '3']
+    """
+    if BEHIND not in argv:
+        return list(argv)
+    place = list(argv).index(BEHIND)
+    parser = ToolParser(prog=prog, add_help=False, allow_abbrev=False)
+    add_variables(parser, checked=False)  # by Megatron's parser
+    given = as_text(vars(parser.parse_args(argv[:place])))
+    return [*megatron_arguments(given), *argv[place + 1 :]]

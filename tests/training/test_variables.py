@@ -1,0 +1,91 @@
+"""Variables of a run as Megatron's arguments."""
+
+from __future__ import annotations
+
+import argparse
+import doctest
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_slim.testing import run_distributed
+from megatron_slim.training import variables
+
+SCRIPT = Path(__file__).resolve().parents[2] / "examples/slimqwen/pretrain_distill.sh"
+# Of these a rank knows nothing: they say which processes there are.
+PROCESSES = set(variables.GROUPS["processes"]) - {"TP", "PP", "EP"} | {"DRY_RUN"}
+GIVEN = {
+    "STUDENT": "pruned",
+    "HF_CONFIG": "config",
+    "TEACHER": "big",
+    "DATA": "0.3 a 0.7 b",
+    "VALID_DATA": "v",
+    "SAVE": "run",
+    "TP": "2",
+    "PP": "3",
+    "EP": "4",
+    "SEQ_LENGTH": "5",
+    "MICRO_BATCH_SIZE": "6",
+    "GLOBAL_BATCH_SIZE": "7",
+    "TRAIN_ITERS": "8",
+    "LR": "9.5",
+    "MIN_LR": "1e-1",
+    "LR_WARMUP_ITERS": "0",
+    "SAVE_INTERVAL": "11",
+    "EVAL_INTERVAL": "12",
+    "EVAL_ITERS": "0",
+    "LOG_INTERVAL": "14",
+    "PRECISION": "bf16",
+    "PROGRESSIVE": "1",
+    "CARRY_OPTIMIZER": "1",
+    "STAGE_WARMUP": "0",
+}
+
+
+def test_examples_in_the_docs() -> None:
+    assert doctest.testmod(variables).failed == 0
+
+
+def test_every_variable_says_something() -> None:
+    assert GIVEN.keys() == variables.VARIABLES.keys() - PROCESSES
+    whole = variables.megatron_arguments(GIVEN)
+    for name in GIVEN:
+        assert variables.megatron_arguments({key: GIVEN[key] for key in GIVEN.keys() - {name}}) != whole, name
+    for name in PROCESSES:
+        assert variables.megatron_arguments(GIVEN | {name: "1"}) == whole
+
+
+def test_what_a_script_is_given_arrives() -> None:
+    environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "DRY_RUN": "1", **GIVEN}
+    done = subprocess.run(["bash", SCRIPT, "--clip-grad", "2"], env=environment, capture_output=True, text=True)
+    words = done.stdout.split()
+    found = variables.expand(words[words.index("megatron_slim.cli.pretrain") + 1 :], "pretrain")
+    assert found == [*variables.megatron_arguments(GIVEN), "--clip-grad", "2"], done.stderr
+
+
+def test_a_typing_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        variables.expand(["--teachr", "x", "--", "--lr", "1"], "megatron-slim pretrain")
+    assert capsys.readouterr().err == "error: unrecognized arguments: --teachr x; see megatron-slim pretrain --help\n"
+    assert variables.expand(["--teachr", "x"], "") == ["--teachr", "x"]  # Megatron's parser says so
+
+
+def parsed(argv: list[str]) -> dict[str, object]:
+    """Body of a rank: what Megatron's parser makes of it."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_slim.training.slim_arguments import add_slim_arguments
+
+    parser = add_slim_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    found = vars(parser.parse_args(argv))
+    return {
+        name: found[name] for name in ("tensor_model_parallel_size", "lr", "bf16", "train_data_path", "stage_warmup")
+    }
+
+
+def test_megatron_knows_all_of_them() -> None:
+    (found,) = run_distributed(1, parsed, variables.megatron_arguments(GIVEN), initialise=False)
+    assert [*found.values()] == [2, 9.5, True, ["0.3", "a", "0.7", "b"], 0]
