@@ -74,6 +74,7 @@ INSTANT = (
     "megatron_slim.optimizers",
     "megatron_slim.recipe_budget",
     "megatron_slim.distillation.loss_options",
+    "megatron_slim.distillation.terms",
     "megatron_slim.architecture.axes",
     "megatron_slim.architecture.flops",
     "megatron_slim.architecture.gpus",

@@ -44,8 +44,9 @@ from megatron_slim.compat import hooks
 from megatron_slim.compat.cpu_memory import TRAINING, keep_freed_memory
 from megatron_slim.distillation.divergences import KDLoss
 from megatron_slim.distillation.loss_options import DEFAULTS
-from megatron_slim.distillation.losses import KD_LAMBDA, MTP_BETA, LossWeights, TokenLosses, combine, gradients_of_total
+from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine, gradients_of_total
 from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel
+from megatron_slim.distillation.terms import LOSS_TERMS, weights_of
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.files import new_directory, to_json, write_atomic
 from megatron_slim.processes import leave_ranks
@@ -60,7 +61,7 @@ from megatron_slim.training.progressive import find_place, is_done, phase_of
 from megatron_slim.training.rates import default_warmup
 from megatron_slim.training.resume_checks import SAME_LAYOUT, check_resume, why_not_restored
 from megatron_slim.training.run_log import RunLog, run_constants
-from megatron_slim.training.slim_arguments import MEGATRON_HELP, add_slim_arguments, loss_schedules, now
+from megatron_slim.training.slim_arguments import MEGATRON_HELP, add_slim_arguments, now
 from megatron_slim.training.stage_layout import plan_stages
 from megatron_slim.training.teacher_ahead import TeacherAhead, check_host_memory, held_bytes
 from megatron_slim.training.teacher_check import check_teacher
@@ -219,7 +220,7 @@ class Run:
         label: str,
         output: Tensor,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """SlimQwen eq. 12 with this iteration's lambda and beta, in the form that Megatron's loop expects."""
+        """The sum of the terms with this iteration's weights, in the form that Megatron's loop expects."""
         assert loss_mask is not None
         losses = TokenLosses.unstack(output, has_teacher=self.teacher_shape is not None)
         total, tokens, report = combine(losses, loss_mask, weights, position_ids, _local_positions(loss_mask))
@@ -227,7 +228,7 @@ class Run:
             self.watch.add("loss", f"{label}{name}", vp_stage, value)
         logged = {name: torch.stack(pair) for name, pair in report.items()}
         if label:  # after which Megatron reports a perplexity of everything
-            logged = {name: value for name, value in logged.items() if name not in (KD_LAMBDA, MTP_BETA)}
+            logged = {term.name: logged[term.name] for term in LOSS_TERMS.values() if term.name in logged}
         else:
             self.log.losses.add(logged)
         if self.hidden_log.pairs and not label:
@@ -260,10 +261,9 @@ def _local_positions(whole: Tensor) -> Tensor | None:
 
 
 def _loss_weights() -> LossWeights:
-    """Lambda and beta of this iteration."""
+    """Lambda, beta and those of further terms in this iteration."""
     args = get_args()
-    kd_lambda, mtp_beta = (now(schedule, args) for schedule in loss_schedules(args))
-    return LossWeights(kd_lambda, mtp_beta)
+    return {weight.key: now(weight, args) for weight in weights_of(LOSS_TERMS.values())}
 
 
 def load_balancing_fields(config: TransformerConfig) -> dict[str, Any]:

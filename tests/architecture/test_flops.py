@@ -154,7 +154,7 @@ def test_a_training_step_of_teacher_and_student(name: str) -> None:
     assert isinstance(student, DistillationModel)
     student.unpadded_vocab_size = STUDENT.vocab_size
     student.attach_teacher(build(TEACHER, HiddenStatesModel), TEACHER_MTP)
-    mask, weights = torch.ones(BATCH, LENGTH), LossWeights(0.8, 0.3)
+    mask, weights = torch.ones(BATCH, LENGTH), LossWeights(kd_lambda=0.8, mtp_beta=0.3)
     expected = gradients_of_total(mask, weights, STUDENT.mtp_num_layers, has_teacher=True)
     with counting() as counter:
         stacked = student(batch["input_ids"], batch["position_ids"], None, batch["labels"], expected)
