@@ -176,6 +176,10 @@ def check_terms() -> None:
             raise SlimError(f"two terms are called {term.name!r}", where=where, fix="choose another name")
         if term.function is None and term.of not in (CROSS_ENTROPY, DIVERGENCE, TEACHER_CROSS_ENTROPY):
             raise SlimError(f"nothing is known to compute {term.of!r}", where=where, fix="give a function")
+        if term.of in (DIVERGENCE, TEACHER_CROSS_ENTROPY) and not term.needs_teacher:
+            raise SlimError(f"the {term.of} needs a teacher", where=where, fix="say needs_teacher=True")
+        if term.of == TEACHER_CROSS_ENTROPY and term.mtp:
+            raise SlimError(f"the {term.of} is of its main head alone", where=where, fix="leave mtp out")
         names.add(term.name)
     weights = weights_of(LOSS_TERMS.values())
     for weight in weights:

@@ -46,9 +46,12 @@ def _losses(axes: Any, run: Series) -> None:
         style = {"color": f"C{number}", "linestyle": line_style(name), "linewidth": 1.3}
         drawn.append(_curve(axes if in_nats(name) else other, run[name], name, **style))
     axes.set(title="Loss terms", xlabel="iteration", ylabel="nats per token")
-    low, high = axes.get_ylim()
-    axes.set_ylim(top=high + 0.2 * (high - low))
-    axes.legend(handles=drawn, fontsize="small", ncols=3, loc="upper center")
+    scales = [axes] if other is None else [axes, other]
+    for scale in scales:  # room for the legend, which is on the scale that is drawn last
+        low, high = scale.get_ylim()
+        scale.set_ylim(top=high + 0.1 * (1 + len(scales)) * (high - low))
+    size = "small" if other is None else "x-small"
+    scales[-1].legend(handles=drawn, fontsize=size, ncols=3, loc="upper center")
     axes.grid(alpha=0.3)
 
 

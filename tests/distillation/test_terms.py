@@ -6,6 +6,8 @@ import argparse
 import doctest
 from typing import Any
 
+import megatron_slim.mcore
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,12 +17,16 @@ from megatron_slim.distillation.divergences import KDLoss
 from megatron_slim.distillation.functions import function_violations
 from megatron_slim.distillation.fused import DistillationInputs, fused_losses
 from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine, gradients_of_total
+from megatron_slim.distillation.model import _upstream
 from megatron_slim.distillation.output_layer import OutputLayer
 from megatron_slim.distillation.schedule import Schedule
 from megatron_slim.distillation.terms import (
+    CROSS_ENTROPY,
+    DIVERGENCE,
     KD_LAMBDA,
     LOSS_TERMS,
     MTP_BETA,
+    TEACHER_CROSS_ENTROPY,
     LossTerm,
     LossWeight,
     TermInputs,
@@ -216,6 +222,15 @@ def test_without_a_teacher_what_needs_one_is_left_out(registered: None) -> None:
     assert [name for name in report if "loss" not in name] == ["mtp beta", "z weight"]
 
 
+def test_two_terms_of_one_closed_form_add_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOSS_TERMS, "again", LossTerm("second lm loss", CROSS_ENTROPY, Z_WEIGHT))
+    found = terms_of(has_teacher=False, has_mtp=True)
+    values = LossWeights(kd_lambda=0.75, mtp_beta=0.5, z_weight=0.25)
+    expected = gradients_of_total(torch.ones(1, 4), values, 2, has_teacher=False)
+    lm, kd = _upstream(expected, found, 3)
+    assert lm[0].tolist() == [1.25] * 4 and torch.equal(lm[1:], torch.cat(expected["mtp_lm"])) and not kd.any()
+
+
 def test_flags(registered: None) -> None:
     parser = argparse.ArgumentParser()
     add_slim_arguments(parser)
@@ -234,6 +249,8 @@ def test_flags(registered: None) -> None:
         ("z", LossTerm("log Z squared", z_loss), r"LOSS_TERMS\['z'\]: the name 'log Z squared' must end in ' loss'"),
         ("z loss", LossTerm("z loss", z_loss), "a short name is made of letters, digits and _"),
         ("z", LossTerm("z loss", "z"), "nothing is known to compute 'z'"),
+        ("z", LossTerm("z loss", DIVERGENCE), "the divergence needs a teacher"),
+        ("z", LossTerm("z loss", TEACHER_CROSS_ENTROPY, mtp=True, needs_teacher=True), "is of its main head alone"),
         ("z", LossTerm("z loss", z_loss, LossWeight("kd lambda", MTP_BETA.default, "")), "two weights of losses are"),
         ("z", LossTerm("z loss", z_loss, LossWeight("hidden kd weight", MTP_BETA.default, "")), "conflicting option"),
     ],

@@ -20,7 +20,12 @@ from tests.training.test_parallel_layouts import TERMS
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "--z-weight-schedule linear --z-weight-start 0.01 --z-weight-end 0.03".split()
 NONE = "--z-weight-start 0 --z-weight-end 0".split()
-TP2 = "--tensor-model-parallel-size 2 --sequence-parallel".split()
+LAYOUTS = {
+    "tp2": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "pp2": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
+    "cp2": (2, "--context-parallel-size 2"),
+    "teacher ahead": (1, "--teacher-ahead 2"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +85,14 @@ def test_a_term_without_weight_changes_no_bit(program: Path, workplace: Workplac
     assert set(found["z weight"]) == {0.0} == set(found["slim/loss/share_z"]) and len(found["z loss"]) == 5
 
 
-def test_tensor_parallel(program: Path, workplace: Workplace, own: Any) -> None:
-    argv = workplace.argv("own-tp2", "--micro-batch-size", "2", *WEIGHTS, *TP2)
-    run_distributed(2, train_with, program, argv, str(workplace.new_log("own-tp2")), initialise=False)
-    found = read_scalars(workplace.root / "tensorboard/own-tp2")
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "tp2" else [pytest.mark.slow]) for name in LAYOUTS]
+)
+def test_the_same_run_under_every_layout(program: Path, workplace: Workplace, own: Any, name: str) -> None:
+    ranks, flags = LAYOUTS[name]
+    argv = workplace.argv(f"own-{name}", "--micro-batch-size", "2", *WEIGHTS, *flags.split())
+    run_distributed(ranks, train_with, program, argv, str(workplace.new_log(f"own-{name}")), initialise=False)
+    found = read_scalars(workplace.root / f"tensorboard/own-{name}")
     for term in (*TERMS, "z loss"):
         assert found[term] == pytest.approx(own[0][term], rel=1e-4), term
 
