@@ -72,7 +72,7 @@ def moe_layer(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     sizes = {"hidden_size": args.hidden_size, "num_experts": args.experts, "num_experts_per_tok": args.topk}
     shape = shape_of(PUBLISHED | sizes | {"moe_intermediate_size": args.ffn_size})
     config = block_config(shape, torch.float32)
-    layer = build_module(layer_spec(shape.layer_type(BLOCK), config), config=config, layer_number=1).eval()
+    layer = build_module(layer_spec(shape.sublayers_of(BLOCK), config), config=config, layer_number=1).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in layer.mlp.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
@@ -181,8 +181,8 @@ def published_layers(args: argparse.Namespace, **changes: Any) -> dict[str, Any]
     config, rotary = block_config(shape, dtype), rotary_embedding(shape, args.layer_tokens)
     hidden = torch.randn(args.layer_tokens, 1, shape.hidden_size, dtype=dtype, device=device)
     seconds: dict[str, float] = {}
-    for kind, block in {shape.layer_type(block): block for block in shape.blocks}.items():
-        layer = build_module(layer_spec(kind, config), config=config, layer_number=1).cuda().eval()
+    for kinds, block in {shape.sublayers_of(block): block for block in shape.blocks}.items():
+        layer = build_module(layer_spec(kinds, config), config=config, layer_number=1).cuda().eval()
         for parameter in layer.parameters():
             parameter.normal_(0, max(parameter.shape) ** -0.5)
 
@@ -193,10 +193,10 @@ def published_layers(args: argparse.Namespace, **changes: Any) -> dict[str, Any]
                 module._forward_hooks.clear()
                 module._forward_pre_hooks.clear()
 
-        seconds |= medians({kind: one_pass}, args.repeats)
+        seconds |= medians({"/".join(kinds): one_pass}, args.repeats)
         del layer, one_pass
     passes = NUM_SAMPLES * SEQ_LENGTH / args.layer_tokens
-    computing = passes * sum(seconds[shape.layer_type(block)] for block in shape.blocks)
+    computing = passes * sum(seconds["/".join(shape.sublayers_of(block))] for block in shape.blocks)
     reading = model_bytes(shape) / ASSUMED["disk_bytes_per_second"]
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return {"measured_80b_minutes": (computing + reading) / 60, "layer_seconds": seconds, "device": name}

@@ -117,7 +117,8 @@ def fused(case: Case, chunk: int | None, *, distil: bool = True, main: bool = Fa
     import torch
 
     from megatron_slim.distillation.divergences import KDLoss
-    from megatron_slim.distillation.fused import DistillationInputs, OutputLayer, Target, default_chunk, fused_losses
+    from megatron_slim.distillation.fused import DistillationInputs, Target, default_chunk, fused_losses
+    from megatron_slim.distillation.output_layer import OutputLayer
     from megatron_slim.distillation.vocabulary import VocabShard
 
     shard = VocabShard.of(None, *2 * (case.weight.shape[0],))
@@ -217,8 +218,9 @@ def liger(case: Case) -> dict[str, Callable[[], Any]] | None:
     except ImportError:
         return None
     from megatron_slim.distillation.divergences import KDLoss
-    from megatron_slim.distillation.fused import DistillationInputs, OutputLayer, Target, default_chunk, fused_losses
+    from megatron_slim.distillation.fused import DistillationInputs, Target, default_chunk, fused_losses
     from megatron_slim.distillation.loss_options import JSD
+    from megatron_slim.distillation.output_layer import OutputLayer
     from megatron_slim.distillation.vocabulary import VocabShard
 
     theirs = LigerFusedLinearJSDLoss(weight_hard_loss=LM, weight_soft_loss=KD)

@@ -51,6 +51,7 @@ class Target:
     moe_router_topk: int | None = None
     moe_ffn_hidden_size: int | None = None
     moe_shared_expert_intermediate_size: int | None = None
+    ffn_hidden_size: int | None = None
     num_query_groups: int | None = None
     num_attention_heads: int | None = None
     linear_num_key_heads: int | None = None

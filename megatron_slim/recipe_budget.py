@@ -13,7 +13,7 @@ from typing import Any
 # Top-k is not among them: nothing that is measured says what a smaller one costs.
 SEARCHABLE = (
     *("num_layers", "hidden_size", "num_moe_experts", "moe_ffn_hidden_size"),
-    *("moe_shared_expert_intermediate_size", "num_attention_heads", "linear_num_value_heads"),
+    *("moe_shared_expert_intermediate_size", "ffn_hidden_size", "num_attention_heads", "linear_num_value_heads"),
 )
 BOUNDS = ("params", "active_params", "memory_gb")
 _NUMBER = re.compile(r"(\d{1,30}(?:\.\d{1,30})?(?:[eE]\+?\d{1,2})?)([KMBT]?)")

@@ -19,9 +19,11 @@ import psutil
 import torch
 from torch import Tensor
 
+from megatron_slim.architecture.family import MOE
 from megatron_slim.architecture.hf_config import shape_to_hf_config
 from megatron_slim.architecture.shape import FAMILIES, ModelShape, layer_pattern, unused_fields
 from megatron_slim.architecture.table import hf_tensors, weights
+from megatron_slim.checkpoint.copies import names_of_copies, with_copies
 from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.huggingface_writer import specs_of, write_hf_checkpoint
 from megatron_slim.processes import exit_at_once
@@ -59,8 +61,14 @@ def tiny_shape(model_type: str = "qwen3_next", **overrides: Any) -> ModelShape:
         "max_position_embeddings": 512,
         "layernorm_epsilon": 1e-6,
         "norm_topk_prob": True,
+        "ffn_hidden_size": 48,
+        "num_dense_layers": 1,
+        "moe_router_topk_scaling_factor": 1.5,
+        "add_qkv_bias": True,
     }
-    shape = ModelShape(**{**sizes, **unused_fields(family), **overrides})
+    for name, (_, unit) in family.multiples.items():
+        sizes[name] = overrides.get(unit, sizes[unit])
+    shape = ModelShape(**{**sizes, **unused_fields(family), **family.fixed, **overrides})
     shape.validate()
     return shape
 
@@ -92,6 +100,8 @@ def _random_tensor(name: str, size: tuple[int, ...], generator: torch.Generator,
     if name.endswith("A_log"):
         return torch.empty(size).uniform_(1, 16, generator=generator).log()
     noise = torch.randn(size, generator=generator)
+    if name.endswith("bias") and not name.endswith("dt_bias"):
+        return 0.1 * noise
     if len(size) == 1:
         return around_one + 0.1 * noise
     return 0.2 * noise if "conv1d" in name else 0.05 * noise
@@ -100,7 +110,11 @@ def _random_tensor(name: str, size: tuple[int, ...], generator: torch.Generator,
 def random_tensors(
     shape: ModelShape, seed: int = 0, dtype: torch.dtype = torch.bfloat16, float32: tuple[str, ...] = ()
 ) -> dict[str, Tensor]:
-    """Random weights of plausible scale under their Hugging Face names; those that end with ``float32`` are in fp32."""
+    """Random weights of plausible scale under their Hugging Face names; those that end with ``float32`` are in fp32.
+
+    So is what is not trained, as published.
+    """
+    float32 += tuple(source.name for row in shape.family.rows[MOE] if row.buffer for source in row.sources)
     generator, zero_centered = torch.Generator().manual_seed(seed), shape.family.zero_centered_norms
     around_one = {t.name for row in weights(shape) if row.float32 or not zero_centered for t in row.sources}
     return {
@@ -118,14 +132,18 @@ def write_tiny_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
     shards: int = 2,
     float32: tuple[str, ...] = (),
+    copies: bool = False,
 ) -> Path:
     """Write a random Hugging Face checkpoint into ``directory`` (created if need be) and return it.
 
-    Tensors whose names end with one of ``float32`` are in fp32, all others in ``dtype``.
+    Tensors whose names end with one of ``float32`` are in fp32 (see `random_tensors`), all others in ``dtype``. With
+    ``copies`` the MTP block has those that its family may have there (`checkpoint.copies`).
     """
     directory.mkdir(parents=True, exist_ok=True)
     tensors = random_tensors(shape, seed, dtype, float32)
-    specs = specs_of(shape, {name: tensor.dtype for name, tensor in tensors.items()})
+    twice = names_of_copies(shape, shape.family.mtp_copies if copies else ())
+    specs = list(with_copies(specs_of(shape, {name: tensor.dtype for name, tensor in tensors.items()}), twice))
+    tensors |= {copy: tensors[original] for original, copy in twice.items()}
     total, largest = sum(spec.nbytes for spec in specs), max(spec.nbytes for spec in specs)
     config = tiny_hf_config(shape) | {"torch_dtype": dtype_name(dtype)}
     limit = total if shards == 1 else total // shards + largest

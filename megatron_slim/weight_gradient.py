@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megatron_slim.products import transposed_product, uses_onednn
+from megatron_slim.products import linear_into, transposed_product, uses_onednn
 
 ROWS = 4096  # of a weight gradient in bf16 that is in memory at once, where the product cannot add to fp32 itself
 FEW_ROWS = 512  # below which adding to a gradient takes longer than the faster product saves
@@ -61,6 +62,19 @@ class WeightGradient:
         self.weight.grad_added_to_main_grad = True
         zero = getattr(self.weight, "zero_out_wgrad", False)
         return torch.zeros_like(self.weight) if zero else torch.empty_like(self.weight)
+
+
+class LayerGradients:
+    """Gradients of a layer's weight [P, H] and of several inputs [T, H] to it, put together from pieces."""
+
+    def __init__(self, weight: Tensor, hidden: Sequence[Tensor]) -> None:
+        self.weight = WeightGradient(weight)
+        self.hidden = [torch.zeros_like(each) for each in hidden]
+
+    def add(self, number: int, rows: slice, d_outputs: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        """Those of some rows of an input, from that of their outputs [n, outputs] and the rows themselves [n, H]."""
+        linear_into(d_outputs, weight[: d_outputs.shape[1]].t(), self.hidden[number][rows])
+        self.weight.add(d_outputs, hidden)
 
 
 def weight_gradient(weight: Tensor, d_outputs: Tensor, inputs: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""transformers' own MTP block, which ours is compared with: it loads ``mtp.*`` itself, and all of it or nothing.
+"""transformers' own MTP block, which ours is compared with: it finds its tensors itself, and all of them or none.
 
 What it needs of config.json is `architecture.mtp_keys`'. Its forward pass drafts tokens; one call of a layer is what a
 loss is made of.
@@ -15,18 +15,25 @@ import torch
 from torch import Tensor
 from transformers.modeling_layers import MtpModel
 
-# transformers' names in memory -> the checkpoint's; embedding and head are the trunk's.
+from megatron_slim.architecture.shape import ModelShape
+
+# transformers' names in memory -> the checkpoint's, of Qwen and of GLM; embedding and head are the trunk's.
 NAMES = {
-    r"^layers\.0\.enorm\.": "mtp.pre_fc_norm_embedding.",
-    r"^layers\.0\.hnorm\.": "mtp.pre_fc_norm_hidden.",
-    r"^layers\.0\.eh_proj\.": "mtp.fc.",
-    r"^layers\.0\.post_norm\.": "mtp.norm.",
-    r"^layers\.0\.mtp_block\.": "mtp.layers.0.",
+    r"^layers\.0\.enorm\.": ("mtp.pre_fc_norm_embedding.", "{block}.enorm."),
+    r"^layers\.0\.hnorm\.": ("mtp.pre_fc_norm_hidden.", "{block}.hnorm."),
+    r"^layers\.0\.eh_proj\.": ("mtp.fc.", "{block}.eh_proj."),
+    r"^layers\.0\.post_norm\.": ("mtp.norm.", "{block}.shared_head.norm."),
+    r"^layers\.0\.mtp_block\.": ("mtp.layers.0.", "{block}."),
 }
 
 
 def load_mtp(model: Any) -> MtpModel:
-    """The MTP block of a model that transformers loaded from a directory."""
+    """The MTP block of a model that transformers loaded from a directory.
+
+    transformers 5.24 looks for GLM's under the numbers of the published models' layers alone.
+    """
+    if model.config.model_type == "glm4_moe":
+        model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{model.config.num_hidden_layers}\..*"]
     with _full_attention_last(model):
         return MtpModel.from_pretrained(model).train(model.training)
 
@@ -53,13 +60,14 @@ def _full_attention_last(model: Any) -> Iterator[None]:
         decoder.layers = layers
 
 
-def named(tensors: Any) -> dict[str, Tensor]:
+def named(tensors: Any, shape: ModelShape) -> dict[str, Tensor]:
     """Tensors of the block by the names that a checkpoint has for them, experts fused as transformers has them."""
+    is_glm, block = shape.model_type == "glm4_moe", f"model.layers.{shape.num_layers}"
     found = {}
     for theirs, tensor in tensors:
         for pattern, ours in NAMES.items():
             if re.match(pattern, theirs):
-                found[re.sub(pattern, ours, theirs)] = tensor
+                found[re.sub(pattern, ours[is_glm].format(block=block), theirs)] = tensor
     return found
 
 

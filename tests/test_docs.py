@@ -23,7 +23,8 @@ FOREIGN = set(
     "--local-dir --target --build-arg --requeue --wait --no-deps --no-index --only-binary --python-version"
     " --implementation --platform --quiet --model_args --tasks --model --prompt --speculative-config --model-path"
     " --speculative-algorithm --speculative-num-steps --speculative-eagle-topk --speculative-num-draft-tokens --outfile"
-    " --outtype --no-mtp --mmproj --limit-mm-per-prompt --spec-type --spec-draft-n-max".split()
+    " --outtype --no-mtp --mmproj --limit-mm-per-prompt --spec-type --spec-draft-n-max --module"
+    " --z-weight-schedule --z-weight-start --z-weight-end".split()
 )
 
 

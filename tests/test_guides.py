@@ -11,6 +11,7 @@ import pytest
 from megatron_slim.cli import plan_parallelism
 from megatron_slim.command_line import tool_parser
 from megatron_slim.distillation.divergences import DIVERGENCES
+from megatron_slim.distillation.terms import LOSS_TERMS, MTP_BETA
 from megatron_slim.recipe import CHOICES
 from megatron_slim.training.slim_arguments import add_slim_arguments
 from tests.distillation import test_fused, test_logits
@@ -59,6 +60,15 @@ def test_every_divergence_is_everywhere() -> None:
         "docs/distillation.md": first_cells(page("distillation.md")) & kinds,
     }.items():
         assert found == kinds, place
+
+
+def test_every_term_of_the_loss_is_documented() -> None:
+    rows = first_cells(page("distillation.md"))
+    assert {term.name for term in LOSS_TERMS.values()} <= rows
+    for key, weight in [(key, term.weight) for key, term in LOSS_TERMS.items()]:
+        assert f"`{key}`" in page("distillation.md"), key
+        assert weight is None or f"`{weight.flag}-*`" in page("distillation.md"), weight
+    assert f"`{MTP_BETA.flag}-*`" in page("distillation.md")
 
 
 def test_every_importance_and_similarity_is_documented() -> None:

@@ -74,6 +74,7 @@ INSTANT = (
     "megatron_slim.optimizers",
     "megatron_slim.recipe_budget",
     "megatron_slim.distillation.loss_options",
+    "megatron_slim.distillation.terms",
     "megatron_slim.architecture.axes",
     "megatron_slim.architecture.flops",
     "megatron_slim.architecture.gpus",
@@ -253,6 +254,8 @@ NAMING = {
     "weight",
     "full_attention",
     "delta_net",
+    "feed_forward",
+    "glm4_moe",
     *(path.stem for path in (PACKAGE / "architecture").glob("qwen*.py")),
 }
 OWN_NAMES = {("statistics", "shared_expert")}  # our name of a statistic
@@ -283,7 +286,8 @@ def test_names_of_hugging_face_are_in_families_and_sublayers_alone() -> None:
 
 def test_only_layers_that_are_dropped_are_compared_by_kind() -> None:
     """Elsewhere a kind is asked what it is (`architecture.kinds`), or looked up."""
-    compared = re.compile(r"[!=]= (?:FULL|LINEAR)_ATTENTION|(?:FULL|LINEAR)_ATTENTION [!=]=")
+    kinds = r"\b(?:FULL_ATTENTION|LINEAR_ATTENTION|MOE|DENSE)\b"
+    compared = re.compile(rf"[!=]= {kinds}|{kinds} [!=]=|{kinds} in ")
     found = {
         path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*.py")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_slim.architecture.hf_config import shape_from_hf_config
-from megatron_slim.architecture.published import QWEN3_5_35A3B
+from megatron_slim.architecture.published import GLM_4_5_AIR, QWEN3_5_35A3B
 from megatron_slim.architecture.shape import FAMILIES, ModelShape, layer_pattern, unused_fields
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import RecipeError
@@ -320,6 +320,8 @@ SHIPPED: dict[str, tuple[ModelShape, list[tuple[float, float]]]] = {
     "qwen3_moe_30a3b_to_9a2b.yaml": (moe_teacher(), [(9.1, 2.0)]),
     "qwen3_5_35a3b_to_19a3b.yaml": (QWEN3_5_35A3B.shape, [(18.8, 2.6)]),
     "qwen3_5_35a3b_to_11a2b.yaml": (QWEN3_5_35A3B.shape, [(11.3, 2.2)]),
+    "glm_4_5_air_106a13b_to_62a10b.yaml": (GLM_4_5_AIR.shape, [(62.3, 10.3)]),
+    "glm_4_5_air_106a13b_to_29a6b.yaml": (GLM_4_5_AIR.shape, [(29.0, 6.5)]),
     "demo.yaml": (demo_teacher(), []),
     "demo_every_axis.yaml": (demo_teacher(), []),
     BUDGET: (teacher(), []),

@@ -2,10 +2,10 @@
 
 - `axes`, `weight`, `rows`, `family`: named axes, a row of the table, rows that families share, what sets a family
   apart
-- `attention_kind`, `full_attention`, `delta_net`, `kinds`: what a kind of attention declares of itself, the two kinds,
-  and both by layer type
+- `sublayer_kind`, `full_attention`, `delta_net`, `feed_forward`, `kinds`: what a kind of sublayer declares of itself,
+  those of attention and of feed-forward networks, and all by name
 - `wrapper`: larger models that hold a language model
-- `qwen3_next`, `qwen3_5_moe`, `qwen3_moe`: the families
+- `qwen3_next`, `qwen3_5_moe`, `qwen3_moe`, `glm4_moe`: the families
 - `shape`, `hf_config`, `mtp_keys`, `published`: sizes, config.json, what it states of MTP, published models
 - `table`: all parameters of a model, and how many there are
 - `rope`, `frequencies`, `rotary`: rotary embeddings as config.json asks for them, their frequencies, and in Megatron's

@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megatron_slim.architecture.attention_kind import FP32, AttentionKind, Heads, Kernels, MicroBatch, Side
 from megatron_slim.architecture.axes import concat, label, product
 from megatron_slim.architecture.family import LINEAR_ATTENTION
+from megatron_slim.architecture.sublayer_kind import (
+    FP32,
+    AttentionKind,
+    Heads,
+    Kernels,
+    MicroBatch,
+    Side,
+    nothing,
+    projections,
+)
 from megatron_slim.architecture.weight import HFTensor, Weight, copied
 
 if TYPE_CHECKING:
@@ -86,6 +95,7 @@ def _fp8_sides(shape: ModelShape) -> Iterator[Side]:
 KIND = AttentionKind(
     name=LINEAR_ATTENTION,
     noun="linear attention",
+    parts=projections,
     heads=Heads(
         field="linear_num_value_heads",
         noun="value heads",
@@ -100,4 +110,5 @@ KIND = AttentionKind(
     operations=_operations,
     kept=_kept,
     fp8_sides=_fp8_sides,
+    expert_fp8_sides=nothing,
 )

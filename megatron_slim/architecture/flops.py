@@ -8,14 +8,16 @@ table are the two products of full attention, which grow with the sequence, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import accumulate
 
-from megatron_slim.architecture.attention_kind import Kernels as Kernels
-from megatron_slim.architecture.kinds import KINDS
-from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.architecture.family import MTP_SUBLAYERS
+from megatron_slim.architecture.kinds import SUBLAYERS
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.architecture.sublayer_kind import Kernels as Kernels
+from megatron_slim.architecture.table import rows_of
 from megatron_slim.architecture.weight import Weight
 
 # Transformer Engine and flash-linear-attention; our modules on a CPU; on a GPU, where attention is Megatron's own.
@@ -24,7 +26,7 @@ TORCH = Kernels(delta_rule_chunk=32, solves_keys=False, skips_masked=True, trans
 TORCH_ON_GPU = replace(TORCH, skips_masked=False)
 
 
-def _products(rows: tuple[Weight, ...], shape: ModelShape) -> float:
+def _products(rows: Iterable[Weight], shape: ModelShape) -> float:
     """Operations of the rows that are matrices; of the routed experts, those that a token visits."""
     total = 0.0
     for row in rows:
@@ -34,28 +36,25 @@ def _products(rows: tuple[Weight, ...], shape: ModelShape) -> float:
     return total
 
 
-def block_flops(shape: ModelShape, kind: str, seq_length: int, kernels: Kernels = FUSED) -> dict[str, float]:
+def block_flops(shape: ModelShape, kinds: Iterable[str], seq_length: int, kernels: Kernels = FUSED) -> dict[str, float]:
     """Forward operations per token of one transformer block, by what does them.
 
     Args:
         shape: sizes of the model.
-        kind: the block's layer type.
+        kinds: of the block's sublayers.
         seq_length: positions of a sequence, which attention's share grows with.
         kernels: how attention and delta rule are computed.
 
     Returns:
-        ``projections`` of attention or Gated DeltaNet, ``core_attn`` or ``delta_rule`` between them, ``router``,
-        ``experts``, ``shared_experts``.
+        ``projections`` of attention or Gated DeltaNet, ``core_attn`` or ``delta_rule`` between them; ``router``,
+        ``experts``, ``shared_experts``, or ``mlp`` of a dense block.
     """
-    family = shape.family
-    parts: dict[str, tuple[Weight, ...]] = {
-        "projections": family.attention_rows[kind],
-        "router": tuple(row for row in family.moe_rows if ".router." in row.key),
-        "experts": tuple(row for row in family.moe_rows if row.stacked),
-        "shared_experts": tuple(row for row in family.moe_rows if ".shared_experts." in row.key),
-    }
-    products = {name: _products(rows, shape) for name, rows in parts.items()}
-    return products | KINDS[kind].operations(shape, seq_length, kernels)
+    found: dict[str, float] = {}
+    for kind in kinds:
+        parts = SUBLAYERS[kind].parts(rows_of(shape, kind))
+        found |= {name: _products(rows, shape) for name, rows in parts.items()}
+        found |= SUBLAYERS[kind].operations(shape, seq_length, kernels)
+    return found
 
 
 def head_flops(shape: ModelShape) -> float:
@@ -133,8 +132,8 @@ class Flops:
 
 
 def _blocks(shape: ModelShape, seq_length: int, kernels: Kernels) -> Iterator[dict[str, float]]:
-    kinds = {kind: block_flops(shape, kind, seq_length, kernels) for kind in shape.family.attention_rows}
-    return (kinds[kind] for kind in shape.layer_types)
+    found = {kinds: block_flops(shape, kinds, seq_length, kernels) for kinds in set(shape.sublayers)}
+    return (found[kinds] for kinds in shape.sublayers)
 
 
 @cache
@@ -152,7 +151,7 @@ def student_flops(
     blocks = list(_blocks(shape, seq_length, kernels))
     again = tuple(recompute.again(block) for block in blocks)
     by_block = recompute.granularity == "full" and recompute.method == "block"
-    mtp_block = block_flops(shape, FULL_ATTENTION, seq_length, kernels)
+    mtp_block = block_flops(shape, MTP_SUBLAYERS, seq_length, kernels)
     projection = mtp_flops(shape)
     mtp = 3.0 * (projection + sum(mtp_block.values()))
     if not by_block:  # under full recomputation the projection is inside the checkpoint
@@ -176,6 +175,6 @@ def teacher_flops(shape: ModelShape, seq_length: int, kernels: Kernels = FUSED, 
         runs_mtp: the student's MTP heads are supervised by the teacher's, and not by its main head.
     """
     depths = shape.mtp_num_layers if runs_mtp else 0
-    mtp = mtp_flops(shape) + sum(block_flops(shape, FULL_ATTENTION, seq_length, kernels).values())
+    mtp = mtp_flops(shape) + sum(block_flops(shape, MTP_SUBLAYERS, seq_length, kernels).values())
     layers = tuple(sum(block.values()) for block in _blocks(shape, seq_length, kernels))
     return Flops(layers, head_flops(shape) * (1 + depths) + depths * mtp)

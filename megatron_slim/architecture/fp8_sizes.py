@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_slim.architecture.attention_kind import Side
-from megatron_slim.architecture.family import FULL_ATTENTION
-from megatron_slim.architecture.kinds import KINDS
+from megatron_slim.architecture.family import MTP_SUBLAYERS
+from megatron_slim.architecture.kinds import SUBLAYERS
 from megatron_slim.architecture.parallelism import layout_violations
 from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.architecture.sublayer_kind import Side
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 TEACHER_RECIPES = tuple(recipe for recipe in RECIPES if recipe != "delayed")
@@ -62,17 +62,11 @@ def fp8_sides(shape: ModelShape, *, tp: int = 1, etp: int = 1) -> Iterator[Share
     yield SharedSide("every layer", "hidden_size", shape.hidden_size, inputs=True, ways=1)
     if shape.mtp_num_layers:
         yield SharedSide("eh_proj of the MTP block", "hidden_size", shape.hidden_size, inputs=False, ways=tp)
-    present = {*shape.layer_types} | ({FULL_ATTENTION} if shape.mtp_num_layers else set())
-    for kind in (kind for name, kind in KINDS.items() if name in present):
-        for side in kind.fp8_sides(shape):
-            yield SharedSide(**vars(side), ways=tp)
-    field, size = "moe_ffn_hidden_size", shape.moe_ffn_hidden_size
-    yield SharedSide("linear_fc1 of experts", field, 2 * size, inputs=False, ways=etp)
-    yield SharedSide("linear_fc2 of experts", field, size, inputs=True, ways=etp)
-    if shared := shape.moe_shared_expert_intermediate_size:
-        field = "moe_shared_expert_intermediate_size"
-        yield SharedSide("linear_fc1 of the shared expert", field, 2 * shared, inputs=False, ways=tp)
-        yield SharedSide("linear_fc2 of the shared expert", field, shared, inputs=True, ways=tp)
+    blocks = (*shape.sublayers, *[MTP_SUBLAYERS] * shape.mtp_num_layers)
+    present = {kind for sublayers in blocks for kind in sublayers}
+    for kind in (kind for name, kind in SUBLAYERS.items() if name in present):
+        yield from (SharedSide(**vars(side), ways=etp) for side in kind.expert_fp8_sides(shape))
+        yield from (SharedSide(**vars(side), ways=tp) for side in kind.fp8_sides(shape))
 
 
 def size_violations(shape: ModelShape, recipe: str, *, tp: int = 1, etp: int = 1, trained: bool = True) -> list[str]:

@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megatron_slim.architecture.attention_kind import FP32, AttentionKind, Heads, Kernels, MicroBatch, Side
 from megatron_slim.architecture.axes import concat, label, product
 from megatron_slim.architecture.family import FULL_ATTENTION
+from megatron_slim.architecture.sublayer_kind import (
+    FP32,
+    AttentionKind,
+    Heads,
+    Kernels,
+    MicroBatch,
+    Side,
+    nothing,
+    projections,
+)
 from megatron_slim.architecture.weight import HFTensor, Weight, copied
 
 if TYPE_CHECKING:
@@ -41,15 +50,25 @@ GATED_QKV = Weight(
 )
 
 
-def attention_rows(qkv: Weight) -> tuple[Weight, ...]:
+# Of a model with biases: one row of which each number is a row of the projection above.
+QKV_BIAS = Weight(
+    "self_attention.linear_qkv.bias",
+    QKV.dims[:1],
+    tuple(HFTensor(source.name.replace(".weight", ".bias"), source.dims[:1]) for source in QKV.sources),
+    tp_dim=0,
+    when="add_qkv_bias",
+)
+
+
+def attention_rows(*qkv: Weight) -> tuple[Weight, ...]:
     """Full attention around its projection of queries, keys and values."""
     heads = product("kv_group", "query_per_group", "head_dim")
     return (
         copied("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "hidden"),
-        qkv,
+        *qkv,
         copied("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "hidden", heads, tp_dim=1, fp8=True),
-        copied("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "head_dim"),
-        copied("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "head_dim"),
+        copied("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "head_dim", when="qk_layernorm"),
+        copied("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "head_dim", when="qk_layernorm"),
     )
 
 
@@ -64,10 +83,12 @@ def _kept(shape: ModelShape, of: MicroBatch) -> float:
     q, k = heads * shape.kv_channels, groups * shape.kv_channels
     gate = (FP32 + w) * q if shape.family.attention_output_gate else 0.0  # its sigmoid, and what is multiplied by it
     projected = w * (q * (2 if shape.family.attention_output_gate else 1) + 2 * k)
-    rotated = w * (q + k) + FP32 * (heads + groups)  # and the roots of their norms
+    rotated = w * (q + k)
+    if shape.qk_layernorm:
+        rotated += FP32 * (heads + groups)  # the roots of their norms
     found = projected + rotated + (w * q + FP32 * heads) + gate
-    if not of.fused:  # the queries apart from what was projected, and sines and cosines, of all samples once
-        found += w * q + 4 * w * shape.rotary_dim / of.samples
+    if not of.fused:  # sines and cosines of all samples once, and what the norm of queries takes
+        found += 4 * w * shape.rotary_dim / of.samples + (w * q if shape.qk_layernorm else 0.0)
     if not of.kernels.skips_masked:  # scores in fp32, the same rounded, and one mask for all samples
         found += of.seq_length * (heads * (FP32 + w if w < FP32 else FP32) + 1 / of.samples)
     return found
@@ -84,6 +105,7 @@ def _fp8_sides(shape: ModelShape) -> Iterator[Side]:
 KIND = AttentionKind(
     name=FULL_ATTENTION,
     noun="full attention",
+    parts=projections,
     heads=Heads(
         field="num_attention_heads",
         noun="query heads",
@@ -98,4 +120,5 @@ KIND = AttentionKind(
     operations=_operations,
     kept=_kept,
     fp8_sides=_fp8_sides,
+    expert_fp8_sides=nothing,
 )

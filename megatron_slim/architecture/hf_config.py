@@ -65,22 +65,29 @@ def shape_from_hf_config(config: Mapping[str, Any], *, mtp_num_layers: int, wher
     if family is None:
         raise ShapeError([unknown_model_type(model_type)], where=where)
     values, yarn, found = _under_one_name(config, family)
-    found += [f"{key} is missing" for key in family.keys.values() if key not in values]
+    wanted = (*family.keys.values(), *(key for key, _ in family.multiples.values()))
+    found += [f"{key} is missing" for key in wanted if key not in values]
     found += [
         f"{key} {values[key]!r} is not supported (only {accepted[0]!r})"
         for key, accepted in family.accepted.items()
         if key in values and values[key] not in accepted
     ]
     found += _layer_type_violations(values)
+    found += [
+        f"{key} {values[key]!r} is not a positive integer"
+        for key, _ in family.multiples.values()
+        if key in values and not (type(values[key]) is int and values[key] > 0)
+    ]
     if not found:
         sizes = {name: values[key] for name, key in family.keys.items()}
-        sizes["router_aux_loss_coef"] = values.get("router_aux_loss_coef", 0.001)
+        sizes |= {name: values[key] * sizes[unit] for name, (key, unit) in family.multiples.items()}
+        sizes.setdefault("router_aux_loss_coef", values.get("router_aux_loss_coef", 0.001))
+        sizes |= family.fixed
         shape = ModelShape(
             model_type=model_type,
             layer_types=_layer_types(values, family),
             mtp_num_layers=mtp_num_layers,
             rope_scaling=yarn,
-            **family.fixed,
             **unused_fields(family) | {name: _as_declared(name, value) for name, value in sizes.items()},
         )
         found = shape.type_violations(family.keys) or shape.violations()
@@ -140,9 +147,10 @@ def shape_to_hf_config(shape: ModelShape, base: Mapping[str, Any]) -> dict[str, 
     stale = {LAYER_TYPES, INTERVAL, *MTP_KEYS, *family.aliases}
     config = {key: value for key, value in base.items() if key not in stale}
     config |= {key: getattr(shape, name) for name, key in family.keys.items() if key not in inside(base)}
+    config |= {key: getattr(shape, name) // getattr(shape, unit) for name, (key, unit) in family.multiples.items()}
     config["model_type"] = shape.model_type
     config.setdefault("architectures", [family.architecture])
-    if len(family.attention_rows) > 1:
+    if len(family.attention) > 1:
         config[LAYER_TYPES] = list(shape.layer_types)
         if shape.full_attention_interval is not None:
             config[INTERVAL] = shape.full_attention_interval

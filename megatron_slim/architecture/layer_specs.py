@@ -7,6 +7,8 @@ One set of specs serves both backends: Transformer Engine on a GPU, Megatron's o
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import megatron_slim.mcore
@@ -22,6 +24,7 @@ from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_ba
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, LayerType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -32,9 +35,10 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import nn
 
+from megatron_slim.architecture.family import DENSE, FULL_ATTENTION, LINEAR_ATTENTION, MOE, MTP_SUBLAYERS
 from megatron_slim.architecture.local_modules import LocalBackend
 from megatron_slim.architecture.rotary import scale_attention, scale_rotary_frequencies
-from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.errors import ShapeError
 
 
@@ -46,21 +50,23 @@ def shape_config_fields(shape: ModelShape) -> dict[str, Any]:
     """
     if shape.norm_topk_prob and shape.moe_router_topk == 1:
         raise ShapeError(["moe_router_topk 1 with norm_topk_prob leaves the router without a gradient"])
-    family = shape.family
+    family, dense, scaling = shape.family, shape.num_dense_layers, shape.moe_router_topk_scaling_factor
+    grouped = shape.moe_router_num_groups > 1
     return {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
-        # There is no dense layer; Megatron needs a size all the same.
-        "ffn_hidden_size": shape.moe_ffn_hidden_size,
+        # Where there is no dense layer Megatron needs a size all the same.
+        "ffn_hidden_size": shape.ffn_hidden_size or shape.moe_ffn_hidden_size,
         "num_attention_heads": shape.num_attention_heads,
         "num_query_groups": shape.num_query_groups,
         "kv_channels": shape.kv_channels,
         "normalization": "RMSNorm",
         "layernorm_epsilon": shape.layernorm_epsilon,
         "layernorm_zero_centered_gamma": family.zero_centered_norms,
-        "qk_layernorm": True,
+        "qk_layernorm": shape.qk_layernorm,
         "attention_output_gate": family.attention_output_gate,
         "add_bias_linear": False,
+        "add_qkv_bias": shape.add_qkv_bias,
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "hidden_dropout": 0.0,
@@ -70,10 +76,15 @@ def shape_config_fields(shape: ModelShape) -> dict[str, Any]:
         "moe_router_topk": shape.moe_router_topk,
         "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
         "moe_shared_expert_intermediate_size": shape.moe_shared_expert_intermediate_size or None,
-        "moe_shared_expert_gate": shape.moe_shared_expert_intermediate_size > 0,
-        "moe_router_score_function": "softmax",
+        "moe_shared_expert_gate": shape.moe_shared_expert_intermediate_size > 0 and family.shared_expert_gate,
+        "moe_layer_freq": [0] * dense + [1] * (shape.num_layers - dense) if dense else 1,
+        "moe_router_score_function": family.router_score_function,
+        "moe_router_enable_expert_bias": family.has_router_bias,
+        "moe_router_topk_scaling_factor": None if scaling == 1.0 else scaling,
+        "moe_router_num_groups": shape.moe_router_num_groups if grouped else None,
+        "moe_router_group_topk": shape.moe_router_group_topk if grouped else None,
         # Softmax over the top-k logits is the softmax over all of them, renormalised over the top-k.
-        "moe_router_pre_softmax": not shape.norm_topk_prob,
+        "moe_router_pre_softmax": family.router_score_function == "softmax" and not shape.norm_topk_prob,
         "moe_aux_loss_coeff": shape.router_aux_loss_coef,
         "mtp_num_layers": shape.mtp_num_layers or None,
         # A checkpoint names every layer's weights apart, which Megatron by itself does only where layers differ.
@@ -82,7 +93,7 @@ def shape_config_fields(shape: ModelShape) -> dict[str, Any]:
 
 
 def _linear_attention_fields(shape: ModelShape) -> dict[str, Any]:
-    linear = LINEAR_ATTENTION in shape.family.attention_rows
+    linear = LINEAR_ATTENTION in shape.family.rows
     pattern = [int(kind == LINEAR_ATTENTION) for kind in shape.layer_types]
     sizes = ("conv_kernel_dim", "key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads")
     return {
@@ -129,7 +140,8 @@ class _PlainNorm:
         return norm
 
 
-def _full_attention(backend: BackendSpecProvider) -> ModuleSpec:
+def _full_attention(backend: BackendSpecProvider, config: TransformerConfig) -> ModuleSpec:
+    norm = backend.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else None
     return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -137,13 +149,13 @@ def _full_attention(backend: BackendSpecProvider) -> ModuleSpec:
             linear_qkv=backend.column_parallel_layer_norm_linear(),
             core_attention=backend.core_attention(),
             linear_proj=backend.row_parallel_linear(),
-            q_layernorm=backend.layer_norm(rms_norm=True, for_qk=True),
-            k_layernorm=backend.layer_norm(rms_norm=True, for_qk=True),
+            q_layernorm=norm,
+            k_layernorm=norm,
         ),
     )
 
 
-def _linear_attention(backend: BackendSpecProvider) -> ModuleSpec:
+def _linear_attention(backend: BackendSpecProvider, config: TransformerConfig) -> ModuleSpec:
     return ModuleSpec(
         module=GatedDeltaNet,
         submodules=GatedDeltaNetSubmodules(
@@ -154,21 +166,33 @@ def _linear_attention(backend: BackendSpecProvider) -> ModuleSpec:
     )
 
 
-_ATTENTION = {FULL_ATTENTION: _full_attention, LINEAR_ATTENTION: _linear_attention}
+def _moe(backend: BackendSpecProvider, config: TransformerConfig) -> ModuleSpec:
+    spec: ModuleSpec = get_moe_module_spec_for_backend(
+        backend, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
+    )
+    return spec
 
 
-def layer_spec(kind: str, config: TransformerConfig) -> ModuleSpec:
-    """Spec of one transformer layer of type ``kind``: attention or Gated DeltaNet, then the MoE."""
+def _dense(backend: BackendSpecProvider, config: TransformerConfig) -> Callable[..., MLP]:
+    # Its norm stays a module of its own, as before experts.
+    linear = {"linear_fc1": backend.column_parallel_linear(), "linear_fc2": backend.row_parallel_linear()}
+    return partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(**linear))
+
+
+_SPECS = {FULL_ATTENTION: _full_attention, LINEAR_ATTENTION: _linear_attention, MOE: _moe, DENSE: _dense}
+
+
+def layer_spec(kinds: tuple[str, str], config: TransformerConfig) -> ModuleSpec:
+    """Spec of one transformer layer whose attention and feed-forward network are of these kinds."""
     backend = backend_for(config)
+    attention, feed_forward = (_SPECS[kind](backend, config) for kind in kinds)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            self_attention=_ATTENTION[kind](backend),
+            self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=backend.layer_norm(rms_norm=True),
-            mlp=get_moe_module_spec_for_backend(
-                backend, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
-            ),
+            mlp=feed_forward,
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -210,15 +234,15 @@ def build_model(
         model_class: `GPTModel` or a subclass.
         kwargs: passed to ``model_class``.
     """
-    specs = {kind: layer_spec(kind, config) for kind in _ATTENTION}
+    specs = {kinds: layer_spec(kinds, config) for kinds in {*shape.sublayers, MTP_SUBLAYERS}}
     backend = backend_for(config)
     block = TransformerBlockSubmodules(
-        layer_specs=[specs[shape.layer_types[layer]] for layer in local_layers(config, vp_stage)],
+        layer_specs=[specs[shape.sublayers[layer]] for layer in local_layers(config, vp_stage)],
         layer_norm=backend.layer_norm(rms_norm=True),
     )
     mtp_block = None
     if shape.mtp_num_layers:
-        mtp_block = get_gpt_mtp_block_spec_for_backend(config, specs[FULL_ATTENTION], backend, vp_stage=vp_stage)
+        mtp_block = get_gpt_mtp_block_spec_for_backend(config, specs[MTP_SUBLAYERS], backend, vp_stage=vp_stage)
     if padded_vocab_size is None:
         ranks = config.tensor_model_parallel_size
         padded_vocab_size = -(-shape.vocab_size // ranks) * ranks

@@ -45,6 +45,7 @@ def layout_violations(
         "linear_num_key_heads": ("tensor times context" if cp > 1 else "tensor", tp * cp),
         "linear_num_value_heads": ("tensor times context" if cp > 1 else "tensor", tp * cp),
         "moe_shared_expert_intermediate_size": ("tensor", tp),
+        "ffn_hidden_size": ("tensor", tp),
         "num_moe_experts": ("expert", ep),
         "moe_ffn_hidden_size": ("expert tensor", etp),
     }

@@ -163,6 +163,60 @@ QWEN3_5_122A10B = Published(
     },
     mtp_num_layers=1,
 )
+GLM_4_5_AIR = Published(
+    {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "eos_token_id": [151329, 151336, 151338],
+        "first_k_dense_replace": 1,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 10944,
+        "max_position_embeddings": 131072,
+        "model_type": "glm4_moe",
+        "moe_intermediate_size": 1408,
+        "n_group": 1,
+        "n_routed_experts": 128,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": 96,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 46,
+        "num_key_value_heads": 8,
+        "num_nextn_predict_layers": 1,
+        "pad_token_id": 151329,
+        "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "routed_scaling_factor": 1.0,
+        "tie_word_embeddings": False,
+        "topk_group": 1,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_qk_norm": False,
+        "vocab_size": 151552,
+    },
+    mtp_num_layers=1,
+)
+# 4.7 reads 202,752 positions; else they are the same.
+GLM_4_5 = Published(
+    GLM_4_5_AIR.config
+    | {
+        "first_k_dense_replace": 3,
+        "hidden_size": 5120,
+        "intermediate_size": 12288,
+        "moe_intermediate_size": 1536,
+        "n_routed_experts": 160,
+        "num_hidden_layers": 92,
+        "routed_scaling_factor": 2.5,
+        "use_qk_norm": True,
+    },
+    mtp_num_layers=1,
+)
 # The base of SlimQwen's study of experts, which `qwen3_next_80a3b_to_24a2b.yaml` makes of the 80A3B model.
 SLIMQWEN_24A2B = Published(
     QWEN3_NEXT_80A3B.config | {"num_hidden_layers": 28, "num_experts": 256, "num_experts_per_tok": 8}, mtp_num_layers=1
@@ -173,5 +227,7 @@ MODELS = {
     "Qwen3-30B-A3B": QWEN3_30A3B,
     "Qwen3.5-35B-A3B": QWEN3_5_35A3B,
     "Qwen3.5-122B-A10B": QWEN3_5_122A10B,
+    "GLM-4.5-Air": GLM_4_5_AIR,
+    "GLM-4.5": GLM_4_5,
     "SlimQwen-24A2B": SLIMQWEN_24A2B,
 }

@@ -26,7 +26,7 @@ QWEN3_5_MOE = replace(
     QWEN3_NEXT,
     model_type="qwen3_5_moe_text",
     architecture="Qwen3_5MoeForCausalLM",
-    attention_rows={**QWEN3_NEXT.attention_rows, LINEAR_ATTENTION: _LINEAR_ATTENTION_ROWS},
+    rows={**QWEN3_NEXT.rows, LINEAR_ATTENTION: _LINEAR_ATTENTION_ROWS},
     keys={name: key for name, key in QWEN3_NEXT.keys.items() if name != "norm_topk_prob"},
     fixed={"norm_topk_prob": True},
     accepted={

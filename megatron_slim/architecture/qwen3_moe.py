@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_slim.architecture.family import COMMON_ACCEPTED, COMMON_KEYS, FULL_ATTENTION, Family
+from megatron_slim.architecture.family import COMMON_ACCEPTED, COMMON_KEYS, FULL_ATTENTION, MOE, Family
 from megatron_slim.architecture.full_attention import QKV, attention_rows
 from megatron_slim.architecture.rows import EMBEDDING_ROWS, HEAD_ROWS, ROUTED_MOE_ROWS
 
@@ -10,8 +10,7 @@ QWEN3_MOE = Family(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     first_rows=EMBEDDING_ROWS,
-    attention_rows={FULL_ATTENTION: attention_rows(QKV)},
-    moe_rows=ROUTED_MOE_ROWS,
+    rows={FULL_ATTENTION: attention_rows(QKV), MOE: ROUTED_MOE_ROWS},
     last_rows=HEAD_ROWS,
     keys=COMMON_KEYS,
     # transformers rotates whole heads whatever config.json says.

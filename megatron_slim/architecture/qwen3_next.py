@@ -10,6 +10,7 @@ from megatron_slim.architecture.family import (
     DELTA_NET_KEYS,
     FULL_ATTENTION,
     LINEAR_ATTENTION,
+    MOE,
     Family,
 )
 from megatron_slim.architecture.full_attention import GATED_QKV, attention_rows
@@ -33,8 +34,11 @@ QWEN3_NEXT = Family(
     model_type="qwen3_next",
     architecture="Qwen3NextForCausalLM",
     first_rows=EMBEDDING_ROWS,
-    attention_rows={LINEAR_ATTENTION: _LINEAR_ATTENTION_ROWS, FULL_ATTENTION: attention_rows(GATED_QKV)},
-    moe_rows=(*ROUTED_MOE_ROWS, *SHARED_EXPERT_ROWS),
+    rows={
+        LINEAR_ATTENTION: _LINEAR_ATTENTION_ROWS,
+        FULL_ATTENTION: attention_rows(GATED_QKV),
+        MOE: (*ROUTED_MOE_ROWS, *SHARED_EXPERT_ROWS),
+    },
     last_rows=HEAD_ROWS,
     mtp_rows=MTP_ROWS,
     keys={**COMMON_KEYS, **DELTA_NET_KEYS},

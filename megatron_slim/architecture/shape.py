@@ -8,7 +8,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_slim.architecture.family import FULL_ATTENTION, LINEAR_ATTENTION, Family
+from megatron_slim.architecture.family import (
+    DENSE,
+    FULL_ATTENTION,
+    LAYERS,
+    LINEAR_ATTENTION,
+    MOE,
+    MTP,
+    MTP_SUBLAYERS,
+    Family,
+)
+from megatron_slim.architecture.glm4_moe import GLM4_MOE
 from megatron_slim.architecture.qwen3_5_moe import QWEN3_5_MOE
 from megatron_slim.architecture.qwen3_moe import QWEN3_MOE
 from megatron_slim.architecture.qwen3_next import QWEN3_NEXT
@@ -23,8 +33,15 @@ __all__ = [
     "layer_pattern",
     "unused_fields",
 ]
-FAMILIES = {family.model_type: family for family in (QWEN3_NEXT, QWEN3_MOE, QWEN3_5_MOE)}
+FAMILIES = {family.model_type: family for family in (QWEN3_NEXT, QWEN3_MOE, QWEN3_5_MOE, GLM4_MOE)}
 MAX_SIZE = 2**31 - 1  # torch and Megatron index many things with 32 bits
+# Fields that documents may lack, which older ones do: they mean what they say by default.
+LATER = (
+    "rope_scaling",
+    *("ffn_hidden_size", "num_dense_layers", "qk_layernorm", "add_qkv_bias"),
+    *("moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk"),
+)
+_MAY_BE_ZERO = ("mtp_num_layers", "num_dense_layers")
 
 
 @dataclass(frozen=True)
@@ -60,6 +77,13 @@ class ModelShape:
     norm_topk_prob: bool
     router_aux_loss_coef: float = 0.001
     rope_scaling: Yarn | None = None
+    ffn_hidden_size: int = 0
+    num_dense_layers: int = 0
+    moe_router_topk_scaling_factor: float = 1.0
+    moe_router_num_groups: int = 1
+    moe_router_group_topk: int = 1
+    qk_layernorm: bool = True
+    add_qkv_bias: bool = False
 
     @property
     def family(self) -> Family:
@@ -84,6 +108,7 @@ class ModelShape:
             "expert": self.num_moe_experts,
             "moe_ffn": self.moe_ffn_hidden_size,
             "shared_ffn": self.moe_shared_expert_intermediate_size,
+            "ffn": self.ffn_hidden_size,
         }
 
     @property
@@ -97,13 +122,41 @@ class ModelShape:
 
     @property
     def blocks(self) -> Iterator[str]:
-        """Hugging Face prefixes of all transformer blocks, the MTP blocks last."""
-        yield from (f"model.layers.{layer}" for layer in range(self.num_layers))
-        yield from (f"mtp.layers.{depth}" for depth in range(self.mtp_num_layers))
+        """Names of all transformer blocks, the MTP blocks last: ``model.layers.{i}`` and ``mtp.layers.{i}``.
+
+        They are those of most families' files; `hf_prefix` has what a family's files call a block.
+        """
+        yield from (f"{LAYERS}{layer}" for layer in range(self.num_layers))
+        yield from (f"{MTP}layers.{depth}" for depth in range(self.mtp_num_layers))
+
+    @property
+    def routed_blocks(self) -> Iterator[str]:
+        """Those of them with routed experts."""
+        return (block for block in self.blocks if self.ffn_kind(block) == MOE)
+
+    @property
+    def sublayers(self) -> tuple[tuple[str, str], ...]:
+        """Kinds of attention and feed-forward network of every layer."""
+        dense = self.num_dense_layers
+        return tuple((kind, DENSE if layer < dense else MOE) for layer, kind in enumerate(self.layer_types))
+
+    def sublayers_of(self, block: str) -> tuple[str, str]:
+        """The same of a transformer block by its name."""
+        return MTP_SUBLAYERS if block.startswith(MTP) else self.sublayers[int(block.rpartition(".")[2])]
 
     def layer_type(self, block: str) -> str:
-        """Type of a transformer block by its Hugging Face prefix; the MTP block is one of full attention."""
-        return FULL_ATTENTION if block.startswith("mtp.") else self.layer_types[int(block.rpartition(".")[2])]
+        """Kind of attention of a transformer block by its name; the MTP block is one of full attention."""
+        return self.sublayers_of(block)[0]
+
+    def ffn_kind(self, block: str) -> str:
+        """Kind of feed-forward network of a transformer block by its name."""
+        return self.sublayers_of(block)[1]
+
+    def hf_prefix(self, block: str) -> str:
+        """What names of a block's tensors begin with in Hugging Face files."""
+        if not block.startswith(MTP):
+            return block
+        return self.family.mtp_prefix(self.num_layers, int(block.rpartition(".")[2]))
 
     def replace(self, **changes: Any) -> ModelShape:
         """A copy with other sizes, validated."""
@@ -112,10 +165,12 @@ class ModelShape:
         return shape
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON has them; ``rope_scaling`` only where there is one, as before there could be."""
+        """All fields as JSON has them; those of `LATER` only where they say something, as before there were any."""
         fields = dataclasses.asdict(self) | {"layer_types": list(self.layer_types)}
-        del fields["rope_scaling"]
-        return fields if self.rope_scaling is None else fields | {"rope_scaling": self.rope_scaling.to_config()}
+        if self.rope_scaling is not None:
+            fields["rope_scaling"] = self.rope_scaling.to_config()
+        default = {field.name: field.default for field in dataclasses.fields(self) if field.name in LATER}
+        return {name: value for name, value in fields.items() if name not in default or value != default[name]}
 
     def violations(self) -> list[str]:
         """Everything that makes this shape impossible to build, one sentence each."""
@@ -143,10 +198,34 @@ class ModelShape:
             or bool(self.family.mtp_rows),
         }
         found += [sentence for sentence, holds in checks.items() if not holds]
-        known = self.family.attention_rows
-        unknown = sorted(set(self.layer_types) - known.keys())
+        found += self._routing_violations()
+        known = self.family.attention
+        unknown = sorted(set(self.layer_types) - set(known))
         found += [f"unknown layer type {kind!r} ({self.model_type} has {', '.join(known)})" for kind in unknown]
         return found
+
+    def _routing_violations(self) -> Iterator[str]:
+        """What rules out dense layers, groups of experts and a size that is given as a multiple."""
+        if self.num_dense_layers >= self.num_layers:
+            yield f"num_dense_layers {self.num_dense_layers} of num_layers {self.num_layers} leave none with experts"
+        groups, chosen, topk = self.moe_router_num_groups, self.moe_router_group_topk, self.moe_router_topk
+        if groups > 1:
+            each = self.num_moe_experts // groups
+            if self.num_moe_experts % groups or each < 2:
+                yield f"num_moe_experts {self.num_moe_experts} are not groups of two or more, {groups} in number"
+            elif chosen > groups or topk > chosen * each:
+                yield f"moe_router_topk {topk} do not fit into {chosen} of {groups} groups of {each} experts"
+            elif topk // chosen != 2:
+                # transformers ranks groups by their best two, Megatron by as many as a group gives on average.
+                yield f"moe_router_topk {topk} is not twice moe_router_group_topk {chosen}, as Megatron's groups need"
+        elif chosen != 1:
+            yield f"moe_router_group_topk {chosen} of one group"
+        for name, (key, unit) in self.family.multiples.items():
+            if getattr(self, name) % getattr(self, unit):
+                yield (
+                    f"{name} {getattr(self, name)} is not a multiple of {unit} {getattr(self, unit)}, "
+                    f"in which {key} of config.json counts it"
+                )
 
     def type_violations(self, names: Mapping[str, str] | None = None) -> list[str]:
         """Values that are not numbers of the right kind; with one of them no other check makes sense.
@@ -165,9 +244,11 @@ class ModelShape:
             elif field.name in self.family.fixed:
                 if value != self.family.fixed[field.name]:
                     found.append(f"{name} {value!r} is not {self.family.fixed[field.name]!r}, as in {self.model_type}")
-            elif field.type == "int" and field.name != "mtp_num_layers":
-                if type(value) is not int or not 1 <= value <= MAX_SIZE:
-                    found.append(f"{name} {value!r} is not a positive integer below 2**31")
+            elif field.type == "int":
+                least = 0 if field.name in _MAY_BE_ZERO else 1
+                if field.name != "mtp_num_layers" and (type(value) is not int or not least <= value <= MAX_SIZE):
+                    number = "an integer of zero or more" if least == 0 else "a positive integer"
+                    found.append(f"{name} {value!r} is not {number} below 2**31")
             elif field.type == "float":
                 if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
                     found.append(f"{name} {value!r} is not a finite number of zero or more")
@@ -200,16 +281,17 @@ def layer_pattern(num_layers: int, full_attention_interval: int) -> tuple[str, .
     )
 
 
-def unused_fields(family: Family) -> dict[str, int | float]:
+def unused_fields(family: Family) -> dict[str, Any]:
     """The sizes that a family does not have, and what they are in its shapes.
 
     >>> unused_fields(QWEN3_MOE)["linear_num_key_heads"], unused_fields(QWEN3_MOE)["rotary_percent"]
     (0, 1.0)
     """
-    neutral = {field.name: 0 for field in dataclasses.fields(ModelShape) if field.type == "int"} | {
-        "rotary_percent": 1.0
-    }
-    return {name: value for name, value in neutral.items() if name not in family.keys and name != "mtp_num_layers"}
+    fields = dataclasses.fields(ModelShape)
+    neutral: dict[str, Any] = {field.name: 0 for field in fields if field.type == "int"} | {"rotary_percent": 1.0}
+    neutral |= {field.name: field.default for field in fields if field.name in LATER and field.name != "rope_scaling"}
+    had = {*family.keys, *family.multiples, "mtp_num_layers"}
+    return {name: value for name, value in neutral.items() if name not in had}
 
 
 def wrapped_families() -> dict[str, Family]:

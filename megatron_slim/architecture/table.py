@@ -6,10 +6,11 @@ Conversion, pruning, parameter counts and memory plans all read this table.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.architecture.family import LAYERS, MTP, MTP_SUBLAYERS
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.weight import HFTensor, Weight
 
 BF16_BYTES = 2  # of a parameter
@@ -17,27 +18,32 @@ BF16_BYTES = 2  # of a parameter
 
 def weights(model: ModelShape) -> Iterator[Weight]:
     """Every parameter of a model, in the order of the forward pass, names complete but for ``{expert}``."""
-    family = model.family
-    blocks = {kind: (*attention, *family.moe_rows) for kind, attention in family.attention_rows.items()}
+    family, present = model.family, {kind: rows_of(model, kind) for kind in model.family.rows}
     yield from family.first_rows
-    for layer, kind in enumerate(model.layer_types):
-        yield from _in_block(blocks[kind], f"decoder.layers.{layer}", f"model.layers.{layer}")
+    for layer, kinds in enumerate(model.sublayers):
+        yield from _in_block(kinds, present, f"decoder.layers.{layer}", f"{LAYERS}{layer}", model)
     yield from family.last_rows
     for depth in range(model.mtp_num_layers):
-        yield from _renamed(family.mtp_rows, f"mtp.layers.{depth}.")
-        block = blocks[FULL_ATTENTION]
-        yield from _in_block(block, f"mtp.layers.{depth}.transformer_layer", f"mtp.layers.{depth}")
+        block = f"{MTP}layers.{depth}"
+        for row in family.mtp_rows:
+            sources = (replace(each, name=each.name.format(block=model.hf_prefix(block))) for each in row.sources)
+            yield replace(row, key=f"mtp.layers.{depth}.{row.key}", sources=tuple(sources))
+        yield from _in_block(MTP_SUBLAYERS, present, f"mtp.layers.{depth}.transformer_layer", block, model)
 
 
-def _in_block(rows: tuple[Weight, ...], key: str, hf: str) -> Iterator[Weight]:
-    yield from _renamed(rows, f"{key}.", f"{hf}.", block=hf)
+def rows_of(model: ModelShape, kind: str) -> tuple[Weight, ...]:
+    """The rows of a kind of sublayer, as far as a model has them."""
+    return tuple(row for row in model.family.rows[kind] if not row.when or getattr(model, row.when))
 
 
-def _renamed(rows: tuple[Weight, ...], key: str, hf: str = "", block: str = "") -> Iterator[Weight]:
-    for row in rows:
+def _in_block(
+    kinds: tuple[str, ...], present: Mapping[str, tuple[Weight, ...]], key: str, block: str, model: ModelShape
+) -> Iterator[Weight]:
+    hf = f"{model.hf_prefix(block)}."
+    for row in (row for kind in kinds for row in present[kind]):
         sources = tuple(replace(source, name=hf + source.name) for source in row.sources)
         fused = None if row.fused is None else replace(row.fused, name=hf + row.fused.name)
-        yield replace(row, key=key + row.key, sources=sources, block=block, fused=fused)
+        yield replace(row, key=f"{key}.{row.key}", sources=sources, block=block, fused=fused)
 
 
 def hf_tensors(model: ModelShape, fused_blocks: Collection[str] = ()) -> dict[str, HFTensor]:
@@ -69,14 +75,19 @@ def router_of(model: ModelShape, block: str) -> str:
     return found
 
 
-def mtp_layers_in(names: Iterator[str] | set[str]) -> int:
-    """Number of MTP blocks in a set of Hugging Face tensor names; 0 when there is no ``mtp.`` tensor."""
-    depths = [-1]
-    for name in names:
-        if name.startswith("mtp."):
-            digits = name.removeprefix("mtp.layers.").split(".")[0]
-            depths.append(int(digits) if name.startswith("mtp.layers.") and digits.isdecimal() else 0)
-    return max(depths) + 1
+def copies_of(model: ModelShape) -> dict[str, tuple[str, str]]:
+    """Tensors that files may have in MTP blocks though the trunk has them: name -> name in the block, the trunk's."""
+    found, trunk = {}, names_of(model) if model.family.mtp_copies else {}
+    for depth in range(model.mtp_num_layers):
+        for short, key in model.family.mtp_copies.items():
+            found[f"{model.hf_prefix(f'{MTP}layers.{depth}')}.{short}"] = short, trunk[key]
+    return found
+
+
+def mtp_layers_in(names: Iterable[str], trunk: ModelShape) -> int:
+    """Number of MTP blocks that Hugging Face tensor names are of, next to a trunk; 0 where there is none."""
+    depths = (trunk.family.mtp_depth(name, trunk.num_layers) for name in names)
+    return max((depth for depth in depths if depth is not None), default=-1) + 1
 
 
 @dataclass(frozen=True)
@@ -90,17 +101,16 @@ class ParameterCount:
 def count_parameters(model: ModelShape, *, include_mtp: bool = True) -> ParameterCount:
     """Count a model's parameters from the table alone, each row once: equal blocks have equally many.
 
-    Active parameters are all but the routed experts that a token does not visit, embeddings and head included.
+    Active parameters are all but the routed experts that a token does not visit, embeddings and head included. What
+    training does not change by gradients, as a bias of the router, is none.
     """
-    family, blocks = model.family, Counter(model.layer_types)
-    depths = model.mtp_num_layers if include_mtp else 0
-    blocks[FULL_ATTENTION] += depths
+    family, depths = model.family, model.mtp_num_layers if include_mtp else 0
+    kinds = Counter(kind for sublayers in (*model.sublayers, *[MTP_SUBLAYERS] * depths) for kind in sublayers)
     occurrences = [(family.first_rows, 1), (family.last_rows, 1), (family.mtp_rows, depths)]
-    occurrences += [(family.attention_rows[kind], count) for kind, count in blocks.items()]
-    occurrences.append((family.moe_rows, blocks.total()))
+    occurrences += [(rows_of(model, kind), count) for kind, count in kinds.items()]
     total = idle = 0
     for rows, count in occurrences:
-        for row in rows:
+        for row in (row for row in rows if not row.buffer):
             numel = row.numel(model) * count
             total += numel
             if row.stacked:

@@ -65,6 +65,8 @@ class Weight:
         fused: of a stacked parameter, the one tensor in which a file may hold the sources of all experts instead: its
             first dimension is the experts, the second holds the rows of the sources under their labels.
         float32: may be in fp32 in a model of 16 bits: what computes with it does so in fp32, and gives 16 bits.
+        when: field of the shape that says whether a model has it; "": all have.
+        buffer: not trained, and no parameter of Megatron's, which has it in fp32.
     """
 
     key: str
@@ -76,6 +78,8 @@ class Weight:
     block: str = ""
     fused: HFTensor | None = None
     float32: bool = False
+    when: str = ""
+    buffer: bool = False
 
     def shape(self, model: SizedModel) -> tuple[int, ...]:
         """Shape of the whole parameter, experts included."""
@@ -98,10 +102,17 @@ class Weight:
 
 
 def copied(
-    key: str, hf: str, *dims: Dim, tp_dim: int | None = None, float32: bool = False, fp8: bool = False
+    key: str,
+    hf: str,
+    *dims: Dim,
+    tp_dim: int | None = None,
+    float32: bool = False,
+    fp8: bool = False,
+    when: str = "",
+    buffer: bool = False,
 ) -> Weight:
     """A parameter that has the same layout in both formats."""
-    return Weight(key, dims, (HFTensor(hf, dims, fp8=fp8),), tp_dim, float32=float32)
+    return Weight(key, dims, (HFTensor(hf, dims, fp8=fp8),), tp_dim, float32=float32, when=when, buffer=buffer)
 
 
 def gated_mlp(key: str, hf: str, ffn: str, *, stacked: bool = False) -> tuple[Weight, Weight]:

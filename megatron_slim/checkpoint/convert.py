@@ -14,12 +14,13 @@ from torch import Tensor
 
 from megatron_slim.architecture.hf_config import language_config, shape_to_hf_config, wrapper_of
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.architecture.table import count_parameters
+from megatron_slim.architecture.table import count_parameters, weights
 from megatron_slim.checkpoint.carried import content_of_all
+from megatron_slim.checkpoint.copies import names_of_copies, with_copies
 from megatron_slim.checkpoint.distributed import DistCheckpoint, is_torch_dist, iteration_directory
 from megatron_slim.checkpoint.distributed_writer import TorchDistWriter, finish_torch_dist
 from megatron_slim.checkpoint.dtype_names import dtype_name
-from megatron_slim.checkpoint.expert_storage import SEPARATE, fused_blocks_for, separated, storage_name
+from megatron_slim.checkpoint.expert_storage import SEPARATE, Storage, fused_blocks_for, separated, storage_name
 from megatron_slim.checkpoint.fp8_writer import Fp8Export, check_quantization
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.huggingface_writer import (
@@ -146,7 +147,7 @@ def write_checkpoint(
     dtypes = export.dtypes if export else source.dtypes if dtype is None else dict.fromkeys(source.dtypes, dtype)
     nbytes = export.nbytes if export else total_bytes(source.shape, dtypes)
     config = config_for(shape_to_hf_config(source.shape, source.config), dtypes.values())
-    fused_blocks = fused_blocks_for(expert_storage, source.shape, source.fused_blocks)
+    storage = Storage(fused_blocks_for(expert_storage, source.shape, source.fused_blocks), source.copies)
     for note in source.notes:
         logger.info(f"{source.path}: {note}")
     if source.carried:
@@ -168,14 +169,14 @@ def write_checkpoint(
             quantization = {"quantization": described}
         else:
             write = partial(_write_torch_dist, optimizer=optimizer) if to == "torch_dist" else _write_hf
-            content = write(source, unfinished, config, dtypes, fused_blocks, options)
+            content = write(source, unfinished, config, dtypes, storage, options)
         results = {
             "format": to,
             "tensors": len(dtypes),
             "parameters": count_parameters(source.shape).total,
             "mtp_num_layers": source.shape.mtp_num_layers,
             "bytes": nbytes,
-            "expert_storage": storage_name(fused_blocks, source.shape),
+            "expert_storage": storage_name(storage.fused_blocks, source.shape),
             "content": content,
             "verified": verify,
             **quantization,
@@ -199,7 +200,7 @@ def _write_torch_dist(
     directory: Path,
     config: Mapping[str, Any],
     dtypes: Mapping[str, torch.dtype],
-    fused_blocks: frozenset[str],
+    storage: Storage,
     options: Any,
     optimizer: OptimizerState | None = None,
 ) -> str:
@@ -213,10 +214,10 @@ def _write_torch_dist(
         **options,
     )
     of_optimizer = [] if optimizer is None else _write_states(optimizer, release, len(parts), options)
-    finish_torch_dist(directory, [*parts, *of_optimizer], config, fused_blocks, copy_files_from=source.config_path)
+    finish_torch_dist(directory, [*parts, *of_optimizer], config, storage, copy_files_from=source.config_path)
     content = content_of_all(content, source.carried.save(hf_files(directory), verify=options["verify"]))
     written = DistCheckpoint.open(directory)
-    _check_reopened(written, source, dtypes, fused_blocks)
+    _check_reopened(written, source, dtypes, storage)
     pieces = {piece for part in parts for found in part.pieces.values() for piece in found}
     assert pieces == {piece for found in written.pieces.values() for piece in found}, "metadata of other pieces"
     if optimizer is not None:
@@ -232,7 +233,7 @@ def _write_states(optimizer: OptimizerState, release: Path, first: int, options:
         parts, _ = transfer(
             state,
             partial(_state_writer, release, state.shape, number, prefix),
-            list(units(state.shape, state.dtypes)),
+            list(units(state.shape, state.dtypes, trained_only=True)),
             **{**options, "dtype": None},
         )
         written += parts
@@ -244,9 +245,17 @@ def _state_writer(release: Path, shape: ModelShape, first: int, prefix: str, num
 
 
 def _check_states(written: OptimizerState, wanted: OptimizerState) -> None:
-    dtypes = [{name: dict(state.dtypes) for name, state in each.tensors.items()} for each in (written, wanted)]
+    dtypes = [{name: _trained(state) for name, state in each.tensors.items()} for each in (written, wanted)]
     if written.step != wanted.step or dtypes[0] != dtypes[1]:
         raise CheckpointError("its optimizer state differs from its source after writing", fix="check the disk")
+
+
+def _trained(state: Checkpoint) -> dict[str, torch.dtype]:
+    """Types of the tensors that an optimizer has state of."""
+    found = (
+        tensor.name for each in weights(state.shape) if not each.buffer for tensor, _ in each.hf_tensors(state.shape)
+    )
+    return {name: state.dtypes[name] for name in found}
 
 
 def _write_hf(
@@ -254,27 +263,31 @@ def _write_hf(
     directory: Path,
     config: Mapping[str, Any],
     dtypes: Mapping[str, torch.dtype],
-    fused_blocks: frozenset[str],
+    storage: Storage,
     options: Any,
 ) -> str:
-    specs = specs_of(source.shape, dtypes, fused_blocks)
+    copies = names_of_copies(source.shape, storage.copies)
+    specs = list(with_copies(specs_of(source.shape, dtypes, storage.fused_blocks), copies))
     stored = start_hf_checkpoint(directory, specs, wrapper=wrapper_of(config), carried=source.carried)
     own = {name: entry for name, entry in stored.items() if name not in source.carried.entries}
-    entries, _ = separated(own, source.shape, config, directory)
-    _, content = transfer(source, lambda _: HFWriter(entries), list(units(source.shape, dtypes)), **options)
+    apart = {name: entry for name, entry in own.items() if name not in copies.values()}
+    entries, _ = separated(apart, source.shape, config, directory)
+    places = entries | {copy: own[copy] for copy in copies.values()}
+    _, content = transfer(source, lambda _: HFWriter(places, copies), list(units(source.shape, dtypes)), **options)
     carried = source.carried.write(stored, verify=options["verify"], where=options["where"])
     finish_hf_checkpoint(directory, config, copy_files_from=source.config_path)
     written = HFCheckpoint.open(directory)
-    _check_reopened(written, source, dtypes, fused_blocks)
+    _check_reopened(written, source, dtypes, storage)
     assert written.entries == entries, "headers of other places"
     return content_of_all(content, carried)
 
 
 def _check_reopened(
-    written: Checkpoint, source: Checkpoint, dtypes: Mapping[str, torch.dtype], fused_blocks: frozenset[str]
+    written: Checkpoint, source: Checkpoint, dtypes: Mapping[str, torch.dtype], storage: Storage
 ) -> None:
-    wanted = (source.shape, dict(dtypes), fused_blocks, source.carried.by_name)
-    if (written.shape, dict(written.dtypes), written.fused_blocks, written.carried.by_name) != wanted:
+    wanted = (source.shape, dict(dtypes), storage, source.carried.by_name)
+    found = (written.shape, dict(written.dtypes), Storage(written.fused_blocks, written.copies))
+    if (*found, written.carried.by_name) != wanted:
         raise CheckpointError("differs from its source after writing", where=str(written.path), fix="check the disk")
 
 

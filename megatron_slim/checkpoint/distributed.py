@@ -6,7 +6,7 @@ See `distributed_writer` for what is where.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from megatron_slim.architecture.axes import size
+from megatron_slim.architecture.family import MTP
 from megatron_slim.architecture.hf_config import shape_from_hf_config
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.architecture.table import weights
+from megatron_slim.architecture.table import copies_of, weights
 from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.carried import CarriedTensors, language_model_alone, without_the_rest
 from megatron_slim.checkpoint.expert_storage import expert_blocks, recorded_storage
@@ -28,7 +29,7 @@ from megatron_slim.checkpoint.huggingface import CONFIG, Index, carried_next_to,
 from megatron_slim.checkpoint.integrity import verify_metadata
 from megatron_slim.checkpoint.layout import as_rows, fits, rows_in_megatron, split_keys, stored_shapes
 from megatron_slim.checkpoint.metadata_pickle import Metadata, TensorStorageMetadata
-from megatron_slim.checkpoint.mtp import MTP, config_without_mtp, count_mtp_layers
+from megatron_slim.checkpoint.mtp import config_without_mtp, count_mtp_layers
 from megatron_slim.checkpoint.torch_dist_files import Piece, PieceReader, locate_pieces, read_metadata
 from megatron_slim.checkpoint.torch_dist_names import HF_DIR, HIDDEN_KD, METADATA, RELEASE, STATE, TRACKER, hf_files
 from megatron_slim.errors import CheckpointError, summarise
@@ -75,6 +76,7 @@ class DistCheckpoint:
         names: every Hugging Face tensor name, in the order of the architecture table.
         dtypes: type of every Hugging Face tensor by name.
         fused_blocks: the blocks whose experts were fused in the files that it was made of.
+        copies: as of `HFCheckpoint`, of the files that it was made of.
         notes: as of `HFCheckpoint`.
         carried: tensors of the larger model that holds this one.
         num_ignored: entries that are not weights (optimizer, random state, ...).
@@ -95,13 +97,17 @@ class DistCheckpoint:
         *,
         allow_nonfinite: bool = False,
         label: str = "",
+        trained_only: bool = False,
         carried: CarriedTensors | None = None,
     ) -> None:
         self.path, self.config_path, self.config, self.shape = path, config_path, config, shape
-        self.fused_blocks = recorded_storage(config_path) & expert_blocks(shape)
+        recorded = recorded_storage(config_path)
+        self.fused_blocks = recorded.fused_blocks & expert_blocks(shape)
+        self.copies = recorded.copies & frozenset(short for short, _ in copies_of(shape).values())
         self.carried = carried or CarriedTensors()
         self.notes: tuple[str, ...] = ()
-        self.weights = tuple(weights(shape))
+        # An optimizer has no state of what is not trained.
+        self.weights = tuple(weight for weight in weights(shape) if not (trained_only and weight.buffer))
         tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
         self._entries = {key: tensors[key] for weight in self.weights for key, _ in split_keys(weight, shape)}
         self.num_ignored = len(metadata.state_dict_metadata) - len(self._entries)
@@ -157,7 +163,7 @@ class DistCheckpoint:
         if without_mtp:
             config = config_without_mtp(config)
             entries = {key: entry for key, entry in entries.items() if not key.startswith(MTP)}
-        depth = count_mtp_layers(config, entries, where=str(directory))
+        depth = count_mtp_layers(config, _mtp_layers(entries), f"{MTP}*", where=str(directory))
         shape = shape_from_hf_config(config, mtp_num_layers=depth, where=str(config_path / CONFIG))
         _check_against_table(directory, config_path, shape, entries)
         found = cls(directory, config_path, config, shape, metadata, allow_nonfinite=allow_nonfinite, carried=carried)
@@ -252,6 +258,12 @@ class DistCheckpoint:
                 return
             if piece.offsets[0] + piece.sizes[0] > start:
                 yield piece
+
+
+def _mtp_layers(keys: Iterable[str]) -> int:
+    """Number of MTP blocks by Megatron's keys."""
+    numbers = (key.removeprefix(f"{MTP}layers.").partition(".")[0] for key in keys if key.startswith(MTP))
+    return max((int(number) if number.isdecimal() else 0 for number in numbers), default=-1) + 1
 
 
 def _find_config(path: Path, directory: Path, hf_config: Path | str | None) -> Path:

@@ -15,7 +15,7 @@ layer would be read by every rank in full.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.weight import Weight
-from megatron_slim.checkpoint.expert_storage import write_storage
+from megatron_slim.checkpoint.expert_storage import PLAIN, Storage, write_storage
 from megatron_slim.checkpoint.huggingface import CONFIG
 from megatron_slim.checkpoint.layout import from_megatron, runs_of_sources, split_keys, stored_shapes, to_megatron
 from megatron_slim.checkpoint.side_files import carry_files
@@ -132,7 +132,7 @@ def finish_torch_dist(
     directory: Path,
     parts: Sequence[Part],
     config: Mapping[str, Any],
-    fused_blocks: Collection[str] = (),
+    storage: Storage = PLAIN,
     *,
     copy_files_from: Path | None = None,
 ) -> None:
@@ -142,7 +142,7 @@ def finish_torch_dist(
         directory: what ``--load`` takes; its ``release`` holds the weights.
         parts: what the processes have written.
         config: the model's config.json, kept in ``hf/``.
-        fused_blocks: the blocks whose experts an export is to fuse, kept there too.
+        storage: the form that the files of an export are to have, kept there too.
         copy_files_from: directory whose `side_files` are carried over to ``hf/``.
     """
     release = directory / RELEASE
@@ -152,7 +152,7 @@ def finish_torch_dist(
     (release / BACKEND).write_text(backend)
     hashes[BACKEND] = sha256(backend)
     (release / INTEGRITY).write_text(to_json({"algorithm": "sha256", "files": hashes}))
-    write_storage(write_hf_files(directory, config, copy_files_from), fused_blocks)
+    write_storage(write_hf_files(directory, config, copy_files_from), storage)
     (directory / TRACKER).write_text(RELEASE)
 
 

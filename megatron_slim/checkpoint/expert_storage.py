@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import weights
@@ -25,7 +25,22 @@ from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.files import read_json, to_json
 
 FUSED, SEPARATE, MIXED = "fused", "separate", "mixed"
-_KEY = "fused_experts"
+_KEY, _COPIES = "fused_experts", "copies"
+
+
+class Storage(NamedTuple):
+    """What Hugging Face files have that Megatron's layout cannot say.
+
+    Attributes:
+        fused_blocks: the blocks whose experts are fused.
+        copies: names in MTP blocks of the tensors that are there though the trunk has them (`copies`).
+    """
+
+    fused_blocks: frozenset[str] = frozenset()
+    copies: frozenset[str] = frozenset()
+
+
+PLAIN = Storage()
 
 
 def expert_blocks(shape: ModelShape) -> frozenset[str]:
@@ -167,24 +182,25 @@ def _scale_runs(
     return [slice(run.start // block[0], -(-run.stop // block[0])) for run in runs]
 
 
-def write_storage(directory: Path, fused_blocks: Collection[str]) -> None:
-    """Record the form that the experts had, next to a config.json; nothing where they were one by one."""
-    if fused_blocks:
-        (directory / STORAGE).write_text(to_json({_KEY: sorted(fused_blocks)}), encoding="utf-8")
+def write_storage(directory: Path, storage: Storage) -> None:
+    """Record the form of files next to a config.json; nothing where it is the usual one."""
+    content = {_KEY: sorted(storage.fused_blocks)} | ({_COPIES: sorted(storage.copies)} if storage.copies else {})
+    if any(content.values()):
+        (directory / STORAGE).write_text(to_json(content), encoding="utf-8")
 
 
-def recorded_storage(directory: Path) -> frozenset[str]:
-    """The blocks that `write_storage` recorded; some may have been left out of the model since, as MTP may be.
+def recorded_storage(directory: Path) -> Storage:
+    """What `write_storage` recorded; some blocks may have been left out of the model since, as MTP may be.
 
     Raises:
         CheckpointError: the file is malformed.
     """
     file = find_file(directory, STORAGE)
     if file is None:
-        return frozenset()
+        return PLAIN
     content = read_json(file, max_bytes=10_000_000)
-    blocks = content.get(_KEY) if isinstance(content, dict) else None
-    if not isinstance(blocks, list) or not all(isinstance(block, str) for block in blocks):
+    found = [content.get(_KEY), content.get(_COPIES, [])] if isinstance(content, dict) else []
+    if not found or not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in found):
         fix = "remove it: experts are then written one by one"
         raise CheckpointError("is not a record of which experts are stored fused", where=str(file), fix=fix)
-    return frozenset(blocks)
+    return Storage(*map(frozenset, found))

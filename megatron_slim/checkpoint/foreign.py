@@ -13,11 +13,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_slim.architecture.family import MTP
 from megatron_slim.architecture.rows import EMBEDDING_ROWS, HEAD_ROWS
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.architecture.table import hf_tensors, weights
+from megatron_slim.architecture.table import copies_of, hf_tensors, weights
 from megatron_slim.checkpoint.fp8 import FP8_METHOD, QUANTIZATION, SCALE
-from megatron_slim.checkpoint.mtp import MTP
 from megatron_slim.checkpoint.safetensors_reader import mlx_layout
 from megatron_slim.errors import CheckpointError, summarise
 
@@ -132,16 +132,17 @@ def refuse_foreign(names: Iterable[str], shape: ModelShape, path: Path) -> list[
 
 def _unknown(names: Iterable[str], shape: ModelShape) -> Iterator[str]:
     """Names that differ from those of the family in more than their numbers; the table itself may be far too large."""
-    kinds = tuple(shape.family.attention_rows)
+    dense, kinds = min(1, shape.num_dense_layers), shape.family.attention
     small = dataclasses.replace(
         shape,
-        num_layers=len(kinds),
-        layer_types=kinds,
+        num_layers=dense + len(kinds),
+        layer_types=kinds[:1] * dense + kinds,
+        num_dense_layers=dense,
         num_moe_experts=1,
         mtp_num_layers=int(bool(shape.family.mtp_rows)),
     )
     blocks = {weight.block for weight in weights(small)}
-    known = {_NUMBER.sub("N", name) for name in (*hf_tensors(small), *hf_tensors(small, blocks))}
+    known = {_NUMBER.sub("N", name) for name in (*hf_tensors(small), *hf_tensors(small, blocks), *copies_of(small))}
     known |= {name + SCALE for name in known}
     return (name for name in names if _NUMBER.sub("N", name) not in known)
 

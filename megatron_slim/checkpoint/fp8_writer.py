@@ -25,6 +25,7 @@ from megatron_slim.architecture.table import OUTPUT, hf_tensors, names_of
 from megatron_slim.architecture.weight import HFTensor
 from megatron_slim.architecture.wrapper import Wrapper
 from megatron_slim.checkpoint.carried import content_of_all
+from megatron_slim.checkpoint.copies import names_of_copies, with_copies
 from megatron_slim.checkpoint.expert_storage import FUSED
 from megatron_slim.checkpoint.fp8 import FP8, FP8_METHOD, QUANTIZATION, SCALE, dequantize, dequantized, grid
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
@@ -92,7 +93,7 @@ def quantize(weight: Tensor, block: tuple[int, int] = BLOCK) -> tuple[Tensor, Te
 
 
 def quantization_config(
-    shape: ModelShape, wrapper: Wrapper | None = None, carried: Iterable[str] = ()
+    shape: ModelShape, wrapper: Wrapper | None = None, carried: Iterable[str] = (), copies: Iterable[str] = ()
 ) -> dict[str, Any]:
     """What config.json says of a model in FP8, with every module in layers that is not, as the published ones do.
 
@@ -100,11 +101,16 @@ def quantization_config(
         shape: the language model.
         wrapper: the larger model whose names the files have.
         carried: names of tensors that are not of the language model, none of which is quantized.
+        copies: names of tensors that are there twice, none of which is either.
     """
     # The published list has no embedding nor final norm: no reader looks there for linear layers.
     left_out = {each.sources[0].name for each in (*shape.family.first_rows, *shape.family.last_rows)}
     head = names_of(shape)[OUTPUT].removesuffix(".weight")
-    kept = (name for name, tensor in hf_tensors(shape).items() if not tensor.fp8 and name not in left_out)
+    tensors = hf_tensors(shape)
+    linear = {name.rpartition(".")[0] for name, tensor in tensors.items() if tensor.fp8}
+    kept = [name for name, tensor in tensors.items() if not tensor.fp8 and name not in left_out]
+    kept = [name for name in kept if name.rpartition(".")[0] not in linear]  # a bias of what is converted
+    kept += copies
     named = (name if wrapper is None else wrapper.file_name(name) for name in kept)
     modules = {name.removesuffix(".weight") for name in named} | {name.rpartition(".")[0] for name in carried}
     listed = sorted(modules, key=_natural)
@@ -182,8 +188,10 @@ class Fp8Unit(Unit):
 class Fp8Writer(HFWriter):
     """A writer whose result are the errors of the tensors that its process has quantized."""
 
-    def __init__(self, entries: Mapping[str, TensorEntry], errors: list[TensorError]) -> None:
-        super().__init__(entries)
+    def __init__(
+        self, entries: Mapping[str, TensorEntry], errors: list[TensorError], copies: Mapping[str, str]
+    ) -> None:
+        super().__init__(entries, copies)
         self._errors = errors
 
     def finish(self) -> list[TensorError]:  # type: ignore[override]
@@ -209,7 +217,8 @@ class Fp8Export:
         }
         self._source = source
         self.dtypes = {name: torch.float32 if name in exact else torch.bfloat16 for name in source.dtypes}
-        self.specs = fp8_specs(source.shape, self.dtypes)
+        self.copies = names_of_copies(source.shape, source.copies)
+        self.specs = list(with_copies(fp8_specs(source.shape, self.dtypes), self.copies))
         weights = [spec for spec in self.specs if spec.dtype == FP8]
         self.partial = [spec.name for spec in weights if any(map(mod, spec.shape, BLOCK))]
 
@@ -230,18 +239,21 @@ class Fp8Export:
             CheckpointError: what was read back differs from what was written.
         """
         source, wrapper, errors = self._source, wrapper_of(config), list[TensorError]()
-        full = {**config, QUANTIZATION: quantization_config(source.shape, wrapper, source.carried.entries)}
+        described = quantization_config(source.shape, wrapper, source.carried.entries, self.copies.values())
+        full = {**config, QUANTIZATION: described}
         stored = start_hf_checkpoint(directory, self.specs, wrapper=wrapper, carried=source.carried)
         entries = {name: entry for name, entry in stored.items() if name not in source.carried.entries}
         todo = [
             Fp8Unit(unit.weight, unit.expert, unit.rows, unit.nbytes, self.dtypes, errors)
             for unit in units(source.shape, source.dtypes, row_multiple=BLOCK[0])
         ]
-        found, content = transfer(source, lambda _: Fp8Writer(entries, errors), todo, **options)
+        found, content = transfer(source, lambda _: Fp8Writer(entries, errors, self.copies), todo, **options)
         carried = source.carried.write(stored, verify=options["verify"], where=options["where"])
         finish_hf_checkpoint(directory, full, copy_files_from=source.config_path)
         written = HFCheckpoint.open(directory, dequantize_fp8=True)
-        if (written.shape, written.dtypes, written.fused_blocks) != (source.shape, self.dtypes, frozenset()):
+        opened = (written.shape, written.dtypes, written.fused_blocks, written.copies)
+        if opened != (source.shape, self.dtypes, frozenset(), source.copies):
             raise CheckpointError("differs from its source after writing", where=str(directory), fix="check the disk")
-        assert written.entries == dequantized(entries, full, directory)[0], "headers of other places"
+        own = {name: entry for name, entry in entries.items() if name not in self.copies.values()}
+        assert written.entries == dequantized(own, full, directory)[0], "headers of other places"
         return content_of_all(content, carried), merged((error for part in found for error in part), source.names)

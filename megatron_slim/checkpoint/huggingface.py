@@ -18,10 +18,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_slim.architecture.family import MOE
 from megatron_slim.architecture.hf_config import language_config, shape_from_hf_config, wrapper_of
 from megatron_slim.architecture.mtp_keys import stated_mtp_layers
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.architecture.table import hf_tensors, weights
+from megatron_slim.architecture.table import hf_tensors, mtp_layers_in, weights
 from megatron_slim.checkpoint.carried import (
     CarriedTensors,
     language_model_alone,
@@ -29,12 +30,13 @@ from megatron_slim.checkpoint.carried import (
     set_apart,
     without_the_rest,
 )
-from megatron_slim.checkpoint.expert_storage import recorded_storage, separated
+from megatron_slim.checkpoint.copies import Copies, copies_apart
+from megatron_slim.checkpoint.expert_storage import Storage, recorded_storage, separated
 from megatron_slim.checkpoint.finite import refuse_nonfinite
 from megatron_slim.checkpoint.foreign import plain_names, refuse_foreign
 from megatron_slim.checkpoint.fp8 import FP8_DTYPES, BlockScaled, dequantized
 from megatron_slim.checkpoint.huggingface_files import CONFIG, INDEX, SINGLE, read_config, read_headers
-from megatron_slim.checkpoint.mtp import MTP, config_without_mtp, count_mtp_layers
+from megatron_slim.checkpoint.mtp import config_without_mtp, count_mtp_layers
 from megatron_slim.checkpoint.raw_files import OpenFiles
 from megatron_slim.checkpoint.safetensors_reader import DTYPES, TensorEntry
 from megatron_slim.errors import CheckpointError, summarise
@@ -58,6 +60,7 @@ class HFCheckpoint:
         names: every tensor name, in the order of the architecture table.
         entries: where every tensor is; of experts that the files hold fused, where each one's part is.
         fused_blocks: the blocks whose experts the files hold fused.
+        copies: names in MTP blocks of tensors that the files have though the trunk has them.
         notes: what a person who has it written again should know.
         dtypes: type of every tensor.
         allow_nonfinite: whether NaN and infinite weights are given as they are.
@@ -73,6 +76,7 @@ class HFCheckpoint:
         entries: Mapping[str, Entry],
         *,
         fused_blocks: frozenset[str] = frozenset(),
+        copies: Copies | None = None,
         prefix: str | None = None,
         allow_nonfinite: bool = False,
         left_out: tuple[str, ...] = (),
@@ -81,6 +85,8 @@ class HFCheckpoint:
     ) -> None:
         self.path, self.config, self.shape = path, config, shape
         self.fused_blocks = fused_blocks
+        self._copies = copies or Copies(path)
+        self.copies = self._copies.names
         self.carried = carried or CarriedTensors()
         wrapper = wrapper_of(config)
         renamed = prefix is not None and (wrapper is None or prefix != wrapper.trunk)
@@ -123,15 +129,18 @@ class HFCheckpoint:
         plain, prefix = plain_names(own, path)
         stored = {plain[name]: entry for name, entry in own.items()}
         left_out: tuple[str, ...] = ()
-        if without_mtp:
-            left_out = tuple(sorted(name for name in stored if name.startswith(MTP)))
-            stored = {name: entry for name, entry in stored.items() if not name.startswith(MTP)}
-            config = config_without_mtp(config)
+        config = config_without_mtp(config) if without_mtp else config
         trunk = shape_from_hf_config(config, mtp_num_layers=0, where=str(path / CONFIG))
+        if without_mtp:
+            of_trunk = {name for name in stored if trunk.family.mtp_depth(name, trunk.num_layers) is None}
+            left_out = tuple(sorted(stored.keys() - of_trunk))
+            stored = {name: entry for name, entry in stored.items() if name in of_trunk}
         unknown = refuse_foreign(stored, trunk, path)  # whatever wrote it may have lost the MTP block, too
-        depth = count_mtp_layers(config, stored, where=str(path))
+        names = trunk.family.mtp_names(trunk.num_layers)
+        depth = count_mtp_layers(config, mtp_layers_in(stored, trunk), names, where=str(path))
         shape = shape_from_hf_config(config, mtp_num_layers=depth, where=str(path / CONFIG))
         _refuse_oversize(shape, stored, unknown, path)
+        stored, copies = copies_apart(stored, shape, path)
         separate, fused_blocks = separated(stored, shape, config, path)
         entries: Mapping[str, Entry] = separate
         if dequantize_fp8:
@@ -140,6 +149,7 @@ class HFCheckpoint:
         return cls(
             *(path, config, shape, entries),
             fused_blocks=fused_blocks,
+            copies=copies,
             prefix=prefix,
             allow_nonfinite=allow_nonfinite,
             left_out=left_out,
@@ -177,6 +187,7 @@ class HFCheckpoint:
             tensor = entry.read(self._files, rows)
         except OSError as error:
             raise CheckpointError(f"{name} is not readable ({error.strerror})", where=str(self.path)) from None
+        self._copies.compare(name, tensor, rows, self._files)
         if not self.allow_nonfinite:
             refuse_nonfinite(tensor, name, str(self.path))
         return select_columns(tensor, dim1_index)
@@ -198,8 +209,8 @@ def select_columns(tensor: Tensor, index: Index | None) -> Tensor:
 
 def _refuse_oversize(shape: ModelShape, entries: Mapping[str, TensorEntry], unknown: list[str], path: Path) -> None:
     """A table of far more tensors than there are would take minutes and all memory only to say so."""
-    at_least = shape.num_layers * shape.num_moe_experts
-    fused = tuple(f".{row.fused.name}" for row in shape.family.moe_rows if row.fused is not None)
+    at_least = (shape.num_layers - shape.num_dense_layers) * shape.num_moe_experts
+    fused = tuple(f".{row.fused.name}" for row in shape.family.rows[MOE] if row.fused is not None)
     experts = [entry.shape[0] for name, entry in entries.items() if name.endswith(fused) and entry.nbytes]
     if at_least <= len(entries) + sum(min(count, MAX_EXPERTS) for count in experts):
         return
@@ -210,7 +221,8 @@ def _refuse_oversize(shape: ModelShape, entries: Mapping[str, TensorEntry], unkn
             fix=_ANOTHER_LAYOUT,
         )
     raise CheckpointError(
-        f"missing tensors: {len(entries)} found; num_hidden_layers {shape.num_layers} and num_experts "
+        f"missing tensors: {len(entries)} found; num_hidden_layers {shape.num_layers} and "
+        f"{shape.family.keys['num_moe_experts']} "
         f"{shape.num_moe_experts} in config.json need more than {at_least}",
         where=str(path),
         fix=_ANOTHER_CONFIG,
@@ -251,13 +263,14 @@ def read_shape(directory: Path, *, without_mtp: bool = False) -> ModelShape:
     return shape_from_hf_config(config, mtp_num_layers=depth, where=str(directory / CONFIG))
 
 
-def storage_of(directory: Path, *, without_mtp: bool = False) -> frozenset[str]:
-    """The blocks whose experts are fused in the files next to a config.json, or were where its weights came from.
+def storage_of(directory: Path, *, without_mtp: bool = False) -> Storage:
+    """The form of the files next to a config.json, or of those where its weights came from.
 
     ``without_mtp`` as in `read_shape`.
     """
     if any((directory / name).exists() for name in (INDEX, SINGLE)):
-        return HFCheckpoint.open(directory, without_mtp=without_mtp).fused_blocks
+        opened = HFCheckpoint.open(directory, without_mtp=without_mtp)
+        return Storage(opened.fused_blocks, opened.copies)
     return recorded_storage(directory)
 
 

@@ -21,7 +21,7 @@ from megatron_slim.checkpoint.safetensors_reader import TensorEntry
 from megatron_slim.checkpoint.safetensors_writer import TensorSpec, plan_shards, start_shard
 from megatron_slim.checkpoint.side_files import carry_files
 from megatron_slim.checkpoint.units import Unit
-from megatron_slim.errors import summarise
+from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.files import to_json
 
 MAX_SHARD_BYTES = 5_000_000_000  # that of the published checkpoints
@@ -30,8 +30,14 @@ MAX_SHARD_BYTES = 5_000_000_000  # that of the published checkpoints
 class HFWriter:
     """Writes one process's part of what `start_hf_checkpoint` has prepared; see `transfer.Writer`."""
 
-    def __init__(self, entries: Mapping[str, TensorEntry]) -> None:
-        self._entries = entries
+    def __init__(self, entries: Mapping[str, TensorEntry], copies: Mapping[str, str] | None = None) -> None:
+        """Set up.
+
+        Args:
+            entries: the place of every tensor.
+            copies: by name, the name under which a tensor is written once more.
+        """
+        self._entries, self._copies = entries, copies or {}
         self._outputs: dict[Path, OutputFile] = {}
         self._files = OpenFiles()
 
@@ -39,7 +45,9 @@ class HFWriter:
         """Write a unit."""
         for name, tensor in tensors.items():
             rows = unit.rows_of(name)
-            self.write_tensor(name, tensor, 0 if rows is None else rows.start)
+            for each in (name, self._copies.get(name)):
+                if each is not None:
+                    self.write_tensor(each, tensor, 0 if rows is None else rows.start)
 
     def write_tensor(self, name: str, tensor: Tensor, first_row: int = 0) -> None:
         """Write a tensor, or some of its rows."""
@@ -58,6 +66,11 @@ class HFWriter:
             entry = self._entries[name]
             rows = np.arange(*(unit.rows_of(name) or slice(0, entry.shape[0])).indices(entry.shape[0]))
             found[name] = entry.read(self._files, rows)
+            if (copy := self._copies.get(name)) is not None:
+                again = self._entries[copy].read(self._files, rows)
+                if as_bytes(again) != as_bytes(found[name]):
+                    what = f"{copy}: not what was written when read back"
+                    raise CheckpointError(what, where=str(entry.file.parent), fix="check disk and memory")
         return found
 
     def finish(self) -> None:

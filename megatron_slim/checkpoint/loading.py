@@ -122,7 +122,8 @@ def _load_stage(model: nn.Module, shards: list[Any], regions: _Regions) -> None:
     filled: Counter[int] = Counter()
     for shard in shards:
         _fill(shard, regions)
-        filled[shard.data.untyped_storage().data_ptr()] += shard.data.numel()
+        if not regions.table[shard.key][0].buffer:
+            filled[shard.data.untyped_storage().data_ptr()] += shard.data.numel()
     expected: Counter[int] = Counter()
     for name, parameter in model.named_parameters():
         if not name.startswith(HIDDEN_KD):

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_slim.architecture.hf_config import language_config, wrapper_of
 from megatron_slim.architecture.mtp_keys import stated_mtp_layers, without_mtp_keys
-from megatron_slim.architecture.table import mtp_layers_in
 from megatron_slim.errors import CheckpointError
 
-MTP = "mtp."
 WITHOUT_MTP = "leave MTP out with --without-mtp (a teacher's with --teacher-without-mtp)"
 
 
-def count_mtp_layers(config: Mapping[str, Any], names: Iterable[str], *, where: str) -> int:
+def count_mtp_layers(config: Mapping[str, Any], found: int, names: str, *, where: str) -> int:
     """Number of MTP blocks whose tensors are there.
 
     Args:
         config: its config.json, which may say nothing.
-        names: of all its tensors.
+        found: how many its tensors are of.
+        names: pattern of the names that were looked for, for errors.
         where: the checkpoint, for errors.
 
     Raises:
         CheckpointError: config.json says another number, as it does where transformers has loaded and saved a model.
         ShapeError: it contradicts itself.
     """
-    stated, found = stated_mtp_layers(language_config(config), where), mtp_layers_in(set(names))
+    stated = stated_mtp_layers(language_config(config), where)
     if stated is not None and stated > 0 and not found:
         raise CheckpointError(
-            f"config.json declares an MTP block ({stated}), but there is no {MTP}* tensor",
+            f"config.json declares an MTP block ({stated}), but there is no {names} tensor",
             where=where,
             fix=f"get the weights again from where they have it, or {WITHOUT_MTP}",
         )

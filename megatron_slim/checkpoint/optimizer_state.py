@@ -14,13 +14,12 @@ from typing import Any
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import weights
 from megatron_slim.checkpoint.distributed import DistCheckpoint
-from megatron_slim.checkpoint.huggingface_writer import total_bytes
 from megatron_slim.checkpoint.layout import fits, stored_shapes
 from megatron_slim.checkpoint.metadata_pickle import Metadata, MetadataIndex, TensorStorageMetadata
 from megatron_slim.checkpoint.plain_state import read_plain_state
 from megatron_slim.checkpoint.torch_dist_files import read_metadata
 from megatron_slim.checkpoint.torch_dist_names import CARRIED, STATE
-from megatron_slim.checkpoint.units import Checkpoint
+from megatron_slim.checkpoint.units import Checkpoint, units
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.optimizers import ADAM, OPTIMIZERS
 
@@ -45,7 +44,8 @@ class OptimizerState:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(total_bytes(state.shape, state.dtypes) for state in self.tensors.values())
+        states = self.tensors.values()
+        return sum(unit.nbytes for state in states for unit in units(state.shape, state.dtypes, trained_only=True))
 
 
 def open_optimizer_state(source: Checkpoint) -> OptimizerState:
@@ -92,7 +92,7 @@ def _metadata_of(name: str, metadata: Metadata) -> Metadata:
 
 
 def _violations(name: str, shape: ModelShape, metadata: Metadata) -> Iterator[str]:
-    for weight in weights(shape):
+    for weight in (weight for weight in weights(shape) if not weight.buffer):
         for key, extents in stored_shapes(weight, shape):
             entry = metadata.state_dict_metadata.get(key)
             if not isinstance(entry, TensorStorageMetadata):
@@ -110,6 +110,7 @@ def _view(name: str, source: DistCheckpoint, metadata: Metadata) -> DistCheckpoi
         metadata,
         allow_nonfinite=source.allow_nonfinite,
         label=f"{name} of ",
+        trained_only=True,
     )
 
 

@@ -34,7 +34,9 @@ def keep_types(models: Iterable[HiddenStatesModel], checkpoint: Checkpoint) -> N
         checkpoint: what they are, or will be, loaded from.
     """
     for model in models:
-        if kept := {weight.key for weight in float32_weights(checkpoint, model.config.params_dtype)}:
+        # Megatron keeps its buffers in fp32 by itself.
+        kept = {weight.key for weight in float32_weights(checkpoint, model.config.params_dtype) if not weight.buffer}
+        if kept:
             model.keep_in_float32(kept)
 
 

@@ -41,6 +41,10 @@ class Checkpoint(Protocol):
         """The blocks whose experts Hugging Face files of it hold fused."""
 
     @property
+    def copies(self) -> frozenset[str]:
+        """Names in MTP blocks of tensors that Hugging Face files of it have twice (`copies`)."""
+
+    @property
     def carried(self) -> CarriedTensors:
         """Tensors of the larger model that holds this one, which are written with it."""
 
@@ -105,9 +109,20 @@ class Unit:
         return "".join(found)
 
 
-def units(shape: ModelShape, dtypes: Mapping[str, torch.dtype], *, row_multiple: int = 1) -> Iterator[Unit]:
-    """All units of a model, in the order of the table; of a divided one, all but the last have a multiple of rows."""
+def units(
+    shape: ModelShape, dtypes: Mapping[str, torch.dtype], *, row_multiple: int = 1, trained_only: bool = False
+) -> Iterator[Unit]:
+    """All units of a model, in the order of the table.
+
+    Args:
+        shape: the model.
+        dtypes: type of every tensor.
+        row_multiple: of a divided parameter all units but the last have a multiple of rows.
+        trained_only: only what an optimizer has state of.
+    """
     for weight in weights(shape):
+        if trained_only and weight.buffer:
+            continue
         itemsize = max(dtypes[name].itemsize for name in _names(weight))
         if weight.stacked:
             nbytes = weight.numel(shape) // shape.num_moe_experts * itemsize

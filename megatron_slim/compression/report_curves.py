@@ -13,8 +13,8 @@ import numpy as np
 from megatron_slim.compression.report_inputs import CompressionRun
 from megatron_slim.errors import SlimError
 from megatron_slim.extras import require
-from megatron_slim.training.run_plots import STYLES
-from megatron_slim.training.run_view import LOSSES, Series, read_run
+from megatron_slim.training.run_plots import other_scale
+from megatron_slim.training.run_view import Series, in_nats, line_style, loss_names, read_run
 
 DPI = 200  # of a picture that a phone shows in a third of its size
 MAX_MARKED, MAX_POINTS = 40, 200  # points of a curve that are marked; that are drawn, means of more
@@ -71,8 +71,8 @@ def _phase_curves(phase: int, before: float, run: Series, where: Path) -> PhaseC
     (start, first), tokens = _beginning(run), run[_TOKENS]
     steps = sorted(tokens)
     losses = {}
-    for name in LOSSES:
-        if points := run.get(name):
+    for name in loss_names(run):
+        if points := run[name]:
             at = np.interp(sorted(points), [start, *steps], [first, *(tokens[step] for step in steps)])
             losses[name] = np.column_stack([before + at - first, [points[step] for step in sorted(points)]])
     fraction = run[_FRACTION][max(run[_FRACTION])]
@@ -141,12 +141,15 @@ def picture(curves: Sequence[PhaseCurves]) -> bytes:
 
     figure = Figure(figsize=(5.6, 4.4), layout="constrained")
     axes = figure.subplots()
-    for number, name in enumerate(LOSSES):
+    names = loss_names({name for each in curves for name in each.losses})
+    other = None if all(map(in_nats, names)) else other_scale(axes)
+    for number, name in enumerate(names):
         parts = [each.losses[name] for each in curves if name in each.losses]
         for part, values in enumerate(map(thinned, parts)):
             marker = "." if len(values) < MAX_MARKED else None
-            style: dict[str, Any] = {"color": f"C{number}", "linestyle": STYLES.get(name, "--"), "marker": marker}
-            axes.plot(values[:, 0], values[:, 1], label=None if part else name, linewidth=1.3, **style)
+            style: dict[str, Any] = {"color": f"C{number}", "linestyle": line_style(name), "marker": marker}
+            where: Any = axes if in_nats(name) else other
+            where.plot(values[:, 0], values[:, 1], label=None if part else name, linewidth=1.3, **style)
     for each in curves if len(curves) > 1 else ():
         axes.axvline(each.before, color="grey", linewidth=0.8, linestyle=":")
         axes.annotate(f"phase {each.phase}", (each.before, 1), xycoords=("data", "axes fraction"), xytext=(0, 4),

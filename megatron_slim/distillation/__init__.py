@@ -2,8 +2,9 @@
 
 - `model`: the student, which carries its teacher
 - `loss_options`: names and defaults of the losses (no torch)
-- `losses`, `schedule`: the terms and their sum (SlimQwen eq. 12), and the weights of the terms
-- `fused`: output layer, losses and gradients in chunks of tokens
+- `terms`, `schedule`: the dictionary of the terms of the loss, and how their weights move (no torch)
+- `losses`: the sum of the terms (SlimQwen eq. 12)
+- `fused`, `functions`, `output_layer`: output layer, losses and gradients in chunks of tokens
 - `divergences`, `vocabulary`: how distributions are compared, and a rank's columns of the vocabulary
 - `hidden`, `layer_pairs`: distillation of hidden states, and which layers are compared
 - `offload`: a teacher's weights in host memory

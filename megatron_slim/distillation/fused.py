@@ -9,7 +9,6 @@ Shapes: T = s b rows, sequence first; H, Ht hidden sizes; P = this tensor-parall
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,27 +18,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_slim.distillation.divergences import KDLoss
+from megatron_slim.distillation.functions import values_and_gradient
+from megatron_slim.distillation.output_layer import OutputLayer, block_rows
+from megatron_slim.distillation.terms import LossTerm, TermInputs
 from megatron_slim.distillation.vocabulary import VocabShard
-from megatron_slim.products import linear_into
-from megatron_slim.weight_gradient import WeightGradient
-
-
-@dataclass(frozen=True)
-class OutputLayer:
-    """A model's output layer: its weight [P, H] and which tokens the rows of it stand for."""
-
-    weight: Tensor
-    shard: VocabShard
-
-    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """Logits [n, valid] of hidden states [n, H], in ``out``."""
-        weight = self.weight[: self.shard.valid]
-        if not weight.is_cpu:
-            return torch.mm(hidden, weight.t(), out=out)
-        hidden = hidden.contiguous()
-        for part, columns in zip(weight.split(COLUMNS), out.split(COLUMNS, dim=1), strict=True):
-            linear_into(hidden, part, columns)  # a piece is in the cache
-        return out
+from megatron_slim.weight_gradient import LayerGradients
 
 
 @dataclass(frozen=True)
@@ -64,6 +47,7 @@ class DistillationInputs:
         teacher: its output layer, of the same columns of the vocabulary as the student's; padding may differ.
         kd: the distillation loss.
         chunk: rows of a chunk.
+        functions: terms that are computed by a function of their own.
     """
 
     labels: Tensor
@@ -71,11 +55,10 @@ class DistillationInputs:
     teacher: OutputLayer | None
     kd: KDLoss
     chunk: int
+    functions: tuple[LossTerm, ...] = ()
 
 
-COLUMNS = 1024  # of a product on a CPU: whole ones are slower, by 8% with MKL, by a third with oneDNN (measured)
-CACHED = 1 << 19  # numbers of a block
-Upstream = tuple[Tensor, Tensor]  # gradients of lm and kd, [heads, T] each
+Upstream = tuple[Tensor, ...]  # gradients of lm, kd and the functions, [heads, T] each
 
 
 def default_chunk(device: torch.device) -> int:
@@ -83,23 +66,13 @@ def default_chunk(device: torch.device) -> int:
     return 512 if device.type == "cpu" else 1024
 
 
-def block_rows(layer: OutputLayer) -> int:
-    """Rows whose logits, and a few buffers of their size, stay in a CPU's caches (measured); elsewhere all rows.
-
-    So with a vocabulary that is sharded, where every block is several messages.
-    """
-    if layer.weight.device.type != "cpu" or layer.shard.ranks > 1:
-        return sys.maxsize
-    return max(1, CACHED // max(1, layer.shard.valid))
-
-
 def fused_losses(
     student: OutputLayer, hidden: Sequence[Tensor], inputs: DistillationInputs, expected: Upstream | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Loss terms of every row of every head, in fp32.
 
     With upstream gradients a of lm and b of kd, forward KL at temperature 1 has
-    d logits = (a + b) q - a onehot - b p; the others are in `divergences`.
+    d logits = (a + b) q - a onehot - b p; the others are in `divergences`. Those of functions are autograd's, added.
 
     Args:
         student: whose weight and hidden states get gradients.
@@ -108,14 +81,15 @@ def fused_losses(
         expected: what backward will be given, if that is known now. Backward fails if it was not true.
 
     Returns:
-        lm [heads, T], kd [heads, T] (zeros without a teacher), the teacher's own cross entropy [T] (no gradient).
+        lm [heads, T], kd [heads, T] (zeros without a teacher), the teacher's own cross entropy [T] (no gradient), and
+        [heads, T] of each function, zeros where it is not of the head.
     """
     if inputs.teacher is not None:
         ours, theirs = student.shard, inputs.teacher.shard
         assert (ours.start, ours.valid) == (theirs.start, theirs.valid), "teacher and student are padded alike under TP"
     expected = expected if torch.is_grad_enabled() else None
-    lm, kd, teacher_lm = _FusedLosses.apply(student.shard, inputs, expected, student.weight, *hidden)
-    return lm, kd, teacher_lm
+    terms: tuple[Tensor, ...] = _FusedLosses.apply(student.shard, inputs, expected, student.weight, *hidden)
+    return terms
 
 
 class _FusedLosses(torch.autograd.Function):
@@ -127,13 +101,13 @@ class _FusedLosses(torch.autograd.Function):
         expected: Upstream | None,
         weight: Tensor,
         *hidden: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         sweep = _Sweep(OutputLayer(weight, shard), hidden, inputs)
         ctx.shard, ctx.inputs, ctx.expected, ctx.gradients = shard, inputs, expected, None
         if expected is None:
             ctx.save_for_backward(weight, *hidden)
         else:
-            ctx.gradients = _Gradients(weight, hidden)
+            ctx.gradients = LayerGradients(weight, hidden)
         terms = sweep.run(expected, ctx.gradients)
         ctx.mark_non_differentiable(terms[2])
         return terms
@@ -141,10 +115,10 @@ class _FusedLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        given, gradients = (upstream[0], upstream[1]), ctx.gradients
+        given, gradients = (*upstream[:2], *upstream[3:]), ctx.gradients
         if gradients is None:
             weight, *hidden = ctx.saved_tensors
-            gradients = _Gradients(weight, hidden)
+            gradients = LayerGradients(weight, hidden)
             _Sweep(OutputLayer(weight, ctx.shard), hidden, ctx.inputs).run(given, gradients)
         else:
             # Rounding apart: it is the same product, taken in another order.
@@ -153,17 +127,21 @@ class _FusedLosses(torch.autograd.Function):
         return None, None, None, gradients.weight.finish(), *gradients.hidden
 
 
-class _Gradients:
-    """Where gradients are put together."""
+@dataclass(frozen=True)
+class _OfTeacher:
+    """The teacher's part in some rows [n, valid].
 
-    def __init__(self, weight: Tensor, hidden: Sequence[Tensor]) -> None:
-        self.weight = WeightGradient(weight)
-        self.hidden = [torch.zeros_like(each) for each in hidden]
+    Attributes:
+        compared: probabilities, or log-probabilities at the temperature for losses that need these.
+        logits: in fp32, if a function needs them.
+    """
 
-    def add(self, head: int, rows: slice, d_logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
-        """Those of some rows of a head, from that of their logits [n, valid] and their hidden states [n, H]."""
-        linear_into(d_logits, weight[: d_logits.shape[1]].t(), self.hidden[head][rows])
-        self.weight.add(d_logits, hidden)
+    compared: Tensor
+    logits: Tensor | None
+
+    def rows(self, rows: slice) -> _OfTeacher:
+        """That of some of the rows."""
+        return _OfTeacher(self.compared[rows], None if self.logits is None else self.logits[rows])
 
 
 class _Sweep:
@@ -176,10 +154,11 @@ class _Sweep:
         self.block = min(block_rows(student), self.chunk)
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def run(self, upstream: Upstream | None, gradients: _Gradients | None) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self, upstream: Upstream | None, gradients: LayerGradients | None) -> tuple[Tensor, ...]:
         """Loss terms as of `fused_losses`, and gradients if they are wanted."""
         lm = self.student.weight.new_zeros(len(self.hidden), self.rows, dtype=torch.float32)
         kd, teacher_lm = torch.zeros_like(lm), torch.zeros_like(lm[0])
+        others = [torch.zeros_like(lm) for _ in self.inputs.functions]
         for number, target in enumerate(self.inputs.targets):
             for start in range(0, self.rows, self.chunk):
                 stop = min(start + self.chunk, self.rows)
@@ -192,10 +171,12 @@ class _Sweep:
                     rows = slice(max(0, start - ahead), max(0, stop - ahead))
                     if rows.stop == 0:
                         continue
-                    of_rows = None if teacher is None else teacher[rows.start + ahead - start :]
-                    a_b = None if upstream is None else torch.stack([each[head, rows] for each in upstream])
-                    lm[head, rows], kd[head, rows] = self._student_part(head, rows, of_rows, a_b, gradients)
-        return lm, kd, teacher_lm
+                    of_rows = None if teacher is None else teacher.rows(slice(rows.start + ahead - start, None))
+                    given = None if upstream is None else torch.stack([each[head, rows] for each in upstream])
+                    values = self._student_part(head, rows, of_rows, given, gradients)
+                    for term, of_term in zip((lm, kd, *others), values, strict=True):
+                        term[head, rows] = of_term
+        return lm, kd, teacher_lm, *others
 
     def _buffer(self, name: str, rows: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The first rows of a [size, valid] buffer that is allocated once: fresh memory costs more than filling it."""
@@ -216,17 +197,15 @@ class _Sweep:
             return logits
         return self._buffer("in fp32", len(logits), self.block).copy_(logits)
 
-    def _teacher_part(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The teacher's part in a chunk.
-
-        Returns:
-            probabilities [n, valid], or log-probabilities at the temperature for losses that need these; and its own
-            cross entropy [n].
-        """
+    def _teacher_part(self, hidden: Tensor, labels: Tensor) -> tuple[_OfTeacher, Tensor]:
+        """The teacher's part in a chunk, and its own cross entropy [n]."""
         assert self.inputs.teacher is not None
         logits, out = self._logits(self.inputs.teacher, hidden), self._buffer("teacher", len(hidden), self.chunk)
+        kept = None
+        if any(term.needs_teacher for term in self.inputs.functions):
+            kept = self._buffer("teacher's logits", len(hidden), self.chunk).copy_(logits)
         blocks = [self._teacher_block(logits[rows], labels[rows], out[rows]) for rows in self._blocks(len(hidden))]
-        return out, torch.cat(blocks)
+        return _OfTeacher(out, kept), torch.cat(blocks)
 
     def _teacher_block(self, logits: Tensor, labels: Tensor, out: Tensor) -> Tensor:
         shard, kd, logits = self.shard, self.inputs.kd, self._in_fp32(logits)
@@ -242,25 +221,32 @@ class _Sweep:
         return log_z - shard.reduce(at_label)
 
     def _student_part(
-        self, head: int, rows: slice, teacher: Tensor | None, upstream: Tensor | None, gradients: _Gradients | None
-    ) -> tuple[Tensor, Tensor]:
-        """Losses lm [n] and kd [n] of some rows of a head; their gradients, if wanted, are added to the others."""
+        self,
+        head: int,
+        rows: slice,
+        teacher: _OfTeacher | None,
+        upstream: Tensor | None,
+        gradients: LayerGradients | None,
+    ) -> list[Tensor]:
+        """Losses [n] of some rows of a head: lm, kd, functions; gradients, if wanted, are added to the others."""
         hidden, labels = self.hidden[head][rows], self.inputs.labels[head, rows]
         logits, found = self._logits(self.student, hidden), []
         for block in self._blocks(len(hidden)):
-            of_block = None if teacher is None else teacher[block]
-            a_b = None if upstream is None else upstream[:, block]
-            found.append(self._student_block(logits[block], labels[block], of_block, a_b))
+            of_block = None if teacher is None else teacher.rows(block)
+            given = None if upstream is None else upstream[:, block]
+            found.append(self._student_block(head, logits[block], labels[block], of_block, given))
         if gradients is not None:
             gradients.add(head, rows, logits, hidden, self.student.weight)
-        lm, kd = zip(*found, strict=True)
-        return torch.cat(lm), torch.cat(kd)
+        return [torch.cat(of_term) for of_term in zip(*found, strict=True)]
 
     def _student_block(
-        self, logits: Tensor, labels: Tensor, teacher: Tensor | None, upstream: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Losses lm [n] and kd [n] of a block, whose logits are replaced by their gradients if there is an upstream."""
+        self, head: int, logits: Tensor, labels: Tensor, of_teacher: _OfTeacher | None, upstream: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Losses [n] of a block, whose logits are replaced by their gradients if there is an upstream."""
         shard, wide = self.shard, self._in_fp32(logits)
+        teacher, theirs = (None, None) if of_teacher is None else (of_teacher.compared, of_teacher.logits)
+        inputs, given = TermInputs(wide, labels, theirs, shard), None if upstream is None else upstream[2:]
+        others, of_others = values_and_gradient(self.inputs.functions, head, inputs, given)
         q = self._buffer("q", len(logits), self.block)
         at_label, column, mine = shard.at_labels(wide, labels)
         p = teacher if self.inputs.kd.shares_softmax else None
@@ -274,7 +260,7 @@ class _Sweep:
             kd, direction = self._compare(wide, q, (log_sum, log_z), teacher)
             size = self.inputs.kd.temperature
         if upstream is not None:
-            a, b = upstream
+            a, b = upstream[:2]
             of_q = ((a + share * b) * (log_sum - log_z).exp_())[:, None]
             if direction is None:
                 torch.mul(q, of_q, out=wide)
@@ -282,9 +268,11 @@ class _Sweep:
                 torch.addcmul(q.mul_(of_q), direction, (size * b)[:, None], out=wide)
             if shard.valid:
                 wide.scatter_add_(1, column[:, None], -(a * mine)[:, None])
+            if of_others is not None:
+                wide.add_(of_others)
             if wide is not logits:
                 logits.copy_(wide)
-        return log_z - at_label, kd
+        return log_z - at_label, kd, *others
 
     def _compare(
         self, logits: Tensor, q: Tensor, log_sums: tuple[Tensor, Tensor], log_p: Tensor

@@ -5,14 +5,14 @@ Shapes: s sequence, b batch, V vocabulary (unpadded), P = this tensor-parallel r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from megatron_slim.architecture.context_parallel import local_slice
+from megatron_slim.distillation.terms import LOSS_TERMS, MTP_BETA, factors, terms_of, weights_of
 
-KD_LAMBDA, MTP_BETA = "kd lambda", "mtp beta"  # in the log, next to the terms
+LossWeights = dict[str, float]
+"""Values of the weights of the losses at one step, by `LossWeight.key`."""
 
 
 def shift(values: Tensor, depth: int) -> Tensor:
@@ -24,37 +24,26 @@ def shift(values: Tensor, depth: int) -> Tensor:
     return torch.nn.functional.pad(values[..., depth:], (0, depth))
 
 
-@dataclass(frozen=True)
-class TokenLosses:
-    """Loss terms of every token, each [b, s] in fp32; the ``mtp_*`` have one entry per MTP depth."""
+class TokenLosses(dict[str, tuple[Tensor, ...]]):
+    """Loss terms of every token, by their keys in `LOSS_TERMS`: for each head of the term [b, s] in fp32.
 
-    lm: Tensor
-    kd: Tensor | None = None
-    teacher_lm: Tensor | None = None
-    mtp_lm: tuple[Tensor, ...] = ()
-    mtp_kd: tuple[Tensor, ...] = ()
+    Terms of the main head have one, those of MTP heads one per depth.
+    """
 
     def stack(self) -> Tensor:
         """All terms in one tensor [terms, b, s], as it travels through Megatron's schedules."""
-        head = [self.lm] if self.kd is None or self.teacher_lm is None else [self.lm, self.kd, self.teacher_lm]
-        return torch.stack([*head, *self.mtp_lm, *self.mtp_kd])
+        return torch.stack([head for heads in self.values() for head in heads])
 
     @staticmethod
     def unstack(stacked: Tensor, *, has_teacher: bool) -> TokenLosses:
         """The inverse of `stack`."""
-        if not has_teacher:
-            return TokenLosses(stacked[0], mtp_lm=tuple(stacked[1:]))
-        depths = (len(stacked) - 3) // 2
-        lm, kd, teacher_lm, *mtp = stacked
-        return TokenLosses(lm, kd, teacher_lm, tuple(mtp[:depths]), tuple(mtp[depths:]))
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """lambda and beta of SlimQwen eq. 12 at one step."""
-
-    kd_lambda: float
-    mtp_beta: float
+        main = len(terms_of(has_teacher=has_teacher, has_mtp=False))
+        terms = terms_of(has_teacher=has_teacher, has_mtp=len(stacked) > main)
+        depths = (len(stacked) - main) // max(1, len(terms) - main)
+        heads = iter(stacked)
+        return TokenLosses(
+            {key: tuple(next(heads) for _ in range(depths if term.mtp else 1)) for key, term in terms.items()}
+        )
 
 
 def mtp_mask(loss_mask: Tensor, depth: int, position_ids: Tensor | None = None) -> Tensor:
@@ -110,14 +99,14 @@ def combine(
     position_ids: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """SlimQwen eq. 12 over one micro-batch.
+    """SlimQwen eq. 12 over one micro-batch, and what further terms `LOSS_TERMS` has.
 
     L = (1 - lambda) L_LM + lambda L_KD + beta ((1 - lambda) L_MTP-LM + lambda L_MTP-KD); without a teacher, lambda = 0.
 
     Args:
         losses: terms of every token.
         loss_mask: [b, s], 1 where the main head's token counts.
-        weights: lambda and beta.
+        weights: lambda, beta and those of further terms.
         position_ids: [b, s] or [1, s], which separate the documents of a sequence for `mtp_mask`.
         positions: where in the sequence the terms are, under context parallelism; masks are those of the whole.
 
@@ -129,28 +118,22 @@ def combine(
     whole_mask = loss_mask.float()
     mask = local_slice(whole_mask, positions)
     tokens = mask.sum()
-    has_teacher = losses.kd is not None
-    kd_lambda = weights.kd_lambda if has_teacher else 0.0
-    terms = {"lm loss": (losses.lm * mask).sum()}
+    terms = {key: LOSS_TERMS[key] for key in losses}
+    multiplied = factors(terms, weights)
+    main, mtp = tokens.new_zeros(()), tokens.new_zeros(())
     report: dict[str, tuple[Tensor, Tensor]] = {}
-    total = (1.0 - kd_lambda) * terms["lm loss"]
-    if losses.kd is not None and losses.teacher_lm is not None:
-        terms["logits distillation loss"] = (losses.kd * mask).sum()
-        terms["teacher lm loss"] = (losses.teacher_lm * mask).sum()
-        total = total + kd_lambda * terms["logits distillation loss"]
-    if losses.mtp_lm:
-        mtp_lm, report["mtp lm loss"] = _over_depths(losses.mtp_lm, whole_mask, position_ids, positions)
-        mtp = (1.0 - kd_lambda) * mtp_lm
-        if losses.mtp_kd:
-            mtp_kd, report["mtp distillation loss"] = _over_depths(losses.mtp_kd, whole_mask, position_ids, positions)
-            mtp = mtp + kd_lambda * mtp_kd
-        total = total + weights.mtp_beta * mtp
-    report |= {name: (value.detach(), tokens) for name, value in terms.items()}
+    for key, term in terms.items():
+        if term.mtp:
+            value, report[term.name] = _over_depths(losses[key], whole_mask, position_ids, positions)
+            mtp = mtp + multiplied[key] * value if key in multiplied else mtp
+        else:
+            value = (losses[key][0] * mask).sum()
+            report[term.name] = value.detach(), tokens
+            main = main + multiplied[key] * value if key in multiplied else main
     one = tokens.new_ones(())
-    if has_teacher:
-        report[KD_LAMBDA] = (one * kd_lambda, one)
-    if losses.mtp_lm:
-        report[MTP_BETA] = (one * weights.mtp_beta, one)
+    at_work = weights_of(terms.values())
+    report |= {weight.name: (one * weights[weight.key], one) for weight in at_work}
+    total = main + weights[MTP_BETA.key] * mtp if MTP_BETA in at_work else main
     return total, tokens, report
 
 
@@ -168,10 +151,11 @@ def gradients_of_total(
     It is the gradient that backward brings them but for a common factor; `combine` is linear, so it is known before
     the terms are.
     """
-    terms = 3 + 2 * depths if has_teacher else 1 + depths
+    terms = terms_of(has_teacher=has_teacher, has_mtp=depths > 0).values()
+    heads = sum(depths if term.mtp else 1 for term in terms)
     with torch.enable_grad():
         shape = local_slice(loss_mask, positions).shape
-        stacked = loss_mask.new_zeros((terms, *shape), dtype=torch.float32).requires_grad_()
+        stacked = loss_mask.new_zeros((heads, *shape), dtype=torch.float32).requires_grad_()
         losses = TokenLosses.unstack(stacked, has_teacher=has_teacher)
         total, _, _ = combine(losses, loss_mask, weights, position_ids, positions)
         (gradient,) = torch.autograd.grad(total, stacked)

@@ -15,7 +15,7 @@ Shapes: S sequence, s that of this rank (under sequence and context parallelism)
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,12 +34,14 @@ from torch import Tensor
 from megatron_slim.architecture.context_parallel import local_positions, local_slice
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.distillation.divergences import KDLoss
-from megatron_slim.distillation.fused import DistillationInputs, OutputLayer, Target, default_chunk, fused_losses
+from megatron_slim.distillation.fused import DistillationInputs, Target, default_chunk, fused_losses
 from megatron_slim.distillation.hidden import HiddenDistillation, HiddenInputs, layers_of
 from megatron_slim.distillation.layer_pairs import LayerPair
 from megatron_slim.distillation.loss_options import DEFAULTS
 from megatron_slim.distillation.losses import TokenLosses, shift
 from megatron_slim.distillation.offload import OffloadedWeights
+from megatron_slim.distillation.output_layer import OutputLayer
+from megatron_slim.distillation.terms import CROSS_ENTROPY, DIVERGENCE, TEACHER_CROSS_ENTROPY, LossTerm, terms_of
 from megatron_slim.distillation.vocabulary import VocabShard
 from megatron_slim.weight_gradient import ready_weight
 
@@ -210,14 +212,19 @@ class DistillationModel(HiddenStatesModel):
         shifted = torch.stack([_rows(each.transpose(0, 1)) for each in own])
         targets, teacher = self._targets(teacher_hidden, batch=labels.shape[0])
         chunk = self.options.loss_chunk or default_chunk(hidden.device)
-        upstream = None if expected is None else _upstream(expected)
-        inputs = DistillationInputs(shifted, targets, teacher, self.options.kd_loss, chunk)
+        terms = terms_of(has_teacher=teacher is not None, has_mtp=len(heads) > 1)
+        functions = {key: term for key, term in terms.items() if term.function is not None}
+        upstream = None if expected is None else _upstream(expected, terms, len(heads))
+        inputs = DistillationInputs(shifted, targets, teacher, self.options.kd_loss, chunk, tuple(functions.values()))
         with self.timed_losses():
-            terms = fused_losses(self._output_weights(self), heads, inputs, upstream)
-        lm, kd, teacher_lm = (term.unflatten(-1, (-1, labels.shape[0])).transpose(-1, -2) for term in terms)
-        if teacher is None:
-            return TokenLosses(lm[0], mtp_lm=tuple(lm[1:]))
-        return TokenLosses(lm[0], kd[0], teacher_lm, tuple(lm[1:]), tuple(kd[1:]))
+            found = fused_losses(self._output_weights(self), heads, inputs, upstream)
+        lm, kd, teacher_lm, *others = (each.unflatten(-1, (-1, labels.shape[0])).transpose(-1, -2) for each in found)
+        closed = {CROSS_ENTROPY: lm, DIVERGENCE: kd, TEACHER_CROSS_ENTROPY: teacher_lm[None]}
+        of_heads = {key: closed[term.of] for key, term in terms.items() if isinstance(term.of, str)}
+        of_heads |= dict(zip(functions, others, strict=True))
+        return TokenLosses(
+            {key: tuple(of_heads[key][1:] if term.mtp else of_heads[key][:1]) for key, term in terms.items()}
+        )
 
     def _positions(self, whole: Tensor) -> Tensor | None:
         """Positions of this rank's part of a sequence [..., S] under context parallelism; None for all."""
@@ -263,8 +270,13 @@ def _rows(values: Tensor) -> Tensor:
     return values.flatten(0, 1)
 
 
-def _upstream(expected: TokenLosses) -> tuple[Tensor, Tensor]:
-    """Gradients [heads, s b] of lm and of kd."""
-    lm = torch.stack([expected.lm, *expected.mtp_lm])
-    kd = torch.zeros_like(lm) if expected.kd is None else torch.stack([expected.kd, *expected.mtp_kd])
-    return lm.transpose(1, 2).flatten(1), kd.transpose(1, 2).flatten(1)
+def _upstream(expected: TokenLosses, terms: Mapping[str, LossTerm], heads: int) -> tuple[Tensor, ...]:
+    """Gradients [heads, s b] of lm, of kd and of the functions."""
+    none = torch.zeros_like(expected["lm"][0])
+    found = {what: heads * [none] for what in (CROSS_ENTROPY, DIVERGENCE)}
+    for key, term in terms.items():
+        of_heads = found.setdefault(term.of if isinstance(term.of, str) else key, heads * [none])
+        for head, gradient in enumerate(expected[key], start=int(term.mtp)):
+            of_heads[head] = of_heads[head] + gradient
+    found.pop(TEACHER_CROSS_ENTROPY, None)
+    return tuple(torch.stack(of_heads).transpose(1, 2).flatten(1) for of_heads in found.values())

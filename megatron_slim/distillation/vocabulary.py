@@ -40,6 +40,23 @@ class VocabShard:
             dist.all_reduce(value, op=op, group=self.group)
         return value
 
+    def sum(self, parts: Tensor) -> Tensor:
+        """As `reduce`, of a copy and with a gradient: that of the sum is that of every rank's part."""
+        summed: Tensor = parts if self.ranks == 1 else _SumOverRanks.apply(self, parts)
+        return summed
+
+    def log_sum_exp(self, logits: Tensor) -> Tensor:
+        """The logarithm [n] of the sum of exponentials over all ranks' columns, with a gradient.
+
+        Args:
+            logits: [n, valid] in fp32.
+        """
+        own = logits.logsumexp(-1)
+        if self.ranks == 1:
+            return own
+        most = self.reduce(own.detach().clone(), dist.ReduceOp.MAX)
+        return self.sum((own - most).exp()).log() + most
+
     def gather(self, value: Tensor) -> Tensor:
         """The values of all ranks that share the vocabulary, [ranks, ...], the same on each."""
         if self.ranks == 1:
@@ -99,3 +116,13 @@ class VocabShard:
         log_sum, log_z = self._log_sums(logits, softmax)
         self.to_all_columns_(softmax, log_sum, log_z)
         return logits.sub_(log_z[:, None])
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shard: VocabShard, parts: Tensor) -> Tensor:
+        return shard.reduce(parts.clone())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient

@@ -12,9 +12,9 @@ from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.generation.cache import Cache, DeltaNetCache, KeyValueCache, LayerCache
-from megatron_slim.generation.experts import experts
+from megatron_slim.generation.experts import dense, experts
 from megatron_slim.generation.sublayers import Rotary, Sizes, Step, attention, delta_net, norm
-from megatron_slim.generation.weights import AttentionWeights, BlockWeights, load_weights
+from megatron_slim.generation.weights import AttentionWeights, BlockWeights, ExpertWeights, load_weights
 from megatron_slim.products import linear, threads_for
 
 SEGMENT = 64  # tokens of a prompt that are read at once
@@ -93,7 +93,9 @@ class Decoder:
         else:
             assert isinstance(cache, DeltaNetCache)
             hidden = hidden + delta_net(hidden, weights.mixer, self._sizes, step, cache)
-        return hidden + experts(hidden, weights.experts, self._sizes)
+        if isinstance(weights.network, ExpertWeights):
+            return hidden + experts(hidden, weights.network, self._sizes)
+        return hidden + dense(hidden, weights.network, self._sizes)
 
     def _step(self, starts: Sequence[int], length: int, cache: Cache | KeyValueCache) -> Step:
         batch, end = len(starts), max(starts) + length

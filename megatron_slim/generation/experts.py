@@ -1,4 +1,4 @@
-"""The experts of a block as plain functions of hidden states and weights.
+"""The experts of a block, or its dense network, as plain functions of hidden states and weights.
 
 Shapes: N rows, one per token; H hidden; E experts, k of them per token, F neurons of one.
 """
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_slim.generation.sublayers import Sizes, norm
-from megatron_slim.generation.weights import ExpertWeights
+from megatron_slim.generation.weights import DenseWeights, ExpertWeights
 from megatron_slim.products import linear, linear_by_part
 
 ROWS_APART = 3  # up to so many tokens are taken one by one: nothing is sorted, and no other expert is read
@@ -22,12 +22,7 @@ DENSE_ROWS, DENSE_RATIO = 32, 4
 def experts(rows: Tensor, weights: ExpertWeights, sizes: Sizes) -> Tensor:
     """Norm, routed experts and the shared one, of [N, H]."""
     rows = norm(rows, weights.norm, sizes.epsilon)
-    logits = rows.float() @ weights.router.t()
-    if sizes.norm_topk:
-        best, chosen = logits.topk(sizes.topk)
-        gates = best.softmax(-1)
-    else:
-        gates, chosen = logits.softmax(-1).topk(sizes.topk)
+    gates, chosen = _routing(rows.float() @ weights.router.t(), weights.bias, sizes)
     gates = gates.to(rows.dtype)
     if len(rows) == 1:
         return _of_one_row(rows, gates, chosen[0].tolist(), weights)
@@ -37,6 +32,31 @@ def experts(rows: Tensor, weights: ExpertWeights, sizes: Sizes) -> Tensor:
     if len(rows) <= DENSE_ROWS and len(weights.router) <= DENSE_RATIO * sizes.topk:
         return _by_all(rows, gates, chosen, weights)
     return _routed(rows, gates, chosen, weights)
+
+
+def dense(rows: Tensor, weights: DenseWeights, sizes: Sizes) -> Tensor:
+    """Norm and a dense network, of [N, H]."""
+    return linear(_gated(linear(norm(rows, weights.norm, sizes.epsilon), weights.first)), weights.last)
+
+
+def _routing(logits: Tensor, bias: Tensor | None, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """Gates [N, k] and numbers [N, k] of the experts of every token, of logits [N, E]."""
+    if not sizes.sigmoid:
+        if not sizes.norm_topk:
+            gates, chosen = logits.softmax(-1).topk(sizes.topk)
+            return gates, chosen
+        best, chosen = logits.topk(sizes.topk)
+        return best.softmax(-1), chosen
+    scores = logits.sigmoid()
+    ranked = scores if bias is None else scores + bias
+    if sizes.expert_groups > 1:
+        by_group = ranked.unflatten(-1, (sizes.expert_groups, -1))
+        best_groups = by_group.topk(2).values.sum(-1).topk(sizes.chosen_groups).indices
+        others = torch.ones_like(by_group[..., 0], dtype=torch.bool).scatter_(-1, best_groups, False)
+        ranked = by_group.masked_fill(others[..., None], -torch.inf).flatten(-2)
+    chosen = ranked.topk(sizes.topk).indices
+    gates = scores.gather(-1, chosen)
+    return gates / gates.sum(-1, keepdim=True) * sizes.scaling, chosen
 
 
 def _gated(both: Tensor) -> Tensor:
@@ -55,7 +75,9 @@ def _of_one_row(row: Tensor, gates: Tensor, numbers: list[int], weights: ExpertW
 
 
 def _shared(products: Tensor) -> Tensor:
-    """What the shared expert's last matrix is multiplied by [N, F], of products with its first [N, 2 F + 1]."""
+    """What the shared expert's last matrix is multiplied by [N, F], of products with its first [N, 2 F (+ 1)]."""
+    if products.shape[1] % 2 == 0:  # no column is its gate's
+        return _gated(products)
     return _gated(products[:, :-1]).mul_(products[:, -1:].sigmoid())
 
 

@@ -36,6 +36,10 @@ class Sizes(NamedTuple):
         key: K.
         topk: experts of a token.
         norm_topk: gates of a token add up to 1.
+        sigmoid: scores of experts are sigmoids, not a softmax.
+        scaling: what gates are multiplied by.
+        expert_groups: groups of experts, of which a token chooses first.
+        chosen_groups: how many of them.
         epsilon: of norms.
     """
 
@@ -47,6 +51,10 @@ class Sizes(NamedTuple):
     key: int
     topk: int
     norm_topk: bool
+    sigmoid: bool
+    scaling: float
+    expert_groups: int
+    chosen_groups: int
     epsilon: float
 
     @classmethod
@@ -61,6 +69,10 @@ class Sizes(NamedTuple):
             key=shape.linear_key_head_dim,
             topk=shape.moe_router_topk,
             norm_topk=shape.norm_topk_prob,
+            sigmoid=shape.family.router_score_function == "sigmoid",
+            scaling=shape.moe_router_topk_scaling_factor,
+            expert_groups=shape.moe_router_num_groups,
+            chosen_groups=shape.moe_router_group_topk,
             epsilon=shape.layernorm_epsilon,
         )
 
@@ -117,8 +129,11 @@ def norm(rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def attention(rows: Tensor, weights: AttentionWeights, sizes: Sizes, step: Step, cache: KeyValueCache) -> Tensor:
     """Norm and full attention of new tokens [N, H] over those before and themselves; their keys join the cache."""
     groups, queries, head = sizes.groups, sizes.queries, sizes.head
-    heads = linear(norm(rows, weights.norm, sizes.epsilon), weights.qkv).view(len(rows), groups, -1, head)
-    both = F.rms_norm(heads[:, :, : queries + 1].float(), (head,), None, sizes.epsilon) * weights.qk_norm
+    heads = linear(norm(rows, weights.norm, sizes.epsilon), weights.qkv)
+    heads = (heads if weights.bias is None else heads + weights.bias).view(len(rows), groups, -1, head)
+    both = heads[:, :, : queries + 1].float()
+    if weights.qk_norm is not None:
+        both = F.rms_norm(both, (head,), None, sizes.epsilon) * weights.qk_norm
     both = torch.addcmul(both * step.cos, both.index_select(-1, step.partner), step.sin).to(rows.dtype)
     cache.keys.flatten(0, 1).index_copy_(0, step.places, both[:, :, queries])
     cache.values.flatten(0, 1).index_copy_(0, step.places, heads[:, :, queries + 1])

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION
+from megatron_slim.architecture.family import DENSE, FULL_ATTENTION, LINEAR_ATTENTION, MOE, MTP_SUBLAYERS
 from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.convert import Checkpoint
@@ -30,14 +30,17 @@ class AttentionWeights:
     Attributes:
         norm: before it [H].
         qkv: [G * heads * D, H], heads being n + 2, or 2 n + 2 with gates.
-        qk_norm: what normalised queries and key of a group are multiplied by [n + 1, D].
+        qk_norm: what normalised queries and key of a group are multiplied by [n + 1, D]; None: they are taken as they
+            are.
         out: [H, G * n * D].
+        bias: of ``qkv`` [G * heads * D]; None: there is none.
     """
 
     norm: Tensor
     qkv: Tensor
-    qk_norm: Tensor
+    qk_norm: Tensor | None
     out: Tensor
+    bias: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class SharedExpert(NamedTuple):
     """The expert that all tokens visit.
 
     Attributes:
-        first: transpose of gate and up, and the column that its own gate is made with [H, 2 F + 1].
+        first: transpose of gate and up, and the column that its own gate is made with, if it has one [H, 2 F (+ 1)].
         last: the transpose of what the checkpoint has [F, H].
     """
 
@@ -84,6 +87,7 @@ class ExpertWeights:
     Attributes:
         norm: before them [H].
         router: [E, H], fp32.
+        bias: what is added to scores for the choice of experts [E], fp32; None: nothing.
         all_first: rows of all experts' first matrices one after the other, the shared one's last.
         all_last: the same of last matrices.
         first: by expert the transpose of gate and up [H, 2 F], a view of ``all_first``.
@@ -93,6 +97,7 @@ class ExpertWeights:
 
     norm: Tensor
     router: Tensor
+    bias: Tensor | None
     all_first: Tensor
     all_last: Tensor
     first: tuple[Tensor, ...]
@@ -101,11 +106,26 @@ class ExpertWeights:
 
 
 @dataclass(frozen=True)
+class DenseWeights:
+    """A dense network.
+
+    Attributes:
+        norm: before it [H].
+        first: gate and up [2 F, H].
+        last: [H, F].
+    """
+
+    norm: Tensor
+    first: Tensor
+    last: Tensor
+
+
+@dataclass(frozen=True)
 class BlockWeights:
     """A transformer block."""
 
     mixer: AttentionWeights | DeltaNetWeights
-    experts: ExpertWeights
+    network: ExpertWeights | DenseWeights
 
 
 @dataclass(frozen=True)
@@ -141,7 +161,7 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devic
     reader, shape = _Reader(checkpoint, dtype, device), checkpoint.shape
     with checkpoint.reading_once():
         layers = progress(range(shape.num_layers), "loading")
-        blocks = tuple(reader.block(f"decoder.layers.{layer}.", shape.layer_types[layer]) for layer in layers)
+        blocks = tuple(reader.block(f"decoder.layers.{layer}.", shape.sublayers[layer]) for layer in layers)
         return ModelWeights(
             embedding=reader("embedding.word_embeddings.weight"),
             blocks=blocks,
@@ -176,17 +196,19 @@ class _Reader:
         """What a normalised vector is multiplied by, in fp32."""
         return self(key).float() + float(self.shape.family.zero_centered_norms)
 
-    def block(self, prefix: str, kind: str) -> BlockWeights:
+    def block(self, prefix: str, kinds: tuple[str, str]) -> BlockWeights:
         mixers: dict[str, Callable[[str], AttentionWeights | DeltaNetWeights]]
         mixers = {FULL_ATTENTION: self._attention, LINEAR_ATTENTION: self._delta_net}
-        return BlockWeights(mixers[kind](f"{prefix}self_attention."), self._experts(prefix))
+        networks: dict[str, Callable[[str], ExpertWeights | DenseWeights]]
+        networks = {MOE: self._experts, DENSE: self._dense}
+        return BlockWeights(mixers[kinds[0]](f"{prefix}self_attention."), networks[kinds[1]](prefix))
 
     def mtp(self, prefix: str) -> MTPWeights:
         return MTPWeights(
             embedding_norm=self.norm(f"{prefix}enorm.weight"),
             hidden_norm=self.norm(f"{prefix}hnorm.weight"),
             projection=self(f"{prefix}eh_proj.weight"),
-            block=self.block(f"{prefix}transformer_layer.", FULL_ATTENTION),
+            block=self.block(f"{prefix}transformer_layer.", MTP_SUBLAYERS),
             norm=self.norm(f"{prefix}final_layernorm.weight"),
         )
 
@@ -197,12 +219,14 @@ class _Reader:
         if shape.family.attention_output_gate:  # between queries and key
             parts = qkv.split([queries, queries, 2], dim=1)
             qkv = torch.cat((parts[0], parts[2], parts[1]), dim=1)
-        norms = [self.norm(f"{prefix}{name}_layernorm.weight") for name in "qk"]
+        norms = [self.norm(f"{prefix}{name}_layernorm.weight") for name in "qk"] if shape.qk_layernorm else []
         return AttentionWeights(
             norm=self.norm(f"{prefix}linear_qkv.layer_norm_weight"),
             qkv=qkv.flatten(0, 2),
-            qk_norm=torch.stack([*[norms[0]] * queries, norms[1]]),
+            qk_norm=torch.stack([*[norms[0]] * queries, norms[1]]) if norms else None,
             out=self(f"{prefix}linear_proj.weight"),
+            # A gated projection has no bias in any family: its rows need not be put in another order.
+            bias=self(f"{prefix}linear_qkv.bias") if shape.add_qkv_bias else None,
         )
 
     def _delta_net(self, prefix: str) -> DeltaNetWeights:
@@ -220,19 +244,28 @@ class _Reader:
             out=self(f"{prefix}out_proj.weight"),
         )
 
+    def _dense(self, prefix: str) -> DenseWeights:
+        return DenseWeights(
+            norm=self.norm(f"{prefix}pre_mlp_layernorm.weight"),
+            first=self(f"{prefix}mlp.linear_fc1.weight"),
+            last=self(f"{prefix}mlp.linear_fc2.weight"),
+        )
+
     def _experts(self, prefix: str) -> ExpertWeights:
         shape, mlp, experts = self.shape, f"{prefix}mlp.", self.shape.num_moe_experts
         first = [self(f"{mlp}experts.experts.linear_fc1.weight").flatten(0, 1)]
         last = [self(f"{mlp}experts.experts.linear_fc2.weight").transpose(1, 2).reshape(-1, shape.hidden_size)]
         if shape.moe_shared_expert_intermediate_size:
             shared = f"{mlp}shared_experts."
-            first += [self(f"{shared}linear_fc1.weight"), self(f"{shared}gate_weight")]
+            first.append(self(f"{shared}linear_fc1.weight"))
+            first += [self(f"{shared}gate_weight")] if shape.family.shared_expert_gate else []
             last.append(self(f"{shared}linear_fc2.weight").t())
         ends = len(first[0]), len(last[0])
         all_first, all_last = torch.cat(first), torch.cat(last)
         return ExpertWeights(
             norm=self.norm(f"{prefix}pre_mlp_layernorm.weight"),
             router=self(f"{mlp}router.weight").float(),
+            bias=self(f"{mlp}router.expert_bias").float() if shape.family.has_router_bias else None,
             all_first=all_first,
             all_last=all_last,
             first=all_first[: ends[0]].view(experts, -1, shape.hidden_size).transpose(1, 2).unbind(),

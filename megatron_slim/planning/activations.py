@@ -4,19 +4,20 @@
 `TORCH` are the plain modules of a CPU, where tests count what autograd really saves. Tensor parallelism comes with
 sequence parallelism, so that every rank keeps 1 / tp of everything. Routed tokens are split evenly.
 
-Letters: h hidden, f hidden neurons of an expert. What a kind of attention keeps is in `architecture.kinds`.
+What the kinds of attention and feed-forward networks keep is in `architecture.kinds`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_slim.architecture.attention_kind import FP32
+from megatron_slim.architecture.family import MTP_SUBLAYERS
 from megatron_slim.architecture.flops import FUSED, Kernels, Recompute
-from megatron_slim.architecture.kinds import KINDS
-from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.architecture.kinds import FEED_FORWARD, SUBLAYERS
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.architecture.sublayer_kind import FP32
 
-INDEX = 8  # int64
 NOTHING = Recompute()
 
 
@@ -61,42 +62,30 @@ def _norm_and_output(size: float, of: Pass) -> float:
     return _norm(size, of) + of.width * size
 
 
-def attention_bytes(shape: ModelShape, kind: str, of: Pass) -> float:
-    """What attention or Gated DeltaNet keeps, its norm included."""
-    return of.share * (_norm_and_output(shape.hidden_size, of) + KINDS[kind].kept(shape, of))
-
-
-def moe_norm_bytes(shape: ModelShape, of: Pass) -> float:
-    """What the norm before the experts keeps, which is outside of what ``moe`` recomputes."""
+def norm_bytes(shape: ModelShape, of: Pass) -> float:
+    """What the norm before a sublayer keeps, which is outside of what ``moe`` recomputes."""
     return of.share * _norm_and_output(shape.hidden_size, of)
 
 
-def moe_bytes(shape: ModelShape, of: Pass) -> float:
-    """What router, routed experts and the shared one keep."""
-    w, h, f, topk = of.width, shape.hidden_size, shape.moe_ffn_hidden_size, shape.moe_router_topk
-    # Scores and their order over all experts (Megatron sorts the whole routing map), and the choice.
-    router = (FP32 + INDEX) * shape.num_moe_experts + topk * (FP32 + 3 * INDEX)
-    # A gated MLP keeps [gate; up] and their product; unfused, as our shared expert, also the silu and the other factor.
-    routed = topk * (w * h + FP32 + w * f * 3) * of.imbalance
-    shared = 0.0
-    if ffn := shape.moe_shared_expert_intermediate_size:
-        shared = w * ffn * (3 if of.fused else 5) + w * (h + 1)
-    return of.share * (router + routed + shared)
+def sublayer_bytes(shape: ModelShape, kind: str, of: Pass) -> float:
+    """What a sublayer keeps behind its norm."""
+    return of.share * SUBLAYERS[kind].kept(shape, of)
 
 
-def block_bytes(shape: ModelShape, kind: str, of: Pass, recompute: Recompute = NOTHING) -> float:
+def block_bytes(shape: ModelShape, kinds: Sequence[str], of: Pass, recompute: Recompute = NOTHING) -> float:
     """What a transformer block keeps.
 
     Args:
         shape: sizes of the model.
-        kind: the block's layer type.
+        kinds: of the block's sublayers.
         of: the micro-batch.
         recompute: full, only the block's input is left; of modules, ``moe`` is counted.
     """
     if recompute.granularity == "full":
         return of.share * of.width * shape.hidden_size
-    moe = 0.0 if "moe" in recompute.modules else moe_bytes(shape, of)
-    return attention_bytes(shape, kind, of) + moe_norm_bytes(shape, of) + moe
+    again = [name for name, kind in FEED_FORWARD.items() if kind.is_routed] if "moe" in recompute.modules else []
+    kept = (kind for kind in kinds if kind not in again)
+    return len(kinds) * norm_bytes(shape, of) + sum(sublayer_bytes(shape, kind, of) for kind in kept)
 
 
 def mtp_bytes(shape: ModelShape, of: Pass, recompute: Recompute = NOTHING) -> float:
@@ -105,15 +94,16 @@ def mtp_bytes(shape: ModelShape, of: Pass, recompute: Recompute = NOTHING) -> fl
         return of.share * of.width * 2 * shape.hidden_size
     joined = 2 * of.width * shape.hidden_size
     norms = 3 * _norm(shape.hidden_size, of)
-    return of.share * (norms + joined) + block_bytes(shape, FULL_ATTENTION, of, recompute)
+    return of.share * (norms + joined) + block_bytes(shape, MTP_SUBLAYERS, of, recompute)
 
 
 def stage_bytes(
     shape: ModelShape, start: int, stop: int, of: Pass, recompute: Recompute = NOTHING, *, is_last: bool
 ) -> float:
     """What the layers from ``start`` up to ``stop`` keep of one micro-batch, heads left out."""
-    kinds = {kind: block_bytes(shape, kind, of, recompute) for kind in set(shape.layer_types[start:stop])}
-    found = sum(kinds[kind] for kind in shape.layer_types[start:stop])
+    blocks = shape.sublayers[start:stop]
+    each = {kinds: block_bytes(shape, kinds, of, recompute) for kinds in set(blocks)}
+    found = sum(each[kinds] for kinds in blocks)
     if is_last:
         found += of.share * _norm(shape.hidden_size, of)
         found += shape.mtp_num_layers * mtp_bytes(shape, of, recompute)
@@ -122,4 +112,4 @@ def stage_bytes(
 
 def largest_block_bytes(shape: ModelShape, of: Pass) -> float:
     """Of the block that keeps most: what a forward pass without gradients, or the backward pass, has in use at once."""
-    return max(block_bytes(shape, kind, of) for kind in set(shape.layer_types))
+    return max(block_bytes(shape, kinds, of) for kinds in set(shape.sublayers))

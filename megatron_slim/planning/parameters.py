@@ -9,8 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from megatron_slim.architecture.family import MTP_SUBLAYERS
 from megatron_slim.architecture.parallelism import padded_vocab_size
-from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.architecture.table import rows_of
 from megatron_slim.architecture.weight import Weight
 
 FINAL_NORM = "decoder.final_layernorm.weight"
@@ -40,21 +42,25 @@ class Counter:
         self.shape = shape.replace(vocab_size=padded_vocab_size(shape))
         self.tp, self.ep = tp, ep
         family = shape.family
-        self.blocks = {kind: self._rows((*rows, *family.moe_rows)) for kind, rows in family.attention_rows.items()}
+        self.sublayers = {kind: self._rows(rows_of(shape, kind)) for kind in family.rows}
         self.first = self._rows(family.first_rows)
         self.norm = self._rows(row for row in family.last_rows if row.key == FINAL_NORM)
         self.output = self._rows(row for row in family.last_rows if row.key != FINAL_NORM)
-        self.mtp = self._rows(family.mtp_rows) + self.blocks[FULL_ATTENTION]
+        self.mtp = self._rows(family.mtp_rows) + self.block(MTP_SUBLAYERS)
 
     def _rows(self, rows: Iterable[Weight]) -> Count:
         found = Count()
-        for row in rows:
+        for row in (row for row in rows if not row.buffer):
             numel = row.numel(self.shape)
             if row.stacked:
                 found += Count(expert=numel // self.ep)
             else:
                 found += Count(dense=numel if row.tp_dim is None else numel // self.tp)
         return found
+
+    def block(self, kinds: Iterable[str]) -> Count:
+        """Of a transformer block of these sublayers."""
+        return sum((self.sublayers[kind] for kind in kinds), Count())
 
     def stage(self, start: int, stop: int, *, is_first: bool, is_last: bool) -> Count:
         """Of a pipeline stage with the layers from ``start`` up to ``stop``.
@@ -63,8 +69,8 @@ class Counter:
         With an MTP block, Megatron puts the final norm where the last layer is, and else on the last stage.
         """
         found = Count()
-        for kind in self.shape.layer_types[start:stop]:
-            found += self.blocks[kind]
+        for kinds in self.shape.sublayers[start:stop]:
+            found += self.block(kinds)
         if is_first:
             found += self.first
         if is_last:

@@ -63,10 +63,10 @@ def flops_per_token(shape: ModelShape) -> dict[str, float]:
     """Multiplications and additions of a forward pass per token; embedding, norms and the heads are left out."""
     found = dict.fromkeys(("projections", "routed", "shared_and_router", "attention", "delta_rule"), 0.0)
     for block in shape.blocks:
-        flops = block_flops(shape, shape.layer_type(block), SEQ_LENGTH)
+        flops = block_flops(shape, shape.sublayers_of(block), SEQ_LENGTH)
         found["projections"] += flops["projections"]
-        found["routed"] += flops["experts"]
-        found["shared_and_router"] += flops["shared_experts"] + flops["router"]
+        found["routed"] += flops.get("experts", 0.0)
+        found["shared_and_router"] += sum(flops.get(name, 0.0) for name in ("shared_experts", "router", "mlp"))
         found["attention"] += flops.get("core_attn", 0.0)
         found["delta_rule"] += flops.get("delta_rule", 0.0)
     return found

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from megatron_slim.architecture.family import MOE, MTP_SUBLAYERS
 from megatron_slim.architecture.flops import block_flops, head_flops, mtp_flops, student_flops, teacher_flops
+from megatron_slim.architecture.kinds import FEED_FORWARD
 from megatron_slim.architecture.parallelism import padded_vocab_size
 from megatron_slim.architecture.pipeline_layout import Stages
-from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.optimizers import ADAM, OPTIMIZERS
-from megatron_slim.planning.activations import Pass, attention_bytes, moe_bytes, moe_norm_bytes
+from megatron_slim.planning.activations import Pass, norm_bytes, sublayer_bytes
 from megatron_slim.planning.hardware import Assumptions, Gpu
 from megatron_slim.planning.layouts import Settings, TrainLayout
 from megatron_slim.planning.memory import GRADIENT, LOSS_BYTES, micro_batch, rank_counts, received_bytes
@@ -84,8 +86,8 @@ class Cost:
         self.shape, self.layout, self.settings, self.gpu, self.assumed = shape, layout, settings, gpu, assumed
         self.of: Pass = micro_batch(layout, settings, assumed)
         self.hbm = gpu.hbm * assumed.hbm
-        self.counts = counter(shape, layout.tp, layout.ep).blocks
-        self.kinds = {kind: block_flops(shape, kind, settings.seq_length, settings.kernels) for kind in self.counts}
+        self.counts = counter(shape, layout.tp, layout.ep).sublayers
+        self.kinds = {kind: block_flops(shape, (kind,), settings.seq_length, settings.kernels) for kind in self.counts}
 
     def _collective(self, nbytes: float, ranks: int) -> float:
         """An all-gather or reduce-scatter over NVLink, of so many bytes gathered or scattered."""
@@ -125,35 +127,44 @@ class Cost:
         core = flops.get("core_attn", 0.0) / assumed.attention + flops.get("delta_rule", 0.0) / assumed.delta_rule
         compute = self._product(flops["projections"], assumed.gemm, count.dense, passes)
         compute += passes * core * self.of.share / self.gpu.bf16
-        traffic = self._times(passes) * attention_bytes(self.shape, kind, self.of) / self.hbm
-        return Seconds(compute, traffic, self.tensor(1 + passes))
+        return Seconds(compute, self._traffic(kind, passes), self.tensor(1 + passes))
+
+    def _traffic(self, kind: str, passes: int) -> float:
+        """Seconds in which memory moves what a sublayer keeps."""
+        kept = norm_bytes(self.shape, self.of) + sublayer_bytes(self.shape, kind, self.of)
+        times = self.assumed.forward_traffic if passes == 1 else self.assumed.backward_traffic
+        return times * kept / self.hbm
+
+    def feed_forward(self, kind: str, passes: int) -> Seconds:
+        """The network behind attention."""
+        if FEED_FORWARD[kind].is_routed:
+            return self.moe(passes)
+        compute = self._product(self.kinds[kind]["mlp"], self.assumed.gemm, self.counts[kind].dense, passes)
+        return Seconds(compute, self._traffic(kind, passes), self.tensor(1 + passes))
 
     def moe(self, passes: int) -> Seconds:
         """Router, experts, shared expert."""
-        flops, assumed = self.kinds[FULL_ATTENTION], self.assumed
+        flops, assumed = self.kinds[MOE], self.assumed
         compute = self._product(
-            flops["experts"] * self.of.imbalance, assumed.grouped_gemm, self.counts[FULL_ATTENTION].expert, passes
+            flops["experts"] * self.of.imbalance, assumed.grouped_gemm, self.counts[MOE].expert, passes
         )
         compute += passes * (flops["shared_experts"] + flops["router"]) * self.of.share / self.gpu.bf16 / assumed.gemm
-        kept = moe_bytes(self.shape, self.of) + moe_norm_bytes(self.shape, self.of)
         shared = self.tensor(1 + passes) if self.shape.moe_shared_expert_intermediate_size else 0.0
-        return Seconds(compute, self._times(passes) * kept / self.hbm, shared, 2 * self.all_to_all())
+        return Seconds(compute, self._traffic(MOE, passes), shared, 2 * self.all_to_all())
 
-    def _times(self, passes: int) -> float:
-        return self.assumed.forward_traffic if passes == 1 else self.assumed.backward_traffic
-
-    def block(self, kind: str, passes: int) -> Seconds:
+    def block(self, kinds: tuple[str, str], passes: int) -> Seconds:
         """A transformer block; no shorter than it takes the host to launch it."""
-        found = self.attention(kind, passes) + self.moe(passes)
+        found = self.attention(kinds[0], passes) + self.feed_forward(kinds[1], passes)
         short = self.assumed.block_seconds - found.compute - found.traffic
         return replace(found, host=max(0.0, short))
 
-    def backward(self, kind: str) -> Seconds:
+    def backward(self, kinds: tuple[str, str]) -> Seconds:
         """The backward pass of a block, with what it computes again."""
-        found = self.block(kind, 2)
+        found = self.block(kinds, 2)
         if self.layout.recompute == "full":
-            return found + self.block(kind, 1)
-        return found + self.moe(1) if self.layout.recompute == "moe" else found
+            return found + self.block(kinds, 1)
+        again = self.layout.recompute == "moe" and FEED_FORWARD[kinds[1]].is_routed
+        return found + self.moe(1) if again else found
 
     def heads(self, depths: int, *, trained: bool) -> Seconds:
         """Output layer and losses of the main head and MTP heads: the student's gradients come with the losses."""
@@ -167,7 +178,7 @@ class Cost:
 
     def mtp(self, passes: int) -> Seconds:
         """An MTP block."""
-        found = self.block(FULL_ATTENTION, 1) if passes == 1 else self.backward(FULL_ATTENTION)
+        found = self.block(MTP_SUBLAYERS, 1) if passes == 1 else self.backward(MTP_SUBLAYERS)
         projection = passes * mtp_flops(self.shape) * self.of.share / self.gpu.bf16 / self.assumed.gemm
         return found + Seconds(projection, 0.0, self.tensor(1 + passes))
 
@@ -183,15 +194,15 @@ def stage_seconds(
     found = []
     number, start, teacher_start = len(stages.student_layers), 0, 0
     layers = zip(stages.student_layers, stages.teacher_layers or (0,) * number, strict=True)
-    ahead = {kind: student.block(kind, 1) for kind in student.counts}
-    back = {kind: student.backward(kind) for kind in student.counts}
-    ahead_of_teacher = {kind: teacher.block(kind, 1) for kind in teacher.counts} if teacher else {}
+    ahead = {kinds: student.block(kinds, 1) for kinds in set(student.shape.sublayers)}
+    back = {kinds: student.backward(kinds) for kinds in ahead}
+    ahead_of_teacher = {kinds: teacher.block(kinds, 1) for kinds in set(teacher.shape.sublayers)} if teacher else {}
     for stage, (own, theirs) in enumerate(layers):
-        kinds = student.shape.layer_types[start : start + own]
-        forward, backward = _sum([ahead[kind] for kind in kinds]), _sum([back[kind] for kind in kinds])
+        blocks = student.shape.sublayers[start : start + own]
+        forward, backward = _sum([ahead[kinds] for kinds in blocks]), _sum([back[kinds] for kinds in blocks])
         if teacher is not None:
-            layers_of_stage = teacher.shape.layer_types[teacher_start : teacher_start + theirs]
-            forward += _sum([ahead_of_teacher[kind] for kind in layers_of_stage])
+            blocks_of_teacher = teacher.shape.sublayers[teacher_start : teacher_start + theirs]
+            forward += _sum([ahead_of_teacher[kinds] for kinds in blocks_of_teacher])
         if stage == number - 1:
             depths = student.shape.mtp_num_layers
             forward += student.heads(depths, trained=True) + _sum([student.mtp(1)] * depths)

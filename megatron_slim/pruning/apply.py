@@ -34,6 +34,7 @@ from megatron_slim.pruning.plan import Plan
 from megatron_slim.pruning.plan_reader import PlanError
 from megatron_slim.streaming.fingerprint import fingerprint
 
+DECODER_LAYERS = "decoder.layers."
 MEAN = "mean"  # of weights, by the plan's
 
 
@@ -71,11 +72,13 @@ class PrunedCheckpoint:
         self.path: Path = source.path
         self.config_path: Path = source.config_path
         self.fused_blocks = frozenset(new for new, old in plan.source_blocks.items() if old in source.fused_blocks)
+        self.copies = source.copies
         self.notes = source.notes
         self.left_out = source.left_out
         self.carried = source.carried.with_rows(wrapper_of(source.config), np.array(plan.kept_hidden, dtype=np.int64))
         self.config: dict[str, Any] = shape_to_hf_config(plan.target_shape, source.config)
-        self._origins = dict(_origins(plan))
+        # Of an optimizer's state, which has no tensors of what is not trained, only those that are there.
+        self._origins = {name: each for name, each in _origins(plan) if self._source_name(each) in source.dtypes}
         self._kept_hidden = np.array(plan.kept_hidden, dtype=np.int64)
         self._alignment = Alignment(self._read_neurons) if plan.recipe.experts.align == "weights" else None
         self._rule = MEAN
@@ -161,7 +164,7 @@ class PrunedCheckpoint:
         kept = self.plan.inner.kept(block, source, origin.expert) if block else {}
         if len(self.plan.kept_hidden) < source.hidden_size:
             kept["hidden"] = self._kept_hidden
-        if block and self.shape.num_moe_experts < source.num_moe_experts:
+        if block in self.plan.experts and self.shape.num_moe_experts < source.num_moe_experts:
             kept["expert"] = np.array([group.base for group in self.plan.experts[block]], dtype=np.int64)
         return kept
 
@@ -187,15 +190,23 @@ def _within(kept: Index | None, wanted: Index | None) -> Index | None:
 
 def _origins(plan: Plan) -> Iterator[tuple[str, _Origin]]:
     """Origin of every tensor of the target, in the order of the target's table."""
-    blocks = plan.source_blocks
+    blocks, found = plan.source_blocks, {weight.key: weight for weight in weights(plan.source_shape)}
     for weight in weights(plan.target_shape):
         block = blocks[weight.block] if weight.block else ""
+        source = found[_source_key(weight.key, plan)]
         groups: tuple[ExpertGroup | None, ...] = plan.experts[block] if weight.stacked else (None,)
         for expert, group in enumerate(groups):
-            for tensor in weight.sources:
+            for tensor, origin in zip(weight.sources, source.sources, strict=True):
                 name = tensor.name.format(expert=expert) if weight.stacked else tensor.name
-                source = block + tensor.name.removeprefix(weight.block)
-                yield name, _Origin(source, tensor.dims, block, expert if weight.stacked else None, group)
+                yield name, _Origin(origin.name, origin.dims, block, expert if weight.stacked else None, group)
+
+
+def _source_key(key: str, plan: Plan) -> str:
+    """Megatron's key in the source of a parameter of the target."""
+    if not key.startswith(DECODER_LAYERS):
+        return key
+    layer, rest = key.removeprefix(DECODER_LAYERS).split(".", 1)
+    return f"{DECODER_LAYERS}{plan.kept_layers[int(layer)]}.{rest}"
 
 
 def merge(tensors: Iterable[Tensor], weights: tuple[float, ...]) -> Tensor:

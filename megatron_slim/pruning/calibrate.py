@@ -101,7 +101,7 @@ class _Calibration(StreamingForward):
         if module in self.shape.blocks:
             sums = self._recorder.sums
             self.importance.add(sums, tokens)
-            router = self.checkpoint.read(router_of(self.shape, module))
+            router = router_weight(self.checkpoint, module)
             self.tensors.update(block_statistics(module, self.shape, sums, router))
 
     def state(self) -> Mapping[str, Tensor]:
@@ -116,9 +116,15 @@ class _Calibration(StreamingForward):
             values.copy_(state[f"{_HIDDEN}{kind}"])
 
 
+def router_weight(checkpoint: Checkpoint, block: str) -> Tensor | None:
+    """Weight [E, H] of a block's router; None where it has no experts."""
+    routed = block in checkpoint.shape.routed_blocks
+    return checkpoint.read(router_of(checkpoint.shape, block)) if routed else None
+
+
 def log_unrouted(tensors: Mapping[str, Array], shape: ModelShape) -> None:
     """Log how many experts no token visited, by block."""
-    counts = {block: int((tensors[importance_key(block, "frequency")] == 0).sum()) for block in shape.blocks}
+    counts = {block: int((tensors[importance_key(block, "frequency")] == 0).sum()) for block in shape.routed_blocks}
     if found := [f"{count} of {block}" for block, count in counts.items() if count]:
         logger.info(f"experts without a token, whose importances are 0: {summarise(found)}")
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_slim.architecture.kinds import FEED_FORWARD
 from megatron_slim.checkpoint.records import PLAN, PROVENANCE
 from megatron_slim.errors import CheckpointError
 from megatron_slim.expert_metrics import EXPERT_IMPORTANCES, EXPERT_SIMILARITIES
@@ -54,9 +55,25 @@ def carried_statistics(stats: Statistics, plan: Plan, source_sha256: str, *, wit
 
 def _of_block(stats: Statistics, plan: Plan, new: str, old: str) -> Iterator[tuple[str, Array]]:
     """Names and values of one block: ``new`` in the plan's target, ``old`` in its source."""
-    bases = [group.base for group in plan.experts[old]]
     for kind in LAYER_KINDS:
         yield statistics.layer_key(new, kind), stats.tensors[statistics.layer_key(old, kind)]
+    attention, network = plan.source_shape.sublayers_of(old)
+    for before, after, kept in (
+        (statistics.heads_key(old, attention), statistics.heads_key(new, attention), plan.inner.heads),
+        (
+            statistics.neurons_key(old, network),
+            statistics.neurons_key(new, network),
+            getattr(plan.inner, FEED_FORWARD[network].neurons.key),
+        ),
+    ):
+        if (values := stats.tensors.get(before)) is not None:
+            yield after, values[list(kept[old])] if old in kept else values
+    if old in plan.experts:
+        yield from _of_experts(stats, plan, new, old)
+
+
+def _of_experts(stats: Statistics, plan: Plan, new: str, old: str) -> Iterator[tuple[str, Array]]:
+    bases = [group.base for group in plan.experts[old]]
     for kind in EXPERT_IMPORTANCES:
         if (importance := stats.tensors.get(statistics.importance_key(old, kind))) is not None:
             yield statistics.importance_key(new, kind), importance[bases]
@@ -67,13 +84,6 @@ def _of_block(stats: Statistics, plan: Plan, new: str, old: str) -> Iterator[tup
     if old in plan.inner.neurons:
         neurons = np.take_along_axis(neurons, np.array(plan.inner.neurons[old]), axis=1)
     yield statistics.expert_ffn_key(new), neurons
-    shared = stats.tensors.get(statistics.shared_ffn_key(old))
-    if shared is not None:
-        kept = plan.inner.shared_neurons.get(old)
-        yield statistics.shared_ffn_key(new), shared if kept is None else shared[list(kept)]
-    kind = plan.source_shape.layer_type(old)
-    heads, kept = stats.tensors[statistics.heads_key(old, kind)], plan.inner.heads.get(old)
-    yield statistics.heads_key(new, kind), heads if kept is None else heads[list(kept)]
 
 
 def read_carried_statistics(pruned: Path, source: Checkpoint) -> Statistics:
@@ -97,7 +107,8 @@ def read_carried_statistics(pruned: Path, source: Checkpoint) -> Statistics:
         target = target.replace(mtp_num_layers=0)
     if target != shape:
         ours, theirs = shape.to_dict(), target.to_dict()
-        found = [f"{key} {ours[key]}, not {theirs.get(key)}" for key in ours if ours[key] != theirs.get(key)]
+        differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        found = [f"{key} {ours.get(key)}, not {theirs.get(key)}" for key in differing]
         raise CheckpointError(
             f"its plan did not give the model that is to be pruned, which has {', '.join(found)}",
             where=str(pruned),

@@ -1,41 +1,63 @@
 """Depth: which layers survive, and what is known of it before anything is measured.
 
-transformers cannot run a model without a full-attention layer. Statistics may favour a choice that leaves none; of the
-choices that leave one the best is taken then, so that what `possible_types` allows before calibration is never refused
-after it.
+transformers cannot run a model without a full-attention layer, and one without experts is none of ours. Statistics may
+favour a choice that leaves none; of the choices that leave one the best is taken then, so that what `possible_depths`
+allows before calibration is never refused after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
+from megatron_slim.architecture.family import DENSE, FULL_ATTENTION, MOE
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.pruning import statistics
 from megatron_slim.pruning.experts import ranking
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import Recipe
 
+Depth = tuple[tuple[str, str], ...]  # `ModelShape.sublayers` of the layers that are left
 
-def possible_types(recipe: Recipe, shape: ModelShape, layers: int) -> Iterator[tuple[str, ...]]:
-    """Layer types that the method can leave; where it can leave any choice, up to their order, full attention first."""
-    dropped, types = shape.num_layers - layers, shape.layer_types
+
+def is_whole(depth: Iterable[tuple[str, str]]) -> bool:
+    """Whether some layer is of full attention, and some layer has experts."""
+    kinds = {kind for sublayers in depth for kind in sublayers}
+    return {FULL_ATTENTION, MOE} <= kinds
+
+
+def layer_fields(depth: Depth) -> dict[str, Any]:
+    """The fields of a shape that say which layers it has."""
+    dense = sum(feed_forward == DENSE for _, feed_forward in depth)
+    return {"num_layers": len(depth), "layer_types": tuple(kind for kind, _ in depth), "num_dense_layers": dense}
+
+
+def depth_of(shape: ModelShape, layers: Iterable[int]) -> Depth:
+    """What some layers of a model are."""
+    return tuple(shape.sublayers[layer] for layer in layers)
+
+
+def possible_depths(recipe: Recipe, shape: ModelShape, layers: int) -> Iterator[Depth]:
+    """What the method can leave; where it can leave any choice, in one order: dense layers, then full attention."""
+    dropped, depth = shape.num_layers - layers, shape.sublayers
     if recipe.depth.method == "block_influence" and dropped:
-        full = types.count(FULL_ATTENTION)
-        for count in range(max(0, full - dropped), min(full, layers) + 1):
-            yield (FULL_ATTENTION,) * count + (LINEAR_ATTENTION,) * (layers - count)
+        counts = Counter(depth)
+        kinds = sorted(counts, key=lambda each: (each[1] != DENSE, each[0] != FULL_ATTENTION))
+        for kept in itertools.product(*(range(min(counts[kind], layers) + 1) for kind in kinds)):
+            if sum(kept) == layers:
+                yield tuple(kind for kind, count in zip(kinds, kept, strict=True) for _ in range(count))
         return
     starts = [layers] if recipe.depth.method == "last" or not dropped else range(1, layers + 1)
-    yield from (types[:start] + types[start + dropped :] for start in starts)
+    yield from (depth[:start] + depth[start + dropped :] for start in starts)
 
 
 def layers_before_statistics(shape: ModelShape, layers: int) -> tuple[int, ...]:
-    """Source layers to count with where statistics choose them: the first ones, one of full attention among them."""
-    first = tuple(range(layers))
-    if any(shape.layer_types[layer] == FULL_ATTENTION for layer in first):
-        return first
-    return (*first[:-1], shape.layer_types.index(FULL_ATTENTION))
+    """Source layers to count with where statistics choose them: the first ones, as far as `is_whole` holds of them."""
+    return _whole(shape, list(range(shape.num_layers)), layers)
 
 
 def kept_layers(recipe: Recipe, stats: Statistics, shape: ModelShape) -> tuple[int, ...]:
@@ -43,8 +65,8 @@ def kept_layers(recipe: Recipe, stats: Statistics, shape: ModelShape) -> tuple[i
 
     A.4 drops the N consecutive layers from argmax c_l, c_l = cos(a_{l-1}, a_l), among the starts that have both a layer
     before them and N layers to drop. ShortGPT drops the N layers of the least influence, ties by index: the later one.
-    Both as far as a full-attention layer is left; for ShortGPT the most influential one stays in place of the least
-    influential survivor.
+    Both as far as `is_whole` holds of what is left; for ShortGPT the most influential layer that it lacks stays in
+    place of the least influential survivor.
     """
     kept = recipe.target.num_layers or shape.num_layers
     if kept == shape.num_layers or recipe.depth.method == "last":
@@ -54,14 +76,19 @@ def kept_layers(recipe: Recipe, stats: Statistics, shape: ModelShape) -> tuple[i
     return _around_the_most_redundant(stats, shape, kept)
 
 
+def _whole(shape: ModelShape, ranked: Sequence[int], kept: int) -> tuple[int, ...]:
+    """The first of some layers; another in the last one's place where `is_whole` does not hold of them."""
+    first = list(ranked[:kept])
+    if not is_whole(depth_of(shape, first)):
+        others = (layer for layer in ranked[kept:] if is_whole(depth_of(shape, [*first[:-1], layer])))
+        first[-1] = next(others, first[-1])
+    return tuple(first)
+
+
 def _most_influential(stats: Statistics, shape: ModelShape, kept: int) -> tuple[int, ...]:
     blocks = list(shape.blocks)[: shape.num_layers]
     influence = [float(stats.tensors[statistics.layer_key(block, "block_influence")]) for block in blocks]
-    ranked = ranking(np.array(influence)).tolist()
-    chosen = ranked[:kept]
-    if not any(shape.layer_types[layer] == FULL_ATTENTION for layer in chosen):
-        chosen[-1] = next(layer for layer in ranked if shape.layer_types[layer] == FULL_ATTENTION)
-    return tuple(sorted(chosen))
+    return tuple(sorted(_whole(shape, ranking(np.array(influence)).tolist(), kept)))
 
 
 def _around_the_most_redundant(stats: Statistics, shape: ModelShape, kept: int) -> tuple[int, ...]:
@@ -71,9 +98,5 @@ def _around_the_most_redundant(stats: Statistics, shape: ModelShape, kept: int) 
         for start in range(1, kept + 1)
     ]
     cosines = [float(stats.tensors[statistics.layer_key(block, "cosine")]) for block in blocks[1 : kept + 1]]
-    possible = [
-        number
-        for number, layers in enumerate(choices)
-        if any(shape.layer_types[layer] == FULL_ATTENTION for layer in layers)
-    ]
+    possible = [number for number, layers in enumerate(choices) if is_whole(depth_of(shape, layers))]
     return choices[max(possible or range(kept), key=lambda number: cosines[number])]

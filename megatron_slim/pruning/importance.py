@@ -22,7 +22,7 @@ Experts of a block: `expert_metrics` has importances and similarities with their
 Neurons and heads, by the activations that the last projection reads (a = silu(gate) * up, before any router's gate):
 
     experts.ffn_{i,f}      = mean over X_i of |a_f|, and 0 where X_i is empty    (as Minitron, arXiv 2407.14679)
-    shared_expert.ffn_f    = mean |a_f|
+    shared_expert.ffn_f, ffn_f = mean |a_f|
     heads_h, value_heads_h = mean ||slice of head h of the input of o_proj or out_proj||_2
 
 Query heads are in Hugging Face's order, KV group after KV group; value heads key head after key head. Attention's
@@ -45,7 +45,7 @@ from megatron_slim.pruning.statistics import (
     hidden_key,
     importance_key,
     layer_key,
-    shared_ffn_key,
+    neurons_key,
     similarity_key,
 )
 
@@ -84,14 +84,16 @@ class HiddenImportance:
         yield from ((hidden_key(kind), to_array(values)) for kind, values in self.sums.items())
 
 
-def block_statistics(block: str, shape: ModelShape, sums: Sums, router_EH: Tensor) -> Iterator[tuple[str, Array]]:
+def block_statistics(
+    block: str, shape: ModelShape, sums: Sums, router_EH: Tensor | None
+) -> Iterator[tuple[str, Array]]:
     """Everything of one block under its name in the statistics file.
 
     Args:
         block: ``model.layers.{i}`` or ``mtp.layers.{i}``.
         shape: sizes of the model.
         sums: of the block, over all tokens; on any device.
-        router_EH: the router's weight.
+        router_EH: the router's weight; None of a dense block.
     """
     sums = {name: values.cpu() for name, values in sums.items()}
     tokens = sums["tokens"]
@@ -99,9 +101,10 @@ def block_statistics(block: str, shape: ModelShape, sums: Sums, router_EH: Tenso
     yield layer_key(block, "cosine"), to_array(expert_metrics.cosine_matrix(ends)[0, 1])
     yield layer_key(block, "block_influence"), to_array(1 - sums["cosine"] / tokens)
     yield heads_key(block, shape.layer_type(block)), to_array(sums["heads"] / tokens)
-    if shape.moe_shared_expert_intermediate_size:
-        yield shared_ffn_key(block), to_array(sums["shared_ffn"] / tokens)
-    yield from _expert_statistics(block, sums, router_EH.cpu())
+    if "neurons" in sums:
+        yield neurons_key(block, shape.ffn_kind(block)), to_array(sums["neurons"] / tokens)
+    if router_EH is not None:
+        yield from _expert_statistics(block, sums, router_EH.cpu())
 
 
 def _expert_statistics(block: str, sums: Sums, router_EH: Tensor) -> Iterator[tuple[str, Array]]:

@@ -7,21 +7,25 @@ between experts, nor heads between the groups that share a key: every expert and
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_slim.architecture.attention_kind import Heads
-from megatron_slim.architecture.kinds import KINDS
+from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.architecture.sublayer_kind import Heads
 from megatron_slim.pruning import statistics
 from megatron_slim.pruning.experts import ExpertGroup, Vector, ranking
 from megatron_slim.pruning.statistics import Statistics
 
-EXPERT_FFN, SHARED_FFN = "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"
+EXPERT_FFN = "moe_ffn_hidden_size"
+
+
+_BY_BLOCK = (*(kind.neurons.key for kind in FEED_FORWARD.values()), "heads")
+OPTIONAL = ("dense_neurons",)  # parts of a plan document that are there only where they say something
 
 
 @dataclass(frozen=True)
@@ -32,38 +36,41 @@ class InnerAxes:
         neurons: of each surviving expert, in order, the FFN neurons of its base; members that are merged into it give
             theirs at the same places, or those that match them (`align`). Empty: all survive, as in the others.
         shared_neurons: those of the shared expert.
+        dense_neurons: those of a dense block.
         heads: query heads of full attention, value heads of linear attention; of every group equally many, or none of
             a group that goes with its key.
     """
 
     neurons: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     shared_neurons: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    dense_neurons: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     heads: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As parts of a plan document."""
-        return {
-            "neurons": {block: list(map(list, experts)) for block, experts in self.neurons.items()},
-            "shared_neurons": {block: list(neurons) for block, neurons in self.shared_neurons.items()},
-            "heads": {block: list(heads) for block, heads in self.heads.items()},
+        found: dict[str, Any] = {
+            "neurons": {block: list(map(list, experts)) for block, experts in self.neurons.items()}
         }
+        for name in _BY_BLOCK:
+            found[name] = {block: list(indices) for block, indices in getattr(self, name).items()}
+        return {name: part for name, part in found.items() if part or name not in OPTIONAL}
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> InnerAxes:
         """From parts of a plan document that have no `violations`."""
-        return cls(
-            {block: tuple(map(tuple, experts)) for block, experts in document["neurons"].items()},
-            {block: tuple(neurons) for block, neurons in document["shared_neurons"].items()},
-            {block: tuple(heads) for block, heads in document["heads"].items()},
-        )
+        parts = {
+            name: {block: tuple(indices) for block, indices in document.get(name, {}).items()} for name in _BY_BLOCK
+        }
+        return cls({block: tuple(map(tuple, experts)) for block, experts in document["neurons"].items()}, **parts)
 
     def kept(self, block: str, source: ModelShape, expert: int | None) -> dict[str, npt.NDArray[np.int64]]:
         """Survivors by axis, for `axes.kept_positions`; ``expert`` counts the surviving ones, None outside them."""
         found = {}
         if expert is not None and block in self.neurons:
             found["moe_ffn"] = np.array(self.neurons[block][expert], dtype=np.int64)
-        if block in self.shared_neurons:
-            found["shared_ffn"] = np.array(self.shared_neurons[block], dtype=np.int64)
+        for neurons in (kind.neurons for kind in FEED_FORWARD.values()):
+            if block in (kept := getattr(self, neurons.key)):
+                found[neurons.axis] = np.array(kept[block], dtype=np.int64)
         if block in self.heads:
             axis = KINDS[source.layer_type(block)].heads
             groups, width = source.sizes[axis.group_axis], source.sizes[axis.axis]
@@ -78,13 +85,18 @@ class InnerAxes:
 
 
 def choose(
-    stats: Statistics, experts: Mapping[str, tuple[ExpertGroup, ...]], source: ModelShape, target: ModelShape
+    stats: Statistics,
+    blocks: Iterable[str],
+    experts: Mapping[str, tuple[ExpertGroup, ...]],
+    source: ModelShape,
+    target: ModelShape,
 ) -> InnerAxes:
     """Keep the most important neurons and heads.
 
     Args:
         stats: statistics of the source.
-        experts: surviving experts of every surviving block.
+        blocks: those that survive.
+        experts: surviving experts of those with experts.
         source: sizes of the source.
         target: sizes of the target.
     """
@@ -92,21 +104,23 @@ def choose(
     def importance(key: str) -> Vector:
         return stats.tensors[key].astype(np.float64)
 
-    neurons, shared, heads = {}, {}, {}
-    for block, groups in experts.items():
-        if pruned(EXPERT_FFN, source, target):
+    neurons: dict[str, tuple[tuple[int, ...], ...]] = {}
+    found: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in _BY_BLOCK}
+    for block in blocks:
+        if block in experts and pruned(EXPERT_FFN, source, target):
             of_expert = importance(statistics.expert_ffn_key(block))
-            neurons[block] = tuple(best(of_expert[group.base], target.moe_ffn_hidden_size) for group in groups)
-        if pruned(SHARED_FFN, source, target):
-            of_shared = importance(statistics.shared_ffn_key(block))
-            shared[block] = best(of_shared, target.moe_shared_expert_intermediate_size)
+            neurons[block] = tuple(best(of_expert[each.base], target.moe_ffn_hidden_size) for each in experts[block])
+        kind = FEED_FORWARD[source.ffn_kind(block)]
+        if pruned(kind.neurons.field, source, target):
+            of_all = importance(statistics.neurons_key(block, kind.name))
+            found[kind.neurons.key][block] = best(of_all, getattr(target, kind.neurons.field))
         axis = KINDS[source.layer_type(block)].heads
         if has_fewer_heads(axis, source, target):
             of_heads = importance(statistics.heads_key(block, source.layer_type(block)))
-            heads[block] = best_of_groups(
+            found["heads"][block] = best_of_groups(
                 of_heads, getattr(target, axis.field), source.sizes[axis.group_axis], getattr(target, axis.groups_field)
             )
-    return InnerAxes(neurons, shared, heads)
+    return InnerAxes(neurons, **found)
 
 
 def pruned(size: str, source: ModelShape, target: ModelShape) -> bool:
@@ -146,13 +160,17 @@ def best_of_groups(importance: Vector, count: int, groups: int, kept: int) -> tu
 
 def violations(document: Mapping[str, Any], blocks: Sequence[str], source: ModelShape, target: ModelShape) -> list[str]:
     """What is wrong with the parts of a plan document that `InnerAxes` holds, for these surviving blocks."""
+    routed = set(source.routed_blocks)
+    expected_of = {
+        "neurons": [block for block in blocks if block in routed and pruned(EXPERT_FFN, source, target)],
+        "heads": [b for b in blocks if has_fewer_heads(KINDS[source.layer_type(b)].heads, source, target)],
+    }
+    for kind, neurons in ((kind.name, kind.neurons) for kind in FEED_FORWARD.values()):
+        here = [block for block in blocks if source.ffn_kind(block) == kind]
+        expected_of[neurons.key] = here if pruned(neurons.field, source, target) else []
     found = []
-    for name, size in (("neurons", EXPERT_FFN), ("shared_neurons", SHARED_FFN), ("heads", "")):
-        part = document[name]
-        if size:
-            expected = [block for block in blocks if pruned(size, source, target)]
-        else:
-            expected = [b for b in blocks if has_fewer_heads(KINDS[source.layer_type(b)].heads, source, target)]
+    for name, expected in expected_of.items():
+        part = document.get(name, {})
         if not isinstance(part, Mapping) or sorted(part) != sorted(expected):
             found.append(f"{name} are not given for exactly the blocks {', '.join(expected) or '(none)'}")
             continue
@@ -170,7 +188,8 @@ def _block_violations(name: str, block: str, value: Any, source: ModelShape, tar
             label = f"neurons of {block}, expert {number}"
             yield from index_violations(label, indices, target.moe_ffn_hidden_size, source.moe_ffn_hidden_size)
         return
-    size = SHARED_FFN if name == "shared_neurons" else KINDS[source.layer_type(block)].heads.field
+    fields = {kind.neurons.key: kind.neurons.field for kind in FEED_FORWARD.values()}
+    size = fields.get(name) or KINDS[source.layer_type(block)].heads.field
     label, count, limit = f"{name} of {block}", getattr(target, size), getattr(source, size)
     wrong = index_violations(label, value, count, limit)
     yield from wrong

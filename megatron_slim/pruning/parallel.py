@@ -27,13 +27,12 @@ from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.layer_specs import build_model, transformer_config
 from megatron_slim.architecture.parallelism import Layout
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.architecture.table import router_of
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.checkpoint.precision import keep_types
 from megatron_slim.compat.runtime import backend, default_dtype
 from megatron_slim.errors import SlimError
-from megatron_slim.pruning.calibrate import FORWARD_TOKENS, log_unrouted, metadata, not_finite
+from megatron_slim.pruning.calibrate import FORWARD_TOKENS, log_unrouted, metadata, not_finite, router_weight
 from megatron_slim.pruning.importance import HiddenImportance, Sums, block_statistics
 from megatron_slim.pruning.recorder import BlockRecorder, NormRecorder, Recorder, block_sizes, norm_sizes
 from megatron_slim.pruning.statistics import Array, Statistics
@@ -231,7 +230,7 @@ def _collect(
             expected = tokens - (len(samples) if block.startswith("mtp.") else 0)
             assert int(sums["tokens"]) == expected, f"{block}: {int(sums['tokens'])} tokens, not {expected}"
             importance.add(sums, tokens)
-            tensors.update(block_statistics(block, shape, sums, checkpoint.read(router_of(shape, block))))
+            tensors.update(block_statistics(block, shape, sums, router_weight(checkpoint, block)))
     if not first:
         return None
     log_unrouted(tensors, shape)

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from megatron_slim.architecture.kinds import KINDS
-from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import RecipeError
 from megatron_slim.extras import require
 from megatron_slim.files import sha256, write_atomic
 from megatron_slim.pruning import statistics
-from megatron_slim.pruning.depth import kept_layers, possible_types
+from megatron_slim.pruning.depth import Depth, depth_of, is_whole, kept_layers, layer_fields, possible_depths
 from megatron_slim.pruning.experts import ExpertGroup, expert_groups
 from megatron_slim.pruning.inner_axes import InnerAxes, best, choose
 from megatron_slim.pruning.search import Ranking, Space, resolved, search
@@ -47,8 +47,8 @@ class Plan:
         stats_sha256: hash of the statistics that it follows from.
         kept_layers: source layers that survive, ascending.
         kept_hidden: source hidden dimensions that survive, ascending.
-        experts: per surviving block, under its name in the source, the surviving experts, ascending by base.
-        inner: per such block, FFN neurons and attention heads that survive.
+        experts: per surviving block with experts, under its name in the source, those that survive, ascending by base.
+        inner: per surviving block, FFN neurons and attention heads that survive.
         search: how sizes were found for the recipe's budget; None where it has none.
     """
 
@@ -133,7 +133,7 @@ def make_plan(
         target = dataclasses.replace(recipe.target, num_layers=count)
         return kept_layers(dataclasses.replace(recipe, target=target), stats, shape)
 
-    space = Space(recipe, shape, lambda count: tuple(shape.layer_types[layer] for layer in layers_of(count)))
+    space = Space(recipe, shape, lambda count: depth_of(shape, layers_of(count)))
     found = search(space, stats, layers_of)
     if measure is not None:
         first = range(min(top, len(found.candidates)))
@@ -150,7 +150,8 @@ def _plan(asked: Recipe, stats: Statistics, shape: ModelShape, found: Ranking | 
     hidden = stats.tensors[statistics.hidden_key(recipe.width.importance)].astype(np.float64)
     blocks = [f"model.layers.{layer}" for layer in layers]
     blocks += [f"mtp.layers.{depth}" for depth in range(shape.mtp_num_layers)]
-    experts = {block: _block_groups(recipe, stats, block, target.num_moe_experts) for block in blocks}
+    routed = set(shape.routed_blocks)
+    experts = {b: _block_groups(recipe, stats, b, target.num_moe_experts) for b in blocks if b in routed}
     return Plan(
         recipe=asked,
         source_shape=shape,
@@ -160,7 +161,7 @@ def _plan(asked: Recipe, stats: Statistics, shape: ModelShape, found: Ranking | 
         kept_layers=layers,
         kept_hidden=best(hidden, target.hidden_size),
         experts=experts,
-        inner=choose(stats, experts, shape, target),
+        inner=choose(stats, blocks, experts, shape, target),
         search=found,
     )
 
@@ -199,9 +200,14 @@ def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") ->
             found.append(f"target.{size} {row} is not a multiple of {ROW_MULTIPLE} (grouped matmul needs that)")
     if recipe.target.moe_router_topk == 1 and shape.norm_topk_prob:
         found.append("moe_router_topk 1 with norm_topk_prob leaves the router without a gradient")
+    if experts < shape.num_moe_experts and groups % shape.moe_router_num_groups:
+        found.append(
+            f"experts.num_groups {groups} is not a multiple of {shape.moe_router_num_groups}, the groups that the "
+            f"router chooses from, which must stay equal (set experts.num_groups)"
+        )
     layers = recipe.target.num_layers or shape.num_layers
-    if layers <= shape.num_layers and not list(_with_full_attention(recipe, shape, layers)):
-        found.append(f"target.num_layers {layers} leaves no full_attention layer")
+    if layers <= shape.num_layers and not list(_whole_depths(recipe, shape, layers)):
+        found.append(f"target.num_layers {layers} leaves no full_attention layer with experts")
     found += _head_violations(recipe, shape)
     sizes: dict[str, Any] = {k: size for k, size in wanted_sizes(recipe, shape).items() if k != "num_layers"}
     found = found or dataclasses.replace(shape, **sizes).violations()
@@ -267,12 +273,12 @@ def _possible_targets(recipe: Recipe, shape: ModelShape) -> Iterator[ModelShape]
     """Every model that a recipe without a budget can give, as far as statistics decide."""
     sizes: dict[str, Any] = wanted_sizes(recipe, shape)
     layers = recipe.target.num_layers or shape.num_layers
-    for types in _with_full_attention(recipe, shape, layers):
-        yield dataclasses.replace(shape, **sizes | {"num_layers": layers, "layer_types": types})
+    for depth in _whole_depths(recipe, shape, layers):
+        yield dataclasses.replace(shape, **sizes | layer_fields(depth))
 
 
-def _with_full_attention(recipe: Recipe, shape: ModelShape, layers: int) -> Iterator[tuple[str, ...]]:
-    return (types for types in possible_types(recipe, shape, layers) if FULL_ATTENTION in types)
+def _whole_depths(recipe: Recipe, shape: ModelShape, layers: int) -> Iterator[Depth]:
+    return (depth for depth in possible_depths(recipe, shape, layers) if is_whole(depth))
 
 
 def _grid_violations(recipe: Recipe, shape: ModelShape) -> list[str]:
@@ -293,15 +299,14 @@ def _grid_violations(recipe: Recipe, shape: ModelShape) -> list[str]:
 def space_before_statistics(recipe: Recipe, shape: ModelShape) -> Space:
     """What a budget leaves to choose from; where statistics choose the layers, as if they chose the smallest."""
 
-    def layer_types(count: int) -> tuple[str, ...]:
-        found = _with_full_attention(recipe, shape, count)
-        return min(found, key=lambda types: _of_types(shape, types), default=())
+    def smallest(count: int) -> Depth:
+        return min(_whole_depths(recipe, shape, count), key=lambda depth: _of_depth(shape, depth), default=())
 
-    return Space(recipe, shape, layer_types)
+    return Space(recipe, shape, smallest)
 
 
-def _of_types(shape: ModelShape, types: tuple[str, ...]) -> int:
-    return count_parameters(dataclasses.replace(shape, num_layers=len(types), layer_types=types)).total
+def _of_depth(shape: ModelShape, depth: Depth) -> int:
+    return count_parameters(dataclasses.replace(shape, **layer_fields(depth))).total
 
 
 def target_shape(recipe: Recipe, shape: ModelShape, kept_layers: tuple[int, ...]) -> ModelShape:
@@ -311,7 +316,7 @@ def target_shape(recipe: Recipe, shape: ModelShape, kept_layers: tuple[int, ...]
         RecipeError: the result cannot be built.
     """
     wanted: dict[str, Any] = wanted_sizes(recipe, shape)
-    wanted |= {"num_layers": len(kept_layers), "layer_types": tuple(shape.layer_types[i] for i in kept_layers)}
+    wanted |= layer_fields(depth_of(shape, kept_layers))
     target = dataclasses.replace(shape, **wanted)
     if violations := target.violations():
         raise RecipeError("; ".join(violations), where="target")

@@ -93,7 +93,7 @@ def _heatmap(figure: Any, axes: Any, plan: Plan, stats: Statistics) -> None:
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm, Normalize
 
-    kind, blocks = plan.recipe.experts.importance, list(plan.source_shape.blocks)
+    kind, blocks = plan.recipe.experts.importance, list(plan.source_shape.routed_blocks)
     sorted_BE = np.stack([_descending(stats.tensors[importance_key(block, kind)]) for block in blocks])
     means = sorted_BE.mean(axis=1, keepdims=True)
     relative_BE = np.divide(sorted_BE, means, out=np.zeros_like(sorted_BE), where=means > 0)
@@ -107,7 +107,8 @@ def _heatmap(figure: Any, axes: Any, plan: Plan, stats: Statistics) -> None:
     extent = (0.5, sorted_BE.shape[1] + 0.5, len(blocks) - 0.5, -0.5)  # ranks count from 1
     image = axes.imshow(picture, aspect="auto", norm=norm, cmap=colours, extent=extent, interpolation="nearest")
     axes.axvline(plan.target_shape.num_moe_experts + 0.5, color=CUT_COLOUR, linewidth=1.5)
-    gone = dropped_layers(plan)
+    removed = {f"model.layers.{layer}" for layer in dropped_layers(plan)}
+    gone = [row for row, block in enumerate(blocks) if block in removed]
     axes.hlines(gone, 0.5, sorted_BE.shape[1] + 0.5, color="white", alpha=0.5, linewidth=1.0)
     _label_blocks(axes, blocks, frozenset(gone))
     struck = "; removed layers are struck out" if gone else ""

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slim.architecture.rope import read_rope
-from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.architecture.shape import LATER, ModelShape
 from megatron_slim.checkpoint.records import PLAN
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json
 from megatron_slim.pruning.experts import ExpertGroup
-from megatron_slim.pruning.inner_axes import InnerAxes, index_violations, violations
+from megatron_slim.pruning.inner_axes import OPTIONAL, InnerAxes, index_violations, violations
 from megatron_slim.pruning.plan import VERSION, Plan, target_shape
 from megatron_slim.pruning.search import Candidate, Ranking, counted, resolved
 from megatron_slim.recipe import Recipe, parse_recipe
 
 _KEYS = ("version", "recipe", "source", "stats", "search", "target", "kept_layers", "kept_hidden", "experts")
 _SEARCH = {"count", "chosen", "candidates"}
-_INNER = ("neurons", "shared_neurons", "heads")
+_INNER = tuple(part for part in InnerAxes.__annotations__ if part not in OPTIONAL)
 # Weights are shares that sum to 1 up to the rounding of a few hundred additions in float64.
 _SUM_TOLERANCE = 1e-9
 
@@ -53,7 +53,7 @@ def parse_plan(document: Any, *, where: str = "plan") -> Plan:
     if not isinstance(document, Mapping) or document.get("version") != VERSION:
         raise PlanError(f"not a plan of version {VERSION}", where=where, fix="make it with megatron-slim plan")
     _refuse([f"missing key {key}" for key in (*_KEYS, *_INNER) if key not in document], where)
-    _refuse([f"unknown key {key}" for key in document if key not in (*_KEYS, *_INNER)], where)
+    _refuse([f"unknown key {key}" for key in document if key not in (*_KEYS, *_INNER, *OPTIONAL)], where)
     recipe = parse_recipe(document["recipe"], where=f"{where}: recipe")
     source = _shape(document["source"], f"{where}: source")
     target = _shape(document["target"], f"{where}: target")
@@ -77,7 +77,7 @@ def parse_plan(document: Any, *, where: str = "plan") -> Plan:
         search=search,
     )
     experts = _experts(document["experts"], plan, where)
-    _refuse(violations(document, list(experts), source, target), where)
+    _refuse(violations(document, list(plan.source_blocks.values()), source, target), where)
     return dataclasses.replace(plan, experts=experts, inner=InnerAxes.from_dict(document))
 
 
@@ -91,9 +91,11 @@ def _shape(section: Any, where: str) -> ModelShape:
     value = section.get("shape") if isinstance(section, Mapping) else None
     kinds = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,), "tuple[str, ...]": (list,)}
     fields = {field.name: kinds[str(field.type)] for field in dataclasses.fields(ModelShape) if field.type in kinds}
-    if not isinstance(value, Mapping) or sorted(value.keys() - {"rope_scaling"}) != sorted(fields):
+    known = {*fields, *LATER}
+    if not isinstance(value, Mapping) or not fields.keys() - set(LATER) <= value.keys() <= known:
         raise PlanError("shape is not an object with all sizes of a model", where=where)
-    _refuse([f"shape.{key} {value[key]!r}" for key, kind in fields.items() if type(value[key]) not in kind], where)
+    given = {key: kind for key, kind in fields.items() if key in value}
+    _refuse([f"shape.{key} {value[key]!r}" for key, kind in given.items() if type(value[key]) not in kind], where)
     _, yarn, found = read_rope(value)
     _refuse([f"shape.{sentence}" for sentence in found], where)
     types = tuple(map(str, value["layer_types"]))
@@ -142,7 +144,8 @@ def _hash(section: Any, where: str) -> str:
 
 
 def _experts(value: Any, plan: Plan, where: str) -> dict[str, tuple[ExpertGroup, ...]]:
-    expected = list(plan.source_blocks.values())
+    routed = set(plan.source_shape.routed_blocks)
+    expected = [block for block in plan.source_blocks.values() if block in routed]
     if not isinstance(value, Mapping) or sorted(value) != sorted(expected):
         raise PlanError(f"experts are not given for exactly the blocks {', '.join(expected)}", where=where)
     found = [violation for block in expected for violation in _block_violations(block, value[block], plan)]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_slim.architecture.kinds import KINDS
+from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import BF16_BYTES, count_parameters
 from megatron_slim.pruning import report
@@ -29,7 +29,7 @@ from megatron_slim.pruning.statistics import (
     hidden_key,
     importance_key,
     layer_key,
-    shared_ffn_key,
+    neurons_key,
 )
 
 HIDDEN, EXPERTS = "hidden dimensions", "experts"
@@ -164,21 +164,21 @@ def _inner_axes(plan: Plan, stats: Statistics | None) -> Iterator[Axis]:
         measured = _vector(stats, expert_ffn_key(block))
         importance = None if measured is None else measured[bases].reshape(-1)
         yield Axis("expert neurons", block, len(bases) * width, kept, importance)
-    for block, neurons in plan.inner.shared_neurons.items():
-        measured = _vector(stats, shared_ffn_key(block))
-        yield Axis("shared neurons", block, shape.moe_shared_expert_intermediate_size, neurons, measured)
-    for name, kind in KINDS.items():
+    for kind, axis in ((kind.name, kind.neurons) for kind in FEED_FORWARD.values()):
+        for block, neurons in getattr(plan.inner, axis.key).items():
+            measured = _vector(stats, neurons_key(block, kind))
+            yield Axis(axis.noun, block, getattr(shape, axis.field), neurons, measured)
+    for name, of_heads in ((kind.name, kind.heads) for kind in KINDS.values()):
         for block, heads in plan.inner.heads.items():
             if shape.layer_type(block) == name:
-                size = getattr(shape, kind.heads.field)
-                yield Axis(kind.heads.noun, block, size, heads, _vector(stats, heads_key(block, name)))
+                size = getattr(shape, of_heads.field)
+                yield Axis(of_heads.noun, block, size, heads, _vector(stats, heads_key(block, name)))
 
 
 def block_experts(plan: Plan, stats: Statistics | None) -> list[BlockExperts]:
-    """What became of the experts, of every surviving block in the source's order, the MTP block last."""
+    """What became of the experts, of every surviving block that has some in the source's order, the MTP block last."""
     found = []
-    for block in plan.source_blocks.values():
-        groups = plan.experts[block]
+    for block, groups in plan.experts.items():
         kept = tuple(group.base for group in groups)
         importance = _vector(stats, importance_key(block, plan.recipe.experts.importance))
         axis = Axis(EXPERTS, block, plan.source_shape.num_moe_experts, kept, importance)

@@ -9,7 +9,8 @@ Sums of a block (H hidden, E experts, F neurons of one; sizes are those of the w
     tokens []   input, output [H]   cosine []       tokens that count; their states; cosines of input and output
     {input|mlp}_norm.abs [H]                        |normed|
     {input|mlp}_norm.squares [H]                    over samples, squares of the mean over the sample of |normed|
-    heads [heads]   shared_ffn [S]                  norms of heads; |activations| of the shared expert
+    heads [heads]   neurons [S]                     norms of heads; |activations| that all tokens have, of the shared
+                                                    expert or of a dense network
     experts.{count|share} [E]                       1, share of the gate
     experts.NAME [E]                                what `expert_metrics.pair_sums` adds up of every pair
     experts.output [E, H]   experts.ffn [E, F]      outputs; |activations|
@@ -32,7 +33,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_slim.architecture.kinds import KINDS
+from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 from megatron_slim.architecture.local_experts import LocalExperts
 from megatron_slim.architecture.local_modules import rms_norm
 from megatron_slim.architecture.shape import ModelShape
@@ -96,13 +97,17 @@ def block_sizes(block: str, shape: ModelShape) -> dict[str, tuple[int, ...]]:
         "input": (hidden,),
         "output": (hidden,),
         "heads": (getattr(shape, KINDS[shape.layer_type(block)].heads.field),),
-        **{f"experts.{kind}": (experts,) for kind in ("count", "share", *pair_sums())},
-        "experts.output": (experts, hidden),
-        "experts.ffn": (experts, shape.moe_ffn_hidden_size),
-        "experts.logits": (experts, experts),
     }
-    if shape.moe_shared_expert_intermediate_size:
-        sizes["shared_ffn"] = (shape.moe_shared_expert_intermediate_size,)
+    kind = FEED_FORWARD[shape.ffn_kind(block)]
+    if kind.is_routed:
+        sizes |= {f"experts.{name}": (experts,) for name in ("count", "share", *pair_sums())}
+        sizes |= {
+            "experts.output": (experts, hidden),
+            "experts.ffn": (experts, shape.moe_ffn_hidden_size),
+            "experts.logits": (experts, experts),
+        }
+    if neurons := getattr(shape, kind.neurons.field):
+        sizes["neurons"] = (neurons,)
     if block.startswith("model."):
         sizes |= norm_sizes("input_norm", hidden) | norm_sizes("mlp_norm", hidden)
     return sizes
@@ -137,13 +142,13 @@ class _Pairs:
 
 
 class BlockRecorder(Recorder):
-    """Listens to one transformer layer: its ends, its norms, its heads, its router and its experts."""
+    """Listens to one transformer layer: its ends, its norms, its heads, its neurons, its router and its experts."""
 
     def __init__(self, block: str, shape: ModelShape, layer: TransformerLayer) -> None:
         """Register the hooks.
 
         Args:
-            block: Hugging Face prefix of the layer.
+            block: name of the layer.
             shape: sizes of the whole model.
             layer: this rank's part of the layer.
         """
@@ -159,7 +164,11 @@ class BlockRecorder(Recorder):
         if self._in_trunk:
             layer.pre_mlp_layernorm.register_forward_hook(self._on_mlp_norm)
         self._listen_to_heads(layer.self_attention, block, shape)
-        self._listen_to_experts(layer.mlp)
+        kind = FEED_FORWARD[shape.ffn_kind(block)]
+        if "neurons" in self.sums:
+            layer.mlp.get_submodule(kind.neurons.projection).register_forward_pre_hook(self._on_neurons)
+        if kind.is_routed:
+            self._listen_to_experts(layer.mlp)
 
     def _listen_to_heads(self, attention: Any, block: str, shape: ModelShape) -> None:
         heads = KINDS[shape.layer_type(block)].heads
@@ -168,8 +177,6 @@ class BlockRecorder(Recorder):
 
     def _listen_to_experts(self, mlp: Any) -> None:
         mlp.router.register_forward_hook(self._on_router)
-        if mlp.shared_experts is not None:
-            mlp.shared_experts.linear_fc2.register_forward_pre_hook(self._on_shared_ffn)
         local: Sequence[int] = mlp.local_expert_indices
         self._own = slice(local[0], local[-1] + 1)
         mlp.experts.register_forward_pre_hook(self._before_experts)
@@ -199,8 +206,8 @@ class BlockRecorder(Recorder):
         lengths = torch.linalg.vector_norm(by_head, dim=-1, dtype=torch.float32)
         self._add("heads", lengths, self._counted_SB, start=self._rank * lengths.shape[-1])
 
-    def _on_shared_ffn(self, module: Any, args: tuple[Tensor, ...]) -> None:
-        self._add("shared_ffn", args[0].abs(), self._counted_SB, start=self._rank * args[0].shape[-1])
+    def _on_neurons(self, module: Any, args: tuple[Tensor, ...]) -> None:
+        self._add("neurons", args[0].abs(), self._counted_SB, start=self._rank * args[0].shape[-1])
 
     def _on_router(self, module: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Add the routing; gates of pairs that do not count leave with a minus sign, which travels with the pair."""

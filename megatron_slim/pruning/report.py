@@ -16,12 +16,14 @@ class Summary(TypedDict):
     num_layers: int
     full_attention_layers: int
     linear_attention_layers: int
+    num_dense_layers: int
     mtp_num_layers: int
     hidden_size: int
     num_moe_experts: int
     moe_router_topk: int
     moe_ffn_hidden_size: int
     moe_shared_expert_intermediate_size: int
+    ffn_hidden_size: int
     num_query_groups: int
     num_attention_heads: int
     linear_num_key_heads: int
@@ -36,12 +38,14 @@ LABELS = {
     "num_layers": "layers",
     "full_attention_layers": "full attention",
     "linear_attention_layers": "linear attention",
+    "num_dense_layers": "dense layers",
     "mtp_num_layers": "MTP blocks",
     "hidden_size": "hidden size",
     "num_moe_experts": "experts",
     "moe_router_topk": "top-k",
     "moe_ffn_hidden_size": "expert FFN",
     "moe_shared_expert_intermediate_size": "shared expert FFN",
+    "ffn_hidden_size": "dense FFN",
     "num_query_groups": "KV groups",
     "num_attention_heads": "query heads",
     "linear_num_key_heads": "linear key heads",
@@ -53,6 +57,9 @@ LABELS = {
 }
 
 
+_DENSE = ("num_dense_layers", "ffn_hidden_size")
+
+
 def summarise(shape: ModelShape, total_bytes: int) -> Summary:
     """Sizes of a model."""
     full = shape.layer_types.count(FULL_ATTENTION)
@@ -61,12 +68,14 @@ def summarise(shape: ModelShape, total_bytes: int) -> Summary:
         num_layers=shape.num_layers,
         full_attention_layers=full,
         linear_attention_layers=shape.num_layers - full,
+        num_dense_layers=shape.num_dense_layers,
         mtp_num_layers=shape.mtp_num_layers,
         hidden_size=shape.hidden_size,
         num_moe_experts=shape.num_moe_experts,
         moe_router_topk=shape.moe_router_topk,
         moe_ffn_hidden_size=shape.moe_ffn_hidden_size,
         moe_shared_expert_intermediate_size=shape.moe_shared_expert_intermediate_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
         num_query_groups=shape.num_query_groups,
         num_attention_heads=shape.num_attention_heads,
         linear_num_key_heads=shape.linear_num_key_heads,
@@ -79,10 +88,11 @@ def summarise(shape: ModelShape, total_bytes: int) -> Summary:
 
 
 def rows(before: Summary, after: Summary) -> list[tuple[str, str, str, str]]:
-    """Label, before, after and the share that is left, of every size."""
+    """Label, before, after and the share that is left, of every size; a dense network's where there is one."""
     old: dict[str, Any] = dict(before)
     new: dict[str, Any] = dict(after)
-    return [(label, f"{old[k]:,}", f"{new[k]:,}", _share(old[k], new[k])) for k, label in LABELS.items()]
+    shown = [key for key in LABELS if key not in _DENSE or old[key]]
+    return [(LABELS[key], f"{old[key]:,}", f"{new[key]:,}", _share(old[key], new[key])) for key in shown]
 
 
 def _share(before: int, after: int) -> str:

@@ -31,25 +31,28 @@ from typing import Any
 
 import numpy as np
 
-from megatron_slim.architecture.kinds import KINDS
-from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.architecture.family import MOE
+from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import BF16_BYTES, count_parameters
 from megatron_slim.errors import RecipeError
 from megatron_slim.pruning import statistics
+from megatron_slim.pruning.depth import Depth, is_whole, layer_fields
 from megatron_slim.pruning.experts import Vector
-from megatron_slim.pruning.inner_axes import EXPERT_FFN, SHARED_FFN
+from megatron_slim.pruning.inner_axes import EXPERT_FFN
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import Recipe
 from megatron_slim.recipe_budget import Budget, Search
 
 LAYERS, HIDDEN, EXPERTS = "num_layers", "hidden_size", "num_moe_experts"
+NEURONS = {kind.neurons.field: kind for kind in FEED_FORWARD.values()}  # by the size that says their number
 MAX_RECORDED = 50
 STEPS = 16  # of an axis, about
 # Sizes are multiples of the first, which kernels like; of the second where that leaves fewer than `FEWEST` sizes.
-MULTIPLES = {HIDDEN: (128, 8), EXPERTS: (8, 1), EXPERT_FFN: (64, 8), SHARED_FFN: (64, 8)}
+MULTIPLES = {HIDDEN: (128, 8), EXPERTS: (8, 1), EXPERT_FFN: (64, 8)} | dict.fromkeys(NEURONS, (64, 8))
 FEWEST = 8
-# Layer types that so many layers are left with; empty where the method cannot leave so many.
-TypesOf = Callable[[int], tuple[str, ...]]
+# What so many layers are left with; empty where the method cannot leave so many.
+DepthOf = Callable[[int], Depth]
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def usual_sizes(axis: str, shape: ModelShape, runs: int = 1) -> list[int]:
     return [*range(step, size, step), size]
 
 
-def grid(recipe: Recipe, shape: ModelShape, types_of: TypesOf) -> dict[str, list[int]]:
+def grid(recipe: Recipe, shape: ModelShape, depth_of: DepthOf) -> dict[str, list[int]]:
     """The sizes of every axis that is searched, ascending."""
     found = {}
     for axis in recipe.search.axes:
@@ -148,7 +151,7 @@ def grid(recipe: Recipe, shape: ModelShape, types_of: TypesOf) -> dict[str, list
         if axis == EXPERTS:
             sizes = [size for size in sizes if size >= (recipe.target.moe_router_topk or shape.moe_router_topk)]
         if axis == LAYERS:
-            sizes = [size for size in sizes if FULL_ATTENTION in types_of(size)]
+            sizes = [size for size in sizes if is_whole(depth_of(size))]
         found[axis] = sizes
     return found
 
@@ -159,19 +162,19 @@ class Space:
     Args:
         recipe: with a budget.
         shape: sizes of the source.
-        types_of: layer types that so many layers are left with.
+        depth_of: what so many layers are left with.
     """
 
-    def __init__(self, recipe: Recipe, shape: ModelShape, types_of: TypesOf) -> None:
+    def __init__(self, recipe: Recipe, shape: ModelShape, depth_of: DepthOf) -> None:
         assert recipe.budget is not None, "the caller has looked"
-        self.recipe, self.shape, self.types_of, self.budget = recipe, shape, types_of, recipe.budget
-        self.grid = grid(recipe, shape, types_of)
+        self.recipe, self.shape, self.depth_of, self.budget = recipe, shape, depth_of, recipe.budget
+        self.grid = grid(recipe, shape, depth_of)
 
     def model(self, sizes: Mapping[str, int]) -> ModelShape:
         """Sizes of the target with these on the axes that are searched."""
         fixed = {key: value for key, value in dataclasses.asdict(self.recipe.target).items() if value is not None}
         layers = {**fixed, **sizes}.get(LAYERS, self.shape.num_layers)
-        return dataclasses.replace(self.shape, **fixed | dict(sizes) | {"layer_types": self.types_of(layers)})
+        return dataclasses.replace(self.shape, **fixed | dict(sizes) | layer_fields(self.depth_of(layers)))
 
     def candidate(self, sizes: Mapping[str, int], score: float = 0.0) -> Candidate:
         """Counts of such a model."""
@@ -273,7 +276,7 @@ class Shares:
         product = math.fsum(influence[layer] for layer in kept) / total if total else len(kept) / len(influence)
         if target.hidden_size < self._shape.hidden_size:
             product *= float(self._curve(HIDDEN, 0)[target.hidden_size - 1])
-        for axis in (EXPERTS, EXPERT_FFN, SHARED_FFN, *(kind.heads.field for kind in KINDS.values())):
+        for axis in (EXPERTS, EXPERT_FFN, *NEURONS, *(kind.heads.field for kind in KINDS.values())):
             size: int = getattr(target, axis)
             if size < getattr(self._shape, axis):
                 layers = [layer for layer in kept if self._has(axis, layer)]
@@ -285,9 +288,10 @@ class Shares:
         return [f"model.layers.{layer}" for layer in layers]
 
     def _has(self, axis: str, layer: int) -> bool:
-        """Whether a layer has an axis: heads belong to one type of layers."""
-        kinds = {kind.heads.field: name for name, kind in KINDS.items()}
-        return kinds.get(axis, self._shape.layer_types[layer]) == self._shape.layer_types[layer]
+        """Whether a layer has an axis: heads and neurons belong to one kind of sublayer."""
+        kinds = {kind.heads.field: name for name, kind in KINDS.items()} | dict.fromkeys((EXPERTS, EXPERT_FFN), MOE)
+        kinds |= {axis: kind.name for axis, kind in NEURONS.items()}
+        return kinds[axis] in self._shape.sublayers[layer]
 
     def _groups(self, axis: str) -> int:
         """Groups that an importance falls into, of which each keeps equally many."""
@@ -307,7 +311,7 @@ class Shares:
                 HIDDEN: statistics.hidden_key(self._recipe.width.importance),
                 EXPERTS: statistics.importance_key(block, self._recipe.experts.importance),
                 EXPERT_FFN: statistics.expert_ffn_key(block),
-                SHARED_FFN: statistics.shared_ffn_key(block),
+                **{axis: statistics.neurons_key(block, kind.name) for axis, kind in NEURONS.items()},
             }
             name = names.get(axis) or statistics.heads_key(block, self._shape.layer_types[layer])
             self._kept[axis, layer] = retained(self._stats.tensors[name].astype(np.float64), self._groups(axis))

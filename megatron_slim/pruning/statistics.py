@@ -13,6 +13,7 @@ Tensors, all float32 (L layers, H hidden, E experts, F neurons of one; a block i
     {block}.mlp.experts.similarity.{name of a similarity}     [E, E]     cosines
     {block}.mlp.experts.ffn                             [E, F]  neurons of every routed expert
     {block}.mlp.shared_expert.ffn                       [S]     neurons of the shared expert, where there is one
+    {block}.mlp.ffn                                     [S]     neurons of a dense block
     {block}.self_attn.heads                             [query heads]   of full attention
     {block}.linear_attn.value_heads                     [value heads]   of Gated DeltaNet
 
@@ -33,7 +34,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_slim.architecture.kinds import KINDS
+from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.records import FORMER_STATS, STATS
 from megatron_slim.errors import CheckpointError
@@ -71,13 +72,13 @@ def expert_ffn_key(block: str) -> str:
     return f"{block}.mlp.experts.ffn"
 
 
-def shared_ffn_key(block: str) -> str:
-    """Name of the importances of the neurons of a block's shared expert."""
-    return f"{block}.mlp.shared_expert.ffn"
+def neurons_key(block: str, kind: str) -> str:
+    """Name of the importances of a block's neurons that all tokens visit, by kind of feed-forward network."""
+    return f"{block}.{FEED_FORWARD[kind].neurons.statistic}"
 
 
 def heads_key(block: str, kind: str) -> str:
-    """Name of the importances of the query heads or, by layer type, value heads of a block."""
+    """Name of the importances of the query heads or, by kind of attention, value heads of a block."""
     return f"{block}.{KINDS[kind].heads.statistic}"
 
 
@@ -90,9 +91,12 @@ def expected_shapes(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield from ((layer_key(block, kind), ()) for kind in LAYER_KINDS)
         layer_type = shape.layer_type(block)
         yield heads_key(block, layer_type), (getattr(shape, KINDS[layer_type].heads.field),)
+        network = FEED_FORWARD[shape.ffn_kind(block)]
+        if neurons := getattr(shape, network.neurons.field):
+            yield neurons_key(block, network.name), (neurons,)
+        if not network.is_routed:
+            continue
         yield expert_ffn_key(block), (experts, shape.moe_ffn_hidden_size)
-        if shape.moe_shared_expert_intermediate_size:
-            yield shared_ffn_key(block), (shape.moe_shared_expert_intermediate_size,)
         for kind in EXPERT_IMPORTANCES:
             yield importance_key(block, kind), (experts,)
         for kind in EXPERT_SIMILARITIES:

@@ -40,19 +40,21 @@ def build_block(checkpoint: Checkpoint, block: str, config: TransformerConfig) -
 
     Args:
         checkpoint: the model.
-        block: Hugging Face prefix, ``model.layers.{i}`` or ``mtp.layers.{i}``.
+        block: its name, ``model.layers.{i}`` or ``mtp.layers.{i}``.
         config: from `block_config`.
     """
     shape, index = checkpoint.shape, int(block.split(".")[-1])
     layer: TransformerLayer = build_module(
-        layer_spec(shape.layer_type(block), config), config=config, layer_number=index + 1
+        layer_spec(shape.sublayers_of(block), config), config=config, layer_number=index + 1
     )
     scale_attention(layer, shape)
-    parameters = dict(layer.named_parameters())
+    parameters: dict[str, Tensor] = dict(layer.named_parameters())
     kept = {weight.key for weight in float32_weights(checkpoint, config.params_dtype)}
     with torch.no_grad():
         for weight in weights(shape):
-            if weight.block == block:
+            if weight.block == block and weight.buffer:
+                layer.get_buffer(_parameter_name(weight, None, {})).copy_(checkpoint.read(weight.sources[0].name))
+            elif weight.block == block:
                 for expert in range(shape.num_moe_experts) if weight.stacked else [None]:
                     parameter = parameters.pop(_parameter_name(weight, expert, parameters))
                     if weight.key in kept:
@@ -62,7 +64,7 @@ def build_block(checkpoint: Checkpoint, block: str, config: TransformerConfig) -
     return layer.cuda().eval()  # Megatron makes some parameters on the host
 
 
-def _parameter_name(weight: Weight, expert: int | None, parameters: Mapping[str, torch.nn.Parameter]) -> str:
+def _parameter_name(weight: Weight, expert: int | None, parameters: Mapping[str, Tensor]) -> str:
     """Name inside the layer of a parameter, whose key is that of a torch_dist checkpoint."""
     name = weight.key.split(".", 4 if ".transformer_layer." in weight.key else 3)[-1]
     if expert is None:

@@ -88,6 +88,8 @@ def model_flags(shape: ModelShape) -> dict[str, Any]:
     if (pattern := fields["linear_attention_freq"]) is not None:
         # Megatron's FLOP count, the only reader of this flag besides the config, needs the MTP blocks in the pattern.
         fields["linear_attention_freq"] = str([*pattern, *[0] * shape.mtp_num_layers]).replace(" ", "")
+    if isinstance(fields["moe_layer_freq"], list):
+        fields["moe_layer_freq"] = str(fields["moe_layer_freq"]).replace(" ", "")
     fields |= dict.fromkeys(_ROTARY)
     fields |= {
         "disable_bias_linear": True,

@@ -90,7 +90,7 @@ def _check_start(spec: RunSpec) -> Checkpoint | None:
     differing = [
         f"{name} {size}, not {shape.sizes[name]}" for name, size in found.sizes.items() if size != shape.sizes[name]
     ]
-    for name in ("model_type", "layer_types", "mtp_num_layers"):
+    for name in ("model_type", "layer_types", "num_dense_layers", "mtp_num_layers"):
         if getattr(found, name) != getattr(shape, name):
             differing.append(f"other {name}")
     if differing:
@@ -163,8 +163,6 @@ def _expert_violations(args: Namespace, sizes: dict[str, int]) -> list[str]:
             f"expert tensor parallel size {sizes['etp']} with expert parallel size {sizes['ep']} gathers unequal "
             "numbers of tokens, which gloo cannot; give --expert-tensor-parallel-size 1"
         )
-    if args.moe_router_enable_expert_bias:
-        found.append("--moe-router-enable-expert-bias is for sigmoid scores; these models route by softmax")
     return found
 
 

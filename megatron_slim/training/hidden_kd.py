@@ -23,11 +23,12 @@ from megatron_slim.distillation.hidden import HiddenInputs
 from megatron_slim.distillation.layer_pairs import FLAG, LayerPair, name_of, pair_violations, stage_violations
 from megatron_slim.distillation.loss_options import DEFAULTS
 from megatron_slim.distillation.model import DistillationModel
+from megatron_slim.distillation.terms import HIDDEN_KD_WEIGHT
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.training.finite import FiniteWatch
-from megatron_slim.training.slim_arguments import hidden_schedule, now
+from megatron_slim.training.slim_arguments import now, schedule_of
 
-LOSS, WEIGHT = "hidden distillation loss", "hidden kd weight"
+LOSS = "hidden distillation loss"
 # Flags with which Megatron runs layers by another way than calling them, where no hook sees them.
 _PAST_LAYERS = ("enable_cuda_graph", "external_cuda_graph", "overlap_moe_expert_parallel_comm")
 
@@ -40,12 +41,12 @@ def hidden_violations(shape: ModelShape, teacher: ModelShape | None, args: Names
         teacher: sizes of the teacher, None without one.
         args: Megatron's arguments and ours, as parsed.
     """
-    schedule, pairs = hidden_schedule(args), args.hidden_kd_layers
-    given = (args.hidden_kd_loss, schedule) != (DEFAULTS.hidden_kd_loss, DEFAULTS.hidden_kd_weight)
+    schedule, pairs = schedule_of(HIDDEN_KD_WEIGHT, args), args.hidden_kd_layers
+    given = (args.hidden_kd_loss, schedule) != (DEFAULTS.hidden_kd_loss, HIDDEN_KD_WEIGHT.default)
     if not pairs:
         return [f"--hidden-kd-* has no effect without {FLAG}"] if given else []
     found = [
-        f"--hidden-kd-weight-{name} {value:g} is not a weight: it must be finite and not negative"
+        f"{HIDDEN_KD_WEIGHT.flag}-{name} {value:g} is not a weight: it must be finite and not negative"
         for name, value in (("start", schedule.start), ("end", schedule.end))
         if not (math.isfinite(value) and value >= 0)
     ]
@@ -101,7 +102,7 @@ def check_projections(found: Checkpoint, args: Namespace) -> None:
 def _weight() -> float:
     """What the loss is multiplied by in this iteration."""
     args = get_args()
-    return now(hidden_schedule(args), args)
+    return now(HIDDEN_KD_WEIGHT, args)
 
 
 def hidden_inputs(chunk: DistillationModel, loss_mask: Tensor | None) -> HiddenInputs | None:
@@ -128,7 +129,7 @@ class HiddenLog:
         names = [LOSS, *(f"{LOSS} {name_of(pair)}" for pair in self.pairs)]
         self.entries = {name: torch.stack([torch.zeros_like(tokens), tokens]) for name in names}
         one = torch.ones_like(tokens)
-        return {**self.entries, WEIGHT: torch.stack([one * _weight(), one])}
+        return {**self.entries, HIDDEN_KD_WEIGHT.name: torch.stack([one * _weight(), one])}
 
     def finish(self, chunks: Sequence[DistillationModel], watch: FiniteWatch) -> None:
         """Bring the sums of an iteration to the last stage; all ranks must call it.

@@ -6,7 +6,10 @@ import math
 from typing import Any
 
 from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.distillation.functions import function_violations
 from megatron_slim.distillation.loss_options import DEFAULTS, TOP_K
+from megatron_slim.distillation.terms import LOSS_TERMS, terms_of, weights_of
+from megatron_slim.training.slim_arguments import schedule_of
 
 # Flags of Megatron that its own output layer, losses or batches would heed, and why ours do not.
 _WITHOUT_EFFECT = {
@@ -36,6 +39,12 @@ def loss_violations(shape: ModelShape, args: Any) -> list[str]:
         for name, why in _WITHOUT_EFFECT.items()
         if getattr(args, name, False)
     ]
+    for weight in weights_of(LOSS_TERMS.values()):
+        schedule = schedule_of(weight, args)
+        for end, value in (("start", schedule.start), ("end", schedule.end)):
+            found += [] if math.isfinite(value) else [f"{weight.flag}-{end} {value:g} is not finite"]
+    terms = terms_of(has_teacher=args.teacher_load is not None, has_mtp=shape.mtp_num_layers > 0)
+    found += function_violations(terms, shape.vocab_size)
     if not (math.isfinite(args.kd_temperature) and args.kd_temperature > 0):
         found.append(f"--kd-temperature {args.kd_temperature:g} is not positive")
     if args.kd_top_k is not None:

@@ -19,29 +19,21 @@ from torch import Tensor
 
 from megatron_slim.distillation.losses import LossWeights
 from megatron_slim.distillation.model import DistillationModel
-from megatron_slim.training.run_figures import (
-    BACKWARD,
-    KD,
-    KINDS,
-    LM,
-    LOSSES,
-    MTP_KD,
-    MTP_LM,
-    STUDENT,
-    TEACHER,
-    TEACHER_LM,
-    TERMS,
-)
+from megatron_slim.distillation.terms import LOSS_TERMS, MTP_BETA, factors, terms_of
+from megatron_slim.training.run_figures import BACKWARD, KINDS, LOSSES, STUDENT, TEACHER
 
 
 def weights_of_terms(weights: LossWeights, *, has_teacher: bool) -> dict[str, float]:
-    """What each term of SlimQwen eq. 12 is multiplied by.
+    """What each term that is minimised is multiplied by, by its name in the log.
 
-    >>> weights_of_terms(LossWeights(kd_lambda=0.75, mtp_beta=0.2), has_teacher=True)["mtp lm loss"]
+    >>> weights_of_terms({"kd_lambda": 0.75, "mtp_beta": 0.2}, has_teacher=True)["mtp lm loss"]
     0.05
     """
-    kd, beta = weights.kd_lambda if has_teacher else 0.0, weights.mtp_beta
-    return {LM: 1.0 - kd, KD: kd, TEACHER_LM: 0.0, MTP_LM: beta * (1.0 - kd), MTP_KD: beta * kd}
+    terms = terms_of(has_teacher=has_teacher, has_mtp=True)
+    return {
+        terms[key].name: (weights[MTP_BETA.key] if terms[key].mtp else 1.0) * factor
+        for key, factor in factors(terms, weights).items()
+    }
 
 
 def _now() -> Any:
@@ -200,7 +192,8 @@ class LossSums:
     def add(self, report: Mapping[str, Tensor]) -> None:
         """One micro-batch: (sum, count) by name, what else the log carries among them."""
         none = torch.zeros(2, device=torch.cuda.current_device())
-        pairs = torch.stack([report[name].float() if name in report else none for name in TERMS])
+        names = [term.name for term in LOSS_TERMS.values()]
+        pairs = torch.stack([report[name].float() if name in report else none for name in names])
         self._current = pairs if self._current is None else self._current + pairs
 
     def end_iteration(self, weights: Mapping[str, float]) -> None:
@@ -208,12 +201,13 @@ class LossSums:
         self.totals, found = None, self._current
         if found is None:
             return
-        factors = torch.tensor([weights[name] for name in TERMS], dtype=torch.float64, device=found.device)
-        self.totals = torch.cat([found.double(), (found[:, 0] * factors).unsqueeze(1)], dim=1)
+        each = [weights.get(term.name, 0.0) for term in LOSS_TERMS.values()]
+        weighed = found[:, 0] * torch.tensor(each, dtype=torch.float64, device=found.device)
+        self.totals = torch.cat([found.double(), weighed.unsqueeze(1)], dim=1)
         self._current = None
 
     def take(self) -> Tensor:
         """Sum, count and weighted sum [terms, 3] of the last iteration, on the device."""
         if self.totals is None:
-            return torch.zeros(len(TERMS), 3, dtype=torch.float64, device=torch.cuda.current_device())
+            return torch.zeros(len(LOSS_TERMS), 3, dtype=torch.float64, device=torch.cuda.current_device())
         return self.totals

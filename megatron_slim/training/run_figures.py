@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_slim.distillation.terms import LOSS_TERMS, weights_of
 from megatron_slim.reporting import duration
 
 Floats = NDArray[np.float64]
@@ -20,15 +21,6 @@ Figures = dict[str, float]
 # What a stage computes. The student's forward pass is what of a stage's is neither the teacher's nor the losses', which
 # are the output layers of both models, the loss terms and their gradients (`distillation/fused.py`).
 STUDENT, TEACHER, LOSSES, BACKWARD = KINDS = ("student forward", "teacher forward", "losses", "backward")
-# Loss terms by their names in the log.
-LM, KD, TEACHER_LM, MTP_LM, MTP_KD = TERMS = (
-    "lm loss",
-    "logits distillation loss",
-    "teacher lm loss",
-    "mtp lm loss",
-    "mtp distillation loss",
-)
-_SHORT = {LM: "lm", KD: "kd", MTP_LM: "mtp_lm", MTP_KD: "mtp_kd"}
 
 
 @dataclass(frozen=True)
@@ -77,8 +69,7 @@ class Interval:
         computing: seconds of every rank, [ranks, chunks, kinds].
         losses: of the last iteration: sum, number of tokens and sum times weight of every term, [terms, 3].
         tokens_per_expert: likewise, [layers and MTP blocks, experts].
-        kd_lambda: likewise; None without a teacher.
-        mtp_beta: likewise; None without an MTP head.
+        weights: likewise, of the losses, those at work by `LossWeight.key`.
     """
 
     iterations: int
@@ -89,8 +80,7 @@ class Interval:
     computing: Floats
     losses: Floats
     tokens_per_expert: Floats
-    kd_lambda: float | None = None
-    mtp_beta: float | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -184,23 +174,19 @@ def experts(run: RunConstants, interval: Interval) -> Figures:
 
 
 def losses(interval: Interval) -> Figures:
-    """KD over LM, and what each term contributes to the loss of eq. 12."""
+    """KD over LM, what each term contributes to the loss, and the weights."""
     means, shares = {}, {}
-    for name, (total, count, weighted) in zip(TERMS, interval.losses, strict=True):
+    for (key, term), (total, count, weighted) in zip(LOSS_TERMS.items(), interval.losses, strict=True):
         if count > 0:
-            means[name] = float(total / count)
-            shares[name] = float(weighted / count)
+            means[key] = float(total / count)
+            if term.weight is not None:
+                shares[key] = float(weighted / count)
     whole = sum(shares.values())
-    found = {
-        f"loss/share_{short}": shares[name] / whole for name, short in _SHORT.items() if name in shares and whole > 0
-    }
-    for name in ("kd_lambda", "mtp_beta"):
-        if (value := getattr(interval, name)) is not None:
-            found[f"loss/{name}"] = value
-    if KD in means and means[LM] > 0:
-        found["loss/kd_over_lm"] = means[KD] / means[LM]
-    if MTP_KD in means and means[MTP_LM] > 0:
-        found["loss/mtp_kd_over_mtp_lm"] = means[MTP_KD] / means[MTP_LM]
+    found = {f"loss/share_{key}": share / whole for key, share in shares.items() if whole > 0}
+    found |= {f"loss/{key}": value for key, value in interval.weights.items()}
+    for kd, lm in (("kd", "lm"), ("mtp_kd", "mtp_lm")):
+        if kd in means and means[lm] > 0:
+            found[f"loss/{kd}_over_{lm}"] = means[kd] / means[lm]
     return found
 
 
@@ -263,12 +249,13 @@ def _parts(run: RunConstants, found: Mapping[str, float], done: Progress) -> Ite
     worst = max(layers, key=lambda tag: layers[tag])
     idle = f"{found['experts/without_tokens']:.1%} without tokens"
     yield f"experts: max/mean {layers[worst]:.2f} ({worst.split('/')[-1].replace('_', ' ')}), {idle}"
-    if "loss/kd_over_lm" in found:
-        shares = {name: value for name, value in found.items() if name.startswith("loss/share_")}
+    shares = {name: value for name, value in found.items() if name.startswith("loss/share_")}
+    if len(shares) > 1:
+        ratio = f"KD/LM {found['loss/kd_over_lm']:.3f}, " if "loss/kd_over_lm" in found else ""
         text = ", ".join(f"{name.removeprefix('loss/share_')} {value:.0%}" for name, value in shares.items())
-        yield f"KD/LM {found['loss/kd_over_lm']:.3f}, of the loss {text}"
-    schedules = (f"{name} {found[f'loss/{name}']:.3f}" for name in ("kd_lambda", "mtp_beta") if f"loss/{name}" in found)
-    if text := ", ".join(schedules):
+        yield f"{ratio}of the loss {text}"
+    weights = [weight.key for weight in weights_of(LOSS_TERMS.values()) if f"loss/{weight.key}" in found]
+    if text := ", ".join(f"{name} {found[f'loss/{name}']:#.3g}" for name in weights):
         yield text
     remaining = done.remaining(run.iterations)
     yield f"elapsed {duration(done.elapsed)}, left {'?' if remaining is None else duration(remaining)}"

@@ -29,6 +29,7 @@ from megatron_slim.architecture.gpus import peak_flops
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.distillation.losses import LossWeights
 from megatron_slim.distillation.model import DistillationModel
+from megatron_slim.distillation.terms import terms_of, weights_of
 from megatron_slim.recipe import Phase
 from megatron_slim.training.meters import ExpertCounter, LossSums, StageClock, weights_of_terms
 from megatron_slim.training.progressive import Place
@@ -115,7 +116,7 @@ class RunLog:
 
     Attributes:
         shape: of the student.
-        weights: gives lambda and beta of the iteration.
+        weights: gives those of the iteration.
         constants: of the run.
     """
 
@@ -182,6 +183,7 @@ class RunLog:
             for found, part in zip(whole.cpu().split([part.numel() for part in parts]), parts, strict=True)
         )
         seconds = self.training_seconds()
+        terms = terms_of(has_teacher="teacher" in run.flops, has_mtp=self.shape.mtp_num_layers > 0)
         interval = Interval(
             iterations=self._iterations,
             samples=self._samples,
@@ -191,8 +193,7 @@ class RunLog:
             computing=ranks[:, 2:].reshape(run.ranks, run.chunks, len(KINDS)),
             losses=losses,
             tokens_per_expert=tokens,
-            kd_lambda=weights.kd_lambda if "teacher" in run.flops else None,
-            mtp_beta=weights.mtp_beta if self.shape.mtp_num_layers else None,
+            weights={weight.key: weights[weight.key] for weight in weights_of(terms.values())},
         )
         self._iterations, self._samples, self._seconds = 0, 0, seconds
         return interval

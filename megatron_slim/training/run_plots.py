@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_slim.training.run_view import LOSSES, PARTS, Series, layers, stages
+from megatron_slim.training.run_view import PARTS, Series, in_nats, layers, line_style, loss_names, stages
 
 DPI = 110
 MAX_LABELS = 24  # along an axis; more would overlap
-STYLES = {"lm loss": "-", "logits distillation loss": "-", "teacher lm loss": ":"}
 
 
 def picture(run: Series) -> bytes:
@@ -41,14 +40,26 @@ def _curve(axes: Any, points: Mapping[int, float], label: str, **style: Any) -> 
 
 
 def _losses(axes: Any, run: Series) -> None:
-    for name in LOSSES:
-        if name in run:
-            _curve(axes, run[name], name, linestyle=STYLES.get(name, "--"), linewidth=1.3)
+    drawn, names = [], loss_names(run)
+    other = None if all(map(in_nats, names)) else other_scale(axes)
+    for number, name in enumerate(names):
+        style = {"color": f"C{number}", "linestyle": line_style(name), "linewidth": 1.3}
+        drawn.append(_curve(axes if in_nats(name) else other, run[name], name, **style))
     axes.set(title="Loss terms", xlabel="iteration", ylabel="nats per token")
-    low, high = axes.get_ylim()
-    axes.set_ylim(top=high + 0.2 * (high - low))
-    axes.legend(fontsize="small", ncols=3, loc="upper center")
+    scales = [axes] if other is None else [axes, other]
+    for scale in scales:  # room for the legend, which is on the scale that is drawn last
+        low, high = scale.get_ylim()
+        scale.set_ylim(top=high + 0.1 * (1 + len(scales)) * (high - low))
+    size = "small" if other is None else "x-small"
+    scales[-1].legend(handles=drawn, fontsize=size, ncols=3, loc="upper center")
     axes.grid(alpha=0.3)
+
+
+def other_scale(axes: Any) -> Any:
+    """A second scale on the right, for terms that are not in nats."""
+    other = axes.twinx()
+    other.set_ylabel("other terms, per token")
+    return other
 
 
 def _throughput(axes: Any, run: Series) -> None:

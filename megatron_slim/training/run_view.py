@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_slim.distillation.terms import LOSS_TERMS, SUFFIX, LossTerm
 from megatron_slim.errors import SlimError
-from megatron_slim.training.run_figures import KD, KINDS, LM, MTP_KD, MTP_LM, TEACHER_LM
+from megatron_slim.training.run_figures import KINDS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-LOSSES = (LM, KD, TEACHER_LM, MTP_LM, MTP_KD)
 FIGURES = (
     "throughput/tokens_per_second_per_gpu",
     "throughput/student_tflops_per_gpu",
@@ -60,6 +60,31 @@ def read_run(directory: Path) -> dict[str, dict[int, float]]:
     return found
 
 
+def loss_names(logged: Iterable[str]) -> list[str]:
+    """Names of loss terms among tags: those of `LOSS_TERMS` in its order, then what others have logged as a loss."""
+    tags = set(logged)
+    known = [term.name for term in LOSS_TERMS.values()]
+    return [name for name in (*known, *sorted(tags - {*known})) if name in tags and name.endswith(SUFFIX)]
+
+
+def _term(name: str) -> LossTerm | None:
+    return next((term for term in LOSS_TERMS.values() if term.name == name), None)
+
+
+def in_nats(name: str) -> bool:
+    """Whether a term is in nats per token, as all that has no function of its own; else it has a scale of its own."""
+    term = _term(name)
+    return term is not None and term.function is None
+
+
+def line_style(name: str) -> str:
+    """How a term is drawn: main head, MTP heads, what is logged alone, and what is not of the heads or not known."""
+    term = _term(name)
+    if term is None:
+        return "-."
+    return ":" if term.weight is None else "--" if term.mtp else "-"
+
+
 def stages(run: Series) -> dict[str, dict[str, float]]:
     """Of every virtual stage, at the last log: seconds per iteration by part."""
     found: dict[str, dict[str, float]] = {}
@@ -86,7 +111,7 @@ def summary(run: Series) -> dict[str, Any]:
             "least": min(points.values()),
             "most": max(points.values()),
         }
-        for name in (*LOSSES, *FIGURES)
+        for name in (*loss_names(run), *FIGURES)
         if (points := run.get(name) or run.get(f"slim/{name}"))
     }
     last = {

@@ -12,6 +12,8 @@ from megatron_slim.command_line import ToolParser
 from megatron_slim.distillation.layer_pairs import FLAG, parse_layer_pairs
 from megatron_slim.distillation.loss_options import DEFAULTS, HIDDEN_LOSSES, KD_LOSSES
 from megatron_slim.distillation.schedule import SHAPES, Schedule
+from megatron_slim.distillation.terms import HIDDEN_KD_WEIGHT, LOSS_TERMS, LossWeight, check_terms, weights_of
+from megatron_slim.errors import SlimError
 
 MEGATRON_HELP, WITHOUT_MTP = "--help-megatron", "--without-mtp"
 
@@ -173,8 +175,9 @@ def _add_losses(group: Any) -> None:
         type=int,
         help="Tokens whose logits are in memory at once. Default: 512 on a CPU, 1024 on a GPU.",
     )
-    _add_schedule(group, "kd-lambda", DEFAULTS.kd_lambda, "lambda, the weight of KD against LM (SlimQwen section 3.3)")
-    _add_schedule(group, "mtp-beta", DEFAULTS.mtp_beta, "beta, the weight of the MTP losses (SlimQwen section 3.3)")
+    check_terms()
+    for weight in weights_of(LOSS_TERMS.values()):
+        _add_schedule(group, weight)
 
 
 def _add_hidden_states(group: Any) -> None:
@@ -193,30 +196,31 @@ def _add_hidden_states(group: Any) -> None:
         default=DEFAULTS.hidden_kd_loss,
         help=f"1 - cosine of hidden states, or the mean of squared differences. Default: {DEFAULTS.hidden_kd_loss}.",
     )
-    _add_schedule(group, "hidden-kd-weight", DEFAULTS.hidden_kd_weight, "the weight of the loss of hidden states")
+    _add_schedule(group, HIDDEN_KD_WEIGHT)
 
 
-def _add_schedule(group: Any, name: str, default: Schedule, about: str) -> None:
-    shape = f"Schedule of {about}. Default: {default.shape}."
-    group.add_argument(f"--{name}-schedule", choices=sorted(SHAPES), default=default.shape, help=shape)
-    for end, value, when in (("start", default.start, "first"), ("end", default.end, "last")):
-        text = f"Its value in the {when} iteration. Default: {value:g}."
-        group.add_argument(f"--{name}-{end}", type=float, metavar="X", default=value, help=text)
+def _add_schedule(group: Any, weight: LossWeight) -> None:
+    """The flags of a weight.
+
+    Raises:
+        SlimError: another argument has one of them.
+    """
+    default, shape = weight.default, f"Schedule of {weight.about}. Default: {weight.default.shape}."
+    try:
+        group.add_argument(f"{weight.flag}-schedule", choices=sorted(SHAPES), default=default.shape, help=shape)
+        for end, value, when in (("start", default.start, "first"), ("end", default.end, "last")):
+            text = f"Its value in the {when} iteration. Default: {value:g}."
+            group.add_argument(f"{weight.flag}-{end}", type=float, metavar="X", default=value, help=text)
+    except argparse.ArgumentError as error:
+        raise SlimError(f"the weight {weight.name!r} of a loss: {error}", fix="give it another name") from None
 
 
-def now(schedule: Schedule, args: argparse.Namespace) -> float:
-    """A schedule's value in this iteration of Megatron's loop; before the loop, in the one that it begins with."""
-    return schedule.at(getattr(args, "curr_iteration", args.iteration), args.train_iters)
+def schedule_of(weight: LossWeight, args: argparse.Namespace) -> Schedule:
+    """What the flags say about a weight."""
+    shape, start, end = (getattr(args, f"{weight.key}_{part}") for part in ("schedule", "start", "end"))
+    return Schedule(shape, start, end)
 
 
-def hidden_schedule(args: argparse.Namespace) -> Schedule:
-    """Schedule of the weight of hidden-state distillation."""
-    return Schedule(args.hidden_kd_weight_schedule, args.hidden_kd_weight_start, args.hidden_kd_weight_end)
-
-
-def loss_schedules(args: argparse.Namespace) -> tuple[Schedule, Schedule]:
-    """Schedules of lambda and of beta."""
-    return (
-        Schedule(args.kd_lambda_schedule, args.kd_lambda_start, args.kd_lambda_end),
-        Schedule(args.mtp_beta_schedule, args.mtp_beta_start, args.mtp_beta_end),
-    )
+def now(weight: LossWeight, args: argparse.Namespace) -> float:
+    """A weight's value in this iteration of Megatron's loop; before the loop, in the one that it begins with."""
+    return schedule_of(weight, args).at(getattr(args, "curr_iteration", args.iteration), args.train_iters)

@@ -7,11 +7,11 @@ from argparse import Namespace
 
 import torch
 
+from megatron_slim.architecture.family import MTP
 from megatron_slim.architecture.parallelism import padded_vocab_size
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.distributed import DistCheckpoint
-from megatron_slim.checkpoint.mtp import MTP
 from megatron_slim.checkpoint.remarks import remarks
 from megatron_slim.errors import CheckpointError
 from megatron_slim.training.arguments import load_balancing_note

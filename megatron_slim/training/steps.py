@@ -16,13 +16,14 @@ from megatron.training import get_args, get_timers
 from torch import Tensor
 
 from megatron_slim.architecture.context_parallel import local_positions
-from megatron_slim.distillation.losses import KD_LAMBDA, MTP_BETA, LossWeights, TokenLosses, combine, gradients_of_total
+from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine, gradients_of_total
 from megatron_slim.distillation.model import DistillationModel
+from megatron_slim.distillation.terms import LOSS_TERMS, weights_of
 from megatron_slim.training.data import Batch, next_batch
 from megatron_slim.training.finite import FiniteWatch
 from megatron_slim.training.hidden_kd import HiddenLog, hidden_inputs
 from megatron_slim.training.run_log import RunLog
-from megatron_slim.training.slim_arguments import loss_schedules, now
+from megatron_slim.training.slim_arguments import now
 from megatron_slim.training.spec import RunSpec
 from megatron_slim.training.teacher_ahead import TeacherAhead
 
@@ -117,7 +118,7 @@ class Steps:
         label: str,
         output: Tensor,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """SlimQwen eq. 12 with this iteration's lambda and beta, in the form that Megatron's loop expects."""
+        """The sum of the terms with this iteration's weights, in the form that Megatron's loop expects."""
         assert loss_mask is not None
         losses = TokenLosses.unstack(output, has_teacher=self.spec.teacher is not None)
         total, tokens, report = combine(losses, loss_mask, weights, position_ids, _local_positions(loss_mask))
@@ -125,7 +126,7 @@ class Steps:
             self.watch.add("loss", f"{label}{name}", vp_stage, value)
         logged = {name: torch.stack(pair) for name, pair in report.items()}
         if label:  # after which Megatron reports a perplexity of everything
-            logged = {name: value for name, value in logged.items() if name not in (KD_LAMBDA, MTP_BETA)}
+            logged = {term.name: logged[term.name] for term in LOSS_TERMS.values() if term.name in logged}
         else:
             self.log.losses.add(logged)
         if self.hidden_log.pairs and not label:
@@ -158,7 +159,6 @@ def _local_positions(whole: Tensor) -> Tensor | None:
 
 
 def loss_weights() -> LossWeights:
-    """Lambda and beta of this iteration."""
+    """Lambda, beta and those of further terms in this iteration."""
     args = get_args()
-    kd_lambda, mtp_beta = (now(schedule, args) for schedule in loss_schedules(args))
-    return LossWeights(kd_lambda, mtp_beta)
+    return {weight.key: now(weight, args) for weight in weights_of(LOSS_TERMS.values())}

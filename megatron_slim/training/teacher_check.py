@@ -110,9 +110,9 @@ def _measured(
 
 
 def _on_last_stage(measure: Measure, loss_mask: Tensor | None, output: Tensor, non_loss_data: bool = True) -> Tensor:
-    losses = TokenLosses.unstack(output, has_teacher=True)
-    assert losses.teacher_lm is not None and loss_mask is not None
-    return measure(_whole_sequence(losses.teacher_lm, loss_mask.shape[-1]), loss_mask)
+    (teacher_lm,) = TokenLosses.unstack(output, has_teacher=True)["teacher_lm"]
+    assert loss_mask is not None
+    return measure(_whole_sequence(teacher_lm, loss_mask.shape[-1]), loss_mask)
 
 
 def _whole_sequence(values: Tensor, length: int) -> Tensor:

@@ -96,22 +96,22 @@ def forward() -> FlopCounterMode:
 
 
 def test_full_attention_is_counted_exactly(forward: FlopCounterMode) -> None:
-    found = block_flops(STUDENT, FULL_ATTENTION, LENGTH, TORCH)
+    found = block_flops(STUDENT, STUDENT.sublayers[1], LENGTH, TORCH)
     assert per_token(forward, "HiddenStatesModel.decoder.layers.1") == sum(found.values())
     attention = per_token(forward, "HiddenStatesModel.decoder.layers.1.self_attention.core_attention")
-    assert attention == found["core_attn"] == block_flops(STUDENT, FULL_ATTENTION, LENGTH, FUSED)["core_attn"]
+    assert attention == found["core_attn"] == block_flops(STUDENT, STUDENT.sublayers[1], LENGTH, FUSED)["core_attn"]
 
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_experts_are_counted_exactly(forward: FlopCounterMode, layer: int) -> None:
-    found = block_flops(STUDENT, STUDENT.layer_types[layer], LENGTH, TORCH)
+    found = block_flops(STUDENT, STUDENT.sublayers[layer], LENGTH, TORCH)
     at = f"HiddenStatesModel.decoder.layers.{layer}.mlp"
     for name in ("router", "experts", "shared_experts"):
         assert per_token(forward, f"{at}.{name}") == found[name] > 0, name
 
 
 def test_gated_delta_net(forward: FlopCounterMode) -> None:
-    found = block_flops(STUDENT, LINEAR_ATTENTION, LENGTH, TORCH)
+    found = block_flops(STUDENT, STUDENT.sublayers[0], LENGTH, TORCH)
     counted = per_token(forward, "HiddenStatesModel.decoder.layers.0.self_attention")
     assert counted == found["projections"] + found["delta_rule"]
 
@@ -124,12 +124,12 @@ def test_the_delta_rule_alone() -> None:
     with counting() as counter:
         chunk_gated_delta_rule(*made, -decay, write)
     # The inverse of a chunk's triangle is not a product.
-    assert per_token(counter) == block_flops(shape, LINEAR_ATTENTION, LENGTH, TORCH)["delta_rule"]
+    assert per_token(counter) == block_flops(shape, (LINEAR_ATTENTION,), LENGTH, TORCH)["delta_rule"]
 
 
 def test_heads_and_mtp_block(forward: FlopCounterMode) -> None:
     assert per_token(forward, "HiddenStatesModel.output_layer") == 2 * head_flops(STUDENT)
-    block = block_flops(STUDENT, FULL_ATTENTION, LENGTH, TORCH)
+    block = block_flops(STUDENT, STUDENT.sublayers[1], LENGTH, TORCH)
     assert per_token(forward, "HiddenStatesModel.mtp") == mtp_flops(STUDENT) + sum(block.values())
 
 
@@ -157,7 +157,7 @@ def test_a_training_step_of_teacher_and_student(name: str) -> None:
     fields, batch = RECOMPUTE[name], tokens()
     own = {"options": DistillationOptions(STUDENT.vocab_size), "teacher": build(TEACHER, HiddenStatesModel)}
     student = build(STUDENT, DistillationModel, own=own, **fields)
-    mask, weights = torch.ones(BATCH, LENGTH), LossWeights(0.8, 0.3)
+    mask, weights = torch.ones(BATCH, LENGTH), LossWeights(kd_lambda=0.8, mtp_beta=0.3)
     expected = gradients_of_total(mask, weights, STUDENT.mtp_num_layers, has_teacher=True)
     with counting() as counter:
         stacked = student(batch["input_ids"], batch["position_ids"], None, batch["labels"], expected)

@@ -39,9 +39,9 @@ BACKEND = LocalBackend()
 SYMBOLS = {FULL_ATTENTION: "*"}  # of Megatron's patterns; Gated DeltaNet is G, a mixture of experts E
 
 
-def _attention(kind: str) -> ModuleSpec:
+def _attention(kind: str, config: Any) -> ModuleSpec:
     submodules = TransformerLayerSubmodules(
-        self_attention=layer_specs._ATTENTION[kind](BACKEND), self_attn_bda=get_bias_dropout_add
+        self_attention=layer_specs._SPECS[kind](BACKEND, config), self_attn_bda=get_bias_dropout_add
     )
     return ModuleSpec(module=TransformerLayer, submodules=submodules)
 
@@ -57,8 +57,8 @@ def _stack(config: Any) -> ModuleSpec:
     return ModuleSpec(
         module=HybridStack,
         submodules=HybridStackSubmodules(
-            gdn_layer=_attention("linear_attention"),
-            attention_layer=_attention(FULL_ATTENTION),
+            gdn_layer=_attention("linear_attention", config),
+            attention_layer=_attention(FULL_ATTENTION, config),
             moe_layer=ModuleSpec(module=MoETransformerLayer, submodules=submodules),
             mtp_block_spec=ModuleSpec(
                 module=MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[depth])

@@ -66,6 +66,20 @@ SHAPES = {
         rotary_base=1e6,
         norm_topk_prob=False,
     ),
+    "GLM-4.5, two dense layers, groups of experts, plain heads": tiny_shape(
+        "glm4_moe",
+        num_layers=5,
+        num_dense_layers=2,
+        vocab_size=137,
+        num_query_groups=1,
+        moe_router_topk=4,
+        moe_router_num_groups=4,
+        moe_router_group_topk=2,
+        moe_shared_expert_intermediate_size=64,
+        qk_layernorm=False,
+        moe_router_topk_scaling_factor=2.5,
+    ),
+    "GLM-4.5 without biases of attention": tiny_shape("glm4_moe", add_qkv_bias=False, rotary_percent=0.5),
     "Qwen3-MoE, YaRN": tiny_shape("qwen3_moe", rope_scaling=Yarn(8.0, 32, 1.2, 4.0, 0.5, truncate=False)),
 }
 
@@ -97,10 +111,11 @@ def _reference(directory: Path, tokens: Tensor) -> Results:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     hidden = model.model(tokens[:, :-1]).last_hidden_state
     logits, block = {"main": model.lm_head(hidden)}, dict[str, Tensor]()
-    if HFCheckpoint.open(directory).shape.mtp_num_layers:
+    shape = HFCheckpoint.open(directory).shape
+    if shape.mtp_num_layers:
         mtp = load_mtp(model)
         logits["mtp"] = model.lm_head(mtp_hidden(mtp, hidden, tokens[:, :-1]))
-        block = named(mtp.named_parameters())
+        block = named(mtp.named_parameters(), shape)
     loss = _loss(logits, tokens)
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in [*model.named_parameters(), *block.items()]}
@@ -146,7 +161,7 @@ def _loss(logits: dict[str, Tensor], tokens: Tensor) -> Tensor:
 
 def _gradients(model: nn.Module, shape: ModelShape) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    for weight in weights(shape):
+    for weight in (weight for weight in weights(shape) if not weight.buffer):
         parts = [parameter.grad for parameter in _parameter(model, weight, shape)]
         gradient = torch.stack(parts) if weight.stacked else parts[0]  # type: ignore[arg-type]
         assert gradient is not None, weight.key

@@ -107,7 +107,10 @@ def test_sizes_are_positive_integers(value: object) -> None:
 def test_everything_missing_is_listed(family: str) -> None:
     with pytest.raises(ShapeError) as caught:
         shape_from_hf_config({"model_type": family}, mtp_num_layers=0)
-    assert caught.value.violations == tuple(f"{key} is missing" for key in FAMILIES[family].keys.values())
+    assert caught.value.violations == tuple(
+        f"{key} is missing"
+        for key in (*FAMILIES[family].keys.values(), *(key for key, _ in FAMILIES[family].multiples.values()))
+    )
     with pytest.raises(ShapeError, match="model_type is missing"):
         shape_from_hf_config({}, mtp_num_layers=0)
 

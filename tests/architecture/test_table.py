@@ -6,6 +6,8 @@ import pytest
 
 from megatron_slim.architecture.hf_config import shape_from_hf_config
 from megatron_slim.architecture.published import (
+    GLM_4_5,
+    GLM_4_5_AIR,
     QWEN3_5_35A3B,
     QWEN3_5_122A10B,
     QWEN3_30A3B,
@@ -13,7 +15,7 @@ from megatron_slim.architecture.published import (
     Published,
 )
 from megatron_slim.architecture.shape import FAMILIES, FULL_ATTENTION, LINEAR_ATTENTION, ModelShape, layer_pattern
-from megatron_slim.architecture.table import count_parameters, hf_tensors, mtp_layers_in, weights
+from megatron_slim.architecture.table import copies_of, count_parameters, hf_tensors, mtp_layers_in, weights
 from megatron_slim.testing import tiny_hf_config, tiny_shape
 
 PUBLISHED, PUBLISHED_MOE = QWEN3_NEXT_80A3B.config, QWEN3_30A3B.config
@@ -59,6 +61,26 @@ def test_parameters_of_the_published_qwen3_5(published: Published, total: int, a
         config = transformers.AutoConfig.for_model(**published.config["text_config"])
         model = transformers.AutoModelForCausalLM.from_config(config)
     assert counted.total == model.num_parameters() == total and counted.active == active
+
+
+@pytest.mark.parametrize(
+    ("published", "trunk", "files"),
+    [(GLM_4_5_AIR, 106_852_245_504, 110_468_824_832), (GLM_4_5, 352_797_814_784, 358_337_791_296)],
+)
+def test_parameters_of_the_published_glm(published: Published, trunk: int, files: int) -> None:
+    """transformers counts the trunk on the meta device; files of 110B and 358B have MTP, its copies and biases too."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+
+    shape = published.shape
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**published.config))
+    assert count_parameters(shape, include_mtp=False).total == model.num_parameters() == trunk
+    biases = shape.num_moe_experts * len(list(shape.routed_blocks))
+    copies = len(copies_of(shape)) * shape.vocab_size * shape.hidden_size
+    assert count_parameters(shape).total + biases + copies == files
+    stored = sum(row.numel(shape) for row in weights(shape))
+    assert stored + copies == files
 
 
 def test_tensors_of_the_published_qwen3_5() -> None:
@@ -111,12 +133,12 @@ def test_the_table_is_what_transformers_builds(shape: ModelShape) -> None:
         model = transformers.AutoModelForCausalLM.from_config(config)
         tensors = model.state_dict()
         if shape.mtp_num_layers:
-            tensors |= named(new_mtp(model).state_dict().items())
+            tensors |= named(new_mtp(model).state_dict().items(), shape)
     theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     ours = {name: tensor.shape(shape) for name, tensor in hf_tensors(shape).items()}
     experts, ffn = shape.num_moe_experts, shape.moe_ffn_hidden_size
-    for block in shape.blocks:
-        prefix = f"{block}.mlp.experts"
+    for block in shape.routed_blocks:
+        prefix = f"{shape.hf_prefix(block)}.mlp.experts"
         for expert in range(experts):
             assert ours.pop(f"{prefix}.{expert}.gate_proj.weight") == (ffn, shape.hidden_size)
             assert ours.pop(f"{prefix}.{expert}.up_proj.weight") == (ffn, shape.hidden_size)
@@ -142,8 +164,19 @@ def test_megatron_parameters_hold_the_same_elements(family: str) -> None:
 
 
 def test_mtp_is_found_by_tensor_names() -> None:
-    names = set(hf_tensors(tiny_shape()))
-    assert mtp_layers_in(names) == 1
-    assert mtp_layers_in({name for name in names if not name.startswith("mtp.")}) == 0
-    assert mtp_layers_in({"mtp.fc.weight"}) == 1
-    assert mtp_layers_in({"mtp.layers.1.mlp.gate.weight"}) == 2
+    shape = tiny_shape()
+    names = set(hf_tensors(shape))
+    assert mtp_layers_in(names, shape) == 1
+    assert mtp_layers_in({name for name in names if not name.startswith("mtp.")}, shape) == 0
+    assert mtp_layers_in({"mtp.fc.weight"}, shape) == 1
+    assert mtp_layers_in({"mtp.layers.1.mlp.gate.weight"}, shape) == 2
+
+
+def test_mtp_is_found_behind_the_trunk() -> None:
+    """As GLM's is, under the numbers that follow those of the trunk."""
+    shape = tiny_shape("glm4_moe")
+    names = set(hf_tensors(shape))
+    assert mtp_layers_in(names, shape) == 1
+    assert mtp_layers_in(names, shape.replace(num_layers=5, layer_types=(FULL_ATTENTION,) * 5)) == 0
+    assert mtp_layers_in({"model.layers.5.enorm.weight"}, shape) == 2
+    assert mtp_layers_in({"model.layers.x.enorm.weight", "mtp.fc.weight"}, shape) == 0

@@ -305,7 +305,7 @@ def test_published_layers_are_timed(tool: Tool, monkeypatch: pytest.MonkeyPatch)
     outcome = tool(*command)
     assert outcome.code == 0, outcome.stderr
     seconds, passes = outcome.json["layer_seconds"], 1024 * 4096 / 64
-    computing = passes * (3 * seconds["linear_attention"] + 2 * seconds["full_attention"]) / 60
+    computing = passes * (3 * seconds["linear_attention/moe"] + 2 * seconds["full_attention/moe"]) / 60
     assert computing < outcome.json["measured_80b_minutes"] < computing + 1
 
 

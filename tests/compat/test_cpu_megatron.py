@@ -17,8 +17,8 @@ from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.spec_utils import build_module
 from megatron.training import training
 
+from megatron_slim.architecture.family import LINEAR_ATTENTION, MOE
 from megatron_slim.architecture.layer_specs import layer_spec, transformer_config
-from megatron_slim.architecture.shape import LINEAR_ATTENTION
 from megatron_slim.compat import runtime
 from megatron_slim.compat.cpu_kernels import BUFFERS_OF_ONE_RANK, LINEAR_LAYERS, SORTED_CHUNKS
 from megatron_slim.compat.cpu_megatron import NO_CUDA, NO_FP8, RANDOM_STATES, SHARED_STORAGE, TOKEN_COUNTS
@@ -97,7 +97,7 @@ def test_without_it_the_loop_wants_cuda(without: Without) -> None:
 def gated_delta_net() -> Any:
     runtime.init_single_process()
     config = transformer_config(tiny_shape())
-    return build_module(layer_spec(LINEAR_ATTENTION, config), config=config, layer_number=1).self_attention
+    return build_module(layer_spec((LINEAR_ATTENTION, MOE), config), config=config, layer_number=1).self_attention
 
 
 def test_a_gated_delta_net_is_built() -> None:

@@ -18,8 +18,8 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from benchmarks.gated_delta_rule import step_by_step, value_and_gradients, weights_like
+from megatron_slim.architecture.family import LINEAR_ATTENTION, MOE
 from megatron_slim.architecture.layer_specs import layer_spec, transformer_config
-from megatron_slim.architecture.shape import LINEAR_ATTENTION
 from megatron_slim.compat import delta_rule_chunks, runtime
 from megatron_slim.compat.linear_attention import CHUNK, causal_conv1d, chunk_gated_delta_rule
 from megatron_slim.testing import tiny_shape
@@ -93,7 +93,7 @@ def module() -> GatedDeltaNet:
     runtime.init_single_process()
     shape = tiny_shape()
     config = transformer_config(shape, params_dtype=torch.float64)
-    layer = build_module(layer_spec(LINEAR_ATTENTION, config), config=config, layer_number=1)
+    layer = build_module(layer_spec((LINEAR_ATTENTION, MOE), config), config=config, layer_number=1)
     return layer.self_attention
 
 

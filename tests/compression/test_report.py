@@ -23,11 +23,13 @@ from megatron_slim.compression.card import MARKER
 from megatron_slim.compression.report import write_report
 from megatron_slim.compression.report_curves import MAX_POINTS, read_curves
 from megatron_slim.compression.report_inputs import read_compression_run
+from megatron_slim.distillation.terms import LOSS_TERMS
 from megatron_slim.errors import SlimError
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
-from megatron_slim.training.run_figures import KINDS, TERMS, Interval, Progress, RunConstants, figures
+from megatron_slim.training.run_figures import KINDS, Interval, Progress, RunConstants, figures
 
 ROOT = Path(__file__).resolve().parents[2]
+NAMES = [term.name for term in LOSS_TERMS.values()]
 SEQ_LENGTH, BATCH, ITERATIONS = 8, 2, 20
 TEACHER, STUDENT = tiny_shape(), tiny_shape(num_moe_experts=4, moe_router_topk=2)
 FLOPS = {
@@ -106,10 +108,10 @@ def write_events(directory: Path, start: int, count_on: bool) -> None:
         tokens_before=begun * BATCH * SEQ_LENGTH,
     )
     ones, tokens = np.ones((1, 1, len(KINDS))), np.full((5, 4), 5.0)
-    interval = Interval(2, 2 * BATCH, 0.5, np.zeros(1), np.ones(1), ones, np.ones((len(TERMS), 3)), tokens)
+    interval = Interval(2, 2 * BATCH, 0.5, np.zeros(1), np.ones(1), ones, np.ones((len(NAMES), 3)), tokens)
     with SummaryWriter(str(directory / "tensorboard")) as writer:
         for iteration in range(begun + 2, begun + ITERATIONS + 1, 2):
-            for number, term in enumerate(TERMS):
+            for number, term in enumerate(NAMES):
                 writer.add_scalar(term, number + 10.0 / iteration, iteration)
             for tag, value in figures(run, interval, Progress(iteration, BATCH * iteration, 1.0, None)).items():
                 writer.add_scalar(tag, value, iteration)
@@ -289,7 +291,7 @@ def test_losses_of_two_phases_are_on_one_axis_of_tokens(tmp_path: Path, count_on
     (first, second), why = read_curves(read_compression_run(save))
     one = BATCH * SEQ_LENGTH
     assert (first.before, second.before, why) == (0.0, ITERATIONS * one, "")
-    for number, term in enumerate(TERMS):
+    for number, term in enumerate(NAMES):
         for phase, curves in enumerate((first, second)):
             begun = phase * ITERATIONS
             iterations = np.arange(2, ITERATIONS + 1, 2)

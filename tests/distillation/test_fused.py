@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from megatron_slim.distillation.divergences import KDLoss
-from megatron_slim.distillation.fused import DistillationInputs, OutputLayer, Target, fused_losses
+from megatron_slim.distillation.fused import DistillationInputs, Target, fused_losses
 from megatron_slim.distillation.loss_options import FORWARD_KL, JSD, KD_LOSSES, REVERSE_KL, TOP_K
+from megatron_slim.distillation.output_layer import OutputLayer
 from megatron_slim.distillation.vocabulary import VocabShard
 from megatron_slim.testing import run_distributed
 from tests.distillation.reference import lm_and_kd_loss

@@ -73,7 +73,7 @@ def run(model: DistillationModel, batch: dict[str, Tensor], inputs: HiddenInputs
     """The four terms, summed over tokens and multiplied by the loss scale, as Megatron's schedules do."""
     stacked = model(batch["tokens"], torch.arange(24)[None], None, batch["labels"], hidden_inputs=inputs)
     losses = TokenLosses.unstack(stacked, has_teacher=True)
-    return combine(losses, batch["mask"], LossWeights(0.8, 0.25))[0] * SCALE
+    return combine(losses, batch["mask"], LossWeights(kd_lambda=0.8, mtp_beta=0.25))[0] * SCALE
 
 
 def reference_losses(hidden: Tensor, weight: Tensor, target: Tensor, kind: str) -> Tensor:

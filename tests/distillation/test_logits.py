@@ -14,8 +14,9 @@ from torch import Tensor
 
 from megatron_slim.compat import runtime
 from megatron_slim.distillation.divergences import KDLoss
-from megatron_slim.distillation.fused import DistillationInputs, OutputLayer, Target, fused_losses
+from megatron_slim.distillation.fused import DistillationInputs, Target, fused_losses
 from megatron_slim.distillation.loss_options import KD_LOSSES
+from megatron_slim.distillation.output_layer import OutputLayer
 from megatron_slim.distillation.vocabulary import VocabShard
 from megatron_slim.testing import run_distributed
 

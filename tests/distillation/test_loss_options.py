@@ -7,9 +7,9 @@ import dataclasses
 
 from megatron_slim.distillation.divergences import DIVERGENCES, KDLoss
 from megatron_slim.distillation.loss_options import DEFAULTS, KD_LOSSES
-from megatron_slim.distillation.schedule import Schedule
+from megatron_slim.distillation.terms import HIDDEN_KD_WEIGHT, KD_LAMBDA, MTP_BETA
 from megatron_slim.planning.layouts import Settings
-from megatron_slim.training.slim_arguments import add_slim_arguments
+from megatron_slim.training.slim_arguments import add_slim_arguments, schedule_of
 
 
 def test_every_named_loss_has_its_formula() -> None:
@@ -20,10 +20,7 @@ def test_every_named_loss_has_its_formula() -> None:
 def test_flags_have_these_defaults() -> None:
     args = vars(add_slim_arguments(argparse.ArgumentParser()).parse_args([])) | {"kd_top_k": KDLoss().top_k}
     for field in dataclasses.fields(DEFAULTS):
-        default = getattr(DEFAULTS, field.name)
-        if isinstance(default, Schedule):
-            parts = (args[f"{field.name}_{part}"] for part in ("schedule", "start", "end"))
-            assert Schedule(*parts) == default, field.name
-        else:
-            assert args[field.name] == default, field.name
+        assert args[field.name] == getattr(DEFAULTS, field.name), field.name
+    for weight in (KD_LAMBDA, MTP_BETA, HIDDEN_KD_WEIGHT):
+        assert schedule_of(weight, argparse.Namespace(**args)) == weight.default, weight.name
     assert Settings().kd_loss == DEFAULTS.kd_loss

@@ -124,7 +124,7 @@ def test_bf16_logits_get_bf16_gradients_from_fp32_arithmetic() -> None:
 def test_combine_by_hand() -> None:
     """Two sequences of three tokens, the last token of the second masked; one MTP depth."""
     lm = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 600.0]])
-    token_losses = TokenLosses(lm, kd=10 * lm, teacher_lm=lm / 2, mtp_lm=(lm,), mtp_kd=(100 * lm,))
+    token_losses = TokenLosses(lm=(lm,), kd=(10 * lm,), teacher_lm=(lm / 2,), mtp_lm=(lm,), mtp_kd=(100 * lm,))
     mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
     total, tokens, report = combine(token_losses, mask, LossWeights(kd_lambda=0.75, mtp_beta=0.3))
     # Main head: 1+2+3+4+5 = 15 over 5 tokens. MTP: positions 0, 1 of the first sequence and 0 of the second, whose
@@ -161,7 +161,9 @@ def test_a_batch_weighs_the_same_however_it_is_cut() -> None:
 
     def of(rows: slice) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
         heads = [head[rows] for head in (lm, kd, teacher_lm, *mtp[:2], mtp[2], mtp[2])]
-        return combine(TokenLosses(*heads[:3], tuple(heads[3:5]), tuple(heads[5:])), mask[rows].float(), weights)
+        of_main = dict(zip(("lm", "kd", "teacher_lm"), ((head,) for head in heads[:3]), strict=True))
+        losses = TokenLosses(of_main, mtp_lm=tuple(heads[3:5]), mtp_kd=tuple(heads[5:]))
+        return combine(losses, mask[rows].float(), weights)
 
     whole, parts = of(slice(None)), [of(slice(row, row + 1)) for row in range(4)]
     for found, wanted in ((sum(part[i] for part in parts), whole[i]) for i in (0, 1)):
@@ -180,7 +182,9 @@ def test_a_batch_weighs_the_same_however_it_is_cut() -> None:
 
 def test_without_a_teacher_lambda_is_zero() -> None:
     lm = torch.ones(1, 4)
-    total, _, report = combine(TokenLosses(lm, mtp_lm=(lm,)), torch.ones(1, 4), LossWeights(1.0, 0.5))
+    total, _, report = combine(
+        TokenLosses(lm=(lm,), mtp_lm=(lm,)), torch.ones(1, 4), LossWeights(kd_lambda=1.0, mtp_beta=0.5)
+    )
     assert float(total) == pytest.approx(4 + 0.5 * 4)  # three tokens of four positions, times 4/3
     assert "kd lambda" not in report and "logits distillation loss" not in report
 
@@ -188,15 +192,14 @@ def test_without_a_teacher_lambda_is_zero() -> None:
 @pytest.mark.parametrize("depths", [0, 1, 2])
 @pytest.mark.parametrize("has_teacher", [False, True])
 def test_stack_and_back(depths: int, has_teacher: bool) -> None:
-    terms = torch.randn(10, 2, 3)
-    mtp_lm, mtp_kd = tuple(terms[3 : 3 + depths]), tuple(terms[6 : 6 + depths])
-    if has_teacher:
-        given = TokenLosses(terms[0], terms[1], terms[2], mtp_lm, mtp_kd)
-    else:
-        given = TokenLosses(terms[0], mtp_lm=mtp_lm)
+    values = torch.randn(10, 2, 3)
+    given = TokenLosses(lm=(values[0],))
+    given |= {"kd": (values[1],), "teacher_lm": (values[2],)} if has_teacher else {}
+    given |= {"mtp_lm": tuple(values[3 : 3 + depths])} if depths else {}
+    given |= {"mtp_kd": tuple(values[6 : 6 + depths])} if depths and has_teacher else {}
     back = TokenLosses.unstack(given.stack(), has_teacher=has_teacher)
     assert torch.equal(back.stack(), given.stack())
-    assert len(back.mtp_lm) == depths and len(back.mtp_kd) == (depths if has_teacher else 0)
+    assert {key: len(heads) for key, heads in back.items()} == {key: len(heads) for key, heads in given.items()}
 
 
 def test_worked_examples() -> None:

@@ -92,7 +92,7 @@ def test_lm_and_mtp_losses_and_gradients_are_megatrons(
     ours = build(checkpoint, DistillationModel)
     stacked = ours(batch["tokens"], batch["position_ids"], None, batch["labels"])
     losses = TokenLosses.unstack(stacked, has_teacher=False)
-    total, tokens, report = combine(losses, batch["mask"], LossWeights(1.0, beta))
+    total, tokens, report = combine(losses, batch["mask"], LossWeights(kd_lambda=1.0, mtp_beta=beta))
     (total / tokens).backward()
     assert float(report["lm loss"][0] / tokens) == pytest.approx(lm.item(), rel=1e-6)
     mtp = MTPLossLoggingHelper.tracker["loss_values"][0].item()

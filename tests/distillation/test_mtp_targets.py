@@ -69,14 +69,12 @@ def test_every_position_is_supervised_by_the_token_it_predicts(depths: int, targ
         log_q = student.output_layer(head)[0][..., :V].log_softmax(-1).transpose(0, 1)
         known = S - k  # what comes later is behind the end of the labels
         expected = -log_q[:, :known].gather(-1, stream[:, 1 + k : 1 + S, None])[..., 0]
-        lm = (losses.lm, *losses.mtp_lm)[k]
-        kd = (losses.kd, *losses.mtp_kd)[k]
-        assert kd is not None
-        for found in (lm, kd):
+        for main, mtp in (("lm", "mtp_lm"), ("kd", "mtp_kd")):
+            found = (*losses[main], *losses[mtp])[k]
             torch.testing.assert_close(found[:, :known], expected, rtol=1e-5, atol=1e-5, msg=f"head {k}")
         if k:
             assert mtp_mask(torch.ones(BATCH, S), k).tolist() == [[1.0] * known + [0.0] * k] * BATCH
-    assert losses.teacher_lm is not None and float(losses.teacher_lm.detach().abs().max()) < 1e-6
+    assert float(losses["teacher_lm"][0].detach().abs().max()) < 1e-6
 
 
 def packed(*lengths: int) -> Tensor:
@@ -93,14 +91,14 @@ def test_no_depth_predicts_across_documents(lengths: tuple[int, ...], reset: boo
     tokens = packed(*lengths)
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).tolist()
     _, loss_mask, position_ids = _get_ltor_masks_and_position_ids(tokens, EOD, reset, False, masked, False)
-    weights, depths = LossWeights(0.5, 1.0), 3
+    weights, depths = LossWeights(kd_lambda=0.5, mtp_beta=1.0), 3
     gradients = gradients_of_total(loss_mask[None], weights, depths, position_ids[None], has_teacher=True)
     for k in range(1, 1 + depths):
         # The last label is behind the last token, in its document unless that has ended; only the loss mask can say.
         after = [*document, document[-1] + int(masked)]
         expected = [float(i + 1 + k <= S and after[i + 1 + k] == document[i]) for i in range(S)]
         assert mtp_mask(loss_mask[None], k, position_ids[None]).tolist() == [expected]
-        for term in (gradients.mtp_lm[k - 1], gradients.mtp_kd[k - 1]):
+        for term in (gradients["mtp_lm"][k - 1], gradients["mtp_kd"][k - 1]):
             assert (term != 0).float().tolist() == [expected]
 
 

@@ -100,7 +100,7 @@ CASES = {
     ),
     "an expert bias": (
         "--moe-router-enable-expert-bias --bf16",
-        "--moe-router-enable-expert-bias is for sigmoid scores; these models route by softmax",
+        "--moe-router-enable-expert-bias cannot be given",
     ),
     "no interval": ("--eval-interval 0", "--eval-interval 0 is not positive"),
     "no rows": ("--make-vocab-size-divisible-by 0", "--make-vocab-size-divisible-by 0 is not positive"),

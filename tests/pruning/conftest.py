@@ -125,20 +125,29 @@ class Reference:
 
     def _routing(self, block: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         logits = x @ self.weight(f"{block}.mlp.gate.weight").T
-        probabilities = logits.softmax(-1)
+        probabilities = ranked = logits.softmax(-1)
+        if f"{block}.mlp.gate.e_score_correction_bias" in self.checkpoint.names:
+            probabilities = logits.sigmoid()
+            ranked = probabilities + self.weight(f"{block}.mlp.gate.e_score_correction_bias")
         chosen = torch.zeros_like(logits, dtype=torch.bool)
-        chosen.scatter_(1, logits.topk(self.shape.moe_router_topk).indices, True)
+        chosen.scatter_(1, ranked.topk(self.shape.moe_router_topk).indices, True)
         shares = probabilities * chosen / (probabilities * chosen).sum(-1, keepdim=True)
-        return logits, chosen, shares, shares if self.shape.norm_topk_prob else probabilities * chosen
+        gates = shares if self.shape.norm_topk_prob else probabilities * chosen
+        return logits, chosen, shares, gates * self.shape.moe_router_topk_scaling_factor
 
-    def experts(self, block: str, inputs: Tensor) -> dict[str, np.ndarray]:
-        x = inputs.flatten(0, 1)
-        logits, chosen, shares, gates = self._routing(block, x)
+    def network(self, block: str, inputs: Tensor) -> dict[str, np.ndarray]:
+        x, hf = inputs.flatten(0, 1), self.shape.hf_prefix(block)
+        if f"{hf}.mlp.gate_proj.weight" in self.checkpoint.names:
+            return {f"{block}.mlp.ffn": self._gate_up(x, f"{hf}.mlp").abs().mean(0).numpy()}
+        return self.experts(block, hf, x)
+
+    def experts(self, block: str, hf: str, x: Tensor) -> dict[str, np.ndarray]:
+        logits, chosen, shares, gates = self._routing(hf, x)
         count, ffn = self.shape.num_moe_experts, self.shape.moe_ffn_hidden_size
         reap, norms = torch.zeros(count).double(), torch.zeros(count).double()
         vectors, neurons = torch.zeros(count, x.shape[1]).double(), torch.zeros(count, ffn).double()
         for expert in range(count):
-            prefix = f"{block}.mlp.experts.{expert}"
+            prefix = f"{hf}.mlp.experts.{expert}"
             inner = self._gate_up(x[chosen[:, expert]], prefix)
             output = inner @ self.weight(f"{prefix}.down_proj.weight").T
             if len(inner):
@@ -151,14 +160,16 @@ class Reference:
             statistics.importance_key(block, "soft_logits"): shares.mean(0).numpy(),
             statistics.importance_key(block, "reap"): reap.numpy(),
             statistics.importance_key(block, "output_norm"): norms.numpy(),
-            statistics.similarity_key(block, "router_weights"): cosines(self.weight(f"{block}.mlp.gate.weight")),
+            statistics.similarity_key(block, "router_weights"): cosines(self.weight(f"{hf}.mlp.gate.weight")),
             statistics.similarity_key(block, "router_logits"): cosines(logits.T),
             statistics.similarity_key(block, "expert_vectors"): cosines(vectors),
             statistics.expert_ffn_key(block): neurons.numpy(),
         }
         if self.shape.moe_shared_expert_intermediate_size:
-            shared = self._gate_up(x, f"{block}.mlp.shared_expert")
-            found[statistics.shared_ffn_key(block)] = shared.abs().mean(0).numpy()
+            is_glm = f"{hf}.mlp.shared_experts.up_proj.weight" in self.checkpoint.names
+            shared = "shared_experts" if is_glm else "shared_expert"
+            activations = self._gate_up(x, f"{hf}.mlp.{shared}")
+            found[f"{block}.mlp.shared_expert.ffn"] = activations.abs().mean(0).numpy()
         return found
 
     def block(self, block: str, before: Tensor, after: Tensor, moe: Tensor, heads: Tensor) -> dict[str, np.ndarray]:
@@ -167,7 +178,7 @@ class Reference:
         lengths = heads.unflatten(-1, (-1, dim)).square().sum(-1).sqrt()
         pooled, made = before.mean((0, 1)), after.mean((0, 1))
         each = (before * after).sum(-1) / before.square().sum(-1).sqrt() / after.square().sum(-1).sqrt()
-        return self.experts(block, moe) | {
+        return self.network(block, moe) | {
             statistics.layer_key(block, "cosine"): (pooled @ made / pooled.norm() / made.norm()).numpy(),
             statistics.layer_key(block, "block_influence"): (1 - each.mean()).numpy(),
             statistics.heads_key(block, kind): lengths.mean((0, 1)).numpy(),

@@ -30,25 +30,32 @@ from megatron_slim.testing import write_tiny_checkpoint
 from tests.mtp_oracle import load_mtp, mtp_hidden
 
 PlanFor = Callable[..., Plan]
+NOT_TRAINED = "e_score_correction_bias"  # no optimizer has state of it
 TARGET = {"num_layers": 5, "hidden_size": 40, "num_moe_experts": 5, "moe_router_topk": 2}
 
 
 def expected_tensor(name: str, plan: Plan, read: Callable[[str], Tensor]) -> Tensor:
     """A tensor of the target from what a person knows about Hugging Face's names; the table is not asked."""
     hidden = torch.tensor(plan.kept_hidden)
-    parts = name.split(".")
+    parts, layers = name.split("."), plan.kept_layers
     if name.startswith("model.layers."):
-        parts[2] = str(plan.kept_layers[int(parts[2])])
+        behind = int(parts[2]) == len(layers)  # GLM's MTP block
+        parts[2] = str(plan.source_shape.num_layers if behind else layers[int(parts[2])])
     source_name, block = ".".join(parts), ".".join(parts[:3])
+    if name.startswith("model.layers.") and behind:
+        block = "mtp.layers.0"
 
     def narrow(tensor: Tensor) -> Tensor:
         if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
             return tensor[hidden]
         if name.endswith("layernorm.weight") or name in ("model.norm.weight", "mtp.norm.weight") or "pre_fc" in name:
             return tensor[hidden]
-        if name == "mtp.fc.weight":
+        if name.endswith((".enorm.weight", ".hnorm.weight", ".shared_head.norm.weight")):
+            return tensor[hidden]
+        if name == "mtp.fc.weight" or name.endswith(".eh_proj.weight"):
             return tensor[hidden][:, torch.cat((hidden, 64 + hidden))]
         kept_whole = ("q_norm.weight", "k_norm.weight", "linear_attn.norm.weight", "A_log", "dt_bias", "conv1d.weight")
+        kept_whole += ("q_proj.bias", "k_proj.bias", "v_proj.bias", "e_score_correction_bias")
         return tensor if name.endswith(kept_whole) else tensor[:, hidden]
 
     if parts[4:5] == ["experts"]:
@@ -59,7 +66,7 @@ def expected_tensor(name: str, plan: Plan, read: Callable[[str], Tensor]) -> Ten
         total = sum(w * t.double() for w, t in zip(group.weights, members, strict=True))
         return total.to(members[0].dtype)  # type: ignore[union-attr]
     tensor = narrow(read(source_name))
-    if name.endswith("mlp.gate.weight"):
+    if ".mlp.gate." in name:
         tensor = tensor[[group.base for group in plan.experts[block]]]
     return tensor
 

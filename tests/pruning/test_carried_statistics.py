@@ -29,11 +29,13 @@ from tests.pruning.conftest import rewritten
 RandomStats = Callable[..., Statistics]
 INNER = {"moe_ffn_hidden_size": 24, "num_attention_heads": 4}
 NEXT_INNER = INNER | {"moe_shared_expert_intermediate_size": 24, "linear_num_value_heads": 4}
+GLM_INNER = INNER | {"moe_shared_expert_intermediate_size": 24, "ffn_hidden_size": 40}
+INNERS = {"qwen3_moe": INNER, "glm4_moe": GLM_INNER}  # of the others NEXT_INNER
 
 
 def _teacher(path: Path, family: str) -> HFCheckpoint:
     sizes = {"num_layers": 8, "num_attention_heads": 6, "num_query_groups": 2}
-    if family != "qwen3_moe":
+    if family not in INNERS:
         sizes |= {"linear_num_value_heads": 6, "linear_num_key_heads": 2}
     return HFCheckpoint.open(write_tiny_checkpoint(path, tiny_shape(family, **sizes), dtype=torch.float32))
 
@@ -47,13 +49,15 @@ def _plan(source: HFCheckpoint, stats: Statistics, target: dict[str, int], metho
 def test_every_entry_is_that_of_what_survived(family: str, random_stats: RandomStats, tmp_path: Path) -> None:
     source = _teacher(tmp_path / "t", family)
     stats = random_stats(source)
-    inner = NEXT_INNER if family != "qwen3_moe" else INNER
+    inner = INNERS.get(family, NEXT_INNER)
     plan = _plan(source, stats, {"num_layers": 4, "hidden_size": 32, "num_moe_experts": 4, **inner})
     carried = carried_statistics(stats, plan, "of the student")
     carried.check(plan.target_shape, "of the student")
     assert carried.metadata["carried_from"] == stats.metadata["source_sha256"]
     for new, old in plan.source_blocks.items():
-        for survivor, group in enumerate(plan.experts[old]):
+        for place, neuron in enumerate(plan.inner.dense_neurons.get(old, ())):
+            assert carried.tensors[f"{new}.mlp.ffn"][place] == stats.tensors[f"{old}.mlp.ffn"][neuron]
+        for survivor, group in enumerate(plan.experts.get(old, ())):
             for kind in ("frequency", "reap"):
                 key = f"mlp.experts.{kind}"
                 assert carried.tensors[f"{new}.{key}"][survivor] == stats.tensors[f"{old}.{key}"][group.base]
@@ -83,11 +87,12 @@ def _without_effect(source: HFCheckpoint, plan: Plan, path: Path) -> HFCheckpoin
     survivors = set(plan.source_blocks.values())
     for block in shape.blocks:
         attention = "self_attn.o_proj" if shape.layer_type(block) == FULL_ATTENTION else "linear_attn.out_proj"
-        output = tensors[f"{block}.{attention}.weight"]
-        downs = {
-            expert: tensors[f"{block}.mlp.experts.{expert}.down_proj.weight"] for expert in range(shape.num_moe_experts)
-        }
-        shared = tensors.get(f"{block}.mlp.shared_expert.down_proj.weight")
+        hf = shape.hf_prefix(block)
+        output = tensors[f"{hf}.{attention}.weight"]
+        experts = range(shape.num_moe_experts) if block in shape.routed_blocks else ()
+        downs = {expert: tensors[f"{hf}.mlp.experts.{expert}.down_proj.weight"] for expert in experts}
+        of_all = ("mlp.shared_expert.down_proj", "mlp.shared_experts.down_proj", "mlp.down_proj")
+        shared = next((tensors[f"{hf}.{name}.weight"] for name in of_all if f"{hf}.{name}.weight" in tensors), None)
         if block not in survivors:
             for tensor in (output, *downs.values(), *([] if shared is None else [shared])):
                 tensor.zero_()
@@ -95,10 +100,10 @@ def _without_effect(source: HFCheckpoint, plan: Plan, path: Path) -> HFCheckpoin
         heads = torch.zeros(6, dtype=torch.bool)
         heads[list(plan.inner.heads[block])] = True
         output.view(output.shape[0], 6, -1)[:, ~heads] = 0
-        for expert, kept in enumerate(plan.inner.neurons[block]):
+        for expert, kept in enumerate(plan.inner.neurons.get(block, ())):
             _only(downs[expert], kept)
         if shared is not None:
-            _only(shared, plan.inner.shared_neurons[block])
+            _only(shared, (plan.inner.shared_neurons | plan.inner.dense_neurons)[block])
     return rewritten(source, tensors, path)
 
 
@@ -114,7 +119,7 @@ def test_they_are_those_of_a_new_calibration_where_what_went_had_no_effect(
     family: str, layers: int, random_stats: RandomStats, tmp_path: Path
 ) -> None:
     source = _teacher(tmp_path / "t", family)
-    inner = NEXT_INNER if family != "qwen3_moe" else INNER
+    inner = INNERS.get(family, NEXT_INNER)
     plan = _plan(source, random_stats(source), {"num_layers": layers, **inner}, method="prune")
     quiet = _without_effect(source, plan, tmp_path / "quiet")
     tokens = np.random.default_rng(0).integers(0, 128, (6, 24))

@@ -34,18 +34,30 @@ RandomStats = Callable[..., Statistics]
 HEAD, GROUPS, PER_GROUP = 16, 2, 3  # of full attention; linear attention has as many
 TARGET = {"moe_ffn_hidden_size": 24, "num_attention_heads": 4, "num_moe_experts": 5}
 NEXT_TARGET = {**TARGET, "moe_shared_expert_intermediate_size": 20, "linear_num_value_heads": 4}
-TARGETS = {"qwen3_next": NEXT_TARGET, "qwen3_moe": TARGET, "qwen3_5_moe_text": NEXT_TARGET}
+GLM_TARGET = {**TARGET, "moe_shared_expert_intermediate_size": 24, "ffn_hidden_size": 40}
+TARGETS = {
+    "qwen3_next": NEXT_TARGET,
+    "qwen3_moe": TARGET,
+    "qwen3_5_moe_text": NEXT_TARGET,
+    "glm4_moe": GLM_TARGET,
+}
+WITHOUT_DELTA_NET = ("qwen3_moe", "glm4_moe")
 
 
 # A whole group of heads goes with its key, and the others keep two of three heads, or all of them.
 FEWER_GROUPS = {"num_query_groups": 1, "num_attention_heads": 2, "moe_ffn_hidden_size": 24}
 NEXT_FEWER_GROUPS = {**FEWER_GROUPS, "linear_num_key_heads": 1, "moe_shared_expert_intermediate_size": 20}
-GROUPED = {"qwen3_next": NEXT_FEWER_GROUPS, "qwen3_moe": FEWER_GROUPS, "qwen3_5_moe_text": NEXT_FEWER_GROUPS}
+GROUPED = {
+    "qwen3_next": NEXT_FEWER_GROUPS,
+    "qwen3_moe": FEWER_GROUPS,
+    "qwen3_5_moe_text": NEXT_FEWER_GROUPS,
+    "glm4_moe": {**FEWER_GROUPS, "moe_shared_expert_intermediate_size": 24, "ffn_hidden_size": 40},
+}
 
 
 def _checkpoint(path: Path, family: str, dtype: torch.dtype = torch.bfloat16) -> HFCheckpoint:
     sizes = {"num_attention_heads": GROUPS * PER_GROUP, "num_query_groups": GROUPS}
-    if family != "qwen3_moe":
+    if family not in WITHOUT_DELTA_NET:
         sizes |= {"linear_num_value_heads": GROUPS * PER_GROUP, "linear_num_key_heads": GROUPS}
     return HFCheckpoint.open(write_tiny_checkpoint(path, tiny_shape(family, **sizes), dtype=dtype))
 
@@ -63,25 +75,33 @@ def plan_of(target: dict[str, int], stats: Statistics, source: HFCheckpoint, met
 def test_the_most_important_survive_everywhere_apart(wide: HFCheckpoint, random_stats: RandomStats) -> None:
     stats, shape = random_stats(wide), wide.shape
     plan = plan_of(TARGETS[shape.model_type], stats, wide)
-    for block, groups in plan.experts.items():
-        importance = stats.tensors[statistics.expert_ffn_key(block)]
-        for group, neurons in zip(groups, plan.inner.neurons[block], strict=True):
-            dropped = sorted(set(range(32)) - set(neurons))
-            assert len(neurons) == 24 and list(neurons) == sorted(neurons)
-            assert importance[group.base, list(neurons)].min() > importance[group.base, dropped].max()
+    for block in plan.source_blocks.values():
         heads = plan.inner.heads.get(block)
         of_heads = stats.tensors[statistics.heads_key(block, shape.layer_type(block))].reshape(GROUPS, PER_GROUP)
         assert heads is not None
         assert list(heads) == [
             g * PER_GROUP + h for g in range(GROUPS) for h in range(PER_GROUP) if h != of_heads[g].argmin()
         ]
+    for block, groups in plan.experts.items():
+        importance = stats.tensors[statistics.expert_ffn_key(block)]
+        for group, neurons in zip(groups, plan.inner.neurons[block], strict=True):
+            dropped = sorted(set(range(32)) - set(neurons))
+            assert len(neurons) == 24 and list(neurons) == sorted(neurons)
+            assert importance[group.base, list(neurons)].min() > importance[group.base, dropped].max()
+    wanted = TARGETS[shape.model_type].get("moe_shared_expert_intermediate_size", 32)
     if shape.model_type != "qwen3_moe":
         assert plan.inner.shared_neurons.keys() == plan.experts.keys()
-        assert {len(neurons) for neurons in plan.inner.shared_neurons.values()} == {20}
+        assert {len(neurons) for neurons in plan.inner.shared_neurons.values()} == {wanted}
+    dense = [block for block in plan.source_blocks.values() if block not in plan.experts]
+    assert list(plan.inner.dense_neurons) == dense and len(dense) == shape.num_dense_layers
+    for block, neurons in plan.inner.dense_neurons.items():
+        importance, dropped = stats.tensors[f"{block}.mlp.ffn"], sorted(set(range(48)) - set(neurons))
+        assert len(neurons) == 40 and importance[list(neurons)].min() > importance[dropped].max()
     assert parse_plan(json.loads(plan.to_json())) == plan
     shown = [axis for axis in ranked_axes(plan, stats) if axis.name not in ("hidden dimensions", "experts")]
-    assert {len(axis.kept) / axis.size for axis in shown} <= {24 / 32, 20 / 32, 4 / 6}
-    assert len(shown) == sum(map(len, (plan.inner.neurons, plan.inner.shared_neurons, plan.inner.heads)))
+    assert {len(axis.kept) / axis.size for axis in shown} <= {24 / 32, wanted / 32, 4 / 6, 40 / 48}
+    parts = (plan.inner.neurons, plan.inner.shared_neurons, plan.inner.dense_neurons, plan.inner.heads)
+    assert len(shown) == sum(map(len, parts))
     neurons = next(axis for axis in shown if axis.name == "expert neurons")
     group = plan.experts[neurons.place][1]
     first = stats.tensors[statistics.expert_ffn_key(neurons.place)][group.base, plan.inner.neurons[neurons.place][1][0]]
@@ -95,7 +115,9 @@ def _rows(heads: tuple[int, ...], width: int) -> Tensor:
 def by_hand(name: str, plan: Plan, read: Callable[[str], Tensor]) -> Tensor:
     """A tensor of the target from what a person knows about Hugging Face's names; the table is not asked."""
     block, part = ".".join(name.split(".")[:3]), name.split(".")[-2]
-    if block not in plan.experts:
+    if block == f"model.layers.{plan.source_shape.num_layers}":  # GLM's
+        block = "mtp.layers.0"
+    if block not in plan.source_blocks.values():
         return read(name)
     if ".experts." in name:
         number = int(name.split(".")[5])
@@ -105,18 +127,18 @@ def by_hand(name: str, plan: Plan, read: Callable[[str], Tensor]) -> Tensor:
         if len(members) == 1:
             return members[0]
         return sum(w * m.double() for w, m in zip(group.weights, members, strict=True)).to(members[0].dtype)  # type: ignore
-    tensor = read(name)
-    if name.endswith("mlp.gate.weight"):
+    tensor, dense = read(name), plan.inner.dense_neurons
+    if ".mlp.gate." in name:
         return tensor[[group.base for group in plan.experts[block]]]
-    if "shared_expert." in name:
-        neurons = list(plan.inner.shared_neurons[block])
+    if "shared_expert." in name or "shared_experts." in name or (".mlp." in name and block in dense):
+        neurons = list((plan.inner.shared_neurons | dense)[block])
         return tensor[:, neurons] if part == "down_proj" else tensor[neurons]
     heads, per = plan.inner.heads[block], PER_GROUP
     per_group = [[head % per for head in heads if head // per == group] for group in range(GROUPS)]
     groups = tuple(group for group, kept in enumerate(per_group) if kept)
     match part:
         case "q_proj":
-            gated = plan.source_shape.model_type != "qwen3_moe"  # per head a query and a gate
+            gated = plan.source_shape.model_type not in WITHOUT_DELTA_NET  # per head a query and a gate
             return tensor[_rows(heads, HEAD * (2 if gated else 1))]
         case "k_proj" | "v_proj":
             return tensor[_rows(groups, HEAD)]
@@ -178,17 +200,19 @@ def _silence(checkpoint: HFCheckpoint, stats: Statistics, rng: np.random.Generat
         tensors[name][:, _rows(tuple(quiet), width)] = 0
 
     for block in shape.blocks:
-        for expert in range(shape.num_moe_experts):
-            name = f"{block}.mlp.experts.{expert}.down_proj.weight"
+        hf = shape.hf_prefix(block)
+        for expert in range(shape.num_moe_experts) if block in shape.routed_blocks else ():
+            name = f"{hf}.mlp.experts.{expert}.down_proj.weight"
             mute(name, statistics.expert_ffn_key(block), expert, 32, 1, 32)
-        if shape.moe_shared_expert_intermediate_size:
-            mute(
-                f"{block}.mlp.shared_expert.down_proj.weight", statistics.shared_ffn_key(block), slice(None), 32, 1, 32
-            )
+        for name, key, count in (
+            ("shared_expert.down_proj", "shared_expert.ffn", 32),
+            ("shared_experts.down_proj", "shared_expert.ffn", 32),
+            ("down_proj", "ffn", 48),
+        ):
+            if f"{hf}.mlp.{name}.weight" in tensors:
+                mute(f"{hf}.mlp.{name}.weight", f"{block}.mlp.{key}", slice(None), count, 1, count)
         kind = shape.layer_type(block)
-        output = (
-            f"{block}.self_attn.o_proj.weight" if kind == FULL_ATTENTION else f"{block}.linear_attn.out_proj.weight"
-        )
+        output = f"{hf}.self_attn.o_proj.weight" if kind == FULL_ATTENTION else f"{hf}.linear_attn.out_proj.weight"
         mute(output, statistics.heads_key(block, kind), slice(None), GROUPS * PER_GROUP, HEAD, PER_GROUP)
     return tensors
 

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHAPES = {
     "qwen3_next": tiny_shape(layer_types=("linear_attention", "full_attention") * 2),
     "qwen3_moe": tiny_shape("qwen3_moe"),
+    "glm4_moe": tiny_shape("glm4_moe"),
     "qwen3_5_moe": tiny_shape("qwen3_5_moe_text", layer_types=("linear_attention", "full_attention") * 2),
 }
 TWO = {"dp2": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "ep2": {"ep": 2}}

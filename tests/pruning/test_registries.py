@@ -40,15 +40,14 @@ TARGET = {"num_moe_experts": 4}
 class WithEnergy(Reference):
     """The reference with one more importance."""
 
-    def experts(self, block: str, inputs: Tensor) -> dict[str, np.ndarray]:
-        x = inputs.flatten(0, 1)
-        _, chosen, _, _ = self._routing(block, x)
+    def experts(self, block: str, hf: str, x: Tensor) -> dict[str, np.ndarray]:
+        _, chosen, _, _ = self._routing(hf, x)
         energy = torch.zeros(self.shape.num_moe_experts).double()
         for expert in range(len(energy)):
-            prefix = f"{block}.mlp.experts.{expert}"
+            prefix = f"{hf}.mlp.experts.{expert}"
             output = self._gate_up(x[chosen[:, expert]], prefix) @ self.weight(f"{prefix}.down_proj.weight").T
             energy[expert] = output.square().sum() / len(x)
-        return super().experts(block, inputs) | {f"{block}.mlp.experts.output_energy": energy.numpy()}
+        return super().experts(block, hf, x) | {f"{block}.mlp.experts.output_energy": energy.numpy()}
 
 
 def test_a_metric_from_outside(
@@ -160,8 +159,8 @@ def _renamed(row: Weight) -> Weight:
 
 def test_a_family_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It converts byte for byte, is measured, pruned and evaluated; the model is Qwen3-MoE under other names."""
-    rows = tuple(map(_renamed, QWEN3_MOE.moe_rows))
-    toy = replace(QWEN3_MOE, model_type="toy_moe", architecture="ToyMoeForCausalLM", moe_rows=rows)
+    rows = {kind: tuple(map(_renamed, rows)) for kind, rows in QWEN3_MOE.rows.items()}
+    toy = replace(QWEN3_MOE, model_type="toy_moe", architecture="ToyMoeForCausalLM", rows=rows)
     monkeypatch.setitem(FAMILIES, "toy_moe", toy)
     write_tiny_checkpoint(tmp_path / "toy", tiny_shape("toy_moe"), dtype=torch.float32)
     write_tiny_checkpoint(tmp_path / "known", tiny_shape("qwen3_moe"), dtype=torch.float32)

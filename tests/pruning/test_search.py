@@ -36,7 +36,8 @@ def planned(source: HFCheckpoint, stats: Statistics, target: dict[str, Any], **s
 
 def with_sizes(shape: ModelShape, sizes: dict[str, int]) -> ModelShape:
     layers = sizes.get("num_layers", shape.num_layers)
-    return dataclasses.replace(shape, **{**sizes, "layer_types": shape.layer_types[:layers]})
+    dense = min(shape.num_dense_layers, layers)
+    return dataclasses.replace(shape, **{**sizes, "layer_types": shape.layer_types[:layers], "num_dense_layers": dense})
 
 
 def counts(shape: ModelShape) -> dict[str, float]:
@@ -74,12 +75,11 @@ def share(values: Any, count: int) -> float:
 def score(stats: Statistics, sizes: dict[str, int]) -> float:
     layers, tensors = sizes["num_layers"], stats.tensors
     influence = [float(tensors[f"model.layers.{layer}.block_influence"]) for layer in range(8)]
-    experts = [
-        share(tensors[f"model.layers.{layer}.mlp.experts.soft_logits"], sizes["num_moe_experts"])
-        for layer in range(layers)
-    ]
+    ranked = [tensors.get(f"model.layers.{layer}.mlp.experts.soft_logits") for layer in range(layers)]
+    experts = [share(values, sizes["num_moe_experts"]) for values in ranked if values is not None]
     depth = math.fsum(influence[:layers]) / math.fsum(influence)
-    return depth * share(tensors["hidden.norm_activation"], sizes["hidden_size"]) * math.fsum(experts) / layers
+    width = share(tensors["hidden.norm_activation"], sizes["hidden_size"])
+    return depth * width * math.fsum(experts) / len(experts)
 
 
 @pytest.mark.parametrize("source", FAMILIES, indirect=True)
@@ -99,7 +99,8 @@ def test_search_finds_what_brute_force_finds(
     whole, stats = counts(source.shape), random_stats(source)
     bounds = {key: whole[key] * part if key == "memory_gb" else int(whole[key] * part) for key, part in shares.items()}
     plan = planned(source, stats, dict(bounds))
-    period = GRID if source.shape.full_attention_interval == 4 else GRID | {"num_layers": list(range(1, 9))}
+    least = 1 + source.shape.num_dense_layers  # one layer with experts
+    period = GRID if source.shape.full_attention_interval == 4 else GRID | {"num_layers": list(range(least, 9))}
     expected = brute_force(source.shape, bounds, period)
     assert plan.search is not None and plan.search.count == len(expected) > 1
     found = [dict(row.sizes) for row in plan.search.candidates]

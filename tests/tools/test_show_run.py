@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_slim.training.run_figures import KINDS, TERMS, Interval, Progress, RunConstants, figures
+from megatron_slim.distillation.terms import LOSS_TERMS
+from megatron_slim.training.run_figures import KINDS, Interval, Progress, RunConstants, figures
 
 RUN = RunConstants(
     ranks=2, pipeline=2, chunks=1, layers=10, seq_length=8, iterations=40, flops={"student": 3e9, "teacher": 1e9}
 )
+NAMES = [term.name for term in LOSS_TERMS.values()]
 Tool = Callable[..., Any]
 
 
@@ -25,11 +27,11 @@ def write_start(directory: Path, iterations: range, seconds: float) -> None:
     tokens = np.full((11, 4), 5.0)
     tokens[9] = 20, 0, 0, 0
     tokens[10] = 10, 10, 0, 0
-    losses = np.ones((len(TERMS), 3))
+    losses = np.ones((len(NAMES), 3))
     interval = Interval(10, 20, seconds, np.array([0.0, 1.0]), np.array([1e9, 2e9]), computing, losses, tokens)
     with SummaryWriter(str(directory)) as writer:
         for iteration in iterations:
-            for name in TERMS:
+            for name in (*NAMES, "hidden distillation loss"):
                 writer.add_scalar(name, 1.0 / iteration, iteration)
             found = figures(RUN, interval, Progress(iteration, 2 * iteration, 1.0, None))
             for tag, value in found.items() if iteration % 10 == 0 else ():
@@ -54,6 +56,7 @@ def test_a_run_of_two_starts(tool: Tool, save: Path, tmp_path: Path) -> None:
     # 20 samples of 8 tokens on 2 ranks, in 10 s and then in 20 s: iteration 20 was done again.
     assert rates == {"first": 8.0, "last": 4.0, "least": 4.0, "most": 8.0}
     assert found["curves"]["lm loss"]["last"] == pytest.approx(1 / 30)
+    assert list(found["curves"])[: len(NAMES) + 1] == [*NAMES, "hidden distillation loss"]
     assert list(found["stages"]) == ["1", "2"] and "losses" not in found["stages"]["1"]
     assert found["stages"]["2"]["total"] == pytest.approx(0.4)
     assert list(found["experts"]["max_over_mean"]) == [*(f"layer_{layer:02d}" for layer in range(1, 11)), "mtp_1"]

@@ -15,12 +15,13 @@ from megatron_slim.architecture.mtp_keys import without_mtp_keys
 from megatron_slim.architecture.parallelism import padded_vocab_size
 from megatron_slim.checkpoint.convert import hf_to_torch_dist
 from megatron_slim.checkpoint.huggingface import read_shape
+from megatron_slim.distillation.terms import KD_LAMBDA, MTP_BETA
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json, to_json
 from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tiny_checkpoint
 from megatron_slim.training import build, pretrain
 from megatron_slim.training.arguments import complete_argv, shape_directory
-from megatron_slim.training.slim_arguments import add_slim_arguments, loss_schedules
+from megatron_slim.training.slim_arguments import add_slim_arguments, schedule_of
 
 SHAPE = tiny_shape(num_layers=4, layer_types=("linear_attention", "full_attention") * 2, vocab_size=120)
 
@@ -97,7 +98,7 @@ def test_a_published_config_does_not_say_mtp_but_its_tensors_do(tmp_path: Path) 
 
 def test_schedules_of_the_paper_are_the_defaults() -> None:
     args = add_slim_arguments(argparse.ArgumentParser()).parse_args([])
-    kd_lambda, mtp_beta = loss_schedules(args)
+    kd_lambda, mtp_beta = schedule_of(KD_LAMBDA, args), schedule_of(MTP_BETA, args)
     assert (kd_lambda.at(0, 10), kd_lambda.at(9, 10)) == (1.0, 0.75)
     assert (mtp_beta.at(0, 10), mtp_beta.at(9, 10)) == pytest.approx((0.3, 0.1))
     assert (kd_lambda.shape, mtp_beta.shape) == ("linear", "cosine")

@@ -36,7 +36,6 @@ from megatron_slim.streaming.fingerprint import fingerprint
 from megatron_slim.testing import run_distributed, tiny_shape
 from megatron_slim.training.carried import CarriedOptimizer, carried_optimizer
 from megatron_slim.training.progressive import Place
-from megatron_slim.training.run_figures import KD, LM, MTP_LM
 from megatron_slim.training.spec import RunSpec
 from tests.training.conftest import Workplace, read_scalars, refusal, train
 from tests.training.test_progressive import TOKENS, write_plan
@@ -44,6 +43,7 @@ from tests.training.test_progressive import TOKENS, write_plan
 SCHEDULE = (3 * TOKENS, 2 * TOKENS)
 RUN = "--micro-batch-size 2 --lr-warmup-iters 1 --save-interval 1".split()
 # Adam makes much of rounding where a gradient is nearly zero.
+LM, KD, MTP_LM = "lm loss", "logits distillation loss", "mtp lm loss"
 CALM = "--lr 1e-4 --min-lr 1e-5 --adam-eps 1e-3".split()
 BF16 = ("--bf16",)
 NARROW = {"num_layers": 4, "hidden_size": 40, "moe_ffn_hidden_size": 24, "num_moe_experts": 2}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import doctest
 from typing import Any
 
@@ -62,10 +61,10 @@ def break_term() -> None:
 
     def broken(losses: TokenLosses, *args: Any) -> Any:
         if iteration() == AT and torch.distributed.get_rank() == 1:
-            much = torch.zeros_like(losses.mtp_lm[0])
+            much = torch.zeros_like(losses["mtp_lm"][0])
             much[0, 3] = torch.inf
             # Added, so that the gradient is the one that was announced.
-            losses = dataclasses.replace(losses, mtp_lm=(losses.mtp_lm[0] + much,))
+            losses = TokenLosses(losses, mtp_lm=(losses["mtp_lm"][0] + much,))
         return combine(losses, *args)
 
     steps.combine = broken  # type: ignore[assignment]

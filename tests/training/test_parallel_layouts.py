@@ -253,7 +253,7 @@ def weigh_mtp_otherwise_on_one_rank() -> None:
     def other() -> Any:
         right = weights()
         first = parallel_state.get_data_parallel_rank() == 0
-        return right if first else type(right)(right.kd_lambda, right.mtp_beta * 1.01)
+        return right if first else {**right, "mtp_beta": right["mtp_beta"] * 1.01}
 
     steps.loss_weights = other
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from megatron_slim.architecture.gpus import peak_flops
+from megatron_slim.distillation.terms import LOSS_TERMS
 from megatron_slim.training.run_figures import (
     KINDS,
-    TERMS,
     Interval,
     Progress,
     RunConstants,
@@ -42,8 +42,7 @@ INTERVAL = Interval(
     computing=COMPUTING,
     losses=np.array([[20.0, 10, 4.0], [30.0, 10, 24.0], [10.0, 10, 0.0], [12.0, 6, 0.6], [18.0, 6, 4.2]]),
     tokens_per_expert=np.array([[5.0, 5, 5, 5], [20, 0, 0, 0], [1, 2, 3, 0]]),
-    kd_lambda=0.8,
-    mtp_beta=0.25,
+    weights={"kd_lambda": 0.8, "mtp_beta": 0.25},
 )
 DONE = Progress(iteration=10, samples=80, elapsed=90.0, per_iteration=7.0)
 
@@ -104,9 +103,9 @@ def test_terms_of_the_loss(found: dict[str, float]) -> None:
 
 
 def test_training_without_a_teacher_has_no_ratio() -> None:
-    lm = np.zeros((len(TERMS), 3))
+    lm = np.zeros((len(LOSS_TERMS), 3))
     lm[0] = 20.0, 10, 20.0
-    found = figures(RUN, dataclasses.replace(INTERVAL, losses=lm, kd_lambda=None), DONE)
+    found = figures(RUN, dataclasses.replace(INTERVAL, losses=lm, weights={"mtp_beta": 0.25}), DONE)
     assert [tag for tag in found if "kd" in tag] == [] and found["slim/loss/share_lm"] == 1.0
 
 

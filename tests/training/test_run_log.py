@@ -25,10 +25,11 @@ from megatron_slim.cli.terminal import messages_shown
 from megatron_slim.compat import runtime
 from megatron_slim.distillation.losses import LossWeights
 from megatron_slim.distillation.model import DistillationModel, DistillationOptions, HiddenStatesModel
+from megatron_slim.distillation.terms import LOSS_TERMS
 from megatron_slim.testing import run_distributed, tiny_shape
 from megatron_slim.training import meters, pretrain, run_log, steps
 from megatron_slim.training.meters import StageClock, weights_of_terms
-from megatron_slim.training.run_figures import BACKWARD, KINDS, LOSSES, STUDENT, TEACHER, TERMS
+from megatron_slim.training.run_figures import BACKWARD, KINDS, LOSSES, STUDENT, TEACHER
 from megatron_slim.training.run_log import RunLog, logging_violations, run_constants
 from tests.training.conftest import SIZES, Workplace, read_scalars, write_to
 
@@ -38,6 +39,7 @@ FLAGS = f"--train-iters {STEPS} --log-interval {INTERVAL} --eval-interval 3 --ev
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 PP2_EP2 = f"--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --micro-batch-size 1 {RECOMPUTE}"
 PAUSE = 0.2  # seconds by which a forward pass of the first stage takes longer
+NAMES = [term.name for term in LOSS_TERMS.values()]
 STUDENT_SHAPE = tiny_shape(**SIZES, hidden_size=48, num_moe_experts=4)
 TEACHER_SHAPE = tiny_shape(**SIZES)
 
@@ -188,7 +190,7 @@ def test_interleaved_stages_are_distinguished(workplace: Workplace, one: Any) ->
 def test_losses_are_of_the_iteration(one: Any) -> None:
     """From what Megatron logged of every step."""
     logged, _ = one
-    terms = {name: np.array(logged[name])[INTERVAL - 1 :: INTERVAL] for name in TERMS}
+    terms = {name: np.array(logged[name])[INTERVAL - 1 :: INTERVAL] for name in NAMES}
     kd, beta = (np.array(logged[name])[INTERVAL - 1 :: INTERVAL] for name in ("kd lambda", "mtp beta"))
     ratio = terms["logits distillation loss"] / terms["lm loss"]
     assert logged["slim/loss/kd_over_lm"] == pytest.approx(ratio, rel=1e-6)
@@ -256,7 +258,7 @@ def fake_log(monkeypatch: pytest.MonkeyPatch, clock: dict[str, float]) -> tuple[
     constants = run_constants(STUDENT_SHAPE, TEACHER_SHAPE, args, teacher_runs_mtp=True)
     log = RunLog(
         STUDENT_SHAPE,
-        lambda: LossWeights(0.5, 0.2),
+        lambda: LossWeights(kd_lambda=0.5, mtp_beta=0.2),
         constants,
         training_seconds=lambda: clock["training"],
         wall=lambda: clock["wall"],
@@ -430,6 +432,6 @@ def test_arguments_of_the_log() -> None:
 
 
 def test_weights_are_those_of_the_loss() -> None:
-    weights = weights_of_terms(LossWeights(0.75, 0.2), has_teacher=True)
-    assert list(weights.values()) == pytest.approx([0.25, 0.75, 0.0, 0.05, 0.15])
-    assert weights_of_terms(LossWeights(0.75, 0.2), has_teacher=False)["lm loss"] == 1.0
+    values = LossWeights(kd_lambda=0.75, mtp_beta=0.2)
+    assert list(weights_of_terms(values, has_teacher=True).values()) == pytest.approx([0.25, 0.75, 0.05, 0.15])
+    assert weights_of_terms(values, has_teacher=False) == {"lm loss": 1.0, "mtp lm loss": 0.2}

@@ -1,17 +1,18 @@
-"""What a kind of attention declares of itself; everything else asks (imports no torch).
+"""What a kind of sublayer declares of itself; everything else asks (imports no torch).
 
-Its rows, module spec and decoder are elsewhere: a family may store the same kind in other tensors, and the latter two
-need Megatron and torch.
+A transformer block is attention of some kind, then a feed-forward network of some kind. Their rows, module specs and
+decoders are elsewhere: a family may store the same kind in other tensors, and the latter two need Megatron and torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from megatron_slim.architecture.shape import ModelShape
+    from megatron_slim.architecture.weight import Weight
 
 FP32 = 4  # bytes
 
@@ -56,6 +57,10 @@ class MicroBatch(Protocol):
     @property
     def fused(self) -> bool:
         """Norms and attention of a GPU."""
+
+    @property
+    def imbalance(self) -> float:
+        """Routed tokens of the rank with most of them over the mean."""
 
 
 @dataclass(frozen=True)
@@ -103,21 +108,78 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class AttentionKind:
+class Neurons:
+    """The neurons of a network that all tokens visit, as an axis that is pruned.
+
+    Attributes:
+        field: their number in a `ModelShape`; 0 where a model has none.
+        noun: for people.
+        key: what survives of them, in a plan.
+        axis: in the architecture table.
+        statistic: their importance in a statistics file, after the block's name.
+        projection: the module of Megatron's layer that reads what they give.
+    """
+
+    field: str
+    noun: str
+    key: str
+    axis: str
+    statistic: str
+    projection: str
+
+
+@dataclass(frozen=True)
+class SublayerKind:
     """One kind.
 
     Attributes:
-        name: layer type in config.json.
+        name: for `ModelShape.sublayers`; of attention, the layer type in config.json.
         noun: for people.
-        heads: its axis of heads.
+        parts: its rows, by what does their products.
         operations: forward operations per token without weights, by what does them, of a sequence of so many tokens.
         kept: bytes a token, of all tensor-parallel ranks together, that a forward pass keeps for backward.
-        fp8_sides: dimensions of its linear layers.
+        fp8_sides: dimensions of its linear layers, experts apart.
+        expert_fp8_sides: those of routed experts.
     """
 
     name: str
     noun: str
-    heads: Heads
+    parts: Callable[[Sequence[Weight]], dict[str, list[Weight]]]
     operations: Callable[[ModelShape, int, Kernels], dict[str, float]]
     kept: Callable[[ModelShape, MicroBatch], float]
-    fp8_sides: Callable[[ModelShape], Iterator[Side]]
+    fp8_sides: Callable[[ModelShape], Iterable[Side]]
+    expert_fp8_sides: Callable[[ModelShape], Iterable[Side]]
+
+
+@dataclass(frozen=True)
+class AttentionKind(SublayerKind):
+    """A kind of attention.
+
+    Attributes:
+        heads: its axis of heads.
+    """
+
+    heads: Heads
+
+
+@dataclass(frozen=True)
+class FeedForwardKind(SublayerKind):
+    """A kind of feed-forward network.
+
+    Attributes:
+        neurons: its axis of neurons that all tokens visit.
+        is_routed: it has routed experts.
+    """
+
+    neurons: Neurons
+    is_routed: bool
+
+
+def projections(rows: Sequence[Weight]) -> dict[str, list[Weight]]:
+    """The parts of attention: all that it has are projections."""
+    return {"projections": list(rows)}
+
+
+def nothing(shape: ModelShape) -> tuple[Side, ...]:
+    """What a kind without routed experts has of them."""
+    return ()

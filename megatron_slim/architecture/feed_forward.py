@@ -1,0 +1,115 @@
+"""Feed-forward networks: routed experts with a shared one, and dense ones (imports no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from megatron_slim.architecture.family import DENSE, MOE
+from megatron_slim.architecture.sublayer_kind import (
+    FP32,
+    FeedForwardKind,
+    Kernels,
+    MicroBatch,
+    Neurons,
+    Side,
+    nothing,
+)
+
+if TYPE_CHECKING:
+    from megatron_slim.architecture.shape import ModelShape
+    from megatron_slim.architecture.weight import Weight
+
+INDEX = 8  # bytes of int64
+
+
+def _moe_parts(rows: Sequence[Weight]) -> dict[str, list[Weight]]:
+    return {
+        "router": [row for row in rows if ".router." in row.key],
+        "experts": [row for row in rows if row.stacked],
+        "shared_experts": [row for row in rows if ".shared_experts." in row.key],
+    }
+
+
+def _dense_parts(rows: Sequence[Weight]) -> dict[str, list[Weight]]:
+    return {"mlp": list(rows)}
+
+
+def _no_operations(shape: ModelShape, seq_length: int, kernels: Kernels) -> dict[str, float]:
+    return {}
+
+
+def _mlp_kept(neurons: int, of: MicroBatch) -> float:
+    """[gate; up] and their product; unfused, also the silu and the other factor."""
+    return of.width * neurons * (3 if of.fused else 5)
+
+
+def _moe_kept(shape: ModelShape, of: MicroBatch) -> float:
+    w, h, f, topk = of.width, shape.hidden_size, shape.moe_ffn_hidden_size, shape.moe_router_topk
+    # Scores and their order over all experts (Megatron sorts the whole routing map), and the choice.
+    router = (FP32 + INDEX) * shape.num_moe_experts + topk * (FP32 + 3 * INDEX)
+    routed = topk * (w * h + FP32 + w * f * 3) * of.imbalance
+    if not (neurons := shape.moe_shared_expert_intermediate_size):
+        return router + routed
+    gate = w * (h + 1) if shape.family.shared_expert_gate else 0.0
+    return router + routed + _mlp_kept(neurons, of) + gate
+
+
+def _dense_kept(shape: ModelShape, of: MicroBatch) -> float:
+    return _mlp_kept(shape.ffn_hidden_size, of)
+
+
+def _mlp_sides(layer: str, field: str, neurons: int) -> Iterator[Side]:
+    yield Side(f"linear_fc1 of {layer}", field, 2 * neurons, inputs=False)
+    yield Side(f"linear_fc2 of {layer}", field, neurons, inputs=True)
+
+
+def _expert_sides(shape: ModelShape) -> Iterator[Side]:
+    return _mlp_sides("experts", "moe_ffn_hidden_size", shape.moe_ffn_hidden_size)
+
+
+def _shared_sides(shape: ModelShape) -> Iterator[Side]:
+    if neurons := shape.moe_shared_expert_intermediate_size:
+        yield from _mlp_sides("the shared expert", "moe_shared_expert_intermediate_size", neurons)
+
+
+def _dense_sides(shape: ModelShape) -> Iterator[Side]:
+    return _mlp_sides("dense blocks", "ffn_hidden_size", shape.ffn_hidden_size)
+
+
+MOE_KIND = FeedForwardKind(
+    name=MOE,
+    noun="experts",
+    parts=_moe_parts,
+    operations=_no_operations,
+    kept=_moe_kept,
+    fp8_sides=_shared_sides,
+    expert_fp8_sides=_expert_sides,
+    neurons=Neurons(
+        field="moe_shared_expert_intermediate_size",
+        noun="shared neurons",
+        key="shared_neurons",
+        axis="shared_ffn",
+        statistic="mlp.shared_expert.ffn",
+        projection="shared_experts.linear_fc2",
+    ),
+    is_routed=True,
+)
+DENSE_KIND = FeedForwardKind(
+    name=DENSE,
+    noun="dense network",
+    parts=_dense_parts,
+    operations=_no_operations,
+    kept=_dense_kept,
+    fp8_sides=_dense_sides,
+    expert_fp8_sides=nothing,
+    neurons=Neurons(
+        field="ffn_hidden_size",
+        noun="dense neurons",
+        key="dense_neurons",
+        axis="ffn",
+        statistic="mlp.ffn",
+        projection="linear_fc2",
+    ),
+    is_routed=False,
+)
