@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 from benchmarks.one_shot_variants import Variant, variants
@@ -15,7 +16,9 @@ from megatron_slim.data import Tokens
 from megatron_slim.errors import SlimError
 from megatron_slim.evaluation.perplexity import evaluate, read_evaluation_data
 from megatron_slim.pruning.apply import PrunedCheckpoint
+from megatron_slim.pruning.candidates import MOST_SAMPLES
 from megatron_slim.pruning.plan import Plan, check_recipe, make_plan
+from megatron_slim.pruning.sensitivity import expert_sensitivity
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import load_recipe
 from megatron_slim.streaming.fingerprint import fingerprint
@@ -38,7 +41,11 @@ def measure(args: argparse.Namespace, reading: dict[str, Any]) -> dict[str, Any]
         check_recipe(variant.recipe, source.shape, where=f"{args.recipe}: {variant.axis}")
     validation = _validation(args, source)
     stats = _statistics(args, source)
-    plans = [make_plan(variant.recipe, stats, source.shape) for variant in chosen]
+    by_loss = any(variant.recipe.experts.allocation == "loss" for variant in chosen)
+    sensitivity = (
+        partial(expert_sensitivity, source, samples=_samples(args, source)[:MOST_SAMPLES]) if by_loss else None
+    )
+    plans = [make_plan(variant.recipe, stats, source.shape, sensitivity=sensitivity) for variant in chosen]
     return {
         "load": str(args.load),
         "recipe": recipe.to_dict(),
@@ -65,19 +72,27 @@ def _statistics(args: argparse.Namespace, source: Checkpoint) -> Statistics:
         stats = Statistics.load(args.stats)
         stats.check(source.shape, fingerprint(source), where=str(args.stats))
         return stats
-    samples = read_calibration_samples(
-        args.calibration_data,
-        source.shape,
-        num_samples=args.num_samples,
-        seq_length=args.seq_length,
-        seed=args.seed,
-    )
+    samples = _samples(args, source)
     import megatron_slim.mcore
 
     from megatron_slim.pruning.calibrate import calibrate
 
     say(f"calibrating on {samples.shape[0]} samples of {samples.shape[1]} tokens")
     return calibrate(source, samples, micro_batch_size=args.micro_batch_size)
+
+
+def _samples(args: argparse.Namespace, source: Checkpoint) -> Tokens:
+    """Of calibration."""
+    if args.calibration_data is None:
+        fix = "give --calibration-data, not --stats, or leave experts out of --only"
+        raise SlimError("experts that are shared out by loss need data", fix=fix)
+    return read_calibration_samples(
+        args.calibration_data,
+        source.shape,
+        num_samples=args.num_samples,
+        seq_length=args.seq_length,
+        seed=args.seed,
+    )
 
 
 def _evaluate_all(

@@ -35,6 +35,10 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         },
         "merge, pairwise weights": {"experts": {"method": "merge", "weighting": "pairwise"}},
         "merge, aligned by weights": {"experts": {"method": "merge", "align": "weights"}},
+        **{
+            f"{method}, shared out by loss": {"experts": {"method": method, "allocation": "loss"}}
+            for method in CHOICES["experts.method"]
+        },
     },
     **{axis: {"by activation": {}} for axis in list(TARGETS)[3:]},
 }

@@ -36,7 +36,7 @@ from megatron_slim.recipe import Recipe, load_recipe, parse_recipe, select_phase
 from megatron_slim.recipe_run import moment_rule
 from megatron_slim.reporting import Progress, use_progress
 from megatron_slim.streaming.fingerprint import fingerprint
-from megatron_slim.streaming.samples import log_calibration, read_calibration_samples
+from megatron_slim.streaming.samples import check_samples, log_calibration, read_calibration_samples
 
 if TYPE_CHECKING:
     import numpy as np
@@ -155,10 +155,22 @@ def read_recipe(recipe: StrPath | Mapping[str, Any], *, phase: int | None = None
     return select_phase(load_recipe(Path(recipe)), phase, where=str(recipe))
 
 
-def make_plan(recipe: Recipe, checkpoint: Checkpoint | StrPath, statistics: Statistics) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    checkpoint: Checkpoint | StrPath,
+    statistics: Statistics,
+    *,
+    samples: npt.NDArray[np.int64] | None = None,
+) -> Plan:
     """Decide what survives. ``print(plan)`` shows the decision, ``plan.save(path)`` writes it.
 
     Sizes that the recipe leaves to a budget are ranked by the statistics.
+
+    Args:
+        recipe: what is wanted.
+        checkpoint: the model.
+        statistics: of it.
+        samples: token ids [samples, sequence] that layers are measured on, where the recipe shares experts out by loss.
 
     Raises:
         RecipeError: the target is impossible for this model; lists every violation.
@@ -169,7 +181,13 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint | StrPath, statistics: Stat
     source = _opened(checkpoint)
     check_recipe(recipe, source.shape)
     statistics.check(source.shape, fingerprint(source), where="statistics")
-    return _make_plan(recipe, statistics, source.shape)
+    sensitivity = None
+    if samples is not None:
+        from megatron_slim.pruning.sensitivity import expert_sensitivity
+
+        check_samples(samples, source.shape)
+        sensitivity = partial(expert_sensitivity, source, samples=samples)
+    return _make_plan(recipe, statistics, source.shape, sensitivity=sensitivity)
 
 
 def read_plan(path: StrPath) -> Plan:

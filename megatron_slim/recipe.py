@@ -89,6 +89,9 @@ class Experts:
         num_groups: runs of equal length, by index, that experts survive and are merged within.
         align: what the hidden neurons of a member are matched with its base's by before they are averaged
             (`pruning.align`), ``none`` for leaving them where they are.
+        allocation: ``uniform``, every layer keeps ``target.num_moe_experts``; ``loss``, so many on average, each layer
+            by what its experts are worth (`pruning.allocation`).
+        multiple: with ``loss``, what the number of each layer is a multiple of, such as the ranks that share experts.
     """
 
     method: str = "partial_preservation"
@@ -98,6 +101,8 @@ class Experts:
     weighting: str = "group"
     num_groups: int = 1
     align: str = "none"
+    allocation: str = "uniform"
+    multiple: int = 1
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,8 @@ class Recipe:
         assert not self.phases, "a plan follows one phase"
         sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
         sections["target"] = _given(sections["target"])
+        if self.experts.allocation == Experts.allocation:  # as before there was another
+            del sections["experts"]["allocation"], sections["experts"]["multiple"]
         if self.budget is not None:
             sections["target"] |= _given(dataclasses.asdict(self.budget))
             sections["search"] = self.search.to_dict()
@@ -173,6 +180,7 @@ CHOICES: dict[str, Collection[str]] = {
     "experts.similarity": EXPERT_SIMILARITIES,
     "experts.weighting": ("group", "pairwise"),
     "experts.align": ("none", "weights"),
+    "experts.allocation": ("uniform", "loss"),
 }
 
 
@@ -390,7 +398,7 @@ def _value_violation(key: str, value: Any) -> str | None:
     if key == "stage.schedule":
         good = isinstance(value, list | tuple) and all(type(each) is int and each > 0 for each in value)
         return None if good else f"{key} {value!r} is not a list of numbers of tokens"
-    if key.startswith(("target.", "stage.")) or key == "experts.num_groups":
+    if key.startswith(("target.", "stage.")) or key in ("experts.num_groups", "experts.multiple"):
         return None if type(value) is int and value > 0 else f"{key} {value!r} is not a positive integer"
     if key == "experts.preserve":
         is_share = type(value) in (int, float) and math.isfinite(value) and 0 <= value < 1

@@ -132,8 +132,9 @@ class Flops:
 
 
 def _blocks(shape: ModelShape, seq_length: int, kernels: Kernels) -> Iterator[dict[str, float]]:
-    found = {kinds: block_flops(shape, kinds, seq_length, kernels) for kinds in set(shape.sublayers)}
-    return (found[kinds] for kinds in shape.sublayers)
+    blocks = [(shape.in_block(block), shape.sublayers_of(block)) for block in shape.blocks][: shape.num_layers]
+    found = {each: block_flops(*each, seq_length, kernels) for each in set(blocks)}
+    return (found[each] for each in blocks)
 
 
 @cache

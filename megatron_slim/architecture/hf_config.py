@@ -21,6 +21,8 @@ from megatron_slim.errors import ShapeError
 
 # Keys of config.json that only some families have, about things that are not plain sizes.
 LAYER_TYPES, INTERVAL = "layer_types", "full_attention_interval"
+PER_LAYER = "per_layer_num_experts"  # as in the models of RCO, arXiv 2605.00649
+OWN_COUNTS = "released transformers, vLLM and SGLang do not load layers with different numbers of experts"
 MAX_LAYERS = 100_000  # far above any model: a typo must not fill the memory with layer types
 
 
@@ -73,6 +75,8 @@ def shape_from_hf_config(config: Mapping[str, Any], *, mtp_num_layers: int, wher
         if key in values and values[key] not in accepted
     ]
     found += _layer_type_violations(values)
+    if not isinstance(values.get(PER_LAYER, []), list | None):
+        found.append(f"{PER_LAYER} {values[PER_LAYER]!r} is not a list")
     found += [
         f"{key} {values[key]!r} is not a positive integer"
         for key, _ in family.multiples.values()
@@ -86,6 +90,7 @@ def shape_from_hf_config(config: Mapping[str, Any], *, mtp_num_layers: int, wher
         shape = ModelShape(
             model_type=model_type,
             layer_types=_layer_types(values, family),
+            experts_per_layer=tuple(values.get(PER_LAYER) or ()),
             mtp_num_layers=mtp_num_layers,
             rope_scaling=yarn,
             **unused_fields(family) | {name: _as_declared(name, value) for name, value in sizes.items()},
@@ -93,7 +98,7 @@ def shape_from_hf_config(config: Mapping[str, Any], *, mtp_num_layers: int, wher
         found = shape.type_violations(family.keys) or shape.violations()
     if found:
         raise ShapeError(found, where=where)
-    return shape
+    return shape.simplest()
 
 
 def _under_one_name(config: Mapping[str, Any], family: Family) -> tuple[dict[str, Any], Yarn | None, list[str]]:
@@ -144,7 +149,7 @@ def shape_to_hf_config(shape: ModelShape, base: Mapping[str, Any]) -> dict[str, 
     if (wrapper := wrapper_of(base)) is not None:
         return wrapper.wrapped(base, shape_to_hf_config(shape, language_config(base)), shape.hidden_size)
     family = shape.family
-    stale = {LAYER_TYPES, INTERVAL, *MTP_KEYS, *family.aliases}
+    stale = {LAYER_TYPES, INTERVAL, PER_LAYER, *MTP_KEYS, *family.aliases}
     config = {key: value for key, value in base.items() if key not in stale}
     config |= {key: getattr(shape, name) for name, key in family.keys.items() if key not in inside(base)}
     config |= {key: getattr(shape, name) // getattr(shape, unit) for name, (key, unit) in family.multiples.items()}
@@ -154,6 +159,8 @@ def shape_to_hf_config(shape: ModelShape, base: Mapping[str, Any]) -> dict[str, 
         config[LAYER_TYPES] = list(shape.layer_types)
         if shape.full_attention_interval is not None:
             config[INTERVAL] = shape.full_attention_interval
+    if shape.experts_per_layer:
+        config[PER_LAYER] = list(shape.experts_per_layer)
     if family.mtp_rows:
         config |= mtp_entries(shape.mtp_num_layers, family.mtp_count)
     return config

@@ -166,26 +166,41 @@ def _linear_attention(backend: BackendSpecProvider, config: TransformerConfig) -
     )
 
 
-def _moe(backend: BackendSpecProvider, config: TransformerConfig) -> ModuleSpec:
-    spec: ModuleSpec = get_moe_module_spec_for_backend(
-        backend, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
+def _moe(backend: BackendSpecProvider, config: TransformerConfig, experts: int) -> Callable[..., nn.Module]:
+    """An MoE layer of so many experts, which may be another number than that of the model's config."""
+    build: Callable[..., nn.Module] = get_moe_module_spec_for_backend(
+        backend, num_experts=experts, moe_grouped_gemm=config.moe_grouped_gemm
     )
-    return spec
+
+    def build_own(config: TransformerConfig, **kwargs: Any) -> nn.Module:
+        own = copy.copy(config)
+        own.num_moe_experts = experts
+        return build(config=own, **kwargs)
+
+    return build if experts == config.num_moe_experts else build_own
 
 
-def _dense(backend: BackendSpecProvider, config: TransformerConfig) -> Callable[..., MLP]:
+def _dense(backend: BackendSpecProvider, config: TransformerConfig, experts: int) -> Callable[..., MLP]:
     # Its norm stays a module of its own, as before experts.
     linear = {"linear_fc1": backend.column_parallel_linear(), "linear_fc2": backend.row_parallel_linear()}
     return partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(**linear))
 
 
-_SPECS = {FULL_ATTENTION: _full_attention, LINEAR_ATTENTION: _linear_attention, MOE: _moe, DENSE: _dense}
+_ATTENTION = {FULL_ATTENTION: _full_attention, LINEAR_ATTENTION: _linear_attention}
+_FEED_FORWARD = {MOE: _moe, DENSE: _dense}
 
 
-def layer_spec(kinds: tuple[str, str], config: TransformerConfig) -> ModuleSpec:
-    """Spec of one transformer layer whose attention and feed-forward network are of these kinds."""
+def layer_spec(kinds: tuple[str, str], config: TransformerConfig, experts: int | None = None) -> ModuleSpec:
+    """Spec of one transformer layer.
+
+    Args:
+        kinds: of its attention and its feed-forward network.
+        config: the model's.
+        experts: routed experts of the layer; None: as the config says.
+    """
     backend = backend_for(config)
-    attention, feed_forward = (_SPECS[kind](backend, config) for kind in kinds)
+    attention = _ATTENTION[kinds[0]](backend, config)
+    feed_forward = _FEED_FORWARD[kinds[1]](backend, config, config.num_moe_experts if experts is None else experts)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -234,15 +249,18 @@ def build_model(
         model_class: `GPTModel` or a subclass.
         kwargs: passed to ``model_class``.
     """
-    specs = {kinds: layer_spec(kinds, config) for kinds in {*shape.sublayers, MTP_SUBLAYERS}}
+    own = [(shape.sublayers_of(block), shape.in_block(block).num_moe_experts) for block in shape.blocks]
+    specs = {each: layer_spec(each[0], config, each[1]) for each in set(own)}
     backend = backend_for(config)
     block = TransformerBlockSubmodules(
-        layer_specs=[specs[shape.sublayers[layer]] for layer in local_layers(config, vp_stage)],
+        layer_specs=[specs[own[layer]] for layer in local_layers(config, vp_stage)],
         layer_norm=backend.layer_norm(rms_norm=True),
     )
     mtp_block = None
     if shape.mtp_num_layers:
-        mtp_block = get_gpt_mtp_block_spec_for_backend(config, specs[MTP_SUBLAYERS], backend, vp_stage=vp_stage)
+        mtp_block = get_gpt_mtp_block_spec_for_backend(
+            config, layer_spec(MTP_SUBLAYERS, config), backend, vp_stage=vp_stage
+        )
     if padded_vocab_size is None:
         ranks = config.tensor_model_parallel_size
         padded_vocab_size = -(-shape.vocab_size // ranks) * ranks

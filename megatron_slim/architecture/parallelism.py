@@ -52,6 +52,11 @@ def layout_violations(
     for name, (kind, ways) in divided.items():
         if (value := getattr(shape, name)) % ways:
             found.append(f"{name} {value} does not divide by {kind} parallel size {ways}")
+    if wrong := sorted({count for count in shape.experts_per_layer if count % ep}):
+        found.append(
+            f"experts_per_layer {', '.join(map(str, wrong))} do not divide by expert parallel size {ep} (plan with "
+            "experts.multiple)"
+        )
     if shape.num_query_groups % tp and tp % shape.num_query_groups:
         found.append(
             f"num_query_groups {shape.num_query_groups} neither divides nor is divided by tensor parallel size {tp}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ LATER = (
     "rope_scaling",
     *("ffn_hidden_size", "num_dense_layers", "qk_layernorm", "add_qkv_bias"),
     *("moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk"),
+    "experts_per_layer",
 )
 _MAY_BE_ZERO = ("mtp_num_layers", "num_dense_layers")
 
@@ -49,7 +51,8 @@ class ModelShape:
     """Family and sizes of a model under Megatron's names; `model_type` and `layer_types` under Hugging Face's.
 
     A size of something that the family does not have is 0. ``mtp_num_layers`` is not in the published config.json: it
-    comes from the names of the checkpoint's tensors.
+    comes from the names of the checkpoint's tensors. Where the layers of the trunk have different numbers of experts,
+    ``experts_per_layer`` has them, 0 for dense layers, and ``num_moe_experts`` is the MTP block's; else it is empty.
     """
 
     model_type: str
@@ -84,6 +87,7 @@ class ModelShape:
     moe_router_group_topk: int = 1
     qk_layernorm: bool = True
     add_qkv_bias: bool = False
+    experts_per_layer: tuple[int, ...] = ()
 
     @property
     def family(self) -> Family:
@@ -152,6 +156,22 @@ class ModelShape:
         """Kind of feed-forward network of a transformer block by its name."""
         return self.sublayers_of(block)[1]
 
+    def in_block(self, block: str) -> ModelShape:
+        """The sizes of a transformer block by its name, as those of a model whose blocks all have its experts."""
+        if not self.experts_per_layer or not block or block.startswith(MTP):
+            return _with_experts(self, self.num_moe_experts) if self.experts_per_layer else self
+        return _with_experts(self, self.experts_per_layer[int(block.rpartition(".")[2])] or self.num_moe_experts)
+
+    @property
+    def expert_counts(self) -> dict[str, int]:
+        """Routed experts of every block that has some, by its name."""
+        return {block: self.in_block(block).num_moe_experts for block in self.routed_blocks}
+
+    def simplest(self) -> ModelShape:
+        """The same, without ``experts_per_layer`` where that says no more than ``num_moe_experts``."""
+        same = all(count in (0, self.num_moe_experts) for count in self.experts_per_layer)
+        return dataclasses.replace(self, experts_per_layer=()) if same else self
+
     def hf_prefix(self, block: str) -> str:
         """What names of a block's tensors begin with in Hugging Face files."""
         if not block.startswith(MTP):
@@ -169,7 +189,9 @@ class ModelShape:
         fields = dataclasses.asdict(self) | {"layer_types": list(self.layer_types)}
         if self.rope_scaling is not None:
             fields["rope_scaling"] = self.rope_scaling.to_config()
+        fields["experts_per_layer"] = list(self.experts_per_layer)
         default = {field.name: field.default for field in dataclasses.fields(self) if field.name in LATER}
+        default["experts_per_layer"] = []
         return {name: value for name, value in fields.items() if name not in default or value != default[name]}
 
     def violations(self) -> list[str]:
@@ -198,7 +220,7 @@ class ModelShape:
             or bool(self.family.mtp_rows),
         }
         found += [sentence for sentence, holds in checks.items() if not holds]
-        found += self._routing_violations()
+        found += [*self._routing_violations(), *self._expert_violations()]
         known = self.family.attention
         unknown = sorted(set(self.layer_types) - set(known))
         found += [f"unknown layer type {kind!r} ({self.model_type} has {', '.join(known)})" for kind in unknown]
@@ -227,6 +249,22 @@ class ModelShape:
                     f"in which {key} of config.json counts it"
                 )
 
+    def _expert_violations(self) -> Iterator[str]:
+        """What is wrong with the numbers of experts of single layers."""
+        counts, topk = self.experts_per_layer, self.moe_router_topk
+        if not counts:
+            return
+        if len(counts) != self.num_layers:
+            yield f"experts_per_layer has {len(counts)} entries for num_layers {self.num_layers}"
+            return
+        for layer, (count, kinds) in enumerate(zip(counts, self.sublayers, strict=False)):
+            if (count > 0) != (MOE in kinds):
+                yield f"experts_per_layer: layer {layer} has {count}, and is {'' if MOE in kinds else 'not '}routed"
+            elif 0 < count < topk:
+                yield f"experts_per_layer: layer {layer} has {count} experts, fewer than moe_router_topk {topk}"
+        if self.moe_router_num_groups > 1:
+            yield "experts_per_layer with a router that chooses groups of experts first"
+
     def type_violations(self, names: Mapping[str, str] | None = None) -> list[str]:
         """Values that are not numbers of the right kind; with one of them no other check makes sense.
 
@@ -254,6 +292,8 @@ class ModelShape:
                     found.append(f"{name} {value!r} is not a finite number of zero or more")
             elif field.type == "bool" and type(value) is not bool:
                 found.append(f"{name} {value!r} is neither true nor false")
+        if any(type(count) is not int or not 0 <= count <= MAX_SIZE for count in self.experts_per_layer):
+            found.append(f"experts_per_layer {list(self.experts_per_layer)!r} are not all integers of zero or more")
         if not all(isinstance(kind, str) for kind in self.layer_types):
             found.append(f"layer_types {list(self.layer_types)!r} are not all strings")
         return found
@@ -267,6 +307,11 @@ class ModelShape:
         """Raise one `ShapeError` that lists every violation."""
         if violations := self.violations():
             raise ShapeError(violations, where=where)
+
+
+@functools.cache
+def _with_experts(shape: ModelShape, experts: int) -> ModelShape:
+    return dataclasses.replace(shape, num_moe_experts=experts, experts_per_layer=())
 
 
 def layer_pattern(num_layers: int, full_attention_interval: int) -> tuple[str, ...]:
@@ -289,7 +334,8 @@ def unused_fields(family: Family) -> dict[str, Any]:
     """
     fields = dataclasses.fields(ModelShape)
     neutral: dict[str, Any] = {field.name: 0 for field in fields if field.type == "int"} | {"rotary_percent": 1.0}
-    neutral |= {field.name: field.default for field in fields if field.name in LATER and field.name != "rope_scaling"}
+    sizes = set(LATER) - {"rope_scaling", "experts_per_layer"}
+    neutral |= {field.name: field.default for field in fields if field.name in sizes}
     had = {*family.keys, *family.multiples, "mtp_num_layers"}
     return {name: value for name, value in neutral.items() if name not in had}
 

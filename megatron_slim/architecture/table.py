@@ -41,8 +41,8 @@ def _in_block(
 ) -> Iterator[Weight]:
     hf = f"{model.hf_prefix(block)}."
     for row in (row for kind in kinds for row in present[kind]):
-        sources = tuple(replace(source, name=hf + source.name) for source in row.sources)
-        fused = None if row.fused is None else replace(row.fused, name=hf + row.fused.name)
+        sources = tuple(replace(source, name=hf + source.name, block=block) for source in row.sources)
+        fused = None if row.fused is None else replace(row.fused, name=hf + row.fused.name, block=block)
         yield replace(row, key=f"{key}.{row.key}", sources=sources, block=block, fused=fused)
 
 
@@ -105,14 +105,16 @@ def count_parameters(model: ModelShape, *, include_mtp: bool = True) -> Paramete
     training does not change by gradients, as a bias of the router, is none.
     """
     family, depths = model.family, model.mtp_num_layers if include_mtp else 0
-    kinds = Counter(kind for sublayers in (*model.sublayers, *[MTP_SUBLAYERS] * depths) for kind in sublayers)
-    occurrences = [(family.first_rows, 1), (family.last_rows, 1), (family.mtp_rows, depths)]
-    occurrences += [(rows_of(model, kind), count) for kind, count in kinds.items()]
+    blocks = list(model.blocks)[: model.num_layers + depths]
+    kinds = Counter((kind, model.in_block(block)) for block in blocks for kind in model.sublayers_of(block))
+    occurrences = [(rows, model, 1) for rows in (family.first_rows, family.last_rows)]
+    occurrences += [(family.mtp_rows, model, depths)]
+    occurrences += [(rows_of(model, kind), sizes, count) for (kind, sizes), count in kinds.items()]
     total = idle = 0
-    for rows, count in occurrences:
+    for rows, sizes, count in occurrences:
         for row in (row for row in rows if not row.buffer):
-            numel = row.numel(model) * count
+            numel = row.numel(sizes) * count
             total += numel
             if row.stacked:
-                idle += numel // model.num_moe_experts * (model.num_moe_experts - model.moe_router_topk)
+                idle += numel // sizes.num_moe_experts * (sizes.num_moe_experts - model.moe_router_topk)
     return ParameterCount(total=total, active=total - idle)

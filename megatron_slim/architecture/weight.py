@@ -30,6 +30,10 @@ class SizedModel(Protocol):
         """Size of every named axis."""
         ...
 
+    def in_block(self, block: str) -> SizedModel:
+        """The same of one transformer block, whose experts may be others in number."""
+        ...
+
 
 @dataclass(frozen=True)
 class HFTensor:
@@ -39,15 +43,18 @@ class HFTensor:
         name: its name.
         dims: its dimensions.
         fp8: a linear layer that the published checkpoints in block-scaled FP8 have in FP8.
+        block: the transformer block it belongs to, "" outside the blocks.
     """
 
     name: str
     dims: tuple[Dim, ...]
     fp8: bool = False
+    block: str = ""
 
     def shape(self, model: SizedModel) -> tuple[int, ...]:
         """Its shape in a model of these sizes."""
-        return tuple(size(dim, model.sizes) for dim in self.dims)
+        sizes = model.in_block(self.block).sizes
+        return tuple(size(dim, sizes) for dim in self.dims)
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class Weight:
         tp_dim: the dimension that tensor parallelism shards, None when every rank holds all of it.
         split: stored in a torch_dist checkpoint as one tensor per label.
         stacked: one per expert, stacked on a leading ``expert`` dimension.
-        block: Hugging Face prefix of the transformer block it belongs to, "" outside the blocks.
+        block: the transformer block it belongs to, "" outside the blocks.
         fused: of a stacked parameter, the one tensor in which a file may hold the sources of all experts instead: its
             first dimension is the experts, the second holds the rows of the sources under their labels.
         float32: may be in fp32 in a model of 16 bits: what computes with it does so in fp32, and gives 16 bits.
@@ -83,8 +90,13 @@ class Weight:
 
     def shape(self, model: SizedModel) -> tuple[int, ...]:
         """Shape of the whole parameter, experts included."""
-        shape = tuple(size(dim, model.sizes) for dim in self.dims)
-        return (model.num_moe_experts, *shape) if self.stacked else shape
+        block = model.in_block(self.block)
+        shape = tuple(size(dim, block.sizes) for dim in self.dims)
+        return (block.num_moe_experts, *shape) if self.stacked else shape
+
+    def experts(self, model: SizedModel) -> range | tuple[None]:
+        """Numbers of the experts of a stacked parameter; None alone of another."""
+        return range(model.in_block(self.block).num_moe_experts) if self.stacked else (None,)
 
     def numel(self, model: SizedModel) -> int:
         """Number of elements, experts included."""
@@ -95,7 +107,7 @@ class Weight:
 
     def hf_tensors(self, model: SizedModel) -> Iterator[tuple[HFTensor, int | None]]:
         """Its Hugging Face tensors with their names complete, and the expert that each belongs to."""
-        for expert in range(model.num_moe_experts) if self.stacked else [None]:
+        for expert in self.experts(model):
             for source in self.sources:
                 name = source.name if expert is None else source.name.format(expert=expert)
                 yield replace(source, name=name), expert

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_slim.architecture.hf_config import language_config, shape_to_hf_config, wrapper_of
+from megatron_slim.architecture.hf_config import OWN_COUNTS, language_config, shape_to_hf_config, wrapper_of
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import count_parameters, weights
 from megatron_slim.checkpoint.carried import content_of_all
@@ -148,6 +148,8 @@ def write_checkpoint(
     nbytes = export.nbytes if export else total_bytes(source.shape, dtypes)
     config = config_for(shape_to_hf_config(source.shape, source.config), dtypes.values())
     storage = Storage(fused_blocks_for(expert_storage, source.shape, source.fused_blocks), source.copies)
+    if to == "hf" and source.shape.experts_per_layer:
+        logger.warning(f"{target}: {OWN_COUNTS}")
     for note in source.notes:
         logger.info(f"{source.path}: {note}")
     if source.carried:

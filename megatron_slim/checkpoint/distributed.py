@@ -174,7 +174,11 @@ class DistCheckpoint:
     def read_weight(self, weight: Weight, *, expert: int | None = None) -> Tensor:
         """Read a whole Megatron parameter, padding of the vocabulary cut off; of a stacked one, ``expert`` alone."""
         assert not weight.stacked or expert is not None, f"{weight.key}: one expert at a time"
-        return self._read(weight, expert, np.arange(size(weight.dims[0], self.shape.sizes)), weight.key)
+        return self._read(weight, expert, self._all_rows(weight), weight.key)
+
+    def _all_rows(self, weight: Weight) -> npt.NDArray[np.int64]:
+        """Of one expert where it is stacked."""
+        return np.arange(size(weight.dims[0], self.shape.in_block(weight.block).sizes))
 
     def check_parts(self) -> None:
         """From now on compare data with their checksums even where only rows of a piece are wanted."""

@@ -139,6 +139,7 @@ def _unknown(names: Iterable[str], shape: ModelShape) -> Iterator[str]:
         layer_types=kinds[:1] * dense + kinds,
         num_dense_layers=dense,
         num_moe_experts=1,
+        experts_per_layer=(),
         mtp_num_layers=int(bool(shape.family.mtp_rows)),
     )
     blocks = {weight.block for weight in weights(small)}

@@ -209,7 +209,8 @@ def select_columns(tensor: Tensor, index: Index | None) -> Tensor:
 
 def _refuse_oversize(shape: ModelShape, entries: Mapping[str, TensorEntry], unknown: list[str], path: Path) -> None:
     """A table of far more tensors than there are would take minutes and all memory only to say so."""
-    at_least = (shape.num_layers - shape.num_dense_layers) * shape.num_moe_experts
+    routed = shape.num_layers - shape.num_dense_layers
+    at_least = sum(shape.experts_per_layer) or routed * shape.num_moe_experts
     fused = tuple(f".{row.fused.name}" for row in shape.family.rows[MOE] if row.fused is not None)
     experts = [entry.shape[0] for name, entry in entries.items() if name.endswith(fused) and entry.nbytes]
     if at_least <= len(entries) + sum(min(count, MAX_EXPERTS) for count in experts):

@@ -43,7 +43,8 @@ def as_rows(positions: npt.NDArray[np.int64]) -> Rows:
 def _row_maps(weight: Weight, model: ModelShape) -> tuple[_RowMap, ...]:
     for source in weight.sources:
         assert source.dims[1:] == weight.dims[1:], f"{source.name}: layouts differ in the first dimension only"
-    return _dim_maps(weight.dims[0], tuple(source.dims[0] for source in weight.sources), model)
+    sources = tuple(source.dims[0] for source in weight.sources)
+    return _dim_maps(weight.dims[0], sources, model.in_block(weight.block))
 
 
 @functools.lru_cache(maxsize=256)
@@ -60,8 +61,9 @@ def _dim_maps(target: Dim, sources: tuple[Dim, ...], model: ModelShape) -> tuple
 
 def rows_in_megatron(weight: Weight, model: ModelShape, source: int) -> npt.NDArray[np.int64]:
     """For every row of one of a parameter's Hugging Face tensors, the Megatron row (of one expert) that it is."""
-    found = np.empty(size(weight.sources[source].dims[0], model.sizes), dtype=np.int64)
-    everything = torch.arange(size(weight.dims[0], model.sizes))
+    sizes = model.in_block(weight.block).sizes
+    found = np.empty(size(weight.sources[source].dims[0], sizes), dtype=np.int64)
+    everything = torch.arange(size(weight.dims[0], sizes))
     for row_map in _row_maps(weight, model):
         if row_map.source == source:
             found[row_map.rows] = everything[row_map.target]
@@ -82,9 +84,7 @@ def _fill(maps: tuple[_RowMap, ...], tensors: list[Tensor], out: Tensor) -> None
 
 
 def _experts(weight: Weight, model: ModelShape, expert: int | None) -> Iterable[int | None]:
-    if not weight.stacked:
-        return (None,)
-    return range(model.num_moe_experts) if expert is None else (expert,)
+    return weight.experts(model) if expert is None or not weight.stacked else (expert,)
 
 
 def to_megatron(
@@ -143,7 +143,8 @@ def runs_of_sources(weight: Weight, model: ModelShape) -> list[slice] | None:
     """
     maps = _row_maps(weight, model)
     runs = [row_map.target for row_map in maps if isinstance(row_map.target, slice)]
-    whole = [slice(0, size(source.dims[0], model.sizes)) for source in weight.sources]
+    sizes = model.in_block(weight.block).sizes
+    whole = [slice(0, size(source.dims[0], sizes)) for source in weight.sources]
     return runs if len(runs) == len(maps) and [row_map.rows for row_map in maps] == whole else None
 
 
@@ -154,7 +155,9 @@ def split_keys(weight: Weight, model: ModelShape) -> list[tuple[str, slice]]:
     """
     if not weight.split:
         return [(weight.key, slice(None))]
-    labels = {name: as_rows(at) for name, at in labelled_positions(weight.dims[0], model.sizes).items()}
+    labels = {
+        name: as_rows(at) for name, at in labelled_positions(weight.dims[0], model.in_block(weight.block).sizes).items()
+    }
     assert all(isinstance(rows, slice) for rows in labels.values()), f"{weight.key}: labels are not runs of rows"
     return [(f"{weight.key}.{name}", rows) for name, rows in labels.items() if isinstance(rows, slice)]
 

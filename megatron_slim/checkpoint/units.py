@@ -125,8 +125,9 @@ def units(
             continue
         itemsize = max(dtypes[name].itemsize for name in _names(weight))
         if weight.stacked:
-            nbytes = weight.numel(shape) // shape.num_moe_experts * itemsize
-            yield from (Unit(weight, expert, None, nbytes) for expert in range(shape.num_moe_experts))
+            experts = weight.experts(shape)
+            nbytes = weight.numel(shape) // len(experts) * itemsize
+            yield from (Unit(weight, expert, None, nbytes) for expert in experts)
             continue
         nbytes = weight.numel(shape) * itemsize
         if nbytes <= UNIT_BYTES or weight.split or not is_copy(weight):

@@ -174,7 +174,7 @@ def opened_work_dir(options: CalibrationOptions | None) -> AbstractContextManage
 
 def measure(source: Checkpoint, options: CalibrationOptions, work: WorkDir | None) -> Statistics:
     """Measure in this process; ``work`` as `calibrate.calibrate`."""
-    samples = _read_samples(source, options)
+    samples = calibration_samples(source, options)
     from megatron_slim.pruning.calibrate import calibrate
     from megatron_slim.streaming.samples import log_calibration
 
@@ -187,7 +187,7 @@ def _measure_parallel(source: Checkpoint, options: CalibrationOptions, layout: L
         raise SlimError("--work-dir is for one process, which streams", fix="leave it out under a launcher")
     if found := layout.violations(source.shape, seq_length=layout.tp):  # the samples' length is not known yet
         raise SlimError("; ".join(found), fix="choose other parallel sizes")
-    samples = _read_samples(source, options)
+    samples = calibration_samples(source, options)
     from megatron_slim.pruning.parallel import calibrate_parallel
     from megatron_slim.streaming.samples import log_calibration
 
@@ -196,7 +196,8 @@ def _measure_parallel(source: Checkpoint, options: CalibrationOptions, layout: L
     return calibrate_parallel(source, samples, layout, micro_batch_size=options.micro_batch_size)
 
 
-def _read_samples(source: Checkpoint, options: CalibrationOptions) -> npt.NDArray[np.int64]:
+def calibration_samples(source: Checkpoint, options: CalibrationOptions) -> npt.NDArray[np.int64]:
+    """Token ids [samples, sequence] of calibration."""
     from megatron_slim.streaming.samples import read_calibration_samples
 
     return read_calibration_samples(

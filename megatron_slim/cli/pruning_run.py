@@ -6,10 +6,11 @@ import argparse
 import dataclasses
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_slim.cli.calibration_run import CalibrationOptions, measure, opened_work_dir
+from megatron_slim.cli.calibration_run import CalibrationOptions, calibration_samples, measure, opened_work_dir
 from megatron_slim.cli.given_statistics import FLAG as CARRY_STATISTICS
 from megatron_slim.cli.given_statistics import Given
 from megatron_slim.command_line import VERIFICATION, positive
@@ -28,17 +29,37 @@ if TYPE_CHECKING:
     from megatron_slim.streaming.work_dir import WorkDir
 
 
-def _search_options(measuring: Measuring | None, recipe: Recipe, source: Checkpoint, *, where: str) -> dict[str, Any]:
-    """Arguments of `plan.make_plan`.
+def _search_options(
+    measuring: Measuring | None,
+    recipe: Recipe,
+    source: Checkpoint,
+    calibration: CalibrationOptions | None = None,
+    *,
+    where: str,
+) -> dict[str, Any]:
+    """Arguments of `plan.make_plan`. Layers are measured on ``--search-data``, without it on calibration data.
 
     Raises:
-        SlimError: there is nothing to choose between.
+        SlimError: there is nothing to choose between, or nothing to measure layers on.
     """
-    if measuring is None:
-        return {}
-    if recipe.budget is None:
-        raise SlimError("--search-data, but the recipe has no budget", where=where, fix="leave it out")
-    return {"measure": measuring.losses(source), "top": measuring.top}
+    by_loss, options = recipe.experts.allocation == "loss", dict[str, Any]()
+    if measuring is not None and recipe.budget is None and not by_loss:
+        fix = "leave it out"
+        raise SlimError("--search-data, but the recipe has no budget and no allocation by loss", where=where, fix=fix)
+    if measuring is not None and recipe.budget is not None:
+        options |= {"measure": measuring.losses(source), "top": measuring.top}
+    if by_loss:
+        from megatron_slim.pruning.candidates import MOST_SAMPLES
+        from megatron_slim.pruning.sensitivity import expert_sensitivity
+
+        if measuring is not None:
+            samples = measuring.samples(source)
+        elif calibration is not None:
+            samples = calibration_samples(source, calibration)[:MOST_SAMPLES]
+        else:
+            raise SlimError("experts.allocation loss needs data to measure layers on", fix="give --search-data")
+        options["sensitivity"] = partial(expert_sensitivity, source, samples=samples)
+    return options
 
 
 class PhaseAction(argparse.Action):
@@ -224,7 +245,7 @@ def _decide(
     from megatron_slim.pruning.plan import check_recipe, make_plan
 
     check_recipe(recipe, source.shape, where=where)
-    options = _search_options(measuring, recipe, source, where=where)
+    options = _search_options(measuring, recipe, source, calibration, where=where)
     if given is not None:
         stats = given.read(source)
     else:

@@ -1,4 +1,4 @@
-"""Measuring the first candidates of a budget, for the commands that plan (no torch until it is done)."""
+"""What a plan is measured on: the first candidates of a budget, or single layers (no torch until it is done)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ DEFAULT_TOP = 3
 
 def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of measuring, the same in every tool that plans."""
-    group = parser.add_argument_group("search under a recipe's budget")
+    group = parser.add_argument_group("search under a recipe's budget, and experts shared out by loss")
     group.add_argument(
         "--search-data",
         type=Path,
         metavar="DATA",
         help="evaluate the best candidates, without training, on this .bin/.idx prefix or .npy matrix, and take the "
-        "one with the lowest loss",
+        "one with the lowest loss; with experts.allocation loss, what layers are measured on (default: the first "
+        "samples of calibration)",
     )
     group.add_argument("--search-samples", type=positive, metavar="N", help="samples, drawn at random (default: all)")
     group.add_argument("--search-seq-length", type=positive, metavar="L", help="tokens per sample; needed with .bin")

@@ -15,7 +15,7 @@ from megatron_slim.architecture.hf_config import shape_to_hf_config
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.compression.estimate import first_student
 from megatron_slim.compression.settings import RunSettings
-from megatron_slim.compression.steps import TRAIN, command_line, steps
+from megatron_slim.compression.steps import TRAIN, command_line, measures, steps
 from megatron_slim.data import data_prefix, exact_prefix, open_stream
 from megatron_slim.errors import EXIT_USER_ERROR, DataError, SlimError, last_error
 from megatron_slim.extras import require
@@ -42,6 +42,7 @@ def check(settings: RunSettings) -> ModelShape:
     where = str(settings.file)
     check_recipe(settings.phases[0], shape, where=where)
     check_later_phases(settings.recipe, 1, shape, where=where)
+    _check_measuring(settings)
     for flag, words in (("--data", settings.data), ("--valid-data", settings.valid_data)):
         for prefix in parse_blend(words, flag).prefixes if words else ():
             open_stream(exact_prefix(Path(prefix)), shape.vocab_size)
@@ -56,6 +57,17 @@ def check(settings: RunSettings) -> ModelShape:
         require("eval", "lm_eval", "evaluate.tasks")
     _check_training(settings, teacher)
     return shape
+
+
+def _check_measuring(settings: RunSettings) -> None:
+    """Layers are measured on what a phase calibrates on."""
+    for number, phase in enumerate(settings.phases, 1):
+        if phase.experts.allocation == "loss" and not measures(settings, number):
+            raise SlimError(
+                f"experts.allocation loss in phase {number}, which calibrate.carry_statistics leaves without data",
+                where=str(settings.file),
+                fix="leave one of the two out",
+            )
 
 
 def _check_training(settings: RunSettings, teacher: Checkpoint) -> None:

@@ -181,10 +181,8 @@ class _Reader:
 
     def __call__(self, key: str) -> Tensor:
         weight = self.rows[key]
-        if weight.stacked:
-            found = torch.stack([self._read(weight, expert) for expert in range(self.shape.num_moe_experts)])
-        else:
-            found = self._read(weight, None)
+        parts = [self._read(weight, expert) for expert in weight.experts(self.shape)]
+        found = torch.stack(parts) if weight.stacked else parts[0]
         return found.to(self.device, torch.float32 if key in self.kept else self.dtype)
 
     def _read(self, weight: Weight, expert: int | None) -> Tensor:
@@ -252,7 +250,9 @@ class _Reader:
         )
 
     def _experts(self, prefix: str) -> ExpertWeights:
-        shape, mlp, experts = self.shape, f"{prefix}mlp.", self.shape.num_moe_experts
+        shape, mlp = self.shape, f"{prefix}mlp."
+        router = self(f"{mlp}router.weight").float()
+        experts = len(router)
         first = [self(f"{mlp}experts.experts.linear_fc1.weight").flatten(0, 1)]
         last = [self(f"{mlp}experts.experts.linear_fc2.weight").transpose(1, 2).reshape(-1, shape.hidden_size)]
         if shape.moe_shared_expert_intermediate_size:
@@ -264,7 +264,7 @@ class _Reader:
         all_first, all_last = torch.cat(first), torch.cat(last)
         return ExpertWeights(
             norm=self.norm(f"{prefix}pre_mlp_layernorm.weight"),
-            router=self(f"{mlp}router.weight").float(),
+            router=router,
             bias=self(f"{mlp}router.expert_bias").float() if shape.family.has_router_bias else None,
             all_first=all_first,
             all_last=all_last,

@@ -153,7 +153,8 @@ class PrunedCheckpoint:
         if self._alignment is not None and origin.group is not None and member is not None:
             neurons = self._alignment.neurons(origin.block, origin.group, member, kept.get("moe_ffn"))
             kept |= {} if neurons is None else {"moe_ffn": neurons}
-        indices = [_positions(dim, self.plan.source_shape, kept) for dim in origin.dims]
+        shape = self.plan.source_shape.in_block(origin.block)
+        indices = [_positions(dim, shape, kept) for dim in origin.dims]
         assert all(index is None for index in indices[2:]), f"{origin.name}: only the first two dimensions are pruned"
         rows, columns = [*indices, None][:2]
         return rows, columns
@@ -164,7 +165,8 @@ class PrunedCheckpoint:
         kept = self.plan.inner.kept(block, source, origin.expert) if block else {}
         if len(self.plan.kept_hidden) < source.hidden_size:
             kept["hidden"] = self._kept_hidden
-        if block in self.plan.experts and self.shape.num_moe_experts < source.num_moe_experts:
+        groups = self.plan.experts.get(block, ())
+        if groups and len(groups) < source.in_block(block).num_moe_experts:
             kept["expert"] = np.array([group.base for group in self.plan.experts[block]], dtype=np.int64)
         return kept
 

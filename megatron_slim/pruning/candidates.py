@@ -1,4 +1,4 @@
-"""What the best candidates of a budget lose: each is evaluated as it is cut, without training."""
+"""What a plan is measured on: the best candidates of a budget are evaluated as they are cut, without training."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from megatron_slim.checkpoint.convert import Checkpoint
     from megatron_slim.pruning.plan import Plan
 
 logger = logging.getLogger(__name__)
 
+MOST_SAMPLES = 64  # of calibration that layers are measured on
+
 
 @dataclass(frozen=True)
 class Measuring:
-    """How the candidates of a budget are measured.
+    """How the candidates of a budget, or single layers, are measured.
 
     Attributes:
         data: what they are evaluated on.
@@ -31,18 +36,26 @@ class Measuring:
     seq_length: int | None
     top: int
 
+    def samples(self, source: Checkpoint) -> npt.NDArray[np.int64]:
+        """The token ids [samples, sequence].
+
+        Raises:
+            DataError: the data do not fit the model.
+        """
+        from megatron_slim.evaluation.perplexity import read_evaluation_data
+
+        return read_evaluation_data(self.data, source.shape, seq_length=self.seq_length, num_samples=self.num_samples)
+
     def losses(self, source: Checkpoint) -> Callable[[Plan], float]:
         """Read the data; gives what evaluates the result of a plan: nats per token of the main head.
 
         Raises:
             DataError: the data do not fit the model.
         """
-        from megatron_slim.evaluation.perplexity import evaluate, read_evaluation_data
+        from megatron_slim.evaluation.perplexity import evaluate
         from megatron_slim.pruning.apply import PrunedCheckpoint
 
-        samples = read_evaluation_data(
-            self.data, source.shape, seq_length=self.seq_length, num_samples=self.num_samples
-        )
+        samples = self.samples(source)
 
         def loss(plan: Plan) -> float:
             found = evaluate(PrunedCheckpoint(plan, source, check_source=False), samples).loss

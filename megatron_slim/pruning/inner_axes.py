@@ -175,14 +175,17 @@ def violations(document: Mapping[str, Any], blocks: Sequence[str], source: Model
             found.append(f"{name} are not given for exactly the blocks {', '.join(expected) or '(none)'}")
             continue
         for block in expected:
-            found += _block_violations(name, block, part[block], source, target)
+            experts = len(document["experts"][block]["kept"]) if block in routed else 0
+            found += _block_violations(name, block, part[block], source, target, experts)
     return found
 
 
-def _block_violations(name: str, block: str, value: Any, source: ModelShape, target: ModelShape) -> Iterator[str]:
+def _block_violations(
+    name: str, block: str, value: Any, source: ModelShape, target: ModelShape, experts: int
+) -> Iterator[str]:
     if name == "neurons":
-        if not isinstance(value, list) or len(value) != target.num_moe_experts:
-            yield f"neurons of {block} are not a list for each of {target.num_moe_experts} experts"
+        if not isinstance(value, list) or len(value) != experts:
+            yield f"neurons of {block} are not a list for each of {experts} experts"
             return
         for number, indices in enumerate(value):
             label = f"neurons of {block}, expert {number}"

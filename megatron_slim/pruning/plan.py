@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from megatron_slim.errors import RecipeError
 from megatron_slim.extras import require
 from megatron_slim.files import sha256, write_atomic
 from megatron_slim.pruning import statistics
+from megatron_slim.pruning.allocation import allocate, least_experts
 from megatron_slim.pruning.depth import Depth, depth_of, is_whole, kept_layers, layer_fields, possible_depths
 from megatron_slim.pruning.experts import ExpertGroup, expert_groups
 from megatron_slim.pruning.inner_axes import InnerAxes, best, choose
 from megatron_slim.pruning.search import Ranking, Space, resolved, search
 from megatron_slim.pruning.statistics import Statistics
-from megatron_slim.recipe import Recipe
+from megatron_slim.recipe import Experts, Recipe, Target
 
 VERSION = 2
 # A row of an expert is a multiple of 16 bytes in bf16, or PyTorch's grouped matmul, which transformers uses, fails.
@@ -50,6 +52,8 @@ class Plan:
         experts: per surviving block with experts, under its name in the source, those that survive, ascending by base.
         inner: per surviving block, FFN neurons and attention heads that survive.
         search: how sizes were found for the recipe's budget; None where it has none.
+        allocation: what pruning the experts of each layer alone adds to the loss, where the recipe shares them out by
+            loss (`sensitivity`).
     """
 
     recipe: Recipe
@@ -62,6 +66,7 @@ class Plan:
     experts: Mapping[str, tuple[ExpertGroup, ...]]
     inner: InnerAxes
     search: Ranking | None = None
+    allocation: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def source_blocks(self) -> dict[str, str]:
@@ -81,6 +86,7 @@ class Plan:
             "kept_layers": list(self.kept_layers),
             "kept_hidden": list(self.kept_hidden),
             "experts": {block: _groups_dict(groups) for block, groups in self.experts.items()},
+            **({"allocation": dict(self.allocation)} if self.allocation else {}),
             **self.inner.to_dict(),
         }
 
@@ -111,6 +117,7 @@ def make_plan(
     *,
     measure: Callable[[Plan], float] | None = None,
     top: int = 3,
+    sensitivity: Callable[[Plan], Mapping[str, float]] | None = None,
 ) -> Plan:
     """Decide what survives.
 
@@ -121,13 +128,19 @@ def make_plan(
         measure: loss of a plan's result; of the first ``top`` candidates of a budget the one of the least loss is
             taken, without it the first (`pruning.search`).
         top: how many candidates are measured, at most as many as a plan records.
+        sensitivity: what each block of a plan of experts alone adds to the loss, by block; needed where the recipe
+            shares experts out by loss.
 
     Raises:
         RecipeError: the target is impossible for this source; lists every violation.
     """
     check_recipe(recipe, shape)
+    if recipe.experts.allocation == "loss" and sensitivity is None:
+        raise RecipeError(
+            "experts.allocation loss needs data to measure layers on", where="recipe", fix="give --search-data"
+        )
     if recipe.budget is None:
-        return _plan(recipe, stats, shape, None)
+        return _plan(recipe, stats, shape, None, sensitivity)
 
     def layers_of(count: int) -> tuple[int, ...]:
         target = dataclasses.replace(recipe.target, num_layers=count)
@@ -140,18 +153,28 @@ def make_plan(
         found = found.measured(
             [measure(_plan(recipe, stats, shape, dataclasses.replace(found, chosen=k))) for k in first]
         )
-    return _plan(recipe, stats, shape, found)
+    return _plan(recipe, stats, shape, found, sensitivity)
 
 
-def _plan(asked: Recipe, stats: Statistics, shape: ModelShape, found: Ranking | None) -> Plan:
+def _plan(
+    asked: Recipe,
+    stats: Statistics,
+    shape: ModelShape,
+    found: Ranking | None,
+    sensitivity: Callable[[Plan], Mapping[str, float]] | None = None,
+) -> Plan:
     recipe = resolved(asked, found)
     layers = kept_layers(recipe, stats, shape)
-    target = target_shape(recipe, shape, layers)
+    losses: Mapping[str, float] = {}
+    if recipe.experts.allocation == "loss" and sensitivity is not None:
+        losses = sensitivity(_experts_alone(recipe, stats, shape))
+    target = target_shape(recipe, shape, layers, _allocated(recipe, stats, shape, layers, losses) if losses else None)
     hidden = stats.tensors[statistics.hidden_key(recipe.width.importance)].astype(np.float64)
     blocks = [f"model.layers.{layer}" for layer in layers]
     blocks += [f"mtp.layers.{depth}" for depth in range(shape.mtp_num_layers)]
     routed = set(shape.routed_blocks)
-    experts = {b: _block_groups(recipe, stats, b, target.num_moe_experts) for b in blocks if b in routed}
+    counts = [target.in_block(block).num_moe_experts for block in target.blocks]
+    experts = {b: _block_groups(recipe, stats, b, n) for b, n in zip(blocks, counts, strict=True) if b in routed}
     return Plan(
         recipe=asked,
         source_shape=shape,
@@ -163,7 +186,42 @@ def _plan(asked: Recipe, stats: Statistics, shape: ModelShape, found: Ranking | 
         experts=experts,
         inner=choose(stats, blocks, experts, shape, target),
         search=found,
+        allocation=losses,
     )
+
+
+def _experts_alone(recipe: Recipe, stats: Statistics, shape: ModelShape) -> Plan:
+    """The same of experts, equally many in all layers, and nothing else."""
+    experts = dataclasses.replace(recipe.experts, allocation=Experts.allocation, multiple=Experts.multiple)
+    topk = recipe.target.moe_router_topk
+    target = Target(num_moe_experts=recipe.target.num_moe_experts, moe_router_topk=topk)
+    return _plan(Recipe(target, experts=experts), stats, shape, None)
+
+
+def _allocated(
+    recipe: Recipe, stats: Statistics, shape: ModelShape, layers: tuple[int, ...], losses: Mapping[str, float]
+) -> tuple[int, ...]:
+    """Experts of every layer that survives, 0 of dense ones."""
+    kept = [f"model.layers.{layer}" for layer in layers]
+    importance = {
+        block: stats.tensors[statistics.importance_key(block, recipe.experts.importance)].astype(np.float64)
+        for block in kept
+        if block in losses
+    }
+    uniform = recipe.target.num_moe_experts or shape.num_moe_experts
+    counts = allocate(
+        {block: losses[block] for block in importance},
+        importance,
+        uniform,
+        least=least_experts(uniform, recipe.target.moe_router_topk or shape.moe_router_topk),
+        multiple=allocation_unit(recipe),
+    )
+    return tuple(counts.get(block, 0) for block in kept)
+
+
+def allocation_unit(recipe: Recipe) -> int:
+    """What the number of experts of each layer is a multiple of, where they are shared out by loss."""
+    return math.lcm(recipe.experts.multiple, recipe.experts.num_groups)
 
 
 def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") -> None:
@@ -176,18 +234,20 @@ def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") ->
     if recipe.experts.align != "none":
         require("align", "scipy", "experts.align")
     wanted = dataclasses.asdict(recipe.target)
+    least = min(shape.expert_counts.values())
     found = [
-        f"target.{key} {value} is larger than the source's {getattr(shape, key)}"
+        f"target.{key} {value} is larger than the source's {limit}"
         for key, value in wanted.items()
-        if value is not None and value > getattr(shape, key)
+        if value is not None and value > (limit := least if key == "num_moe_experts" else getattr(shape, key))
     ]
-    experts = recipe.target.num_moe_experts or shape.num_moe_experts
+    experts = recipe.target.num_moe_experts or least
     groups = recipe.experts.num_groups
-    if shape.num_moe_experts % groups or experts % groups:
+    if any(count % groups for count in (*shape.expert_counts.values(), experts)):
         found.append(
             f"experts.num_groups {groups} does not divide both num_moe_experts {shape.num_moe_experts} of the source "
             f"and {experts} of the target"
         )
+    found += _allocation_violations(recipe, shape, experts)
     topk = recipe.target.moe_router_topk or shape.moe_router_topk
     if topk > experts:
         found.append(
@@ -200,7 +260,7 @@ def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") ->
             found.append(f"target.{size} {row} is not a multiple of {ROW_MULTIPLE} (grouped matmul needs that)")
     if recipe.target.moe_router_topk == 1 and shape.norm_topk_prob:
         found.append("moe_router_topk 1 with norm_topk_prob leaves the router without a gradient")
-    if experts < shape.num_moe_experts and groups % shape.moe_router_num_groups:
+    if experts < least and groups % shape.moe_router_num_groups:
         found.append(
             f"experts.num_groups {groups} is not a multiple of {shape.moe_router_num_groups}, the groups that the "
             f"router chooses from, which must stay equal (set experts.num_groups)"
@@ -210,11 +270,34 @@ def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") ->
         found.append(f"target.num_layers {layers} leaves no full_attention layer with experts")
     found += _head_violations(recipe, shape)
     sizes: dict[str, Any] = {k: size for k, size in wanted_sizes(recipe, shape).items() if k != "num_layers"}
-    found = found or dataclasses.replace(shape, **sizes).violations()
+    found = found or dataclasses.replace(_uniform(shape), **sizes).violations()
     if recipe.budget is not None:
         found = found or _grid_violations(recipe, shape) or space_before_statistics(recipe, shape).violations()
     if found:
         raise RecipeError("; ".join(found), where=where)
+
+
+def _allocation_violations(recipe: Recipe, shape: ModelShape, experts: int) -> Iterator[str]:
+    """What rules out that experts are shared out by loss, and a budget where they have been."""
+    if shape.experts_per_layer and recipe.budget is not None:
+        yield "a budget for a source whose layers have different numbers of experts"
+    if recipe.experts.allocation != "loss":
+        if recipe.experts.multiple != Experts.multiple:
+            yield f"experts.multiple {recipe.experts.multiple} without experts.allocation loss"
+        return
+    if shape.experts_per_layer:
+        yield "experts.allocation loss for a source whose layers have different numbers of experts already"
+    if shape.moe_router_num_groups > 1:
+        yield "experts.allocation loss with a router that chooses groups of experts first"
+    if recipe.budget is None and recipe.target.num_moe_experts is None:
+        yield "experts.allocation loss without target.num_moe_experts, the number on average"
+    if (unit := allocation_unit(recipe)) > 1 and experts % unit:
+        yield f"target.num_moe_experts {experts} is not a multiple of {unit}, as experts.multiple or num_groups asks"
+
+
+def _uniform(shape: ModelShape) -> ModelShape:
+    """The same with equally many experts in every layer: what is known before statistics choose layers."""
+    return dataclasses.replace(shape, experts_per_layer=())
 
 
 def wanted_sizes(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
@@ -253,6 +336,7 @@ def check_later_phases(schedule: Recipe, number: int, shape: ModelShape, *, wher
         RecipeError: a later phase cannot be met, whatever statistics choose until then. What follows a phase with a
             budget is not known yet.
     """
+    _check_allocations(schedule, number, where=where)
     possible = {shape}
     for phase, recipe in enumerate(schedule.phases[number - 1 :], number):
         accepted: list[ModelShape] = []
@@ -269,12 +353,26 @@ def check_later_phases(schedule: Recipe, number: int, shape: ModelShape, *, wher
         possible = {target for source in accepted for target in _possible_targets(recipe, source)}
 
 
+def _check_allocations(schedule: Recipe, number: int, *, where: str) -> None:
+    """Experts that a phase has shared out by loss are not pruned again: what layers have then is not known before."""
+    shared = 0
+    for phase, recipe in enumerate(schedule.phases[number - 1 :], number):
+        asked = recipe.target.num_moe_experts
+        if shared and (recipe.experts.allocation == "loss" or asked is not None or recipe.budget is not None):
+            raise RecipeError(
+                f"phase {phase} prunes experts that phase {shared} shares out by loss",
+                where=where,
+                fix="share them out in the last phase that prunes experts",
+            )
+        shared = phase if recipe.experts.allocation == "loss" else shared
+
+
 def _possible_targets(recipe: Recipe, shape: ModelShape) -> Iterator[ModelShape]:
     """Every model that a recipe without a budget can give, as far as statistics decide."""
     sizes: dict[str, Any] = wanted_sizes(recipe, shape)
     layers = recipe.target.num_layers or shape.num_layers
     for depth in _whole_depths(recipe, shape, layers):
-        yield dataclasses.replace(shape, **sizes | layer_fields(depth))
+        yield dataclasses.replace(_uniform(shape), **sizes | layer_fields(depth))
 
 
 def _whole_depths(recipe: Recipe, shape: ModelShape, layers: int) -> Iterator[Depth]:
@@ -306,18 +404,29 @@ def space_before_statistics(recipe: Recipe, shape: ModelShape) -> Space:
 
 
 def _of_depth(shape: ModelShape, depth: Depth) -> int:
-    return count_parameters(dataclasses.replace(shape, **layer_fields(depth))).total
+    return count_parameters(dataclasses.replace(_uniform(shape), **layer_fields(depth))).total
 
 
-def target_shape(recipe: Recipe, shape: ModelShape, kept_layers: tuple[int, ...]) -> ModelShape:
+def target_shape(
+    recipe: Recipe, shape: ModelShape, kept_layers: tuple[int, ...], experts: tuple[int, ...] | None = None
+) -> ModelShape:
     """Sizes of the target; every remaining layer keeps its own type.
+
+    Args:
+        recipe: what is wanted.
+        shape: of the source.
+        kept_layers: source layers that survive.
+        experts: of each of them, where they are shared out; None: as the recipe says of all, or as each has.
 
     Raises:
         RecipeError: the result cannot be built.
     """
     wanted: dict[str, Any] = wanted_sizes(recipe, shape)
     wanted |= layer_fields(depth_of(shape, kept_layers))
-    target = dataclasses.replace(shape, **wanted)
+    if experts is None:
+        kept = recipe.target.num_moe_experts is None and shape.experts_per_layer
+        experts = tuple(shape.experts_per_layer[layer] for layer in kept_layers) if kept else ()
+    target = dataclasses.replace(shape, **wanted, experts_per_layer=experts).simplest()
     if violations := target.violations():
         raise RecipeError("; ".join(violations), where="target")
     return target

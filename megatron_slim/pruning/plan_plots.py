@@ -94,19 +94,24 @@ def _heatmap(figure: Any, axes: Any, plan: Plan, stats: Statistics) -> None:
     from matplotlib.colors import LogNorm, Normalize
 
     kind, blocks = plan.recipe.experts.importance, list(plan.source_shape.routed_blocks)
-    sorted_BE = np.stack([_descending(stats.tensors[importance_key(block, kind)]) for block in blocks])
-    means = sorted_BE.mean(axis=1, keepdims=True)
-    relative_BE = np.divide(sorted_BE, means, out=np.zeros_like(sorted_BE), where=means > 0)
+    sorted_BE = _rows([_descending(stats.tensors[importance_key(block, kind)]) for block in blocks])
+    means = np.nanmean(sorted_BE, axis=1, keepdims=True)
+    relative_BE = np.divide(sorted_BE, means, out=np.where(np.isnan(sorted_BE), np.nan, 0.0), where=means > 0)
     positive = relative_BE[relative_BE > 0]
     low, high = (float(positive.min()), float(positive.max())) if positive.size else (0.0, 1.0)
     # A few values next to zero must not take the whole scale.
     logarithmic = bool(positive.size) and high > LOG_RATIO * low
     norm = LogNorm(max(low, high * 1e-4), high, clip=False) if logarithmic else Normalize(0, high)
-    picture = np.ma.masked_less_equal(relative_BE, 0) if logarithmic else relative_BE
-    colours = colormaps["viridis"].with_extremes(bad="black", under="black")
+    # A logarithmic scale has no zeros: they are below it. What a block does not have is no value.
+    shown = np.where(relative_BE == 0, low / 2, relative_BE) if logarithmic else relative_BE
+    picture = np.ma.masked_invalid(shown)
+    colours = colormaps["viridis"].with_extremes(bad="white", under="black")
     extent = (0.5, sorted_BE.shape[1] + 0.5, len(blocks) - 0.5, -0.5)  # ranks count from 1
     image = axes.imshow(picture, aspect="auto", norm=norm, cmap=colours, extent=extent, interpolation="nearest")
-    axes.axvline(plan.target_shape.num_moe_experts + 0.5, color=CUT_COLOUR, linewidth=1.5)
+    kept = [len(plan.experts[block]) + 0.5 if block in plan.experts else np.nan for block in blocks]
+    axes.stairs(
+        kept, np.arange(len(blocks) + 1) - 0.5, orientation="horizontal", baseline=None, color=CUT_COLOUR, linewidth=1.5
+    )
     removed = {f"model.layers.{layer}" for layer in dropped_layers(plan)}
     gone = [row for row, block in enumerate(blocks) if block in removed]
     axes.hlines(gone, 0.5, sorted_BE.shape[1] + 0.5, color="white", alpha=0.5, linewidth=1.0)
@@ -121,6 +126,22 @@ def _heatmap(figure: Any, axes: Any, plan: Plan, stats: Statistics) -> None:
     figure.colorbar(image, ax=axes, pad=0.01, extend="min" if logarithmic and low < high * 1e-4 else "neither")
 
 
+def _rows(rows: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
+    """Rows of different lengths as a matrix, not a number beyond their ends."""
+    longest = max(map(len, rows))
+    return np.stack([np.concatenate([row, np.full(longest - len(row), np.nan)]) for row in rows])
+
+
+def _span(counts: Sequence[int]) -> str:
+    """How many there are, where they may differ.
+
+    >>> _span([4, 4]), _span([4, 7, 2])
+    ('4', '2 to 7')
+    """
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"
+
+
 def _descending(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return -np.sort(-values.astype(np.float64))
 
@@ -130,11 +151,13 @@ def _cumulative(axes: Any, experts: Sequence[Axis]) -> None:
     curves = [_shares(axis) for axis in experts]
     for curve in curves:
         axes.plot(curve, color=KEPT_COLOUR, alpha=0.25, linewidth=0.8)
-    axes.plot(np.mean(curves, axis=0), color="black", label="mean of the blocks")
-    kept = len(experts[0].kept)
-    reached = float(np.mean(curves, axis=0)[kept])
-    axes.axvline(kept, color=CUT_COLOUR, label=f"{kept} kept: {reached:.1%}")
-    axes.plot([0, experts[0].size], [0, 1], color="grey", linestyle=":", label="all alike")
+    axes.plot(np.mean(_rows(curves), axis=0), color="black", label="mean of the blocks")
+    kept = [len(axis.kept) for axis in experts]
+    reached = float(np.mean([curve[count] for curve, count in zip(curves, kept, strict=True)]))
+    for count in sorted(set(kept)):
+        first = count == min(kept)
+        axes.axvline(count, color=CUT_COLOUR, label=f"{_span(kept)} kept: {reached:.1%}" if first else None)
+    axes.plot([0, max(axis.size for axis in experts)], [0, 1], color="grey", linestyle=":", label="all alike")
     axes.set(title="Kept share of the importance", xlabel="experts kept", ylabel="share of a block's importance")
     axes.legend(fontsize="small", loc="lower right")
     axes.margins(x=0.01)
@@ -214,7 +237,8 @@ def _experts(plan: Plan, stats: Statistics) -> Any:
     left.set_ylabel("block of the source")
     _label_blocks(left, names)
     figure.suptitle(
-        f"{plan.recipe.experts.method}: {blocks[0].axis.size} experts to {len(blocks[0].groups)} in a block"
+        f"{plan.recipe.experts.method}: {_span([block.axis.size for block in blocks])} experts in a block, "
+        f"{_span([len(block.groups) for block in blocks])} of them stay"
     )
     return figure
 

@@ -14,13 +14,15 @@ from megatron_slim.architecture.shape import LATER, ModelShape
 from megatron_slim.checkpoint.records import PLAN
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json
+from megatron_slim.pruning.allocation import violations as allocation_violations
 from megatron_slim.pruning.experts import ExpertGroup
 from megatron_slim.pruning.inner_axes import OPTIONAL, InnerAxes, index_violations, violations
-from megatron_slim.pruning.plan import VERSION, Plan, target_shape
+from megatron_slim.pruning.plan import VERSION, Plan, allocation_unit, target_shape
 from megatron_slim.pruning.search import Candidate, Ranking, counted, resolved
 from megatron_slim.recipe import Recipe, parse_recipe
 
 _KEYS = ("version", "recipe", "source", "stats", "search", "target", "kept_layers", "kept_hidden", "experts")
+_ALLOCATION = "allocation"  # only where experts are shared out
 _SEARCH = {"count", "chosen", "candidates"}
 _INNER = tuple(part for part in InnerAxes.__annotations__ if part not in OPTIONAL)
 # Weights are shares that sum to 1 up to the rounding of a few hundred additions in float64.
@@ -53,7 +55,7 @@ def parse_plan(document: Any, *, where: str = "plan") -> Plan:
     if not isinstance(document, Mapping) or document.get("version") != VERSION:
         raise PlanError(f"not a plan of version {VERSION}", where=where, fix="make it with megatron-slim plan")
     _refuse([f"missing key {key}" for key in (*_KEYS, *_INNER) if key not in document], where)
-    _refuse([f"unknown key {key}" for key in document if key not in (*_KEYS, *_INNER, *OPTIONAL)], where)
+    _refuse([f"unknown key {key}" for key in document if key not in (*_KEYS, *_INNER, *OPTIONAL, _ALLOCATION)], where)
     recipe = parse_recipe(document["recipe"], where=f"{where}: recipe")
     source = _shape(document["source"], f"{where}: source")
     target = _shape(document["target"], f"{where}: target")
@@ -62,7 +64,9 @@ def parse_plan(document: Any, *, where: str = "plan") -> Plan:
     found += index_violations("kept_hidden", hidden, target.hidden_size, source.hidden_size)
     _refuse(found, where)
     search = _search(document["search"], recipe, target, where)
-    if target_shape(resolved(recipe, search), source, tuple(layers)) != target:
+    followed, losses = resolved(recipe, search), _allocation(document, recipe, where)
+    shared = target.experts_per_layer or None if losses else None
+    if target_shape(followed, source, tuple(layers), shared) != target:
         raise PlanError("target.shape is not what recipe, source.shape and kept_layers give", where=where)
     plan = Plan(
         recipe=recipe,
@@ -75,10 +79,24 @@ def parse_plan(document: Any, *, where: str = "plan") -> Plan:
         experts={},
         inner=InnerAxes(),
         search=search,
+        allocation=losses,
     )
+    if losses:
+        counts = [count for count in target.experts_per_layer if count]
+        _refuse(allocation_violations(counts, target.num_moe_experts, allocation_unit(followed)), where)
     experts = _experts(document["experts"], plan, where)
     _refuse(violations(document, list(plan.source_blocks.values()), source, target), where)
     return dataclasses.replace(plan, experts=experts, inner=InnerAxes.from_dict(document))
+
+
+def _allocation(document: Mapping[str, Any], recipe: Recipe, where: str) -> dict[str, float]:
+    """What pruning the experts of a layer alone adds, where the recipe shares them out by that."""
+    value = document.get(_ALLOCATION, {})
+    if not isinstance(value, Mapping) or not all(type(loss) in (int, float) for loss in value.values()):
+        raise PlanError(f"{_ALLOCATION} is not an object with a loss for every layer", where=where)
+    if bool(value) != (recipe.experts.allocation == "loss"):
+        raise PlanError(f"{_ALLOCATION} and experts.allocation of the recipe contradict each other", where=where)
+    return {str(block): float(loss) for block, loss in value.items()}
 
 
 def _refuse(violations: list[str], where: str) -> None:
@@ -89,7 +107,8 @@ def _refuse(violations: list[str], where: str) -> None:
 
 def _shape(section: Any, where: str) -> ModelShape:
     value = section.get("shape") if isinstance(section, Mapping) else None
-    kinds = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,), "tuple[str, ...]": (list,)}
+    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+    kinds |= dict.fromkeys(("tuple[str, ...]", "tuple[int, ...]"), (list,))
     fields = {field.name: kinds[str(field.type)] for field in dataclasses.fields(ModelShape) if field.type in kinds}
     known = {*fields, *LATER}
     if not isinstance(value, Mapping) or not fields.keys() - set(LATER) <= value.keys() <= known:
@@ -98,8 +117,9 @@ def _shape(section: Any, where: str) -> ModelShape:
     _refuse([f"shape.{key} {value[key]!r}" for key, kind in given.items() if type(value[key]) not in kind], where)
     _, yarn, found = read_rope(value)
     _refuse([f"shape.{sentence}" for sentence in found], where)
-    types = tuple(map(str, value["layer_types"]))
-    shape = ModelShape(**{**value, "layer_types": types, "rope_scaling": yarn})
+    lists = {"layer_types": tuple(map(str, value["layer_types"]))}
+    lists["experts_per_layer"] = tuple(value.get("experts_per_layer", ()))
+    shape = ModelShape(**{**value, **lists, "rope_scaling": yarn})
     shape.validate(where)
     return shape
 
@@ -156,13 +176,13 @@ def _experts(value: Any, plan: Plan, where: str) -> dict[str, tuple[ExpertGroup,
 def _block_violations(block: str, value: Any, plan: Plan) -> list[str]:
     if not isinstance(value, Mapping) or set(value) != {"kept", "merged"} or not isinstance(value["merged"], Mapping):
         return [f"experts of {block} are not an object with 'kept' and 'merged'"]
-    limit = plan.source_shape.num_moe_experts
-    found = index_violations(f"{block}: kept", value["kept"], plan.target_shape.num_moe_experts, limit)
+    limit, count = plan.source_shape.in_block(block).num_moe_experts, _survivors(block, plan)
+    found = index_violations(f"{block}: kept", value["kept"], count, limit)
     if found:
         return found
     runs = plan.recipe.experts.num_groups
     if limit % runs or Counter(base * runs // limit for base in value["kept"]) != Counter(
-        dict.fromkeys(range(runs), plan.target_shape.num_moe_experts // runs)
+        dict.fromkeys(range(runs), count // runs)
     ):
         return [f"{block}: kept are not equally many of each of the recipe's {runs} expert groups"]
     used = set(value["kept"])
@@ -174,6 +194,12 @@ def _block_violations(block: str, value: Any, plan: Plan) -> list[str]:
         else:
             used |= set(group["members"])
     return found
+
+
+def _survivors(block: str, plan: Plan) -> int:
+    """How many experts of a block of the source are to survive."""
+    (new,) = (new for new, old in plan.source_blocks.items() if old == block)
+    return plan.target_shape.in_block(new).num_moe_experts
 
 
 def _group_violation(base: str, group: Any, kept: list[int], used: set[int], limit: int) -> str | None:

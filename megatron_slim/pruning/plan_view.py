@@ -181,7 +181,7 @@ def block_experts(plan: Plan, stats: Statistics | None) -> list[BlockExperts]:
     for block, groups in plan.experts.items():
         kept = tuple(group.base for group in groups)
         importance = _vector(stats, importance_key(block, plan.recipe.experts.importance))
-        axis = Axis(EXPERTS, block, plan.source_shape.num_moe_experts, kept, importance)
+        axis = Axis(EXPERTS, block, plan.source_shape.in_block(block).num_moe_experts, kept, importance)
         found.append(BlockExperts(axis, groups, share(_vector(stats, importance_key(block, "frequency")), kept)))
     return found
 

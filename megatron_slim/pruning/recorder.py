@@ -90,7 +90,7 @@ def norm_sizes(site: str, hidden_size: int) -> dict[str, tuple[int, ...]]:
 
 def block_sizes(block: str, shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Names and sizes of the sums of a block."""
-    hidden, experts = shape.hidden_size, shape.num_moe_experts
+    hidden, experts = shape.hidden_size, shape.in_block(block).num_moe_experts
     sizes: dict[str, tuple[int, ...]] = {
         "tokens": (),
         "cosine": (),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
+from megatron_slim.architecture.hf_config import OWN_COUNTS
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import ranges
@@ -111,6 +112,7 @@ def markdown(plan: Plan, before: Summary, after: Summary) -> str:
         *_stage(plan),
         *_no_period(plan),
         *_search(plan),
+        *_allocation(plan),
         f"- depth: {plan.recipe.depth.method}; layers dropped: {_dropped_layers(plan)}",
         f"- width: {plan.recipe.width.importance}",
         f"- experts: {experts.method} by {experts.importance}, similarity by {experts.similarity}, "
@@ -141,6 +143,17 @@ def _search(plan: Plan) -> list[str]:
     sizes = ", ".join(f"{axis} {size}" for axis, size in chosen.sizes.items()) or "the sizes given"
     loss = "" if chosen.loss is None else f", loss {chosen.loss:.4f}, the least of those measured"
     return [f"- budget: {sizes}; number {found.chosen + 1} of {found.count} by score ({chosen.score:.4f}){loss}"]
+
+
+def _allocation(plan: Plan) -> list[str]:
+    """What different numbers of experts mean, and how far apart they are."""
+    if not plan.target_shape.experts_per_layer:
+        return []
+    counts = [count for count in plan.target_shape.experts_per_layer if count]
+    return [
+        f"- experts of a layer: from {min(counts)} to {max(counts)}, {sum(counts)} in all, by what each layer loses "
+        f"without them; {OWN_COUNTS}"
+    ]
 
 
 def _no_period(plan: Plan) -> list[str]:

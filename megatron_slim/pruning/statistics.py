@@ -84,7 +84,6 @@ def heads_key(block: str, kind: str) -> str:
 
 def expected_shapes(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every tensor that a model's statistics have, and its shape."""
-    experts = shape.num_moe_experts
     for kind in CHOICES["width.importance"]:
         yield hidden_key(kind), (shape.hidden_size,)
     for block in shape.blocks:
@@ -96,6 +95,7 @@ def expected_shapes(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield neurons_key(block, network.name), (neurons,)
         if not network.is_routed:
             continue
+        experts = shape.in_block(block).num_moe_experts
         yield expert_ffn_key(block), (experts, shape.moe_ffn_hidden_size)
         for kind in EXPERT_IMPORTANCES:
             yield importance_key(block, kind), (experts,)

@@ -45,7 +45,9 @@ def build_block(checkpoint: Checkpoint, block: str, config: TransformerConfig) -
     """
     shape, index = checkpoint.shape, int(block.split(".")[-1])
     layer: TransformerLayer = build_module(
-        layer_spec(shape.sublayers_of(block), config), config=config, layer_number=index + 1
+        layer_spec(shape.sublayers_of(block), config, shape.in_block(block).num_moe_experts),
+        config=config,
+        layer_number=index + 1,
     )
     scale_attention(layer, shape)
     parameters: dict[str, Tensor] = dict(layer.named_parameters())
@@ -55,7 +57,7 @@ def build_block(checkpoint: Checkpoint, block: str, config: TransformerConfig) -
             if weight.block == block and weight.buffer:
                 layer.get_buffer(_parameter_name(weight, None, {})).copy_(checkpoint.read(weight.sources[0].name))
             elif weight.block == block:
-                for expert in range(shape.num_moe_experts) if weight.stacked else [None]:
+                for expert in weight.experts(shape):
                     parameter = parameters.pop(_parameter_name(weight, expert, parameters))
                     if weight.key in kept:
                         parameter.data = parameter.data.float()

@@ -58,7 +58,10 @@ class StreamingForward:
         checkpoint: the model.
         samples: token ids [samples, sequence].
         config: Megatron's configuration of the blocks.
+        streams: how many times as many hidden states there are at once as of the samples.
     """
+
+    streams = 1
 
     def __init__(
         self,
@@ -111,7 +114,7 @@ class StreamingForward:
         keep_freed_memory(STREAMING)
         nbytes = self.samples.numel() * self.shape.hidden_size * self.dtype.itemsize
         finished = 0
-        self._hidden: HiddenStates = InMemory(nbytes, self.device)
+        self._hidden: HiddenStates = InMemory(nbytes * self.streams, self.device)
         if self._work is not None:
             if saved := self._work.begin(self._inputs(), nbytes):
                 finished = saved.finished
@@ -187,14 +190,18 @@ class StreamingForward:
     def _block(self, block: str) -> Step:
         layer = build_block(self.checkpoint, block, self.config)
         self.enter(block, layer)
-        positions = self.samples.shape[1] - block.startswith("mtp.")
-        rotary = rotary_embedding(self.shape, positions)
+        return self._through(layer, block, lambda inputs, output: self.observe(block, inputs, output))
+
+    def _through(self, layer: TransformerLayer, block: str, observe: Callable[[Tensor, Tensor], None]) -> Step:
+        """What a layer does in the place of a block."""
+        rotary = rotary_embedding(self.shape, self.samples.shape[1] - block.startswith("mtp."))
 
         def step(hidden: Tensor, _: Tensor) -> Tensor:
             hidden = hidden.transpose(0, 1).contiguous()
             output, _ = layer(hidden, attention_mask=None, rotary_pos_emb=rotary)
-            self.observe(block, hidden, output)
-            return output.transpose(0, 1)
+            observe(hidden, output)
+            found: Tensor = output.transpose(0, 1)
+            return found
 
         return step
 

@@ -90,7 +90,7 @@ def _check_start(spec: RunSpec) -> Checkpoint | None:
     differing = [
         f"{name} {size}, not {shape.sizes[name]}" for name, size in found.sizes.items() if size != shape.sizes[name]
     ]
-    for name in ("model_type", "layer_types", "num_dense_layers", "mtp_num_layers"):
+    for name in ("model_type", "layer_types", "num_dense_layers", "experts_per_layer", "mtp_num_layers"):
         if getattr(found, name) != getattr(shape, name):
             differing.append(f"other {name}")
     if differing:
@@ -171,6 +171,9 @@ def _model_violations(name: str, shape: ModelShape, args: Namespace) -> list[str
     rows, tp = padded_vocab_size(shape, args.make_vocab_size_divisible_by), args.tensor_model_parallel_size
     if rows % tp:
         found.append(f"{rows} rows of the padded vocabulary do not divide by tensor parallel size {tp}")
+    if name == "student" and shape.experts_per_layer and shape.family.has_router_bias:
+        # Megatron moves the biases of all routers at once, in one tensor.
+        found.append("layers with different numbers of experts cannot be trained where routers have a bias")
     if args.seq_length is not None and args.seq_length > shape.max_position_embeddings:
         found.append(f"--seq-length {args.seq_length} is above max_position_embeddings {shape.max_position_embeddings}")
     return [f"{name}: {sentence}" for sentence in found]

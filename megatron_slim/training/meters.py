@@ -173,7 +173,7 @@ class ExpertCounter:
         """Counts [layers, experts] since they were zero, on the device; zeros for the layers of other ranks."""
         found = torch.zeros(layers, experts, dtype=torch.float64, device=torch.cuda.current_device())
         for layer, counts in self.counts.items():
-            found[layer] += counts
+            found[layer, : len(counts)] += counts
         self.forget()
         return found
 

@@ -68,7 +68,7 @@ class Interval:
         peak_bytes: of every rank's memory, [ranks].
         computing: seconds of every rank, [ranks, chunks, kinds].
         losses: of the last iteration: sum, number of tokens and sum times weight of every term, [terms, 3].
-        tokens_per_expert: likewise, [layers and MTP blocks, experts].
+        tokens_per_expert: likewise, [layers and MTP blocks, experts]; NaN where a layer has no such expert.
         weights: likewise, of the losses, those at work by `LossWeight.key`.
     """
 
@@ -160,16 +160,17 @@ def layer_name(run: RunConstants, layer: int) -> str:
 
 
 def experts(run: RunConstants, interval: Interval) -> Figures:
-    """Of every layer: tokens of the busiest expert over the mean, and the fraction of experts without a token."""
+    """Of every layer with experts: tokens of the busiest over the mean, and the fraction of them without a token."""
     found: Figures = {}
-    counts = interval.tokens_per_expert
-    uneven = counts.max(axis=1) / np.maximum(counts.mean(axis=1), 1e-300)
-    idle = (counts == 0).mean(axis=1)
-    for layer in range(len(counts)):
-        found[f"experts/max_over_mean/{layer_name(run, layer)}"] = float(uneven[layer])
-        found[f"experts/without_tokens/{layer_name(run, layer)}"] = float(idle[layer])
-    found["experts/max_over_mean"] = float(uneven.mean())
-    found["experts/without_tokens"] = float(idle.mean())
+    by_layer = {layer: row[~np.isnan(row)] for layer, row in enumerate(interval.tokens_per_expert)}
+    by_layer = {layer: counts for layer, counts in by_layer.items() if counts.size}
+    uneven = {layer: float(counts.max() / max(counts.mean(), 1e-300)) for layer, counts in by_layer.items()}
+    idle = {layer: float((counts == 0).mean()) for layer, counts in by_layer.items()}
+    for layer in by_layer:
+        found[f"experts/max_over_mean/{layer_name(run, layer)}"] = uneven[layer]
+        found[f"experts/without_tokens/{layer_name(run, layer)}"] = idle[layer]
+    found["experts/max_over_mean"] = float(np.mean([*uneven.values()]))
+    found["experts/without_tokens"] = float(np.mean([*idle.values()]))
     return found
 
 

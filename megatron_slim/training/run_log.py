@@ -19,6 +19,7 @@ from importlib.util import find_spec
 
 import megatron_slim.mcore
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
@@ -174,7 +175,8 @@ class RunLog:
         of_rank[rank, 1] = torch.cuda.max_memory_allocated()
         of_rank[rank, 2:] = self.clock.take(run.chunks).flatten()
         layers = run.layers + self.shape.mtp_num_layers
-        counts = self.experts.take(layers, self.shape.num_moe_experts)
+        experts = [self.shape.expert_counts.get(block, 0) for block in self.shape.blocks]
+        counts = self.experts.take(layers, max(experts))
         parts = [of_rank.to(device), self.losses.take(), counts]
         whole = torch.cat([part.flatten() for part in parts])
         torch.distributed.all_reduce(whole)
@@ -182,6 +184,8 @@ class RunLog:
             found.view(part.shape).numpy()
             for found, part in zip(whole.cpu().split([part.numel() for part in parts]), parts, strict=True)
         )
+        for row, count in zip(tokens, experts, strict=True):
+            row[count:] = np.nan
         seconds = self.training_seconds()
         terms = terms_of(has_teacher="teacher" in run.flops, has_mtp=self.shape.mtp_num_layers > 0)
         interval = Interval(

@@ -41,7 +41,7 @@ SYMBOLS = {FULL_ATTENTION: "*"}  # of Megatron's patterns; Gated DeltaNet is G, 
 
 def _attention(kind: str, config: Any) -> ModuleSpec:
     submodules = TransformerLayerSubmodules(
-        self_attention=layer_specs._SPECS[kind](BACKEND, config), self_attn_bda=get_bias_dropout_add
+        self_attention=layer_specs._ATTENTION[kind](BACKEND, config), self_attn_bda=get_bias_dropout_add
     )
     return ModuleSpec(module=TransformerLayer, submodules=submodules)
 

@@ -158,6 +158,11 @@ def test_statistics_are_carried_from_phase_to_phase(place: Path, tmp_path: Path,
     assert tokens == {"phase-1/prune": 4 * 16, "phase-2/prune": 0}
     one = tool("tools/run.py", *arguments(place, tmp_path / "r", "one.yaml", *words))
     assert "calibrate.carry_statistics is for recipes with phases" in one.error
+    by_loss = TWO.replace("num_moe_experts: 4}}", "num_moe_experts: 4}, experts: {allocation: loss}}")
+    (tmp_path / "last.yaml").write_text(by_loss)
+    words = arguments(place, tmp_path / "r", "two.yaml", *words)
+    data = tool("tools/run.py", tmp_path / "last.yaml", *words[1:])
+    assert "experts.allocation loss in phase 2, which calibrate.carry_statistics leaves without data" in data.error
 
 
 def test_acceptance_is_a_step_of_its_own(place: Path, tmp_path: Path) -> None:

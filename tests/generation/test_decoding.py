@@ -163,6 +163,16 @@ def test_drafts_and_rounds_are_those_of_uncached_models(drafting: Path, theirs: 
     assert accepted > 0  # else the comparison would say little
 
 
+def test_layers_with_different_numbers_of_experts(tmp_path: Path) -> None:
+    """transformers cannot be asked for them."""
+    kinds = (LINEAR_ATTENTION, FULL_ATTENTION)
+    shape = tiny_shape(vocab_size=12, num_layers=2, layer_types=kinds, experts_per_layer=(12, 3))
+    path = write_tiny_checkpoint(tmp_path / "hf", shape, seed=5, dtype=torch.float32)
+    given, theirs = prompts(12, (6, 1, 3), seed=1), reference.Megatron(path)
+    texts = speculative(decoder(path), given, max_new_tokens=12, draft_tokens=DRAFTS)
+    assert [text.tokens for text in texts] == [reference.greedy(theirs, prompt, 12) for prompt in given]
+
+
 class _BeforeNorm(reference.Transformers):
     """Feeds back what the block gives before its norm."""
 
