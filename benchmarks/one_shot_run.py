@@ -85,7 +85,7 @@ def _samples(args: argparse.Namespace, source: Checkpoint) -> Tokens:
     """Of calibration."""
     if args.calibration_data is None:
         fix = "give --calibration-data, not --stats, or leave experts out of --only"
-        raise SlimError("experts that are shared out by loss need data", fix=fix)
+        raise SlimError("experts that are allocated by loss need data", fix=fix)
     return read_calibration_samples(
         args.calibration_data,
         source.shape,

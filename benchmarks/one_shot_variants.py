@@ -36,7 +36,7 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "merge, pairwise weights": {"experts": {"method": "merge", "weighting": "pairwise"}},
         "merge, aligned by weights": {"experts": {"method": "merge", "align": "weights"}},
         **{
-            f"{method}, shared out by loss": {"experts": {"method": method, "allocation": "loss"}}
+            f"{method}, allocated by loss": {"experts": {"method": method, "allocation": "loss"}}
             for method in CHOICES["experts.method"]
         },
     },

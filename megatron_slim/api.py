@@ -170,7 +170,7 @@ def make_plan(
         recipe: what is wanted.
         checkpoint: the model.
         statistics: of it.
-        samples: token ids [samples, sequence] that layers are measured on, where the recipe shares experts out by loss.
+        samples: token ids [samples, sequence] that layers are measured on, where the recipe allocates experts by loss.
 
     Raises:
         RecipeError: the target is impossible for this model; lists every violation.

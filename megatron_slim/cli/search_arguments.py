@@ -17,7 +17,7 @@ DEFAULT_TOP = 3
 
 def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of measuring, the same in every tool that plans."""
-    group = parser.add_argument_group("search under a recipe's budget, and experts shared out by loss")
+    group = parser.add_argument_group("search under a recipe's budget, and experts allocated by loss")
     group.add_argument(
         "--search-data",
         type=Path,

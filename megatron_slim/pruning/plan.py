@@ -52,7 +52,7 @@ class Plan:
         experts: per surviving block with experts, under its name in the source, those that survive, ascending by base.
         inner: per surviving block, FFN neurons and attention heads that survive.
         search: how sizes were found for the recipe's budget; None where it has none.
-        allocation: what pruning the experts of each layer alone adds to the loss, where the recipe shares them out by
+        allocation: what pruning the experts of each layer alone adds to the loss, where the recipe allocates them by
             loss (`sensitivity`).
     """
 
@@ -129,7 +129,7 @@ def make_plan(
             taken, without it the first (`pruning.search`).
         top: how many candidates are measured, at most as many as a plan records.
         sensitivity: what each block of a plan of experts alone adds to the loss, by block; needed where the recipe
-            shares experts out by loss.
+            allocates experts by loss.
 
     Raises:
         RecipeError: the target is impossible for this source; lists every violation.
@@ -220,7 +220,7 @@ def _allocated(
 
 
 def allocation_unit(recipe: Recipe) -> int:
-    """What the number of experts of each layer is a multiple of, where they are shared out by loss."""
+    """What the number of experts of each layer is a multiple of, where they are allocated by loss."""
     return math.lcm(recipe.experts.multiple, recipe.experts.num_groups)
 
 
@@ -278,7 +278,7 @@ def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") ->
 
 
 def _allocation_violations(recipe: Recipe, shape: ModelShape, experts: int) -> Iterator[str]:
-    """What rules out that experts are shared out by loss, and a budget where they have been."""
+    """What rules out that experts are allocated by loss, and a budget where they have been."""
     if shape.experts_per_layer and recipe.budget is not None:
         yield "a budget for a source whose layers have different numbers of experts"
     if recipe.experts.allocation != "loss":
@@ -354,15 +354,15 @@ def check_later_phases(schedule: Recipe, number: int, shape: ModelShape, *, wher
 
 
 def _check_allocations(schedule: Recipe, number: int, *, where: str) -> None:
-    """Experts that a phase has shared out by loss are not pruned again: what layers have then is not known before."""
+    """Experts that a phase has allocated by loss are not pruned again: what layers have then is not known before."""
     shared = 0
     for phase, recipe in enumerate(schedule.phases[number - 1 :], number):
         asked = recipe.target.num_moe_experts
         if shared and (recipe.experts.allocation == "loss" or asked is not None or recipe.budget is not None):
             raise RecipeError(
-                f"phase {phase} prunes experts that phase {shared} shares out by loss",
+                f"phase {phase} prunes experts that phase {shared} allocates by loss",
                 where=where,
-                fix="share them out in the last phase that prunes experts",
+                fix="allocate them in the last phase that prunes experts",
             )
         shared = phase if recipe.experts.allocation == "loss" else shared
 
@@ -416,7 +416,7 @@ def target_shape(
         recipe: what is wanted.
         shape: of the source.
         kept_layers: source layers that survive.
-        experts: of each of them, where they are shared out; None: as the recipe says of all, or as each has.
+        experts: of each of them, where they are allocated; None: as the recipe says of all, or as each has.
 
     Raises:
         RecipeError: the result cannot be built.

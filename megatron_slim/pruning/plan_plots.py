@@ -102,7 +102,7 @@ def _heatmap(figure: Any, axes: Any, plan: Plan, stats: Statistics) -> None:
     # A few values next to zero must not take the whole scale.
     logarithmic = bool(positive.size) and high > LOG_RATIO * low
     norm = LogNorm(max(low, high * 1e-4), high, clip=False) if logarithmic else Normalize(0, high)
-    # A logarithmic scale has no zeros: they are below it. What a block does not have is no value.
+    # A logarithmic scale has no zeros: they are below it. What a block lacks is masked.
     shown = np.where(relative_BE == 0, low / 2, relative_BE) if logarithmic else relative_BE
     picture = np.ma.masked_invalid(shown)
     colours = colormaps["viridis"].with_extremes(bad="white", under="black")

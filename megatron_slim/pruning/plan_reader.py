@@ -22,7 +22,7 @@ from megatron_slim.pruning.search import Candidate, Ranking, counted, resolved
 from megatron_slim.recipe import Recipe, parse_recipe
 
 _KEYS = ("version", "recipe", "source", "stats", "search", "target", "kept_layers", "kept_hidden", "experts")
-_ALLOCATION = "allocation"  # only where experts are shared out
+_ALLOCATION = "allocation"  # only where experts are allocated
 _SEARCH = {"count", "chosen", "candidates"}
 _INNER = tuple(part for part in InnerAxes.__annotations__ if part not in OPTIONAL)
 # Weights are shares that sum to 1 up to the rounding of a few hundred additions in float64.
@@ -90,7 +90,7 @@ def parse_plan(document: Any, *, where: str = "plan") -> Plan:
 
 
 def _allocation(document: Mapping[str, Any], recipe: Recipe, where: str) -> dict[str, float]:
-    """What pruning the experts of a layer alone adds, where the recipe shares them out by that."""
+    """What pruning the experts of a layer alone adds, where the recipe allocates them by that."""
     value = document.get(_ALLOCATION, {})
     if not isinstance(value, Mapping) or not all(type(loss) in (int, float) for loss in value.values()):
         raise PlanError(f"{_ALLOCATION} is not an object with a loss for every layer", where=where)

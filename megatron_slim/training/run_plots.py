@@ -47,7 +47,7 @@ def _losses(axes: Any, run: Series) -> None:
         drawn.append(_curve(axes if in_nats(name) else other, run[name], name, **style))
     axes.set(title="Loss terms", xlabel="iteration", ylabel="nats per token")
     scales = [axes] if other is None else [axes, other]
-    for scale in scales:  # room for the legend, which is on the scale that is drawn last
+    for scale in scales:  # space for the legend, which is on the scale that is drawn last
         low, high = scale.get_ylim()
         scale.set_ylim(top=high + 0.1 * (1 + len(scales)) * (high - low))
     size = "small" if other is None else "x-small"

@@ -1,4 +1,4 @@
-"""Experts shared out over layers by loss: measured, chosen, planned, applied, and read back."""
+"""Experts allocated to layers by loss: measured, chosen, planned, applied, and read back."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def test_recipes_that_cannot_be_met() -> None:
         make_plan(parse_recipe(recipe()), None, shape)  # type: ignore[arg-type]
     phases: list[dict[str, Any]] = [{"target": {"num_moe_experts": 6}}, {"target": {"num_moe_experts": 4}}]
     schedule = {"version": 1, "experts": {"allocation": "loss"}, "phases": phases}
-    with pytest.raises(RecipeError, match="phase 2 prunes experts that phase 1 shares out by loss"):
+    with pytest.raises(RecipeError, match="phase 2 prunes experts that phase 1 allocates by loss"):
         check_later_phases(parse_recipe(schedule), 1, shape, where="r")
     phases[0]["experts"] = {"allocation": "uniform"}
     check_later_phases(parse_recipe(schedule), 1, shape, where="r")
