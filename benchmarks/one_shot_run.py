@@ -17,7 +17,8 @@ from megatron_slim.errors import SlimError
 from megatron_slim.evaluation.perplexity import evaluate, read_evaluation_data
 from megatron_slim.pruning.apply import PrunedCheckpoint
 from megatron_slim.pruning.candidates import MOST_SAMPLES
-from megatron_slim.pruning.plan import Plan, check_recipe, make_plan
+from megatron_slim.pruning.plan import Plan, make_plan
+from megatron_slim.pruning.recipe_checks import check_recipe
 from megatron_slim.pruning.sensitivity import expert_sensitivity
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import load_recipe

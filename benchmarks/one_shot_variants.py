@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_slim.recipe import CHOICES, Recipe, parse_recipe
+from megatron_slim.recipe import Recipe, parse_recipe
+from megatron_slim.recipe_sections import CHOICES
 
 ALL = "all together"
 # Axis -> the sizes of a recipe's target that prune it.

@@ -28,9 +28,10 @@ from megatron_slim.files import refuse_existing
 from megatron_slim.pruning.apply import PrunedCheckpoint
 from megatron_slim.pruning.carried_statistics import read_carried_statistics
 from megatron_slim.pruning.pipeline import write_pruned
-from megatron_slim.pruning.plan import Plan, check_recipe
+from megatron_slim.pruning.plan import Plan
 from megatron_slim.pruning.plan import make_plan as _make_plan
 from megatron_slim.pruning.plan_reader import load_plan
+from megatron_slim.pruning.recipe_checks import check_recipe
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import Recipe, load_recipe, parse_recipe, select_phase
 from megatron_slim.recipe_run import moment_rule

@@ -19,7 +19,7 @@ from megatron_slim.architecture.table import count_parameters
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, same_bytes, torch_dist_to_hf, write_checkpoint
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import CheckpointError, RecipeError, ShapeError
-from megatron_slim.pruning.plan import check_recipe
+from megatron_slim.pruning.recipe_checks import check_recipe
 from megatron_slim.recipe import parse_recipe
 from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tiny_checkpoint
 

@@ -12,7 +12,7 @@ from megatron_slim.cli import plan_parallelism
 from megatron_slim.command_line import tool_parser
 from megatron_slim.distillation.divergences import DIVERGENCES
 from megatron_slim.distillation.terms import LOSS_TERMS, MTP_BETA
-from megatron_slim.recipe import CHOICES
+from megatron_slim.recipe_sections import CHOICES
 from megatron_slim.training.slim_arguments import add_slim_arguments
 from tests.distillation import test_fused, test_logits
 

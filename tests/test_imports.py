@@ -42,7 +42,7 @@ LAYERS = (
         "encoding",
         "preprocessing",
     ),
-    ("packaged", "expert_metrics", "recipe_budget", "recipe_run", "recipe", "architecture"),
+    ("packaged", "expert_metrics", "recipe_budget", "recipe_sections", "recipe_run", "recipe", "architecture"),
     ("checkpoint",),
     ("streaming",),
     ("generation",),

@@ -14,10 +14,12 @@ from megatron_slim.architecture.published import GLM_4_5_AIR, QWEN3_5_35A3B
 from megatron_slim.architecture.shape import FAMILIES, ModelShape, layer_pattern, unused_fields
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import RecipeError
-from megatron_slim.pruning.plan import check_recipe, space_before_statistics, target_shape
+from megatron_slim.pruning.recipe_checks import check_recipe, space_before_statistics
 from megatron_slim.pruning.search import search
 from megatron_slim.pruning.statistics import Statistics, expected_shapes
-from megatron_slim.recipe import Depth, Experts, Phase, Recipe, Target, load_recipe, parse_recipe, select_phase
+from megatron_slim.pruning.target import target_shape
+from megatron_slim.recipe import Recipe, load_recipe, parse_recipe, select_phase
+from megatron_slim.recipe_sections import Depth, Experts, Phase, Target
 
 RECIPES = Path(__file__).parents[1] / "examples" / "slimqwen" / "recipes"
 ISSUE_RECIPE = """

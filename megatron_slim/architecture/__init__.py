@@ -6,7 +6,8 @@
   those of attention and of feed-forward networks, and all by name
 - `wrapper`: larger models that hold a language model
 - `qwen3_next`, `qwen3_5_moe`, `qwen3_moe`, `glm4_moe`: the families
-- `shape`, `hf_config`, `mtp_keys`, `published`: sizes, config.json, what it states of MTP, published models
+- `shape`, `shape_checks`: sizes, and which of them cannot be built
+- `hf_config`, `mtp_keys`, `published`: config.json, what it states of MTP, published models
 - `table`: all parameters of a model, and how many there are
 - `rope`, `frequencies`, `rotary`: rotary embeddings as config.json asks for them, their frequencies, and in Megatron's
   modules

@@ -24,6 +24,7 @@ from megatron_slim.architecture.qwen3_5_moe import QWEN3_5_MOE
 from megatron_slim.architecture.qwen3_moe import QWEN3_MOE
 from megatron_slim.architecture.qwen3_next import QWEN3_NEXT
 from megatron_slim.architecture.rope import Yarn
+from megatron_slim.architecture.shape_checks import violations
 from megatron_slim.errors import ShapeError
 
 __all__ = [
@@ -196,74 +197,7 @@ class ModelShape:
 
     def violations(self) -> list[str]:
         """Everything that makes this shape impossible to build, one sentence each."""
-        if found := self.type_violations():
-            return found
-        checks = {
-            f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups "
-            f"{self.num_query_groups}": self.num_attention_heads % self.num_query_groups == 0,
-            f"linear_num_value_heads {self.linear_num_value_heads} is not a multiple of linear_num_key_heads "
-            f"{self.linear_num_key_heads}": self.linear_num_value_heads % max(1, self.linear_num_key_heads) == 0,
-            f"moe_router_topk {self.moe_router_topk} is larger than num_moe_experts "
-            f"{self.num_moe_experts}": self.moe_router_topk <= self.num_moe_experts,
-            f"layer_types has {len(self.layer_types)} entries for num_layers {self.num_layers}": len(self.layer_types)
-            == self.num_layers,
-            f"rotary_base {self.rotary_base} is not above zero": self.rotary_base > 0,
-            f"rotary_base {self.rotary_base} is not above 1, as YaRN needs": self.rope_scaling is None
-            or self.rotary_base > 1,
-            "no full_attention layer is left (transformers cannot run such a model)": FULL_ATTENTION
-            in self.layer_types,
-            f"rotary_percent {self.rotary_percent} of kv_channels {self.kv_channels} is not an even number "
-            "of dimensions": self.rotary_percent <= 1 and self.rotary_dim > 0 and self.rotary_dim % 2 == 0,
-            f"mtp_num_layers {self.mtp_num_layers} is not 0 or 1 (the Hugging Face format has one MTP "
-            "block)": self.mtp_num_layers in (0, 1),
-            f"mtp_num_layers {self.mtp_num_layers}, but {self.model_type} has no MTP block": self.mtp_num_layers == 0
-            or bool(self.family.mtp_rows),
-        }
-        found += [sentence for sentence, holds in checks.items() if not holds]
-        found += [*self._routing_violations(), *self._expert_violations()]
-        known = self.family.attention
-        unknown = sorted(set(self.layer_types) - set(known))
-        found += [f"unknown layer type {kind!r} ({self.model_type} has {', '.join(known)})" for kind in unknown]
-        return found
-
-    def _routing_violations(self) -> Iterator[str]:
-        """What rules out dense layers, groups of experts and a size that is given as a multiple."""
-        if self.num_dense_layers >= self.num_layers:
-            yield f"num_dense_layers {self.num_dense_layers} of num_layers {self.num_layers} leave none with experts"
-        groups, chosen, topk = self.moe_router_num_groups, self.moe_router_group_topk, self.moe_router_topk
-        if groups > 1:
-            each = self.num_moe_experts // groups
-            if self.num_moe_experts % groups or each < 2:
-                yield f"num_moe_experts {self.num_moe_experts} are not groups of two or more, {groups} in number"
-            elif chosen > groups or topk > chosen * each:
-                yield f"moe_router_topk {topk} do not fit into {chosen} of {groups} groups of {each} experts"
-            elif topk // chosen != 2:
-                # transformers ranks groups by their best two, Megatron by as many as a group gives on average.
-                yield f"moe_router_topk {topk} is not twice moe_router_group_topk {chosen}, as Megatron's groups need"
-        elif chosen != 1:
-            yield f"moe_router_group_topk {chosen} of one group"
-        for name, (key, unit) in self.family.multiples.items():
-            if getattr(self, name) % getattr(self, unit):
-                yield (
-                    f"{name} {getattr(self, name)} is not a multiple of {unit} {getattr(self, unit)}, "
-                    f"in which {key} of config.json counts it"
-                )
-
-    def _expert_violations(self) -> Iterator[str]:
-        """What is wrong with the numbers of experts of single layers."""
-        counts, topk = self.experts_per_layer, self.moe_router_topk
-        if not counts:
-            return
-        if len(counts) != self.num_layers:
-            yield f"experts_per_layer has {len(counts)} entries for num_layers {self.num_layers}"
-            return
-        for layer, (count, kinds) in enumerate(zip(counts, self.sublayers, strict=False)):
-            if (count > 0) != (MOE in kinds):
-                yield f"experts_per_layer: layer {layer} has {count}, and is {'' if MOE in kinds else 'not '}routed"
-            elif 0 < count < topk:
-                yield f"experts_per_layer: layer {layer} has {count} experts, fewer than moe_router_topk {topk}"
-        if self.moe_router_num_groups > 1:
-            yield "experts_per_layer with a router that chooses groups of experts first"
+        return self.type_violations() or violations(self)
 
     def type_violations(self, names: Mapping[str, str] | None = None) -> list[str]:
         """Values that are not numbers of the right kind; with one of them no other check makes sense.
@@ -305,8 +239,8 @@ class ModelShape:
 
     def validate(self, where: str = "") -> None:
         """Raise one `ShapeError` that lists every violation."""
-        if violations := self.violations():
-            raise ShapeError(violations, where=where)
+        if found := self.violations():
+            raise ShapeError(found, where=where)
 
 
 @functools.cache

@@ -99,7 +99,8 @@ def run_plan(
     from megatron_slim.checkpoint.convert import log_left_out, open_checkpoint
     from megatron_slim.pruning.apply import PrunedCheckpoint
     from megatron_slim.pruning.pipeline import comparison, comparison_table
-    from megatron_slim.pruning.plan import check_recipe, make_plan
+    from megatron_slim.pruning.plan import make_plan
+    from megatron_slim.pruning.recipe_checks import check_recipe
 
     source = open_checkpoint(load, **reading)
     log_left_out(source)
@@ -193,7 +194,7 @@ def _check_phase(schedule: Recipe, number: int | None, source: Checkpoint, *, wh
 
     Sizes that a phase leaves to a budget are not known.
     """
-    from megatron_slim.pruning.plan import check_later_phases
+    from megatron_slim.pruning.recipe_checks import check_later_phases
 
     named: dict[str, int] = {}
     for earlier in schedule.phases[: (number or 1) - 1]:
@@ -217,7 +218,8 @@ def _check_space(recipe: Recipe, source: Checkpoint, save: Path, *, with_optimiz
     from megatron_slim.architecture.table import count_parameters
     from megatron_slim.files import check_space
     from megatron_slim.pruning.depth import layers_before_statistics
-    from megatron_slim.pruning.plan import check_recipe, space_before_statistics, target_shape
+    from megatron_slim.pruning.recipe_checks import check_recipe, space_before_statistics
+    from megatron_slim.pruning.target import target_shape
 
     check_recipe(recipe, source.shape, where=where)
     if recipe.budget is not None:  # which one is not known yet
@@ -242,7 +244,8 @@ def _decide(
     *,
     where: str,
 ) -> tuple[Plan, Statistics]:
-    from megatron_slim.pruning.plan import check_recipe, make_plan
+    from megatron_slim.pruning.plan import make_plan
+    from megatron_slim.pruning.recipe_checks import check_recipe
 
     check_recipe(recipe, source.shape, where=where)
     options = _search_options(measuring, recipe, source, calibration, where=where)

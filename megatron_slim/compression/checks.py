@@ -20,7 +20,7 @@ from megatron_slim.data import data_prefix, exact_prefix, open_stream
 from megatron_slim.errors import EXIT_USER_ERROR, DataError, SlimError, last_error
 from megatron_slim.extras import require
 from megatron_slim.files import to_json
-from megatron_slim.pruning.plan import check_later_phases, check_recipe
+from megatron_slim.pruning.recipe_checks import check_later_phases, check_recipe
 from megatron_slim.training.blends import parse_blend
 
 if TYPE_CHECKING:

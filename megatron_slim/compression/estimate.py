@@ -178,7 +178,7 @@ def _pruned(settings: RunSettings, phase: int, source: ModelShape | None) -> Mod
     if source is None or recipe.budget is not None:
         return None
     from megatron_slim.pruning.depth import layers_before_statistics
-    from megatron_slim.pruning.plan import target_shape
+    from megatron_slim.pruning.target import target_shape
 
     layers = layers_before_statistics(source, recipe.target.num_layers or source.num_layers)
     return target_shape(recipe, source, layers)

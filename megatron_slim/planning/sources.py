@@ -12,9 +12,10 @@ from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.errors import RecipeError, SlimError
 from megatron_slim.packaged import find_recipe
 from megatron_slim.pruning.depth import layers_before_statistics
-from megatron_slim.pruning.plan import check_recipe, space_before_statistics, target_shape
 from megatron_slim.pruning.plan_reader import load_plan
+from megatron_slim.pruning.recipe_checks import check_recipe, space_before_statistics
 from megatron_slim.pruning.search import Ranking, resolved
+from megatron_slim.pruning.target import target_shape
 from megatron_slim.recipe import Recipe, load_recipe, select_phase
 
 

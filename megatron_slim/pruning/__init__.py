@@ -5,6 +5,7 @@
 - `recorder`, `importance`, `statistics`: sums, their definitions, the file
 - `carried_statistics`: statistics through a plan, instead of a new calibration
 - `plan`, `depth`, `experts`, `inner_axes`: the decision: widths, layers, experts, neurons and heads
+- `target`, `recipe_checks`: the sizes that a recipe asks for, and what cannot be met
 - `allocation`, `sensitivity`: experts allocated to layers, and what each layer loses
 - `search`, `candidates`: sizes that meet a budget, and what the best ones lose
 - `plan_reader`: reading a decision back

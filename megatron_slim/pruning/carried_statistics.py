@@ -23,7 +23,7 @@ from megatron_slim.pruning.plan import Plan
 from megatron_slim.pruning.plan_reader import load_plan
 from megatron_slim.pruning.plan_view import check_statistics
 from megatron_slim.pruning.statistics import LAYER_KINDS, Array, Statistics
-from megatron_slim.recipe import CHOICES
+from megatron_slim.recipe_sections import CHOICES
 
 if TYPE_CHECKING:
     from megatron_slim.checkpoint.convert import Checkpoint

@@ -8,7 +8,7 @@ from decimal import Decimal
 import numpy as np
 import numpy.typing as npt
 
-from megatron_slim.recipe import Experts
+from megatron_slim.recipe_sections import Experts
 
 Vector = npt.NDArray[np.float64]
 

@@ -17,8 +17,9 @@ from megatron_slim.files import read_json
 from megatron_slim.pruning.allocation import violations as allocation_violations
 from megatron_slim.pruning.experts import ExpertGroup
 from megatron_slim.pruning.inner_axes import OPTIONAL, InnerAxes, index_violations, violations
-from megatron_slim.pruning.plan import VERSION, Plan, allocation_unit, target_shape
+from megatron_slim.pruning.plan import VERSION, Plan
 from megatron_slim.pruning.search import Candidate, Ranking, counted, resolved
+from megatron_slim.pruning.target import allocation_unit, target_shape
 from megatron_slim.recipe import Recipe, parse_recipe
 
 _KEYS = ("version", "recipe", "source", "stats", "search", "target", "kept_layers", "kept_hidden", "experts")

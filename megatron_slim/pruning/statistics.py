@@ -40,7 +40,7 @@ from megatron_slim.checkpoint.records import FORMER_STATS, STATS
 from megatron_slim.errors import CheckpointError
 from megatron_slim.expert_metrics import EXPERT_IMPORTANCES, EXPERT_SIMILARITIES
 from megatron_slim.files import sha256, write_atomic
-from megatron_slim.recipe import CHOICES
+from megatron_slim.recipe_sections import CHOICES
 
 FORMAT = "megatron_slim statistics 2"
 LAYER_KINDS = ("cosine", "block_influence")

@@ -16,7 +16,8 @@ from megatron_slim.checkpoint.records import PLAN
 from megatron_slim.checkpoint.torch_dist_names import RELEASE, TRACKER
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.files import read_json
-from megatron_slim.recipe import Phase, parse_recipe
+from megatron_slim.recipe import parse_recipe
+from megatron_slim.recipe_sections import Phase
 
 FLAG, WARMUP, RESHARDABLE = "--progressive-schedule", "--stage-warmup", "--dist-ckpt-optim-fully-reshardable"
 WARMUP_FROM = 0.1  # of the schedule's learning rate

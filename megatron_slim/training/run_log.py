@@ -31,7 +31,7 @@ from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.distillation.losses import LossWeights
 from megatron_slim.distillation.model import DistillationModel
 from megatron_slim.distillation.terms import terms_of, weights_of
-from megatron_slim.recipe import Phase
+from megatron_slim.recipe_sections import Phase
 from megatron_slim.training.meters import ExpertCounter, LossSums, StageClock, weights_of_terms
 from megatron_slim.training.progressive import Place
 from megatron_slim.training.run_figures import KINDS, Interval, Progress, RunConstants, figures, line

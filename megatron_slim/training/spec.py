@@ -23,7 +23,7 @@ from megatron_slim.distillation.divergences import KDLoss
 from megatron_slim.distillation.loss_options import DEFAULTS
 from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationOptions
 from megatron_slim.errors import CheckpointError, summarise
-from megatron_slim.recipe import Phase
+from megatron_slim.recipe_sections import Phase
 from megatron_slim.training.arguments import complete_argv, parse, shape_directory
 from megatron_slim.training.progressive import Place, find_place, is_done, phase_of
 from megatron_slim.training.rates import default_warmup

@@ -12,7 +12,8 @@ import yaml
 
 from benchmarks.models import write_statistics
 from benchmarks.one_shot_variants import ALL, TARGETS, variants
-from megatron_slim.recipe import CHOICES, parse_recipe
+from megatron_slim.recipe import parse_recipe
+from megatron_slim.recipe_sections import CHOICES
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 ONE_SHOT = "benchmarks/one_shot.py"

@@ -25,8 +25,9 @@ from megatron_slim.errors import RecipeError, ShapeError
 from megatron_slim.evaluation.perplexity import evaluate
 from megatron_slim.pruning.allocation import allocate, violations
 from megatron_slim.pruning.apply import PrunedCheckpoint
-from megatron_slim.pruning.plan import Plan, check_later_phases, check_recipe, make_plan
+from megatron_slim.pruning.plan import Plan, make_plan
 from megatron_slim.pruning.plan_reader import PlanError, parse_plan
+from megatron_slim.pruning.recipe_checks import check_later_phases, check_recipe
 from megatron_slim.pruning.sensitivity import expert_sensitivity
 from megatron_slim.recipe import parse_recipe
 from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tiny_checkpoint

@@ -14,8 +14,9 @@ from megatron_slim.architecture.shape import LINEAR_ATTENTION as LINEAR
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import RecipeError
 from megatron_slim.planning.sources import Asked, find_models
-from megatron_slim.pruning.plan import check_later_phases, check_recipe, make_plan
+from megatron_slim.pruning.plan import make_plan
 from megatron_slim.pruning.plan_view import depth_reason
+from megatron_slim.pruning.recipe_checks import check_later_phases, check_recipe
 from megatron_slim.pruning.statistics import Statistics, layer_key
 from megatron_slim.recipe import parse_recipe
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint

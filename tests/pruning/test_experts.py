@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_slim.pruning.experts import ExpertGroup, expert_groups, num_preserved, pairwise_weights, ranking
-from megatron_slim.recipe import Experts
+from megatron_slim.recipe_sections import Experts
 
 IMPORTANCE = np.array([5.0, 1.0, 8.0, 2.0, 6.0, 3.0])
 # Rows and columns: experts. Of the discarded (1, 3 below), 1 is nearest to 2 overall and to 0 among {0, 5};

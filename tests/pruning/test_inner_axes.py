@@ -22,9 +22,10 @@ from megatron_slim.evaluation.perplexity import evaluate
 from megatron_slim.pruning import statistics
 from megatron_slim.pruning.apply import PrunedCheckpoint
 from megatron_slim.pruning.pipeline import write_pruned
-from megatron_slim.pruning.plan import Plan, check_recipe, make_plan
+from megatron_slim.pruning.plan import Plan, make_plan
 from megatron_slim.pruning.plan_reader import parse_plan
 from megatron_slim.pruning.plan_view import ranked_axes
+from megatron_slim.pruning.recipe_checks import check_recipe
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import parse_recipe
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint

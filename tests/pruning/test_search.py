@@ -18,9 +18,10 @@ from megatron_slim.architecture.table import count_parameters, weights
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import RecipeError
 from megatron_slim.pruning import report
-from megatron_slim.pruning.plan import Plan, check_recipe, make_plan
+from megatron_slim.pruning.plan import Plan, make_plan
 from megatron_slim.pruning.plan_reader import PlanError, load_plan, parse_plan
 from megatron_slim.pruning.plan_tables import sections
+from megatron_slim.pruning.recipe_checks import check_recipe
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import parse_recipe
 from megatron_slim.testing import tiny_shape

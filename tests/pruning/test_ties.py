@@ -14,7 +14,8 @@ from megatron_slim.pruning.inner_axes import best, best_of_groups
 from megatron_slim.pruning.plan import Plan, make_plan
 from megatron_slim.pruning.search import Candidate, Ranking
 from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes
-from megatron_slim.recipe import Experts, parse_recipe
+from megatron_slim.recipe import parse_recipe
+from megatron_slim.recipe_sections import Experts
 from megatron_slim.testing import tiny_shape
 
 MANY = 512

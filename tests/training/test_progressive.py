@@ -13,7 +13,7 @@ import pytest
 
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.files import to_json
-from megatron_slim.recipe import Phase
+from megatron_slim.recipe_sections import Phase
 from megatron_slim.testing import run_distributed
 from megatron_slim.training.progressive import Place, find_place, is_done, phase_of
 

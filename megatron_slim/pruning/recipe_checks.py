@@ -1,0 +1,190 @@
+"""What a recipe asks for that no statistics can give: found before anything is measured (imports no torch)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_slim.architecture.kinds import KINDS
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.architecture.table import count_parameters
+from megatron_slim.errors import RecipeError
+from megatron_slim.extras import require
+from megatron_slim.pruning.depth import Depth, is_whole, layer_fields, possible_depths
+from megatron_slim.pruning.search import Space
+from megatron_slim.pruning.target import allocation_unit, uniform, wanted_sizes
+from megatron_slim.recipe import Recipe
+from megatron_slim.recipe_sections import Experts
+
+# A row of an expert is a multiple of 16 bytes in bf16, or PyTorch's grouped matmul, which transformers uses, fails.
+ROW_MULTIPLE = 8
+
+
+def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") -> None:
+    """Refuse a target that this source cannot become, before anything is measured.
+
+    Raises:
+        RecipeError: lists every violation.
+        SlimError: what it asks for needs a package that is not installed.
+    """
+    if recipe.experts.align != "none":
+        require("align", "scipy", "experts.align")
+    wanted = dataclasses.asdict(recipe.target)
+    least = min(shape.expert_counts.values())
+    found = [
+        f"target.{key} {value} is larger than the source's {limit}"
+        for key, value in wanted.items()
+        if value is not None and value > (limit := least if key == "num_moe_experts" else getattr(shape, key))
+    ]
+    experts = recipe.target.num_moe_experts or least
+    groups = recipe.experts.num_groups
+    if any(count % groups for count in (*shape.expert_counts.values(), experts)):
+        found.append(
+            f"experts.num_groups {groups} does not divide both num_moe_experts {shape.num_moe_experts} of the source "
+            f"and {experts} of the target"
+        )
+    found += _allocation_violations(recipe, shape, experts)
+    topk = recipe.target.moe_router_topk or shape.moe_router_topk
+    if topk > experts:
+        found.append(
+            f"moe_router_topk {topk} is larger than num_moe_experts {experts} of the target"
+            + ("" if recipe.target.moe_router_topk else " (set target.moe_router_topk)")
+        )
+    for size in ("hidden_size", "moe_ffn_hidden_size"):
+        row = wanted[size] or 0
+        if row < getattr(shape, size) and row % ROW_MULTIPLE:
+            found.append(f"target.{size} {row} is not a multiple of {ROW_MULTIPLE} (grouped matmul needs that)")
+    if recipe.target.moe_router_topk == 1 and shape.norm_topk_prob:
+        found.append("moe_router_topk 1 with norm_topk_prob leaves the router without a gradient")
+    if experts < least and groups % shape.moe_router_num_groups:
+        found.append(
+            f"experts.num_groups {groups} is not a multiple of {shape.moe_router_num_groups}, the groups that the "
+            f"router chooses from, which must stay equal (set experts.num_groups)"
+        )
+    layers = recipe.target.num_layers or shape.num_layers
+    if layers <= shape.num_layers and not list(_whole_depths(recipe, shape, layers)):
+        found.append(f"target.num_layers {layers} leaves no full_attention layer with experts")
+    found += _head_violations(recipe, shape)
+    sizes: dict[str, Any] = {k: size for k, size in wanted_sizes(recipe, shape).items() if k != "num_layers"}
+    found = found or dataclasses.replace(uniform(shape), **sizes).violations()
+    if recipe.budget is not None:
+        found = found or _grid_violations(recipe, shape) or space_before_statistics(recipe, shape).violations()
+    if found:
+        raise RecipeError("; ".join(found), where=where)
+
+
+def _allocation_violations(recipe: Recipe, shape: ModelShape, experts: int) -> Iterator[str]:
+    """What rules out that experts are allocated by loss, and a budget where they have been."""
+    if shape.experts_per_layer and recipe.budget is not None:
+        yield "a budget for a source whose layers have different numbers of experts"
+    if recipe.experts.allocation != "loss":
+        if recipe.experts.multiple != Experts.multiple:
+            yield f"experts.multiple {recipe.experts.multiple} without experts.allocation loss"
+        return
+    if shape.experts_per_layer:
+        yield "experts.allocation loss for a source whose layers have different numbers of experts already"
+    if shape.moe_router_num_groups > 1:
+        yield "experts.allocation loss with a router that chooses groups of experts first"
+    if recipe.budget is None and recipe.target.num_moe_experts is None:
+        yield "experts.allocation loss without target.num_moe_experts, the number on average"
+    if (unit := allocation_unit(recipe)) > 1 and experts % unit:
+        yield f"target.num_moe_experts {experts} is not a multiple of {unit}, as experts.multiple or num_groups asks"
+
+
+def _head_violations(recipe: Recipe, shape: ModelShape) -> list[str]:
+    """Numbers of heads that the groups cannot have."""
+    sizes, found = dataclasses.asdict(recipe.target), []
+    for axis in (kind.heads for kind in KINDS.values()):
+        groups, heads = sizes[axis.groups_field], sizes[axis.field]
+        if groups is None:
+            continue
+        if heads is not None and heads > shape.sizes[axis.axis] * groups:
+            found.append(f"target.{axis.field} {heads} is more than {groups} {axis.groups_noun} have in the source")
+        if recipe.budget is not None and heads is None:
+            found.append(f"target.{axis.groups_field} with a budget needs target.{axis.field}")
+    return found
+
+
+def check_later_phases(schedule: Recipe, number: int, shape: ModelShape, *, where: str) -> None:
+    """Refuse now what a later phase of a schedule would refuse after the training of the one before.
+
+    Args:
+        schedule: a recipe with phases; of one without there is nothing to check.
+        number: the phase that is about to begin, from 1.
+        shape: the model that it is given.
+        where: the recipe's file, for errors.
+
+    Raises:
+        RecipeError: a later phase cannot be met, whatever statistics choose until then. What follows a phase with a
+            budget is not known yet.
+    """
+    _check_allocations(schedule, number, where=where)
+    possible = {shape}
+    for phase, recipe in enumerate(schedule.phases[number - 1 :], number):
+        accepted: list[ModelShape] = []
+        for source in possible:
+            try:
+                check_recipe(recipe, source, where=f"{where}: phase {phase}")
+                accepted.append(source)
+            except RecipeError as error:
+                refused = error
+        if not accepted:
+            raise refused
+        if recipe.budget is not None:
+            return
+        possible = {target for source in accepted for target in _possible_targets(recipe, source)}
+
+
+def _check_allocations(schedule: Recipe, number: int, *, where: str) -> None:
+    """Experts that a phase has allocated by loss are not pruned again: what layers have then is not known before."""
+    shared = 0
+    for phase, recipe in enumerate(schedule.phases[number - 1 :], number):
+        asked = recipe.target.num_moe_experts
+        if shared and (recipe.experts.allocation == "loss" or asked is not None or recipe.budget is not None):
+            raise RecipeError(
+                f"phase {phase} prunes experts that phase {shared} allocates by loss",
+                where=where,
+                fix="allocate them in the last phase that prunes experts",
+            )
+        shared = phase if recipe.experts.allocation == "loss" else shared
+
+
+def _possible_targets(recipe: Recipe, shape: ModelShape) -> Iterator[ModelShape]:
+    """Every model that a recipe without a budget can give, as far as statistics decide."""
+    sizes: dict[str, Any] = wanted_sizes(recipe, shape)
+    layers = recipe.target.num_layers or shape.num_layers
+    for depth in _whole_depths(recipe, shape, layers):
+        yield dataclasses.replace(uniform(shape), **sizes | layer_fields(depth))
+
+
+def _whole_depths(recipe: Recipe, shape: ModelShape, layers: int) -> Iterator[Depth]:
+    return (depth for depth in possible_depths(recipe, shape, layers) if is_whole(depth))
+
+
+def _grid_violations(recipe: Recipe, shape: ModelShape) -> list[str]:
+    """Sizes to search, named by the recipe, that would be refused as a target."""
+    found = []
+    for axis in recipe.search.axes:
+        if getattr(shape, axis) == 0:
+            found.append(f"search.axes {axis}: the source has none")
+        for size in recipe.search.grid.get(axis, ()):
+            target = dataclasses.replace(recipe.target, **{axis: size})
+            try:
+                check_recipe(dataclasses.replace(recipe, target=target, budget=None), shape)
+            except RecipeError as error:
+                found.append(f"search.grid.{axis} {size}: {error.what}")
+    return found
+
+
+def space_before_statistics(recipe: Recipe, shape: ModelShape) -> Space:
+    """What a budget leaves to choose from; where statistics choose the layers, as if they chose the smallest."""
+
+    def smallest(count: int) -> Depth:
+        return min(_whole_depths(recipe, shape, count), key=lambda depth: _of_depth(shape, depth), default=())
+
+    return Space(recipe, shape, smallest)
+
+
+def _of_depth(shape: ModelShape, depth: Depth) -> int:
+    return count_parameters(dataclasses.replace(uniform(shape), **layer_fields(depth))).total
