@@ -23,21 +23,17 @@ if TYPE_CHECKING:
         Recipe,
         SlimError,
         Statistics,
-        acceptance,
         calibrate,
         carry_statistics,
         convert,
-        count_parameters,
-        evaluate,
-        figures,
         make_plan,
         open_checkpoint,
         prune,
         read_plan,
         read_recipe,
         read_statistics,
-        task_scores,
     )
+    from megatron_slim.api_measures import acceptance, count_parameters, evaluate, figures, task_scores
 
 __version__ = "0.1.0"
 __all__ = [

@@ -8,21 +8,20 @@ without one it is logged). All errors that a caller can fix are `SlimError`.
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from megatron_slim.api_inputs import Format, StrPath, data_of, expect, opened, shown
+from megatron_slim.api_measures import acceptance, count_parameters, evaluate, figures, task_scores
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import ParameterCount
-from megatron_slim.architecture.table import count_parameters as _count_parameters
-from megatron_slim.checkpoint.convert import Checkpoint, log_left_out, open_checkpoint, write_checkpoint
+from megatron_slim.checkpoint.convert import Checkpoint, open_checkpoint, write_checkpoint
 from megatron_slim.checkpoint.optimizer_state import open_optimizer_state
 from megatron_slim.checkpoint.reference import carry_reference
-from megatron_slim.compat.runtime import default_dtype
 from megatron_slim.errors import SlimError
 from megatron_slim.files import refuse_existing
 from megatron_slim.pruning.apply import PrunedCheckpoint
@@ -35,7 +34,7 @@ from megatron_slim.pruning.recipe_checks import check_recipe
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import Recipe, load_recipe, parse_recipe, select_phase
 from megatron_slim.recipe_run import moment_rule
-from megatron_slim.reporting import Progress, use_progress
+from megatron_slim.reporting import Progress
 from megatron_slim.streaming.fingerprint import fingerprint
 from megatron_slim.streaming.samples import check_samples, log_calibration, read_calibration_samples
 
@@ -43,13 +42,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from megatron_slim.evaluation.acceptance import Acceptance
-    from megatron_slim.evaluation.perplexity import Evaluation
+    from megatron_slim.api_inputs import Data
 
-    Data: TypeAlias = str | os.PathLike[str] | npt.NDArray[np.int64]
-
-StrPath: TypeAlias = str | os.PathLike[str]
-Format: TypeAlias = Literal["hf", "torch_dist"]
 
 __all__ = [
     "Checkpoint",
@@ -103,16 +97,16 @@ def calibrate(
         DataError: the data do not suit the model.
         CheckpointError: an activation is not finite.
     """
-    source = _opened(checkpoint)
+    source = opened(checkpoint)
     samples = read_calibration_samples(
-        _data(data), source.shape, num_samples=num_samples, seq_length=seq_length, seed=seed
+        data_of(data), source.shape, num_samples=num_samples, seq_length=seq_length, seed=seed
     )
     from megatron_slim.pruning.calibrate import calibrate as measure
     from megatron_slim.streaming.work_dir import open_work_dir
 
     log_calibration(source, samples)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_shown(progress))
+        stack.enter_context(shown(progress))
         work = stack.enter_context(open_work_dir(Path(work_dir))) if work_dir is not None else None
         return measure(source, samples, micro_batch_size=micro_batch_size, work=work)
 
@@ -138,7 +132,7 @@ def carry_statistics(pruned: StrPath, checkpoint: Checkpoint | StrPath) -> Stati
     Raises:
         SlimError: plan or statistics are missing, or did not give this model.
     """
-    return read_carried_statistics(Path(pruned), _opened(checkpoint))
+    return read_carried_statistics(Path(pruned), opened(checkpoint))
 
 
 def read_recipe(recipe: StrPath | Mapping[str, Any], *, phase: int | None = None) -> Recipe:
@@ -177,9 +171,9 @@ def make_plan(
         RecipeError: the target is impossible for this model; lists every violation.
         CheckpointError: the statistics are of another model.
     """
-    _expect(recipe, Recipe, "recipe", "read it with read_recipe")
-    _expect(statistics, Statistics, "statistics", "read them with read_statistics")
-    source = _opened(checkpoint)
+    expect(recipe, Recipe, "recipe", "read it with read_recipe")
+    expect(statistics, Statistics, "statistics", "read them with read_statistics")
+    source = opened(checkpoint)
     check_recipe(recipe, source.shape)
     statistics.check(source.shape, fingerprint(source), where="statistics")
     sensitivity = None
@@ -234,15 +228,15 @@ def prune(
     Raises:
         CheckpointError: the plan is of another model, what was read back differs, or there is no optimizer to carry.
     """
-    _expect(plan, Plan, "plan", "read it with read_plan, or make it with make_plan")
+    expect(plan, Plan, "plan", "read it with read_plan, or make it with make_plan")
     if statistics is not None:
-        _expect(statistics, Statistics, "statistics", "read them with read_statistics")
+        expect(statistics, Statistics, "statistics", "read them with read_statistics")
     refuse_existing(Path(save))
-    rule, source = moment_rule(carry_optimizer, moments_of_merged, to), _opened(checkpoint)
+    rule, source = moment_rule(carry_optimizer, moments_of_merged, to), opened(checkpoint)
     pruned = PrunedCheckpoint(plan, source)
     optimizer = None if rule is None else pruned.optimizer_state(open_optimizer_state(source), rule)
     options = {"to": to, "verify": verify, "processes": processes, "optimizer": optimizer}
-    with _shown(progress):
+    with shown(progress):
         return write_pruned(pruned, Path(save), stats=statistics, **options)
 
 
@@ -280,8 +274,8 @@ def convert(
         CheckpointError: the source is incomplete, or what was read back differs.
     """
     refuse_existing(Path(save))
-    source = _opened(checkpoint)
-    with _shown(progress):
+    source = opened(checkpoint)
+    with shown(progress):
         return write_checkpoint(
             source,
             Path(save),
@@ -294,203 +288,3 @@ def convert(
             arguments=arguments,
             records=None if quantize else partial(carry_reference, source, dtype=dtype),
         )
-
-
-def evaluate(
-    checkpoint: Checkpoint | StrPath,
-    data: Data,
-    *,
-    seq_length: int | None = None,
-    num_samples: int | None = None,
-    seed: int = 0,
-    micro_batch_size: int = 1,
-    dtype: torch.dtype | None = None,
-    teacher: Checkpoint | StrPath | None = None,
-    progress: Progress | None = None,
-) -> Evaluation:
-    """Loss of a checkpoint, main head and MTP heads, with one transformer block in memory at a time.
-
-    Args:
-        checkpoint: the model, opened or as its path.
-        data: prefix of a Megatron .bin/.idx pair, a .npy file, or token ids [samples, sequence].
-        seq_length: tokens of a sample; needed with a .bin/.idx pair.
-        num_samples: samples to draw; None: all.
-        seed: of the draw.
-        micro_batch_size: samples in one forward pass.
-        dtype: of weights and activations; None: bf16 on a GPU, fp32 on a CPU.
-        teacher: a model of the same vocabulary to compare with; its last hidden states wait in memory.
-        progress: where progress is shown.
-
-    Returns:
-        ``loss`` (nats per token), ``perplexity``, ``tokens``, ``mtp_loss`` (one number per MTP depth). With a teacher
-        also ``kl`` (nats per token), ``top1_agreement``, ``teacher_loss``, ``loss_difference``, ``mtp_kl``,
-        ``mtp_top1_agreement``. ``stderr`` has the standard errors over samples by name.
-
-    Raises:
-        DataError: the data do not suit the model.
-        CheckpointError: a loss is not finite, or the teacher has another vocabulary.
-    """
-    from megatron_slim.evaluation.perplexity import evaluate_on
-    from megatron_slim.evaluation.teacher import Teacher
-
-    with _shown(progress):
-        result, _ = evaluate_on(
-            _opened(checkpoint),
-            _data(data),
-            seq_length=seq_length,
-            num_samples=num_samples,
-            seed=seed,
-            micro_batch_size=micro_batch_size,
-            dtype=dtype or default_dtype(),
-            teacher=None if teacher is None else Teacher(_opened(teacher)),
-        )
-    return result
-
-
-def acceptance(
-    checkpoint: Checkpoint | StrPath,
-    prompts: StrPath | list[list[int]],
-    *,
-    draft_tokens: int = 5,
-    max_new_tokens: int = 128,
-    num_prompts: int | None = None,
-    prompt_tokens: int | None = None,
-    stop_at_eos: bool = False,
-    micro_batch_size: int = 1,
-    dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
-) -> Acceptance:
-    """How many drafts of its MTP block a model accepts in greedy speculative decoding; the whole model is in memory.
-
-    Args:
-        checkpoint: the model, opened or as its path.
-        prompts: token ids of each; or JSON lines with ``text`` or ``tokens``, or a .npy matrix of ids.
-        draft_tokens: tokens drafted in a round.
-        max_new_tokens: tokens to generate after each prompt.
-        num_prompts: of a file, the first so many; None: all.
-        prompt_tokens: of each prompt of a file, the first so many; None: all.
-        stop_at_eos: end texts at the ``eos_token_id`` of config.json.
-        micro_batch_size: prompts that are continued at the same time.
-        dtype: of weights and activations; None: bf16 on a GPU, fp32 on a CPU.
-        progress: where progress is shown.
-
-    Returns:
-        ``per_round`` and ``per_position``, each with ``acc``, ``mean_accepted_length`` and ``drafts``; ``rounds`` and
-        ``tokens``.
-
-    Raises:
-        CheckpointError: the model has no MTP block.
-        DataError: the prompts do not suit the model.
-    """
-    from megatron_slim.evaluation.acceptance import acceptance_of
-
-    with _shown(progress):
-        result, _ = acceptance_of(
-            _opened(checkpoint),
-            None,
-            Path(prompts) if isinstance(prompts, (str, os.PathLike)) else prompts,
-            number=num_prompts,
-            length=prompt_tokens,
-            draft_tokens=draft_tokens,
-            max_new_tokens=max_new_tokens,
-            stop_at_eos=stop_at_eos,
-            micro_batch_size=micro_batch_size,
-            dtype=dtype or default_dtype(),
-        )
-    return result
-
-
-def task_scores(
-    checkpoint: Checkpoint | StrPath,
-    tasks: Sequence[str],
-    *,
-    tasks_dir: StrPath | None = None,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    micro_batch_size: int = 1,
-    dtype: torch.dtype | None = None,
-) -> dict[str, Any]:
-    """Scores of a model on tasks of lm-evaluation-harness, offline (extra ``eval``); the whole model is in memory.
-
-    Args:
-        checkpoint: the model, opened or as its path, with its tokenizer.
-        tasks: names of tasks or groups of the harness, or ``slimqwen``: those of the paper whose data are there.
-        tasks_dir: directory with YAML files of further tasks.
-        num_fewshot: examples in a prompt; None: as the task says.
-        limit: documents of each task; None: all.
-        micro_batch_size: requests in one forward pass.
-        dtype: of weights and activations; None: bf16 on a GPU, fp32 on a CPU.
-
-    Returns:
-        ``tasks``, by task its ``metrics``, each with ``value`` and ``stderr``, and ``documents``; and
-        ``tasks_left_out``, why tasks of a preset cannot run; as ``megatron-slim evaluate --json``.
-
-    Raises:
-        SlimError: the extra is not installed.
-        DataError: a task is unknown or its data are not there, or the checkpoint has no tokenizer of its own.
-    """
-    from megatron_slim.evaluation.tasks import Tasks, check_tokenizer
-
-    source = _opened(checkpoint)
-    check_tokenizer(source)
-    names = [tasks] if isinstance(tasks, str) else list(tasks)
-    directory = None if tasks_dir is None else Path(tasks_dir)
-    loaded = Tasks(names, tasks_dir=directory, num_fewshot=num_fewshot, limit=limit)
-    found = loaded.run(source, micro_batch_size=micro_batch_size, dtype=dtype)
-    return {"tasks": found, "tasks_left_out": loaded.left_out}
-
-
-def count_parameters(model: ModelShape | Checkpoint | StrPath, *, include_mtp: bool = True) -> ParameterCount:
-    """Count a model's parameters: ``total``, and ``active``, all but the routed experts that a token does not visit.
-
-    Args:
-        model: its sizes, such as ``plan.target_shape``, or a checkpoint, opened or as its path.
-        include_mtp: count the MTP block too.
-    """
-    shape = model if isinstance(model, ModelShape) else _opened(model).shape
-    return _count_parameters(shape, include_mtp=include_mtp)
-
-
-def figures(plan: Plan, statistics: Statistics) -> dict[str, bytes]:
-    """Pictures of a plan by file name, as PNG: importances and what was cut, experts and their groups.
-
-    Raises:
-        SlimError: matplotlib is not installed, or the statistics are not those of the plan.
-    """
-    from megatron_slim.pruning.plan_plots import figures as draw
-    from megatron_slim.pruning.plan_view import check_statistics
-
-    _expect(plan, Plan, "plan", "read it with read_plan, or make it with make_plan")
-    _expect(statistics, Statistics, "statistics", "read them with read_statistics")
-    check_statistics(plan, statistics, where="statistics")
-    return draw(plan, statistics)
-
-
-def _expect(value: object, kind: type, name: str, fix: str) -> None:
-    """Refuse an argument of another type, such as the path of what is expected."""
-    if not isinstance(value, kind):
-        raise SlimError(f"is of type {type(value).__name__}, not {kind.__name__}", where=name, fix=fix)
-
-
-def _data(data: Data) -> Path | npt.NDArray[np.int64]:
-    return Path(data) if isinstance(data, (str, os.PathLike)) else data
-
-
-def _opened(checkpoint: Checkpoint | StrPath) -> Checkpoint:
-    if not isinstance(checkpoint, (str, os.PathLike)):
-        if not hasattr(checkpoint, "read_rows"):
-            raise SlimError(
-                f"is of type {type(checkpoint).__name__}, not a checkpoint",
-                where="checkpoint",
-                fix="give its path, or open it with open_checkpoint",
-            )
-        return checkpoint
-    source = open_checkpoint(Path(checkpoint))
-    log_left_out(source)
-    return source
-
-
-@contextlib.contextmanager
-def _shown(progress: Progress | None) -> Iterator[None]:
-    with use_progress(progress) if progress is not None else contextlib.nullcontext():
-        yield

@@ -53,7 +53,7 @@ LAYERS = (
     ("planning",),
     ("doctor",),
     ("compression",),
-    ("api",),
+    ("api", "api_inputs", "api_measures"),
     ("cli", "__main__"),
     ("testing", "testing_preload"),
 )

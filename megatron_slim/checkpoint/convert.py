@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from megatron_slim.architecture.hf_config import OWN_COUNTS, language_config, shape_to_hf_config, wrapper_of
-from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.architecture.table import count_parameters, weights
+from megatron_slim.architecture.table import count_parameters
 from megatron_slim.checkpoint.carried import content_of_all
 from megatron_slim.checkpoint.copies import names_of_copies, with_copies
-from megatron_slim.checkpoint.distributed import DistCheckpoint, is_torch_dist, iteration_directory
+from megatron_slim.checkpoint.distributed import DistCheckpoint
 from megatron_slim.checkpoint.distributed_writer import TorchDistWriter, finish_torch_dist
 from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.expert_storage import SEPARATE, Storage, fused_blocks_for, separated, storage_name
@@ -31,13 +30,14 @@ from megatron_slim.checkpoint.huggingface_writer import (
     total_bytes,
 )
 from megatron_slim.checkpoint.integrity import verify_manifest
+from megatron_slim.checkpoint.iterations import is_torch_dist, iteration_directory
 from megatron_slim.checkpoint.optimizer_state import OptimizerState, open_optimizer_state
+from megatron_slim.checkpoint.optimizer_writer import check_states, write_states
 from megatron_slim.checkpoint.provenance import describe_source, software
 from megatron_slim.checkpoint.quantization_report import markdown, summary
 from megatron_slim.checkpoint.records import PROVENANCE, QUANTIZATION_REPORT
 from megatron_slim.checkpoint.side_files import carried_bytes, log_left_behind
-from megatron_slim.checkpoint.torch_dist_files import Part
-from megatron_slim.checkpoint.torch_dist_names import RELEASE, STATE, hf_files
+from megatron_slim.checkpoint.torch_dist_names import RELEASE, hf_files
 from megatron_slim.checkpoint.transfer import transfer
 from megatron_slim.checkpoint.units import Checkpoint as Checkpoint
 from megatron_slim.checkpoint.units import units
@@ -215,7 +215,7 @@ def _write_torch_dist(
         todo,
         **options,
     )
-    of_optimizer = [] if optimizer is None else _write_states(optimizer, release, len(parts), options)
+    of_optimizer = [] if optimizer is None else write_states(optimizer, release, len(parts), options)
     finish_torch_dist(directory, [*parts, *of_optimizer], config, storage, copy_files_from=source.config_path)
     content = content_of_all(content, source.carried.save(hf_files(directory), verify=options["verify"]))
     written = DistCheckpoint.open(directory)
@@ -223,41 +223,8 @@ def _write_torch_dist(
     pieces = {piece for part in parts for found in part.pieces.values() for piece in found}
     assert pieces == {piece for found in written.pieces.values() for piece in found}, "metadata of other pieces"
     if optimizer is not None:
-        _check_states(open_optimizer_state(written), optimizer)
+        check_states(open_optimizer_state(written), optimizer)
     return content
-
-
-def _write_states(optimizer: OptimizerState, release: Path, first: int, options: Mapping[str, Any]) -> list[Part]:
-    """Write all states of an optimizer, one after the other, each in its own types, as parts from number ``first``."""
-    written: list[Part] = []
-    for name, state in optimizer.tensors.items():
-        number, prefix = first + len(written), f"{STATE}{name}."
-        parts, _ = transfer(
-            state,
-            partial(_state_writer, release, state.shape, number, prefix),
-            list(units(state.shape, state.dtypes, trained_only=True)),
-            **{**options, "dtype": None},
-        )
-        written += parts
-    return written
-
-
-def _state_writer(release: Path, shape: ModelShape, first: int, prefix: str, number: int) -> TorchDistWriter:
-    return TorchDistWriter(release, shape, first + number, prefix=prefix)
-
-
-def _check_states(written: OptimizerState, wanted: OptimizerState) -> None:
-    dtypes = [{name: _trained(state) for name, state in each.tensors.items()} for each in (written, wanted)]
-    if written.step != wanted.step or dtypes[0] != dtypes[1]:
-        raise CheckpointError("its optimizer state differs from its source after writing", fix="check the disk")
-
-
-def _trained(state: Checkpoint) -> dict[str, torch.dtype]:
-    """Types of the tensors that an optimizer has state of."""
-    found = (
-        tensor.name for each in weights(state.shape) if not each.buffer for tensor, _ in each.hf_tensors(state.shape)
-    )
-    return {name: state.dtypes[name] for name in found}
 
 
 def _write_hf(

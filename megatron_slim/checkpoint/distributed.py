@@ -27,42 +27,18 @@ from megatron_slim.checkpoint.expert_storage import expert_blocks, recorded_stor
 from megatron_slim.checkpoint.finite import refuse_nonfinite
 from megatron_slim.checkpoint.huggingface import CONFIG, Index, carried_next_to, read_config, select_columns
 from megatron_slim.checkpoint.integrity import verify_metadata
+from megatron_slim.checkpoint.iterations import iteration_directory
 from megatron_slim.checkpoint.layout import as_rows, fits, rows_in_megatron, split_keys, stored_shapes
 from megatron_slim.checkpoint.metadata_pickle import Metadata, TensorStorageMetadata
 from megatron_slim.checkpoint.mtp import config_without_mtp, count_mtp_layers
-from megatron_slim.checkpoint.torch_dist_files import Piece, PieceReader, locate_pieces, read_metadata
-from megatron_slim.checkpoint.torch_dist_names import HF_DIR, HIDDEN_KD, METADATA, RELEASE, STATE, TRACKER, hf_files
+from megatron_slim.checkpoint.torch_dist_files import Piece, locate_pieces, read_metadata
+from megatron_slim.checkpoint.torch_dist_names import HF_DIR, HIDDEN_KD, STATE, hf_files
+from megatron_slim.checkpoint.torch_dist_reader import PieceReader
 from megatron_slim.errors import CheckpointError, summarise
 
 # What Megatron saves in addition to the weights; none of it describes the model.
 _NOT_WEIGHTS = ("optimizer", "chained_", "opt_param_scheduler", "rng_state", "rerun_state_machine")
 _NOT_THE_MODEL = (*_NOT_WEIGHTS, HIDDEN_KD)
-
-
-def iteration_directory(path: Path) -> Path:
-    """The directory of the weights: ``path`` itself, or what its latest_checkpointed_iteration.txt names.
-
-    Raises:
-        CheckpointError: there is no checkpoint, or the tracker file is torn.
-    """
-    if not path.is_dir():
-        what = "is a file, not a checkpoint directory" if path.exists() else "no such directory"
-        raise CheckpointError(what, where=str(path))
-    tracker = path / TRACKER
-    if not tracker.is_file():
-        return path
-    text = tracker.read_text(errors="replace").strip()
-    if text != RELEASE and not text.isdecimal():
-        raise CheckpointError(f"holds {text[:40]!r}, neither 'release' nor a number", where=str(tracker))
-    found = path / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
-    if not found.is_dir():
-        raise CheckpointError(f"names {found.name}, which does not exist", where=str(tracker))
-    return found
-
-
-def is_torch_dist(path: Path) -> bool:
-    """Whether a directory looks like a torch_dist checkpoint."""
-    return (path / TRACKER).is_file() or (path / METADATA).is_file()
 
 
 class DistCheckpoint:

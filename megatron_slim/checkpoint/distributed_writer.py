@@ -29,7 +29,7 @@ from megatron_slim.checkpoint.expert_storage import PLAIN, Storage, write_storag
 from megatron_slim.checkpoint.huggingface import CONFIG
 from megatron_slim.checkpoint.layout import from_megatron, runs_of_sources, split_keys, stored_shapes, to_megatron
 from megatron_slim.checkpoint.side_files import carry_files
-from megatron_slim.checkpoint.torch_dist_files import Part, Piece, PieceReader, PieceWriter, write_metadata
+from megatron_slim.checkpoint.torch_dist_files import Part, Piece, PieceWriter, write_metadata
 from megatron_slim.checkpoint.torch_dist_names import (
     BACKEND,
     CARRIED,
@@ -40,6 +40,7 @@ from megatron_slim.checkpoint.torch_dist_names import (
     TRACKER,
     hf_files,
 )
+from megatron_slim.checkpoint.torch_dist_reader import PieceReader
 from megatron_slim.checkpoint.units import Unit
 from megatron_slim.files import sha256, to_json
 

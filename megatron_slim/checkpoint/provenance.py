@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from megatron_slim import __version__
-from megatron_slim.checkpoint.distributed import is_torch_dist
 from megatron_slim.checkpoint.huggingface import CONFIG
+from megatron_slim.checkpoint.iterations import is_torch_dist
 from megatron_slim.checkpoint.records import PROVENANCE
 from megatron_slim.checkpoint.units import Checkpoint
 from megatron_slim.errors import SlimError

@@ -12,7 +12,7 @@ import os
 import time
 from pathlib import Path
 
-from megatron_slim.checkpoint.distributed import iteration_directory
+from megatron_slim.checkpoint.iterations import iteration_directory
 from megatron_slim.checkpoint.torch_dist_files import read_metadata
 from megatron_slim.checkpoint.torch_dist_names import BACKEND, METADATA, RELEASE, TRACKER
 from megatron_slim.errors import CheckpointError, summarise

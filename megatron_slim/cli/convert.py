@@ -56,9 +56,9 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from megatron_slim.checkpoint.convert import log_left_out, open_checkpoint, write_checkpoint
-    from megatron_slim.checkpoint.distributed import is_torch_dist
     from megatron_slim.checkpoint.fp8 import QUANTIZATION
     from megatron_slim.checkpoint.huggingface_files import read_config
+    from megatron_slim.checkpoint.iterations import is_torch_dist
     from megatron_slim.checkpoint.reference import carry_reference
     from megatron_slim.checkpoint.remarks import remarks
 

@@ -7,7 +7,7 @@
 - `plan`, `depth`, `experts`, `inner_axes`: the decision: widths, layers, experts, neurons and heads
 - `target`, `recipe_checks`: the sizes that a recipe asks for, and what cannot be met
 - `allocation`, `sensitivity`: experts allocated to layers, and what each layer loses
-- `search`, `candidates`: sizes that meet a budget, and what the best ones lose
+- `search`, `shares`, `candidates`: sizes that meet a budget, their scores, and what the best ones lose
 - `plan_reader`: reading a decision back
 - `apply`, `align`, `pipeline`, `report`: pruned tensors, neurons matched before a merge, the whole, before and after
 - `plan_view`, `plan_tables`, `plan_plots`, `plan_page`: a plan as numbers, tables, pictures and a page

@@ -21,7 +21,8 @@ from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extrac
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
-from megatron_slim.checkpoint.distributed import DistCheckpoint, iteration_directory
+from megatron_slim.checkpoint.distributed import DistCheckpoint
+from megatron_slim.checkpoint.iterations import iteration_directory
 from megatron_slim.checkpoint.optimizer_state import MAIN, open_optimizer_state
 from megatron_slim.checkpoint.torch_dist_names import STATE
 from megatron_slim.errors import SlimError

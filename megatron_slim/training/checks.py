@@ -15,8 +15,8 @@ from megatron.core.dist_checkpointing.validation import verify_integrity_manifes
 from megatron_slim.architecture.parallelism import layout_violations, padded_vocab_size
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint
-from megatron_slim.checkpoint.distributed import is_torch_dist, iteration_directory
 from megatron_slim.checkpoint.integrity import read_manifest
+from megatron_slim.checkpoint.iterations import is_torch_dist, iteration_directory
 from megatron_slim.checkpoint.tracker import repair_tracker
 from megatron_slim.distillation.model import TEACHER_MTP
 from megatron_slim.errors import CheckpointError, SlimError

@@ -18,7 +18,7 @@ import megatron_slim.mcore
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_slim.checkpoint.common_state import read_common_state
-from megatron_slim.checkpoint.distributed import iteration_directory
+from megatron_slim.checkpoint.iterations import iteration_directory
 from megatron_slim.checkpoint.torch_dist_names import RELEASE, TRACKER
 from megatron_slim.errors import CheckpointError
 from megatron_slim.training.rates import Lengths

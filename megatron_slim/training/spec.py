@@ -16,7 +16,7 @@ import megatron_slim.mcore
 
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint, open_checkpoint
-from megatron_slim.checkpoint.distributed import is_torch_dist
+from megatron_slim.checkpoint.iterations import is_torch_dist
 from megatron_slim.checkpoint.torch_dist_names import TRACKER
 from megatron_slim.checkpoint.tracker import missing_parts
 from megatron_slim.distillation.divergences import KDLoss

@@ -17,7 +17,8 @@ import torch
 
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes
 from megatron_slim.checkpoint.distributed import DistCheckpoint
-from megatron_slim.checkpoint.torch_dist_files import Piece, PieceReader, PieceWriter, read_metadata
+from megatron_slim.checkpoint.torch_dist_files import Piece, PieceWriter, read_metadata
+from megatron_slim.checkpoint.torch_dist_reader import PieceReader
 from megatron_slim.errors import CheckpointError
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from megatron_slim.architecture.table import weights
 from megatron_slim.checkpoint.common_state import read_common_state
 from megatron_slim.checkpoint.convert import open_checkpoint, same_bytes, write_checkpoint
-from megatron_slim.checkpoint.distributed import iteration_directory
+from megatron_slim.checkpoint.iterations import iteration_directory
 from megatron_slim.checkpoint.layout import to_megatron
 from megatron_slim.checkpoint.optimizer_state import MOMENTS, OptimizerState, open_optimizer_state, steps_in
 from megatron_slim.checkpoint.plain_state import read_plain_state

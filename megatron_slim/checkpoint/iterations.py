@@ -1,0 +1,34 @@
+"""Which directory of a torch_dist checkpoint has the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_slim.checkpoint.torch_dist_names import METADATA, RELEASE, TRACKER
+from megatron_slim.errors import CheckpointError
+
+
+def iteration_directory(path: Path) -> Path:
+    """The directory of the weights: ``path`` itself, or what its latest_checkpointed_iteration.txt names.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or the tracker file is torn.
+    """
+    if not path.is_dir():
+        what = "is a file, not a checkpoint directory" if path.exists() else "no such directory"
+        raise CheckpointError(what, where=str(path))
+    tracker = path / TRACKER
+    if not tracker.is_file():
+        return path
+    text = tracker.read_text(errors="replace").strip()
+    if text != RELEASE and not text.isdecimal():
+        raise CheckpointError(f"holds {text[:40]!r}, neither 'release' nor a number", where=str(tracker))
+    found = path / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
+    if not found.is_dir():
+        raise CheckpointError(f"names {found.name}, which does not exist", where=str(tracker))
+    return found
+
+
+def is_torch_dist(path: Path) -> bool:
+    """Whether a directory looks like a torch_dist checkpoint."""
+    return (path / TRACKER).is_file() or (path / METADATA).is_file()
