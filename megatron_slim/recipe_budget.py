@@ -10,10 +10,14 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
+from megatron_slim.architecture.feed_forward import EXPERT_FFN
+from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
+
 # Top-k is not among them: nothing that is measured says what a smaller one costs.
 SEARCHABLE = (
-    *("num_layers", "hidden_size", "num_moe_experts", "moe_ffn_hidden_size"),
-    *("moe_shared_expert_intermediate_size", "ffn_hidden_size", "num_attention_heads", "linear_num_value_heads"),
+    *("num_layers", "hidden_size", "num_moe_experts", EXPERT_FFN),
+    *(kind.neurons.field for kind in FEED_FORWARD.values()),
+    *(kind.heads.field for kind in KINDS.values()),
 )
 BOUNDS = ("params", "active_params", "memory_gb")
 _NUMBER = re.compile(r"(\d{1,30}(?:\.\d{1,30})?(?:[eE]\+?\d{1,2})?)([KMBT]?)")

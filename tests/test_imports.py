@@ -294,3 +294,8 @@ def test_only_layers_that_are_dropped_are_compared_by_kind() -> None:
         if compared.search(path.read_text(encoding="utf-8")) and path.parent.name != "architecture"
     }
     assert found == {"pruning/depth.py"}  # clients need a layer of full attention
+
+
+def test_no_module_is_longer_than_300_lines() -> None:
+    """One that grows has a second purpose."""
+    assert not [str(path) for path in MODULES if len(path.read_text(encoding="utf-8").splitlines()) > 300]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_slim.architecture.hf_config import shape_from_hf_config
+from megatron_slim.architecture.kinds import KINDS
 from megatron_slim.architecture.published import GLM_4_5_AIR, QWEN3_5_35A3B
 from megatron_slim.architecture.shape import FAMILIES, ModelShape, layer_pattern, unused_fields
 from megatron_slim.architecture.table import count_parameters
@@ -19,6 +21,7 @@ from megatron_slim.pruning.search import search
 from megatron_slim.pruning.statistics import Statistics, expected_shapes
 from megatron_slim.pruning.target import target_shape
 from megatron_slim.recipe import Recipe, load_recipe, parse_recipe, select_phase
+from megatron_slim.recipe_budget import SEARCHABLE
 from megatron_slim.recipe_sections import Depth, Experts, Phase, Target
 
 RECIPES = Path(__file__).parents[1] / "examples" / "slimqwen" / "recipes"
@@ -378,3 +381,8 @@ def test_the_shipped_budget_is_met_in_seconds() -> None:
     best = space.model(found.candidates[0].sizes)
     assert 22.0e9 < by_hand(best, best.num_moe_experts) <= 23.5e9 and by_hand(best, 8) <= 2.2e9
     assert found.count > 3 and best.moe_router_topk == 8 and best.full_attention_interval == 4
+
+
+def test_a_target_names_every_axis_that_kinds_declare() -> None:
+    groups = {kind.heads.groups_field for kind in KINDS.values()}
+    assert {part.name for part in dataclasses.fields(Target)} == {*SEARCHABLE, *groups, "moe_router_topk"}

@@ -99,6 +99,7 @@ KIND = AttentionKind(
     heads=Heads(
         field="linear_num_value_heads",
         noun="value heads",
+        label="linear value heads",
         axis="gdn_value_per_key",
         group_axis="gdn_key_head",
         groups_field="linear_num_key_heads",
@@ -106,6 +107,7 @@ KIND = AttentionKind(
         width="linear_value_head_dim",
         statistic="linear_attn.value_heads",
         projection="out_proj",
+        exchanged=True,  # it needs whole sequences
     ),
     operations=_operations,
     kept=_kept,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from megatron_slim.architecture.weight import Weight
 
 INDEX = 8  # bytes of int64
+EXPERT_FFN = "moe_ffn_hidden_size"  # the size of every routed expert
 
 
 def _moe_parts(rows: Sequence[Weight]) -> dict[str, list[Weight]]:
@@ -65,7 +66,7 @@ def _mlp_sides(layer: str, field: str, neurons: int) -> Iterator[Side]:
 
 
 def _expert_sides(shape: ModelShape) -> Iterator[Side]:
-    return _mlp_sides("experts", "moe_ffn_hidden_size", shape.moe_ffn_hidden_size)
+    return _mlp_sides("experts", EXPERT_FFN, shape.moe_ffn_hidden_size)
 
 
 def _shared_sides(shape: ModelShape) -> Iterator[Side]:
@@ -88,6 +89,7 @@ MOE_KIND = FeedForwardKind(
     neurons=Neurons(
         field="moe_shared_expert_intermediate_size",
         noun="shared neurons",
+        label="shared expert FFN",
         key="shared_neurons",
         axis="shared_ffn",
         statistic="mlp.shared_expert.ffn",
@@ -106,6 +108,7 @@ DENSE_KIND = FeedForwardKind(
     neurons=Neurons(
         field="ffn_hidden_size",
         noun="dense neurons",
+        label="dense FFN",
         key="dense_neurons",
         axis="ffn",
         statistic="mlp.ffn",

@@ -109,6 +109,7 @@ KIND = AttentionKind(
     heads=Heads(
         field="num_attention_heads",
         noun="query heads",
+        label="query heads",
         axis="query_per_group",
         group_axis="kv_group",
         groups_field="num_query_groups",
@@ -116,6 +117,7 @@ KIND = AttentionKind(
         width="kv_channels",
         statistic="self_attn.heads",
         projection="linear_proj",
+        exchanged=False,
     ),
     operations=_operations,
     kept=_kept,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.architecture.sublayer_kind import Heads
 
 VOCAB_MULTIPLE = 128  # one padded vocabulary for every tensor parallel size that divides it
 
@@ -40,12 +42,8 @@ def layout_violations(
         [f"num_layers {shape.num_layers} does not divide into {pp} pipeline stages"] if shape.num_layers % pp else []
     )
     divided = {
-        "num_attention_heads": ("tensor", tp),
-        # Gated DeltaNet needs whole sequences, so that context-parallel ranks exchange them for heads.
-        "linear_num_key_heads": ("tensor times context" if cp > 1 else "tensor", tp * cp),
-        "linear_num_value_heads": ("tensor times context" if cp > 1 else "tensor", tp * cp),
-        "moe_shared_expert_intermediate_size": ("tensor", tp),
-        "ffn_hidden_size": ("tensor", tp),
+        **{field: ways for kind in KINDS.values() for field, ways in _of_heads(kind.heads, tp, cp).items()},
+        **{kind.neurons.field: ("tensor", tp) for kind in FEED_FORWARD.values()},
         "num_moe_experts": ("expert", ep),
         "moe_ffn_hidden_size": ("expert tensor", etp),
     }
@@ -57,11 +55,20 @@ def layout_violations(
             f"experts_per_layer {', '.join(map(str, wrong))} do not divide by expert parallel size {ep} (plan with "
             "experts.multiple)"
         )
-    if shape.num_query_groups % tp and tp % shape.num_query_groups:
-        found.append(
-            f"num_query_groups {shape.num_query_groups} neither divides nor is divided by tensor parallel size {tp}"
-        )
+    for heads in (kind.heads for kind in KINDS.values() if not kind.heads.exchanged):
+        groups: int = getattr(shape, heads.groups_field)
+        if groups % tp and tp % groups:
+            found.append(f"{heads.groups_field} {groups} neither divides nor is divided by tensor parallel size {tp}")
     return found
+
+
+def _of_heads(heads: Heads, tp: int, cp: int) -> dict[str, tuple[str, int]]:
+    """What the numbers of heads and of their groups divide by; groups that ranks do not exchange may be copied."""
+    if heads.exchanged:
+        return dict.fromkeys(
+            (heads.groups_field, heads.field), ("tensor times context" if cp > 1 else "tensor", tp * cp)
+        )
+    return {heads.field: ("tensor", tp)}
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ class Heads:
     Attributes:
         field: their number in a `ModelShape`.
         noun: for people.
+        label: the same in a table of sizes, where the kind is not named.
         axis: within a group, in the architecture table.
         group_axis: of the groups.
         groups_field: number of groups in a `ModelShape`.
@@ -94,10 +95,12 @@ class Heads:
         width: field of the numbers that one head gives to the last projection.
         statistic: their importance in a statistics file, after the block's name.
         projection: the module of Megatron's layer that reads what they give.
+        exchanged: context-parallel ranks exchange whole sequences for heads and groups, which divide by their number.
     """
 
     field: str
     noun: str
+    label: str
     axis: str
     group_axis: str
     groups_field: str
@@ -105,6 +108,7 @@ class Heads:
     width: str
     statistic: str
     projection: str
+    exchanged: bool
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,7 @@ class Neurons:
     Attributes:
         field: their number in a `ModelShape`; 0 where a model has none.
         noun: for people.
+        label: the network in a table of sizes.
         key: what survives of them, in a plan.
         axis: in the architecture table.
         statistic: their importance in a statistics file, after the block's name.
@@ -122,6 +127,7 @@ class Neurons:
 
     field: str
     noun: str
+    label: str
     key: str
     axis: str
     statistic: str

@@ -14,15 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_slim.architecture.feed_forward import EXPERT_FFN
 from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.sublayer_kind import Heads
 from megatron_slim.pruning import statistics
 from megatron_slim.pruning.experts import ExpertGroup, Vector, ranking
 from megatron_slim.pruning.statistics import Statistics
-
-EXPERT_FFN = "moe_ffn_hidden_size"
-
 
 _BY_BLOCK = (*(kind.neurons.key for kind in FEED_FORWARD.values()), "heads")
 OPTIONAL = ("dense_neurons",)  # parts of a plan document that are there only where they say something

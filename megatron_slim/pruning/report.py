@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import TypeAlias
 
+from megatron_slim.architecture.family import DENSE
+from megatron_slim.architecture.feed_forward import EXPERT_FFN
 from megatron_slim.architecture.hf_config import OWN_COUNTS
+from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import ranges
 from megatron_slim.pruning.plan import Plan
 
-
-class Summary(TypedDict):
-    """Sizes of one model; active parameters are those that one token visits, MTP left out."""
-
-    num_layers: int
-    full_attention_layers: int
-    linear_attention_layers: int
-    num_dense_layers: int
-    mtp_num_layers: int
-    hidden_size: int
-    num_moe_experts: int
-    moe_router_topk: int
-    moe_ffn_hidden_size: int
-    moe_shared_expert_intermediate_size: int
-    ffn_hidden_size: int
-    num_query_groups: int
-    num_attention_heads: int
-    linear_num_key_heads: int
-    linear_num_value_heads: int
-    parameters: int
-    parameters_without_mtp: int
-    active_parameters: int
-    bytes: int
-
-
+Summary: TypeAlias = dict[str, int]
 LABELS = {
     "num_layers": "layers",
     "full_attention_layers": "full attention",
@@ -44,56 +23,39 @@ LABELS = {
     "hidden_size": "hidden size",
     "num_moe_experts": "experts",
     "moe_router_topk": "top-k",
-    "moe_ffn_hidden_size": "expert FFN",
-    "moe_shared_expert_intermediate_size": "shared expert FFN",
-    "ffn_hidden_size": "dense FFN",
-    "num_query_groups": "KV groups",
-    "num_attention_heads": "query heads",
-    "linear_num_key_heads": "linear key heads",
-    "linear_num_value_heads": "linear value heads",
+    EXPERT_FFN: "expert FFN",
+    **{kind.neurons.field: kind.neurons.label for kind in FEED_FORWARD.values()},
+    **{
+        field: label
+        for heads in (kind.heads for kind in KINDS.values())
+        for field, label in ((heads.groups_field, heads.groups_noun), (heads.field, heads.label))
+    },
     "parameters": "parameters",
     "parameters_without_mtp": "without MTP",
     "active_parameters": "active, without MTP",
     "bytes": "bytes",
 }
-
-
-_DENSE = ("num_dense_layers", "ffn_hidden_size")
+_DENSE = ("num_dense_layers", FEED_FORWARD[DENSE].neurons.field)
 
 
 def summarise(shape: ModelShape, total_bytes: int) -> Summary:
-    """Sizes of a model."""
-    full = shape.layer_types.count(FULL_ATTENTION)
-    trunk = count_parameters(shape, include_mtp=False)
-    return Summary(
-        num_layers=shape.num_layers,
-        full_attention_layers=full,
-        linear_attention_layers=shape.num_layers - full,
-        num_dense_layers=shape.num_dense_layers,
-        mtp_num_layers=shape.mtp_num_layers,
-        hidden_size=shape.hidden_size,
-        num_moe_experts=shape.num_moe_experts,
-        moe_router_topk=shape.moe_router_topk,
-        moe_ffn_hidden_size=shape.moe_ffn_hidden_size,
-        moe_shared_expert_intermediate_size=shape.moe_shared_expert_intermediate_size,
-        ffn_hidden_size=shape.ffn_hidden_size,
-        num_query_groups=shape.num_query_groups,
-        num_attention_heads=shape.num_attention_heads,
-        linear_num_key_heads=shape.linear_num_key_heads,
-        linear_num_value_heads=shape.linear_num_value_heads,
-        parameters=count_parameters(shape).total,
-        parameters_without_mtp=trunk.total,
-        active_parameters=trunk.active,
-        bytes=total_bytes,
-    )
+    """Sizes of a model, by the keys of `LABELS`; active parameters are those that one token visits, MTP left out."""
+    full, trunk = shape.layer_types.count(FULL_ATTENTION), count_parameters(shape, include_mtp=False)
+    counted = {
+        "full_attention_layers": full,
+        "linear_attention_layers": shape.num_layers - full,
+        "parameters": count_parameters(shape).total,
+        "parameters_without_mtp": trunk.total,
+        "active_parameters": trunk.active,
+        "bytes": total_bytes,
+    }
+    return {key: counted[key] if key in counted else getattr(shape, key) for key in LABELS}
 
 
 def rows(before: Summary, after: Summary) -> list[tuple[str, str, str, str]]:
     """Label, before, after and the share that is left, of every size; a dense network's where there is one."""
-    old: dict[str, Any] = dict(before)
-    new: dict[str, Any] = dict(after)
-    shown = [key for key in LABELS if key not in _DENSE or old[key]]
-    return [(LABELS[key], f"{old[key]:,}", f"{new[key]:,}", _share(old[key], new[key])) for key in shown]
+    shown = [key for key in LABELS if key not in _DENSE or before[key]]
+    return [(LABELS[key], f"{before[key]:,}", f"{after[key]:,}", _share(before[key], after[key])) for key in shown]
 
 
 def _share(before: int, after: int) -> str:

@@ -29,12 +29,12 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from megatron_slim.architecture.feed_forward import EXPERT_FFN
 from megatron_slim.architecture.kinds import KINDS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import BF16_BYTES, count_parameters
 from megatron_slim.errors import RecipeError
 from megatron_slim.pruning.depth import Depth, is_whole, layer_fields
-from megatron_slim.pruning.inner_axes import EXPERT_FFN
 from megatron_slim.pruning.shares import EXPERTS, HIDDEN, LAYERS, NEURONS, Shares
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import Recipe

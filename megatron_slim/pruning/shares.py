@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from megatron_slim.architecture.family import MOE
+from megatron_slim.architecture.feed_forward import EXPERT_FFN
 from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.pruning import statistics
 from megatron_slim.pruning.experts import Vector
-from megatron_slim.pruning.inner_axes import EXPERT_FFN
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import Recipe
 
