@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.checkpoint.convert import hf_to_torch_dist
 from megatron_slim.cli.terminal import messages_shown
 from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkpoint
 
@@ -117,6 +121,27 @@ class Workplace:
         """Train on ``ranks`` processes; what tensorboard got, by tag. ``options`` as `argv`."""
         run_distributed(ranks, train, self.argv(name, *flags, **options), str(self.new_log(name)), initialise=False)
         return read_scalars(self.root / "tensorboard" / name)
+
+    def with_models(self, root: Path, student: ModelShape, teacher: ModelShape | None = None) -> Workplace:
+        """One in ``root`` with tiny models of other sizes; without a teacher of its own it has this one's."""
+        shapes = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
+        paths = {
+            name: write_tiny_checkpoint(root / name, shape, seed=seed, dtype=torch.float32)
+            for seed, (name, shape) in enumerate(shapes.items())
+        }
+        return dataclasses.replace(self, root=root, **paths)
+
+    def train_from_torch_dist(self, name: str, folder: Path, *flags: str) -> dict[str, list[float]]:
+        """`train` on two processes with the student in Megatron's format, each of whose tensors must be found."""
+        hf_to_torch_dist(self.student, folder / "student")
+        start = ("--pretrained-checkpoint", str(folder / "student"), "--dist-ckpt-strictness", "raise_all")
+        return self.train(name, 2, *start, *flags)
+
+
+def assert_same_run(found: dict[str, list[float]], expected: dict[str, list[float]], terms: Iterable[str]) -> None:
+    """Each of the five steps of two runs is the same, but for sums of fp32 in another order."""
+    for term in terms:
+        assert len(found[term]) == 5 and found[term] == pytest.approx(expected[term], rel=1e-5), term
 
 
 @pytest.fixture(scope="session")

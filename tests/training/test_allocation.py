@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_slim.checkpoint.convert import hf_to_torch_dist, torch_dist_to_hf
+from megatron_slim.checkpoint.convert import torch_dist_to_hf
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkpoint
-from tests.training.conftest import SIZES, refusal
+from tests.training.conftest import SIZES, assert_same_run, refusal
 
 COUNTS = (2, 6, 4, 4)
 TERMS = ("lm loss", "logits distillation loss", "mtp lm loss", "global_load_balancing_loss", "grad-norm")
@@ -22,8 +22,7 @@ def unequal(workplace, tmp_path_factory: pytest.TempPathFactory):  # type: ignor
     """The workplace with such a student."""
     root = tmp_path_factory.mktemp("unequal")
     student = tiny_shape(**SIZES, hidden_size=48, num_moe_experts=4, experts_per_layer=COUNTS)
-    path = write_tiny_checkpoint(root / "student", student, seed=3, dtype=torch.float32)
-    return dataclasses.replace(workplace, root=root, student=path)
+    return workplace.with_models(root, student)
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +44,8 @@ def trained(unequal):  # type: ignore[no-untyped-def]
 def test_every_layout_is_the_same_run(unequal, trained, flags: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """The run on one rank starts from Hugging Face's format, these from Megatron's."""
     save, expected = trained
-    hf_to_torch_dist(unequal.student, tmp_path / "student")
-    start = ["--pretrained-checkpoint", str(tmp_path / "student"), "--dist-ckpt-strictness", "raise_all"]
-    micro = ["--micro-batch-size", "1" if "expert" in flags else "2"]
-    found = unequal.train(flags.split("-")[2], 2, *micro, *start, "--save", str(tmp_path / "run"), *flags.split())
-    for term in TERMS:
-        assert len(found[term]) == 5 and found[term] == pytest.approx(expected[term], rel=1e-5), term
+    words = ("--micro-batch-size", "1" if "expert" in flags else "2", "--save", str(tmp_path / "run"), *flags.split())
+    assert_same_run(unequal.train_from_torch_dist(flags.split("-")[2], tmp_path, *words), expected, TERMS)
     torch_dist_to_hf(tmp_path / "run", tmp_path / "hf")
     torch_dist_to_hf(save, tmp_path / "one")
     ours, one = HFCheckpoint.open(tmp_path / "hf"), HFCheckpoint.open(tmp_path / "one")

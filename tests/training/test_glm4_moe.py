@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_slim.checkpoint.convert import hf_to_torch_dist, torch_dist_to_hf
+from megatron_slim.checkpoint.convert import torch_dist_to_hf
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
+from tests.training.conftest import assert_same_run
 
 TERMS = ("lm loss", "logits distillation loss", "teacher lm loss", "mtp lm loss", "mtp distillation loss")
 MBS = ("--micro-batch-size", "2")
@@ -26,11 +27,7 @@ def family(workplace, tmp_path_factory: pytest.TempPathFactory):  # type: ignore
     root = tmp_path_factory.mktemp("glm4-moe")
     teacher = tiny_shape("glm4_moe", vocab_size=120)
     student = tiny_shape("glm4_moe", vocab_size=120, num_layers=3, hidden_size=48, num_moe_experts=4)
-    paths = {
-        name: write_tiny_checkpoint(root / name, shape, seed=seed, dtype=torch.float32)
-        for seed, (name, shape) in enumerate({"teacher": teacher, "student": student}.items())
-    }
-    return dataclasses.replace(workplace, root=root, **paths)
+    return workplace.with_models(root, student, teacher)
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +49,10 @@ def trained(family):  # type: ignore[no-untyped-def]
 def test_both_formats_and_every_layout_are_the_same_run(family, trained, flags: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """The run on one rank starts from Hugging Face's format, these from Megatron's."""
     _, expected = trained
-    hf_to_torch_dist(family.student, tmp_path / "student")
-    start = ["--pretrained-checkpoint", str(tmp_path / "student"), "--dist-ckpt-strictness", "raise_all"]
     save = tmp_path / "run"
-    found = family.train(flags.split("-")[2], 2, *MBS, *start, "--save", str(save), *flags.split())
-    for term in (*TERMS, "grad-norm"):
-        assert len(found[term]) == 5 and found[term] == pytest.approx(expected[term], rel=1e-5), term
+    words = (*MBS, "--save", str(save), *flags.split())
+    found = family.train_from_torch_dist(flags.split("-")[2], tmp_path, *words)
+    assert_same_run(found, expected, (*TERMS, "grad-norm"))
     torch_dist_to_hf(save, tmp_path / "hf")
     torch_dist_to_hf(trained[0], tmp_path / "expected")
     biases = [

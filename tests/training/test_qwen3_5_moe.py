@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_slim.checkpoint.convert import hf_to_torch_dist, same_bytes, torch_dist_to_hf
+from megatron_slim.checkpoint.convert import same_bytes, torch_dist_to_hf
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.testing import tiny_shape
+from tests.training.conftest import assert_same_run
 from tests.vlm import files_tensors, load_vlm, picture_and_text, write_vlm
 
 TERMS = ("lm loss", "logits distillation loss", "mtp lm loss", "mtp distillation loss", "teacher lm loss", "grad-norm")
@@ -40,11 +41,8 @@ def trained(family):  # type: ignore[no-untyped-def]
 def test_a_layout_is_the_same_run(family, trained, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """The run on one rank starts from Hugging Face's format, this from Megatron's."""
     _, expected = trained
-    hf_to_torch_dist(family.student, tmp_path / "student")
-    flags = ("--tensor-model-parallel-size", "2", "--sequence-parallel", "--dist-ckpt-strictness", "raise_all")
-    found = family.train("tp", 2, *MBS, "--pretrained-checkpoint", str(tmp_path / "student"), *flags)
-    for term in TERMS:
-        assert len(found[term]) == 5 and found[term] == pytest.approx(expected[term], rel=1e-5), term
+    flags = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
+    assert_same_run(family.train_from_torch_dist("tp", tmp_path, *MBS, *flags), expected, TERMS)
 
 
 def test_what_training_saved_sees_pictures(family, trained, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_slim.checkpoint.convert import hf_to_torch_dist, torch_dist_to_hf
+from megatron_slim.checkpoint.convert import torch_dist_to_hf
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
-from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
+from megatron_slim.testing import tiny_shape
+from tests.training.conftest import assert_same_run
 
 TERMS = ("lm loss", "logits distillation loss", "teacher lm loss", "global_load_balancing_loss", "grad-norm")
 MBS = ("--micro-batch-size", "2")
@@ -23,11 +24,7 @@ def family(workplace, tmp_path_factory: pytest.TempPathFactory):  # type: ignore
     root = tmp_path_factory.mktemp("qwen3-moe")
     teacher = tiny_shape("qwen3_moe", vocab_size=120)
     student = tiny_shape("qwen3_moe", vocab_size=120, num_layers=2, hidden_size=48, num_moe_experts=4)
-    paths = {
-        name: write_tiny_checkpoint(root / name, shape, seed=seed, dtype=torch.float32)
-        for seed, (name, shape) in enumerate({"teacher": teacher, "student": student}.items())
-    }
-    return dataclasses.replace(workplace, root=root, **paths)
+    return workplace.with_models(root, student, teacher)
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +42,9 @@ def trained(family):  # type: ignore[no-untyped-def]
 def test_both_formats_and_every_layout_are_the_same_run(family, trained, flags: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """The run on one rank starts from Hugging Face's format, these from Megatron's."""
     _, expected = trained
-    hf_to_torch_dist(family.student, tmp_path / "student")
-    start = ["--pretrained-checkpoint", str(tmp_path / "student"), "--dist-ckpt-strictness", "raise_all"]
-    found = family.train(flags.split("-")[2], 2, *MBS, *start, *flags.split())
+    found = family.train_from_torch_dist(flags.split("-")[2], tmp_path, *MBS, *flags.split())
     assert not [term for term in found if term.startswith("mtp ") and "loss" in term]
-    for term in TERMS:
-        assert len(found[term]) == 5 and found[term] == pytest.approx(expected[term], rel=1e-5), term
+    assert_same_run(found, expected, TERMS)
 
 
 def test_what_training_saved_is_a_model_for_transformers(family, trained, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
