@@ -169,9 +169,11 @@ class ModelShape:
         return {block: self.in_block(block).num_moe_experts for block in self.routed_blocks}
 
     def simplest(self) -> ModelShape:
-        """The same, without ``experts_per_layer`` where that says no more than ``num_moe_experts``."""
-        same = all(count in (0, self.num_moe_experts) for count in self.experts_per_layer)
-        return dataclasses.replace(self, experts_per_layer=()) if same else self
+        """The same, without ``experts_per_layer`` where every block with experts has as many."""
+        counts = {*self.experts_per_layer} - {0} | ({self.num_moe_experts} if self.mtp_num_layers else set())
+        if not self.experts_per_layer or len(counts) != 1:
+            return self
+        return dataclasses.replace(self, experts_per_layer=(), num_moe_experts=counts.pop())
 
     def hf_prefix(self, block: str) -> str:
         """What names of a block's tensors begin with in Hugging Face files."""

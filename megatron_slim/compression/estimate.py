@@ -178,10 +178,10 @@ def _pruned(settings: RunSettings, phase: int, source: ModelShape | None) -> Mod
     if source is None or recipe.budget is not None:
         return None
     from megatron_slim.pruning.depth import layers_before_statistics
-    from megatron_slim.pruning.target import target_shape
+    from megatron_slim.pruning.target import shape_before_statistics
 
     layers = layers_before_statistics(source, recipe.target.num_layers or source.num_layers)
-    return target_shape(recipe, source, layers)
+    return shape_before_statistics(recipe, source, layers)
 
 
 def first_student(settings: RunSettings, teacher: ModelShape) -> ModelShape | None:

@@ -15,7 +15,7 @@ from megatron_slim.pruning.depth import layers_before_statistics
 from megatron_slim.pruning.plan_reader import load_plan
 from megatron_slim.pruning.recipe_checks import check_recipe, space_before_statistics
 from megatron_slim.pruning.search import Ranking, resolved
-from megatron_slim.pruning.target import target_shape
+from megatron_slim.pruning.target import shape_before_statistics
 from megatron_slim.recipe import Recipe, load_recipe, select_phase
 
 
@@ -139,4 +139,6 @@ def _pruned(recipe: Recipe, source: ModelShape, file: Path) -> tuple[ModelShape,
     layers = recipe.target.num_layers or source.num_layers
     if recipe.depth.method != "last" and layers < source.num_layers:
         notes.append(f"depth {recipe.depth.method}: counted as if the first {layers} layers stayed")
-    return target_shape(recipe, source, layers_before_statistics(source, layers)), notes
+    if recipe.experts.allocation == "loss":
+        notes.append("experts allocated by loss: counted with an example (prune, and give the --plan, for its own)")
+    return shape_before_statistics(recipe, source, layers_before_statistics(source, layers)), notes

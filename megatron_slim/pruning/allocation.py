@@ -47,16 +47,23 @@ def allocate(
         least: experts that each block keeps.
         multiple: all numbers are multiples of it.
 
+    Raises:
+        ValueError: a loss is not a number, or there is no such allocation.
+
     >>> importance = {"a": np.ones(4), "b": np.ones(4)}
     >>> allocate({"a": 0.3, "b": 0.1}, importance, 2, least=1)
     {'a': 3, 'b': 1}
     """
+    if not all(map(math.isfinite, losses.values())):
+        raise ValueError(f"losses are not all numbers: {dict(losses)}")
     curves = {block: _curve(importance[block], max(0.0, loss), uniform) for block, loss in losses.items()}
     most = {block: len(values) // multiple * multiple for block, values in importance.items()}
     counts = dict.fromkeys(losses, -(-least // multiple) * multiple)
     left = uniform * len(losses) - sum(counts.values())
     gains = [(-_gain(curves[block], counts[block], multiple), order, block) for order, block in enumerate(losses)]
     heapq.heapify(gains)
+    if left < 0 or left % multiple:
+        raise ValueError(f"no numbers from {least} on, multiples of {multiple}, are {uniform} on average")
     while left > 0:
         _, order, block = heapq.heappop(gains)
         if counts[block] + multiple > most[block]:
@@ -72,7 +79,7 @@ def _curve(importance: Vector, loss: float, uniform: int) -> Vector:
     ordered = -np.sort(-importance)
     outside = ordered.sum() - np.concatenate(([0.0], np.cumsum(ordered)))
     outside = np.maximum(outside, 0.0)
-    if outside[uniform] <= 0:  # nothing of importance goes
+    if uniform >= len(outside) or outside[uniform] <= 0:  # nothing of importance goes
         return np.zeros(len(outside))
     curve: Vector = loss * outside / outside[uniform]
     return curve

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_slim.architecture.family import LAYERS
 from megatron_slim.architecture.rope import read_rope
 from megatron_slim.architecture.shape import LATER, ModelShape
 from megatron_slim.checkpoint.records import PLAN
@@ -65,7 +66,7 @@ def parse_plan(document: Any, *, where: str = "plan") -> Plan:
     found += index_violations("kept_hidden", hidden, target.hidden_size, source.hidden_size)
     _refuse(found, where)
     search = _search(document["search"], recipe, target, where)
-    followed, losses = resolved(recipe, search), _allocation(document, recipe, where)
+    followed, losses = resolved(recipe, search), _allocation(document, recipe, source, where)
     shared = target.experts_per_layer or None if losses else None
     if target_shape(followed, source, tuple(layers), shared) != target:
         raise PlanError("target.shape is not what recipe, source.shape and kept_layers give", where=where)
@@ -90,10 +91,13 @@ def parse_plan(document: Any, *, where: str = "plan") -> Plan:
     return dataclasses.replace(plan, experts=experts, inner=InnerAxes.from_dict(document))
 
 
-def _allocation(document: Mapping[str, Any], recipe: Recipe, where: str) -> dict[str, float]:
+def _allocation(document: Mapping[str, Any], recipe: Recipe, source: ModelShape, where: str) -> dict[str, float]:
     """What pruning the experts of a layer alone adds, where the recipe allocates them by that."""
     value = document.get(_ALLOCATION, {})
     if not isinstance(value, Mapping) or not all(type(loss) in (int, float) for loss in value.values()):
+        raise PlanError(f"{_ALLOCATION} is not an object with a loss for every layer", where=where)
+    layers = {block for block in source.routed_blocks if block.startswith(LAYERS)}
+    if value and set(value) != layers:
         raise PlanError(f"{_ALLOCATION} is not an object with a loss for every layer", where=where)
     if bool(value) != (recipe.experts.allocation == "loss"):
         raise PlanError(f"{_ALLOCATION} and experts.allocation of the recipe contradict each other", where=where)

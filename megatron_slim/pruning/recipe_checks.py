@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_slim.errors import RecipeError
 from megatron_slim.extras import require
 from megatron_slim.pruning.depth import Depth, is_whole, layer_fields, possible_depths
 from megatron_slim.pruning.search import Space
+from megatron_slim.pruning.shares import EXPERTS
 from megatron_slim.pruning.target import allocation_unit, uniform, wanted_sizes
 from megatron_slim.recipe import Recipe
 from megatron_slim.recipe_sections import Experts
@@ -40,12 +42,11 @@ def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") ->
     experts = recipe.target.num_moe_experts or least
     groups = recipe.experts.num_groups
     if any(count % groups for count in (*shape.expert_counts.values(), experts)):
-        found.append(
-            f"experts.num_groups {groups} does not divide both num_moe_experts {shape.num_moe_experts} of the source "
-            f"and {experts} of the target"
-        )
-    found += _allocation_violations(recipe, shape, experts)
+        of_source = ", ".join(map(str, sorted(set(shape.expert_counts.values()))))
+        target = "" if recipe.target.num_moe_experts is None else f" and {experts} of the target"
+        found.append(f"experts.num_groups {groups} does not divide num_moe_experts {of_source} of the source{target}")
     topk = recipe.target.moe_router_topk or shape.moe_router_topk
+    found += _allocation_violations(recipe, shape, experts, topk)
     if topk > experts:
         found.append(
             f"moe_router_topk {topk} is larger than num_moe_experts {experts} of the target"
@@ -74,7 +75,7 @@ def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") ->
         raise RecipeError("; ".join(found), where=where)
 
 
-def _allocation_violations(recipe: Recipe, shape: ModelShape, experts: int) -> Iterator[str]:
+def _allocation_violations(recipe: Recipe, shape: ModelShape, experts: int, topk: int) -> Iterator[str]:
     """What rules out that experts are allocated by loss, and a budget where they have been."""
     if shape.experts_per_layer and recipe.budget is not None:
         yield "a budget for a source whose layers have different numbers of experts"
@@ -88,8 +89,13 @@ def _allocation_violations(recipe: Recipe, shape: ModelShape, experts: int) -> I
         yield "experts.allocation loss with a router that chooses groups of experts first"
     if recipe.budget is None and recipe.target.num_moe_experts is None:
         yield "experts.allocation loss without target.num_moe_experts, the number on average"
-    if (unit := allocation_unit(recipe)) > 1 and experts % unit:
-        yield f"target.num_moe_experts {experts} is not a multiple of {unit}, as experts.multiple or num_groups asks"
+    unit = allocation_unit(recipe)
+    if recipe.budget is not None and recipe.target.num_moe_experts is None and EXPERTS in recipe.search.axes:
+        if experts // unit * unit < topk:
+            yield f"no number of experts from {topk} to {experts} is a multiple of {unit}, as experts.multiple asks"
+    elif experts % unit:
+        whose = "of the source" if recipe.target.num_moe_experts is None else "of the target"
+        yield f"num_moe_experts {experts} {whose} is not a multiple of {unit}, as experts.multiple or num_groups asks"
 
 
 def _head_violations(recipe: Recipe, shape: ModelShape) -> list[str]:
@@ -138,16 +144,24 @@ def check_later_phases(schedule: Recipe, number: int, shape: ModelShape, *, wher
 
 def _check_allocations(schedule: Recipe, number: int, *, where: str) -> None:
     """Experts that a phase has allocated by loss are not pruned again: what layers have then is not known before."""
-    shared = 0
+    shared, unit = 0, 1
     for phase, recipe in enumerate(schedule.phases[number - 1 :], number):
-        asked = recipe.target.num_moe_experts
+        asked, groups = recipe.target.num_moe_experts, recipe.experts.num_groups
         if shared and (recipe.experts.allocation == "loss" or asked is not None or recipe.budget is not None):
             raise RecipeError(
                 f"phase {phase} prunes experts that phase {shared} allocates by loss",
                 where=where,
                 fix="allocate them in the last phase that prunes experts",
             )
-        shared = phase if recipe.experts.allocation == "loss" else shared
+        if shared and unit % groups:
+            raise RecipeError(
+                f"experts.num_groups {groups} of phase {phase} does not divide the numbers of experts that phase "
+                f"{shared} allocates by loss",
+                where=where,
+                fix=f"leave it out, or give phase {shared} experts.multiple {math.lcm(unit, groups)}",
+            )
+        if recipe.experts.allocation == "loss":
+            shared, unit = phase, allocation_unit(recipe)
 
 
 def _possible_targets(recipe: Recipe, shape: ModelShape) -> Iterator[ModelShape]:

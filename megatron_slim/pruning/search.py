@@ -37,6 +37,7 @@ from megatron_slim.errors import RecipeError
 from megatron_slim.pruning.depth import Depth, is_whole, layer_fields
 from megatron_slim.pruning.shares import EXPERTS, HIDDEN, LAYERS, NEURONS, Shares
 from megatron_slim.pruning.statistics import Statistics
+from megatron_slim.pruning.target import allocation_unit
 from megatron_slim.recipe import Recipe
 from megatron_slim.recipe_budget import Budget, Search
 
@@ -112,7 +113,8 @@ def resolved(recipe: Recipe, ranking: Ranking | None) -> Recipe:
 
 
 def usual_sizes(axis: str, shape: ModelShape, runs: int = 1) -> list[int]:
-    """The sizes of an axis that are searched unless the recipe names some: ascending, the source's own the last.
+    """The sizes of an axis that are searched unless the recipe names some: ascending, the source's own the last
+    (but of experts only if it is divided).
 
     Layers: whole attention periods, single layers where the source has none. Others: multiples of a step, about
     `STEPS` of them.
@@ -120,7 +122,7 @@ def usual_sizes(axis: str, shape: ModelShape, runs: int = 1) -> list[int]:
     Args:
         axis: one of `recipe_budget.SEARCHABLE`.
         shape: sizes of the source.
-        runs: ``experts.num_groups``, which divides every number of experts.
+        runs: what divides every number of experts (`target.allocation_unit`).
     """
     size: int = getattr(shape, axis)
     if axis == LAYERS:
@@ -129,9 +131,11 @@ def usual_sizes(axis: str, shape: ModelShape, runs: int = 1) -> list[int]:
         groups = {kind.heads.field: shape.sizes[kind.heads.group_axis] for kind in KINDS.values()}
         coarse, fine = MULTIPLES.get(axis, (groups.get(axis, 1),) * 2)
         multiple = coarse if size >= FEWEST * coarse else fine
-        multiple = math.lcm(multiple, runs) if axis == EXPERTS else multiple
+        if axis == EXPERTS:
+            multiple = both if (both := math.lcm(multiple, runs)) <= size else runs
         step = max(multiple, size // STEPS // multiple * multiple)
-    return [*range(step, size, step), size]
+    sizes = [*range(step, size, step), size]
+    return [size for size in sizes if size % runs == 0] if axis == EXPERTS else sizes
 
 
 def grid(recipe: Recipe, shape: ModelShape, depth_of: DepthOf) -> dict[str, list[int]]:
@@ -141,7 +145,7 @@ def grid(recipe: Recipe, shape: ModelShape, depth_of: DepthOf) -> dict[str, list
         if getattr(recipe.target, axis) is not None:
             continue
         named = recipe.search.grid.get(axis)
-        sizes = usual_sizes(axis, shape, recipe.experts.num_groups) if named is None else list(named)
+        sizes = usual_sizes(axis, shape, allocation_unit(recipe)) if named is None else list(named)
         if axis == EXPERTS:
             sizes = [size for size in sizes if size >= (recipe.target.moe_router_topk or shape.moe_router_topk)]
         if axis == LAYERS:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_slim.architecture.table import OUTPUT
@@ -24,7 +25,7 @@ from megatron_slim.errors import CheckpointError
 from megatron_slim.products import linear
 from megatron_slim.pruning.apply import PrunedCheckpoint
 from megatron_slim.pruning.plan import Plan
-from megatron_slim.streaming.block import build_block
+from megatron_slim.streaming.block import block_config, build_block
 from megatron_slim.streaming.forward import EMBEDDING, FINAL_NORM, Step, StreamingForward
 
 HEAD_ROWS = 512  # positions whose logits are in memory at once
@@ -45,6 +46,7 @@ def expert_sensitivity(checkpoint: Checkpoint, plan: Plan, samples: npt.NDArray[
     init_single_process()
     run = _Sensitivity(checkpoint, samples, micro_batch_size=1, dtype=default_dtype())
     run.pruned = PrunedCheckpoint(plan, checkpoint, check_source=False)
+    run.pruned_config = block_config(run.pruned.shape, run.dtype)
     run.run("measuring layers")
     own, *others = run.losses
     return {block: loss - own for block, loss in zip(run.started, others, strict=True)}
@@ -55,11 +57,13 @@ class _Sensitivity(StreamingForward):
 
     Attributes:
         pruned: the model with fewer experts in every block.
+        pruned_config: of its blocks, whose top-k may be another.
         started: blocks that streams differ in, in order.
         losses: by stream.
     """
 
     pruned: PrunedCheckpoint
+    pruned_config: TransformerConfig
 
     def run(self, description: str) -> None:
         """Pass everything through the trunk."""
@@ -109,7 +113,7 @@ class _Sensitivity(StreamingForward):
         """What a block does with fewer experts; None where there are as many, or none."""
         if module not in self.shape.routed_blocks:
             return None
-        return self._through(build_block(self.pruned, module, self.config), module, lambda inputs, output: None)
+        return self._through(build_block(self.pruned, module, self.pruned_config), module, lambda inputs, output: None)
 
     def _loss(self, hidden: Tensor, tokens: Tensor, weight: Tensor) -> float:
         """Sum of the losses of a micro-batch."""

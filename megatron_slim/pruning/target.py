@@ -6,9 +6,11 @@ import dataclasses
 import math
 from typing import Any
 
+from megatron_slim.architecture.family import MOE
 from megatron_slim.architecture.kinds import KINDS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.errors import RecipeError
+from megatron_slim.pruning.allocation import least_experts
 from megatron_slim.pruning.depth import depth_of, layer_fields
 from megatron_slim.recipe import Recipe
 
@@ -50,6 +52,24 @@ def target_shape(
     if violations := target.violations():
         raise RecipeError("; ".join(violations), where="target")
     return target
+
+
+def shape_before_statistics(recipe: Recipe, shape: ModelShape, kept_layers: tuple[int, ...]) -> ModelShape:
+    """`target_shape` before it is known how experts are allocated: of the right size, and no two layers alike.
+
+    What different numbers of experts rule out is ruled out for this one, such as expert parallelism.
+    """
+    average, unit = recipe.target.num_moe_experts, allocation_unit(recipe)
+    routed = [place for place, layer in enumerate(kept_layers) if MOE in shape.sublayers[layer]]
+    if recipe.experts.allocation != "loss" or average is None or len(routed) < 2:
+        return target_shape(recipe, shape, kept_layers)
+    topk = recipe.target.moe_router_topk or shape.moe_router_topk
+    if average - unit < least_experts(average, topk) or average + unit > shape.num_moe_experts:
+        return target_shape(recipe, shape, kept_layers)
+    counts = [average if place in routed else 0 for place in range(len(kept_layers))]
+    counts[routed[0]] += unit
+    counts[routed[1]] -= unit
+    return target_shape(recipe, shape, kept_layers, tuple(counts))
 
 
 def allocation_unit(recipe: Recipe) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from megatron_slim.pruning.plan import Plan, make_plan
 from megatron_slim.pruning.plan_reader import PlanError, parse_plan
 from megatron_slim.pruning.recipe_checks import check_later_phases, check_recipe
 from megatron_slim.pruning.sensitivity import expert_sensitivity
+from megatron_slim.pruning.target import shape_before_statistics, target_shape
 from megatron_slim.recipe import parse_recipe
 from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tiny_checkpoint
 
@@ -94,6 +96,18 @@ def test_bounds_and_layers_that_lose_nothing() -> None:
     assert violations([4, 3], 4, 2) == ["3 experts are not a multiple of 2", "7 experts in 2 layers, not 4 on average"]
 
 
+def test_what_cannot_be_allocated() -> None:
+    importance = dict.fromkeys("ab", np.ones(6))
+    for losses, uniform, least, multiple, message in (
+        ({"a": math.nan, "b": 1.0}, 4, 2, 1, "losses are not all numbers"),
+        ({"a": math.inf, "b": 1.0}, 4, 2, 1, "losses are not all numbers"),
+        ({"a": 1.0, "b": 1.0}, 3, 4, 1, "no numbers from 4 on, multiples of 1, are 3 on average"),
+        ({"a": 1.0, "b": 1.0}, 3, 2, 4, "no numbers from 2 on, multiples of 4, are 3 on average"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            allocate(losses, importance, uniform, least=least, multiple=multiple)
+
+
 @pytest.mark.parametrize("method", ["prune", "merge"])
 def test_losses_of_layers_are_those_of_their_models(
     method: str, model: HFCheckpoint, random_stats: Any, samples: np.ndarray
@@ -117,6 +131,18 @@ def test_losses_of_layers_are_those_of_their_models(
         )
         alone = evaluate(PrunedCheckpoint(only, model, check_source=False), samples, dtype=torch.float32).loss
         assert added == pytest.approx(alone - own, abs=2e-6)
+
+
+def test_layers_are_measured_with_the_top_k_of_the_target(
+    random_stats: Any, samples: np.ndarray, tmp_path: Path
+) -> None:
+    """Tokens of the source visit more experts than are to be left."""
+    shape = tiny_shape("qwen3_moe", moe_router_topk=4)
+    model = HFCheckpoint.open(write_tiny_checkpoint(tmp_path / "hf", shape, dtype=torch.float32))
+    document = {**recipe(), "target": {"num_moe_experts": 3, "moe_router_topk": 2}}
+    plan = slim.make_plan(parse_recipe(document), model, random_stats(model), samples=samples)
+    assert set(plan.allocation) == set(shape.blocks) and sum(plan.target_shape.expert_counts.values()) == 3 * 4
+    assert plan.target_shape.moe_router_topk == 2
 
 
 # --- the model ---
@@ -226,7 +252,7 @@ def test_the_command_measures_on_calibration_data(tool: Tool, samples: np.ndarra
 def test_recipes_that_cannot_be_met() -> None:
     shape = tiny_shape()
     for section, message in (
-        ({"multiple": 3}, "target.num_moe_experts 4 is not a multiple of 3"),
+        ({"multiple": 3}, "num_moe_experts 4 of the target is not a multiple of 3"),
         ({"allocation": "uniform", "multiple": 2}, "experts.multiple 2 without experts.allocation loss"),
     ):
         with pytest.raises(RecipeError, match=message):
@@ -241,6 +267,61 @@ def test_recipes_that_cannot_be_met() -> None:
         check_later_phases(parse_recipe(schedule), 1, shape, where="r")
     phases[0]["experts"] = {"allocation": "uniform"}
     check_later_phases(parse_recipe(schedule), 1, shape, where="r")
+    phases[:] = [{"target": {"num_moe_experts": 4}}, {"target": {"hidden_size": 48}}]
+    phases[1]["experts"] = {"allocation": "uniform", "num_groups": 2}
+    with pytest.raises(
+        RecipeError, match="num_groups 2 of phase 2 does not divide the numbers of experts that phase 1"
+    ):
+        check_later_phases(parse_recipe(schedule), 1, shape, where="r")
+    phases[0]["experts"] = {"multiple": 2}
+    phases[1]["experts"]["multiple"] = 1
+    check_later_phases(parse_recipe(schedule), 1, shape, where="r")
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 4])
+def test_a_budget_is_kept_with_a_multiple(multiple: int, random_stats: Any, tmp_path: Path) -> None:
+    source = HFCheckpoint.open(write_tiny_checkpoint(tmp_path / "hf", tiny_shape(num_moe_experts=10)))
+    stats = random_stats(source)
+    bound = count_parameters(tiny_shape(num_moe_experts=9), include_mtp=False).total
+    document = {
+        "version": 1,
+        "target": {"params": bound},
+        "search": {"axes": ["num_moe_experts"]},
+        "experts": {"allocation": "loss", "multiple": multiple},
+    }
+    losses = dict(zip(source.shape.blocks, (0.5, 0.01, 0.02, 0.03), strict=False))
+    plan = make_plan(parse_recipe(document), stats, source.shape, sensitivity=lambda plan: losses)
+    uniform = {1: 9, 2: 8, 4: 8}[multiple]
+    counts = plan.target_shape.expert_counts
+    assert counts["mtp.layers.0"] == uniform and sum(counts.values()) == 5 * uniform
+    assert not [count for count in counts.values() if count % multiple]
+    assert count_parameters(plan.target_shape, include_mtp=False).total <= bound
+    assert parse_plan(json.loads(plan.to_json())) == plan
+    none = {**document, "experts": {"allocation": "loss", "multiple": 11}}
+    with pytest.raises(RecipeError, match="no number of experts from 2 to 10 is a multiple of 11"):
+        check_recipe(parse_recipe(none), source.shape)
+
+
+def test_sizes_before_layers_are_measured_are_unequal_too() -> None:
+    """So that what cannot work with any allocation is refused before hours of work."""
+    layers = tuple(range(4))
+    for multiple, wrong in ((1, True), (2, False)):
+        asked = parse_recipe(recipe(4, multiple=multiple))
+        found = shape_before_statistics(asked, tiny_shape(), layers)
+        assert sum(found.experts_per_layer) == 16 and bool(layout_violations(found, ep=2)) is wrong
+    same = shape_before_statistics(parse_recipe(recipe(4, multiple=4)), tiny_shape(), layers)
+    assert same == target_shape(parse_recipe({"version": 1, "target": {"num_moe_experts": 4}}), tiny_shape(), layers)
+    glm = shape_before_statistics(parse_recipe(recipe(4)), tiny_shape("glm4_moe"), layers)
+    assert glm.experts_per_layer == (0, 5, 3, 4)
+
+
+def test_equal_numbers_are_no_numbers_of_single_layers() -> None:
+    """Wherever they come from, such as depth that leaves layers alike."""
+    counts = (4, 4, 4, 4)
+    shape = tiny_shape(mtp_num_layers=0, num_moe_experts=5, experts_per_layer=counts)
+    assert shape.simplest() == tiny_shape(mtp_num_layers=0, num_moe_experts=4)
+    with_mtp = tiny_shape(num_moe_experts=5, experts_per_layer=counts)
+    assert with_mtp.simplest() == with_mtp
 
 
 def test_plans_that_were_edited(random_stats: Any, tmp_path: Path) -> None:
@@ -250,6 +331,8 @@ def test_plans_that_were_edited(random_stats: Any, tmp_path: Path) -> None:
     for change, message in (
         ({"allocation": {}}, "allocation and experts.allocation of the recipe contradict each other"),
         ({"allocation": [1]}, "allocation is not an object with a loss for every layer"),
+        ({"allocation": {"foo": 1.0}}, "allocation is not an object with a loss for every layer"),
+        ({"allocation": {**document["allocation"], "mtp.layers.0": 1.0}}, "allocation is not an object with a loss"),
         ({"target": {"shape": {**shape, "experts_per_layer": [4, 4, 4, 5]}}}, "17 experts in 4 layers, not 4"),
     ):
         with pytest.raises(PlanError, match=message):
