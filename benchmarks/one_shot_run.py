@@ -36,6 +36,11 @@ def measure(args: argparse.Namespace, reading: dict[str, Any]) -> dict[str, Any]
     """
     recipe, source = load_recipe(args.recipe), open_checkpoint(args.load, **reading)
     chosen = [variant for variant in variants(recipe) if variant.axis in args.only]
+    if args.stats is not None:
+        measured = [variant for variant in chosen if variant.recipe.experts.allocation == "loss"]
+        chosen = [variant for variant in chosen if variant not in measured]
+        if measured:
+            say(f"{len(measured)} variants allocate experts by loss, which needs --calibration-data: left out")
     if not chosen:
         raise SlimError(f"prunes nothing of {', '.join(args.only)}", where=str(args.recipe), fix="name other axes")
     for variant in chosen:
@@ -84,9 +89,6 @@ def _statistics(args: argparse.Namespace, source: Checkpoint) -> Statistics:
 
 def _samples(args: argparse.Namespace, source: Checkpoint) -> Tokens:
     """Of calibration."""
-    if args.calibration_data is None:
-        fix = "give --calibration-data, not --stats, or leave experts out of --only"
-        raise SlimError("experts that are allocated by loss need data", fix=fix)
     return read_calibration_samples(
         args.calibration_data,
         source.shape,

@@ -43,8 +43,11 @@ def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") ->
     groups = recipe.experts.num_groups
     if any(count % groups for count in (*shape.expert_counts.values(), experts)):
         of_source = ", ".join(map(str, sorted(set(shape.expert_counts.values()))))
-        target = "" if recipe.target.num_moe_experts is None else f" and {experts} of the target"
-        found.append(f"experts.num_groups {groups} does not divide num_moe_experts {of_source} of the source{target}")
+        both, target = "", ""
+        if recipe.target.num_moe_experts is not None:
+            both, target = "both ", f" and {experts} of the target"
+        what = f"{both}num_moe_experts {of_source} of the source{target}"
+        found.append(f"experts.num_groups {groups} does not divide {what}")
     topk = recipe.target.moe_router_topk or shape.moe_router_topk
     found += _allocation_violations(recipe, shape, experts, topk)
     if topk > experts:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from megatron_slim.architecture.family import MOE
+from megatron_slim.architecture.family import LAYERS
 from megatron_slim.architecture.kinds import KINDS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.errors import RecipeError
@@ -60,7 +60,8 @@ def shape_before_statistics(recipe: Recipe, shape: ModelShape, kept_layers: tupl
     What different numbers of experts rule out is ruled out for this one, such as expert parallelism.
     """
     average, unit = recipe.target.num_moe_experts, allocation_unit(recipe)
-    routed = [place for place, layer in enumerate(kept_layers) if MOE in shape.sublayers[layer]]
+    blocks = set(shape.routed_blocks)
+    routed = [place for place, layer in enumerate(kept_layers) if f"{LAYERS}{layer}" in blocks]
     if recipe.experts.allocation != "loss" or average is None or len(routed) < 2:
         return target_shape(recipe, shape, kept_layers)
     topk = recipe.target.moe_router_topk or shape.moe_router_topk

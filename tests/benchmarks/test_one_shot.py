@@ -54,7 +54,7 @@ def test_every_method_of_a_recipe_is_compared() -> None:
         used = {getattr(getattr(variant.recipe, section), name) for variant in found}
         assert used == set(choices)
     assert {variant.axis for variant in found} == {*TARGETS, ALL}
-    assert len({(variant.axis, variant.name) for variant in found}) == len(found) == 22
+    assert len({(variant.axis, variant.name) for variant in found}) == len(found) == 25
     depth = next(variant for variant in found if variant.axis == "depth")
     assert depth.recipe.to_dict()["target"] == {"num_layers": 5}
 
@@ -63,6 +63,7 @@ def test_losses_are_those_of_the_tools(tool: Tool, work: Path, tmp_path: Path) -
     """The source and every variant: the same plans, and losses of checkpoints that were written and read."""
     outcome = tool(ONE_SHOT, *options(work), "--stats", work / "stats.safetensors", "--save", tmp_path / "table.md")
     assert outcome.code == 0, outcome.stderr
+    assert "3 variants allocate experts by loss, which needs --calibration-data: left out" in outcome.stderr
     results = outcome.json
     assert [line for line in outcome.stderr.splitlines() if line.startswith("[23/23] all together")]
     table = (tmp_path / "table.md").read_text()
@@ -93,6 +94,15 @@ def test_statistics_may_be_measured_once_for_all(tool: Tool, work: Path, tmp_pat
         del results["seconds"]
     assert measured == read
     assert [row["variant"] for row in read["variants"]] == list(CHOICES["width.importance"])
+
+
+def test_allocation_by_loss_is_measured_on_calibration_data(tool: Tool, work: Path) -> None:
+    data = ("--calibration-data", work / "tokens.npy", "--only", "experts")
+    rows = tool(ONE_SHOT, *options(work), *data).json["variants"]
+    found = {row["variant"]: row for row in rows}
+    for method in CHOICES["experts.method"]:
+        assert found[f"{method}, allocated by loss"]["parameters"] == rows[0]["parameters"]
+    assert len({row["plan_sha256"] for row in rows}) == len(rows)
 
 
 def test_bad_input_is_one_line(tool: Tool, work: Path, tmp_path: Path) -> None:
