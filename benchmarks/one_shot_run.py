@@ -46,11 +46,9 @@ def measure(args: argparse.Namespace, reading: dict[str, Any]) -> dict[str, Any]
     for variant in chosen:
         check_recipe(variant.recipe, source.shape, where=f"{args.recipe}: {variant.axis}")
     validation = _validation(args, source)
-    stats = _statistics(args, source)
-    by_loss = any(variant.recipe.experts.allocation == "loss" for variant in chosen)
-    sensitivity = (
-        partial(expert_sensitivity, source, samples=_samples(args, source)[:MOST_SAMPLES]) if by_loss else None
-    )
+    samples = None if args.stats is not None else _samples(args, source)
+    stats = _statistics(args, source, samples)
+    sensitivity = None if samples is None else partial(expert_sensitivity, source, samples=samples[:MOST_SAMPLES])
     plans = [make_plan(variant.recipe, stats, source.shape, sensitivity=sensitivity) for variant in chosen]
     return {
         "load": str(args.load),
@@ -72,13 +70,12 @@ def _validation(args: argparse.Namespace, source: Checkpoint) -> Tokens:
     )
 
 
-def _statistics(args: argparse.Namespace, source: Checkpoint) -> Statistics:
+def _statistics(args: argparse.Namespace, source: Checkpoint, samples: Tokens | None) -> Statistics:
     """Read or, once for all variants, measured."""
-    if args.stats is not None:
+    if samples is None:
         stats = Statistics.load(args.stats)
         stats.check(source.shape, fingerprint(source), where=str(args.stats))
         return stats
-    samples = _samples(args, source)
     import megatron_slim.mcore
 
     from megatron_slim.pruning.calibrate import calibrate

@@ -159,9 +159,10 @@ class ModelShape:
 
     def in_block(self, block: str) -> ModelShape:
         """The sizes of a transformer block by its name, as those of a model whose blocks all have its experts."""
-        if not self.experts_per_layer or not block or block.startswith(MTP):
-            return _with_experts(self, self.num_moe_experts) if self.experts_per_layer else self
-        return _with_experts(self, self.experts_per_layer[int(block.rpartition(".")[2])] or self.num_moe_experts)
+        if not self.experts_per_layer:
+            return self
+        own = self.experts_per_layer[int(block.rpartition(".")[2])] if block.startswith(LAYERS) else 0
+        return _with_experts(self, own or self.num_moe_experts)
 
     @property
     def expert_counts(self) -> dict[str, int]:

@@ -102,6 +102,7 @@ def test_what_cannot_be_allocated() -> None:
         ({"a": math.nan, "b": 1.0}, 4, 2, 1, "losses are not all numbers"),
         ({"a": math.inf, "b": 1.0}, 4, 2, 1, "losses are not all numbers"),
         ({"a": 1.0, "b": 1.0}, 3, 4, 1, "no numbers from 4 on, multiples of 1, are 3 on average"),
+        ({"a": 1.0, "b": 1.0}, 7, 2, 1, "no numbers from 2 on, multiples of 1, are 7 on average"),
         ({"a": 1.0, "b": 1.0}, 3, 2, 4, "no numbers from 2 on, multiples of 4, are 3 on average"),
     ):
         with pytest.raises(ValueError, match=message):
