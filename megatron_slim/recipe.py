@@ -28,6 +28,7 @@ from megatron_slim.recipe_budget import (
     unknown_keys,
     whole_number,
 )
+from megatron_slim.recipe_elastic import BUDGETS, RecipeBudget, budgets_violations, read_budgets
 from megatron_slim.recipe_sections import (
     BOUND_KEYS,
     SECTIONS,
@@ -53,6 +54,8 @@ class Recipe:
         phase: of a schedule, where it is one.
         phases: the recipes of a progressive schedule; then `select_phase` gives the one to follow, and ``target`` is
             empty.
+        budgets: the sizes of an elastic checkpoint, largest first; then ``target`` is empty too, and each is planned
+            by its own recipe (`pruning.elastic_plans`).
         budget: bounds, given in ``target``, that the sizes it leaves out are searched under.
         search: how they are searched.
         source: the model it was written for, for planning without one: a name in `architecture.published.MODELS`, or
@@ -66,6 +69,7 @@ class Recipe:
     experts: Experts = field(default_factory=Experts)
     phase: Phase | None = None
     phases: tuple[Recipe, ...] = ()
+    budgets: tuple[RecipeBudget, ...] = ()
     budget: Budget | None = None
     search: Search = field(default_factory=Search)
     source: str = ""
@@ -73,7 +77,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """As a version 1 document, all defaults filled in; of a recipe to follow, not of a schedule."""
-        assert not self.phases, "a plan follows one phase"
+        assert not self.phases and not self.budgets, "a plan follows one phase, or one budget"
         sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
         sections["target"] = _given(sections["target"])
         if self.experts.allocation == Experts.allocation:  # as before there was another
@@ -121,11 +125,12 @@ def parse_recipe(document: Any, *, where: str = "recipe") -> Recipe:
     document = _with_phases(document, where)
     found = _version_violations(document)
     keys = {key: None for key in document if key != _STAGES}
-    found += unknown_keys(keys, ["version", *SECTIONS, "search", "phases", "stage", "source", *recipe_run.SECTIONS], "")
+    known = ["version", *SECTIONS, "search", "phases", BUDGETS, "stage", "source", *recipe_run.SECTIONS]
+    found += unknown_keys(keys, known, "")
     if "source" in document and (not isinstance(document["source"], str) or not document["source"].strip()):
         found.append(f"source {document['source']!r} is neither a model's name nor a directory")
-    if "target" not in document and "phases" not in document:
-        found.append("target is missing (or phases)")
+    if not {"target", "phases", BUDGETS} & document.keys():
+        found.append("target is missing (or phases, or budgets)")
     for section, schema in SECTIONS.items():
         if section in document:
             found += section_violations(section, schema, document[section])
@@ -134,7 +139,9 @@ def parse_recipe(document: Any, *, where: str = "recipe") -> Recipe:
         if isinstance(document["stage"], Mapping):
             found += [f"stage.{key} is missing" for key in ("number", "count") if key not in document["stage"]]
             found += [] if found else _schedule_violations(document["stage"])
-    if "phases" in document:
+    if BUDGETS in document:
+        found += budgets_violations(document)
+    elif "phases" in document:
         found += [f"{key} and phases exclude one another" for key in ("target", "stage", _STAGES) if key in document]
         found += _phases_violations(document["phases"], document.get("search"))
         if "search" in document and not (found or any(parse_budget(phase["target"]) for phase in document["phases"])):
@@ -148,6 +155,7 @@ def parse_recipe(document: Any, *, where: str = "recipe") -> Recipe:
     return dataclasses.replace(
         _recipe(document),
         phases=tuple(_phase(document, k, len(phases), phase) for k, phase in enumerate(phases, 1)),
+        budgets=read_budgets(document, _recipe),
         run=recipe_run.sections(document),
     )
 
@@ -164,8 +172,12 @@ def select_phase(recipe: Recipe, number: int | None, *, where: str = "recipe") -
     """The recipe to follow: a phase of a schedule, or the recipe itself where it is none.
 
     Raises:
-        RecipeError: a schedule and no number, a number and no schedule, or no such phase.
+        RecipeError: a schedule and no number, a number and no schedule, or no such phase; or budgets, of which there is
+            not one to follow.
     """
+    if recipe.budgets:
+        fix = "give the recipe to megatron-slim prune, and what it writes to other commands"
+        raise RecipeError("the recipe has budgets, for an elastic checkpoint", where=where, fix=fix)
     count = len(recipe.phases)
     if number is None and not count:
         return recipe

@@ -386,3 +386,97 @@ def test_the_shipped_budget_is_met_in_seconds() -> None:
 def test_a_target_names_every_axis_that_kinds_declare() -> None:
     groups = {kind.heads.groups_field for kind in KINDS.values()}
     assert {part.name for part in dataclasses.fields(Target)} == {*SEARCHABLE, *groups, "moe_router_topk"}
+
+
+ELASTIC = {
+    "version": 1,
+    "source": "SlimQwen-24A2B",
+    "experts": {"importance": "reap"},
+    "search": {"axes": ["num_layers"]},
+    "budgets": [
+        {"name": "full"},
+        {"name": "half.1", "weight": 2, "target": None, "experts": {"num_groups": 2}},
+        {"name": "small", "target": {"params": "9B", "hidden_size": 1024}, "depth": {"method": "block_influence"}},
+    ],
+}
+
+
+def test_budgets_are_recipes_by_name() -> None:
+    recipe = parse_recipe(ELASTIC)
+    assert [(each.name, each.weight) for each in recipe.budgets] == [("full", 1.0), ("half.1", 2.0), ("small", 1.0)]
+    full, half, small = (each.recipe for each in recipe.budgets)
+    assert full.target == half.target == Target() and full.budget is None
+    assert full.experts == Experts(method="prune", importance="reap")
+    assert half.experts == Experts(method="prune", importance="reap", num_groups=2)
+    assert small.target == Target(hidden_size=1024) and small.depth == Depth("block_influence")
+    assert small.budget is not None and small.budget.params == 9 * 10**9 and small.search.axes == ("num_layers",)
+    assert parse_recipe(small.to_dict()) == small and small.source == "SlimQwen-24A2B"
+
+
+def test_only_pruning_follows_budgets() -> None:
+    message = r"r\.yaml: the recipe has budgets, for an elastic checkpoint; give the recipe to megatron-slim prune"
+    for number in (None, 1):
+        with pytest.raises(RecipeError, match=message):
+            select_phase(parse_recipe(ELASTIC), number, where="r.yaml")
+
+
+BAD_BUDGETS = {
+    "{}": "budgets {} is not a list of budgets",
+    "[]": "budgets [] is not a list of budgets",
+    "[3]": "budget 1: 3 is not a mapping",
+    "[{target: {num_layers: 2}}]": "budget 1: name is missing",
+    "[{name: a/b}]": "budget 1: name 'a/b' is not made of letters, digits",
+    "[{name: ..}]": "budget 1: name '..' is not made of",
+    "[{name: 3}]": "budget 1: name 3 is not made of",
+    "[{name: a}, {name: b}, {name: a}]": "budgets: name 'a' is there 2 times",
+    "[{name: a, weight: 0}]": "budget a: weight 0 is not a finite number above zero",
+    "[{name: a, weight: .inf}]": "budget a: weight inf is not a finite number above zero",
+    "[{name: a, weight: true}]": "budget a: weight True is not",
+    "[{name: a, tokens: 4}]": "budget a: unknown key tokens",
+    "[{name: a, target: {layers: 4}}]": "budget a: unknown key target.layers",
+    "[{name: a, target: 4}]": "budget a: target 4 is not a mapping",
+    "[{name: a, experts: {method: merge}}]": "budget a: experts.method 'merge': a merged expert is a new value",
+    "[{name: a, experts: {align: weights}}]": "budget a: experts.align 'weights' is for merging",
+    "[{name: a, experts: {weighting: pairwise}}]": "budget a: experts.weighting 'pairwise' is for merging",
+    "[{name: a, search: {axes: [num_layers]}}]": "budget a: search without a bound",
+    "[{name: a, search: 3}]": "budget a: search 3 is not a mapping",
+    "[{name: a, target: {hidden_size: 8}}, {name: b, target: {hidden_size: 16}}]": (
+        "budget b: target.hidden_size 16 is larger than the 8 of budget a"
+    ),
+    "[{name: a, target: {moe_router_topk: 2}}, {name: b}, {name: c, target: {moe_router_topk: 4}}]": (
+        "budget c: target.moe_router_topk 4 is larger than the 2 of budget a"
+    ),
+    "[{name: a, target: {params: 9B}}, {name: b, target: {params: 10e9}}]": (
+        "budget b: target.params 10000000000 is larger than the 9000000000 of budget a"
+    ),
+    "[{name: a}]\ntarget: {num_layers: 2}": "target and budgets exclude one another",
+    "[{name: a}]\nphases: [{target: {num_layers: 2}}]": "phases and budgets exclude one another",
+    "[{name: a}]\nstages: [{target: {num_layers: 2}}]": "phases and budgets exclude one another",
+    "[{name: a}]\nstage: {number: 1, count: 1}": "stage and budgets exclude one another",
+    "[{name: a}]\nsearch: {axes: [num_layers]}": "search without a bound (params, active_params, memory_gb) in the",
+    "[{name: a}]\nsearch: 3": "search 3 is not a mapping",
+    "[{name: a}]\nexperts: {method: partial_preservation}": "budget a: experts.method 'partial_preservation'",
+    "[{name: a}]\nexperts: 3": "experts 3 is not a mapping",
+}
+
+
+@pytest.mark.parametrize("budgets", BAD_BUDGETS)
+def test_budgets_that_are_none(budgets: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(f"version: 1\nbudgets: {budgets}\n")
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(tmp_path / "r.yaml")
+    assert BAD_BUDGETS[budgets] in str(raised.value)
+
+
+def test_all_violations_of_budgets_are_in_one_line() -> None:
+    budgets = [{"name": "a", "weight": -1, "experts": {"method": "merge"}}, {"target": {"num_layers": 0}}]
+    with pytest.raises(RecipeError) as raised:
+        parse_recipe({"version": 1, "budgets": budgets, "target": {}, "more": 1})
+    for part in (
+        "unknown key more",
+        "target and budgets",
+        "budget a: weight -1",
+        "budget a: experts.method",
+        "num_layers 0",
+    ):
+        assert part in str(raised.value)

@@ -8,6 +8,7 @@ STORAGE = "slim_storage.json"  # next to the config.json of a torch_dist checkpo
 CARRIED_TENSORS = "slim_carried.tensors"  # next to the config.json of a torch_dist checkpoint: `carried`
 CARRIED_CONTENT = "slim_carried.json"  # its digest
 PLAN, REPORT = "plan.json", "pruning_report.md"
+ELASTIC = "elastic.json"  # the budgets that an elastic checkpoint holds
 QUANTIZATION_REPORT = "quantization_report.md"
 STATS, FORMER_STATS = "calibration.stats", "stats.safetensors"
 RECORDS = frozenset(
@@ -19,6 +20,7 @@ RECORDS = frozenset(
         CARRIED_CONTENT,
         PLAN,
         REPORT,
+        ELASTIC,
         QUANTIZATION_REPORT,
         STATS,
         FORMER_STATS,

@@ -89,7 +89,7 @@ class Plan:
 
     def to_json(self) -> str:
         """Deterministic JSON with every list on one line."""
-        return _render(self.to_dict()) + "\n"
+        return rendered(self.to_dict()) + "\n"
 
     @property
     def sha256(self) -> str:
@@ -234,9 +234,10 @@ def _groups_dict(groups: tuple[ExpertGroup, ...]) -> dict[str, Any]:
     return {"kept": [group.base for group in groups], "merged": merged}
 
 
-def _render(value: Any, indent: str = "") -> str:
+def rendered(value: Any, indent: str = "") -> str:
+    """JSON with every object over several lines and every list on one."""
     if not isinstance(value, dict) or not value:
         return json.dumps(value, allow_nan=False)
     inner = indent + "  "
-    items = [f"{inner}{json.dumps(key)}: {_render(item, inner)}" for key, item in value.items()]
+    items = [f"{inner}{json.dumps(key)}: {rendered(item, inner)}" for key, item in value.items()]
     return "{\n" + ",\n".join(items) + f"\n{indent}}}"

@@ -59,8 +59,8 @@ def parse_plan(document: Any, *, where: str = "plan") -> Plan:
     _refuse([f"missing key {key}" for key in (*_KEYS, *_INNER) if key not in document], where)
     _refuse([f"unknown key {key}" for key in document if key not in (*_KEYS, *_INNER, *OPTIONAL, _ALLOCATION)], where)
     recipe = parse_recipe(document["recipe"], where=f"{where}: recipe")
-    source = _shape(document["source"], f"{where}: source")
-    target = _shape(document["target"], f"{where}: target")
+    source = shape_of(document["source"], f"{where}: source")
+    target = shape_of(document["target"], f"{where}: target")
     layers, hidden = document["kept_layers"], document["kept_hidden"]
     found = index_violations("kept_layers", layers, target.num_layers, source.num_layers)
     found += index_violations("kept_hidden", hidden, target.hidden_size, source.hidden_size)
@@ -110,7 +110,12 @@ def _refuse(violations: list[str], where: str) -> None:
         raise PlanError("; ".join(violations[:5]) + more, where=where, fix="make the plan again")
 
 
-def _shape(section: Any, where: str) -> ModelShape:
+def shape_of(section: Any, where: str) -> ModelShape:
+    """The sizes of a model in a section of a document, under the key ``shape``.
+
+    Raises:
+        SlimError: there are none, or they are those of a model that cannot be built.
+    """
     value = section.get("shape") if isinstance(section, Mapping) else None
     kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
     kinds |= dict.fromkeys(("tuple[str, ...]", "tuple[int, ...]"), (list,))

@@ -54,8 +54,13 @@ def summarise(shape: ModelShape, total_bytes: int) -> Summary:
 
 def rows(before: Summary, after: Summary) -> list[tuple[str, str, str, str]]:
     """Label, before, after and the share that is left, of every size; a dense network's where there is one."""
-    shown = [key for key in LABELS if key not in _DENSE or before[key]]
+    shown = shown_sizes(before)
     return [(LABELS[key], f"{before[key]:,}", f"{after[key]:,}", _share(before[key], after[key])) for key in shown]
+
+
+def shown_sizes(of: Summary) -> list[str]:
+    """Keys of the rows of a table; those of a dense network where there is one."""
+    return [key for key in LABELS if key not in _DENSE or of[key]]
 
 
 def _share(before: int, after: int) -> str:

@@ -1,0 +1,400 @@
+"""Budgets within budgets: planned from one set of statistics, re-expressed, written, read back, and refused."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_slim.architecture.shape import FAMILIES
+from megatron_slim.checkpoint.convert import open_checkpoint, same_bytes
+from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.errors import RecipeError, SlimError
+from megatron_slim.pruning.apply import PrunedCheckpoint
+from megatron_slim.pruning.elastic import (
+    Elastic,
+    ElasticBudget,
+    check_nested,
+    contained,
+    elastic_of,
+    find_elastic,
+    parse_elastic,
+    read_elastic,
+    relative,
+)
+from megatron_slim.pruning.elastic_plans import check_budgets, plan_budgets
+from megatron_slim.pruning.experts import ExpertGroup
+from megatron_slim.pruning.pipeline import write_pruned
+from megatron_slim.pruning.plan import Plan, make_plan
+from megatron_slim.pruning.plan_reader import PlanError, parse_plan
+from megatron_slim.pruning.statistics import Statistics
+from megatron_slim.recipe import parse_recipe
+from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
+
+RandomStats = Callable[..., Statistics]
+# Every axis of a family, in a parent that is itself pruned, and twice below it; of the smallest, a whole group goes.
+SIZES: dict[str, tuple[int, int, int]] = {
+    "num_layers": (7, 5, 4),
+    "hidden_size": (56, 48, 40),
+    "num_moe_experts": (6, 5, 3),
+    "moe_router_topk": (3, 2, 2),
+    "moe_ffn_hidden_size": (24, 24, 16),
+    "num_query_groups": (2, 2, 1),
+    "num_attention_heads": (6, 4, 2),
+}
+MORE: dict[str, dict[str, tuple[int, int, int]]] = {
+    "shared": {"moe_shared_expert_intermediate_size": (28, 24, 16)},
+    "gdn": {"linear_num_key_heads": (2, 2, 1), "linear_num_value_heads": (6, 4, 2)},
+    "dense": {"ffn_hidden_size": (48, 40, 32)},
+}
+OF_FAMILY = {
+    "qwen3_next": ("shared", "gdn"),
+    "qwen3_moe": (),
+    "qwen3_5_moe_text": ("shared", "gdn"),
+    "glm4_moe": ("shared", "dense"),
+}
+NAMES = ("large", "middle", "small")
+
+
+def targets(family: str) -> list[dict[str, int]]:
+    """Sizes of three budgets; a shared expert of GLM is as wide as an expert, in whole numbers of them."""
+    sizes = SIZES | {key: value for part in OF_FAMILY[family] for key, value in MORE[part].items()}
+    if family == "glm4_moe":
+        sizes = sizes | {"moe_shared_expert_intermediate_size": (24, 24, 16), "moe_router_topk": (2, 2, 2)}
+    return [{key: value[number] for key, value in sizes.items()} for number in range(3)]
+
+
+def family_source(path: Path, family: str, seed: int = 0) -> HFCheckpoint:
+    sizes: dict[str, int] = {"num_layers": 8, "num_attention_heads": 6, "num_query_groups": 2, "moe_router_topk": 3}
+    if "gdn" in OF_FAMILY[family]:
+        sizes |= {"linear_num_value_heads": 6, "linear_num_key_heads": 2}
+    return HFCheckpoint.open(write_tiny_checkpoint(path, tiny_shape(family, **sizes), seed=seed))
+
+
+def document(sizes: list[dict[str, int]], **sections: Any) -> dict[str, Any]:
+    budgets = [{"name": name, "target": target} for name, target in zip(NAMES, sizes, strict=False)]
+    return {"version": 1, "budgets": budgets, "depth": {"method": "block_influence"}, **sections}
+
+
+def planned(source: HFCheckpoint, stats: Statistics, sizes: list[dict[str, int]], **more: Any) -> Any:
+    recipe = parse_recipe(document(sizes, **more))
+    check_budgets(recipe.budgets, source.shape, where="recipe")
+    return plan_budgets(recipe.budgets, stats, source.shape)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, random_stats: RandomStats
+) -> tuple[HFCheckpoint, tuple[ElasticBudget, ...]]:
+    """A model and three budgets of it that differ in every axis."""
+    source = family_source(tmp_path_factory.mktemp("elastic") / "hf", request.param)
+    depth = "last" if source.shape.num_dense_layers else "block_influence"  # which may drop the dense layer
+    return source, planned(source, random_stats(source), targets(request.param), depth={"method": depth})
+
+
+Family = tuple[HFCheckpoint, tuple[ElasticBudget, ...]]
+
+
+def assert_same_tensors(one: Any, other: Any) -> None:
+    assert one.names == other.names and one.shape == other.shape
+    assert [name for name in one.names if not same_bytes(one.read(name), other.read(name))] == []
+
+
+def test_a_plan_of_a_plans_result_gives_the_bytes_of_the_plan(family: Family) -> None:
+    """Composition, for every pair and for the chain, on every axis at once."""
+    source, budgets = family
+    plans = [each.plan for each in budgets]
+    direct = [PrunedCheckpoint(plan, source) for plan in plans]
+    for large, small in itertools.combinations_with_replacement(range(3), 2):
+        of_large = PrunedCheckpoint(relative(plans[small], plans[large]), direct[large], check_source=False)
+        assert_same_tensors(of_large, direct[small])
+    chain = relative(relative(plans[2], plans[0]), relative(plans[1], plans[0]))
+    assert chain.to_dict() | {"recipe": None} == relative(plans[2], plans[1]).to_dict() | {"recipe": None}
+
+
+def test_every_axis_is_pruned_in_every_block(family: Family) -> None:
+    """Or the test above would compare what is whole."""
+    source, budgets = family
+    plan = relative(budgets[2].plan, budgets[0].plan)
+    blocks = set(plan.source_blocks.values())
+    assert set(plan.inner.heads) == blocks and set(plan.inner.neurons) == set(plan.experts)
+    assert any(block.startswith("mtp") for block in blocks) == bool(source.shape.mtp_num_layers)
+    assert len(plan.kept_hidden) == 40 and len(plan.kept_layers) == 4 and plan.target_shape.num_moe_experts == 3
+    shared = source.shape.moe_shared_expert_intermediate_size
+    assert set(plan.inner.shared_neurons) == (set(plan.experts) if shared else set())
+    assert bool(plan.inner.dense_neurons) == bool(source.shape.num_dense_layers)
+
+
+def test_relative_plans_are_plans(family: Family) -> None:
+    """Each is read as any plan is, and its recipe alone gives its sizes."""
+    _, budgets = family
+    for large, small in itertools.combinations_with_replacement(budgets, 2):
+        plan = relative(small.plan, large.plan)
+        assert parse_plan(json.loads(plan.to_json())) == plan
+        assert plan.target_shape == small.plan.target_shape and plan.source_shape == large.plan.target_shape
+
+
+def test_the_document_is_read_as_it_was_written(family: Family, tmp_path: Path) -> None:
+    _, budgets = family
+    elastic = elastic_of(budgets)
+    assert [each.name for each in elastic.budgets] == list(NAMES)
+    first = elastic.budgets[0].plan
+    assert first.target_shape == first.source_shape == elastic.shape == budgets[0].plan.target_shape
+    assert first.kept_hidden == tuple(range(elastic.shape.hidden_size)) and not first.inner.heads
+    elastic.save(tmp_path / "elastic.json")
+    assert read_elastic(tmp_path / "elastic.json") == elastic
+    text = (tmp_path / "elastic.json").read_text()
+    assert text == elastic.to_json() and json.loads(text) == json.loads(json.dumps(elastic.to_dict()))
+    kept = json.dumps(list(elastic.budgets[1].plan.kept_hidden))
+    assert f'"kept_hidden": {kept},\n' in text and '"parent": {\n' in text
+
+
+def test_the_document_is_found_where_checkpoints_keep_it(family: Family, tmp_path: Path) -> None:
+    elastic = elastic_of(family[1])
+    for place, given in ((".", "."), ("hf", "."), (".", "iter_0000005"), (".", "release")):
+        root = tmp_path / f"{place}-{given}".replace(".", "here")
+        (root / given).mkdir(parents=True)
+        (root / place).mkdir(exist_ok=True)
+        assert find_elastic(root / given) is None
+        elastic.save(root / place / "elastic.json")
+        assert find_elastic(root / given) == elastic
+    (tmp_path / "other" / "model").mkdir(parents=True)
+    elastic.save(tmp_path / "other" / "elastic.json")
+    assert find_elastic(tmp_path / "other" / "model") is None
+
+
+def test_budgets_within_a_budget(family: Family) -> None:
+    elastic = elastic_of(family[1])
+    within = elastic.within("middle")
+    assert within == elastic_of(elastic.budgets[1:]) and within is not None
+    assert [each.name for each in within.budgets] == ["middle", "small"]
+    assert within.shape == elastic.named("middle").plan.target_shape
+    assert elastic.within("small") is None
+    with pytest.raises(SlimError, match="no budget 'smal'; give one of large, middle, small"):
+        elastic.named("smal")
+
+
+@pytest.fixture(scope="module")
+def two(source: HFCheckpoint, random_stats: RandomStats) -> tuple[ElasticBudget, ...]:
+    sizes = [
+        {"num_layers": 6, "hidden_size": 48, "num_moe_experts": 6},
+        {"num_layers": 5, "hidden_size": 40, "num_moe_experts": 4, "moe_ffn_hidden_size": 24}
+        | {"moe_shared_expert_intermediate_size": 24, "num_attention_heads": 2, "linear_num_value_heads": 2},
+    ]
+    return tuple(planned(source, random_stats(source), sizes))
+
+
+def changed(budget: ElasticBudget, **parts: Any) -> ElasticBudget:
+    return dataclasses.replace(budget, plan=dataclasses.replace(budget.plan, **parts))
+
+
+def crossings(two: tuple[ElasticBudget, ...], large: ElasticBudget | None = None, **parts: Any) -> list[str]:
+    return contained([large or two[0], changed(two[1], **parts)])
+
+
+def test_contained_budgets_have_no_violations(two: tuple[ElasticBudget, ...]) -> None:
+    assert contained(two) == []
+    check_nested(two)
+
+
+def test_a_crossing_names_budget_axis_block_and_index(two: tuple[ElasticBudget, ...], source: HFCheckpoint) -> None:
+    large, small = (each.plan for each in two)
+    ending = "of budget large"
+    layer = min(set(range(8)) - set(large.kept_layers))
+    layers = tuple(sorted({*small.kept_layers[1:], layer}))
+    assert crossings(two, kept_layers=layers) == [
+        f"budget middle: layer {layer} is not among the 6 layers {ending}",
+    ]
+    lost = sorted(set(range(64)) - set(large.kept_hidden))[:2]
+    hidden = tuple(sorted({*small.kept_hidden[2:], *lost}))
+    assert crossings(two, kept_hidden=hidden) == [
+        f"budget middle: hidden dimension {lost[0]} and 1 more are not among the 48 hidden dimensions {ending}"
+    ]
+    block = f"model.layers.{small.kept_layers[0]}"
+    bases = {group.base for group in large.experts[block]}
+    expert = min(set(range(8)) - bases)
+    groups = tuple(
+        sorted((ExpertGroup(expert, (expert,), (1.0,)), *small.experts[block][1:]), key=lambda each: each.base)
+    )
+    assert crossings(two, experts={**small.experts, block: groups}) == [
+        f"budget middle: {block}: expert {expert} is not among the 6 experts {ending}"
+    ]
+    shape = dataclasses.replace(small.target_shape, moe_router_topk=3)
+    assert crossings(two, target_shape=shape) == [f"budget middle: top-k 3 is larger than the 2 {ending}"]
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_a_crossing_inside_a_block(two: tuple[ElasticBudget, ...], number: int) -> None:
+    """The small budget made the large one of itself, less one index of one list; the last block is MTP's."""
+    small = two[1]
+    block = list(small.plan.source_blocks.values())[number]
+    inner = small.plan.inner
+    for name, noun in (("heads", "head"), ("shared_neurons", "shared neuron")):
+        part = getattr(inner, name)
+        large = changed(small, inner=dataclasses.replace(inner, **{name: {**part, block: part[block][1:]}}))
+        count = len(part[block]) - 1
+        assert contained([dataclasses.replace(large, name="large"), small]) == [
+            f"budget middle: {block}: {noun} {part[block][0]} is not among the {count} {noun}s of budget large"
+        ]
+    expert = small.plan.experts[block][1].base
+    neurons = [list(each) for each in inner.neurons[block]]
+    gone = neurons[1].pop()
+    fewer = {**inner.neurons, block: tuple(map(tuple, neurons))}
+    large = changed(small, inner=dataclasses.replace(inner, neurons=fewer))
+    assert contained([dataclasses.replace(large, name="large"), small]) == [
+        f"budget middle: {block}: expert {expert}: neuron {gone} is not among the 23 neurons of budget large"
+    ]
+
+
+def test_a_merged_expert_is_in_no_other_budget(source: HFCheckpoint, plan_for: Callable[..., Plan]) -> None:
+    merged = ElasticBudget("m", 1.0, plan_for({"num_moe_experts": 4}, method="merge"))
+    found = contained([merged])
+    assert len(found) >= 1 and found[0].startswith("budget m: model.layers.0: expert ") and "is merged" in found[0]
+    with pytest.raises(RecipeError, match=r"r\.yaml: budget m: .*; and \d+ more; choose survivors of all budgets"):
+        check_nested([merged], where="r.yaml")
+
+
+def test_methods_that_do_not_nest_are_refused(source: HFCheckpoint, random_stats: RandomStats) -> None:
+    """Ranked by different statistics, the small budget keeps experts that the large one drops."""
+    recipe = document([{"num_moe_experts": 6}, {"num_moe_experts": 4}])
+    recipe["budgets"][1]["experts"] = {"importance": "reap"}
+    with pytest.raises(RecipeError, match=r"budget middle: model\.layers\.\d+: expert \d.* is not among the 6 experts"):
+        plan_budgets(parse_recipe(recipe).budgets, random_stats(source), source.shape)
+
+
+def test_experts_allocated_by_loss_nest_or_are_refused(source: HFCheckpoint, random_stats: RandomStats) -> None:
+    """Of a whole parent; a document of one remembers what each layer lost."""
+    recipe = document([{}, {"num_moe_experts": 4, "num_layers": 6}], depth={"method": "last"})
+    recipe["budgets"][1]["experts"] = {"allocation": "loss"}
+    losses = {block: 1.0 + 0.1 * number for number, block in enumerate(source.shape.blocks) if "model" in block}
+    budgets = plan_budgets(
+        parse_recipe(recipe).budgets,
+        random_stats(source),
+        source.shape,
+        options=lambda each: {"sensitivity": lambda plan: losses} if each.experts.allocation == "loss" else {},
+    )
+    shape = budgets[1].plan.target_shape
+    assert len(set(shape.experts_per_layer)) > 1
+    elastic = elastic_of(budgets)
+    assert parse_elastic(json.loads(elastic.to_json())) == elastic and elastic.budgets[1].plan.target_shape == shape
+    smaller = make_plan(parse_recipe({"version": 1, "target": {"num_layers": 5}}), random_stats(source), source.shape)
+    with pytest.raises(RecipeError, match="expert"):
+        check_nested([budgets[1], ElasticBudget("x", 1.0, smaller)])
+    hidden = dataclasses.replace(parse_recipe(recipe).budgets[1].recipe)
+    hidden = dataclasses.replace(hidden, target=dataclasses.replace(hidden.target, hidden_size=40))
+    third = make_plan(hidden, random_stats(source), source.shape, sensitivity=lambda plan: losses)
+    of_uneven = relative(third, budgets[1].plan)
+    assert parse_plan(json.loads(of_uneven.to_json())) == of_uneven
+    assert of_uneven.target_shape.experts_per_layer == shape.experts_per_layer
+    source_of = PrunedCheckpoint(budgets[1].plan, source)
+    assert_same_tensors(PrunedCheckpoint(of_uneven, source_of, check_source=False), PrunedCheckpoint(third, source))
+
+
+def test_expert_groups_of_budgets_nest(source: HFCheckpoint, random_stats: RandomStats) -> None:
+    """Equally many of each run of four, two and two: the relative plans say so of runs that both have."""
+    recipe = document([{"num_moe_experts": 6}, {"num_moe_experts": 4}], experts={"num_groups": 2})
+    budgets = plan_budgets(parse_recipe(recipe).budgets, random_stats(source), source.shape)
+    plan = relative(budgets[1].plan, budgets[0].plan)
+    assert plan.recipe.experts.num_groups == 2 and parse_plan(json.loads(plan.to_json())) == plan
+    recipe["budgets"][0]["target"] = {}
+    whole = plan_budgets(parse_recipe(recipe).budgets, random_stats(source), source.shape)
+    assert relative(whole[1].plan, whole[0].plan).recipe.experts.num_groups == 2
+
+
+DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "version": (lambda d: d.update(version=2), "not a document of budgets of version 1"),
+    "key": (lambda d: d.update(order=[]), "unknown key order"),
+    "no budgets": (lambda d: d.update(budgets=[]), "budgets are not a list of at least one"),
+    "no parent": (lambda d: d.pop("parent"), "missing key parent"),
+    "parent": (lambda d: d["parent"]["shape"].update(hidden_size="48"), "parent: shape.hidden_size '48'"),
+    "budget": (lambda d: d["budgets"][0].pop("weight"), "budget 0 is not an object with name, plan, weight"),
+    "weight": (lambda d: d["budgets"][1].update(weight=0), "budget 1: weight 0 is not a finite number above zero"),
+    "name": (lambda d: d["budgets"][1].update(name="../x"), "budget 1: name '../x' is not made of letters"),
+    "names": (lambda d: d["budgets"][1].update(name="large"), "name 'large' is there 2 times"),
+    "torn plan": (lambda d: d["budgets"][1]["plan"].pop("experts"), "budget middle: plan: missing key experts"),
+    "list": (lambda d: d["budgets"][1]["plan"]["kept_hidden"].reverse(), "kept_hidden is not strictly ascending"),
+    "order": (lambda d: d["budgets"].reverse(), "budget middle: the first is the parent itself"),
+    "other parent": (lambda d: d["parent"]["shape"].update(vocab_size=96), "budget large: its plan is for a model of"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_document_is_one_line(two: tuple[ElasticBudget, ...], damage: str) -> None:
+    found = copy.deepcopy(json.loads(elastic_of(two).to_json()))
+    assert isinstance(parse_elastic(found), Elastic)
+    change, message = DAMAGE[damage]
+    change(found)
+    with pytest.raises(PlanError) as raised:
+        parse_elastic(found, where="e.json")
+    assert message in str(raised.value) and str(raised.value).startswith("e.json: ")
+
+
+def test_all_violations_of_a_document_are_in_one_line(two: tuple[ElasticBudget, ...]) -> None:
+    found = json.loads(elastic_of(two).to_json())
+    found["budgets"][0]["plan"]["kept_layers"] = [0]
+    found["budgets"][1]["weight"] = float("inf")
+    found["more"] = 1
+    with pytest.raises(PlanError) as raised:
+        parse_elastic(found)
+    for part in ("unknown key more", "budget large: plan: kept_layers has 1 entries", "weight inf"):
+        assert part in str(raised.value)
+
+
+def test_crossing_budgets_in_a_document(two: tuple[ElasticBudget, ...], source: HFCheckpoint) -> None:
+    """Of three, the last swapped for one that keeps another hidden dimension than the middle."""
+    elastic = elastic_of(two)
+    found = json.loads(elastic.to_json())
+    third = copy.deepcopy(found["budgets"][1]) | {"name": "third"}
+    other = min(set(range(48)) - set(third["plan"]["kept_hidden"]))
+    third["plan"]["kept_hidden"] = sorted([other, *third["plan"]["kept_hidden"][1:]])
+    found["budgets"].append(third)
+    with pytest.raises(PlanError, match=f"budget third: hidden dimension {other} is not among the 40 hidden"):
+        parse_elastic(found)
+
+
+def test_plans_bind_sizes_and_not_weights(family: Family, tmp_path: Path) -> None:
+    """The parent written, opened, other weights in its place: its budgets slice them."""
+    source, budgets = family
+    write_pruned(PrunedCheckpoint(budgets[0].plan, source), tmp_path / "parent", stats=None, to="hf")
+    parent = open_checkpoint(tmp_path / "parent")
+    plan = elastic_of(budgets).named("small").plan
+    assert_same_tensors(PrunedCheckpoint(plan, parent, check_source=False), PrunedCheckpoint(budgets[2].plan, source))
+    trained = HFCheckpoint.open(write_tiny_checkpoint(tmp_path / "trained", parent.shape, seed=7))
+    sliced = PrunedCheckpoint(plan, trained, check_source=False)
+    name = "model.norm.weight"
+    assert same_bytes(sliced.read(name), trained.read(name)[list(plan.kept_hidden)])
+    with pytest.raises(PlanError, match="the plan was made for another checkpoint"):
+        PrunedCheckpoint(plan, source, check_source=False)
+
+
+GROWING = {
+    "a size that is left out": ([{"hidden_size": 48}, {"num_layers": 4}], "hidden_size 64, which the target leaves"),
+    "top-k": ([{"moe_router_topk": 1}, {"num_layers": 4}], "moe_router_topk 2, which the target leaves"),
+    "heads by their groups": ([{"num_attention_heads": 2}, {"num_query_groups": 2}], "num_attention_heads 4 is larger"),
+    "left out under a bound": (
+        [{"moe_ffn_hidden_size": 24}, {"params": "1B"}],
+        "moe_ffn_hidden_size 32, which the target leaves",
+    ),
+    "more than the source": ([{}, {"hidden_size": 128}], "target.hidden_size 128 is larger than the source's 64"),
+}
+
+
+@pytest.mark.parametrize("case", GROWING)
+def test_sizes_that_grow_are_refused_before_anything_is_measured(case: str) -> None:
+    sizes, message = GROWING[case]
+    shape = tiny_shape(norm_topk_prob=False)
+    with pytest.raises(RecipeError) as raised:
+        check_budgets(parse_recipe(document(sizes)).budgets, shape, where="r.yaml")
+    assert message in str(raised.value) and str(raised.value).startswith("r.yaml: ")
+
+
+def test_sizes_that_are_searched_or_named_again_may_be_checked() -> None:
+    sizes = [{"hidden_size": 48}, {"params": "1B"}, {"hidden_size": 40}]
+    assert check_budgets(parse_recipe(document(sizes[:2])).budgets, tiny_shape(), where="") is None
+    assert check_budgets(parse_recipe(document(sizes[::2])).budgets, tiny_shape(), where="") is None
