@@ -66,7 +66,7 @@ def load_hf_weights(models: nn.Module | Sequence[nn.Module], checkpoint: Checkpo
     """
     regions = _Regions(checkpoint)
     stages = [_unwrapped(model) for model in ([models] if isinstance(models, nn.Module) else models)]
-    shards = [_shards(stage) for stage in stages]
+    shards = [shards_of(stage) for stage in stages]
     keys = {shard.key: tuple(shard.global_shape) for stage in shards for shard in stage}
     _compare(_union_over_ranks(set(keys.items())), regions)
     for stage, of_stage in zip(stages, shards, strict=True):
@@ -103,7 +103,7 @@ def _union_over_ranks(found: set[T]) -> set[T]:
     return set().union(*gathered)
 
 
-def _shards(model: nn.Module) -> list[Any]:
+def shards_of(model: nn.Module) -> list[Any]:
     """Which rectangle of which parameter each of a model's tensors is."""
     import megatron_slim.mcore
 

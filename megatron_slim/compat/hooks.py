@@ -12,35 +12,28 @@ from megatron_slim.compat.patch import BUG, HOOK, NOT_REPORTED, Patch
 
 _LOOP = "megatron.training.training"
 
-STEP_START = Patch(
-    name="start of a step",
+PIPELINE = Patch(
+    name="pipeline schedules",
     kind=HOOK,
     why="Nothing that the loop calls is reached by all ranks right before the schedule of a training step: within a "
-    "schedule later stages are waiting already.",
+    "schedule later stages are waiting already. Nor can a step have more micro-batches than its batch.",
     upstream=NOT_REPORTED,
     targets=(f"{_LOOP}:get_forward_backward_func",),
 )
 
 
-def before_training_steps(hook: Callable[[], None]) -> None:
-    """Have Megatron's loop call ``hook`` on every rank right before the pipeline schedule of a training step."""
+def around_schedules(run: Callable[..., Any]) -> None:
+    """Have Megatron's loop call ``run(schedule, **arguments)`` in place of a pipeline schedule, on every rank."""
 
     def change(choose: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(choose)
-        def with_hook(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        def chosen(*args: Any, **kwargs: Any) -> Callable[..., Any]:
             schedule = choose(*args, **kwargs)
+            return functools.wraps(schedule)(functools.partial(run, schedule))
 
-            @functools.wraps(schedule)
-            def run(*, forward_only: bool, **arguments: Any) -> Any:
-                if not forward_only:
-                    hook()
-                return schedule(forward_only=forward_only, **arguments)
+        return chosen
 
-            return run
-
-        return with_hook
-
-    STEP_START.apply(change)
+    PIPELINE.apply(change)
 
 
 SCHEDULE = Patch(

@@ -1,6 +1,8 @@
 """Teacher and student as one model, and what is minimised.
 
 - `model`: the student, which carries its teacher
+- `elastic`, `selected`: several sizes of one student, whose parameters are selections of the largest one's
+- `regions`, `gathered`: parts of tensors that ranks hold, and whole tensors made of them
 - `loss_options`: names and defaults of the losses (no torch)
 - `terms`, `schedule`: the dictionary of the terms of the loss, and how their weights move (no torch)
 - `losses`: the sum of the terms (SlimQwen eq. 12)

@@ -195,17 +195,26 @@ class DistillationModel(HiddenStatesModel):
         with nullcontext() if self.hidden_kd is None else self.hidden_kd.distilling(hidden_inputs):
             # The teacher first: its layers may supervise layers of the student.
             if self.colocated_teacher is not None:
-                with torch.no_grad():
-                    teacher_hidden = self.colocated_teacher(input_ids, position_ids, attention_mask)
+                teacher_hidden = self.run_teacher(input_ids, position_ids, attention_mask)
             hidden = super().forward(input_ids, position_ids, attention_mask)
         if self.post_process:
             assert labels is not None and (teacher_hidden is None) == (self.teacher is None)
-            return self._token_losses(hidden, teacher_hidden, labels, expected).stack()
-        return hidden if teacher_hidden is None else torch.cat([hidden, teacher_hidden.view(hidden.dtype)], dim=-1)
+            return self.token_losses(hidden, teacher_hidden, labels, expected).stack()
+        return joined(hidden, teacher_hidden)
 
-    def _token_losses(
+    @torch.no_grad()
+    def run_teacher(
+        self, input_ids: Tensor | None, position_ids: Tensor | None, attention_mask: Tensor | None
+    ) -> Tensor:
+        """This stage of the teacher, co-located; arguments as for `forward`."""
+        assert self.teacher is not None
+        hidden: Tensor = self.teacher(input_ids, position_ids, attention_mask)
+        return hidden
+
+    def token_losses(
         self, hidden: Tensor, teacher_hidden: Tensor | None, labels: Tensor, expected: TokenLosses | None
     ) -> TokenLosses:
+        """The loss terms of what the last stages of both models end with; other arguments as for `forward`."""
         heads = [_rows(self._whole_input(head)) for head in self.heads(hidden)]
         depths, positions = range(len(heads)), self._positions(labels)
         own = (local_slice(shift(labels, depth), positions) for depth in depths)
@@ -263,6 +272,11 @@ class DistillationModel(HiddenStatesModel):
             for number in numbers[1:]:  # what is further on is on another rank: it comes, and logits are made again
                 heads[number:] = [roll_tensor(heads[number - 1], dims=0, cp_group=self.pg_collection.cp)[0]]
         return tuple(Target(_rows(heads[number]), ((number, 0),)) for number in numbers), layer
+
+
+def joined(hidden: Tensor, teacher_hidden: Tensor | None) -> Tensor:
+    """Hidden states of student and teacher side by side, those of the teacher as numbers of the student's dtype."""
+    return hidden if teacher_hidden is None else torch.cat([hidden, teacher_hidden.view(hidden.dtype)], dim=-1)
 
 
 def _rows(values: Tensor) -> Tensor:

@@ -10,7 +10,8 @@
 - `allocation`, `sensitivity`: experts allocated to layers, and what each layer loses
 - `search`, `shares`, `candidates`: sizes that meet a budget, their scores, and what the best ones lose
 - `plan_reader`: reading a decision back
-- `apply`, `align`, `pipeline`, `report`: pruned tensors, neurons matched before a merge, the whole, before and after
+- `apply`, `selection`, `align`: pruned tensors, what survives of each, neurons matched before a merge
+- `pipeline`, `report`: the whole, before and after
 - `plan_view`, `plan_tables`, `plan_plots`, `plan_page`: a plan as numbers, tables, pictures and a page
 
 Planning is a pure function of recipe, statistics and shape; applying is one of plan and tensors.

@@ -32,9 +32,9 @@ from megatron_slim.pruning.align import Alignment, Neurons
 from megatron_slim.pruning.experts import ExpertGroup
 from megatron_slim.pruning.plan import Plan
 from megatron_slim.pruning.plan_reader import PlanError
+from megatron_slim.pruning.selection import kept_axes, source_key
 from megatron_slim.streaming.fingerprint import fingerprint
 
-DECODER_LAYERS = "decoder.layers."
 MEAN = "mean"  # of weights, by the plan's
 
 
@@ -149,7 +149,7 @@ class PrunedCheckpoint:
 
     def _indices(self, origin: _Origin, member: int | None) -> tuple[Index | None, Index | None]:
         """Surviving rows and columns of a source tensor, of a merged expert in the order of its base's."""
-        kept = self._kept(origin)
+        kept = kept_axes(self.plan, origin.block, origin.expert)
         if self._alignment is not None and origin.group is not None and member is not None:
             neurons = self._alignment.neurons(origin.block, origin.group, member, kept.get("moe_ffn"))
             kept |= {} if neurons is None else {"moe_ffn": neurons}
@@ -158,17 +158,6 @@ class PrunedCheckpoint:
         assert all(index is None for index in indices[2:]), f"{origin.name}: only the first two dimensions are pruned"
         rows, columns = [*indices, None][:2]
         return rows, columns
-
-    def _kept(self, origin: _Origin) -> dict[str, npt.NDArray[np.int64]]:
-        """What survives of each axis of a tensor of which not all does."""
-        source, block = self.plan.source_shape, origin.block
-        kept = self.plan.inner.kept(block, source, origin.expert) if block else {}
-        if len(self.plan.kept_hidden) < source.hidden_size:
-            kept["hidden"] = self._kept_hidden
-        groups = self.plan.experts.get(block, ())
-        if groups and len(groups) < source.in_block(block).num_moe_experts:
-            kept["expert"] = np.array([group.base for group in self.plan.experts[block]], dtype=np.int64)
-        return kept
 
 
 def _members(group: ExpertGroup | None, rule: str) -> tuple[tuple[int | None, ...], tuple[float, ...]]:
@@ -195,20 +184,12 @@ def _origins(plan: Plan) -> Iterator[tuple[str, _Origin]]:
     blocks, found = plan.source_blocks, {weight.key: weight for weight in weights(plan.source_shape)}
     for weight in weights(plan.target_shape):
         block = blocks[weight.block] if weight.block else ""
-        source = found[_source_key(weight.key, plan)]
+        source = found[source_key(weight.key, plan)]
         groups: tuple[ExpertGroup | None, ...] = plan.experts[block] if weight.stacked else (None,)
         for expert, group in enumerate(groups):
             for tensor, origin in zip(weight.sources, source.sources, strict=True):
                 name = tensor.name.format(expert=expert) if weight.stacked else tensor.name
                 yield name, _Origin(origin.name, origin.dims, block, expert if weight.stacked else None, group)
-
-
-def _source_key(key: str, plan: Plan) -> str:
-    """Megatron's key in the source of a parameter of the target."""
-    if not key.startswith(DECODER_LAYERS):
-        return key
-    layer, rest = key.removeprefix(DECODER_LAYERS).split(".", 1)
-    return f"{DECODER_LAYERS}{plan.kept_layers[int(layer)]}.{rest}"
 
 
 def merge(tensors: Iterable[Tensor], weights: tuple[float, ...]) -> Tensor:

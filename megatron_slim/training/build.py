@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,13 +14,17 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.layer_specs import build_model, shape_config_fields
 from megatron_slim.architecture.parallelism import padded_vocab_size
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.checkpoint.precision import keep_types
+from megatron_slim.distillation.elastic import ElasticModel
 from megatron_slim.distillation.model import DistillationModel
+from megatron_slim.distillation.selected import SelectedParameters
+from megatron_slim.training.elastic import ElasticRun, Numbers, layout_of
 from megatron_slim.training.spec import RunSpec
 from megatron_slim.training.teacher_config import teacher_config
 
@@ -57,25 +62,81 @@ def build_stage(
         # The same of both models: then a rank has the same columns of both vocabularies.
         "padded_vocab_size": padded_vocab_size(spec.student, spec.args.make_vocab_size_divisible_by),
     }
+    teacher = _build_teacher(spec, config, stage)
+    model: dict[str, Any] = {"options": spec.options, "teacher": teacher, "timed_losses": timed_losses}
+    weight = 1.0 if spec.elastic is None else spec.elastic.budgets[0].weight
     student = build_model(
         spec.student,
-        dataclasses.replace(config, **(shape_config_fields(spec.student) | load_balancing_fields(config))),
-        model_class=DistillationModel,
-        options=spec.options,
-        teacher=_build_teacher(spec, config, stage),
-        timed_losses=timed_losses,
+        dataclasses.replace(config, **(shape_config_fields(spec.student) | load_balancing_fields(config, weight))),
+        model_class=DistillationModel if spec.elastic is None else ElasticModel,
+        **model,
         **stage,
     )
     assert isinstance(student, DistillationModel)
+    if isinstance(student, ElasticModel):
+        _attach_budgets(student, spec, config, stage | model)
     return student
+
+
+def _attach_budgets(student: ElasticModel, spec: RunSpec, config: TransformerConfig, model: dict[str, Any]) -> None:
+    """Build the smaller budgets of a stage, co-located with it; their weights are undefined."""
+    assert spec.elastic is not None
+    others = []
+    for budget in spec.elastic.budgets[1:]:
+        shape = budget.plan.target_shape
+        fields = shape_config_fields(shape) | load_balancing_fields(config, budget.weight)
+        fields |= {
+            "perform_initialization": False,
+            "pipeline_model_parallel_layout": layout_of(budget, spec.stages, spec.args),
+        }
+        with _own_random_numbers():
+            other = build_model(shape, dataclasses.replace(config, **fields), model_class=DistillationModel, **model)
+        assert isinstance(other, DistillationModel)
+        other.to(device=torch.cuda.current_device())
+        others.append(other)
+    student.attach(*others)
+    _number_layers(student.students, spec.elastic)
+
+
+def select_parameters(spec: RunSpec, chunks: Sequence[DistillationModel]) -> None:
+    """Make the parameters of smaller budgets selections of the largest one's; all ranks call it together.
+
+    Not while stages are built, when Megatron has first and last stages wait for each other.
+
+    Args:
+        spec: of the run.
+        chunks: all virtual pipeline stages of this rank.
+    """
+    for chunk in chunks:
+        if spec.elastic is not None and isinstance(chunk, ElasticModel):
+            pairs = zip(chunk.students[1:], spec.elastic.budgets[1:], strict=True)
+            chunk.selected = tuple(SelectedParameters(other, chunk, budget.plan) for other, budget in pairs)
+
+
+def _number_layers(students: Sequence[DistillationModel], run: ElasticRun) -> None:
+    """Give every layer of every budget a number of its own in what Megatron records of routers (`elastic.Numbers`)."""
+    numbers = Numbers(run)
+    for budget, student in enumerate(students):
+        layers = run.budgets[budget].plan.kept_layers
+        for router in (module for module in student.modules() if isinstance(module, TopKRouter)):
+            place = router.layer_number - 1
+            layer = numbers.trunk + place if router.is_mtp_layer else layers[place]
+            router.config = copy.copy(router.config)
+            router.config.num_layers = numbers.total - numbers.mtp
+            router.layer_number = numbers.of(budget, layer) - (router.config.num_layers if router.is_mtp_layer else 0)
+
+
+def _own_random_numbers() -> AbstractContextManager[None]:
+    """What is built within leaves the random weights of a student as they are without it."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    return torch.random.fork_rng(devices)
 
 
 def _build_teacher(spec: RunSpec, config: TransformerConfig, stage: dict[str, Any]) -> HiddenStatesModel | None:
     if spec.teacher is None:
         return None
     layout, dtype, recipe = spec.stages.teacher, spec.args.teacher_dtype, spec.args.teacher_fp8_recipe
-    # A student's random weights are the same with a teacher as without one.
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+    with _own_random_numbers():
         teacher = build_model(
             spec.teacher,
             teacher_config(spec.teacher, config, layout=layout, dtype=dtype, fp8_recipe=recipe),
@@ -87,8 +148,12 @@ def _build_teacher(spec: RunSpec, config: TransformerConfig, stage: dict[str, An
     return teacher.to(device=torch.cuda.current_device(), dtype=teacher.config.params_dtype)
 
 
-def load_balancing_fields(config: TransformerConfig) -> dict[str, Any]:
+def load_balancing_fields(config: TransformerConfig, weight: float = 1.0) -> dict[str, Any]:
     """The load-balancing coefficient that makes the global-batch loss independent of the number of ranks.
+
+    Args:
+        config: of Megatron's validated arguments.
+        weight: of all losses of the model.
 
     Every data-parallel rank's ``global_aux_loss`` is its tokens' share of the loss over all ranks, so the shares must
     be summed; but gradients are averaged over ranks, which alone would weaken the loss by the data-parallel size.
@@ -98,8 +163,8 @@ def load_balancing_fields(config: TransformerConfig) -> dict[str, Any]:
     ranks = parallel_state.get_data_parallel_world_size()
     if isinstance(kinds, list):
         pairs = zip(kinds, coefficients, strict=True)
-        return {"moe_aux_loss_coeff": [c * ranks if kind == "global_aux_loss" else c for kind, c in pairs]}
-    return {"moe_aux_loss_coeff": coefficients * ranks if kinds == "global_aux_loss" else coefficients}
+        return {"moe_aux_loss_coeff": [weight * (c * ranks if kind == "global_aux_loss" else c) for kind, c in pairs]}
+    return {"moe_aux_loss_coeff": weight * (coefficients * ranks if kinds == "global_aux_loss" else coefficients)}
 
 
 def load_weights(spec: RunSpec, chunks: Sequence[DistillationModel]) -> None:

@@ -17,11 +17,13 @@ from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.integrity import read_manifest
 from megatron_slim.checkpoint.iterations import is_torch_dist, iteration_directory
+from megatron_slim.checkpoint.records import ELASTIC
 from megatron_slim.checkpoint.tracker import repair_tracker
 from megatron_slim.distillation.model import TEACHER_MTP
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.optimizers import OPTIMIZERS
 from megatron_slim.training.data_checks import check_data
+from megatron_slim.training.elastic import depth_violations, elastic_violations
 from megatron_slim.training.fp8_checks import fp8_violations
 from megatron_slim.training.hidden_kd import check_projections, check_stages, hidden_violations
 from megatron_slim.training.loss_checks import loss_violations
@@ -41,7 +43,7 @@ def check(spec: RunSpec) -> None:
         SlimError: lists every violation of the part that fails first.
     """
     args, shape = spec.args, spec.student
-    if found := _violations(shape, spec.teacher, args):
+    if found := _violations(shape, spec.teacher, args) or _budget_violations(spec):
         raise SlimError("; ".join(found))
     if not args.train_iters and not args.train_samples:
         raise SlimError("nothing to train", fix="give --train-iters or --train-samples")
@@ -66,10 +68,22 @@ def _violations(shape: ModelShape, teacher: ModelShape | None, args: Namespace) 
     if args.optimizer not in OPTIMIZERS:
         found.append(f"--optimizer {args.optimizer} is not supported: only {', '.join(OPTIMIZERS)} is tested")
     found += loss_violations(shape, args) + ahead_violations(args) + logging_violations(args) + rate_violations(args)
+    found += elastic_violations(args)
     found += hidden_violations(shape, teacher, args) + ([] if small else fp8_violations(shape, teacher, args))
     if teacher is not None and not small:
         found += _model_violations("teacher", teacher, args) + _pair_violations(shape, teacher, args)
     return found
+
+
+def _budget_violations(spec: RunSpec) -> list[str]:
+    """What keeps the budgets of an elastic student from being trained on this layout, in sentences."""
+    found = []
+    for budget in () if spec.elastic is None else spec.elastic.budgets:
+        of_budget = layout_violations(budget.plan.target_shape, **_sizes(spec.args) | {"pp": 1})
+        found += [f"budget {budget.name}: {sentence}" for sentence in of_budget]
+    if spec.elastic is not None and spec.elastic.budgets[0].plan.source_shape != spec.student:
+        found.append(f"the student's {ELASTIC} is of a model of other sizes; prune anew, or leave --elastic out")
+    return found or ([] if spec.elastic is None else depth_violations(spec.elastic, spec.stages))
 
 
 def _check_start(spec: RunSpec) -> Checkpoint | None:

@@ -9,23 +9,24 @@ from megatron_slim.architecture.hf_config import shape_to_hf_config
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.expert_storage import write_storage
 from megatron_slim.checkpoint.huggingface import config_and_carried, storage_of
-from megatron_slim.checkpoint.records import PLAN
+from megatron_slim.checkpoint.records import ELASTIC, PLAN
 from megatron_slim.checkpoint.side_files import carry_files, log_left_behind
 from megatron_slim.checkpoint.torch_dist_names import HF_DIR
 from megatron_slim.files import new_directory, to_json, write_atomic
 
 
-def keep_plan(source: Path, directory: Path) -> None:
-    """Copy the plan that gave a student, by which a later pruning knows it; of torch_dist it is next to ``hf/``."""
+def keep_record(name: str, source: Path, directory: Path) -> None:
+    """Copy a record of a student, such as the plan that gave it; of torch_dist it is next to ``hf/``, or in it."""
     places = (source, source.parent) if source.name == HF_DIR else (source,)
-    if (file := next((place / PLAN for place in places if (place / PLAN).is_file()), None)) is not None:
-        shutil.copyfile(file, directory / PLAN)
+    if (file := next((place / name for place in places if (place / name).is_file()), None)) is not None:
+        shutil.copyfile(file, directory / name)
 
 
-def keep_hf_files(source: Path, save: Path, shape: ModelShape) -> None:
+def keep_hf_files(source: Path, save: Path, shape: ModelShape, *, elastic: bool = False) -> None:
     """Put config.json, the tokenizer and the like next to the checkpoints of this run, so that they can be exported.
 
-    How files hold the experts is among it, and what a larger model has but for its language model.
+    How files hold the experts is among it, and what a larger model has but for its language model. Of an ``elastic``
+    run so are the student's budgets; training that knows nothing of them ruins the smaller ones.
     """
     if (save / HF_DIR).is_dir():
         return
@@ -36,6 +37,7 @@ def keep_hf_files(source: Path, save: Path, shape: ModelShape) -> None:
         write_atomic(directory / "config.json", to_json(shape_to_hf_config(shape, config)))
         carried.save(directory, verify=True)
         carry_files(source, directory)
-        keep_plan(source, directory)
+        for record in (PLAN, ELASTIC) if elastic else (PLAN,):
+            keep_record(record, source, directory)
         write_storage(directory, storage_of(source, without_mtp=without_mtp))
     log_left_behind(source)

@@ -17,6 +17,7 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_slim.distillation.elastic import ElasticModel
 from megatron_slim.distillation.losses import LossWeights
 from megatron_slim.distillation.model import DistillationModel
 from megatron_slim.distillation.terms import LOSS_TERMS, MTP_BETA, factors, terms_of
@@ -141,6 +142,8 @@ class StageClock:
 class ExpertCounter:
     """Tokens that this rank sent to each expert of each layer of the student, the layers of MTP blocks last.
 
+    Layers have the numbers under which Megatron records what routers do; of an elastic student all budgets have some.
+
     Counted from the router's map of tokens to experts: Megatron's own counters are kept for some ways of load balancing
     only, and in the parameters' dtype, where numbers above 256 are rounded in bf16.
     """
@@ -149,9 +152,10 @@ class ExpertCounter:
 
     def watch(self, chunk: DistillationModel) -> None:
         """Count in all layers of a stage."""
-        for module in chunk.modules():
+        students = chunk.students if isinstance(chunk, ElasticModel) else (chunk,)
+        for module in (module for student in students for module in student.modules()):
             if isinstance(module, TopKRouter):
-                layer = module.layer_number - 1 + (chunk.config.num_layers if module.is_mtp_layer else 0)
+                layer = module.layer_number - 1 + (module.config.num_layers if module.is_mtp_layer else 0)
                 device = torch.cuda.current_device()
                 self.counts[layer] = torch.zeros(module.num_experts, dtype=torch.int64, device=device)
                 module.register_forward_hook(self._hook(layer))

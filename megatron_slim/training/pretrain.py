@@ -27,21 +27,23 @@ from megatron_slim.distillation.model import DistillationModel
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.processes import leave_ranks
 from megatron_slim.training.arguments import print_help, validated
-from megatron_slim.training.build import build_stage, load_weights
+from megatron_slim.training.build import build_stage, load_weights, select_parameters
 from megatron_slim.training.carried import CarriedOptimizer, carried_optimizer
 from megatron_slim.training.checks import check
 from megatron_slim.training.data import build_datasets
+from megatron_slim.training.elastic import Numbers, flops_of_budgets
 from megatron_slim.training.finite import FiniteWatch
 from megatron_slim.training.hidden_kd import HiddenLog
 from megatron_slim.training.kept_files import keep_hf_files
 from megatron_slim.training.resume_checks import SAME_LAYOUT, check_resume, why_not_restored
-from megatron_slim.training.run_log import RunLog, run_constants
+from megatron_slim.training.run_log import RunLog, experts_of_layers, run_constants
 from megatron_slim.training.slim_arguments import MEGATRON_HELP
 from megatron_slim.training.spec import RunSpec, resolve
 from megatron_slim.training.start_checks import say_notes
 from megatron_slim.training.steps import Batches, Steps, loss_weights
 from megatron_slim.training.teacher_ahead import TeacherAhead, check_host_memory, held_bytes
 from megatron_slim.training.teacher_check import check_teacher
+from megatron_slim.training.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -71,16 +73,20 @@ class Run:
         """
         chunks: list[DistillationModel] = []
         watch, runs_mtp = FiniteWatch(), spec.teacher_runs_mtp
+        names = {} if spec.elastic is None else {"budgets": spec.elastic.names}
         constants = run_constants(
-            spec.student, spec.teacher, args, teacher_runs_mtp=runs_mtp, phase=spec.phase, place=spec.place
+            spec.student, spec.teacher, args, teacher_runs_mtp=runs_mtp, phase=spec.phase, place=spec.place, **names
         )
-        log = RunLog(spec.student, loss_weights, constants)
+        log, turns = RunLog(spec.student, loss_weights, constants, experts_of_layers(spec.student)), None
+        if spec.elastic is not None:
+            turns = Turns(spec.elastic, chunks, flops_of_budgets(spec.elastic, args))
+            log.experts_of_rows, log.work = Numbers(spec.elastic).experts(), turns.work
         batches, ahead = Batches(spec, chunks, watch), None
         if spec.teacher is not None and spec.options.teacher_ahead:
             depths = spec.teacher.mtp_num_layers if runs_mtp else 0
             check_host_memory(held_bytes(spec.teacher, args, depths), args)
             ahead = TeacherAhead(chunks, batches.take, watch, log.clock.teacher_alone)
-        return Run(spec, Steps(spec, chunks, batches, watch, log, HiddenLog(args.hidden_kd_layers), ahead))
+        return Run(spec, Steps(spec, chunks, batches, watch, log, HiddenLog(args.hidden_kd_layers), ahead, turns))
 
     def model_provider(
         self,
@@ -106,6 +112,7 @@ class Run:
         if len(steps.chunks) == (args.virtual_pipeline_model_parallel_size or 1):
             for chunk in steps.chunks:
                 steps.log.watch(chunk)
+            select_parameters(self.spec, steps.chunks)
             load_weights(self.spec, steps.chunks)
         return student
 
@@ -120,15 +127,16 @@ class Run:
         return datasets
 
 
-def _change_the_loop(spec: RunSpec, carried: CarriedOptimizer | None, ahead: TeacherAhead | None) -> None:
+def _change_the_loop(spec: RunSpec, carried: CarriedOptimizer | None, steps: Steps) -> None:
     """What this run needs of Megatron's loop in places where it calls nobody."""
     place = spec.place
     hooks.TRAINING_LOG.apply()
     hooks.keep_schedule_with_iterations(0 if place is None else place.start, carried.load if carried else None)
     if place is not None and spec.args.stage_warmup:
         hooks.scale_learning_rate(place.warmup(spec.args.stage_warmup))
-    if ahead is not None:
-        hooks.before_training_steps(ahead.before_step)
+    around = steps.ahead or steps.turns  # the one does not go with the other
+    if around is not None:
+        hooks.around_schedules(around.around)
 
 
 def _run_the_loop(run: Run, args: Namespace) -> None:
@@ -182,9 +190,9 @@ def train(spec: RunSpec, args: Namespace, carried: CarriedOptimizer | None) -> N
     if spec.starts_by_ourselves:  # then Megatron is not to look there
         args.pretrained_checkpoint, args.exit_on_missing_checkpoint = None, False
     run = Run.of(spec, args)
-    _change_the_loop(spec, carried, run.steps.ahead)
+    _change_the_loop(spec, carried, run.steps)
     if args.save and args.rank == 0:
-        keep_hf_files(spec.source, Path(args.save), spec.student)
+        keep_hf_files(spec.source, Path(args.save), spec.student, elastic=spec.elastic is not None)
     _run_the_loop(run, args)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

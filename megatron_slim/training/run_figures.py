@@ -40,6 +40,7 @@ class RunConstants:
         phase_tokens: its tokens, where a recipe gives them.
         start: iterations of the phases before it, where they are counted on.
         tokens_before: their tokens.
+        budgets: names of the sizes that are trained, each of which has rows of its own in what is counted per layer.
     """
 
     ranks: int
@@ -54,6 +55,7 @@ class RunConstants:
     phase_tokens: int | None = None
     start: int = 0
     tokens_before: int = 0
+    budgets: tuple[str, ...] = ("",)
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,10 @@ class Interval:
         peak_bytes: of every rank's memory, [ranks].
         computing: seconds of every rank, [ranks, chunks, kinds].
         losses: of the last iteration: sum, number of tokens and sum times weight of every term, [terms, 3].
-        tokens_per_expert: likewise, [layers and MTP blocks, experts]; NaN where a layer has no such expert.
+        tokens_per_expert: likewise, [layers and MTP blocks of all budgets, experts]; NaN where a layer has no such
+            expert.
         weights: likewise, of the losses, those at work by `LossWeight.key`.
+        work: operations of the student relative to those that ``RunConstants.flops`` says, mean over the iterations.
     """
 
     iterations: int
@@ -81,6 +85,7 @@ class Interval:
     losses: Floats
     tokens_per_expert: Floats
     weights: Mapping[str, float] = field(default_factory=dict)
+    work: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,8 @@ def throughput(run: RunConstants, interval: Interval) -> Figures:
         "throughput/tokens_per_second_per_gpu": rate,
         "throughput/seconds_per_iteration": interval.seconds / interval.iterations,
     }
-    for model, flops in run.flops.items():
+    for model, of_one in run.flops.items():
+        flops = of_one * (interval.work if model == "student" else 1.0)
         found[f"throughput/{model}_tflops_per_gpu"] = rate * flops / 1e12
         if model in run.peaks:
             found[f"mfu/{model}"] = rate * flops / run.peaks[model]
@@ -160,9 +166,20 @@ def layer_name(run: RunConstants, layer: int) -> str:
 
 
 def experts(run: RunConstants, interval: Interval) -> Figures:
-    """Of every layer with experts: tokens of the busiest over the mean, and the fraction of them without a token."""
+    """Of every layer with experts: tokens of the busiest over the mean, and the fraction of them without a token.
+
+    Of several budgets those that the iteration has trained, each under its name.
+    """
     found: Figures = {}
-    by_layer = {layer: row[~np.isnan(row)] for layer, row in enumerate(interval.tokens_per_expert)}
+    for name, rows in zip(run.budgets, np.split(interval.tokens_per_expert, len(run.budgets)), strict=True):
+        if not name or np.nansum(rows):
+            found |= {f"{name and f'{name}/'}{tag}": value for tag, value in _experts_of(run, rows).items()}
+    return found
+
+
+def _experts_of(run: RunConstants, rows: Floats) -> Figures:
+    found: Figures = {}
+    by_layer = {layer: row[~np.isnan(row)] for layer, row in enumerate(rows)}
     by_layer = {layer: counts for layer, counts in by_layer.items() if counts.size}
     uneven = {layer: float(counts.max() / max(counts.mean(), 1e-300)) for layer, counts in by_layer.items()}
     idle = {layer: float((counts == 0).mean()) for layer, counts in by_layer.items()}
@@ -246,10 +263,11 @@ def _parts(run: RunConstants, found: Mapping[str, float], done: Progress) -> Ite
     largest = max(range(1, run.pipeline + 1), key=lambda rank: found[f"memory_gb/pipeline_rank_{rank}"])
     where = f" (stage {largest})" if run.pipeline > 1 else ""
     yield f"memory {found[f'memory_gb/pipeline_rank_{largest}']:.3g} GB{where}"
-    layers = {tag: value for tag, value in found.items() if tag.startswith("experts/max_over_mean/")}
+    layers = {tag: value for tag, value in found.items() if "experts/max_over_mean/" in tag}
     worst = max(layers, key=lambda tag: layers[tag])
-    idle = f"{found['experts/without_tokens']:.1%} without tokens"
-    yield f"experts: max/mean {layers[worst]:.2f} ({worst.split('/')[-1].replace('_', ' ')}), {idle}"
+    place = worst.replace("experts/max_over_mean/", "").replace("/", " ").replace("layer_", "layer ")
+    idle = np.mean([value for tag, value in found.items() if tag.endswith("experts/without_tokens")])
+    yield f"experts: max/mean {layers[worst]:.2f} ({place.replace('mtp_', 'mtp ')}), {idle:.1%} without tokens"
     shares = {name: value for name, value in found.items() if name.startswith("loss/share_")}
     if len(shares) > 1:
         ratio = f"KD/LM {found['loss/kd_over_lm']:.3f}, " if "loss/kd_over_lm" in found else ""

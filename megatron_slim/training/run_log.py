@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
@@ -72,6 +72,7 @@ def run_constants(
     teacher_runs_mtp: bool,
     phase: Phase | None = None,
     place: Place | None = None,
+    budgets: tuple[str, ...] = ("",),
 ) -> RunConstants:
     """What the figures of a run are relative to; ``args`` are Megatron's, validated."""
     kernels, device = kernels_of(args), torch.cuda.get_device_name()
@@ -101,7 +102,13 @@ def run_constants(
         phase_tokens=None if phase is None else phase.tokens,
         start=0 if place is None else place.start,
         tokens_before=0 if place is None else place.tokens_before,
+        budgets=budgets,
     )
+
+
+def experts_of_layers(shape: ModelShape) -> list[int]:
+    """Number of experts of every layer and MTP block, 0 of a dense one."""
+    return [shape.expert_counts.get(block, 0) for block in shape.blocks]
 
 
 def _training_seconds() -> float:
@@ -119,11 +126,15 @@ class RunLog:
         shape: of the student.
         weights: gives those of the iteration.
         constants: of the run.
+        experts_of_rows: number of experts of every layer, as they are counted; of a dense one 0.
+        work: operations of the student in this iteration, relative to those of the constants.
     """
 
     shape: ModelShape
     weights: Callable[[], LossWeights]
     constants: RunConstants
+    experts_of_rows: Sequence[int]
+    work: Callable[[], float] = lambda: 1.0
     training_seconds: Callable[[], float] = _training_seconds
     wall: Callable[[], float] = time.monotonic
     clock: StageClock = field(default_factory=StageClock)
@@ -131,6 +142,7 @@ class RunLog:
     losses: LossSums = field(default_factory=LossSums)
     _iterations: int = 0
     _samples: int = 0
+    _work: float = 0.0
     _seconds: float = 0.0
     _started: float = field(init=False)
     _first: tuple[int, float] | None = None
@@ -151,6 +163,7 @@ class RunLog:
         self.losses.end_iteration(weights_of_terms(weights, has_teacher="teacher" in self.constants.flops))
         batch = args.micro_batch_size * args.data_parallel_size * get_num_microbatches()
         self._iterations, self._samples = self._iterations + 1, self._samples + batch
+        self._work += self.work()
         self._first = self._first or (iteration, self.wall())
         if iteration % args.log_interval == 0:
             interval = self._gather(weights)
@@ -174,9 +187,7 @@ class RunLog:
         of_rank[rank, 0] = parallel_state.get_pipeline_model_parallel_rank()
         of_rank[rank, 1] = torch.cuda.max_memory_allocated()
         of_rank[rank, 2:] = self.clock.take(run.chunks).flatten()
-        layers = run.layers + self.shape.mtp_num_layers
-        experts = [self.shape.expert_counts.get(block, 0) for block in self.shape.blocks]
-        counts = self.experts.take(layers, max(experts))
+        counts = self.experts.take(len(self.experts_of_rows), max(self.experts_of_rows))
         parts = [of_rank.to(device), self.losses.take(), counts]
         whole = torch.cat([part.flatten() for part in parts])
         torch.distributed.all_reduce(whole)
@@ -184,7 +195,7 @@ class RunLog:
             found.view(part.shape).numpy()
             for found, part in zip(whole.cpu().split([part.numel() for part in parts]), parts, strict=True)
         )
-        for row, count in zip(tokens, experts, strict=True):
+        for row, count in zip(tokens, self.experts_of_rows, strict=True):
             row[count:] = np.nan
         seconds = self.training_seconds()
         terms = terms_of(has_teacher="teacher" in run.flops, has_mtp=self.shape.mtp_num_layers > 0)
@@ -198,8 +209,9 @@ class RunLog:
             losses=losses,
             tokens_per_expert=tokens,
             weights={weight.key: weights[weight.key] for weight in weights_of(terms.values())},
+            work=self._work / self._iterations,
         )
-        self._iterations, self._samples, self._seconds = 0, 0, seconds
+        self._iterations, self._samples, self._work, self._seconds = 0, 0, 0.0, seconds
         return interval
 
     def _tell(self, interval: Interval, done: Progress) -> None:

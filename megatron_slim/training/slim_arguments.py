@@ -16,6 +16,7 @@ from megatron_slim.distillation.terms import HIDDEN_KD_WEIGHT, LOSS_TERMS, LossW
 from megatron_slim.errors import SlimError
 
 MEGATRON_HELP, WITHOUT_MTP = "--help-megatron", "--without-mtp"
+ELASTIC_FLAG, IN_TURN, TOGETHER = "--elastic", "in-turn", "together"
 
 
 def help_parser(prog: str) -> argparse.ArgumentParser:
@@ -81,6 +82,7 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     _add_teacher(group)
     _add_losses(group)
     _add_hidden_states(group)
+    _add_budgets(group)
     group.add_argument(
         "--peak-tflops",
         type=float,
@@ -197,6 +199,48 @@ def _add_hidden_states(group: Any) -> None:
         help=f"1 - cosine of hidden states, or the mean of squared differences. Default: {DEFAULTS.hidden_kd_loss}.",
     )
     _add_schedule(group, HIDDEN_KD_WEIGHT)
+
+
+def _add_budgets(group: Any) -> None:
+    """Training of several sizes of one student."""
+    group.add_argument(
+        ELASTIC_FLAG,
+        choices=(IN_TURN, TOGETHER),
+        help="Train all budgets of the student's elastic.json, which are parts of it. in-turn: each iteration one of "
+        "them, by shares. together: each iteration all of them, with one pass of the teacher. Default: the student as "
+        "it is alone.",
+    )
+    group.add_argument(
+        "--elastic-shares",
+        type=parse_shares,
+        metavar="N,N,...",
+        help=f"With {ELASTIC_FLAG} in-turn: of how many iterations in their sum each budget is, from the largest. "
+        "Default: 1 each.",
+    )
+    group.add_argument(
+        "--elastic-late-shares",
+        type=parse_shares,
+        metavar="N,N,...",
+        help="The same from --elastic-late-from on, as where a second stage favours the largest. Default: no change.",
+    )
+    group.add_argument(
+        "--elastic-late-from", type=int, metavar="ITERATION", help="Iterations before --elastic-late-shares."
+    )
+
+
+def parse_shares(text: str) -> tuple[int, ...]:
+    """Whole numbers between commas, none negative and one positive.
+
+    >>> parse_shares("5,3,2")
+    (5, 3, 2)
+
+    Raises:
+        argparse.ArgumentTypeError: they are not.
+    """
+    parts = text.split(",")
+    if not all(part.isdecimal() and len(part) <= 4 for part in parts) or not any(map(int, parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 5,3,2")
+    return tuple(map(int, parts))
 
 
 def _add_schedule(group: Any, weight: LossWeight) -> None:

@@ -25,6 +25,7 @@ from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, Distilla
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.recipe_sections import Phase
 from megatron_slim.training.arguments import complete_argv, parse, shape_directory
+from megatron_slim.training.elastic import ElasticRun, elastic_run
 from megatron_slim.training.progressive import Place, find_place, is_done, phase_of
 from megatron_slim.training.rates import default_warmup
 from megatron_slim.training.stage_layout import StageLayout, plan_stages
@@ -45,6 +46,7 @@ class RunSpec:
         options: what the student is trained by.
         phase: of a progressive schedule that the student is of, if any.
         place: of that phase in the schedule; None for a run of its own.
+        elastic: the budgets that it trains; None where it trains the student as it is.
     """
 
     given: tuple[str, ...]
@@ -57,6 +59,7 @@ class RunSpec:
     options: DistillationOptions
     phase: Phase | None
     place: Place | None
+    elastic: ElasticRun | None = None
 
     @property
     def is_done(self) -> bool:
@@ -157,7 +160,10 @@ def resolve(argv: Sequence[str], teacher: ModelShape | None = None) -> RunSpec:
         checkpoint = open_checkpoint(args.teacher_load, without_mtp=args.teacher_without_mtp)
         teacher = checkpoint.shape
     options = _options(student, teacher, args)
-    return RunSpec(tuple(given), tuple(words), args, source, student, teacher, checkpoint, options, phase, place)
+    elastic = elastic_run(args, source)
+    return RunSpec(
+        tuple(given), tuple(words), args, source, student, teacher, checkpoint, options, phase, place, elastic
+    )
 
 
 def _options(student: ModelShape, teacher: ModelShape | None, args: Namespace) -> DistillationOptions:

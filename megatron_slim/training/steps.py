@@ -26,6 +26,7 @@ from megatron_slim.training.run_log import RunLog
 from megatron_slim.training.slim_arguments import now
 from megatron_slim.training.spec import RunSpec
 from megatron_slim.training.teacher_ahead import TeacherAhead
+from megatron_slim.training.turns import ALONE, Turn, Turns
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Steps:
         log: measures.
         hidden_log: losses of hidden states.
         ahead: a teacher that computes ahead.
+        turns: budgets of an elastic student.
     """
 
     spec: RunSpec
@@ -74,9 +76,12 @@ class Steps:
     log: RunLog
     hidden_log: HiddenLog
     ahead: TeacherAhead | None
+    turns: Turns | None = None
 
     def finalize_grads(self, *args: Any, **kwargs: Any) -> None:
         """Megatron's ``finalize_model_grads_func``: the end of an iteration but for the optimizer's step."""
+        if self.turns is not None:
+            self.turns.collect()
         self.hidden_log.finish(self.chunks, self.watch)
         self.watch.finalize_grads(*args, **kwargs)
         self.log.end_iteration()
@@ -86,13 +91,13 @@ class Steps:
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
-        batch = self.batches.take(iterator, vp_stage)
+        turn, batch = self._take(iterator, vp_stage)
         timers("batch-generator").stop()
         loss_mask, position_ids = batch["loss_mask"], batch["position_ids"]
         last = get_attr_wrapped_model(model, "post_process")
         weights, expected = loss_weights(), None
         if last and torch.is_grad_enabled():
-            expected = self.expected_gradients(loss_mask, weights, position_ids)
+            expected = self.expected_gradients(loss_mask, weights, position_ids, turn)
         targets: dict[str, Any] = {
             "expected": expected,
             "hidden_inputs": hidden_inputs(self.chunks[vp_stage or 0], loss_mask),
@@ -100,14 +105,21 @@ class Steps:
         if last and model.training and self.ahead is not None:
             assert batch["labels"] is not None
             targets["teacher_hidden"] = self.ahead.take(batch["labels"])
+        if self.turns is not None:
+            targets |= {"budget": turn.budget, "teacher_runs": turn.first}
         with self.log.clock.forward(vp_stage):
             output = model(batch["tokens"], position_ids, None, batch["labels"], **targets)
         self.log.clock.watch_backward(output, vp_stage)
         label = "" if model.training else "validation "
         if not last:
             for name, states in get_attr_wrapped_model(model, "states_between_stages")(output).items():
-                self.watch.add_states(f"{label}{name}", vp_stage, states)
-        return output, partial(self.reduce_losses, loss_mask, weights, position_ids, vp_stage, label)
+                self.watch.add_states(f"{label}{turn.name}{name}", vp_stage, states)
+        return output, partial(self.reduce_losses, loss_mask, weights, position_ids, vp_stage, label, turn)
+
+    def _take(self, iterator: Iterator[Any], vp_stage: int | None) -> tuple[Turn, Batch]:
+        """The next pass of a stage and its micro-batch."""
+        read = partial(self.batches.take, iterator, vp_stage)
+        return (ALONE, read()) if self.turns is None else self.turns.take(vp_stage, read)
 
     def reduce_losses(
         self,
@@ -116,6 +128,7 @@ class Steps:
         position_ids: Tensor | None,
         vp_stage: int | None,
         label: str,
+        turn: Turn,
         output: Tensor,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The sum of the terms with this iteration's weights, in the form that Megatron's loop expects."""
@@ -123,7 +136,7 @@ class Steps:
         losses = TokenLosses.unstack(output, has_teacher=self.spec.teacher is not None)
         total, tokens, report = combine(losses, loss_mask, weights, position_ids, _local_positions(loss_mask))
         for name, (value, _) in report.items():
-            self.watch.add("loss", f"{label}{name}", vp_stage, value)
+            self.watch.add("loss", f"{label}{turn.name}{name}", vp_stage, value)
         logged = {name: torch.stack(pair) for name, pair in report.items()}
         if label:  # after which Megatron reports a perplexity of everything
             logged = {term.name: logged[term.name] for term in LOSS_TERMS.values() if term.name in logged}
@@ -131,10 +144,12 @@ class Steps:
             self.log.losses.add(logged)
         if self.hidden_log.pairs and not label:
             logged |= self.hidden_log.report(tokens)
-        return total, tokens.to(torch.int), logged
+        # A micro-batch's tokens count once, whatever goes through it.
+        tokens = tokens.to(torch.int) if turn.first else torch.zeros_like(tokens, dtype=torch.int)
+        return total * turn.weight, tokens, turn.logged(logged)
 
     def expected_gradients(
-        self, loss_mask: Tensor | None, weights: LossWeights, position_ids: Tensor | None
+        self, loss_mask: Tensor | None, weights: LossWeights, position_ids: Tensor | None, turn: Turn
     ) -> TokenLosses:
         """What Megatron's schedules will bring each term that `reduce_losses` is given.
 
@@ -144,9 +159,10 @@ class Steps:
         assert loss_mask is not None
         depths, has_teacher = self.spec.student.mtp_num_layers, self.spec.teacher is not None
         positions = _local_positions(loss_mask)
-        gradients = gradients_of_total(
-            loss_mask, weights, depths, position_ids, positions, has_teacher=has_teacher
-        ).stack()
+        gradients = (
+            gradients_of_total(loss_mask, weights, depths, position_ids, positions, has_teacher=has_teacher).stack()
+            * turn.weight
+        )
         # The schedules read the first chunk's config, and Megatron's loop writes there.
         if (scale := self.chunks[0].config.grad_scale_func) is not None:
             gradients = scale(gradients)

@@ -152,8 +152,13 @@ class TeacherAhead:
     block: range = range(0)
     position: int = 0
 
-    def before_step(self) -> None:
-        """To be called on all ranks before the schedule of every training step."""
+    def around(self, schedule: Callable[..., Any], *, forward_only: bool, **arguments: Any) -> Any:
+        """Run a schedule, before that of a training step the teacher where a block begins; all ranks call it."""
+        if not forward_only:
+            self._before_step()
+        return schedule(forward_only=forward_only, **arguments)
+
+    def _before_step(self) -> None:
         args = get_args()
         if args.curr_iteration not in self.block:
             self.block = range(args.curr_iteration, block_end(args.curr_iteration, args.teacher_ahead, args))

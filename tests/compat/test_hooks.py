@@ -18,7 +18,7 @@ from megatron.training import argument_utils, training
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_slim.compat.forked_ranks import HELP_OF_FLAGS, QUEUE_OF_WRITERS
-from megatron_slim.compat.hooks import LEARNING_RATES, SCHEDULE, STEP_START, TRAINING_LOG
+from megatron_slim.compat.hooks import LEARNING_RATES, PIPELINE, SCHEDULE, TRAINING_LOG
 from megatron_slim.compat.patch import Patch
 from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkpoint
 from tests.training.conftest import Workplace, read_console, read_scalars, train
@@ -100,7 +100,7 @@ def test_without_it_they_begin_again(place: Workplace, stopped: tuple[Path, list
 
 def test_without_a_hook_there_is_no_place_before_a_step() -> None:
     """A new argument may be one: look whether it takes the place of the row."""
-    assert STEP_START.kind == "hook"
+    assert PIPELINE.kind == "hook"
     known = (
         "cfg_container train_valid_test_dataset_provider model_type forward_step_func model_provider "
         "process_non_loss_data_func get_embedding_ranks get_position_embedding_ranks non_loss_data_func store "

@@ -260,6 +260,7 @@ def fake_log(monkeypatch: pytest.MonkeyPatch, clock: dict[str, float]) -> tuple[
         STUDENT_SHAPE,
         lambda: LossWeights(kd_lambda=0.5, mtp_beta=0.2),
         constants,
+        run_log.experts_of_layers(STUDENT_SHAPE),
         training_seconds=lambda: clock["training"],
         wall=lambda: clock["wall"],
     )

@@ -1,0 +1,222 @@
+"""Which budgets of an elastic student a step trains, and what a run of several budgets cannot do."""
+
+from __future__ import annotations
+
+import itertools
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from megatron_slim.architecture.flops import student_flops
+from megatron_slim.checkpoint.torch_dist_names import HF_DIR
+from megatron_slim.errors import SlimError
+from megatron_slim.pruning.elastic import ElasticBudget, find_elastic
+from megatron_slim.training.slim_arguments import ELASTIC_FLAG, TOGETHER
+from megatron_slim.training.stage_layout import StageLayout, kernels_of, layout_string
+
+# Flags that need what a smaller budget does not have: gradients that come to the largest model while it computes,
+# modules that Megatron knows of, or a teacher that is not co-located.
+_EXCLUDED = {
+    "overlap_grad_reduce": "gradients of the smaller budgets come when a step is done",
+    "overlap_param_gather": "weights of the smaller budgets are copied before a step",
+    "teacher_ahead": "the teacher computes for all budgets of a micro-batch at once already",
+    "hidden_kd_layers": "projections are of one size",
+    "fp8": "copies of weights in FP8 are of one size",
+    "external_cuda_graph": "steps are not all alike",
+    "rampup_batch_size": "budgets have their shares of iterations, which must have equally many tokens",
+    "step_batch_size_schedule": "budgets have their shares of iterations, which must have equally many tokens",
+}
+
+
+@dataclass(frozen=True)
+class ElasticRun:
+    """Budgets of a student, and when each is trained; budgets are counted from 0, which is the student itself.
+
+    Attributes:
+        budgets: from the largest.
+        together: every step trains all of them, on every micro-batch.
+        shares: otherwise, how many of the iterations are of each, relative to each other.
+        late_shares: the same from iteration ``late_from`` on, counted from 0; None: there is no such change.
+        late_from: that iteration.
+        seed: of the order.
+    """
+
+    budgets: tuple[ElasticBudget, ...]
+    together: bool
+    shares: tuple[int, ...]
+    late_shares: tuple[int, ...] | None = None
+    late_from: int = 0
+    seed: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all budgets."""
+        return tuple(budget.name for budget in self.budgets)
+
+    def of_iteration(self, iteration: int) -> tuple[int, ...]:
+        """The budgets that an iteration, counted from 0, trains: a function of it and the seed alone.
+
+        As many iterations as the shares add up to have each budget as often as its share says, in drawn order.
+        """
+        if self.together:
+            return tuple(range(len(self.budgets)))
+        late = self.late_shares is not None and iteration >= self.late_from
+        shares, start = (self.late_shares or (), self.late_from) if late else (self.shares, 0)
+        window, place = divmod(iteration - start, sum(shares))
+        order = np.random.default_rng((self.seed, start, window)).permutation(np.repeat(range(len(shares)), shares))
+        return (int(order[place]),)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Numbers of layers in what is recorded by layer, a run of them for each budget, from 1 as Megatron counts.
+
+    Layers are those of the student itself, from 0, its MTP blocks last.
+    """
+
+    run: ElasticRun
+
+    @property
+    def trunk(self) -> int:
+        """Layers of the student before its MTP blocks."""
+        return self.run.budgets[0].plan.source_shape.num_layers
+
+    @property
+    def mtp(self) -> int:
+        """Its MTP blocks."""
+        return self.run.budgets[0].plan.source_shape.mtp_num_layers
+
+    @property
+    def total(self) -> int:
+        """How many numbers there are."""
+        return (self.trunk + self.mtp) * len(self.run.budgets)
+
+    def of(self, budget: int, layer: int) -> int:
+        """The number of a layer of a budget."""
+        return budget * (self.trunk + self.mtp) + layer + 1
+
+    def experts(self) -> list[int]:
+        """Number of experts under every number, 0 where a budget has no such layer or a dense one."""
+        found = [0] * self.total
+        for budget, each in enumerate(self.run.budgets):
+            shape, layers = each.plan.target_shape, [*each.plan.kept_layers, *range(self.trunk, self.trunk + self.mtp)]
+            for layer, block in zip(layers, shape.blocks, strict=True):
+                found[self.of(budget, layer) - 1] = shape.expert_counts.get(block, 0)
+        return found
+
+    def folded(self, values: Tensor, budgets: Sequence[int]) -> Tensor:
+        """The mean over budgets of what was recorded under all numbers, by layer of the student.
+
+        Megatron divides the sum of it by the layers of the student that have experts: a budget of fewer counts as many
+        times more.
+
+        Args:
+            values: [total].
+            budgets: which have recorded something.
+
+        Returns:
+            [layers].
+        """
+        counts = [len([*budget.plan.target_shape.routed_blocks]) for budget in self.run.budgets]
+        rows = values.view(len(counts), -1)
+        return sum(rows[budget] * (counts[0] / counts[budget]) for budget in budgets) / len(budgets)  # type: ignore[return-value]
+
+
+def elastic_run(args: Namespace, source: Path) -> ElasticRun | None:
+    """What the flags say about budgets; None where all training is of the student as it is.
+
+    Args:
+        args: Megatron's arguments and ours, as parsed.
+        source: directory whose config.json describes the student.
+
+    Raises:
+        SlimError: the student's checkpoint has no budgets, or the shares are not of as many.
+        PlanError: its document is damaged.
+    """
+    if args.elastic is None:
+        return None
+    places = (source, source.parent) if source.name == HF_DIR else (source,)
+    document = next((found for place in places if (found := find_elastic(place)) is not None), None)
+    if document is None:
+        fix = "make one with megatron-slim prune and a recipe with budgets, or leave --elastic out"
+        raise SlimError(f"{ELASTIC_FLAG}: the student has no budgets", where=str(source), fix=fix)
+    count, names = len(document.budgets), ", ".join(budget.name for budget in document.budgets)
+    for key in ("elastic_shares", "elastic_late_shares"):
+        if (shares := getattr(args, key)) is not None and len(shares) != count:
+            what = f"--{key.replace('_', '-')} has {len(shares)} numbers for {count} budgets"
+            raise SlimError(what, fix=f"give one for each of {names}")
+    return ElasticRun(
+        document.budgets,
+        together=args.elastic == TOGETHER,
+        shares=args.elastic_shares or (1,) * count,
+        late_shares=args.elastic_late_shares,
+        late_from=args.elastic_late_from or 0,
+        seed=args.seed,
+    )
+
+
+def elastic_violations(args: Namespace) -> list[str]:
+    """What is wrong with the arguments of several budgets, in sentences."""
+    late = args.elastic_late_shares, args.elastic_late_from
+    if args.elastic is None:
+        alone = args.elastic_shares is not None or any(each is not None for each in late)
+        return [f"shares of budgets need {ELASTIC_FLAG}"] if alone else []
+    found = []
+    if args.elastic == TOGETHER and (args.elastic_shares is not None or any(each is not None for each in late)):
+        found.append(f"{ELASTIC_FLAG} {TOGETHER} trains every budget in every step: shares have no effect")
+    if (late[0] is None) != (late[1] is None):
+        found.append("--elastic-late-shares and --elastic-late-from need one another")
+    for name, why in _EXCLUDED.items():
+        if getattr(args, name, None):
+            found.append(f"{ELASTIC_FLAG} does not go with --{name.replace('_', '-')}: {why}")
+    return found
+
+
+def stage_of(layer: int, stages: StageLayout) -> int:
+    """The (virtual) pipeline stage of a layer of the student, from 0."""
+    ends = itertools.accumulate(stages.stages.student_layers)
+    return next(stage for stage, end in enumerate(ends) if layer < end)
+
+
+def depth_violations(run: ElasticRun, stages: StageLayout) -> list[str]:
+    """Budgets whose last layer is not in the stage of the student's last, in sentences.
+
+    Before MTP blocks Megatron has the final norm in the stage of the last layer.
+    """
+    shape, found = run.budgets[0].plan.source_shape, []
+    last = stage_of(shape.num_layers - 1, stages)
+    for budget in run.budgets if shape.mtp_num_layers else ():
+        if (stage := stage_of(layer := budget.plan.kept_layers[-1], stages)) != last:
+            found.append(
+                f"budget {budget.name}: its last layer, model.layers.{layer} of the student, is in pipeline stage "
+                f"{stage + 1}, the student's last in stage {last + 1}; give a --pipeline-model-parallel-layout that has "
+                "both in one stage"
+            )
+    return found
+
+
+def layout_of(budget: ElasticBudget, stages: StageLayout, args: Namespace) -> str | None:
+    """The pipeline stages of a budget: every layer is where the largest model has it. None: there is one stage.
+
+    Args:
+        budget: which.
+        stages: of the largest model.
+        args: Megatron's arguments, as parsed.
+    """
+    if args.pipeline_model_parallel_size == 1:
+        return None
+    counts, first = [], 0
+    for layers in stages.stages.student_layers:
+        counts.append(sum(first <= layer < first + layers for layer in budget.plan.kept_layers))
+        first += layers
+    return layout_string(tuple(counts), budget.plan.target_shape.mtp_num_layers)
+
+
+def flops_of_budgets(run: ElasticRun, args: Namespace) -> list[float]:
+    """Operations per token of a training step of each budget, without recomputation; ``args`` are Megatron's."""
+    kernels = kernels_of(args)
+    return [student_flops(each.plan.target_shape, args.seq_length, kernels).total for each in run.budgets]

@@ -1,0 +1,302 @@
+"""Several sizes of one student trained together: each is what its slice would be, and the largest is the checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_slim.architecture.shape import FAMILIES, ModelShape
+from megatron_slim.checkpoint.convert import open_checkpoint
+from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.checkpoint.records import ELASTIC
+from megatron_slim.pruning.apply import PrunedCheckpoint
+from megatron_slim.pruning.elastic import elastic_of, find_elastic
+from megatron_slim.pruning.elastic_plans import plan_budgets
+from megatron_slim.pruning.pipeline import write_pruned
+from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes
+from megatron_slim.recipe import parse_recipe
+from megatron_slim.streaming.fingerprint import fingerprint
+from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkpoint
+from megatron_slim.training.elastic import ElasticRun
+from tests.training.conftest import SIZES, Workplace, refusal
+
+# Every axis, layers too.
+BUDGETS: dict[str, dict[str, int]] = {
+    "large": {},
+    "middle": {"hidden_size": 48, "num_moe_experts": 6, "moe_ffn_hidden_size": 24, "num_attention_heads": 2},
+    "small": {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_moe_experts": 4,
+        "moe_ffn_hidden_size": 16,
+        "num_attention_heads": 2,
+    },
+}
+SHARED = "moe_shared_expert_intermediate_size"
+OF_KIND = {
+    "shared": {"middle": {SHARED: 24}, "small": {SHARED: 16}},
+    "gdn": {"middle": {"linear_num_value_heads": 2}, "small": {"linear_num_value_heads": 2}},
+    "dense": {"middle": {"ffn_hidden_size": 32, SHARED: 24}, "small": {"ffn_hidden_size": 24, SHARED: 16}},
+}
+KINDS = {
+    "qwen3_next": ("shared", "gdn"),
+    "qwen3_moe": (),
+    "qwen3_5_moe_text": ("shared", "gdn"),
+    "glm4_moe": ("dense",),
+}
+TERMS = ("lm loss", "logits distillation loss", "mtp lm loss", "mtp distillation loss")
+
+
+def make_elastic(directory: Path, shape: ModelShape, seed: int = 0) -> Path:
+    """A checkpoint with three budgets, chosen by random statistics."""
+    source = HFCheckpoint.open(write_tiny_checkpoint(directory, shape, seed=seed, dtype=torch.float32))
+    rng = np.random.default_rng(seed)
+    tensors = {key: np.asarray(rng.random(size), dtype=np.float32) for key, size in expected_shapes(shape)}
+    stats = Statistics(tensors, {"format": FORMAT, "source_sha256": fingerprint(source)})
+    targets = dict(BUDGETS)
+    for kind in KINDS[shape.model_type]:
+        targets |= {name: targets[name] | more for name, more in OF_KIND[kind].items()}
+    budgets = [{"name": name, "target": target} for name, target in targets.items()]
+    depth = {"method": "last" if shape.num_dense_layers else "block_influence"}
+    recipe = parse_recipe({"version": 1, "budgets": budgets, "depth": depth})
+    elastic_of(plan_budgets(recipe.budgets, stats, shape)).save(directory / ELASTIC)
+    return directory
+
+
+def pruned(checkpoint: Path, name: str) -> PrunedCheckpoint:
+    elastic = find_elastic(checkpoint)
+    assert elastic is not None
+    return PrunedCheckpoint(elastic.named(name).plan, open_checkpoint(checkpoint), check_source=False)
+
+
+def slice_to(directory: Path, parent: Path, name: str) -> Path:
+    write_pruned(pruned(parent, name), directory, stats=None, to="hf")
+    return directory
+
+
+def only(name: str) -> tuple[str, ...]:
+    """Flags of a run all of whose iterations are of one budget."""
+    return "--elastic", "in-turn", "--elastic-shares", ",".join(str(int(name == each)) for each in BUDGETS)
+
+
+def assert_same_weights(found: PrunedCheckpoint, expected: Path) -> None:
+    other = open_checkpoint(expected)
+    assert set(found.names) == set(other.names)
+    for tensor in other.names:
+        assert torch.equal(found.read(tensor), other.read(tensor)), tensor
+
+
+@pytest.fixture(scope="module")
+def place(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    root = tmp_path_factory.mktemp("elastic")
+    student = make_elastic(root / "student", tiny_shape(**SIZES))
+    return Workplace(root, workplace.teacher, student)
+
+
+# Two micro-batches; without clipping, whose norm is a sum in another order.
+EXACT = ("--clip-grad", "0", "--micro-batch-size", "2")
+FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
+CASES = [
+    pytest.param("middle", (), id="middle"),
+    pytest.param("small", (), id="small"),
+    pytest.param("small", ("--bf16",), id="small-bf16"),
+    pytest.param("middle", (*FULL, "--bf16"), marks=pytest.mark.slow, id="middle-bf16-full"),
+]
+
+
+@pytest.mark.parametrize(("name", "flags"), CASES)
+def test_training_one_budget_is_training_its_slice(
+    place: Workplace, name: str, flags: tuple[str, ...], request: pytest.FixtureRequest
+) -> None:
+    """Bit for bit: the losses of every step, so all gradients; and the weights at the end."""
+    run = re.sub(r"\W+", "-", request.node.name)
+    save, alone = place.root / f"elastic-{run}", place.root / f"alone-{run}"
+    elastic = place.train(f"{run}-elastic", 1, *EXACT, *flags, *only(name), "--save", str(save))
+    sliced = dataclasses.replace(place, student=slice_to(place.root / f"slice-{run}", place.student, name))
+    plain = sliced.train(f"{run}-alone", 1, *EXACT, *flags, "--save", str(alone))
+    for term in TERMS:
+        assert elastic[f"{name} {term}"] == plain[term], term
+    # A mean over other numbers of layers, in fp32.
+    assert elastic["global_load_balancing_loss"] == pytest.approx(plain["global_load_balancing_loss"], rel=1e-6)
+    assert_same_weights(pruned(save, name), alone)
+    before, after = open_checkpoint(place.student), open_checkpoint(save)
+    moved = [each for each in before.names if not torch.equal(before.read(each).float(), after.read(each).float())]
+    assert moved, "nothing was trained"
+
+
+@pytest.mark.parametrize("family", [each for each in FAMILIES if each != "qwen3_next"])
+def test_families(place: Workplace, family: str, tmp_path: Path) -> None:
+    """The same of every family, without a teacher; of GLM's with a dense layer and routers with a bias."""
+    shape = tiny_shape(family, vocab_size=120, num_layers=4)
+    student = make_elastic(tmp_path / "student", shape)
+    here = dataclasses.replace(place, root=tmp_path, student=student)
+    small = dataclasses.replace(here, student=slice_to(tmp_path / "slice", student, "small"))
+    flags = (*EXACT, "--moe-router-bias-update-rate", "1e-2") if family == "glm4_moe" else EXACT
+    elastic = here.train("elastic", 1, *flags, *only("small"), "--save", str(tmp_path / "e"), distil=False)
+    plain = small.train("alone", 1, *flags, "--save", str(tmp_path / "a"), distil=False)
+    assert elastic["small lm loss"] == plain["lm loss"]
+    assert_same_weights(pruned(tmp_path / "e", "small"), tmp_path / "a")
+
+
+@pytest.mark.parametrize("schedule", ["in-turn", "together"])
+def test_the_largest_budget_alone_is_an_ordinary_run(place: Workplace, schedule: str, tmp_path: Path) -> None:
+    """Bit for bit, clipping included: its parameters are the student's own."""
+    student = make_elastic(tmp_path / "student", tiny_shape(**SIZES))
+    elastic = find_elastic(student)
+    assert elastic is not None
+    dataclasses.replace(elastic, budgets=elastic.budgets[:1]).save(student / ELASTIC)
+    here = dataclasses.replace(place, root=tmp_path, student=student)
+    run = ("--micro-batch-size", "2", "--save")
+    found = here.train("elastic", 1, *run, str(tmp_path / "elastic"), "--elastic", schedule)
+    plain = here.train("plain", 1, *run, str(tmp_path / "plain"))
+    for term in TERMS:
+        assert found[f"large {term}"] == plain[term], term
+    assert found["grad-norm"] == plain["grad-norm"]
+    assert found["global_load_balancing_loss"] == plain["global_load_balancing_loss"]
+    assert_same_weights(pruned(tmp_path / "elastic", "large"), tmp_path / "plain")
+
+
+def test_a_step_of_all_budgets_adds_up_what_each_alone_moves(place: Workplace, tmp_path: Path) -> None:
+    """One step in which Adam, by an epsilon beyond all gradients, moves every weight by its gradient."""
+    flags = "--train-iters 1 --clip-grad 0 --micro-batch-size 2 --weight-decay 0 --adam-beta1 0 --adam-beta2 0"
+    flags += " --adam-eps 1e8 --lr 1e9 --min-lr 1e9"
+    before, moved = open_checkpoint(place.student), {}
+    for name in [*BUDGETS, "together"]:
+        schedule = ("--elastic", "together") if name == "together" else only(name)
+        place.train(f"sum-{name}", 1, *flags.split(), *schedule, "--save", str(tmp_path / name))
+        after = open_checkpoint(tmp_path / name)
+        moved[name] = {each: after.read(each) - before.read(each) for each in before.names}
+    for tensor, found in moved["together"].items():
+        expected = sum(moved[name][tensor] for name in BUDGETS)
+        # Sums of gradients in fp32, and what is lost where they are added to weights, four times.
+        tolerance = 1e-5 * found.abs().max() + 4 * 2.0**-24 * before.read(tensor).abs().max()
+        assert (found - expected).abs().max() <= tolerance, tensor
+    assert max(float(each.abs().max()) for each in moved["together"].values()) > 0.1
+
+
+# Processes, micro-batch size, flags. Experts, shared neurons and halves of eh_proj are divided unevenly over ranks.
+LAYOUTS = {
+    "pp2": (2, 2, "--pipeline-model-parallel-size 2"),
+    "vpp2": (2, 2, "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout E|t|t|ttmL"),
+    "tp2-sp": (2, 2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "ep2": (2, 1, "--expert-model-parallel-size 2"),
+    "dp2": (2, 1, ""),
+    "tp2-sp-ep2-etp1": (
+        2,
+        2,
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 "
+        "--expert-tensor-parallel-size 1",
+    ),
+    "cp2": (2, 2, "--context-parallel-size 2"),
+    "pp2-ep2-full": (
+        4,
+        1,
+        "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --recompute-granularity full "
+        "--recompute-method uniform --recompute-num-layers 1",
+    ),
+}
+QUICK = {("vpp2", "together"), ("tp2-sp-ep2-etp1", "in-turn"), ("ep2", "together")}
+
+
+@pytest.mark.parametrize(
+    ("layout", "schedule"),
+    [
+        pytest.param(layout, schedule, marks=() if (layout, schedule) in QUICK else pytest.mark.slow)
+        for layout in LAYOUTS
+        for schedule in ("in-turn", "together")
+    ],
+)
+def test_a_run_is_the_same_under_every_layout(place: Workplace, schedule: str, layout: str) -> None:
+    """Each loss of each budget, gradient norm and load balancing, in training and validation, every step."""
+    ranks, size, flags = LAYOUTS[layout]
+    common = ("--elastic", schedule, "--adam-eps", "1e-3", "--lr", "1e-4", "--min-lr", "1e-5", "--eval-interval", "2")
+    one = place.train(f"one-{schedule}", 1, "--micro-batch-size", "2", *common)
+    found = place.train(f"{layout}-{schedule}", ranks, "--micro-batch-size", str(size), *flags.split(), *common)
+    tags = [tag for tag in one if tag.endswith((*TERMS, "grad-norm", "global_load_balancing_loss"))]
+    for name in BUDGETS:
+        for term in TERMS:
+            assert f"{name} {term}" in tags and f"{name} {term} validation" in one
+    for tag in tags:
+        # fp32 sums in another order, over five steps, as in test_parallel_layouts.py.
+        assert found[tag] == pytest.approx(one[tag], rel=1e-5), tag
+    for tag in (tag for tag in one if tag.endswith(" validation")):
+        assert found[tag] == pytest.approx(one[tag], rel=1e-5), tag
+
+
+def test_a_run_that_is_resumed_is_the_run(place: Workplace, tmp_path: Path) -> None:
+    """Bit for bit: which budget an iteration trains follows from its number."""
+    flags = ("--micro-batch-size", "2", "--elastic", "in-turn", "--elastic-shares", "2,1,1")
+    place.train("whole", 1, *flags, "--save", str(tmp_path / "whole"))
+    place.train("first", 1, *flags, "--save", str(tmp_path / "parts"), "--exit-interval", "3", "--save-interval", "3")
+    second = place.train("second", 1, *flags, "--save", str(tmp_path / "parts"), "--load", str(tmp_path / "parts"))
+    assert len(second["grad-norm"]) == 2
+    assert_same_weights(pruned(tmp_path / "parts", "large"), tmp_path / "whole")
+
+
+def run_of(shares: tuple[int, ...], **more: object) -> ElasticRun:
+    return ElasticRun(budgets=(None,) * len(shares), together=False, shares=shares, **more)  # type: ignore[arg-type]
+
+
+def test_budgets_have_exactly_their_shares() -> None:
+    run = run_of((5, 3, 2), seed=7)
+    turns = [run.of_iteration(iteration)[0] for iteration in range(1000)]
+    for start in range(0, 1000, 10):
+        assert Counter(turns[start : start + 10]) == {0: 5, 1: 3, 2: 2}
+    assert len({tuple(turns[start : start + 10]) for start in range(0, 1000, 10)}) > 50, "the order is drawn"
+    assert turns == [run_of((5, 3, 2), seed=7).of_iteration(iteration)[0] for iteration in range(1000)]
+    assert turns != [run_of((5, 3, 2), seed=8).of_iteration(iteration)[0] for iteration in range(1000)]
+
+
+def test_shares_change_in_a_second_stage() -> None:
+    run = run_of((1, 1), late_shares=(3, 1), late_from=5)
+    turns = [run.of_iteration(iteration)[0] for iteration in range(405)]
+    assert Counter(turns[:4]) == {0: 2, 1: 2}
+    for start in range(5, 405, 4):
+        assert Counter(turns[start : start + 4]) == {0: 3, 1: 1}
+
+
+REFUSED = {
+    "overlap": ("--overlap-grad-reduce", "--elastic does not go with --overlap-grad-reduce"),
+    "ahead": ("--teacher-ahead 2", "--elastic does not go with --teacher-ahead"),
+    "hidden": ("--hidden-kd-layers 0:0", "--elastic does not go with --hidden-kd-layers"),
+    "shares": (
+        "--elastic-shares 1,1",
+        "--elastic-shares has 2 numbers for 3 budgets",
+    ),
+    "late": ("--elastic-late-shares 1,1,1", "--elastic-late-shares and --elastic-late-from need one another"),
+    "experts": (
+        "--expert-model-parallel-size 4",
+        "budget middle: num_moe_experts 6 does not divide by expert parallel size 4",
+    ),
+    "depth": (
+        "--pipeline-model-parallel-size 4 --pipeline-model-parallel-layout Et|t|t|tmL",
+        "its last layer, model.layers.2 of the student, is in pipeline stage 3, the student's last in stage 4",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_done_is_refused_at_the_start(place: Workplace, case: str) -> None:
+    flags, sentence = REFUSED[case]
+    ranks = 4 if case in ("experts", "depth") else 1
+    argv = place.argv(case, "--micro-batch-size", "1", "--elastic", "in-turn", *flags.split())
+    found = run_distributed(ranks, refusal, argv, str(place.new_log(case)), initialise=False)
+    assert all(sentence in each for each in found), found
+
+
+def test_a_student_without_budgets_is_refused(workplace: Workplace) -> None:
+    argv = workplace.argv("none", "--micro-batch-size", "1", "--elastic", "together")
+    (found,) = run_distributed(1, refusal, argv, str(workplace.new_log("none")), initialise=False)
+    assert "--elastic: the student has no budgets" in found and "megatron-slim prune" in found
+
+
+def test_shares_without_budgets_are_refused(workplace: Workplace) -> None:
+    argv = workplace.argv("alone", "--micro-batch-size", "1", "--elastic-shares", "1,1")
+    (found,) = run_distributed(1, refusal, argv, str(workplace.new_log("alone")), initialise=False)
+    assert "shares of budgets need --elastic" in found
