@@ -21,7 +21,7 @@ from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import ParameterCount
 from megatron_slim.checkpoint.convert import Checkpoint, open_checkpoint, write_checkpoint
 from megatron_slim.checkpoint.optimizer_state import open_optimizer_state
-from megatron_slim.checkpoint.reference import carry_reference
+from megatron_slim.checkpoint.reference import carry_records
 from megatron_slim.errors import SlimError
 from megatron_slim.files import refuse_existing
 from megatron_slim.pruning.apply import PrunedCheckpoint
@@ -235,7 +235,7 @@ def prune(
     rule, source = moment_rule(carry_optimizer, moments_of_merged, to), opened(checkpoint)
     pruned = PrunedCheckpoint(plan, source)
     optimizer = None if rule is None else pruned.optimizer_state(open_optimizer_state(source), rule)
-    options = {"to": to, "verify": verify, "processes": processes, "optimizer": optimizer}
+    options: dict[str, Any] = {"to": to, "verify": verify, "processes": processes, "optimizer": optimizer}
     with shown(progress):
         return write_pruned(pruned, Path(save), stats=statistics, **options)
 
@@ -286,5 +286,5 @@ def convert(
             expert_storage=expert_storage,
             quantize=quantize,
             arguments=arguments,
-            records=None if quantize else partial(carry_reference, source, dtype=dtype),
+            records=partial(carry_records, source, dtype=dtype, quantized=bool(quantize)),
         )

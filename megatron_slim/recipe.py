@@ -28,7 +28,7 @@ from megatron_slim.recipe_budget import (
     unknown_keys,
     whole_number,
 )
-from megatron_slim.recipe_elastic import BUDGETS, RecipeBudget, budgets_violations, read_budgets
+from megatron_slim.recipe_elastic import BUDGETS, RecipeBudget, budgets_violations, read_budgets, refuse_budgets
 from megatron_slim.recipe_sections import (
     BOUND_KEYS,
     SECTIONS,
@@ -175,9 +175,7 @@ def select_phase(recipe: Recipe, number: int | None, *, where: str = "recipe") -
         RecipeError: a schedule and no number, a number and no schedule, or no such phase; or budgets, of which there is
             not one to follow.
     """
-    if recipe.budgets:
-        fix = "give the recipe to megatron-slim prune, and what it writes to other commands"
-        raise RecipeError("the recipe has budgets, for an elastic checkpoint", where=where, fix=fix)
+    refuse_budgets(recipe, where=where)
     count = len(recipe.phases)
     if number is None and not count:
         return recipe

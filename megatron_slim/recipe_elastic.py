@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megatron_slim.errors import RecipeError
 from megatron_slim.recipe_budget import BOUNDS, search_violations, unknown_keys, whole_number
 from megatron_slim.recipe_sections import SECTIONS, section_violations
 
@@ -56,6 +57,20 @@ def repeated_names(names: list[Any]) -> list[str]:
     """A sentence for each name that is there twice."""
     counts = Counter(name for name in names if isinstance(name, str))
     return [f"name {name!r} is there {count} times" for name, count in counts.items() if count > 1]
+
+
+def refuse_budgets(recipe: Recipe, *, where: str) -> None:
+    """Refuse a recipe with budgets where one recipe is followed.
+
+    Raises:
+        RecipeError: it has some.
+    """
+    if recipe.budgets:
+        raise RecipeError(
+            "the recipe has budgets, for an elastic checkpoint",
+            where=where,
+            fix="give the recipe to megatron-slim prune (--dry-run shows the sizes), and its result to other commands",
+        )
 
 
 def read_budgets(

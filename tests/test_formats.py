@@ -17,7 +17,7 @@ from megatron_slim.checkpoint.records import PROVENANCE, REFERENCE
 from megatron_slim.checkpoint.reference import read_reference
 from megatron_slim.compression import report_facts
 from megatron_slim.errors import CheckpointError, RecipeError, SlimError
-from megatron_slim.pruning import plan, statistics
+from megatron_slim.pruning import elastic, plan, statistics
 from megatron_slim.pruning.plan_reader import parse_plan
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import parse_recipe
@@ -35,6 +35,7 @@ def row(start: str) -> list[str]:
 def test_the_page_has_the_versions_of_the_code() -> None:
     assert row("recipe")[2:] == [str(recipe.VERSION)] * 2
     assert row("plan")[2:] == [str(plan.VERSION)] * 2
+    assert row("budgets of an elastic checkpoint")[2:] == [str(elastic.VERSION)] * 2
     assert row("statistics")[2] == statistics.FORMAT
     assert row("report of a compression run")[2:] == [str(report_facts.VERSION), "never"]
     assert PROVENANCE in row("provenance")[0] and REFERENCE in row("recorded losses")[0]

@@ -14,7 +14,7 @@
 - `expert_storage`, `fp8`, `mtp`, `foreign`, `finite`: fused experts, FP8, MTP blocks, layouts of other programs, NaN
 - `loading`, `precision`: a built model's own shard from either format, and what stays in fp32
 - `carried`, `copies`: tensors of a larger model that travel with its language model, and those that a file has twice
-- `side_files`, `records`, `provenance`, `reference`: files next to the weights
+- `side_files`, `records`, `provenance`, `reference`, `elastic_record`: files next to the weights
 - `optimizer_state`, `optimizer_writer`, `common_state`, `plain_state`: what a run has saved in addition to weights
 - `integrity`, `remarks`: SHA-256 of files, and what is not taken as it is
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron_slim.checkpoint.dtype_names import dtype_name
+from megatron_slim.checkpoint.elastic_record import carry_elastic
 from megatron_slim.checkpoint.records import REFERENCE
 from megatron_slim.checkpoint.units import Checkpoint
 from megatron_slim.errors import CheckpointError
@@ -74,6 +75,14 @@ def read_reference(directory: Path, vocab_size: int) -> Reference | None:
         fix = "write it again with megatron-slim evaluate --record, or remove it"
         raise CheckpointError("is not a record of tokens and losses of this model", where=str(file), fix=fix)
     return Reference(tuple(map(tuple, tokens)), tuple(map(tuple, losses)), dtype)
+
+
+def carry_records(
+    source: Checkpoint, target: Path, *, dtype: torch.dtype | None, quantized: bool = False
+) -> Mapping[str, Any]:
+    """Take along what is true of the same model in another format; one in FP8 has other losses than those on record."""
+    losses = {} if quantized else carry_reference(source, target, dtype)
+    return {**losses, **carry_elastic(source, target)}
 
 
 def carry_reference(source: Checkpoint, target: Path, dtype: torch.dtype | None) -> Mapping[str, Any]:

@@ -59,7 +59,7 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     from megatron_slim.checkpoint.fp8 import QUANTIZATION
     from megatron_slim.checkpoint.huggingface_files import read_config
     from megatron_slim.checkpoint.iterations import is_torch_dist
-    from megatron_slim.checkpoint.reference import carry_reference
+    from megatron_slim.checkpoint.reference import carry_records
     from megatron_slim.checkpoint.remarks import remarks
 
     source = "torch_dist" if is_torch_dist(args.load) else "hf"
@@ -73,8 +73,7 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
         fix = f"leave --to out, or say what is to change: {flags}"
         raise CheckpointError(f"is a {source} checkpoint already", where=str(args.load), fix=fix)
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    # A model in FP8 has other losses than those on record.
-    carry = None if args.quantize else partial(carry_reference, checkpoint, dtype=dtype)
+    carry = partial(carry_records, checkpoint, dtype=dtype, quantized=bool(args.quantize))
     options = {"dtype": dtype, "quantize": args.quantize, "records": carry, **write_options(args)}
     results = write_checkpoint(checkpoint, args.save, to=target, **options)
     ending = VERIFICATION[results["verified"]]

@@ -22,6 +22,7 @@ COMMANDS = {
     "plan": "make a pruning plan from a recipe and statistics",
     "show-plan": "show a plan as tables, and as a page with pictures",
     "prune": "calibrate, plan, prune and verify in one command",
+    "slice": "write one budget of an elastic checkpoint as a checkpoint of its own",
     "plan-parallelism": "find the parallel layouts that fit a number of GPUs",
     "distill": "train or distil: start the processes of a run",
     "show-run": "show a training run as tables and as a picture",

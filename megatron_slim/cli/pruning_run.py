@@ -6,11 +6,11 @@ import argparse
 import dataclasses
 import logging
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_slim.cli.calibration_run import CalibrationOptions, calibration_samples, measure, opened_work_dir
+from megatron_slim.cli.calibration_run import CalibrationOptions, opened_work_dir
+from megatron_slim.cli.decision_run import decide, decide_budgets, first_recipe, search_options
 from megatron_slim.cli.given_statistics import FLAG as CARRY_STATISTICS
 from megatron_slim.cli.given_statistics import Given
 from megatron_slim.command_line import VERIFICATION, positive
@@ -24,42 +24,7 @@ logger = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from megatron_slim.checkpoint.convert import Checkpoint
     from megatron_slim.pruning.candidates import Measuring
-    from megatron_slim.pruning.plan import Plan
-    from megatron_slim.pruning.statistics import Statistics
-    from megatron_slim.streaming.work_dir import WorkDir
-
-
-def _search_options(
-    measuring: Measuring | None,
-    recipe: Recipe,
-    source: Checkpoint,
-    calibration: CalibrationOptions | None = None,
-    *,
-    where: str,
-) -> dict[str, Any]:
-    """Arguments of `plan.make_plan`. Layers are measured on ``--search-data``, without it on calibration data.
-
-    Raises:
-        SlimError: there is nothing to choose between, or nothing to measure layers on.
-    """
-    by_loss, options = recipe.experts.allocation == "loss", dict[str, Any]()
-    if measuring is not None and recipe.budget is None and not by_loss:
-        fix = "leave it out"
-        raise SlimError("--search-data, but the recipe has no budget and no allocation by loss", where=where, fix=fix)
-    if measuring is not None and recipe.budget is not None:
-        options |= {"measure": measuring.losses(source), "top": measuring.top}
-    if by_loss:
-        from megatron_slim.pruning.candidates import MOST_SAMPLES
-        from megatron_slim.pruning.sensitivity import expert_sensitivity
-
-        if measuring is not None:
-            samples = measuring.samples(source)
-        elif calibration is not None:
-            samples = calibration_samples(source, calibration)[:MOST_SAMPLES]
-        else:
-            raise SlimError("experts.allocation loss needs data to measure layers on", fix="give --search-data")
-        options["sensitivity"] = partial(expert_sensitivity, source, samples=samples)
-    return options
+    from megatron_slim.pruning.elastic import ElasticBudget
 
 
 class PhaseAction(argparse.Action):
@@ -106,7 +71,7 @@ def run_plan(
     log_left_out(source)
     _check_phase(schedule, phase, source, where=str(recipe_file))
     check_recipe(recipe, source.shape, where=str(recipe_file))
-    options = _search_options(measuring, recipe, source, where=str(recipe_file))
+    options = search_options(measuring, recipe, source, where=str(recipe_file))
     plan = make_plan(recipe, given.read(source), source.shape, **options)
     pruned = PrunedCheckpoint(plan, source, check_source=False)
     plan.save(save)
@@ -152,12 +117,13 @@ def run_prune(
     if save is not None and not dry_run:
         refuse_existing(save)
     schedule = load_recipe(recipe_file) if recipe_file else None
-    recipe = select_phase(schedule, phase, where=str(recipe_file)) if schedule else None
+    recipe = first_recipe(schedule, phase, where=str(recipe_file)) if schedule else None
     from rich.console import Console
 
     from megatron_slim.checkpoint.convert import log_left_out, open_checkpoint
     from megatron_slim.checkpoint.optimizer_state import open_optimizer_state
     from megatron_slim.pruning.apply import PrunedCheckpoint
+    from megatron_slim.pruning.elastic_plans import budgets_table, summaries
     from megatron_slim.pruning.pipeline import comparison, comparison_table, write_pruned
     from megatron_slim.pruning.plan_reader import load_plan
 
@@ -166,23 +132,31 @@ def run_prune(
     optimizer = open_optimizer_state(source) if moments_of_merged is not None else None
     if schedule is not None:
         _check_phase(schedule, phase, source, where=str(recipe_file))
+    budgets: tuple[ElasticBudget, ...] = ()
     with opened_work_dir(calibration) as work:
         if plan_file is not None:
             plan, stats = load_plan(plan_file), None
         else:
-            assert recipe is not None
+            assert recipe is not None and schedule is not None
             if save is not None and not dry_run:
                 _check_space(recipe, source, save, with_optimizer=optimizer is not None, where=str(recipe_file))
-            where = str(recipe_file)
-            plan, stats = _decide(recipe, source, given, calibration, work, measuring, where=where)
+            how = (source, given, calibration, work, measuring)
+            if schedule.budgets:
+                budgets, stats = decide_budgets(schedule.budgets, *how, where=str(recipe_file))
+                plan = budgets[0].plan
+            else:
+                plan, stats = decide(recipe, *how, where=str(recipe_file))
         pruned = PrunedCheckpoint(plan, source, check_source=plan_file is not None)
         Console().print(comparison_table(pruned))
         results = {"load": str(load), "plan_sha256": plan.sha256, "dry_run": dry_run, **comparison(pruned)}
+        if budgets:
+            Console().print(budgets_table(budgets))
+            results["budgets"] = summaries(budgets)
         if dry_run:
             return results
         assert save is not None
         state = pruned.optimizer_state(optimizer, moments_of_merged) if optimizer and moments_of_merged else None
-        written = write_pruned(pruned, save, to=to, stats=stats, optimizer=state, **(writing or {}))
+        written = write_pruned(pruned, save, to=to, stats=stats, budgets=budgets, optimizer=state, **(writing or {}))
         logger.info(f"{save}: {len(pruned.names)} tensors as {to}, {VERIFICATION[written['verified']]}")
         if state is not None:
             logger.info(f"{save}: with the optimizer's {', '.join(state.tensors)} after {state.step} steps")
@@ -232,29 +206,6 @@ def _check_space(recipe: Recipe, source: Checkpoint, save: Path, *, with_optimiz
         OPTIMIZERS[ADAM].state_bytes if with_optimizer else 0
     )
     check_space(save, min(count_parameters(shape).total for shape in shapes) * itemsize)
-
-
-def _decide(
-    recipe: Recipe,
-    source: Checkpoint,
-    given: Given | None,
-    calibration: CalibrationOptions | None,
-    work: WorkDir | None,
-    measuring: Measuring | None,
-    *,
-    where: str,
-) -> tuple[Plan, Statistics]:
-    from megatron_slim.pruning.plan import make_plan
-    from megatron_slim.pruning.recipe_checks import check_recipe
-
-    check_recipe(recipe, source.shape, where=where)
-    options = _search_options(measuring, recipe, source, calibration, where=where)
-    if given is not None:
-        stats = given.read(source)
-    else:
-        assert calibration is not None
-        stats = measure(source, calibration, work)
-    return make_plan(recipe, stats, source.shape, **options), stats
 
 
 def refuse_conflicts(args: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from megatron_slim.errors import RecipeError, SlimError
 from megatron_slim.packaged import find_recipe
 from megatron_slim.planning.layouts import Settings
 from megatron_slim.recipe import Recipe, parse_recipe, read_document
+from megatron_slim.recipe_elastic import refuse_budgets
 from megatron_slim.recipe_run import SECTIONS
 
 # Of pretrain_distill.sh, where neither recipe nor command line says it.
@@ -136,6 +137,7 @@ def read_settings(
     if train:
         document["train"] = {**_section(document, "train"), **train}
     parsed = parse_recipe(document, where=str(file))
+    refuse_budgets(parsed, where=str(file))
     calibration_data = calibration_data or _only(data, "--data", "calibration")
     if evaluation_data is None and valid_data:
         evaluation_data = _only(valid_data, "--valid-data", "evaluation")

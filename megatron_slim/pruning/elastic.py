@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.checkpoint.elastic_record import elastic_file
 from megatron_slim.checkpoint.records import ELASTIC
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json, sha256, write_atomic
@@ -25,7 +26,6 @@ from megatron_slim.recipe_elastic import name_violation, repeated_names, weight_
 VERSION = 1
 MAKE = "make one with megatron-slim prune and a recipe with budgets"
 _KEYS, _BUDGET_KEYS = {"version", "parent", "budgets"}, {"name", "weight", "plan"}
-_TORCH_DIST = ("iter_", "release")  # what names of directories with weights begin with, below that of the checkpoint
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,9 @@ class Elastic:
         names = ", ".join(budget.name for budget in self.budgets)
         raise SlimError(f"there is no budget {name!r}", fix=f"give one of {names}")
 
-    def within(self, name: str, *, source_sha256: str | None = None) -> Elastic | None:
-        """The budgets that the slice of a name holds, as plans of it; None where no smaller one is left.
-
-        Args:
-            name: of a budget.
-            source_sha256: fingerprint of the slice, for its plans.
-        """
-        number = self.budgets.index(self.named(name))
-        return elastic_of(self.budgets[number:], source_sha256=source_sha256) if self.budgets[number + 1 :] else None
+    def down_from(self, name: str) -> tuple[ElasticBudget, ...]:
+        """The budget of a name and those within it; `elastic_of` makes a document of its slice of them."""
+        return self.budgets[self.budgets.index(self.named(name)) :]
 
     def to_dict(self) -> dict[str, Any]:
         """As a document."""
@@ -114,11 +108,8 @@ def find_elastic(checkpoint: Path) -> Elastic | None:
     Raises:
         PlanError: the document there is damaged.
     """
-    above = [checkpoint.absolute().parent] if checkpoint.absolute().name.startswith(_TORCH_DIST) else []
-    for directory in (checkpoint, checkpoint / "hf", *above):
-        if (directory / ELASTIC).is_file():
-            return read_elastic(directory / ELASTIC)
-    return None
+    file = elastic_file(checkpoint)
+    return None if file is None else read_elastic(file)
 
 
 def read_elastic(path: Path) -> Elastic:

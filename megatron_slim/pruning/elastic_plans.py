@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_slim.architecture.shape import ModelShape
@@ -14,7 +14,6 @@ from megatron_slim.pruning.recipe_checks import check_recipe
 from megatron_slim.pruning.report import LABELS, Summary, shown_sizes, summarise
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.pruning.target import wanted_sizes
-from megatron_slim.recipe import Recipe
 from megatron_slim.recipe_elastic import RecipeBudget
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def plan_budgets(
     stats: Statistics,
     shape: ModelShape,
     *,
-    options: Callable[[Recipe], Mapping[str, Any]] = lambda recipe: {},
+    options: Mapping[str, Mapping[str, Any]] | None = None,
     where: str = "recipe",
 ) -> tuple[ElasticBudget, ...]:
     """Plan every budget of a recipe by itself.
@@ -59,7 +58,7 @@ def plan_budgets(
         budgets: of the recipe.
         stats: complete statistics of the source.
         shape: sizes of the source.
-        options: arguments of `plan.make_plan` for the recipe of a budget.
+        options: arguments of `plan.make_plan`, by the name of a budget.
         where: the recipe's file, for errors.
 
     Returns:
@@ -69,7 +68,9 @@ def plan_budgets(
         RecipeError: a budget cannot be met, or is not contained in the one before.
     """
     found = tuple(
-        ElasticBudget(each.name, each.weight, make_plan(each.recipe, stats, shape, **options(each.recipe)))
+        ElasticBudget(
+            each.name, each.weight, make_plan(each.recipe, stats, shape, **(options or {}).get(each.name, {}))
+        )
         for each in budgets
     )
     check_nested(found, where=where)

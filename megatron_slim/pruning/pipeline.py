@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_slim.checkpoint.convert import write_checkpoint
 from megatron_slim.checkpoint.huggingface_writer import total_bytes
-from megatron_slim.checkpoint.records import PLAN, REPORT, STATS
+from megatron_slim.checkpoint.records import ELASTIC, PLAN, REPORT, STATS
 from megatron_slim.files import write_atomic
 from megatron_slim.pruning.apply import PrunedCheckpoint
+from megatron_slim.pruning.elastic import ElasticBudget, elastic_of
 from megatron_slim.pruning.report import markdown, rows, summarise
 from megatron_slim.pruning.statistics import Statistics
+from megatron_slim.streaming.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,13 +41,21 @@ def comparison_table(pruned: PrunedCheckpoint) -> Table:
     return table
 
 
-def write_pruned(pruned: PrunedCheckpoint, target: Path, *, stats: Statistics | None, **options: Any) -> dict[str, Any]:
+def write_pruned(
+    pruned: PrunedCheckpoint,
+    target: Path,
+    *,
+    stats: Statistics | None,
+    budgets: Sequence[ElasticBudget] = (),
+    **options: Any,
+) -> dict[str, Any]:
     """Write the target of a plan; next to the weights it gets the plan, the statistics and the before/after table.
 
     Args:
         pruned: the target.
         target: a new directory.
         stats: the statistics that the plan follows from, where they are at hand.
+        budgets: nested plans of the source, this one first, of an elastic checkpoint, which gets a document of them.
         options: as `checkpoint.convert.write_checkpoint`.
 
     Raises:
@@ -57,6 +68,11 @@ def write_pruned(pruned: PrunedCheckpoint, target: Path, *, stats: Statistics | 
         write_atomic(directory / REPORT, markdown(plan, **comparison(pruned)))
         if stats is not None:
             stats.save(directory / STATS)
-        return {"plan_sha256": plan.sha256, "source_sha256": plan.source_sha256, "stats_sha256": plan.stats_sha256}
+        hashes = {"plan_sha256": plan.sha256, "source_sha256": plan.source_sha256, "stats_sha256": plan.stats_sha256}
+        if budgets:
+            elastic = elastic_of(budgets, source_sha256=fingerprint(pruned))
+            elastic.save(directory / ELASTIC)
+            hashes["elastic_sha256"] = elastic.sha256
+        return hashes
 
     return write_checkpoint(pruned, target, records=records, **options)

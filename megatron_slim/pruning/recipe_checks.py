@@ -17,6 +17,7 @@ from megatron_slim.pruning.search import Space
 from megatron_slim.pruning.shares import EXPERTS
 from megatron_slim.pruning.target import allocation_unit, uniform, wanted_sizes
 from megatron_slim.recipe import Recipe
+from megatron_slim.recipe_elastic import refuse_budgets
 from megatron_slim.recipe_sections import Experts
 
 # A row of an expert is a multiple of 16 bytes in bf16, or PyTorch's grouped matmul, which transformers uses, fails.
@@ -30,6 +31,7 @@ def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") ->
         RecipeError: lists every violation.
         SlimError: what it asks for needs a package that is not installed.
     """
+    refuse_budgets(recipe, where=where)
     if recipe.experts.align != "none":
         require("align", "scipy", "experts.align")
     wanted = dataclasses.asdict(recipe.target)

@@ -46,6 +46,7 @@ def test_no_tool_opens_a_connection(
     shape = tiny_shape(num_layers=2, layer_types=("linear_attention", "full_attention"))
     write_tiny_checkpoint(tmp_path / "hf", shape)
     Path("recipe.yaml").write_text(RECIPE)
+    Path("e.yaml").write_text("version: 1\nbudgets: [{name: a}, {name: b, target: {num_moe_experts: 4}}]\n")
     Path("text.jsonl").write_text(json.dumps({"text": "a text " * 40}) + "\n")
     np.save("tokens.npy", np.random.default_rng(0).integers(0, shape.vocab_size, (2, 16)))
     words = ("--input", "text.jsonl", "--tokenizer-model", str(tokenizer), "--append-eod", "--output-prefix", "words")
@@ -55,6 +56,8 @@ def test_no_tool_opens_a_connection(
         ("calibrate", "--load", "dist", "--calibration-data", "tokens.npy", "--save", "statistics"),
         ("plan_pruning", "--load", "hf", "--recipe", "recipe.yaml", "--stats", "statistics", "--save", "plan.json"),
         ("prune_checkpoint", "--load", "hf", "--plan", "plan.json", "--save", "pruned"),
+        ("prune_checkpoint", "--load", "hf", "--recipe", "e.yaml", "--stats", "statistics", "--save", "elastic"),
+        ("slice_checkpoint", "--load", "elastic", "--budget", "b", "--save", "slice"),
         ("evaluate", "--load", "pruned", "--data", "tokens.npy"),
         ("show_plan", "pruned/plan.json"),
     )

@@ -6,12 +6,15 @@ import copy
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from megatron_slim.architecture.published import MODELS
 from megatron_slim.architecture.shape import FAMILIES
 from megatron_slim.checkpoint.convert import open_checkpoint, same_bytes
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
@@ -28,12 +31,13 @@ from megatron_slim.pruning.elastic import (
     read_elastic,
     relative,
 )
-from megatron_slim.pruning.elastic_plans import check_budgets, plan_budgets
+from megatron_slim.pruning.elastic_plans import bf16_summary, check_budgets, plan_budgets
 from megatron_slim.pruning.experts import ExpertGroup
 from megatron_slim.pruning.pipeline import write_pruned
 from megatron_slim.pruning.plan import Plan, make_plan
 from megatron_slim.pruning.plan_reader import PlanError, parse_plan
 from megatron_slim.pruning.statistics import Statistics
+from megatron_slim.pruning.target import target_shape
 from megatron_slim.recipe import parse_recipe
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
@@ -171,11 +175,11 @@ def test_the_document_is_found_where_checkpoints_keep_it(family: Family, tmp_pat
 
 def test_budgets_within_a_budget(family: Family) -> None:
     elastic = elastic_of(family[1])
-    within = elastic.within("middle")
-    assert within == elastic_of(elastic.budgets[1:]) and within is not None
+    assert elastic.down_from("small") == elastic.budgets[2:]
+    within = elastic_of(elastic.down_from("middle"))
+    assert within.budgets[1].plan == relative(family[1][2].plan, family[1][1].plan)
     assert [each.name for each in within.budgets] == ["middle", "small"]
     assert within.shape == elastic.named("middle").plan.target_shape
-    assert elastic.within("small") is None
     with pytest.raises(SlimError, match="no budget 'smal'; give one of large, middle, small"):
         elastic.named("smal")
 
@@ -277,7 +281,7 @@ def test_experts_allocated_by_loss_nest_or_are_refused(source: HFCheckpoint, ran
         parse_recipe(recipe).budgets,
         random_stats(source),
         source.shape,
-        options=lambda each: {"sensitivity": lambda plan: losses} if each.experts.allocation == "loss" else {},
+        options={"middle": {"sensitivity": lambda plan: losses}},
     )
     shape = budgets[1].plan.target_shape
     assert len(set(shape.experts_per_layer)) > 1
@@ -398,3 +402,19 @@ def test_sizes_that_are_searched_or_named_again_may_be_checked() -> None:
     sizes = [{"hidden_size": 48}, {"params": "1B"}, {"hidden_size": 40}]
     assert check_budgets(parse_recipe(document(sizes[:2])).budgets, tiny_shape(), where="") is None
     assert check_budgets(parse_recipe(document(sizes[::2])).budgets, tiny_shape(), where="") is None
+
+
+def test_the_example_of_the_page_is_a_recipe_with_the_sizes_of_its_table() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/elastic.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    recipe = parse_recipe(yaml.safe_load(text))
+    shape = MODELS[recipe.budgets[0].recipe.source].shape
+    check_budgets(recipe.budgets, shape, where="docs/elastic.md")
+    assert [each.weight for each in recipe.budgets] == [1.0, 0.5, 1.0]
+    table = re.findall(r"^\| (\d+b) \| (.*) \|$", page, flags=re.MULTILINE)
+    for (name, cells), budget in zip(table, recipe.budgets, strict=True):
+        target = target_shape(budget.recipe, shape, tuple(range(36)))
+        sizes = bf16_summary(target)
+        counts = (sizes[key] / 1e9 for key in ("parameters", "parameters_without_mtp", "active_parameters"))
+        expected = [*(f"{count:.1f}B" for count in counts), f"{sizes['bytes'] / 1e9:.1f} GB"]
+        assert (name, cells.split(" | ")) == (budget.name, expected)

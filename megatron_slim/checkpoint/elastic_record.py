@@ -1,0 +1,42 @@
+"""``elastic.json`` next to a checkpoint: where it is, and how it goes along with the model (imports no torch)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_slim.checkpoint.records import ELASTIC
+from megatron_slim.checkpoint.torch_dist_names import HF_DIR
+from megatron_slim.files import read_json, write_atomic
+
+if TYPE_CHECKING:
+    from megatron_slim.checkpoint.units import Checkpoint
+
+_WEIGHTS = ("iter_", "release")  # what names of directories with weights begin with, below that of the checkpoint
+logger = logging.getLogger(__name__)
+
+
+def elastic_file(checkpoint: Path) -> Path | None:
+    """The document of a checkpoint directory of either format: in it, in its hf/, or above a directory of weights."""
+    place = checkpoint.absolute()
+    roots = [place, *([place.parent] if place.name.startswith(_WEIGHTS) else [])]
+    files = [folder / ELASTIC for root in roots for folder in (root, root / HF_DIR)]
+    return next((file for file in files if file.is_file()), None)
+
+
+def carry_elastic(source: Checkpoint, target: Path) -> Mapping[str, Any]:
+    """Take it along to the same model in another format, byte for byte; not to a model of other sizes."""
+    file = elastic_file(source.path)
+    if file is None:
+        return {}
+    document = read_json(file)
+    parent = document.get("parent") if isinstance(document, Mapping) else None
+    shape = json.loads(json.dumps(source.shape.to_dict()))
+    if not isinstance(parent, Mapping) or parent.get("shape") != shape:
+        logger.warning(f"{file}: is for a model of other sizes, and is not carried over")
+        return {}
+    write_atomic(target / ELASTIC, file.read_bytes())
+    return {"elastic": ELASTIC}

@@ -1,0 +1,76 @@
+"""Budgets of an elastic checkpoint as checkpoints of their own: its tensors, selected as they are read."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from megatron_slim.checkpoint.convert import Checkpoint
+from megatron_slim.checkpoint.records import ELASTIC
+from megatron_slim.errors import CheckpointError
+from megatron_slim.pruning.apply import PrunedCheckpoint
+from megatron_slim.pruning.elastic import MAKE, Elastic, find_elastic
+from megatron_slim.pruning.pipeline import write_pruned
+from megatron_slim.streaming.fingerprint import fingerprint
+
+
+def elastic_at(checkpoint: Path) -> Elastic:
+    """The budgets of a checkpoint directory.
+
+    Raises:
+        CheckpointError: it has none.
+        PlanError: the document of them is damaged.
+    """
+    if (found := find_elastic(checkpoint)) is None:
+        raise CheckpointError(f"there is no {ELASTIC} here: not an elastic checkpoint", where=str(checkpoint), fix=MAKE)
+    return found
+
+
+def check_sizes(elastic: Elastic, source: Checkpoint) -> None:
+    """Refuse a document for a model of other sizes.
+
+    Raises:
+        CheckpointError: names the sizes.
+    """
+    ours, theirs = elastic.shape.to_dict(), source.shape.to_dict()
+    differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    if differing:
+        sizes = ", ".join(f"{key} {ours.get(key)}, not {theirs.get(key)}" for key in differing)
+        raise CheckpointError(
+            f"{ELASTIC} is for a model of other sizes: {sizes}",
+            where=str(source.path),
+            fix="give the checkpoint that it was made for, or one trained from it",
+        )
+
+
+def sliced(source: Checkpoint, elastic: Elastic, name: str) -> PrunedCheckpoint:
+    """A budget as a checkpoint whose tensors are selected when they are read.
+
+    Args:
+        source: the elastic checkpoint, as pruned or trained since.
+        elastic: its document.
+        name: of the budget.
+
+    Raises:
+        SlimError: there is no such budget, or the document is for a model of other sizes.
+    """
+    plan = elastic.named(name).plan
+    check_sizes(elastic, source)
+    # Which weights they are is known now, and they are not those of the document where they were trained since.
+    return PrunedCheckpoint(dataclasses.replace(plan, source_sha256=fingerprint(source)), source, check_source=False)
+
+
+def write_slice(source: Checkpoint, elastic: Elastic, name: str, target: Path, **options: Any) -> dict[str, Any]:
+    """Write a budget as a checkpoint, with its plan and, where budgets within it are left, a document of those.
+
+    Args:
+        source: the elastic checkpoint.
+        elastic: its document.
+        name: of the budget.
+        target: a new directory.
+        options: as `checkpoint.convert.write_checkpoint`.
+    """
+    budgets = elastic.down_from(name)
+    pruned = sliced(source, elastic, name)
+    return write_pruned(pruned, target, stats=None, budgets=budgets if len(budgets) > 1 else (), **options)
