@@ -25,8 +25,17 @@ from tests.compression.test_report import write_events
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "examples" / "slimqwen"
-SHARED = {"main", "tool", "terminal", "calibration_run", "carried_optimizer", "pruning_run", "decision_run"}
-SHARED |= {"search_arguments", "evaluation_extras", "acceptance_run", "given_statistics"}
+SHARED = {
+    "main",
+    "tool",
+    "terminal",
+    "calibration_run",
+    "carried_optimizer",
+    "pruning_run",
+    "decision_run",
+    "elastic_evaluation",
+}
+SHARED |= {"elastic_evaluation", "search_arguments", "evaluation_extras", "acceptance_run", "given_statistics"}
 # Of the environment that the scripts look at, what is not an argument: where things are, and what others read.
 NOT_ARGUMENTS = {"ROOT", "PYTHON", "IDLE_REQUEUES", "PYTHONPATH", "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS"}
 NOT_ARGUMENTS |= {"NCCL_DEBUG", "PYTORCH_CUDA_ALLOC_CONF", "TRITON_CACHE_DIR", "SETTINGS_NODES", "DEPENDENCY"}

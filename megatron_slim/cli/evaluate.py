@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_slim.cli.acceptance_run import add_acceptance_arguments, run_acceptance
+from megatron_slim.cli.elastic_evaluation import add_elastic_arguments, check_elastic_arguments, evaluate_budgets
 from megatron_slim.cli.evaluation_extras import (
     DTYPES,
     EPILOG,
@@ -58,15 +59,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_extra_arguments(parser)
     add_acceptance_arguments(parser)
+    add_elastic_arguments(parser)
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate, say the result."""
     check_arguments(args)
+    check_elastic_arguments(args)
     extras = open_extras(args)
     names = () if extras.tasks is None else extras.tasks.names
     if args.every_checkpoint:
         return evaluate_every(args, lambda load: _measure(args, load, extras), names)
+    if args.elastic:
+        return evaluate_budgets(args, lambda checkpoint: _measure_opened(args, checkpoint, args.load, extras), names)
     return _measure(args, args.load, extras)
 
 
@@ -76,6 +81,10 @@ def _measure(args: argparse.Namespace, load: Path, extras: Extras) -> dict[str, 
 
     checkpoint = open_checkpoint(load, **load_options(args))
     log_left_out(checkpoint)
+    return _measure_opened(args, checkpoint, load, extras)
+
+
+def _measure_opened(args: argparse.Namespace, checkpoint: Checkpoint, load: Path, extras: Extras) -> dict[str, Any]:
     if extras.tasks is not None:
         from megatron_slim.evaluation.tasks import check_tokenizer
 

@@ -29,7 +29,7 @@ EPILOG = (
     "samples, such as loss_stderr (null of one sample); with --acceptance also acceptance, and teacher_acceptance: acc "
     "(a list, share of drafts whose first 1, 2, ... tokens were all accepted), mean_accepted_length, drafts, rounds, "
     "tokens, and per_position, the same over all positions; with --tasks also tasks and tasks_left_out; with "
-    "--every-checkpoint a list of all this, by iteration."
+    "--every-checkpoint a list of all this, by iteration; with --elastic a list of it, by budget, with sizes."
 )
 
 
@@ -194,20 +194,24 @@ def evaluate_every(
 
 def print_curve(checkpoints: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
     """One row for every checkpoint."""
+    print_rows([{"iteration": str(each["iteration"]), **figures_of(each, names)} for each in checkpoints])
+
+
+def print_rows(rows: Sequence[Mapping[str, str]]) -> None:
+    """A table of rows that have the columns of the first, a cell by column."""
     from rich.table import Table
 
     table = Table()
-    rows = [_row(each, names) for each in checkpoints]
     for column in rows[0]:
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*(row.get(column, "") for column in rows[0]))
     wide_console().print(table)
 
 
-def _row(results: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
-    row = {"iteration": str(results["iteration"])}
-    row |= {key: shown(results, key) for key in ("loss", "perplexity") if key in results}
+def figures_of(results: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
+    """What was measured of a checkpoint, on tasks of these names too, as cells of a table by their columns."""
+    row = {key: shown(results, key) for key in ("loss", "perplexity") if key in results}
     row |= _by_depth(results, "mtp_loss")
     row |= {key: shown(results, key) for key in ("kl", "top1_agreement") if key in results}
     for name in names:

@@ -180,7 +180,7 @@ def test_space_is_looked_for_before_calibration(
     tool: Tool, source: HFCheckpoint, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "statvfs", lambda _: types.SimpleNamespace(f_bavail=9, f_frsize=1))
-    monkeypatch.setattr("megatron_slim.cli.pruning_run.measure", lambda *_: pytest.fail("calibrated"))
+    monkeypatch.setattr("megatron_slim.cli.decision_run.measure", lambda *_: pytest.fail("calibrated"))
     assert "GB are free; make space" in prune(tool, source, work).error
 
 

@@ -1,0 +1,99 @@
+"""``evaluate --elastic``: every budget of one checkpoint, and sizes between them, in one table."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from megatron_slim.cli.evaluation_extras import figures_of, print_rows
+from megatron_slim.command_line import load_options
+from megatron_slim.errors import SlimError
+
+if TYPE_CHECKING:
+    from megatron_slim.checkpoint.convert import Checkpoint
+    from megatron_slim.pruning.elastic import Elastic
+    from megatron_slim.pruning.plan import Plan
+
+logger = logging.getLogger(__name__)
+Measure = Callable[["Checkpoint"], dict[str, Any]]
+_SIZES = {"parameters": "parameters", "active_parameters": "active, without MTP", "bytes": "bytes"}
+
+
+def add_elastic_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of what is measured of an elastic checkpoint."""
+    group = parser.add_argument_group("elastic checkpoints")
+    group.add_argument("--elastic", action="store_true", help="evaluate every budget of an elastic checkpoint")
+    group.add_argument(
+        "--between",
+        action="store_true",
+        help="with --elastic: also the sizes that neighbouring budgets give together, which no run has trained",
+    )
+
+
+def check_elastic_arguments(args: argparse.Namespace) -> None:
+    """Refuse arguments that do nothing together.
+
+    Raises:
+        SlimError: which.
+    """
+    if args.between and not args.elastic:
+        raise SlimError("--between without --elastic", fix="give --elastic, or leave --between out")
+    for flag, given in (("--record", args.record), ("--every-checkpoint", args.every_checkpoint)):
+        if args.elastic and given:
+            raise SlimError(f"{flag} and --elastic exclude one another", fix="leave one out")
+
+
+def evaluate_budgets(args: argparse.Namespace, measure: Measure, names: Sequence[str]) -> dict[str, Any]:
+    """Measure every budget as the checkpoint that its slice would be; print them as a table.
+
+    Args:
+        args: of the command.
+        measure: evaluates an opened checkpoint.
+        names: tasks, for the table.
+
+    Returns:
+        ``load``, and ``budgets``: a list of name, sizes and figures; ``untrained`` marks sizes between budgets.
+
+    Raises:
+        SlimError: it is not an elastic checkpoint, or its document is for another model.
+    """
+    from megatron_slim.checkpoint.convert import log_left_out, open_checkpoint
+    from megatron_slim.checkpoint.huggingface_writer import total_bytes
+    from megatron_slim.pruning.apply import PrunedCheckpoint
+    from megatron_slim.pruning.elastic_slices import check_sizes, elastic_at
+    from megatron_slim.pruning.report import summarise
+
+    elastic = elastic_at(args.load)
+    source = open_checkpoint(args.load, **load_options(args))
+    log_left_out(source)
+    check_sizes(elastic, source)
+    found = []
+    for name, plan, known in _sizes(elastic, args.between):
+        logger.info(f"{args.load}: {name}")
+        checkpoint = PrunedCheckpoint(plan, source, check_source=False)
+        summary = summarise(checkpoint.shape, total_bytes(checkpoint.shape, checkpoint.dtypes))
+        results = {**measure(checkpoint), "load": str(args.load)}
+        found.append({"budget": name, **known, "sizes": summary, **results})
+    print_rows([_row(each, names) for each in found])
+    return {"load": str(args.load), "budgets": found}
+
+
+def _sizes(elastic: Elastic, with_between: bool) -> Iterator[tuple[str, Plan, dict[str, Any]]]:
+    """Name, plan and what is known of it, from the largest."""
+    from megatron_slim.pruning.between import between
+
+    for budget in elastic.budgets:
+        yield budget.name, budget.plan, {"weight": budget.weight, "untrained": False}
+    for size in between(elastic) if with_between else ():
+        yield size.name, size.plan, {"weight": None, "untrained": True}
+
+
+def _row(results: dict[str, Any], names: Sequence[str]) -> dict[str, str]:
+    row = {"budget": results["budget"] + (" (untrained)" if results["untrained"] else "")}
+    row |= {label: f"{results['sizes'][key]:,}" for key, label in _SIZES.items()}
+    row |= figures_of(results, names)
+    if (acceptance := results.get("acceptance")) is not None:
+        row["accepted length"] = f"{acceptance['mean_accepted_length']:.3f}"
+    return row
