@@ -136,14 +136,14 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
-def parse_json(data: bytes) -> Any:
+def parse_json(data: bytes, max_items: int = MAX_JSON_ITEMS) -> Any:
     """Parse JSON strictly: no key twice, no NaN, no number that is beyond a double, nothing huge or nested deeply.
 
     Raises:
         ValueError: what is wrong.
     """
-    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_JSON_ITEMS:
-        raise ValueError(f"more than {MAX_JSON_ITEMS:,} items")
+    if sum(map(data.count, (b",", b"[", b"{"))) > max_items:
+        raise ValueError(f"more than {max_items:,} items")
     try:
         value = json.loads(
             data.decode(),
@@ -186,17 +186,17 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, max_items: int = MAX_JSON_ITEMS) -> Any:
     """Read a JSON file, strictly; see `parse_json`.
 
     Raises:
-        SlimError: the file is missing, is larger than ``max_bytes`` or is not JSON.
+        SlimError: the file is missing, is larger than ``max_bytes``, has more than ``max_items`` or is not JSON.
     """
     try:
         with path.open("rb") as stream:
             if os.fstat(stream.fileno()).st_size > max_bytes or len(data := stream.read(max_bytes + 1)) > max_bytes:
                 raise ValueError(f"larger than {max_bytes:,} bytes")
-        return parse_json(data)
+        return parse_json(data, max_items)
     except FileNotFoundError:
         raise SlimError("no such file", where=str(path)) from None
     except OSError as error:

@@ -23,6 +23,7 @@ COMMANDS = {
     "show-plan": "show a plan as tables, and as a page with pictures",
     "prune": "calibrate, plan, prune and verify in one command",
     "slice": "write one budget of an elastic checkpoint as a checkpoint of its own",
+    "sort": "sort an elastic checkpoint so that each budget is the first part of every axis",
     "plan-parallelism": "find the parallel layouts that fit a number of GPUs",
     "distill": "train or distil: start the processes of a run",
     "show-run": "show a training run as tables and as a picture",

@@ -5,8 +5,8 @@
 - `recorder`, `importance`, `statistics`: sums, their definitions, the file
 - `carried_statistics`: statistics through a plan, instead of a new calibration
 - `plan`, `depth`, `experts`, `inner_axes`: the decision: widths, layers, experts, neurons and heads
-- `elastic`, `nesting`, `elastic_plans`, `elastic_slices`, `between`: several sizes in one checkpoint, each within the
-  one before, and mixtures of two
+- `elastic`, `nesting`, `elastic_plans`, `elastic_slices`: several sizes in one checkpoint, each within the one before
+- `between`, `sorting`, `order_reader`: mixtures of two of them, and an order that has the smaller ones first
 - `target`, `recipe_checks`: the sizes that a recipe asks for, and what cannot be met
 - `allocation`, `sensitivity`: experts allocated to layers, and what each layer loses
 - `search`, `shares`, `candidates`: sizes that meet a budget, their scores, and what the best ones lose

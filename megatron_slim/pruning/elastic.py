@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.checkpoint.elastic_record import elastic_file
+from megatron_slim.checkpoint.elastic_record import MAX_ITEMS, elastic_file
 from megatron_slim.checkpoint.records import ELASTIC
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json, sha256, write_atomic
@@ -19,7 +19,8 @@ from megatron_slim.pruning.nesting import ElasticBudget as ElasticBudget
 from megatron_slim.pruning.nesting import check_nested as check_nested
 from megatron_slim.pruning.nesting import contained as contained
 from megatron_slim.pruning.nesting import relative as relative
-from megatron_slim.pruning.plan import rendered
+from megatron_slim.pruning.order_reader import order_dict, read_order
+from megatron_slim.pruning.plan import Plan, rendered
 from megatron_slim.pruning.plan_reader import PlanError, parse_plan, shape_of
 from megatron_slim.recipe_elastic import name_violation, repeated_names, weight_violation
 
@@ -34,9 +35,11 @@ class Elastic:
 
     Attributes:
         budgets: from the largest, which is the checkpoint itself, whole; each contained in the one before.
+        order: of a checkpoint that was sorted (`sorting`), the permutation that undoes it.
     """
 
     budgets: tuple[ElasticBudget, ...]
+    order: Plan | None = None
 
     @property
     def shape(self) -> ModelShape:
@@ -67,6 +70,7 @@ class Elastic:
             "budgets": [
                 {"name": budget.name, "weight": budget.weight, "plan": budget.plan.to_dict()} for budget in self.budgets
             ],
+            **({} if self.order is None else {"order": order_dict(self.order)}),
         }
 
     def to_json(self) -> str:
@@ -74,7 +78,8 @@ class Elastic:
         document = self.to_dict()
         budgets = ",\n    ".join(rendered(budget, "    ") for budget in document["budgets"])
         head = rendered({key: document[key] for key in ("version", "parent")}).removesuffix("\n}")
-        return f'{head},\n  "budgets": [\n    {budgets}\n  ]\n}}\n'
+        order = f',\n  "order": {rendered(document["order"], "  ")}' if "order" in document else ""
+        return f'{head},\n  "budgets": [\n    {budgets}\n  ]{order}\n}}\n'
 
     @property
     def sha256(self) -> str:
@@ -118,7 +123,7 @@ def read_elastic(path: Path) -> Elastic:
     Raises:
         PlanError: lists every violation.
     """
-    return parse_elastic(read_json(path), where=str(path))
+    return parse_elastic(read_json(path, max_items=MAX_ITEMS), where=str(path))
 
 
 def parse_elastic(document: Any, *, where: str = ELASTIC) -> Elastic:
@@ -131,7 +136,7 @@ def parse_elastic(document: Any, *, where: str = ELASTIC) -> Elastic:
         raise PlanError(f"not a document of budgets of version {VERSION}", where=where, fix=MAKE)
     rows = document.get("budgets")
     found = [f"missing key {key}" for key in sorted(_KEYS - document.keys())]
-    found += [f"unknown key {key}" for key in document if key not in _KEYS]
+    found += [f"unknown key {key}" for key in document if key not in (*_KEYS, "order")]
     if not isinstance(rows, list) or not rows:
         found.append("budgets are not a list of at least one")
         rows = []
@@ -145,9 +150,12 @@ def parse_elastic(document: Any, *, where: str = ELASTIC) -> Elastic:
     found += repeated_names([row["name"] for row in rows if isinstance(row, Mapping) and "name" in row])
     if not found and shape is not None:
         found = _violations(budgets, shape)
+    order = None
+    if not found and "order" in document:
+        order, found = read_order(document["order"], budgets[0].plan)
     if found:
         raise PlanError("; ".join(found), where=where, fix=f"{MAKE}, or get the file again")
-    return Elastic(tuple(budgets))
+    return Elastic(tuple(budgets), order)
 
 
 def _shape(document: Mapping[str, Any], where: str) -> tuple[ModelShape | None, list[str]]:

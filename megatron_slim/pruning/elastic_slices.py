@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_slim.checkpoint.convert import Checkpoint
+from megatron_slim.checkpoint.convert import Checkpoint, write_checkpoint
 from megatron_slim.checkpoint.records import ELASTIC
 from megatron_slim.errors import CheckpointError
 from megatron_slim.pruning.apply import PrunedCheckpoint
 from megatron_slim.pruning.elastic import MAKE, Elastic, find_elastic
 from megatron_slim.pruning.pipeline import write_pruned
+from megatron_slim.pruning.plan import Plan
+from megatron_slim.pruning.sorting import inverse, reordered, sorting_plan
 from megatron_slim.streaming.fingerprint import fingerprint
 
 
@@ -74,3 +77,48 @@ def write_slice(source: Checkpoint, elastic: Elastic, name: str, target: Path, *
     budgets = elastic.down_from(name)
     pruned = sliced(source, elastic, name)
     return write_pruned(pruned, target, stats=None, budgets=budgets if len(budgets) > 1 else (), **options)
+
+
+def write_sorted(
+    source: Checkpoint, elastic: Elastic, target: Path, *, expert_parallel: int = 1, **options: Any
+) -> dict[str, Any]:
+    """Write an elastic checkpoint in an order in which the first of every axis are those of its smaller budgets.
+
+    Args:
+        source: the elastic checkpoint.
+        elastic: its document.
+        target: a new directory.
+        expert_parallel: as `sorting.sorting_plan`.
+        options: as `checkpoint.convert.write_checkpoint`.
+
+    Raises:
+        SlimError: it is sorted already, or the document is for a model of other sizes.
+    """
+    if elastic.order is not None:
+        raise CheckpointError("is sorted already", where=str(source.path), fix="undo that first with --undo")
+    order = sorting_plan(elastic.budgets, expert_parallel)
+    return _write_reordered(source, elastic, order, inverse(order), target, options)
+
+
+def write_unsorted(source: Checkpoint, elastic: Elastic, target: Path, **options: Any) -> dict[str, Any]:
+    """Write a sorted checkpoint in the order that it had before; arguments and errors as `write_sorted`."""
+    if elastic.order is None:
+        raise CheckpointError("is not sorted", where=str(source.path), fix="leave --undo out")
+    return _write_reordered(source, elastic, elastic.order, None, target, options)
+
+
+def _write_reordered(
+    source: Checkpoint, elastic: Elastic, order: Plan, undo: Plan | None, target: Path, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    check_sizes(elastic, source)
+    moved = PrunedCheckpoint(order, source, check_source=False)
+
+    def records(directory: Path) -> dict[str, Any]:
+        sha256 = fingerprint(moved)
+        plans = (dataclasses.replace(reordered(each.plan, order), source_sha256=sha256) for each in elastic.budgets)
+        budgets = tuple(dataclasses.replace(each, plan=plan) for each, plan in zip(elastic.budgets, plans, strict=True))
+        document = Elastic(budgets, undo)
+        document.save(directory / ELASTIC)
+        return {"elastic_sha256": document.sha256, "sorted": undo is not None}
+
+    return write_checkpoint(moved, target, records=records, **options)

@@ -73,11 +73,11 @@ class InnerAxes:
             axis = KINDS[source.layer_type(block)].heads
             groups, width = source.sizes[axis.group_axis], source.sizes[axis.axis]
             heads = np.array(self.heads[block], dtype=np.int64)
-            kept = np.unique(heads // width)
+            kept = np.array(list(dict.fromkeys((heads // width).tolist())), dtype=np.int64)  # in order
             within = np.zeros((groups, len(heads) // len(kept)), dtype=np.int64)  # of groups that go, never read
             within[kept] = heads.reshape(len(kept), -1) % width
             found[axis.axis] = within
-            if len(kept) < groups:
+            if not np.array_equal(kept, np.arange(groups)):
                 found[axis.group_axis] = kept
         return found
 

@@ -34,7 +34,7 @@ class Origin:
 
 
 def kept_axes(plan: Plan, block: str, expert: int | None) -> dict[str, Positions]:
-    """What survives of each axis of which not all does.
+    """What survives of each axis of which not all does, or in another order.
 
     Args:
         plan: the decision.
@@ -43,12 +43,18 @@ def kept_axes(plan: Plan, block: str, expert: int | None) -> dict[str, Positions
     """
     source = plan.source_shape
     kept = plan.inner.kept(block, source, expert) if block else {}
-    if len(plan.kept_hidden) < source.hidden_size:
-        kept["hidden"] = np.array(plan.kept_hidden, dtype=np.int64)
-    groups = plan.experts.get(block, ())
-    if groups and len(groups) < source.in_block(block).num_moe_experts:
-        kept["expert"] = np.array([group.base for group in groups], dtype=np.int64)
+    hidden = np.array(plan.kept_hidden, dtype=np.int64)
+    if _is_some(hidden, source.hidden_size):
+        kept["hidden"] = hidden
+    bases = np.array([group.base for group in plan.experts.get(block, ())], dtype=np.int64)
+    if len(bases) and _is_some(bases, source.in_block(block).num_moe_experts):
+        kept["expert"] = bases
     return kept
+
+
+def _is_some(kept: Positions, size: int) -> bool:
+    """Whether it is not all indices in their order."""
+    return not np.array_equal(kept, np.arange(size))
 
 
 def source_key(key: str, plan: Plan) -> str:

@@ -313,7 +313,7 @@ def test_expert_groups_of_budgets_nest(source: HFCheckpoint, random_stats: Rando
 
 DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "version": (lambda d: d.update(version=2), "not a document of budgets of version 1"),
-    "key": (lambda d: d.update(order=[]), "unknown key order"),
+    "key": (lambda d: d.update(sizes=[]), "unknown key sizes"),
     "no budgets": (lambda d: d.update(budgets=[]), "budgets are not a list of at least one"),
     "no parent": (lambda d: d.pop("parent"), "missing key parent"),
     "parent": (lambda d: d["parent"]["shape"].update(hidden_size="48"), "parent: shape.hidden_size '48'"),
