@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         read_recipe,
         read_statistics,
     )
+    from megatron_slim.api_elastic import open_budget, slice_budget
     from megatron_slim.api_measures import acceptance, count_parameters, evaluate, figures, task_scores
 
 __version__ = "0.1.0"
@@ -52,11 +53,13 @@ __all__ = [
     "evaluate",
     "figures",
     "make_plan",
+    "open_budget",
     "open_checkpoint",
     "prune",
     "read_plan",
     "read_recipe",
     "read_statistics",
+    "slice_budget",
     "task_scores",
 ]
 

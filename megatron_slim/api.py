@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from megatron_slim.api_elastic import open_budget, slice_budget
 from megatron_slim.api_inputs import Format, StrPath, data_of, expect, opened, shown
 from megatron_slim.api_measures import acceptance, count_parameters, evaluate, figures, task_scores
 from megatron_slim.architecture.shape import ModelShape
@@ -61,11 +62,13 @@ __all__ = [
     "evaluate",
     "figures",
     "make_plan",
+    "open_budget",
     "open_checkpoint",
     "prune",
     "read_plan",
     "read_recipe",
     "read_statistics",
+    "slice_budget",
     "task_scores",
 ]
 

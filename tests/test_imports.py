@@ -62,7 +62,7 @@ LAYERS = (
     ("planning",),
     ("doctor",),
     ("compression",),
-    ("api", "api_inputs", "api_measures"),
+    ("api", "api_elastic", "api_inputs", "api_measures"),
     ("cli", "__main__"),
     ("testing", "testing_preload"),
 )

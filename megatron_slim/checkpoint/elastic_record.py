@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_slim.checkpoint.records import ELASTIC
+from megatron_slim.checkpoint.records import ELASTIC, PLAN_ITEMS
 from megatron_slim.checkpoint.torch_dist_names import HF_DIR
 from megatron_slim.files import read_json, write_atomic
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from megatron_slim.checkpoint.units import Checkpoint
 
 _WEIGHTS = ("iter_", "release")  # what names of directories with weights begin with, below that of the checkpoint
-MAX_ITEMS = 40_000_000  # neurons of every expert of a large model, in several budgets
 logger = logging.getLogger(__name__)
 
 
@@ -33,7 +32,7 @@ def carry_elastic(source: Checkpoint, target: Path) -> Mapping[str, Any]:
     file = elastic_file(source.path)
     if file is None:
         return {}
-    document = read_json(file, max_items=MAX_ITEMS)
+    document = read_json(file, max_items=PLAN_ITEMS)
     parent = document.get("parent") if isinstance(document, Mapping) else None
     shape = json.loads(json.dumps(source.shape.to_dict()))
     if not isinstance(parent, Mapping) or parent.get("shape") != shape:

@@ -9,6 +9,7 @@ CARRIED_TENSORS = "slim_carried.tensors"  # next to the config.json of a torch_d
 CARRIED_CONTENT = "slim_carried.json"  # its digest
 PLAN, REPORT = "plan.json", "pruning_report.md"
 ELASTIC = "elastic.json"  # the budgets that an elastic checkpoint holds
+PLAN_ITEMS = 40_000_000  # at most, of plans: they name neurons of every expert of a large model, of each budget
 QUANTIZATION_REPORT = "quantization_report.md"
 STATS, FORMER_STATS = "calibration.stats", "stats.safetensors"
 RECORDS = frozenset(

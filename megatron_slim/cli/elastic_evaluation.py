@@ -76,7 +76,7 @@ def evaluate_budgets(args: argparse.Namespace, measure: Measure, names: Sequence
         summary = summarise(checkpoint.shape, total_bytes(checkpoint.shape, checkpoint.dtypes))
         results = {**measure(checkpoint), "load": str(args.load)}
         found.append({"budget": name, **known, "sizes": summary, **results})
-    print_rows([_row(each, names) for each in found])
+    print_rows([_row(each, names, between=args.between) for each in found])
     return {"load": str(args.load), "budgets": found}
 
 
@@ -90,8 +90,10 @@ def _sizes(elastic: Elastic, with_between: bool) -> Iterator[tuple[str, Plan, di
         yield size.name, size.plan, {"weight": None, "untrained": True}
 
 
-def _row(results: dict[str, Any], names: Sequence[str]) -> dict[str, str]:
-    row = {"budget": results["budget"] + (" (untrained)" if results["untrained"] else "")}
+def _row(results: dict[str, Any], names: Sequence[str], *, between: bool) -> dict[str, str]:
+    row = {"budget": results["budget"]}
+    if between:
+        row["trained"] = "untrained" if results["untrained"] else "a budget"
     row |= {label: f"{results['sizes'][key]:,}" for key, label in _SIZES.items()}
     row |= figures_of(results, names)
     if (acceptance := results.get("acceptance")) is not None:

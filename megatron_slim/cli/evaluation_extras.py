@@ -203,7 +203,7 @@ def print_rows(rows: Sequence[Mapping[str, str]]) -> None:
 
     table = Table()
     for column in rows[0]:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for row in rows:
         table.add_row(*(row.get(column, "") for column in rows[0]))
     wide_console().print(table)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.checkpoint.elastic_record import MAX_ITEMS, elastic_file
-from megatron_slim.checkpoint.records import ELASTIC
+from megatron_slim.checkpoint.elastic_record import elastic_file
+from megatron_slim.checkpoint.records import ELASTIC, PLAN_ITEMS
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json, sha256, write_atomic
 from megatron_slim.pruning.nesting import ElasticBudget as ElasticBudget
@@ -123,7 +123,7 @@ def read_elastic(path: Path) -> Elastic:
     Raises:
         PlanError: lists every violation.
     """
-    return parse_elastic(read_json(path, max_items=MAX_ITEMS), where=str(path))
+    return parse_elastic(read_json(path, max_items=PLAN_ITEMS), where=str(path))
 
 
 def parse_elastic(document: Any, *, where: str = ELASTIC) -> Elastic:

@@ -96,6 +96,7 @@ def budgets_table(budgets: Sequence[ElasticBudget]) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     for key in shown_sizes(columns[0]):
-        table.add_row(LABELS[key], *(f"{column[key]:,}" for column in columns))
+        label = LABELS[key] + (" in bf16" if key == "bytes" else "")
+        table.add_row(label, *(f"{column[key]:,}" for column in columns))
     table.add_row("weight in training", *(f"{each.weight:g}" for each in budgets))
     return table

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_slim.architecture.family import LAYERS
 from megatron_slim.architecture.rope import read_rope
 from megatron_slim.architecture.shape import LATER, ModelShape
-from megatron_slim.checkpoint.records import PLAN
+from megatron_slim.checkpoint.records import PLAN, PLAN_ITEMS
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json
 from megatron_slim.pruning.allocation import violations as allocation_violations
@@ -45,7 +45,7 @@ def load_plan(path: Path) -> Plan:
         PlanError: the file is not a plan, or is one that cannot be applied.
     """
     path = path / PLAN if path.is_dir() else path
-    return parse_plan(read_json(path), where=str(path))
+    return parse_plan(read_json(path, max_items=PLAN_ITEMS), where=str(path))
 
 
 def parse_plan(document: Any, *, where: str = "plan") -> Plan:

@@ -86,7 +86,7 @@ def test_sizes_between_are_marked_and_measured(tool: Tool, place: Path, tmp_path
     sizes = list(between(elastic))
     assert [row["budget"] for row in rows] == ["full", "small", *(size.name for size in sizes)] and len(sizes) == 4
     assert [row["untrained"] for row in rows] == [False, False, True, True, True, True]
-    assert done.stdout.count("(untrained)") == 4
+    assert done.stdout.count("│ untrained │") == 4
     for row, size in zip(rows[2:], sizes, strict=True):
         plan = tmp_path / "plan.json"
         size.plan.save(plan)

@@ -35,7 +35,7 @@ from megatron_slim.pruning.elastic_plans import bf16_summary, check_budgets, pla
 from megatron_slim.pruning.experts import ExpertGroup
 from megatron_slim.pruning.pipeline import write_pruned
 from megatron_slim.pruning.plan import Plan, make_plan
-from megatron_slim.pruning.plan_reader import PlanError, parse_plan
+from megatron_slim.pruning.plan_reader import PlanError, load_plan, parse_plan
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.pruning.target import target_shape
 from megatron_slim.recipe import parse_recipe
@@ -418,3 +418,14 @@ def test_the_example_of_the_page_is_a_recipe_with_the_sizes_of_its_table() -> No
         counts = (sizes[key] / 1e9 for key in ("parameters", "parameters_without_mtp", "active_parameters"))
         expected = [*(f"{count:.1f}B" for count in counts), f"{sizes['bytes'] / 1e9:.1f} GB"]
         assert (name, cells.split(" | ")) == (budget.name, expected)
+
+
+def test_plans_with_millions_of_neurons_are_read(tmp_path: Path) -> None:
+    """Of 48 layers with 512 experts a plan names more numbers than other documents may have."""
+    numbers = "0," * 5_000_000
+    (tmp_path / "p.json").write_text(f'{{"version": 2, "neurons": [{numbers}0]}}')
+    (tmp_path / "e.json").write_text(f'{{"version": 1, "budgets": [{numbers}0]}}')
+    with pytest.raises(PlanError, match="missing key recipe"):
+        load_plan(tmp_path / "p.json")
+    with pytest.raises(PlanError, match="missing key parent"):
+        read_elastic(tmp_path / "e.json")

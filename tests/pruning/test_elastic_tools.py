@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import megatron_slim as slim
 from megatron_slim.architecture.shape import FAMILIES
 from megatron_slim.checkpoint.convert import open_checkpoint, same_bytes
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
@@ -265,3 +266,21 @@ def test_search_data_need_a_budget_with_something_to_choose(tool: Tool, one: Mad
     done = one.prune(tool, *data, recipe=tmp_path / "r.json")
     assert done.code == 0, done.stderr
     assert done.json["budgets"][1]["parameters_without_mtp"] <= 300_000 < done.json["budgets"][0]["parameters"]
+
+
+def test_python_gives_what_the_command_gives(tool: Tool, one: Made, tmp_path: Path) -> None:
+    load = one.elastic(tool, "torch_dist")
+    written = slim.slice_budget(load, "middle", tmp_path / "python")
+    by_command = tool(SLICE, "--load", load, "--budget", "middle", "--save", tmp_path / "command", "--json").json
+    assert written == {key: by_command[key] for key in written}
+    found = open_checkpoint(tmp_path / "python")
+    assert_same_tensors(found, open_checkpoint(tmp_path / "command"))
+    budget = slim.open_budget(slim.open_checkpoint(load), "middle")
+    assert_same_tensors(found, budget)
+    tokens = np.arange(24, dtype=np.int64).reshape(2, 12)
+    assert slim.evaluate(budget, tokens) == slim.evaluate(tmp_path / "python", tokens)
+    assert slim.count_parameters(budget).total == written["parameters"]
+    with pytest.raises(slim.SlimError, match="there is no budget 'x'"):
+        slim.open_budget(load, "x")
+    with pytest.raises(slim.SlimError, match="output already exists"):
+        slim.slice_budget(load, "middle", tmp_path / "python")

@@ -23,6 +23,9 @@ from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import CheckpointError, ShapeError
 from megatron_slim.evaluation.perplexity import evaluate
 from megatron_slim.pruning.apply import PrunedCheckpoint
+from megatron_slim.pruning.elastic import find_elastic
+from megatron_slim.pruning.elastic_plans import plan_budgets
+from megatron_slim.pruning.elastic_slices import write_slice, write_sorted, write_unsorted
 from megatron_slim.pruning.pipeline import write_pruned
 from megatron_slim.pruning.plan import make_plan
 from megatron_slim.pruning.statistics import Statistics
@@ -251,6 +254,29 @@ def test_every_axis_is_pruned_with_it(to: str, vlm: Path, random_stats: RandomSt
         saved = tmp_path / "export"
     with torch.no_grad():
         assert torch.isfinite(load_vlm(saved)(**picture_and_text()).logits).all()
+
+
+@pytest.mark.parametrize("to", ["hf", "torch_dist"])
+def test_a_slice_has_its_tower(to: str, vlm: Path, random_stats: RandomStats, tmp_path: Path) -> None:
+    """The rows that its hidden dimensions need; and sorted and back it is the tower of before."""
+    source = HFCheckpoint.open(vlm)
+    budgets = [{"name": "whole"}, {"name": "small", "target": {"hidden_size": 48, "num_layers": 4}}]
+    planned = plan_budgets(parse_recipe({"version": 1, "budgets": budgets}).budgets, random_stats(source), source.shape)
+    options = {"stats": None, "budgets": planned, "to": to}
+    write_pruned(PrunedCheckpoint(planned[0].plan, source), tmp_path / "elastic", **options)
+    elastic = find_elastic(tmp_path / "elastic")
+    assert elastic is not None
+    write_slice(open_checkpoint(tmp_path / "elastic"), elastic, "small", tmp_path / "slice", to="hf")
+    alone = _pruned(source, random_stats(source), tmp_path / "alone", hidden_size=48, num_layers=4)
+    found, expected = files_tensors(tmp_path / "slice"), files_tensors(alone)
+    assert found.keys() == expected.keys() and any(".visual." in name for name in found)
+    assert [name for name in found if not same_bytes(found[name], expected[name])] == []
+    write_sorted(open_checkpoint(tmp_path / "elastic"), elastic, tmp_path / "sorted", to=to)
+    order = find_elastic(tmp_path / "sorted")
+    assert order is not None
+    write_unsorted(open_checkpoint(tmp_path / "sorted"), order, tmp_path / "back", to="hf")
+    back, before = files_tensors(tmp_path / "back"), files_tensors(vlm)
+    assert back.keys() == before.keys() and all(same_bytes(back[name], before[name]) for name in back)
 
 
 def test_fp8_leaves_what_is_carried_alone(vlm: Path, tmp_path: Path) -> None:
