@@ -246,6 +246,27 @@ def _kill(ranks: list[BaseProcess]) -> None:
         process.join()
 
 
+def make_elastic(checkpoint: Path, targets: dict[str, dict[str, int]], seed: int = 0, depth: str = "last") -> Path:
+    """Give a checkpoint in Hugging Face's format budgets of these sizes by name, chosen by random statistics."""
+    import numpy as np
+
+    from megatron_slim.checkpoint.huggingface import HFCheckpoint
+    from megatron_slim.checkpoint.records import ELASTIC
+    from megatron_slim.pruning.elastic import elastic_of
+    from megatron_slim.pruning.elastic_plans import plan_budgets
+    from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes
+    from megatron_slim.recipe import parse_recipe
+    from megatron_slim.streaming.fingerprint import fingerprint
+
+    source, rng = HFCheckpoint.open(checkpoint), np.random.default_rng(seed)
+    tensors = {key: np.asarray(rng.random(size), dtype=np.float32) for key, size in expected_shapes(source.shape)}
+    stats = Statistics(tensors, {"format": FORMAT, "source_sha256": fingerprint(source)})
+    budgets = [{"name": name, "target": target} for name, target in targets.items()]
+    recipe = parse_recipe({"version": 1, "budgets": budgets, "depth": {"method": depth}})
+    elastic_of(plan_budgets(recipe.budgets, stats, source.shape)).save(checkpoint / ELASTIC)
+    return checkpoint
+
+
 def write_tokens(prefix: Path, documents: Iterable[Any], dtype: str = "int32") -> None:
     """A data set of Megatron's, by its own writer, with a document for every array of token ids."""
     import megatron_slim.mcore

@@ -1,8 +1,8 @@
 """Several sizes of one student, trained together: the largest, whose parameters they share, and models of the others.
 
-Each of the others is an ordinary model of its size, co-located with it (`selected`): what it computes, and its gradients, are
-those of the pruned checkpoint, and so is what computing costs. Like the teacher they are plain attributes: DDP,
-optimizer and checkpoints see the largest alone.
+Each of the others is an ordinary model of its size, co-located with it (`selected`): what it computes, and its
+gradients, are those of the pruned checkpoint, and so is what computing costs. Like the teacher they are plain
+attributes: DDP, optimizer and checkpoints see the largest alone.
 
 Between pipeline stages the hidden states of all sizes are as wide as the largest one's, zeros on the right: Megatron's
 schedules then need one shape for all.

@@ -14,15 +14,15 @@ from torch import Tensor
 from megatron_slim.architecture.flops import student_flops
 from megatron_slim.checkpoint.torch_dist_names import HF_DIR
 from megatron_slim.errors import SlimError
-from megatron_slim.pruning.elastic import ElasticBudget, find_elastic
+from megatron_slim.pruning.elastic import Elastic, ElasticBudget, find_elastic
 from megatron_slim.training.slim_arguments import ELASTIC_FLAG, TOGETHER
 from megatron_slim.training.stage_layout import StageLayout, kernels_of, layout_string
 
-# Flags that need what a smaller budget does not have: gradients that come to the largest model while it computes,
-# modules that Megatron knows of, or a teacher that is not co-located.
+# Left out, since settings for GPUs have them: gradients of the smaller budgets come when a step is done, and their
+# weights are copied before it.
+OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather", "--overlap-param-gather-with-optimizer-step")
+# Flags that need what a smaller budget does not have.
 _EXCLUDED = {
-    "overlap_grad_reduce": "gradients of the smaller budgets come when a step is done",
-    "overlap_param_gather": "weights of the smaller budgets are copied before a step",
     "teacher_ahead": "the teacher computes for all budgets of a micro-batch at once already",
     "hidden_kd_layers": "projections are of one size",
     "fp8": "copies of weights in FP8 are of one size",
@@ -139,11 +139,9 @@ def elastic_run(args: Namespace, source: Path) -> ElasticRun | None:
     """
     if args.elastic is None:
         return None
-    places = (source, source.parent) if source.name == HF_DIR else (source,)
-    document = next((found for place in places if (found := find_elastic(place)) is not None), None)
-    if document is None:
-        fix = "make one with megatron-slim prune and a recipe with budgets, or leave --elastic out"
-        raise SlimError(f"{ELASTIC_FLAG}: the student has no budgets", where=str(source), fix=fix)
+    if (document := budgets_of(source)) is None:
+        fix = "prune by a recipe with budgets, or leave --elastic out"
+        raise SlimError(f"{ELASTIC_FLAG}, but the student has no budgets", where=str(source), fix=fix)
     count, names = len(document.budgets), ", ".join(budget.name for budget in document.budgets)
     for key in ("elastic_shares", "elastic_late_shares"):
         if (shares := getattr(args, key)) is not None and len(shares) != count:
@@ -157,6 +155,32 @@ def elastic_run(args: Namespace, source: Path) -> ElasticRun | None:
         late_from=args.elastic_late_from or 0,
         seed=args.seed,
     )
+
+
+def without_overlap(words: Sequence[str]) -> list[str]:
+    """A command line, of an elastic run without `OVERLAP`."""
+    if not any(word.split("=")[0] == ELASTIC_FLAG for word in words):
+        return list(words)
+    return [word for word in words if word not in OVERLAP]
+
+
+def elastic_note(given: Sequence[str], elastic: ElasticRun | None, source: Path) -> str | None:
+    """What a run of this command line does with budgets that its flags do not say, if anything."""
+    if elastic is None:
+        if budgets_of(source) is None:
+            return None
+        return (
+            f"{source}: holds budgets, of which this run trains the largest alone: the smaller ones are then no longer "
+            f"what they were, and its checkpoints have none; {ELASTIC_FLAG} trains all"
+        )
+    left_out = [word for word in OVERLAP if word in given]
+    return f"{ELASTIC_FLAG}: without {', '.join(left_out)}" if left_out else None
+
+
+def budgets_of(source: Path) -> Elastic | None:
+    """The document next to a config.json, which of torch_dist is in ``hf/``."""
+    places = (source, source.parent) if source.name == HF_DIR else (source,)
+    return next((found for place in places if (found := find_elastic(place)) is not None), None)
 
 
 def elastic_violations(args: Namespace) -> list[str]:
@@ -192,9 +216,9 @@ def depth_violations(run: ElasticRun, stages: StageLayout) -> list[str]:
     for budget in run.budgets if shape.mtp_num_layers else ():
         if (stage := stage_of(layer := budget.plan.kept_layers[-1], stages)) != last:
             found.append(
-                f"budget {budget.name}: its last layer, model.layers.{layer} of the student, is in pipeline stage "
-                f"{stage + 1}, the student's last in stage {last + 1}; give a --pipeline-model-parallel-layout that has "
-                "both in one stage"
+                f"budget {budget.name}: its last layer, model.layers.{layer} of the student, is in pipeline "
+                f"stage {stage + 1}, the student's last in stage {last + 1}; give a --pipeline-model-parallel-layout "
+                "that has both in one stage"
             )
     return found
 

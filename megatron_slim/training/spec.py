@@ -25,7 +25,7 @@ from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, Distilla
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.recipe_sections import Phase
 from megatron_slim.training.arguments import complete_argv, parse, shape_directory
-from megatron_slim.training.elastic import ElasticRun, elastic_run
+from megatron_slim.training.elastic import ElasticRun, elastic_run, without_overlap
 from megatron_slim.training.progressive import Place, find_place, is_done, phase_of
 from megatron_slim.training.rates import default_warmup
 from megatron_slim.training.stage_layout import StageLayout, plan_stages
@@ -148,7 +148,7 @@ def resolve(argv: Sequence[str], teacher: ModelShape | None = None) -> RunSpec:
     given = list(argv)
     source = shape_directory(given)
     flags, student = complete_argv(given)
-    words = [*flags, *given]
+    words = without_overlap([*flags, *given])
     args = parse(words)
     phase = phase_of(args.pretrained_checkpoint)
     place = find_place(phase, args)

@@ -7,22 +7,16 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from megatron_slim.architecture.shape import FAMILIES, ModelShape
 from megatron_slim.checkpoint.convert import open_checkpoint
-from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.records import ELASTIC
 from megatron_slim.pruning.apply import PrunedCheckpoint
-from megatron_slim.pruning.elastic import elastic_of, find_elastic
-from megatron_slim.pruning.elastic_plans import plan_budgets
+from megatron_slim.pruning.elastic import find_elastic
 from megatron_slim.pruning.pipeline import write_pruned
-from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes
-from megatron_slim.recipe import parse_recipe
-from megatron_slim.streaming.fingerprint import fingerprint
-from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkpoint
+from megatron_slim.testing import make_elastic, run_distributed, tiny_shape, write_tiny_checkpoint
 from megatron_slim.training.elastic import ElasticRun
 from tests.training.conftest import SIZES, Workplace, refusal
 
@@ -53,20 +47,13 @@ KINDS = {
 TERMS = ("lm loss", "logits distillation loss", "mtp lm loss", "mtp distillation loss")
 
 
-def make_elastic(directory: Path, shape: ModelShape, seed: int = 0) -> Path:
+def write_elastic(directory: Path, shape: ModelShape) -> Path:
     """A checkpoint with three budgets, chosen by random statistics."""
-    source = HFCheckpoint.open(write_tiny_checkpoint(directory, shape, seed=seed, dtype=torch.float32))
-    rng = np.random.default_rng(seed)
-    tensors = {key: np.asarray(rng.random(size), dtype=np.float32) for key, size in expected_shapes(shape)}
-    stats = Statistics(tensors, {"format": FORMAT, "source_sha256": fingerprint(source)})
     targets = dict(BUDGETS)
     for kind in KINDS[shape.model_type]:
         targets |= {name: targets[name] | more for name, more in OF_KIND[kind].items()}
-    budgets = [{"name": name, "target": target} for name, target in targets.items()]
-    depth = {"method": "last" if shape.num_dense_layers else "block_influence"}
-    recipe = parse_recipe({"version": 1, "budgets": budgets, "depth": depth})
-    elastic_of(plan_budgets(recipe.budgets, stats, shape)).save(directory / ELASTIC)
-    return directory
+    depth = "last" if shape.num_dense_layers else "block_influence"
+    return make_elastic(write_tiny_checkpoint(directory, shape, dtype=torch.float32), targets, depth=depth)
 
 
 def pruned(checkpoint: Path, name: str) -> PrunedCheckpoint:
@@ -95,7 +82,7 @@ def assert_same_weights(found: PrunedCheckpoint, expected: Path) -> None:
 @pytest.fixture(scope="module")
 def place(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     root = tmp_path_factory.mktemp("elastic")
-    student = make_elastic(root / "student", tiny_shape(**SIZES))
+    student = write_elastic(root / "student", tiny_shape(**SIZES))
     return Workplace(root, workplace.teacher, student)
 
 
@@ -134,7 +121,7 @@ def test_training_one_budget_is_training_its_slice(
 def test_families(place: Workplace, family: str, tmp_path: Path) -> None:
     """The same of every family, without a teacher; of GLM's with a dense layer and routers with a bias."""
     shape = tiny_shape(family, vocab_size=120, num_layers=4)
-    student = make_elastic(tmp_path / "student", shape)
+    student = write_elastic(tmp_path / "student", shape)
     here = dataclasses.replace(place, root=tmp_path, student=student)
     small = dataclasses.replace(here, student=slice_to(tmp_path / "slice", student, "small"))
     flags = (*EXACT, "--moe-router-bias-update-rate", "1e-2") if family == "glm4_moe" else EXACT
@@ -147,7 +134,7 @@ def test_families(place: Workplace, family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("schedule", ["in-turn", "together"])
 def test_the_largest_budget_alone_is_an_ordinary_run(place: Workplace, schedule: str, tmp_path: Path) -> None:
     """Bit for bit, clipping included: its parameters are the student's own."""
-    student = make_elastic(tmp_path / "student", tiny_shape(**SIZES))
+    student = write_elastic(tmp_path / "student", tiny_shape(**SIZES))
     elastic = find_elastic(student)
     assert elastic is not None
     dataclasses.replace(elastic, budgets=elastic.budgets[:1]).save(student / ELASTIC)
@@ -262,7 +249,6 @@ def test_shares_change_in_a_second_stage() -> None:
 
 
 REFUSED = {
-    "overlap": ("--overlap-grad-reduce", "--elastic does not go with --overlap-grad-reduce"),
     "ahead": ("--teacher-ahead 2", "--elastic does not go with --teacher-ahead"),
     "hidden": ("--hidden-kd-layers 0:0", "--elastic does not go with --hidden-kd-layers"),
     "shares": (
@@ -293,7 +279,21 @@ def test_what_cannot_be_done_is_refused_at_the_start(place: Workplace, case: str
 def test_a_student_without_budgets_is_refused(workplace: Workplace) -> None:
     argv = workplace.argv("none", "--micro-batch-size", "1", "--elastic", "together")
     (found,) = run_distributed(1, refusal, argv, str(workplace.new_log("none")), initialise=False)
-    assert "--elastic: the student has no budgets" in found and "megatron-slim prune" in found
+    assert "--elastic, but the student has no budgets; prune by a recipe with budgets" in found
+
+
+def test_overlap_is_left_out_and_said(place: Workplace) -> None:
+    flags = ("--micro-batch-size", "2", "--overlap-grad-reduce", "--overlap-param-gather", "--elastic", "together")
+    found = place.train("overlap", 1, *flags, "--train-iters", "2")
+    assert len(found["small lm loss"]) == 2
+    assert "--elastic: without --overlap-grad-reduce, --overlap-param-gather" in place.log("overlap").read_text()
+
+
+def test_a_run_of_the_largest_alone_says_what_it_does(place: Workplace, tmp_path: Path) -> None:
+    flags = ("--micro-batch-size", "2", "--train-iters", "1", "--save", str(tmp_path / "saved"))
+    place.train("largest", 1, *flags)
+    assert "holds budgets, of which this run trains the largest alone" in place.log("largest").read_text()
+    assert find_elastic(tmp_path / "saved") is None
 
 
 def test_shares_without_budgets_are_refused(workplace: Workplace) -> None:
