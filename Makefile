@@ -24,10 +24,10 @@ endif
 
 SCRIPTS = .ci/run $(shell find . -name '*.sh' -not -path './.venv/*' -not -path './runs/*' -not -path './.clients/*')
 
-.PHONY: help venv demo test test-all test-clients lint lock clean
+.PHONY: help venv demo demo-elastic test test-all test-clients lint lock clean
 
 help:
-	@echo "make venv | demo | test | test-all | test-clients | lint | lock | clean"
+	@echo "make venv | demo | demo-elastic | test | test-all | test-clients | lint | lock | clean"
 
 venv: $(READY)
 
@@ -42,6 +42,11 @@ $(VENV)/.complete: pyproject.toml
 
 demo: $(READY)
 	PYTHON="$(PY)" bash examples/slimqwen/demo.sh
+
+# With the teacher of `make demo`, which it runs if there is none.
+demo-elastic: $(READY)
+	test -e runs/demo/teacher || $(MAKE) demo
+	PYTHON="$(PY)" bash examples/slimqwen/demo_elastic.sh
 
 # Tests wait much, for processes that start and for ranks that meet: one more at a time than a small machine has cores.
 WORKERS ?= 3

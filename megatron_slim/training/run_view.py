@@ -61,14 +61,16 @@ def read_run(directory: Path) -> dict[str, dict[int, float]]:
 
 
 def loss_names(logged: Iterable[str]) -> list[str]:
-    """Names of loss terms among tags: those of `LOSS_TERMS` in its order, then what others have logged as a loss."""
+    """Names of loss terms among tags: those of `LOSS_TERMS` in its order, then those of budgets and of others."""
     tags = set(logged)
     known = [term.name for term in LOSS_TERMS.values()]
     return [name for name in (*known, *sorted(tags - {*known})) if name in tags and name.endswith(SUFFIX)]
 
 
 def _term(name: str) -> LossTerm | None:
-    return next((term for term in LOSS_TERMS.values() if term.name == name), None)
+    """The term of a tag, which may have the name of a budget in front."""
+    short = name.rpartition("/")[2]
+    return next((term for term in LOSS_TERMS.values() if term.name == short), None)
 
 
 def in_nats(name: str) -> bool:
@@ -96,10 +98,22 @@ def stages(run: Series) -> dict[str, dict[str, float]]:
 
 
 def layers(run: Series, what: str) -> dict[str, Mapping[int, float]]:
-    """A figure of experts, ``max_over_mean`` or ``without_tokens``, by layer: the trunk's, then the MTP blocks."""
-    prefix = f"slim/experts/{what}/"
-    found = {tag.removeprefix(prefix): points for tag, points in run.items() if tag.startswith(prefix)}
-    return dict(sorted(found.items(), key=lambda item: (not item[0].startswith("layer"), len(item[0]), item[0])))
+    """A figure of experts, ``max_over_mean`` or ``without_tokens``, by layer: the trunk's, then the MTP blocks.
+
+    Of several budgets one after the other, each with its name in front.
+    """
+    found: dict[tuple[str, bool, int, str], Mapping[int, float]] = {}
+    for tag, points in run.items():
+        if match := re.fullmatch(rf"slim/(?:([^/]+)/)?experts/{what}/(\w+)", tag):
+            budget, layer = match[1] or "", match[2]
+            found[budget, not layer.startswith("layer"), len(layer), layer] = points
+    return {f"{key[0]} {key[-1]}".strip(): found[key] for key in sorted(found)}
+
+
+def _figures(run: Series) -> list[str]:
+    """`FIGURES`, those of each budget with its name in front."""
+    ends = {name: re.compile(rf"slim/((?:[^/]+/)?{name})") for name in FIGURES}
+    return [match[1] for pattern in ends.values() for tag in run if (match := pattern.fullmatch(tag))]
 
 
 def summary(run: Series) -> dict[str, Any]:
@@ -111,7 +125,7 @@ def summary(run: Series) -> dict[str, Any]:
             "least": min(points.values()),
             "most": max(points.values()),
         }
-        for name in (*loss_names(run), *FIGURES)
+        for name in (*loss_names(run), *_figures(run))
         if (points := run.get(name) or run.get(f"slim/{name}"))
     }
     last = {

@@ -35,7 +35,7 @@ class Turn:
 
     Attributes:
         budget: which it is of; 0 where there is one.
-        name: of the budget, with a space behind it; "" where there is one.
+        name: of the budget, with a slash behind it; "" where there is one.
         first: no budget had this micro-batch before.
         weight: of its losses.
         others: names of the other budgets of the step.
@@ -112,7 +112,7 @@ class Turns:
         budget = self.current[place]
         if place == 0:
             self._batches[stage] = read()
-        names = [f"{name} " for name in self.run.names]
+        names = [f"{name}/" for name in self.run.names]
         others = tuple(names[each] for each in self.current if each != budget)
         turn = Turn(budget, names[budget], place == 0, self.run.budgets[budget].weight, others)
         return turn, self._batches[stage]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_slim.architecture.flops import TORCH, student_flops
 from megatron_slim.architecture.shape import FAMILIES, ModelShape
 from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.checkpoint.records import ELASTIC
@@ -18,6 +19,8 @@ from megatron_slim.pruning.elastic import find_elastic
 from megatron_slim.pruning.pipeline import write_pruned
 from megatron_slim.testing import make_elastic, run_distributed, tiny_shape, write_tiny_checkpoint
 from megatron_slim.training.elastic import ElasticRun
+from megatron_slim.training.run_plots import picture
+from megatron_slim.training.run_view import in_nats, read_run, summary
 from tests.training.conftest import SIZES, Workplace, refusal
 
 # Every axis, layers too.
@@ -108,7 +111,7 @@ def test_training_one_budget_is_training_its_slice(
     sliced = dataclasses.replace(place, student=slice_to(place.root / f"slice-{run}", place.student, name))
     plain = sliced.train(f"{run}-alone", 1, *EXACT, *flags, "--save", str(alone))
     for term in TERMS:
-        assert elastic[f"{name} {term}"] == plain[term], term
+        assert elastic[f"{name}/{term}"] == plain[term], term
     # A mean over other numbers of layers, in fp32.
     assert elastic["global_load_balancing_loss"] == pytest.approx(plain["global_load_balancing_loss"], rel=1e-6)
     assert_same_weights(pruned(save, name), alone)
@@ -127,7 +130,7 @@ def test_families(place: Workplace, family: str, tmp_path: Path) -> None:
     flags = (*EXACT, "--moe-router-bias-update-rate", "1e-2") if family == "glm4_moe" else EXACT
     elastic = here.train("elastic", 1, *flags, *only("small"), "--save", str(tmp_path / "e"), distil=False)
     plain = small.train("alone", 1, *flags, "--save", str(tmp_path / "a"), distil=False)
-    assert elastic["small lm loss"] == plain["lm loss"]
+    assert elastic["small/lm loss"] == plain["lm loss"]
     assert_same_weights(pruned(tmp_path / "e", "small"), tmp_path / "a")
 
 
@@ -143,7 +146,7 @@ def test_the_largest_budget_alone_is_an_ordinary_run(place: Workplace, schedule:
     found = here.train("elastic", 1, *run, str(tmp_path / "elastic"), "--elastic", schedule)
     plain = here.train("plain", 1, *run, str(tmp_path / "plain"))
     for term in TERMS:
-        assert found[f"large {term}"] == plain[term], term
+        assert found[f"large/{term}"] == plain[term], term
     assert found["grad-norm"] == plain["grad-norm"]
     assert found["global_load_balancing_loss"] == plain["global_load_balancing_loss"]
     assert_same_weights(pruned(tmp_path / "elastic", "large"), tmp_path / "plain")
@@ -208,7 +211,7 @@ def test_a_run_is_the_same_under_every_layout(place: Workplace, schedule: str, l
     tags = [tag for tag in one if tag.endswith((*TERMS, "grad-norm", "global_load_balancing_loss"))]
     for name in BUDGETS:
         for term in TERMS:
-            assert f"{name} {term}" in tags and f"{name} {term} validation" in one
+            assert f"{name}/{term}" in tags and f"{name}/{term} validation" in one
     for tag in tags:
         # fp32 sums in another order, over five steps, as in test_parallel_layouts.py.
         assert found[tag] == pytest.approx(one[tag], rel=1e-5), tag
@@ -285,7 +288,7 @@ def test_a_student_without_budgets_is_refused(workplace: Workplace) -> None:
 def test_overlap_is_left_out_and_said(place: Workplace) -> None:
     flags = ("--micro-batch-size", "2", "--overlap-grad-reduce", "--overlap-param-gather", "--elastic", "together")
     found = place.train("overlap", 1, *flags, "--train-iters", "2")
-    assert len(found["small lm loss"]) == 2
+    assert len(found["small/lm loss"]) == 2
     assert "--elastic: without --overlap-grad-reduce, --overlap-param-gather" in place.log("overlap").read_text()
 
 
@@ -300,3 +303,21 @@ def test_shares_without_budgets_are_refused(workplace: Workplace) -> None:
     argv = workplace.argv("alone", "--micro-batch-size", "1", "--elastic-shares", "1,1")
     (found,) = run_distributed(1, refusal, argv, str(workplace.new_log("alone")), initialise=False)
     assert "shares of budgets need --elastic" in found
+
+
+def test_a_run_of_several_budgets_is_shown(place: Workplace) -> None:
+    """Losses and experts of each budget, in the log, in what show-run prints, and in its picture."""
+    place.train("shown", 1, "--micro-batch-size", "2", "--elastic", "together", "--train-iters", "3")
+    text = place.log("shown").read_text()
+    assert re.search(r"experts: max/mean [\d.]+ \((large|middle|small) (layer|mtp) \d+\)", text)
+    run = read_run(place.root / "tensorboard" / "shown")
+    found = summary(run)
+    assert {"small/lm loss", "large/mtp distillation loss", "small/experts/max_over_mean"} <= found["curves"].keys()
+    rows = found["experts"]["max_over_mean"]
+    assert [name for name in rows if name.startswith("small")][-1] == "small mtp_1" and "large layer_04" in rows
+    assert sum(name.startswith("small") for name in rows) == 3, "two layers and the MTP block"
+    assert in_nats("small/lm loss") and picture(run)[:4] == b"\x89PNG"
+    shapes = {name: pruned(place.student, name).shape for name in BUDGETS}
+    flops = {name: student_flops(shape, 32, TORCH).total for name, shape in shapes.items()}
+    rate = run["slim/throughput/student_tflops_per_gpu"][3] / run["slim/throughput/tokens_per_second_per_gpu"][3]
+    assert rate * 1e12 == pytest.approx(sum(flops.values()), rel=1e-5)
