@@ -62,13 +62,13 @@ def evaluate_budgets(args: argparse.Namespace, measure: Measure, names: Sequence
     from megatron_slim.checkpoint.convert import log_left_out, open_checkpoint
     from megatron_slim.checkpoint.huggingface_writer import total_bytes
     from megatron_slim.pruning.apply import PrunedCheckpoint
-    from megatron_slim.pruning.elastic_slices import check_sizes, elastic_at
+    from megatron_slim.pruning.elastic_slices import elastic_at, fitted
     from megatron_slim.pruning.report import summarise
 
-    elastic = elastic_at(args.load)
+    document = elastic_at(args.load)
     source = open_checkpoint(args.load, **load_options(args))
     log_left_out(source)
-    check_sizes(elastic, source)
+    elastic = fitted(document, source)
     found = []
     for name, plan, known in _sizes(elastic, args.between):
         logger.info(f"{args.load}: {name}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_slim.pruning.depth import depth_of, layer_fields
 from megatron_slim.pruning.elastic import Elastic, ElasticBudget, relative
-from megatron_slim.pruning.inner_axes import InnerAxes
+from megatron_slim.pruning.nesting import restricted
 from megatron_slim.pruning.plan import Plan
 
 _PARTS = ("layers", "hidden size", "blocks")  # blocks: experts, top-k, neurons and heads
@@ -60,7 +60,7 @@ def _differing(large: Plan, small: Plan) -> list[str]:
 def _inside(plan: Plan, of: Plan) -> tuple[Any, ...]:
     """What a plan keeps inside the blocks of another."""
     kept = set(of.source_blocks.values())
-    experts, inner = _restricted(plan, kept)
+    experts, inner = restricted(plan, kept)
     return plan.target_shape.moe_router_topk, experts, inner
 
 
@@ -73,7 +73,7 @@ def _mixed(layers: Plan, hidden: Plan, blocks: Plan) -> Plan:
     """A plan of parts of others; `relative` gives it the recipe of its sizes."""
     kept = {f"model.layers.{layer}" for layer in layers.kept_layers}
     kept |= {block for block in blocks.source_blocks.values() if block.startswith("mtp")}
-    experts, inner = _restricted(blocks, kept)
+    experts, inner = restricted(blocks, kept)
     source, shape = blocks.source_shape, blocks.target_shape
     counts = tuple(len(experts.get(f"model.layers.{layer}", ())) for layer in layers.kept_layers)
     target = dataclasses.replace(
@@ -90,15 +90,6 @@ def _mixed(layers: Plan, hidden: Plan, blocks: Plan) -> Plan:
         experts=experts,
         inner=inner,
     )
-
-
-def _restricted(plan: Plan, kept: set[str]) -> tuple[dict[str, Any], InnerAxes]:
-    """What a plan keeps inside some blocks."""
-    inner = {
-        field.name: {block: part for block, part in getattr(plan.inner, field.name).items() if block in kept}
-        for field in dataclasses.fields(InnerAxes)
-    }
-    return {block: groups for block, groups in plan.experts.items() if block in kept}, InnerAxes(**inner)
 
 
 def _name(whose: dict[str, ElasticBudget]) -> str:

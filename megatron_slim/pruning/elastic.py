@@ -19,6 +19,7 @@ from megatron_slim.pruning.nesting import ElasticBudget as ElasticBudget
 from megatron_slim.pruning.nesting import check_nested as check_nested
 from megatron_slim.pruning.nesting import contained as contained
 from megatron_slim.pruning.nesting import relative as relative
+from megatron_slim.pruning.nesting import without_mtp
 from megatron_slim.pruning.order_reader import order_dict, read_order
 from megatron_slim.pruning.plan import Plan, rendered
 from megatron_slim.pruning.plan_reader import PlanError, parse_plan, shape_of
@@ -61,6 +62,11 @@ class Elastic:
     def down_from(self, name: str) -> tuple[ElasticBudget, ...]:
         """The budget of a name and those within it; `elastic_of` makes a document of its slice of them."""
         return self.budgets[self.budgets.index(self.named(name)) :]
+
+    def without_mtp(self) -> Elastic:
+        """The same of the model without its MTP block, as one that was trained without it."""
+        budgets = (ElasticBudget(each.name, each.weight, without_mtp(each.plan)) for each in self.budgets)
+        return Elastic(tuple(budgets), None if self.order is None else without_mtp(self.order))
 
     def to_dict(self) -> dict[str, Any]:
         """As a document."""

@@ -30,12 +30,14 @@ def elastic_at(checkpoint: Path) -> Elastic:
     return found
 
 
-def check_sizes(elastic: Elastic, source: Checkpoint) -> None:
-    """Refuse a document for a model of other sizes.
+def fitted(elastic: Elastic, source: Checkpoint) -> Elastic:
+    """The document as one of this checkpoint, which may have lost its MTP block since.
 
     Raises:
-        CheckpointError: names the sizes.
+        CheckpointError: it is for a model of other sizes; names them.
     """
+    if elastic.shape.mtp_num_layers and not source.shape.mtp_num_layers:
+        elastic = elastic.without_mtp()
     ours, theirs = elastic.shape.to_dict(), source.shape.to_dict()
     differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if differing:
@@ -45,6 +47,7 @@ def check_sizes(elastic: Elastic, source: Checkpoint) -> None:
             where=str(source.path),
             fix="give the checkpoint that it was made for, or one trained from it",
         )
+    return elastic
 
 
 def sliced(source: Checkpoint, elastic: Elastic, name: str) -> PrunedCheckpoint:
@@ -58,8 +61,7 @@ def sliced(source: Checkpoint, elastic: Elastic, name: str) -> PrunedCheckpoint:
     Raises:
         SlimError: there is no such budget, or the document is for a model of other sizes.
     """
-    plan = elastic.named(name).plan
-    check_sizes(elastic, source)
+    plan = fitted(elastic, source).named(name).plan
     # Which weights they are is known now, and they are not those of the document where they were trained since.
     return PrunedCheckpoint(dataclasses.replace(plan, source_sha256=fingerprint(source)), source, check_source=False)
 
@@ -74,7 +76,7 @@ def write_slice(source: Checkpoint, elastic: Elastic, name: str, target: Path, *
         target: a new directory.
         options: as `checkpoint.convert.write_checkpoint`.
     """
-    budgets = elastic.down_from(name)
+    budgets = fitted(elastic, source).down_from(name)
     pruned = sliced(source, elastic, name)
     return write_pruned(pruned, target, stats=None, budgets=budgets if len(budgets) > 1 else (), **options)
 
@@ -94,6 +96,7 @@ def write_sorted(
     Raises:
         SlimError: it is sorted already, or the document is for a model of other sizes.
     """
+    elastic = fitted(elastic, source)
     if elastic.order is not None:
         raise CheckpointError("is sorted already", where=str(source.path), fix="undo that first with --undo")
     order = sorting_plan(elastic.budgets, expert_parallel)
@@ -102,6 +105,7 @@ def write_sorted(
 
 def write_unsorted(source: Checkpoint, elastic: Elastic, target: Path, **options: Any) -> dict[str, Any]:
     """Write a sorted checkpoint in the order that it had before; arguments and errors as `write_sorted`."""
+    elastic = fitted(elastic, source)
     if elastic.order is None:
         raise CheckpointError("is not sorted", where=str(source.path), fix="leave --undo out")
     return _write_reordered(source, elastic, elastic.order, None, target, options)
@@ -110,7 +114,6 @@ def write_unsorted(source: Checkpoint, elastic: Elastic, target: Path, **options
 def _write_reordered(
     source: Checkpoint, elastic: Elastic, order: Plan, undo: Plan | None, target: Path, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    check_sizes(elastic, source)
     moved = PrunedCheckpoint(order, source, check_source=False)
 
     def records(directory: Path) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_slim.architecture.family import LAYERS
 from megatron_slim.architecture.feed_forward import EXPERT_FFN
 from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 from megatron_slim.errors import RecipeError
@@ -211,3 +212,21 @@ def _groups(small: Plan, large: Plan) -> int:
     whole = all(len(groups) == counts[block] for block, groups in large.experts.items())
     own = small.recipe.experts.num_groups
     return own if whole else math.gcd(own, large.recipe.experts.num_groups)
+
+
+def restricted(plan: Plan, blocks: Collection[str]) -> tuple[dict[str, tuple[ExpertGroup, ...]], InnerAxes]:
+    """Experts, neurons and heads that a plan keeps inside some blocks of the source."""
+    inner = {
+        field.name: {block: part for block, part in getattr(plan.inner, field.name).items() if block in blocks}
+        for field in dataclasses.fields(InnerAxes)
+    }
+    return {block: groups for block, groups in plan.experts.items() if block in blocks}, InnerAxes(**inner)
+
+
+def without_mtp(plan: Plan) -> Plan:
+    """The plan of a model that is the same but for its MTP block."""
+    experts, inner = restricted(plan, {f"{LAYERS}{layer}" for layer in plan.kept_layers})
+    source, target = (
+        dataclasses.replace(shape, mtp_num_layers=0).simplest() for shape in (plan.source_shape, plan.target_shape)
+    )
+    return dataclasses.replace(plan, source_shape=source, target_shape=target, experts=experts, inner=inner)

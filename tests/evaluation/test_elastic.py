@@ -43,6 +43,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pruned(PrunedCheckpoint(budgets[0].plan, source), root / "elastic", stats=None, to="hf", budgets=budgets)
     write_tiny_checkpoint(root / "trained", source.shape, seed=4)
     shutil.copyfile(root / "elastic" / "elastic.json", root / "trained" / "elastic.json")
+    write_tiny_checkpoint(root / "other", tiny_shape())
+    shutil.copyfile(root / "elastic" / "elastic.json", root / "other" / "elastic.json")
     np.save(root / "tokens.npy", rng.integers(0, source.shape.vocab_size, (3, 16)).astype(np.int32))
     np.save(root / "prompts.npy", rng.integers(0, source.shape.vocab_size, (2, 6)).astype(np.int32))
     return root
@@ -98,6 +100,15 @@ def test_sizes_between_are_marked_and_measured(tool: Tool, place: Path, tmp_path
     assert len(set(losses)) == len(losses)
 
 
+def test_mtp_may_be_left_out(tool: Tool, place: Path) -> None:
+    whole, trunk = (
+        evaluate(tool, place, place / "elastic", "--elastic", *more).json["budgets"]
+        for more in ((), ("--without-mtp",))
+    )
+    assert [row["loss"] for row in trunk] == [row["loss"] for row in whole]
+    assert [row["mtp_loss"] for row in trunk] == [[], []] and all(len(row["mtp_loss"]) == 1 for row in whole)
+
+
 def test_both_formats_give_the_same(tool: Tool, place: Path, tmp_path: Path) -> None:
     there = tmp_path / "torch_dist"
     assert tool("tools/convert_checkpoint.py", "--load", place / "elastic", "--save", there).code == 0
@@ -115,4 +126,5 @@ def test_arguments_that_do_not_fit_are_one_line(tool: Tool, place: Path) -> None
     assert error("elastic", "--elastic", "--record") == "--record and --elastic exclude one another; leave one out"
     assert "--every-checkpoint and --elastic exclude one another" in error("elastic", "--elastic", "--every-checkpoint")
     assert "there is no elastic.json here: not an elastic checkpoint" in error("source", "--elastic")
-    assert "mtp_num_layers 1, not 0" in error("elastic", "--elastic", "--without-mtp")
+    message = "elastic.json is for a model of other sizes: num_layers 6, not 4"
+    assert message in error("other", "--elastic")

@@ -168,9 +168,11 @@ def test_the_document_is_found_where_checkpoints_keep_it(family: Family, tmp_pat
         assert find_elastic(root / given) is None
         elastic.save(root / place / "elastic.json")
         assert find_elastic(root / given) == elastic
-    (tmp_path / "other" / "model").mkdir(parents=True)
-    elastic.save(tmp_path / "other" / "elastic.json")
-    assert find_elastic(tmp_path / "other" / "model") is None
+    elastic_above = tmp_path / "other"
+    for name in ("model", "release-2", "iter_last"):
+        (elastic_above / name).mkdir(parents=True)
+    elastic.save(elastic_above / "elastic.json")
+    assert [find_elastic(elastic_above / name) for name in ("model", "release-2", "iter_last")] == [None] * 3
 
 
 def test_budgets_within_a_budget(family: Family) -> None:

@@ -200,6 +200,25 @@ def test_trained_weights_are_sliced(tool: Tool, one: Made, tmp_path: Path) -> No
     assert_same_tensors(small, open_checkpoint(tmp_path / "again"))
 
 
+def test_a_model_that_lost_its_mtp_block_is_sliced(tool: Tool, one: Made, tmp_path: Path) -> None:
+    """As the slice of the whole model, less its MTP block; its document is of models without one."""
+    load, trunk = one.elastic(tool), tmp_path / "trunk"
+    assert tool(CONVERT, "--load", load, "--save", trunk, "--without-mtp", "--to", "hf").code == 0
+    shutil.copyfile(load / "elastic.json", trunk / "elastic.json")
+    for start, save in ((load, "whole"), (trunk, "less")):
+        done = tool(SLICE, "--load", start, "--budget", "middle", "--save", tmp_path / save)
+        assert done.code == 0, done.stderr
+    less, whole = open_checkpoint(tmp_path / "less"), open_checkpoint(tmp_path / "whole")
+    assert set(less.names) == {name for name in whole.names if not name.startswith("mtp.")} < set(whole.names)
+    assert all(same_bytes(less.read(name), whole.read(name)) for name in less.names)
+    found = find_elastic(tmp_path / "less")
+    assert found is not None and found.shape == less.shape and not found.shape.mtp_num_layers
+    for command, save in ((("tools/sort_checkpoint.py",), "sorted"), (("tools/sort_checkpoint.py", "--undo"), "back")):
+        start = trunk if save == "sorted" else tmp_path / "sorted"
+        assert tool(*command, "--load", start, "--save", tmp_path / save).code == 0
+    assert_same_tensors(open_checkpoint(tmp_path / "back"), open_checkpoint(trunk))
+
+
 def test_budgets_are_listed(tool: Tool, one: Made) -> None:
     done = tool(SLICE, "--load", one.elastic(tool), "--list", "--json")
     assert done.code == 0, done.stderr
