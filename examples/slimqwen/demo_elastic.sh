@@ -26,7 +26,7 @@ if [[ -e $out ]]; then
   [[ -e $out/demo.started ]] || { echo "error: $out exists and is not a demo's output; name another directory" >&2; exit 2; }
   rm -rf "$out"
 fi
-mkdir -p "$out/logs" "$out/results"
+mkdir -p "$out/logs" "$out/results" "$out/slices"
 touch "$out/demo.started"
 
 # step NAME COMMAND...: run it, log it, time it; the JSON line that ends a command's output is kept as its result.

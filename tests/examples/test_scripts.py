@@ -9,18 +9,24 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from megatron_slim.architecture.hf_config import shape_from_hf_config
 from megatron_slim.files import to_json
 from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tiny_checkpoint, write_tokens
 from megatron_slim.training.variables import expand
 
 ROOT = Path(__file__).resolve().parents[2]
 WARMUP = {"LR_WARMUP_ITERS": "7"}
-TRAIN, DEMO = (ROOT / "examples/slimqwen" / name for name in ("pretrain_distill.sh", "demo.sh"))
+TRAIN, DEMO, ELASTIC_DEMO = (
+    ROOT / "examples/slimqwen" / name for name in ("pretrain_distill.sh", "demo.sh", "demo_elastic.sh")
+)
 
 
 def run(script: Path, *arguments: str, timeout: float = 60, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -95,6 +101,66 @@ def test_the_demo_spares_a_directory_that_is_not_its_own(tmp_path: Path) -> None
     done = run(DEMO, str(tmp_path))
     assert done.returncode == 2 and "is not a demo's output" in done.stderr
     assert (tmp_path / "precious").read_text() == "data"
+
+
+def test_the_elastic_demo_needs_the_other_ones_teacher(tmp_path: Path) -> None:
+    done = run(ELASTIC_DEMO, str(tmp_path / "out"), DEMO=str(tmp_path))
+    assert done.returncode == 2 and "has no teacher and data; run make demo first" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_report_of_the_elastic_demo(tmp_path: Path, tool: Callable[..., Any]) -> None:
+    """Means and standard deviations over seeds, and the largest budget's loss above that of it alone."""
+    results = tmp_path / "results"
+    results.mkdir()
+    sizes, names = {"parameters": 5}, ("large", "small")
+
+    def figures(loss: float) -> dict[str, Any]:
+        return {"loss": loss, "mtp_loss": [loss + 1], "kl": loss / 10, "sizes": sizes}
+
+    for way, loss in (
+        ("pruned", 9.0),
+        ("in-turn-1", 4.25),
+        ("in-turn-2", 4.5),
+        ("together-1", 4.0),
+        ("together-2", 4.0),
+    ):
+        rows = [{"budget": name, **figures(loss + number)} for number, name in enumerate(names)]
+        (results / f"evaluate-{way}.json").write_text(json.dumps({"budgets": rows}))
+    for seed, name, loss in ((1, "large", 4.0), (2, "large", 4.5), (1, "small", 5.0), (2, "small", 5.5)):
+        (results / f"evaluate-alone-{name}-{seed}.json").write_text(json.dumps(figures(loss)))
+    (tmp_path / "timings.jsonl").write_text('{"step": "prune", "seconds": 3}\n')
+    done = tool("examples/slimqwen/demo_elastic_report.py", tmp_path)
+    assert done.code == 0, done
+    lines = [line.split() for line in done.stdout.splitlines()]
+    row = next(words for words in lines if "large" in words)
+    assert [word for word in row if word not in "│┃"][
+        1:
+    ] == "5 9.0000 4.2500 ±0.3536 4.3750 ±0.1768 4.0000 ±0.0000".split()
+    assert "in turn: the largest budget's loss is 0.1250 ±0.1768 above" in done.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["interference"] == {"in turn": [0.25, 0.0], "together": [0.0, -0.5]} and report["total_seconds"] == 3
+
+
+@pytest.mark.slow
+def test_the_elastic_demo_in_miniature(tmp_path: Path) -> None:
+    """On a teacher of random weights, in two steps for each budget."""
+    demo, out = tmp_path / "demo", tmp_path / "out"
+    (demo / "data").mkdir(parents=True)
+    config = json.loads((ROOT / "examples/slimqwen/demo_teacher/config.json").read_text())
+    shape = shape_from_hf_config(config, mtp_num_layers=config["num_nextn_predict_layers"])
+    write_tiny_checkpoint(demo / "teacher", shape, seed=1, dtype=torch.float32)
+    for split in ("train", "validation"):
+        write_tokens(demo / f"data/{split}_text_document", np.random.default_rng(0).integers(0, 2048, (120, 257)))
+    short = {"ITERS": "2", "SEEDS": "1 2", "LR_WARMUP_ITERS": "1", "LOG_INTERVAL": "1", "DEMO": str(demo)}
+    done = run(ELASTIC_DEMO, str(out), timeout=900, MASTER_PORT="29676", **short)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((out / "report.json").read_text())
+    assert report["seeds"] == ["1", "2"] and list(report["budgets"]) == ["large", "middle", "small"]
+    for budget in report["budgets"].values():
+        for way in ("before training", "alone", "in turn", "together"):
+            assert all(0 < figures["loss"] < 9 and figures["kl"] >= 0 for figures in budget[way])
+    assert "interference, together" in done.stdout
 
 
 @pytest.mark.slow
