@@ -83,14 +83,15 @@ class SelectedParameters:
                 return _Selection(own, source, index, origin.key, origin.expert)
         return _Selection(own, None, tuple(map(as_rows, wanted)), origin.key, origin.expert)
 
-    def _gathered_here(self) -> list[str]:
+    @property
+    def gathered(self) -> list[str]:
         """Tensors of the larger model that are gathered, of which this stage has a part; the same in a group."""
         return sorted(self._apart & self._keys.keys())
 
     @torch.no_grad()
     def fill(self) -> None:
         """Copy the weights of the larger model as they are now."""
-        wholes = {key: self._whole_source.whole(key, _content) for key in self._gathered_here()}
+        wholes = {key: self._whole_source.whole(key, _content) for key in self.gathered}
         for each in self._selections:
             source = each.source
             found = wholes[each.key][each.expert] if source is None else source.of(source.owner.data)
@@ -120,7 +121,7 @@ class SelectedParameters:
     @torch.no_grad()
     def collect(self) -> None:
         """Add the gradients to those of the larger model."""
-        for key in self._gathered_here():
+        for key in self.gathered:
             self._collect_whole(self._keys[key])
         by_owner: dict[Tensor, list[_Selection]] = {}
         for each in self._selections:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -19,6 +20,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.layer_specs import build_model, shape_config_fields
 from megatron_slim.architecture.parallelism import padded_vocab_size
+from megatron_slim.architecture.table import weights
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.checkpoint.precision import keep_types
 from megatron_slim.distillation.elastic import ElasticModel
@@ -27,6 +29,8 @@ from megatron_slim.distillation.selected import SelectedParameters
 from megatron_slim.training.elastic import ElasticRun, Numbers, layout_of
 from megatron_slim.training.spec import RunSpec
 from megatron_slim.training.teacher_config import teacher_config
+
+logger = logging.getLogger(__name__)
 
 
 def build_stage(
@@ -111,6 +115,23 @@ def select_parameters(spec: RunSpec, chunks: Sequence[DistillationModel]) -> Non
         if spec.elastic is not None and isinstance(chunk, ElasticModel):
             pairs = zip(chunk.students[1:], spec.elastic.budgets[1:], strict=True)
             chunk.selected = tuple(SelectedParameters(other, chunk, budget.plan) for other, budget in pairs)
+            _say_what_is_gathered(spec, chunk)
+
+
+def _say_what_is_gathered(spec: RunSpec, chunk: ElasticModel) -> None:
+    """What uneven survivors cost before and after each step, on the first rank."""
+    assert spec.elastic is not None
+    stacked = {weight.key for weight in weights(spec.student) if weight.stacked}
+    for selected, name in zip(chunk.selected, spec.elastic.names[1:], strict=True):
+        if not selected.gathered or spec.args.rank != 0:
+            continue
+        experts = len(stacked.intersection(selected.gathered))
+        ranks = spec.args.expert_model_parallel_size
+        spare = f"; megatron-slim sort --expert-parallel {ranks} spares these" if experts else ""
+        logger.info(
+            f"elastic: {len(selected.gathered)} tensors of budget {name} on this stage are unevenly divided over ranks "
+            f"and gathered before and after its steps, {experts} of them experts{spare}"
+        )
 
 
 def _number_layers(students: Sequence[DistillationModel], run: ElasticRun) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -229,6 +230,23 @@ def test_a_run_that_is_resumed_is_the_run(place: Workplace, tmp_path: Path) -> N
     assert_same_weights(pruned(tmp_path / "parts", "large"), tmp_path / "whole")
 
 
+def test_a_sorted_student_gathers_no_experts(place: Workplace, tmp_path: Path, tool: Any) -> None:
+    """Each rank has equally many survivors of each budget; otherwise the log says what that costs."""
+    flags = "--micro-batch-size 1 --elastic together --train-iters 1 --expert-model-parallel-size 2".split()
+    place.train("unsorted", 2, *flags)
+    assert re.search(
+        r"gathered .*, \d+ of them experts; megatron-slim sort --expert-parallel 2", read(place, "unsorted")
+    )
+    done = tool("tools/sort_checkpoint.py", "--load", place.student, "--save", tmp_path / "sorted", "--expert-parallel", 2)
+    assert done.code == 0, done
+    dataclasses.replace(place, student=tmp_path / "sorted").train("sorted", 2, *flags)
+    assert "of them experts" not in read(place, "sorted")
+
+
+def read(place: Workplace, name: str) -> str:
+    return place.log(name).read_text()
+
+
 def run_of(shares: tuple[int, ...], **more: object) -> ElasticRun:
     return ElasticRun(budgets=(None,) * len(shares), together=False, shares=shares, **more)  # type: ignore[arg-type]
 
@@ -321,3 +339,28 @@ def test_a_run_of_several_budgets_is_shown(place: Workplace) -> None:
     flops = {name: student_flops(shape, 32, TORCH).total for name, shape in shapes.items()}
     rate = run["slim/throughput/student_tflops_per_gpu"][3] / run["slim/throughput/tokens_per_second_per_gpu"][3]
     assert rate * 1e12 == pytest.approx(sum(flops.values()), rel=1e-5)
+
+
+def test_the_teacher_is_checked_as_in_other_runs(place: Workplace) -> None:
+    """One of random weights is worse than guessing, by the same number as without budgets."""
+    sentences = set()
+    for name, flags in (("checked", ("--elastic", "together")), ("checked-plain", ())):
+        argv = place.argv(name, "--micro-batch-size", "2", *flags, check_teacher=True)
+        sentences |= set(run_distributed(1, refusal, argv, str(place.new_log(name)), initialise=False))
+    (sentence,) = sentences
+    assert "the teacher's cross entropy on the first batch is" in sentence
+
+
+def test_slices_of_what_was_saved(place: Workplace, tmp_path: Path, tool: Any) -> None:
+    """As a user goes on: both formats are sliced, and a slice has the budgets below it."""
+    save = tmp_path / "run"
+    flags = ("--micro-batch-size", "2", "--elastic", "together", "--train-iters", "2", "--save", str(save))
+    place.train("saved", 1, *flags)
+    done = tool("tools/convert_checkpoint.py", "--load", save, "--save", tmp_path / "hf", "--to", "hf")
+    assert done.code == 0, done
+    for source, to in ((save, "hf"), (tmp_path / "hf", "torch_dist")):
+        target = tmp_path / f"middle-{to}"
+        done = tool("tools/slice_checkpoint.py", "--load", source, "--budget", "middle", "--save", target, "--to", to)
+        assert done.code == 0, done
+        assert_same_weights(pruned(save, "middle"), target)
+        assert_same_weights(pruned(target, "small"), slice_to(tmp_path / f"small-{to}", save, "small"))
