@@ -15,28 +15,8 @@ STUDENT_ITERS=${STUDENT_ITERS:-150}
 export SEQ_LENGTH=256 MICRO_BATCH_SIZE=4 GLOBAL_BATCH_SIZE=8
 export LOG_INTERVAL=${LOG_INTERVAL:-5} EVAL_INTERVAL=100000 EVAL_ITERS=1 SAVE_INTERVAL=100000 MASTER_PORT=${MASTER_PORT:-29531}
 
-if [[ -e $out ]]; then
-  [[ -e $out/demo.started ]] || { echo "error: $out exists and is not a demo's output; name another directory" >&2; exit 2; }
-  rm -rf "$out"
-fi
-mkdir -p "$out/logs" "$out/results"
-touch "$out/demo.started"
-
-# step NAME COMMAND...: run it, log it, time it; the JSON line that ends a tool's output is kept as its result.
-step() {
-  local name=$1 begin=$SECONDS status=0
-  shift
-  printf '%-28s' "$name"
-  "$@" >"$out/logs/$name.out" 2>"$out/logs/$name.err" || status=$?
-  if [[ $status -ne 0 ]]; then
-    echo "failed (exit code $status); the end of $out/logs/$name.err:"
-    tail -n 30 "$out/logs/$name.err"
-    exit "$status"
-  fi
-  echo "$((SECONDS - begin)) s"
-  printf '{"step": "%s", "seconds": %d}\n' "$name" "$((SECONDS - begin))" >>"$out/timings.jsonl"
-  tail -n 1 "$out/logs/$name.out" >"$out/results/$name.json"
-}
+source examples/slimqwen/demo_steps.sh
+begin_demo
 
 train() { # train NAME ITERS; the rest through the environment, as on a cluster
   local name=$1 iters=$2

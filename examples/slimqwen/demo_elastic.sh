@@ -22,28 +22,8 @@ if [[ ! -e $TEACHER || ! -e $DATA.bin ]]; then
   echo "error: $demo has no teacher and data; run make demo first, or give DEMO=DIRECTORY" >&2
   exit 2
 fi
-if [[ -e $out ]]; then
-  [[ -e $out/demo.started ]] || { echo "error: $out exists and is not a demo's output; name another directory" >&2; exit 2; }
-  rm -rf "$out"
-fi
-mkdir -p "$out/logs" "$out/results" "$out/slices"
-touch "$out/demo.started"
-
-# step NAME COMMAND...: run it, log it, time it; the JSON line that ends a command's output is kept as its result.
-step() {
-  local name=$1 begin=$SECONDS status=0
-  shift
-  printf '%-28s' "$name"
-  "$@" >"$out/logs/$name.out" 2>"$out/logs/$name.err" || status=$?
-  if [[ $status -ne 0 ]]; then
-    echo "failed (exit code $status); the end of $out/logs/$name.err:"
-    tail -n 30 "$out/logs/$name.err"
-    exit "$status"
-  fi
-  echo "$((SECONDS - begin)) s"
-  printf '{"step": "%s", "seconds": %d}\n' "$name" "$((SECONDS - begin))" >>"$out/timings.jsonl"
-  tail -n 1 "$out/logs/$name.out" >"$out/results/$name.json"
-}
+source examples/slimqwen/demo_steps.sh
+begin_demo slices
 
 train() { # train NAME STUDENT ITERS SEED FLAGS...
   local name=$1 student=$2 iters=$3 seed=$4

@@ -68,6 +68,7 @@ def take(source: Tensor, index: Index) -> Tensor:
 def add(target: Tensor, index: Index, content: Tensor) -> None:
     """Add to rows, columns, ... of a tensor, none of which is named twice.
 
+    >>> import torch
     >>> target = torch.zeros(3, 3)
     >>> add(target, (torch.tensor([0, 2]), torch.tensor([0, 2])), torch.ones(2, 2))
     >>> target.tolist()

@@ -237,7 +237,9 @@ def test_a_sorted_student_gathers_no_experts(place: Workplace, tmp_path: Path, t
     assert re.search(
         r"gathered .*, \d+ of them experts; megatron-slim sort --expert-parallel 2", read(place, "unsorted")
     )
-    done = tool("tools/sort_checkpoint.py", "--load", place.student, "--save", tmp_path / "sorted", "--expert-parallel", 2)
+    done = tool(
+        "tools/sort_checkpoint.py", "--load", place.student, "--save", tmp_path / "sorted", "--expert-parallel", 2
+    )
     assert done.code == 0, done
     dataclasses.replace(place, student=tmp_path / "sorted").train("sorted", 2, *flags)
     assert "of them experts" not in read(place, "sorted")
