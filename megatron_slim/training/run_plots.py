@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_slim.training.run_view import PARTS, Series, in_nats, layers, line_style, loss_names, stages
+from megatron_slim.training.run_view import PARTS, Series, drawn_names, in_nats, layers, line_style, loss_names, stages
 
 DPI = 110
 MAX_LABELS = 24  # along an axis; more would overlap
@@ -40,7 +40,7 @@ def _curve(axes: Any, points: Mapping[int, float], label: str, **style: Any) -> 
 
 
 def _losses(axes: Any, run: Series) -> None:
-    drawn, names = [], loss_names(run)
+    drawn, names = [], drawn_names(loss_names(run))
     other = None if all(map(in_nats, names)) else other_scale(axes)
     for number, name in enumerate(names):
         style = {"color": f"C{number}", "linestyle": line_style(name), "linewidth": 1.3}
@@ -51,7 +51,8 @@ def _losses(axes: Any, run: Series) -> None:
         low, high = scale.get_ylim()
         scale.set_ylim(top=high + 0.1 * (1 + len(scales)) * (high - low))
     size = "small" if other is None else "x-small"
-    scales[-1].legend(handles=drawn, fontsize=size, ncols=3, loc="upper center")
+    columns = 2 if any("/" in name for name in names) else 3  # names of budgets are longer
+    scales[-1].legend(handles=drawn, fontsize=size, ncols=columns, loc="upper center")
     axes.grid(alpha=0.3)
 
 

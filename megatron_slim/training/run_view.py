@@ -79,6 +79,14 @@ def in_nats(name: str) -> bool:
     return term is not None and term.function is None
 
 
+def drawn_names(names: list[str]) -> list[str]:
+    """Which terms are drawn: all; of several budgets, which have many, those of the main head in the loss."""
+    if not any("/" in name for name in names):
+        return names
+    terms = {name: _term(name) for name in names}
+    return [name for name, term in terms.items() if term is not None and not term.mtp and term.weight is not None]
+
+
 def line_style(name: str) -> str:
     """How a term is drawn: main head, MTP heads, what is logged alone, and what is not of the heads or not known."""
     term = _term(name)
