@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_slim.checkpoint.records import PLAN
+from megatron_slim.checkpoint.records import PLAN, PLAN_ITEMS
 from megatron_slim.checkpoint.torch_dist_names import RELEASE, TRACKER
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.files import read_json
@@ -38,7 +38,7 @@ def phase_of(checkpoint: str | None) -> Phase | None:
     plan = None if checkpoint is None else Path(checkpoint) / PLAN
     if plan is None or not plan.is_file():
         return None
-    document = read_json(plan)
+    document = read_json(plan, max_items=PLAN_ITEMS)
     where = f"{plan}: recipe"
     return parse_recipe(document.get("recipe") if isinstance(document, dict) else None, where=where).phase
 

@@ -51,11 +51,12 @@ KINDS = {
 TERMS = ("lm loss", "logits distillation loss", "mtp lm loss", "mtp distillation loss")
 
 
-def write_elastic(directory: Path, shape: ModelShape) -> Path:
-    """A checkpoint with three budgets, chosen by random statistics."""
+def write_elastic(directory: Path, shape: ModelShape, **of_small: int) -> Path:
+    """A checkpoint with three budgets, chosen by random statistics; further sizes of the smallest by keyword."""
     targets = dict(BUDGETS)
     for kind in KINDS[shape.model_type]:
         targets |= {name: targets[name] | more for name, more in OF_KIND[kind].items()}
+    targets["small"] = targets["small"] | of_small
     depth = "last" if shape.num_dense_layers else "block_influence"
     return make_elastic(write_tiny_checkpoint(directory, shape, dtype=torch.float32), targets, depth=depth)
 
@@ -133,6 +134,42 @@ def test_families(place: Workplace, family: str, tmp_path: Path) -> None:
     plain = small.train("alone", 1, *flags, "--save", str(tmp_path / "a"), distil=False)
     assert elastic["small/lm loss"] == plain["lm loss"]
     assert_same_weights(pruned(tmp_path / "e", "small"), tmp_path / "a")
+
+
+def test_whole_groups_of_heads_may_go(place: Workplace, tmp_path: Path) -> None:
+    """With their keys and values, of both kinds of attention."""
+    groups = {"num_query_groups": 1, "num_attention_heads": 1, "linear_num_key_heads": 1, "linear_num_value_heads": 1}
+    student = write_elastic(tmp_path / "student", tiny_shape(**SIZES), **groups)
+    here = dataclasses.replace(place, root=tmp_path, student=student)
+    small = dataclasses.replace(here, student=slice_to(tmp_path / "slice", student, "small"))
+    elastic = here.train("elastic", 1, *EXACT, *only("small"), "--save", str(tmp_path / "e"))
+    plain = small.train("alone", 1, *EXACT, "--save", str(tmp_path / "a"))
+    assert elastic["small/lm loss"] == plain["lm loss"]
+    assert_same_weights(pruned(tmp_path / "e", "small"), tmp_path / "a")
+
+
+def test_what_a_budget_does_not_have_only_decays(place: Workplace, tmp_path: Path) -> None:
+    """Its gradients are zero, and so are its moments where it was never trained: AdamW multiplies it by 1 - lr wd."""
+    flags = ("--weight-decay", "0.5", "--lr", "1e-2", "--min-lr", "1e-2", "--lr-decay-style", "constant")
+    place.train("decay", 1, *EXACT, *flags, *only("small"), "--save", str(tmp_path / "saved"))
+    before, after = open_checkpoint(place.student), open_checkpoint(tmp_path / "saved")
+    elastic = find_elastic(place.student)
+    assert elastic is not None
+    plan = elastic.named("small").plan
+    gone = next(layer for layer in range(4) if layer not in plan.kept_layers)
+    experts = {group.base for group in plan.experts[f"model.layers.{plan.kept_layers[0]}"]}
+    expert = next(number for number in range(8) if number not in experts)
+    names = [
+        f"model.layers.{gone}.mlp.gate.weight",
+        f"model.layers.{plan.kept_layers[0]}.mlp.experts.{expert}.up_proj.weight",
+    ]
+    for name in names:
+        old, new = before.read(name), after.read(name)
+        torch.testing.assert_close(new, old * (1 - 0.5e-2) ** 5, rtol=1e-6, atol=0)
+    embedding = "model.embed_tokens.weight"
+    outside = [each for each in range(64) if each not in plan.kept_hidden]
+    old, new = before.read(embedding)[:, outside], after.read(embedding)[:, outside]
+    torch.testing.assert_close(new, old * (1 - 0.5e-2) ** 5, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("schedule", ["in-turn", "together"])
