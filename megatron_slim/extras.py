@@ -10,6 +10,7 @@ from megatron_slim.errors import SlimError
 EXTRAS = {
     "text": ("tokenizers of preprocess", ("transformers", "tokenizers", "sentencepiece", "nltk")),
     "plots": ("pictures, and show-run", ("matplotlib", "tensorboard")),
+    "optimizers": ("--optimizer muon and aurora", ("emerging_optimizers",)),
     "align": ("experts.align of a recipe", ("scipy",)),
     "eval": ("exports loaded with transformers, and --tasks", ("transformers", "tokenizers", "lm_eval", "accelerate")),
 }

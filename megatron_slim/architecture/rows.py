@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_slim.architecture.axes import concat
+from megatron_slim.architecture.axes import concat, label
 from megatron_slim.architecture.weight import Weight, copied, gated_mlp
 
 EMBEDDING_ROWS = (copied("embedding.word_embeddings.weight", "model.embed_tokens.weight", "vocab", "hidden", tp_dim=0),)
@@ -20,7 +20,7 @@ SHARED_EXPERT_ROWS = (
 )
 DENSE_ROWS = (FFN_NORM, *gated_mlp("mlp", "mlp", "ffn"))
 
-_PAIR = concat("hidden", "hidden")
+_PAIR = concat(label("embedding", "hidden"), label("state", "hidden"))  # of the next token, and of this one
 
 
 def mtp_rows(join: str, embedding_norm: str, hidden_norm: str, norm: str) -> tuple[Weight, ...]:

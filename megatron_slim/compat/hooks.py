@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -93,6 +93,72 @@ def scale_learning_rate(factor: Callable[[float], float]) -> None:
         return scaled
 
     LEARNING_RATES.apply(change)
+
+
+OPTIMIZER_NAMES = Patch(
+    name="names of optimizers",
+    kind=HOOK,
+    why="Megatron's parser takes the names of its own optimizers alone, also where it parses the command line again, "
+    "for its tolerance of faults.",
+    upstream=NOT_REPORTED,
+    targets=("megatron.training.arguments:_add_training_args",),
+)
+
+
+def take_optimizers(names: Iterable[str]) -> None:
+    """Have Megatron's parser take these names of optimizers in addition to its own."""
+
+    def change(add: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(add)
+        def add_with_names(parser: Any) -> Any:
+            found = add(parser)
+            (action,) = (each for each in found._actions if each.dest == "optimizer")
+            action.choices = [*action.choices, *(name for name in names if name not in action.choices)]
+            return found
+
+        return add_with_names
+
+    OPTIMIZER_NAMES.apply(change)
+
+
+OPTIMIZERS = Patch(
+    name="other optimizers",
+    kind=HOOK,
+    why="Megatron splits fused matrices other than queries, keys and values at no label, orthogonalizes the part of a "
+    "rank alone, and looks at no update before it saves.",
+    upstream=NOT_REPORTED,
+    targets=(
+        "megatron.core.optimizer.emerging_optimizers:_EMERGING_OPTIMIZERS",
+        "megatron.core.optimizer:_EMERGING_OPTIMIZERS",
+        f"{_LOOP}:get_megatron_optimizer",
+    ),
+)
+
+
+def use_optimizers(entries: Mapping[str, Any], after_step: Callable[[], None]) -> None:
+    """Have Megatron build these optimizers by their names, and every rank call ``after_step`` after each step."""
+
+    def registry(theirs: Mapping[str, Any]) -> dict[str, Any]:
+        return {**theirs, **entries}
+
+    def change(build: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(build)
+        def build_watched(*args: Any, **kwargs: Any) -> Any:
+            optimizer = build(*args, **kwargs)
+            step = optimizer.step
+
+            @functools.wraps(step)
+            def watched() -> Any:
+                found = step()
+                after_step()
+                return found
+
+            optimizer.step = watched
+            return optimizer
+
+        return build_watched
+
+    OPTIMIZERS.apply(registry, registry, change)
 
 
 _LOG_COUNTERS = ("advanced iterations", "skipped iterations", "nan iterations")

@@ -6,7 +6,7 @@ from megatron_slim.compat import cpu_kernels, cpu_megatron, forked_ranks, librar
 from megatron_slim.compat.fixes_data import DATASET_HELPERS
 from megatron_slim.compat.fixes_fp32 import ORDERED_PARAMETERS, PLAIN_OPTIMIZER, RESTORED_PARAMETERS, ROUTER_COUNTS
 from megatron_slim.compat.fixes_resume import BUCKET_PADDING, OTHER_EXPERT_PARALLELISM, OTHER_RATES
-from megatron_slim.compat.hooks import LEARNING_RATES, PIPELINE, SCHEDULE, TRAINING_LOG
+from megatron_slim.compat.hooks import LEARNING_RATES, OPTIMIZER_NAMES, OPTIMIZERS, SCHEDULE, PIPELINE, TRAINING_LOG
 from megatron_slim.compat.patch import Patch
 
 # Of Megatron-Core, made before anything uses it; those of its loop are made by training.
@@ -20,7 +20,7 @@ FIXES: tuple[Patch, ...] = (
     OTHER_RATES,
     OTHER_EXPERT_PARALLELISM,
 )
-LOOP: tuple[Patch, ...] = (SCHEDULE, TRAINING_LOG, PIPELINE, LEARNING_RATES)
+LOOP: tuple[Patch, ...] = (SCHEDULE, TRAINING_LOG, PIPELINE, LEARNING_RATES, OPTIMIZER_NAMES, OPTIMIZERS)
 PATCHES: tuple[Patch, ...] = (
     *FIXES,
     *LOOP,

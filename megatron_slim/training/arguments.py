@@ -26,7 +26,10 @@ from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.huggingface import read_shape
 from megatron_slim.checkpoint.torch_dist_names import HF_DIR
 from megatron_slim.command_line import ToolParser
+from megatron_slim.compat.hooks import take_optimizers
 from megatron_slim.errors import SlimError
+from megatron_slim.optimizers import OPTIMIZERS
+from megatron_slim.training.optimizer_flags import SAME_SCALE
 from megatron_slim.training.slim_arguments import WITHOUT_MTP, add_slim_arguments
 
 PROG = "megatron-slim pretrain"
@@ -135,7 +138,7 @@ def default_flags() -> list[str]:
     # Without an interval Megatron fails, also where there is no validation (--eval-iters 0).
     flags += ["--moe-router-dtype=fp32", "--ckpt-format=torch_dist", "--eval-interval=1000"]
     # Every token weighs the same, however masks share them out over micro-batches and ranks; NaN is `FiniteWatch`'s.
-    flags += ["--calculate-per-token-loss", "--no-check-for-nan-in-loss-and-grad"]
+    flags += ["--calculate-per-token-loss", "--no-check-for-nan-in-loss-and-grad", SAME_SCALE]
     gpu = torch.cuda.is_available()
     flags += ["--moe-grouped-gemm"] if gpu and HAVE_TE else LOCAL_FLAGS
     flags += [] if gpu and _grad_accum_fusion_available else [NO_GRADIENT_KERNEL]
@@ -195,6 +198,7 @@ def reading(argv: Sequence[str]) -> Callable[[argparse.ArgumentParser], argparse
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Megatron's arguments and ours, before Megatron's own validation."""
+    take_optimizers(OPTIMIZERS)
     found: argparse.Namespace = parse_args(reading(argv))
     return found
 
@@ -205,6 +209,7 @@ def validated(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         SlimError: what Megatron refuses, and where it does not say, the line of its source.
     """
+    take_optimizers(OPTIMIZERS)
     try:
         args: argparse.Namespace = parse_and_validate_args(reading(argv))
         core_transformer_config_from_args(args)  # validates more, and would do so after all else was set up

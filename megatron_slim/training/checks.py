@@ -21,13 +21,13 @@ from megatron_slim.checkpoint.records import ELASTIC
 from megatron_slim.checkpoint.tracker import repair_tracker
 from megatron_slim.distillation.model import TEACHER_MTP
 from megatron_slim.errors import CheckpointError, SlimError
-from megatron_slim.optimizers import OPTIMIZERS
 from megatron_slim.training.data_checks import check_data
 from megatron_slim.training.elastic import depth_violations, elastic_violations
 from megatron_slim.training.fp8_checks import fp8_violations
 from megatron_slim.training.hidden_kd import check_projections, check_stages, hidden_violations
 from megatron_slim.training.loss_checks import loss_violations
 from megatron_slim.training.missing_libraries import library_violations
+from megatron_slim.training.optimizer_flags import optimizer_violations
 from megatron_slim.training.rates import rate_violations
 from megatron_slim.training.run_log import logging_violations
 from megatron_slim.training.spec import RunSpec
@@ -43,7 +43,8 @@ def check(spec: RunSpec) -> None:
         SlimError: lists every violation of the part that fails first.
     """
     args, shape = spec.args, spec.student
-    if found := _violations(shape, spec.teacher, args) or _budget_violations(spec):
+    found = _violations(shape, spec.teacher, args) + optimizer_violations(args, spec.given, shape)
+    if found := found or _budget_violations(spec):
         raise SlimError("; ".join(found))
     if not args.train_iters and not args.train_samples:
         raise SlimError("nothing to train", fix="give --train-iters or --train-samples")
@@ -65,8 +66,6 @@ def _violations(shape: ModelShape, teacher: ModelShape | None, args: Namespace) 
         if getattr(args, name) < 1:
             small.append(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive")
     found = small or _process_violations(args) + stage_violations(args) + _model_violations("student", shape, args)
-    if args.optimizer not in OPTIMIZERS:
-        found.append(f"--optimizer {args.optimizer} is not supported: only {', '.join(OPTIMIZERS)} is tested")
     found += loss_violations(shape, args) + ahead_violations(args) + logging_violations(args) + rate_violations(args)
     found += elastic_violations(args)
     found += hidden_violations(shape, teacher, args) + ([] if small else fp8_violations(shape, teacher, args))

@@ -35,6 +35,7 @@ from megatron_slim.training.elastic import Numbers, flops_of_budgets
 from megatron_slim.training.finite import FiniteWatch
 from megatron_slim.training.hidden_kd import HiddenLog
 from megatron_slim.training.kept_files import keep_hf_files
+from megatron_slim.training.matrix_entry import register
 from megatron_slim.training.resume_checks import SAME_LAYOUT, check_resume, why_not_restored
 from megatron_slim.training.run_log import RunLog, experts_of_layers, run_constants
 from megatron_slim.training.slim_arguments import MEGATRON_HELP
@@ -190,6 +191,7 @@ def train(spec: RunSpec, args: Namespace, carried: CarriedOptimizer | None) -> N
     if spec.starts_by_ourselves:  # then Megatron is not to look there
         args.pretrained_checkpoint, args.exit_on_missing_checkpoint = None, False
     run = Run.of(spec, args)
+    register(args, spec.student)
     _change_the_loop(spec, carried, run.steps)
     if args.save and args.rank == 0:
         keep_hf_files(spec.source, Path(args.save), spec.student, elastic=spec.elastic is not None)

@@ -1,0 +1,192 @@
+"""Matrices of equal shape as stacks, whatever parameters, experts and ranks they are spread over.
+
+A stack is a list of places: which rows or columns of which parameter. What one tensor-parallel rank has of its matrices
+is brought together so that every rank has some of them whole, and taken apart again: each is computed once, and alike in
+every layout. Shapes: N matrices, R x C as one rank has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from megatron_slim.architecture.matrices import as_matrices, hf_name, local_positions, outer_axes
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.architecture.weight import Weight
+from megatron_slim.checkpoint.layout import as_rows
+
+Index: TypeAlias = "slice | Tensor"
+STACK_BYTES = 128 << 20  # of a stack in fp32; some eight of them are there at once
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a parameter of this rank is.
+
+    Attributes:
+        weight: its row in the architecture table; None for what is trained next to the model.
+        expert: its number in the whole model.
+    """
+
+    weight: Weight | None
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who has the other parts of a matrix.
+
+    Attributes:
+        group: of processes; None where this rank has it whole.
+        count: of these.
+        dim: the dimension of which each has a part.
+    """
+
+    group: Any = None
+    count: int = 1
+    dim: int = 0
+
+
+WHOLE = Ranks()
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One matrix in a parameter, or rows that AdamW updates.
+
+    Attributes:
+        parameter: as the optimizer has it.
+        group: number of the optimizer's group.
+        name: of the Hugging Face tensor.
+        index: its positions on dimension ``dim``.
+        dim: of the parameter.
+        ranks: that have parts of it.
+        is_matrix: whether it is updated as one.
+    """
+
+    parameter: Tensor
+    group: int
+    name: str
+    index: Index
+    dim: int
+    ranks: Ranks
+    is_matrix: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the part that is here."""
+        length = (
+            len(range(*self.index.indices(self.parameter.shape[self.dim])))
+            if isinstance(self.index, slice)
+            else len(self.index)
+        )
+        shape = list(self.parameter.shape)
+        shape[self.dim] = length
+        return tuple(shape)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This part of a tensor of the parameter's shape: a view, or a copy where positions are scattered."""
+        if isinstance(self.index, slice):
+            return tensor[self.index] if self.dim == 0 else tensor[:, self.index]
+        return tensor.index_select(self.dim, self.index)
+
+    def put(self, tensor: Tensor, part: Tensor) -> None:
+        """Write this part of a tensor of the parameter's shape."""
+        if isinstance(self.index, slice):
+            self.of(tensor).copy_(part)
+        else:
+            tensor.index_copy_(self.dim, self.index, part)
+
+
+def places_of(parameter: Tensor, group: int, row: Row, model: ModelShape, ranks: Ranks, *, every: bool) -> list[Place]:
+    """The matrices of a parameter, and its rows that are none.
+
+    Args:
+        parameter: as the optimizer has it.
+        group: number of the optimizer's group.
+        row: what it is.
+        model: sizes of the model.
+        ranks: that have parts of it, whichever dimension the table says.
+        every: update thin matrices as matrices, too.
+    """
+    weight = row.weight
+    if weight is None:
+        return [Place(parameter, group, "", slice(0, parameter.shape[0]), 0, WHOLE, is_matrix=False)]
+    split = weight.tp_dim is not None and ranks.count > 1
+    at = Ranks(ranks.group, ranks.count, weight.tp_dim or 0) if split else WHOLE
+    sizes, found = model.in_block(weight.block).sizes, []
+    for piece in as_matrices(weight, all_matrices=every):
+        ways = at.count if split else 1
+        positions = local_positions(weight.dims, piece.dim, sizes, weight.tp_dim, ways)[piece.label]
+        index = as_rows(positions)
+        index = index.to(parameter.device) if isinstance(index, Tensor) else index
+        name = hf_name(weight, piece.label, row.expert)
+        place = Place(parameter, group, name, index, piece.dim, at, is_matrix=not piece.why)
+        assert _whole(place.shape, at) == piece.shape(sizes) or outer_axes(weight.dims[0]) == {"vocab"}, (name, place)
+        found.append(place)
+    return found
+
+
+def _whole(shape: tuple[int, ...], ranks: Ranks) -> tuple[int, ...]:
+    return tuple(extent * (ranks.count if dim == ranks.dim else 1) for dim, extent in enumerate(shape))
+
+
+def stacks(places: Iterable[Place]) -> Iterator[list[Place]]:
+    """Places whose parts have equal shapes, in the order in which they are first met, no stack above `STACK_BYTES`."""
+    alike: dict[Any, list[Place]] = {}
+    for place in places:
+        alike.setdefault((place.shape, place.group, place.ranks, place.is_matrix), []).append(place)
+    for (shape, *_), members in alike.items():
+        most = max(1, STACK_BYTES // (4 * shape[0] * shape[1]))
+        for start in range(0, len(members), most):
+            yield members[start : start + most]
+
+
+def take(places: Sequence[Place], tensor_of: Callable[[Place], Tensor]) -> Tensor:
+    """A stack [N, R, C] in fp32 of the parts that places are of tensors."""
+    return torch.stack([place.of(tensor_of(place)) for place in places]).float()
+
+
+def put(places: Sequence[Place], tensor_of: Callable[[Place], Tensor], values: Tensor) -> None:
+    """Write a stack where it belongs."""
+    for place, value in zip(places, values, strict=True):
+        place.put(tensor_of(place), value)
+
+
+def through_whole(stack: Tensor, ranks: Ranks, compute: Callable[[Tensor, range], Tensor]) -> Tensor:
+    """Apply a function to whole matrices of which every rank has a part.
+
+    Rank k computes the k-th share of them.
+
+    Args:
+        stack: this rank's parts, [N, R, C].
+        ranks: who has the others.
+        compute: gives the same shape, of whole matrices and their numbers in the stack.
+
+    Returns:
+        This rank's parts of the results, [N, R, C].
+    """
+    count = len(stack)
+    if ranks.count == 1:
+        return compute(stack, range(count))
+    share = -(-count // ranks.count)
+    first = min(count, share * torch.distributed.get_rank(ranks.group))
+    mine = range(first, min(count, first + share))
+    padding = stack.new_zeros((share * ranks.count - count, *stack.shape[1:]))
+    parts = _exchange(torch.cat([stack, padding]).view(ranks.count, share, *stack.shape[1:]), ranks)
+    whole = torch.cat(parts[:, : len(mine)].unbind(), dim=1 + ranks.dim)
+    found = compute(whole, mine) if len(mine) else whole
+    back = parts.new_zeros(parts.shape)
+    back[:, : len(mine)] = torch.stack(found.to(parts.dtype).chunk(ranks.count, dim=1 + ranks.dim))
+    return _exchange(back, ranks).flatten(0, 1)[:count]
+
+
+def _exchange(parts: Tensor, ranks: Ranks) -> Tensor:
+    """Send part i of [ranks, ...] to rank i."""
+    received = torch.empty_like(parts)
+    torch.distributed.all_to_all_single(received, parts.contiguous(), group=ranks.group)
+    return received
