@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megatron_slim.compat.chained_groups import save_groups_in_one_list
 from megatron_slim.compat.patch import BUG, HOOK, NOT_REPORTED, Patch
 
 _LOOP = "megatron.training.training"
@@ -145,6 +146,8 @@ def use_optimizers(entries: Mapping[str, Any], after_step: Callable[[], None]) -
         @functools.wraps(build)
         def build_watched(*args: Any, **kwargs: Any) -> Any:
             optimizer = build(*args, **kwargs)
+            if not optimizer.config.use_layer_wise_distributed_optimizer:  # which has all matrices in one
+                save_groups_in_one_list(optimizer)
             step = optimizer.step
 
             @functools.wraps(step)

@@ -124,8 +124,9 @@ def rows_of_parameters(chunks: Sequence[Any], model: ModelShape) -> Callable[[],
 
     def rows() -> dict[int, Row]:
         if not known:
-            known.update((id(getattr(each, "main_param", None)), row) for each, row in found)
-            known.update((id(each), row) for each, row in found)
+            for each, row in found:
+                copy = getattr(each, "main_param", None)
+                known[id(each if copy is None else copy)] = row
         return known
 
     return rows

@@ -1,7 +1,7 @@
 """Muon and Aurora for Megatron: steps of whole matrices, the same under every layout; AdamW for rows that are none.
 
-Megatron gives one optimizer to a parameter, of which some rows may be no matrix (Gated DeltaNet's beta and alpha): these,
-and routers, are updated as AdamW updates them, by the same class. It needs the package emerging_optimizers.
+Megatron gives one optimizer to a parameter, in which some rows may not be a matrix (Gated DeltaNet's beta and alpha).
+These, and routers, are updated as AdamW updates them, by the same class. It needs the package emerging_optimizers.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def muon_update(steps: int, coefficients: str, scale_mode: str, extra: float, pr
 
     def update(matrix: Tensor) -> Tensor:
         with fp32_matmul_precision("medium" if precision == "bf16" else "highest"):
-            found = newton_schulz(matrix, steps, coefficients)  # type: ignore[arg-type]
+            found = newton_schulz(matrix, steps, coefficients)
         rows, columns = matrix.shape[-2:]
-        scale = get_muon_scale_factor(rows, columns, mode=scale_mode)  # type: ignore[arg-type]
+        scale = get_muon_scale_factor(rows, columns, mode=scale_mode)
         return found * (scale * extra)
 
     return update

@@ -1,8 +1,8 @@
 """Matrices of equal shape as stacks, whatever parameters, experts and ranks they are spread over.
 
-A stack is a list of places: which rows or columns of which parameter. What one tensor-parallel rank has of its matrices
-is brought together so that every rank has some of them whole, and taken apart again: each is computed once, and alike in
-every layout. Shapes: N matrices, R x C as one rank has them.
+A stack is a list of places: which rows or columns of which parameter. Where tensor-parallel ranks have parts of its
+matrices, parts are exchanged so that every rank has some of them whole, and back. Each matrix is computed once, and
+alike in every layout. Shapes: N matrices, R x C as one rank has them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The arguments of optimizers that update whole matrices, and what does not go with them (imports no torch).
 
-Muon's own are Megatron's: ``--muon-momentum``, ``--muon-nesterov``, ``--muon-num-ns-steps``, ``--muon-coefficient-type``,
-``--muon-scale-mode`` and ``--muon-extra-scale-factor``.
+Muon's own are Megatron's: ``--muon-momentum``, ``--muon-nesterov``, ``--muon-num-ns-steps``, ``--muon-scale-mode``,
+``--muon-coefficient-type`` and ``--muon-extra-scale-factor``.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def add_optimizer(group: Any) -> None:
         "--optimizer-matrices",
         choices=(HIDDEN, ALL),
         default=HIDDEN,
-        help="With --optimizer muon or aurora: which matrices it updates. hidden: those between channels (megatron-slim "
-        "show-optimizer lists them). all: also routers, gates of shared experts and Gated DeltaNet's rows for heads, as "
-        "in Megatron. Embeddings, output layer and vectors are AdamW's always. Default: hidden.",
+        help="With --optimizer muon or aurora: which matrices it updates. hidden: those between channels; "
+        "megatron-slim show-optimizer lists them. all: also routers, gates of shared experts and Gated DeltaNet's rows "
+        "for heads, as in Megatron. Embeddings, output layer and vectors are AdamW's always. Default: hidden.",
     )
     group.add_argument(
         "--optimizer-idle",
@@ -58,8 +58,8 @@ def add_optimizer(group: Any) -> None:
         "--optimizer-precision",
         choices=("fp32", "bf16"),
         default="fp32",
-        help="With --optimizer muon or aurora: precision of its products. bf16 makes noise of gradients of low rank, as "
-        "of experts with few tokens. Default: fp32.",
+        help="With --optimizer muon or aurora: precision of its products. bf16 makes noise of gradients of low "
+        "rank, as of experts with few tokens. Default: fp32.",
     )
     about = "With --optimizer aurora: "
     group.add_argument(

@@ -1,0 +1,63 @@
+"""Groups of parameters of several optimizers, saved so that they do not depend on which of them has what.
+
+Megatron has an optimizer of its own for the matrices of experts where the expert parallel size is above 1. It saves
+groups, which hold the step and the rates, by the number of the optimizer: with another number it fails as it loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+GROUPS = "groups"
+# What a group is known by, apart from rates, which may be given anew, and from whether it is of experts.
+_KNOWN_BY = ("optimizer", "wd_mult", "pre_wd_mult", "lr_mult", "pre_lr_mult", "is_decoupled_lr")
+
+
+def save_groups_in_one_list(optimizer: Any) -> None:
+    """Have a chain of optimizers save all its groups in one list, and find its own in such a list.
+
+    Args:
+        optimizer: Megatron's ``ChainedOptimizer``, whose methods are replaced.
+    """
+    save, load = optimizer.sharded_state_dict, optimizer.load_state_dict
+
+    def sharded_state_dict(model: Any, is_loading: bool = False, **kwargs: Any) -> Any:
+        found = save(model, is_loading, **kwargs)
+        groups = [group for part in found.values() for group in _inner(part).pop("param_groups")]
+        if not is_loading:
+            found[GROUPS] = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        return found
+
+    def load_state_dict(state: Any) -> None:
+        if GROUPS in state:
+            state = _by_optimizer(optimizer.chained_optimizers, state)
+        load(state)
+
+    optimizer.sharded_state_dict, optimizer.load_state_dict = sharded_state_dict, load_state_dict
+
+
+def _by_optimizer(optimizers: Sequence[Any], state: dict[Any, Any]) -> dict[int, Any]:
+    """A loaded state as Megatron's optimizers read it: each with the groups that are its own."""
+    saved = {_name(group): group for group in state[GROUPS]}
+    parts = {}
+    for number, optimizer in enumerate(optimizers):
+        part, groups = state.get(number, {}), []
+        for own in optimizer.optimizer.state_dict()["param_groups"]:
+            kept = {"params": own["params"], "is_expert_parallel": own["is_expert_parallel"]}
+            groups.append({**saved.get(_name(own), {}), **kept})
+        inner = _inner(part)
+        inner["param_groups"] = groups
+        inner.setdefault("state", {})
+        parts[number] = part
+    return parts
+
+
+def _name(group: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(group.get(key) for key in _KNOWN_BY)
+
+
+def _inner(part: dict[str, Any]) -> dict[str, Any]:
+    """Where the groups are: fp32 parameters have nothing around them."""
+    found: dict[str, Any] = part.get("optimizer", part)
+    return found
