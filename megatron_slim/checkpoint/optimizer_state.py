@@ -21,10 +21,11 @@ from megatron_slim.checkpoint.torch_dist_files import read_metadata
 from megatron_slim.checkpoint.torch_dist_names import CARRIED, STATE
 from megatron_slim.checkpoint.units import Checkpoint, units
 from megatron_slim.errors import CheckpointError, summarise
-from megatron_slim.optimizers import ADAM, OPTIMIZERS
+from megatron_slim.optimizers import ADAM, MOMENTUM, OPTIMIZERS
 
 MOMENTS = OPTIMIZERS[ADAM].states
 MAIN = ("param", "fp32_param")
+NOT_CARRIED = "whose momentum is new again after some twenty steps: there is nothing to carry"
 RESHARDABLE = "resume the run once with --dist-ckpt-optim-fully-reshardable, and prune what it then saves"
 UNREADABLE = "prune another iteration: --load RUN/iter_..."
 
@@ -58,11 +59,14 @@ def open_optimizer_state(source: Checkpoint) -> OptimizerState:
     if not isinstance(source, DistCheckpoint):
         fix = "give the torch_dist checkpoint of the training run, or leave --carry-optimizer out"
         raise CheckpointError("is a Hugging Face checkpoint, which has no optimizer state", where=where, fix=fix)
+    metadata = read_metadata(source.path)
+    if any(key.startswith((f"{STATE}{MOMENTUM}.", f"chained_0.{STATE}{MOMENTUM}.")) for key in metadata.state_dict_metadata):
+        fix = "leave --carry-optimizer out"
+        raise CheckpointError(f"has the state of Muon or Aurora, {NOT_CARRIED}", where=where, fix=fix)
     if source.optimizer_by_buckets:
         raise CheckpointError(
             "its optimizer state has the layout of the run's buffers, not of the weights", where=where, fix=RESHARDABLE
         )
-    metadata = read_metadata(source.path)
     names = [*MAIN, *MOMENTS] if source.optimizer_by_names else []
     views = {name: view for name in names if (view := _metadata_of(name, metadata)).state_dict_metadata}
     if not set(MOMENTS) <= set(views):

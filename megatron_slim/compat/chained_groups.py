@@ -24,7 +24,9 @@ def save_groups_in_one_list(optimizer: Any) -> None:
 
     def sharded_state_dict(model: Any, is_loading: bool = False, **kwargs: Any) -> Any:
         found = save(model, is_loading, **kwargs)
-        groups = [group for part in found.values() for group in _inner(part).pop("param_groups")]
+        inner = [_inner(part) for part in found.values()]
+        # Buffers of the distributed optimizer, which belong to a layout, come with their groups as one object.
+        groups = [group for part in inner if isinstance(part, dict) for group in part.pop("param_groups")]
         if not is_loading:
             found[GROUPS] = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         return found
@@ -43,13 +45,14 @@ def _by_optimizer(optimizers: Sequence[Any], state: dict[Any, Any]) -> dict[int,
     parts = {}
     for number, optimizer in enumerate(optimizers):
         part, groups = state.get(number, {}), []
+        parts[number], inner = part, _inner(part)
+        if "param_groups" in inner:  # of buffers
+            continue
         for own in optimizer.optimizer.state_dict()["param_groups"]:
             kept = {"params": own["params"], "is_expert_parallel": own["is_expert_parallel"]}
             groups.append({**saved.get(_name(own), {}), **kept})
-        inner = _inner(part)
         inner["param_groups"] = groups
         inner.setdefault("state", {})
-        parts[number] = part
     return parts
 
 

@@ -146,8 +146,7 @@ def use_optimizers(entries: Mapping[str, Any], after_step: Callable[[], None]) -
         @functools.wraps(build)
         def build_watched(*args: Any, **kwargs: Any) -> Any:
             optimizer = build(*args, **kwargs)
-            if not optimizer.config.use_layer_wise_distributed_optimizer:  # which has all matrices in one
-                save_groups_in_one_list(optimizer)
+            save_groups_in_one_list(optimizer)
             step = optimizer.step
 
             @functools.wraps(step)

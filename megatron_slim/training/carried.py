@@ -23,13 +23,14 @@ from megatron.training import get_args
 
 from megatron_slim.checkpoint.distributed import DistCheckpoint
 from megatron_slim.checkpoint.iterations import iteration_directory
-from megatron_slim.checkpoint.optimizer_state import MAIN, open_optimizer_state
+from megatron_slim.checkpoint.optimizer_state import MAIN, NOT_CARRIED, open_optimizer_state
 from megatron_slim.checkpoint.torch_dist_names import STATE
 from megatron_slim.errors import SlimError
+from megatron_slim.optimizers import OPTIMIZERS
 from megatron_slim.training.spec import RunSpec
 
 logger = logging.getLogger(__name__)
-FLAG = "--carry-optimizer"
+FLAG, LEAVE_OUT = "--carry-optimizer", "leave one of them out"
 # With these there is no optimizer to give it to, or it has parameters that the checkpoint knows nothing of.
 _EXCLUDED = {
     "no_load_optim": "which begins with a new optimizer",
@@ -102,7 +103,9 @@ def carried_optimizer(spec: RunSpec) -> CarriedOptimizer | None:
         raise SlimError(f"{FLAG} without --pretrained-checkpoint", fix="give the student of a phase (STUDENT)")
     for name, why in _EXCLUDED.items():
         if getattr(args, name):
-            raise SlimError(f"{FLAG} does not go with --{name.replace('_', '-')}, {why}", fix="leave one of them out")
+            raise SlimError(f"{FLAG} does not go with --{name.replace('_', '-')}, {why}", fix=LEAVE_OUT)
+    if OPTIMIZERS[args.optimizer].has_matrices:
+        raise SlimError(f"{FLAG} does not go with --optimizer {args.optimizer}, {NOT_CARRIED}", fix=LEAVE_OUT)
     state = open_optimizer_state(checkpoint)
     directory = iteration_directory(Path(start))
     return CarriedOptimizer(directory, state.step, next(iter(set(MAIN) & set(state.tensors)), None))

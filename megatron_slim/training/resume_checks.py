@@ -41,12 +41,19 @@ _LAYOUT = {
     "accumulate_allreduce_grads_in_fp32": "gradients in fp32",
 }
 # What any format depends on.
-_OPTIMIZER = {"optimizer": "--optimizer", "use_distributed_optimizer": "--use-distributed-optimizer"}
+_OPTIMIZER = {
+    "optimizer": "--optimizer",
+    "optimizer_matrices": "--optimizer-matrices",
+    "use_distributed_optimizer": "--use-distributed-optimizer",
+    # Megatron's name of the same flag with an optimizer of matrices.
+    "use_layer_wise_distributed_optimizer": "--use-distributed-optimizer",
+}
 _RATES = {
     "lr": "--lr",
     "min_lr": "--min-lr",
     "decoupled_lr": "--decoupled-lr",
     "decoupled_min_lr": "--decoupled-min-lr",
+    "adamw_lr": "--adamw-lr",
     "stage_warmup": "--stage-warmup",
 }
 _STYLES = {
@@ -119,7 +126,8 @@ def _differing(saved: Any, args: Namespace, names: dict[str, str]) -> Iterator[s
 
 def _of_layout(state: dict[str, Any], args: Namespace) -> Iterator[str]:
     kind = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
-    if args.use_distributed_optimizer and kind not in DistributedOptimizer.checkpoint_fully_reshardable_formats:
+    has_buckets = args.use_distributed_optimizer or args.use_layer_wise_distributed_optimizer
+    if has_buckets and kind not in DistributedOptimizer.checkpoint_fully_reshardable_formats:
         yield from _differing(state["args"], args, _LAYOUT)
 
 

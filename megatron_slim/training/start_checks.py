@@ -17,6 +17,7 @@ from megatron_slim.errors import CheckpointError
 from megatron_slim.training.arguments import load_balancing_note
 from megatron_slim.training.elastic import elastic_note
 from megatron_slim.training.missing_libraries import library_note
+from megatron_slim.training.optimizer_flags import rate_note
 from megatron_slim.training.slim_arguments import WITHOUT_MTP
 from megatron_slim.training.spec import RunSpec
 from megatron_slim.training.teacher_config import DTYPES
@@ -48,7 +49,8 @@ def say_notes(spec: RunSpec) -> None:
         return
     balancing = load_balancing_note(spec.student, spec.given, args.moe_router_load_balancing_type)
     stages = spec.stages.table() if args.pipeline_model_parallel_size > 1 else None
-    for note in (library_note(), balancing, stages, elastic_note(spec.given, spec.elastic, spec.source)):
+    budgets = elastic_note(spec.given, spec.elastic, spec.source)
+    for note in (library_note(), balancing, stages, budgets, rate_note(args, spec.student.hidden_size)):
         if note is not None:
             logger.info(note)
 
