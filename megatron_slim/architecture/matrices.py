@@ -146,6 +146,21 @@ def hf_name(weight: Weight, label: str, expert: int | None) -> str:
     raise AssertionError(f"{weight.key} has no {label}")
 
 
+def has_rest(weight: Weight) -> bool:
+    """Whether some of a parameter, or all, is not updated as a matrix."""
+    pieces = pieces_of(weight.dims)
+    return not pieces or any(piece.why for piece in pieces)
+
+
+def polar_flops(weight: Weight, sizes: Sizes) -> int:
+    """Operations of one step of a polar iteration for every matrix in a parameter; of one expert."""
+    found = 0
+    for piece in pieces_of(weight.dims):
+        short, long = sorted(piece.shape(sizes))
+        found += 0 if piece.why else 4 * short * short * long + 2 * short**3
+    return found
+
+
 def as_matrices(weight: Weight, *, all_matrices: bool) -> Iterator[Piece]:
     """`pieces_of` a parameter, as they are updated.
 

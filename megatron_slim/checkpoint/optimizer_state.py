@@ -60,7 +60,9 @@ def open_optimizer_state(source: Checkpoint) -> OptimizerState:
         fix = "give the torch_dist checkpoint of the training run, or leave --carry-optimizer out"
         raise CheckpointError("is a Hugging Face checkpoint, which has no optimizer state", where=where, fix=fix)
     metadata = read_metadata(source.path)
-    if any(key.startswith((f"{STATE}{MOMENTUM}.", f"chained_0.{STATE}{MOMENTUM}.")) for key in metadata.state_dict_metadata):
+    if any(
+        key.startswith((f"{STATE}{MOMENTUM}.", f"chained_0.{STATE}{MOMENTUM}.")) for key in metadata.state_dict_metadata
+    ):
         fix = "leave --carry-optimizer out"
         raise CheckpointError(f"has the state of Muon or Aurora, {NOT_CARRIED}", where=where, fix=fix)
     if source.optimizer_by_buckets:

@@ -16,6 +16,7 @@ from megatron_slim.cli.tool import run_command
 from megatron_slim.command_line import RECIPE_HELP, positive
 from megatron_slim.distillation.loss_options import KD_LOSSES
 from megatron_slim.errors import SlimError
+from megatron_slim.optimizers import OPTIMIZERS
 from megatron_slim.planning import report
 from megatron_slim.planning.hardware import GPUS, parse_assumptions
 from megatron_slim.planning.layouts import RECOMPUTE, Settings, Wanted
@@ -70,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--global-batch-size", type=positive, default=SCRIPT.global_batch, metavar="N", help="samples per step"
     )
     run.add_argument("--precision", choices=("bf16", "fp32"), default=SCRIPT.precision, help="type of the weights")
+    run.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default=SCRIPT.optimizer, help="optimizer")
     run.add_argument("--kd-loss", choices=KD_LOSSES, default=SCRIPT.kd_loss, help="distillation loss")
     run.add_argument(
         "--loss-chunk-size", type=positive, default=SCRIPT.loss_chunk, metavar="N", help="tokens per chunk of logits"
@@ -167,6 +169,7 @@ def _job(args: argparse.Namespace) -> tuple[Models, Job, int, list[str]]:
         precision=args.precision,
         kd_loss=args.kd_loss,
         loss_chunk=args.loss_chunk_size,
+        optimizer=args.optimizer,
         progressive=models.progressive and args.tokens is None,
         without_mtp=args.without_mtp,
         teacher_without_mtp=args.teacher_without_mtp and models.teacher is not None,

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from megatron_slim.architecture.hf_config import shape_to_hf_config
 from megatron_slim.architecture.pipeline_layout import Stages
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.garbage import without_collection
-from megatron_slim.optimizers import MAIN_COPY
+from megatron_slim.planning.buffers import buffer_memory
 from megatron_slim.planning.flags import megatron_arguments
 from megatron_slim.planning.layouts import Settings, TrainLayout
-from megatron_slim.planning.memory import GRADIENT, MOMENTS, Memory
+from megatron_slim.planning.memory import Memory
 from megatron_slim.planning.parameters import Count
 
 
@@ -200,9 +200,11 @@ def _build_rank(rank: int) -> BuiltRank:
 
 def _summed(chunks: list[Any], layout: TrainLayout) -> BuiltRank:
     """Memory of built chunks, in buffers as Megatron's DDP and distributed optimizer would."""
-    student, teacher, memory = Count(), Count(), Memory()
+    student, teacher, memory, request = Count(), Count(), Memory(), _state["request"]
+    states = [0] * (layout.gpus // layout.pp)
     for chunk in chunks:
-        memory = _added(memory, _buffers(list(chunk.parameters()), layout))
+        in_buffers, of_ranks = buffer_memory(chunk, request.student, layout, request.settings, _state["args"])
+        memory, states = _added(memory, in_buffers), [sum(both) for both in zip(states, of_ranks, strict=True)]
         student += _count(chunk.parameters())
         other = sum(each.nbytes for each in chunk.buffers())
         teacher_bytes = 0
@@ -210,7 +212,7 @@ def _summed(chunks: list[Any], layout: TrainLayout) -> BuiltRank:
             teacher += _count(chunk.teacher.parameters())
             teacher_bytes = sum(each.nbytes for each in (*chunk.teacher.parameters(), *chunk.teacher.buffers()))
         memory = _added(memory, Memory(weights=other, teacher=teacher_bytes))
-    return BuiltRank(memory, student, teacher)
+    return BuiltRank(replace(memory, optimizer=max(states)), student, teacher)
 
 
 def _count(parameters: Any) -> Count:
@@ -224,43 +226,3 @@ def _count(parameters: Any) -> Count:
 def _added(one: Memory, other: Memory) -> Memory:
     fields = ("weights", "gradients", "optimizer", "teacher")
     return Memory(**{name: getattr(one, name) + getattr(other, name) for name in fields})
-
-
-def _buffers(parameters: list[Any], layout: TrainLayout) -> Memory:
-    """Weights, gradients and optimizer state of one chunk."""
-    from megatron.core.distributed import DistributedDataParallelConfig
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    args = _state["args"]
-    config = DistributedDataParallelConfig(
-        use_distributed_optimizer=True,
-        grad_reduce_in_fp32=args.accumulate_allreduce_grads_in_fp32,
-        pad_buckets_for_high_nccl_busbw=args.ddp_pad_buckets_for_high_nccl_busbw,
-    )
-    trained = [each for each in parameters if each.requires_grad]
-    full = DistributedOptimizer.compute_full_param_layout(
-        trained, None, layout.dp, config, expert_data_parallel_world_size=layout.expert_dp
-    )
-    found = Memory()
-    for key, buffer in full.layouts.items():
-        padded = sum(stop - start for start, stop in buffer.bucket_indices)
-        narrow = key.param_dtype.itemsize < MAIN_COPY
-        shards = layout.expert_dp if key.is_expert_parallel else layout.dp
-        state = (MOMENTS + MAIN_COPY * narrow) * _largest_shard(buffer, shards)
-        gradients = (key.grad_dtype.itemsize if key.grad_dtype is not None else GRADIENT) * padded
-        found = _added(found, Memory(key.param_dtype.itemsize * padded, gradients, state))
-    return found
-
-
-def _largest_shard(buffer: Any, shards: int) -> int:
-    """Elements of parameters in the fullest of a buffer's shards: every bucket is divided evenly, padding included."""
-    own = [0] * shards
-    for start, stop, number in buffer.param_index_map.values():
-        first, last = buffer.bucket_indices[number]
-        size = (last - first) // shards
-        while start < stop:
-            shard = (start - first) // size
-            until = min(stop, first + (shard + 1) * size)
-            own[shard] += until - start
-            start = until
-    return max(own)

@@ -55,6 +55,8 @@ def arguments(layout: TrainLayout, settings: Settings) -> list[str]:
         found += ["--kd-loss", settings.kd_loss]
     if settings.loss_chunk != Settings.loss_chunk:
         found += ["--loss-chunk-size", str(settings.loss_chunk)]
+    if settings.optimizer != Settings.optimizer:
+        found += ["--optimizer", settings.optimizer]
     found += ["--without-mtp"] if settings.without_mtp else []
     found += ["--teacher-without-mtp"] if settings.teacher_without_mtp else []
     return found
@@ -63,7 +65,9 @@ def arguments(layout: TrainLayout, settings: Settings) -> list[str]:
 def megatron_arguments(layout: TrainLayout, settings: Settings, tokens: int) -> list[str]:
     """What a run makes of both for Megatron; its models and data are to be added."""
     given = variables(layout, replace(settings, progressive=False), tokens, per_node=layout.gpus)
-    return run_variables.megatron_arguments(given) + arguments(layout, settings)
+    return run_variables.without_shards_of_matrices(
+        run_variables.megatron_arguments(given) + arguments(layout, settings)
+    )
 
 
 def command(layout: TrainLayout, settings: Settings, tokens: int, per_node: int, *, has_teacher: bool = True) -> str:

@@ -10,6 +10,7 @@ from megatron_slim.architecture.flops import FUSED, Kernels, Recompute
 from megatron_slim.architecture.parallelism import layout_violations, padded_vocab_size
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.distillation.loss_options import DEFAULTS as LOSSES
+from megatron_slim.optimizers import ADAM, OPTIMIZERS
 from megatron_slim.training.variables import DEFAULTS
 
 RECOMPUTE = {
@@ -32,6 +33,7 @@ class Settings:
         loss_chunk: tokens whose logits are in memory at once.
         kernels: how attention and delta rule are computed.
         progressive: whether it is a phase's part in a schedule whose length the student's plan knows.
+        optimizer: as ``--optimizer``.
         without_mtp: whether the student's MTP block is left out when its checkpoint is read.
         teacher_without_mtp: the same of the teacher.
     """
@@ -43,6 +45,7 @@ class Settings:
     loss_chunk: int = 1024
     kernels: Kernels = FUSED
     progressive: bool = False
+    optimizer: str = ADAM
     without_mtp: bool = False
     teacher_without_mtp: bool = False
 
@@ -50,6 +53,11 @@ class Settings:
     def width(self) -> int:
         """Bytes of a weight or an activation."""
         return 2 if self.precision == "bf16" else 4
+
+    @property
+    def shards_optimizer(self) -> bool:
+        """Whether data-parallel ranks have parts of the optimizer's state; of matrices, in bf16 alone."""
+        return self.precision == "bf16" or not OPTIMIZERS[self.optimizer].has_matrices
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Memory of a training run on each pipeline rank: what is static, activations, losses (no torch).
 
 What is static follows Megatron's buffers: parameters in the run's precision, gradients in fp32 (``main_grad``), and
-with the distributed optimizer, of the own share alone, a main copy in fp32 (of 16-bit weights) and Adam's two moments.
+with the distributed optimizer, of the own share alone, a main copy in fp32 (of 16-bit weights) and the optimizer's
+states.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from megatron_slim.planning.parameters import Count, counter
 from megatron_slim.planning.schedule import most_held
 
 GRADIENT = 4  # bytes
-MOMENTS = OPTIMIZERS[ADAM].state_bytes
 # Of a chunk of the losses, a token and column of the vocabulary (docs/distillation.md).
 LOSS_BYTES = {"bf16": 14, "fp32": 12}
 LOSS_OTHERS = 3.0  # losses that need both models' probabilities as well as the logits
@@ -78,10 +78,14 @@ def _rank_counts(shape: ModelShape, layers: tuple[int, ...], tp: int, ep: int, p
 
 def static_memory(student: Count, teacher: Count, layout: TrainLayout, settings: Settings) -> Memory:
     """Of a rank that holds so many parameters; buffers' padding is left out (`build` has it)."""
-    state = MOMENTS + (MAIN_COPY if settings.width < MAIN_COPY else 0)
-    own = student.dense / layout.dp + student.expert / layout.expert_dp
+    optimizer = OPTIMIZERS[settings.optimizer]
+    state = optimizer.state_bytes + (MAIN_COPY if settings.width < MAIN_COPY else 0)
+    dense, expert = (layout.dp, layout.expert_dp) if settings.shards_optimizer else (1, 1)
+    states = state * (student.dense / dense + student.expert / expert)
+    if optimizer.has_matrices:  # the rest has Adam's two
+        states += (OPTIMIZERS[ADAM].state_bytes - optimizer.state_bytes) * student.rest / dense
     weights, gradients = settings.width * student.total, GRADIENT * student.total
-    return Memory(weights, gradients, state * own, settings.width * teacher.total)
+    return Memory(weights, gradients, states, settings.width * teacher.total)
 
 
 def least_static(student: ModelShape, teacher: ModelShape | None, layout: TrainLayout, settings: Settings) -> float:

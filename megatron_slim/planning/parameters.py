@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import cache
 
 from megatron_slim.architecture.family import MTP_SUBLAYERS
+from megatron_slim.architecture.matrices import has_rest, polar_flops
 from megatron_slim.architecture.parallelism import padded_vocab_size
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import rows_of
@@ -20,13 +21,24 @@ FINAL_NORM = "decoder.final_layernorm.weight"
 
 @dataclass(frozen=True)
 class Count:
-    """Elements of parameters on one rank: ``expert`` ones have data-parallel groups of their own."""
+    """Elements of parameters on one rank: ``expert`` ones have data-parallel groups of their own.
+
+    Attributes:
+        dense: of all but routed experts.
+        expert: of these.
+        rest: of dense parameters that are not, or not only, matrices of an optimizer of matrices.
+        dense_polar: operations of one step of a polar iteration for every matrix that is not an expert's.
+        expert_polar: of experts'.
+    """
 
     dense: int = 0
     expert: int = 0
+    rest: int = field(default=0, compare=False)
+    dense_polar: int = field(default=0, compare=False)
+    expert_polar: int = field(default=0, compare=False)
 
     def __add__(self, other: Count) -> Count:
-        return Count(self.dense + other.dense, self.expert + other.expert)
+        return Count(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(Count)))
 
     @property
     def total(self) -> int:
@@ -51,11 +63,14 @@ class Counter:
     def _rows(self, rows: Iterable[Weight]) -> Count:
         found = Count()
         for row in (row for row in rows if not row.buffer):
-            numel = row.numel(self.shape)
+            numel, products = row.numel(self.shape), polar_flops(row, self.shape.sizes)
             if row.stacked:
-                found += Count(expert=numel // self.ep)
+                experts = len(row.experts(self.shape)) // self.ep
+                found += Count(expert=numel // self.ep, expert_polar=products * experts)
             else:
-                found += Count(dense=numel if row.tp_dim is None else numel // self.tp)
+                ways = 1 if row.tp_dim is None else self.tp
+                numel //= ways
+                found += Count(numel, rest=numel if has_rest(row) else 0, dense_polar=products // ways)
         return found
 
     def block(self, kinds: Iterable[str]) -> Count:

@@ -218,18 +218,21 @@ def stage_seconds(
 def _synchronised(layers: Sequence[int], cost: Cost) -> tuple[float, float]:
     """Seconds that data-parallel ranks take for gradients and weights, and the optimizer; of the slowest rank."""
     layout, gpu, assumed = cost.layout, cost.gpu, cost.assumed
-    found = []
+    optimizer, found = OPTIMIZERS[cost.settings.optimizer], []
     for count in rank_counts(cost.shape, layers, layout):
         communicated = updated = 0.0
-        for numel, ranks, spread in (
-            (count.dense, layout.dp, layout.dp * layout.tp),
-            (count.expert, layout.expert_dp, layout.expert_dp * layout.ep),
+        for numel, rest, polar, ranks, spread in (
+            (count.dense, count.rest, count.dense_polar, layout.dp, layout.dp * layout.tp),
+            (count.expert, 0, count.expert_polar, layout.expert_dp, layout.expert_dp * layout.ep),
         ):
             near = spread <= gpu.per_node
             rate = gpu.nvlink * assumed.nvlink if near else gpu.network * assumed.network
             if ranks > 1:
                 communicated += LATENCY + numel * (GRADIENT + cost.of.width) * (ranks - 1) / ranks / rate
-            updated += (numel / ranks * OPTIMIZERS[ADAM].traffic + numel * GRADIENT) / cost.hbm
+            shards = ranks if cost.settings.shards_optimizer else 1
+            moved = (numel - rest) * optimizer.traffic + rest * OPTIMIZERS[ADAM].traffic
+            updated += (moved / shards + numel * GRADIENT) / cost.hbm
+            updated += optimizer.polar_steps * polar / shards / (gpu.fp64 * assumed.gemm)  # in fp32, at that rate
         found.append((communicated, updated))
     return max(each for each, _ in found), max(each for _, each in found)
 

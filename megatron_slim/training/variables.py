@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_slim.command_line import ToolParser, not_negative, positive
+from megatron_slim.optimizers import OPTIMIZERS
 
 # SlimQwen, 400B-token setting.
 DEFAULTS = {
@@ -183,4 +184,18 @@ def expand(argv: Sequence[str], prog: str) -> list[str]:
     parser = ToolParser(prog=prog, add_help=False, allow_abbrev=False)
     add_variables(parser, checked=False)  # by Megatron's parser
     given = as_text(vars(parser.parse_args(argv[:place])))
-    return [*megatron_arguments(given), *argv[place + 1 :]]
+    return without_shards_of_matrices([*megatron_arguments(given), *argv[place + 1 :]])
+
+
+def without_shards_of_matrices(argv: Sequence[str]) -> list[str]:
+    """A command line without what is always given, where its optimizer cannot have it: matrices in fp32.
+
+    >>> without_shards_of_matrices([*_ALWAYS[:3], "--optimizer", "muon"])
+    ['--lr-decay-style', 'cosine', '--optimizer', 'muon']
+    """
+    words = [*argv]
+    named = [words[at + 1] for at, word in enumerate(words[:-1]) if word == "--optimizer"]
+    named += [word.partition("=")[2] for word in words if word.startswith("--optimizer=")]
+    if "--bf16" not in words and any(name in OPTIMIZERS and OPTIMIZERS[name].has_matrices for name in named):
+        words = [word for word in words if word != _ALWAYS[0]]
+    return words

@@ -92,8 +92,13 @@ def allocated(argv: list[str], log: str) -> dict[str, int]:
     chunks, optimizer, _ = kept[0]
     buffers = [each for chunk in chunks for each in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     state = []
-    for one in optimizer.chained_optimizers:
-        state += [group for groups in one.shard_fp32_from_float16_groups for group in groups if group is not None]
+    # Whole parameters of each rank are an optimizer in an optimizer.
+    for one in (
+        each for outer in optimizer.chained_optimizers for each in getattr(outer, "chained_optimizers", [outer])
+    ):
+        by_buffer = hasattr(one, "shard_fp32_from_float16_groups")
+        copies = one.shard_fp32_from_float16_groups if by_buffer else getattr(one, "fp32_from_float16_groups", [])
+        state += [group for groups in copies for group in groups if group is not None]
         state += [value for values in one.optimizer.state.values() for value in values.values() if value.dim()]
     models = unwrap_model(chunks)
     teachers = [model.teacher for model in models if model.teacher is not None]
@@ -136,14 +141,16 @@ def pasted(request: Request, models: Path, tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "precision"),
+    ("layout", "precision", "optimizer"),
     [
-        (TrainLayout(8, tp=2, pp=2, ep=2), "bf16"),
-        pytest.param(TrainLayout(8, pp=2, vpp=2, ep=4, recompute="full"), "fp32", marks=pytest.mark.slow),
+        (TrainLayout(8, tp=2, pp=2, ep=2), "bf16", "adam"),
+        (TrainLayout(8, tp=2, pp=2, ep=2), "bf16", "aurora"),
+        pytest.param(TrainLayout(8, pp=2, vpp=2, ep=4, recompute="full"), "fp32", "adam", marks=pytest.mark.slow),
+        pytest.param(TrainLayout(8, pp=2, vpp=2, ep=2), "bf16", "muon", marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
-def test_a_run_allocates_what_was_planned(layout: TrainLayout, precision: str, tmp_path: Path) -> None:
+def test_a_run_allocates_what_was_planned(layout: TrainLayout, precision: str, optimizer: str, tmp_path: Path) -> None:
     """The flags that the planner prints, through the script, really start; 8 ranks hold what it printed, within 1%."""
     teacher = tiny_shape(vocab_size=120, num_layers=8, hidden_size=96)
     student = tiny_shape(vocab_size=120, num_layers=6)
@@ -151,7 +158,7 @@ def test_a_run_allocates_what_was_planned(layout: TrainLayout, precision: str, t
         kept = ("A_log", "dt_bias", "linear_attn.norm.weight") if precision == "bf16" else ()
         write_tiny_checkpoint(tmp_path / name, shape, float32=kept)
     # "auto" counts with the kernels of the machine that trains.
-    settings = Settings(seq_length=32, global_batch=8, precision=precision, kernels=TORCH)
+    settings = Settings(seq_length=32, global_batch=8, precision=precision, kernels=TORCH, optimizer=optimizer)
     request = requested(layout, student, teacher, settings)
     argv = pasted(request, tmp_path, tmp_path)
     (ranks,) = run_distributed(1, build, request, initialise=False)
