@@ -29,9 +29,9 @@ from megatron_slim.architecture.weight import Weight
 # Axes of which a position is a channel: a matrix has them on both sides. Others count heads, experts or tokens.
 CHANNELS = frozenset({"hidden", "head_dim", "gdn_key_dim", "gdn_value_dim", "moe_ffn", "shared_ffn", "ffn"})
 _THIN = {
-    "expert": "scores of experts: a step of full size would change the routing at once",
+    "expert": "scores of experts, which route",
     "one": "a single row, whose length means something",
-    "vocab": "a row for every token, of which a step sees few",
+    "vocab": "a row for every token",
     "conv_kernel": "a convolution of single channels",
 }
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "slice": "write one budget of an elastic checkpoint as a checkpoint of its own",
     "sort": "sort an elastic checkpoint so that each budget is the first part of every axis",
     "plan-parallelism": "find the parallel layouts that fit a number of GPUs",
+    "show-optimizer": "show which optimizer updates what of a model",
     "distill": "train or distil: start the processes of a run",
     "show-run": "show a training run as tables and as a picture",
     "evaluate": "measure losses of a checkpoint, distance from a teacher, and tasks",

@@ -1,0 +1,80 @@
+"""Which optimizer updates what of a model, as a table (imports no torch)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_slim.architecture.axes import size
+from megatron_slim.architecture.matrices import as_matrices, why_none
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.architecture.table import weights
+from megatron_slim.optimizers import ADAM, OPTIMIZERS
+
+
+@dataclass(frozen=True)
+class Line:
+    """Equal matrices, or what is updated like them.
+
+    Attributes:
+        parameter: Megatron's name, layers and experts left open.
+        part: label of rows or columns of it, "" for all.
+        shape: of one.
+        count: how many there are in the model.
+        optimizer: that updates them.
+        why: in a few words.
+    """
+
+    parameter: str
+    part: str
+    shape: tuple[int, ...]
+    count: int
+    optimizer: str
+    why: str
+
+    @property
+    def elements(self) -> int:
+        """Of all."""
+        found = self.count
+        for extent in self.shape:
+            found *= extent
+        return found
+
+
+def optimizer_lines(model: ModelShape, optimizer: str, *, all_matrices: bool = False) -> list[Line]:
+    """What is updated by what, in the order of the forward pass.
+
+    Args:
+        model: sizes of the model.
+        optimizer: a name of `OPTIMIZERS`.
+        all_matrices: as ``--optimizer-matrices all``.
+    """
+    found: dict[tuple[str, str, tuple[int, ...]], Line] = {}
+    for line in _lines(model, optimizer, all_matrices=all_matrices):
+        key = line.parameter, line.part, line.shape
+        count = line.count + (found[key].count if key in found else 0)
+        found[key] = Line(**{**asdict(line), "count": count})
+    return list(found.values())
+
+
+def _lines(model: ModelShape, optimizer: str, *, all_matrices: bool) -> Iterator[Line]:
+    for weight in (each for each in weights(model) if not each.buffer):
+        sizes, count = model.in_block(weight.block).sizes, len(weight.experts(model))
+        name = re.sub(r"layers\.\d+", "layers.*", weight.key)
+        pieces = list(as_matrices(weight, all_matrices=all_matrices))
+        if not pieces or not OPTIMIZERS[optimizer].has_matrices:
+            shape = tuple(size(dim, sizes) for dim in weight.dims)
+            why = "every weight" if not OPTIMIZERS[optimizer].has_matrices else why_none(weight)
+            yield Line(name, "", shape, count, ADAM, why)
+            continue
+        for piece in pieces:
+            own, (rows, columns) = ADAM if piece.why else optimizer, piece.shape(sizes)
+            why = piece.why or ("tall" if rows > columns else "wide" if rows < columns else "square") + " matrix"
+            yield Line(name, piece.label, (rows, columns), count, own, why)
+
+
+def entries(lines: list[Line]) -> list[dict[str, Any]]:
+    """The same for JSON."""
+    return [{**asdict(line), "shape": list(line.shape)} for line in lines]
