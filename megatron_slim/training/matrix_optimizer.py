@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 from emerging_optimizers.orthogonalized_optimizers import OrthogonalizedOptimizer, get_muon_scale_factor
-from emerging_optimizers.orthogonalized_optimizers.muon_utils import newton_schulz
-from emerging_optimizers.utils import fp32_matmul_precision
+from emerging_optimizers.orthogonalized_optimizers.muon_utils import _COEFFICIENT_SETS, get_coefficient_iterator
 from torch import Tensor
 
 from megatron_slim.optimizers import MOMENTUM, SECOND_MOMENT
-from megatron_slim.training.aurora import aurora_update
-from megatron_slim.training.matrix_stacks import Place, put, stacks, take, through_whole
+from megatron_slim.training.aurora import EPSILON, aurora_update
+from megatron_slim.training.matrix_stacks import Place, parts, settle, stacks, through_whole
+from megatron_slim.training.polar import DTYPES, iterate
 
 Update = Callable[[Tensor], Tensor]
+REPEATING = ("polar_express", "cans", "deepseekv4")  # sets of coefficients of which the last one is repeated
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,11 @@ class Updates:
 
     Attributes:
         seen: Hugging Face names and flags, a list for every stack.
-        idle: numbers of matrices without a gradient.
+        idle: number of matrices without a gradient.
     """
 
     seen: list[tuple[list[str], Tensor]] = field(default_factory=list)
-    idle: list[Tensor] = field(default_factory=list)
+    idle: int = 0
 
     def not_finite(self) -> list[str]:
         """Names of the tensors whose update was not; it waits for the device."""
@@ -65,18 +66,29 @@ class Updates:
     def clear(self) -> None:
         """Forget the step."""
         self.seen.clear()
-        self.idle.clear()
+        self.idle = 0
 
 
 def muon_update(steps: int, coefficients: str, scale_mode: str, extra: float, precision: str) -> Update:
-    """Muon's: some steps of Newton-Schulz, times a scale that depends on the shape of the matrix."""
+    """Muon's: some steps of Newton-Schulz, times a scale that depends on the shape of the matrix.
+
+    Args:
+        steps: number of them.
+        coefficients: name of their coefficients in emerging_optimizers.
+        scale_mode: name of the scale there.
+        extra: a further factor.
+        precision: ``fp32`` or ``bf16``, that of the products.
+    """
+    repeats = "repeat_last" if coefficients in REPEATING else "cycle"
+    chosen = list(get_coefficient_iterator(steps, _COEFFICIENT_SETS[coefficients], mode=repeats))
 
     def update(matrix: Tensor) -> Tensor:
-        with fp32_matmul_precision("medium" if precision == "bf16" else "highest"):
-            found = newton_schulz(matrix, steps, coefficients)
         rows, columns = matrix.shape[-2:]
-        scale = get_muon_scale_factor(rows, columns, mode=scale_mode)
-        return found * (scale * extra)
+        wide = matrix.mT if rows > columns else matrix
+        wide = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp_min(EPSILON)
+        found = iterate(wide.to(DTYPES[precision]), chosen).float()
+        scale: float = get_muon_scale_factor(rows, columns, mode=scale_mode) * extra
+        return (found.mT if rows > columns else found) * scale
 
     return update
 
@@ -119,7 +131,7 @@ class MatrixOptimizer(OrthogonalizedOptimizer):
         self.update, self.adamw, self.steps_idle, self.updates = update, adamw, steps_idle, updates
         self._places_of = places_of
         self._places: dict[int, list[Place]] = {}
-        self._stacks: tuple[tuple[int, ...], list[list[Place]]] = (), []
+        self._stacks: dict[bool, tuple[list[Place], list[list[Place]]]] = {}
 
     def places(self, parameter: Tensor, group: int) -> list[Place]:
         """What a parameter is made of; found at its first use, when main copies are there."""
@@ -141,78 +153,79 @@ class MatrixOptimizer(OrthogonalizedOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient; the host waits once, to know which matrices have none."""
         assert closure is None
         for group in self.param_groups:
             self._init_group(group)
             group["step"] += 1
-        for stack in self._current_stacks():
-            if stack[0].is_matrix:
-                self._update_matrices(stack)
-            else:
-                self._update_rows(stack)
+        matrices, rows = self._present()
+        if not self.steps_idle:
+            moving = moving_places(matrices)
+            self.updates.idle += len(matrices) - len(moving)
+            matrices = moving
+        for stack in self._stacked(matrices):
+            self._update_matrices(stack)
+        for stack in self._stacked(rows):
+            self._update_rows(stack)
 
-    def _current_stacks(self) -> list[list[Place]]:
-        """Stacks of what has a gradient; kept as long as the same parameters have."""
-        present = [
-            (parameter, number)
-            for number, group in enumerate(self.param_groups)
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
-        key = tuple(id(parameter) for parameter, _ in present)
-        if key != self._stacks[0]:
-            places = [place for parameter, number in present for place in self.places(parameter, number)]
-            self._stacks = key, list(stacks(places))
-        return self._stacks[1]
+    def _present(self) -> tuple[list[Place], list[Place]]:
+        """Matrices and other rows of what has a gradient."""
+        matrices: list[Place] = []
+        rows: list[Place] = []
+        for number, group in enumerate(self.param_groups):
+            for parameter in group["params"]:
+                for place in self.places(parameter, number) if parameter.grad is not None else ():
+                    (matrices if place.is_matrix else rows).append(place)
+        return matrices, rows
+
+    def _stacked(self, places: list[Place]) -> list[list[Place]]:
+        """Stacks of these places, kept as long as they are the same."""
+        is_matrix = bool(places) and places[0].is_matrix
+        before, found = self._stacks.get(is_matrix, ([], []))
+        if before != places:
+            found = list(stacks(places))
+            self._stacks[is_matrix] = places, found
+        return found
 
     def _update_matrices(self, stack: Sequence[Place]) -> None:
         group = self.param_groups[stack[0].group]
-        gradient, momentum = take(stack, _gradient), take(stack, self._state(MOMENTUM))
-        moves = self._moving(stack, gradient)
-        kept = 1 - group["momentum"]
-        momentum = momentum.lerp_(gradient, kept if moves is None else moves * kept)
-        put(stack, self._state(MOMENTUM), momentum)
-        ahead = gradient.lerp_(momentum, group["momentum"]) if self.nesterov else momentum
+        gradients, means = parts(stack, _gradient), parts(stack, self._state(MOMENTUM))
+        torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
+        settle(stack, self._state(MOMENTUM), means)
+        ahead = torch._foreach_lerp(gradients, means, group["momentum"]) if self.nesterov else means
 
         def compute(whole: Tensor, numbers: range) -> Tensor:
-            found: Tensor = self.update(whole).float()
+            found: Tensor = self.update(whole)
             names = [stack[number].name for number in numbers]
-            self.updates.seen.append((names, found.isfinite().flatten(1).all(1)))
+            self.updates.seen.append((names, found.sum((1, 2), dtype=torch.float32).isfinite()))
             return found
 
-        change = through_whole(ahead, stack[0].ranks, compute)
-        decay = group["lr"] * group["weight_decay"]
-        weights = take(stack, _weight)
-        if moves is None:
-            weights.mul_(1 - decay).sub_(change, alpha=group["lr"])
-        else:
-            weights.mul_(1 - moves * decay).sub_(torch.where(moves > 0, change, 0.0), alpha=group["lr"])
-        put(stack, _weight, weights)
-
-    def _moving(self, stack: Sequence[Place], gradient: Tensor) -> Tensor | None:
-        """1.0 for every matrix that has a gradient on any rank, [N, 1, 1]; None where all move anyway."""
-        if self.steps_idle:
-            return None
-        moves = (gradient != 0).flatten(1).any(1).float()
-        if (ranks := stack[0].ranks).count > 1:
-            torch.distributed.all_reduce(moves, op=torch.distributed.ReduceOp.MAX, group=ranks.group)
-        self.updates.idle.append((moves == 0).sum())
-        return moves.view(-1, 1, 1)
+        change = through_whole(torch.stack(list(ahead)), stack[0].ranks, compute).float()
+        weights = parts(stack, _weight)
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_sub_(weights, list(change.unbind()), alpha=group["lr"])
+        settle(stack, _weight, weights)
 
     def _update_rows(self, stack: Sequence[Place]) -> None:
         """As AdamW, elementwise: parts of other ranks do not matter."""
         group, (first, second) = self.param_groups[stack[0].group], self.adamw.betas
-        gradient, weights = take(stack, _gradient), take(stack, _weight)
-        mean, square = take(stack, self._state(MOMENTUM)), take(stack, self._state(SECOND_MOMENT))
-        mean.lerp_(gradient, 1 - first)
-        square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        put(stack, self._state(MOMENTUM), mean)
-        put(stack, self._state(SECOND_MOMENT), square)
+        gradients, weights = parts(stack, _gradient), parts(stack, _weight)
+        means, squares = parts(stack, self._state(MOMENTUM)), parts(stack, self._state(SECOND_MOMENT))
+        torch._foreach_lerp_(means, gradients, 1 - first)
+        torch._foreach_mul_(squares, second)
+        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - second)
         lr, step = group["lr"] * self.adamw.share, group["step"]
-        root = square.sqrt_().div_(math.sqrt(1 - second**step)).add_(self.adamw.eps)
-        weights.mul_(1 - lr * group["weight_decay"]).addcdiv_(mean, root, value=-lr / (1 - first**step))
-        put(stack, _weight, weights)
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_div_(roots, math.sqrt(1 - second**step))
+        torch._foreach_add_(roots, self.adamw.eps)
+        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        torch._foreach_addcdiv_(weights, means, roots, value=-lr / (1 - first**step))
+        for tensor_of, values in (
+            (self._state(MOMENTUM), means),
+            (self._state(SECOND_MOMENT), squares),
+            (_weight, weights),
+        ):
+            settle(stack, tensor_of, values)
 
     def _state(self, name: str) -> Callable[[Place], Tensor]:
         state: Mapping[Tensor, Mapping[str, Tensor]] = self.state
@@ -225,4 +238,18 @@ def _gradient(place: Place) -> Tensor:
 
 
 def _weight(place: Place) -> Tensor:
-    return place.parameter
+    return place.parameter.detach()
+
+
+def moving_places(places: Sequence[Place]) -> list[Place]:
+    """Those that have a gradient, on any rank that has a part of them; it waits for the device once."""
+    if not places:
+        return []
+    largest = torch.stack(torch._foreach_norm(parts(places, _gradient), 1))
+    split = [number for number, place in enumerate(places) if place.ranks.count > 1]
+    if split:
+        at = torch.tensor(split, device=largest.device)
+        ours = largest[at]
+        torch.distributed.all_reduce(ours, op=torch.distributed.ReduceOp.MAX, group=places[split[0]].ranks.group)
+        largest[at] = ours
+    return [place for place, value in zip(places, largest.tolist(), strict=True) if value != 0]

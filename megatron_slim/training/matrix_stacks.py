@@ -20,7 +20,8 @@ from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.layout import as_rows
 
 Index: TypeAlias = "slice | Tensor"
-STACK_BYTES = 128 << 20  # of a stack in fp32; some eight of them are there at once
+# Of a stack in fp32, of which some eight are there at once: on a GPU few launches, on a CPU what its cache holds.
+STACK_BYTES = {"cuda": 128 << 20, "cpu": 1 << 20}
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,6 @@ class Place:
             return tensor[self.index] if self.dim == 0 else tensor[:, self.index]
         return tensor.index_select(self.dim, self.index)
 
-    def put(self, tensor: Tensor, part: Tensor) -> None:
-        """Write this part of a tensor of the parameter's shape."""
-        if isinstance(self.index, slice):
-            self.of(tensor).copy_(part)
-        else:
-            tensor.index_copy_(self.dim, self.index, part)
-
 
 def places_of(parameter: Tensor, group: int, row: Row, model: ModelShape, ranks: Ranks, *, every: bool) -> list[Place]:
     """The matrices of a parameter, and its rows that are none.
@@ -141,20 +135,22 @@ def stacks(places: Iterable[Place]) -> Iterator[list[Place]]:
     for place in places:
         alike.setdefault((place.shape, place.group, place.ranks, place.is_matrix), []).append(place)
     for (shape, *_), members in alike.items():
-        most = max(1, STACK_BYTES // (4 * shape[0] * shape[1]))
+        size = STACK_BYTES.get(members[0].parameter.device.type, STACK_BYTES["cpu"])
+        most = max(1, size // (4 * shape[0] * shape[1]))
         for start in range(0, len(members), most):
             yield members[start : start + most]
 
 
-def take(places: Sequence[Place], tensor_of: Callable[[Place], Tensor]) -> Tensor:
-    """A stack [N, R, C] in fp32 of the parts that places are of tensors."""
-    return torch.stack([place.of(tensor_of(place)) for place in places]).float()
+def parts(places: Sequence[Place], tensor_of: Callable[[Place], Tensor]) -> list[Tensor]:
+    r"""The parts that places are of tensors: views where positions are consecutive, to be `settle`\ d elsewhere."""
+    return [place.of(tensor_of(place)) for place in places]
 
 
-def put(places: Sequence[Place], tensor_of: Callable[[Place], Tensor], values: Tensor) -> None:
-    """Write a stack where it belongs."""
+def settle(places: Sequence[Place], tensor_of: Callable[[Place], Tensor], values: Sequence[Tensor]) -> None:
+    """Write parts that were changed in place where they are not views."""
     for place, value in zip(places, values, strict=True):
-        place.put(tensor_of(place), value)
+        if not isinstance(place.index, slice):
+            tensor_of(place).index_copy_(place.dim, place.index, value)
 
 
 def through_whole(stack: Tensor, ranks: Ranks, compute: Callable[[Tensor, range], Tensor]) -> Tensor:

@@ -76,7 +76,7 @@ def test_leaving_early_is_not_seen(condition: float, shape: tuple[int, int]) -> 
     found = polar(stack)
     for each, matrix in zip(found, stack, strict=True):
         # Rounding of fp32 grows by the twelve doublings of what is small.
-        assert each.double().sub(twelve_steps(matrix)).abs().max() <= 2e-5
+        assert each.double().sub(twelve_steps(matrix)).abs().max() <= 5e-5
         assert each.sub(polar(matrix)).abs().max() <= 1e-6  # as it is alone
 
 
