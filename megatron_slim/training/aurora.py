@@ -19,12 +19,14 @@ from megatron_slim.training.polar import CUBIC, DOUBLING, DTYPES, converge, iter
 
 EPSILON = 1e-7
 STEPS = [DOUBLING] * 12
-_FIRST_LOOK = 4  # before this step nothing has converged: singular values begin below their root mean square
+# Singular values begin below their root mean square. What is nearly 1 after eleven steps is 1 within 3e-6 after twelve.
+_LOOKS = range(4, 12)
 # Twelve steps bring a singular value of this share of the Frobenius norm to 1 - 1e-11, as it is in fp64.
 _SURE = 1 / 512
 # Steeper steps first, and then what converges fastest. Singular values grow no more than 1400-fold: what is nearly 1
 # after them was above 0.0015, of which twelve doublings make 1 within 3e-7.
 _QUICK = [(4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), *[CUBIC] * 5]
+_QUICK_LOOKS = range(4, 9)
 
 
 def polar(matrix: Tensor, precision: str = "fp32") -> Tensor:
@@ -53,12 +55,12 @@ def _polar(wide: Tensor, precision: str, quick: Tensor | None) -> Tensor:
     if precision != "fp32":
         return iterate(x, STEPS)
     if quick is None or not bool(quick.any()):
-        return converge(x, STEPS, _FIRST_LOOK)[0]
+        return converge(x, STEPS, _LOOKS)[0]
     found, slow = torch.empty_like(x), ~quick
-    found[quick], near = converge(x[quick], _QUICK, _FIRST_LOOK, in_pairs=True)
+    found[quick], near = converge(x[quick], _QUICK, _QUICK_LOOKS, in_pairs=True)
     slow[quick] = ~near
     if bool(slow.any()):
-        found[slow] = converge(x[slow], STEPS, _FIRST_LOOK)[0]
+        found[slow] = converge(x[slow], STEPS, _LOOKS)[0]
     return found
 
 

@@ -41,23 +41,22 @@ def iterate(x: Tensor, steps: Sequence[Coefficients], *, in_pairs: bool = True) 
 
 
 def converge(
-    x: Tensor, steps: Sequence[Coefficients], first_look: int, *, in_pairs: bool = False
+    x: Tensor, steps: Sequence[Coefficients], looks: range, *, in_pairs: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The same, but that matrices whose values are nearly 1 leave with a cubic step, which makes them 1.
 
     Args:
         x: a stack in fp32.
         steps: coefficients.
-        first_look: how many are made before it is looked at what has converged; from there on, which makes the host
-            wait for the device, after every one.
+        looks: after how many steps it is looked at what has converged, which makes the host wait for the device.
         in_pairs: as of `iterate`, before the first look.
 
     Returns:
         The stack, and which of it has converged, [N].
     """
-    rest, places = iterate(x, steps[:first_look], in_pairs=in_pairs), torch.arange(len(x), device=x.device)
+    rest, places = iterate(x, steps[: looks.start], in_pairs=in_pairs), torch.arange(len(x), device=x.device)
     found, near = torch.empty_like(rest), torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    for number in range(first_look, len(steps) + 1):
+    for number in looks:
         gram = torch.bmm(rest, rest.mT)
         done = converged(gram)
         if bool(done.all()):
@@ -68,7 +67,7 @@ def converge(
             rest, gram, places = rest[~done], gram[~done], places[~done]
         if number < len(steps):
             rest = torch.bmm(_polynomial(gram, steps[number]), rest)
-    found[places] = rest
+    found[places] = iterate(rest, steps[looks.stop :], in_pairs=False)
     return found, near
 
 
