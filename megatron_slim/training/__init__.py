@@ -11,6 +11,9 @@
 - `resume_checks`: whether a checkpoint fits the run that resumes from it
 - `carried`, `kept_files`: the optimizer of the phase before; what an export of a run's checkpoints needs
 - `rates`, `progressive`, `stage_layout`: the learning rate, phases of one schedule, pipeline stages
+- `aurora`, `polar`: a step of Aurora on one matrix, and polar factors
+- `matrix_optimizer`, `matrix_stacks`, `matrix_entry`: Muon and Aurora for Megatron, under every layout
+- `optimizer_flags`, `optimizer_table`: their arguments, and which weights they update
 - `teacher_ahead`, `hidden_kd`, `finite`: a teacher ahead of its student, hidden states, NaN on any rank
 - `meters`, `run_figures`, `run_log`: what is measured, the figures made of it, gathering and writing them
 - `run_view`, `run_plots`: a run read back, for show-run
