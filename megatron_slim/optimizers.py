@@ -48,7 +48,7 @@ class Optimizer:
 
 ADAM, MUON, AURORA = "adam", "muon", "aurora"
 MOMENTUM = "momentum_buffer"  # the state of a matrix
-SECOND_MOMENT = "exp_avg_sq"  # beside it, of a parameter that holds both matrices and rows that are none
+SECOND_MOMENT = "exp_avg_sq"  # next to it, where some of a parameter is not updated as a matrix
 OPTIMIZERS = {
     ADAM: Optimizer(states=("exp_avg", SECOND_MOMENT), traffic=_AROUND + 2 * 8),
     MUON: Optimizer(states=(MOMENTUM,), traffic=_AROUND + 8, polar_steps=5),

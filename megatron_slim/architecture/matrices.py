@@ -61,7 +61,7 @@ class Piece:
 
 @cache
 def pieces_of(dims: tuple[Dim, ...]) -> tuple[Piece, ...]:
-    """The matrices of a parameter of these dimensions; none if it is no matrix.
+    """The matrices of a parameter of these dimensions; none of one that has not two of them.
 
     >>> from megatron_slim.architecture.axes import concat, label
     >>> dims = concat(label("gate", "ffn"), label("up", "ffn")), "hidden"
@@ -119,7 +119,7 @@ def local_positions(
         dims: of the parameter.
         dim: the dimension, 0 or 1.
         sizes: of the axes in the whole model.
-        tp_dim: the dimension that ranks share out, None if none.
+        tp_dim: the dimension that is sharded, None if none.
         ways: number of ranks; it divides the first axis of every part.
     """
     own = dict(sizes)
@@ -129,7 +129,7 @@ def local_positions(
 
 
 def outer_axes(dim: Dim) -> set[str]:
-    """The first axis of every part of a dimension: what tensor parallelism shares out."""
+    """The first axis of every part of a dimension: what tensor parallelism shards."""
     match dim:
         case Concat(parts):
             return {axis for part in parts for axis in outer_axes(part)}

@@ -99,8 +99,8 @@ def scale_learning_rate(factor: Callable[[float], float]) -> None:
 OPTIMIZER_NAMES = Patch(
     name="names of optimizers",
     kind=HOOK,
-    why="Megatron's parser takes the names of its own optimizers alone, also where it parses the command line again, "
-    "for its tolerance of faults.",
+    why="Megatron's parser takes the names of its own optimizers alone, also where it parses the command line again "
+    "before it starts.",
     upstream=NOT_REPORTED,
     targets=("megatron.training.arguments:_add_training_args",),
 )

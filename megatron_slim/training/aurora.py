@@ -147,7 +147,7 @@ def aurora_step(
         precision: ``fp32`` or ``bf16``, that of the products.
 
     Raises:
-        ValueError: the tensors are no three matrices of one shape, or a number is out of range.
+        ValueError: the tensors are not three matrices of one shape, or a number is out of range.
     """
     if weight.ndim != 2 or not weight.shape == gradient.shape == momentum.shape:
         raise ValueError("weight, gradient and momentum must be matrices of one shape")

@@ -27,7 +27,7 @@ REPEATING = ("polar_express", "cans", "deepseekv4")  # sets of coefficients of w
 
 @dataclass(frozen=True)
 class AdamW:
-    """What the rows that are no matrix are updated with.
+    """What rows that are not a matrix are updated with.
 
     Attributes:
         share: of the matrices' learning rate.
