@@ -4,6 +4,6 @@
 - `parameters`, `activations`, `memory`: what a rank holds
 - `schedule`, `speed`, `hardware`: 1F1B, the time of a step, what is assumed of a GPU
 - `preparation`: calibration and conversion before it
-- `build`: the modules of every distinct rank on the meta device, to compare
+- `build`, `buffers`: the modules of every distinct rank on the meta device, and their buffers, to compare
 - `flags`, `report`: flags to paste, tables and JSON
 """
