@@ -6,7 +6,7 @@ from megatron_slim.compat import cpu_kernels, cpu_megatron, forked_ranks, librar
 from megatron_slim.compat.fixes_data import DATASET_HELPERS
 from megatron_slim.compat.fixes_fp32 import ORDERED_PARAMETERS, PLAIN_OPTIMIZER, RESTORED_PARAMETERS, ROUTER_COUNTS
 from megatron_slim.compat.fixes_resume import BUCKET_PADDING, OTHER_EXPERT_PARALLELISM, OTHER_RATES
-from megatron_slim.compat.hooks import LEARNING_RATES, OPTIMIZER_NAMES, OPTIMIZERS, SCHEDULE, PIPELINE, TRAINING_LOG
+from megatron_slim.compat.hooks import LEARNING_RATES, OPTIMIZER_NAMES, OPTIMIZERS, PIPELINE, SCHEDULE, TRAINING_LOG
 from megatron_slim.compat.patch import Patch
 
 # Of Megatron-Core, made before anything uses it; those of its loop are made by training.

@@ -14,8 +14,9 @@ from torch import Tensor
 from megatron_slim.architecture.flops import student_flops
 from megatron_slim.checkpoint.torch_dist_names import HF_DIR
 from megatron_slim.errors import SlimError
+from megatron_slim.optimizers import ADAM, OPTIMIZERS
 from megatron_slim.pruning.elastic import Elastic, ElasticBudget, find_elastic
-from megatron_slim.training.slim_arguments import ELASTIC_FLAG, TOGETHER
+from megatron_slim.training.slim_arguments import ELASTIC_FLAG, IN_TURN, TOGETHER
 from megatron_slim.training.stage_layout import StageLayout, kernels_of, layout_string
 
 # Left out, since settings for GPUs have them: gradients of the smaller budgets come when a step is done, and their
@@ -194,6 +195,12 @@ def elastic_violations(args: Namespace) -> list[str]:
         found.append(f"{ELASTIC_FLAG} {TOGETHER} trains every budget in every step: shares have no effect")
     if (late[0] is None) != (late[1] is None):
         found.append("--elastic-late-shares and --elastic-late-from need one another")
+    optimizer = OPTIMIZERS.get(args.optimizer)  # others are refused for what they are
+    if args.elastic == IN_TURN and optimizer is not None and optimizer.is_scale_invariant:
+        found.append(
+            f"{ELASTIC_FLAG} {IN_TURN} does not go with --optimizer {args.optimizer}: it would move by full steps what "
+            f"an iteration does not train; give {TOGETHER}, whose steps have the largest budget, or --optimizer {ADAM}"
+        )
     for name, why in _EXCLUDED.items():
         if getattr(args, name, None):
             found.append(f"{ELASTIC_FLAG} does not go with --{name.replace('_', '-')}: {why}")

@@ -22,7 +22,7 @@ from megatron_slim.testing import make_elastic, run_distributed, tiny_shape, wri
 from megatron_slim.training.elastic import ElasticRun
 from megatron_slim.training.run_plots import picture
 from megatron_slim.training.run_view import in_nats, read_run, summary
-from tests.training.conftest import SIZES, Workplace, refusal
+from tests.training.conftest import SIZES, Workplace, read_scalars, refusal, train
 
 # Every axis, layers too.
 BUDGETS: dict[str, dict[str, int]] = {
@@ -309,6 +309,7 @@ def test_shares_change_in_a_second_stage() -> None:
 
 
 REFUSED = {
+    "aurora": ("--optimizer aurora --lr 0.01", "--elastic in-turn does not go with --optimizer aurora"),
     "ahead": ("--teacher-ahead 2", "--elastic does not go with --teacher-ahead"),
     "hidden": ("--hidden-kd-layers 0:0", "--elastic does not go with --hidden-kd-layers"),
     "shares": (
@@ -354,6 +355,26 @@ def test_a_run_of_the_largest_alone_says_what_it_does(place: Workplace, tmp_path
     place.train("largest", 1, *flags)
     assert "holds budgets, of which this run trains the largest alone" in place.log("largest").read_text()
     assert find_elastic(tmp_path / "saved") is None
+
+
+def test_optimizers_of_matrices_train_all_budgets_together(place: Workplace) -> None:
+    """Their steps have the largest budget, so that no weight is left to its momentum."""
+    flags = (
+        "--micro-batch-size",
+        "2",
+        "--elastic",
+        "together",
+        "--optimizer",
+        "muon",
+        "--lr",
+        "1e-2",
+        "--min-lr",
+        "1e-3",
+    )
+    plain = [flag for flag in place.argv("muon", *flags) if flag != "--use-distributed-optimizer"]
+    run_distributed(1, train, plain, str(place.new_log("muon")), initialise=False)
+    losses = read_scalars(place.root / "tensorboard" / "muon")["small/lm loss"]
+    assert len(losses) == 5 and losses[-1] < losses[0]
 
 
 def test_shares_without_budgets_are_refused(workplace: Workplace) -> None:
