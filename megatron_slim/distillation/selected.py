@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
-from megatron_slim.checkpoint.layout import as_rows
+from megatron_slim.checkpoint.layout import Rows, as_rows
 from megatron_slim.distillation.gathered import Gathered
 from megatron_slim.distillation.regions import Index, Place, Region, add, regions_of, take
 from megatron_slim.pruning.plan import Plan
@@ -66,6 +66,8 @@ class SelectedParameters:
             for place, those in own.items()
             for region in those
         ]
+        owners = {(each.own.owner, None if each.source is None else each.source.owner) for each in self._selections}
+        assert len(owners) == len({own for own, _ in owners}), "a parameter is made of one parameter, or gathered"
         self._keys = {self._origins.of(*place).key: place[0] for place in own}
         self._whole_source = Gathered(self._sources, source.pg_collection)
         self._whole_own = Gathered(own, model.pg_collection)
@@ -81,7 +83,7 @@ class SelectedParameters:
         for source in () if whole else self._sources.get((origin.key, origin.expert), ()):
             if (index := _within(wanted, source)) is not None:
                 return _Selection(own, source, index, origin.key, origin.expert)
-        return _Selection(own, None, tuple(map(as_rows, wanted)), origin.key, origin.expert)
+        return _Selection(own, None, tuple(map(_rows, wanted)), origin.key, origin.expert)
 
     @property
     def gathered(self) -> list[str]:
@@ -149,8 +151,8 @@ class SelectedParameters:
                     )
                 ]
                 if all(chosen.size for chosen, _ in here):
-                    content = take(whole, tuple(as_rows(chosen) for chosen, _ in here))
-                    add(region.of(_gradient_of(region)), tuple(as_rows(at) for _, at in here), content)
+                    content = take(whole, tuple(_rows(chosen) for chosen, _ in here))
+                    add(region.of(_gradient_of(region)), tuple(_rows(at) for _, at in here), content)
 
     @torch.no_grad()
     def collect_buffers(self) -> None:
@@ -203,6 +205,12 @@ def _have_memory(owner: Tensor, dtype: torch.dtype) -> None:
         owner.untyped_storage().resize_(owner.numel() * owner.itemsize)
 
 
+def _rows(positions: Positions) -> Rows:
+    """Positions as an index of tensors on the device."""
+    rows = as_rows(positions)
+    return rows if isinstance(rows, slice) else rows.to(torch.cuda.current_device())
+
+
 def _part(positions: Positions, first: int, extent: int) -> Positions:
     """Some of the positions; the rows that pad a vocabulary come after all that are named, in both models."""
     if first + extent <= len(positions):
@@ -216,7 +224,7 @@ def _within(positions: Sequence[Positions], region: Region) -> Index | None:
     inner = [each - first for each, first in zip(positions, region.start, strict=True)]
     if any(each.min() < 0 or each.max() >= size for each, size in zip(inner, region.shape, strict=True)):
         return None
-    return tuple(map(as_rows, inner))
+    return tuple(map(_rows, inner))
 
 
 def _overlap(positions: Positions, first: int, extent: int) -> tuple[Positions, Positions]:

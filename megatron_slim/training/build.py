@@ -68,10 +68,10 @@ def build_stage(
     }
     teacher = _build_teacher(spec, config, stage)
     model: dict[str, Any] = {"options": spec.options, "teacher": teacher, "timed_losses": timed_losses}
-    weight = 1.0 if spec.elastic is None else spec.elastic.budgets[0].weight
+    fields = shape_config_fields(spec.student) | router_fields(config, spec.elastic, 0)
     student = build_model(
         spec.student,
-        dataclasses.replace(config, **(shape_config_fields(spec.student) | load_balancing_fields(config, weight))),
+        dataclasses.replace(config, **fields),
         model_class=DistillationModel if spec.elastic is None else ElasticModel,
         **model,
         **stage,
@@ -86,9 +86,9 @@ def _attach_budgets(student: ElasticModel, spec: RunSpec, config: TransformerCon
     """Build the smaller budgets of a stage, co-located with it; their weights are undefined."""
     assert spec.elastic is not None
     others = []
-    for budget in spec.elastic.budgets[1:]:
+    for number, budget in enumerate(spec.elastic.budgets[1:], start=1):
         shape = budget.plan.target_shape
-        fields = shape_config_fields(shape) | load_balancing_fields(config, budget.weight)
+        fields = shape_config_fields(shape) | router_fields(config, spec.elastic, number)
         fields |= {
             "perform_initialization": False,
             "pipeline_model_parallel_layout": layout_of(budget, spec.stages, spec.args),
@@ -167,6 +167,23 @@ def _build_teacher(spec: RunSpec, config: TransformerConfig, stage: dict[str, An
     assert isinstance(teacher, HiddenStatesModel)
     # Megatron moves the student to its device later; some parameters are made on the host.
     return teacher.to(device=torch.cuda.current_device(), dtype=teacher.config.params_dtype)
+
+
+def router_fields(config: TransformerConfig, run: ElasticRun | None, budget: int) -> dict[str, Any]:
+    """What trains a budget's routers: losses by its weight, and of a bias's rate the part of one of the step's budgets.
+
+    Args:
+        config: of Megatron's validated arguments.
+        run: of which budgets; None: of the student alone.
+        budget: which.
+    """
+    if run is None:
+        return load_balancing_fields(config)
+    weight, z_loss = run.budgets[budget].weight, config.moe_z_loss_coeff
+    return load_balancing_fields(config, weight) | {
+        "moe_z_loss_coeff": None if z_loss is None else weight * z_loss,
+        "moe_router_bias_update_rate": config.moe_router_bias_update_rate / (len(run.budgets) if run.together else 1),
+    }
 
 
 def load_balancing_fields(config: TransformerConfig, weight: float = 1.0) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from megatron_slim.checkpoint.tracker import repair_tracker
 from megatron_slim.distillation.model import TEACHER_MTP
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.training.data_checks import check_data
-from megatron_slim.training.elastic import depth_violations, elastic_violations
+from megatron_slim.training.elastic import check_kept_budgets, depth_violations, elastic_violations
 from megatron_slim.training.fp8_checks import fp8_violations
 from megatron_slim.training.hidden_kd import check_projections, check_stages, hidden_violations
 from megatron_slim.training.loss_checks import loss_violations
@@ -48,6 +48,7 @@ def check(spec: RunSpec) -> None:
         raise SlimError("; ".join(found))
     if not args.train_iters and not args.train_samples:
         raise SlimError("nothing to train", fix="give --train-iters or --train-samples")
+    check_kept_budgets(None if args.save is None else Path(args.save), spec.elastic)
     start = _check_start(spec)
     check_data(args, shape.vocab_size)
     if args.verify_integrity:

@@ -27,7 +27,10 @@ _EXCLUDED = {
     "teacher_ahead": "the teacher computes for all budgets of a micro-batch at once already",
     "hidden_kd_layers": "projections are of one size",
     "fp8": "copies of weights in FP8 are of one size",
+    "fp4": "copies of weights in FP4 are of one size",
+    "enable_cuda_graph": "steps are not all alike",
     "external_cuda_graph": "steps are not all alike",
+    "overlap_moe_expert_parallel_comm": "it runs layers of the largest budget alone",
     "rampup_batch_size": "budgets have their shares of iterations, which must have equally many tokens",
     "step_batch_size_schedule": "budgets have their shares of iterations, which must have equally many tokens",
 }
@@ -38,7 +41,7 @@ class ElasticRun:
     """Budgets of a student, and when each is trained; budgets are counted from 0, which is the student itself.
 
     Attributes:
-        budgets: from the largest.
+        document: the student's ``elastic.json``.
         together: every step trains all of them, on every micro-batch.
         shares: otherwise, how many of the iterations are of each, relative to each other.
         late_shares: the same from iteration ``late_from`` on, counted from 0; None: there is no such change.
@@ -46,12 +49,17 @@ class ElasticRun:
         seed: of the order.
     """
 
-    budgets: tuple[ElasticBudget, ...]
+    document: Elastic
     together: bool
     shares: tuple[int, ...]
     late_shares: tuple[int, ...] | None = None
     late_from: int = 0
     seed: int = 0
+
+    @property
+    def budgets(self) -> tuple[ElasticBudget, ...]:
+        """From the largest."""
+        return self.document.budgets
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -148,14 +156,35 @@ def elastic_run(args: Namespace, source: Path) -> ElasticRun | None:
         if (shares := getattr(args, key)) is not None and len(shares) != count:
             what = f"--{key.replace('_', '-')} has {len(shares)} numbers for {count} budgets"
             raise SlimError(what, fix=f"give one for each of {names}")
+    if args.without_mtp and document.shape.mtp_num_layers:
+        document = document.without_mtp()
     return ElasticRun(
-        document.budgets,
+        document,
         together=args.elastic == TOGETHER,
         shares=args.elastic_shares or (1,) * count,
         late_shares=args.elastic_late_shares,
         late_from=args.elastic_late_from or 0,
         seed=args.seed,
     )
+
+
+def check_kept_budgets(save: Path | None, elastic: ElasticRun | None) -> None:
+    """See that checkpoints that a run adds to a directory have the budgets of those that are there.
+
+    Raises:
+        SlimError: they have others, or none.
+    """
+    if save is None or not (save / HF_DIR).is_dir():
+        return
+    there, ours = budgets_of(save / HF_DIR), None if elastic is None else elastic.document
+    another = "give another --save"
+    if there is not None and ours is None:
+        fix = f"give {ELASTIC_FLAG}, or another --save"
+        raise SlimError("its checkpoints have budgets, which this run does not train", where=str(save), fix=fix)
+    if there is None and ours is not None:
+        raise SlimError("its checkpoints have no budgets, this run has some", where=str(save), fix=another)
+    if there is not None and ours is not None and there.sha256 != ours.sha256:
+        raise SlimError("its checkpoints have other budgets than this run", where=str(save), fix=another)
 
 
 def without_overlap(words: Sequence[str]) -> list[str]:
@@ -201,6 +230,10 @@ def elastic_violations(args: Namespace) -> list[str]:
             f"{ELASTIC_FLAG} {IN_TURN} does not go with --optimizer {args.optimizer}: it would move by full steps what "
             f"an iteration does not train; give {TOGETHER}, whose steps have the largest budget, or --optimizer {ADAM}"
         )
+    if late[1] is not None and late[1] < 0:
+        found.append(f"--elastic-late-from {late[1]} is negative")
+    if getattr(args, "cuda_graph_impl", "none") != "none":
+        found.append(f"{ELASTIC_FLAG} does not go with --cuda-graph-impl: steps are not all alike")
     for name, why in _EXCLUDED.items():
         if getattr(args, name, None):
             found.append(f"{ELASTIC_FLAG} does not go with --{name.replace('_', '-')}: {why}")
@@ -216,11 +249,12 @@ def stage_of(layer: int, stages: StageLayout) -> int:
 def depth_violations(run: ElasticRun, stages: StageLayout) -> list[str]:
     """Budgets whose last layer is not in the stage of the student's last, in sentences.
 
-    Before MTP blocks Megatron has the final norm in the stage of the last layer.
+    Before MTP blocks Megatron has the final norm in the stage of the last layer. The last stage, which logs, must have
+    a router, or it would not know over which ranks load balancing is to be added up.
     """
     shape, found = run.budgets[0].plan.source_shape, []
     last = stage_of(shape.num_layers - 1, stages)
-    for budget in run.budgets if shape.mtp_num_layers else ():
+    for budget in run.budgets:
         if (stage := stage_of(layer := budget.plan.kept_layers[-1], stages)) != last:
             found.append(
                 f"budget {budget.name}: its last layer, model.layers.{layer} of the student, is in pipeline "

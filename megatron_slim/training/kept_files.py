@@ -13,20 +13,21 @@ from megatron_slim.checkpoint.records import ELASTIC, PLAN
 from megatron_slim.checkpoint.side_files import carry_files, log_left_behind
 from megatron_slim.checkpoint.torch_dist_names import HF_DIR
 from megatron_slim.files import new_directory, to_json, write_atomic
+from megatron_slim.pruning.elastic import Elastic
 
 
-def keep_record(name: str, source: Path, directory: Path) -> None:
-    """Copy a record of a student, such as the plan that gave it; of torch_dist it is next to ``hf/``, or in it."""
+def keep_plan(source: Path, directory: Path) -> None:
+    """Copy the plan that gave a student, by which a later pruning knows it; of torch_dist it is next to ``hf/``."""
     places = (source, source.parent) if source.name == HF_DIR else (source,)
-    if (file := next((place / name for place in places if (place / name).is_file()), None)) is not None:
-        shutil.copyfile(file, directory / name)
+    if (file := next((place / PLAN for place in places if (place / PLAN).is_file()), None)) is not None:
+        shutil.copyfile(file, directory / PLAN)
 
 
-def keep_hf_files(source: Path, save: Path, shape: ModelShape, *, elastic: bool = False) -> None:
+def keep_hf_files(source: Path, save: Path, shape: ModelShape, elastic: Elastic | None = None) -> None:
     """Put config.json, the tokenizer and the like next to the checkpoints of this run, so that they can be exported.
 
-    How files hold the experts is among it, and what a larger model has but for its language model. Of an ``elastic``
-    run so are the student's budgets; training that knows nothing of them ruins the smaller ones.
+    How files hold the experts is among it, and what a larger model has but for its language model. Of an elastic
+    run so are the student's budgets, ``elastic``; training that knows nothing of them ruins the smaller ones.
     """
     if (save / HF_DIR).is_dir():
         return
@@ -37,7 +38,8 @@ def keep_hf_files(source: Path, save: Path, shape: ModelShape, *, elastic: bool 
         write_atomic(directory / "config.json", to_json(shape_to_hf_config(shape, config)))
         carried.save(directory, verify=True)
         carry_files(source, directory)
-        for record in (PLAN, ELASTIC) if elastic else (PLAN,):
-            keep_record(record, source, directory)
+        keep_plan(source, directory)
+        if elastic is not None:
+            elastic.save(directory / ELASTIC)
         write_storage(directory, storage_of(source, without_mtp=without_mtp))
     log_left_behind(source)

@@ -193,12 +193,18 @@ class LossSums:
     totals: Tensor | None = None
     _current: Tensor | None = None
 
-    def add(self, report: Mapping[str, Tensor]) -> None:
-        """One micro-batch: (sum, count) by name, what else the log carries among them."""
+    def add(self, report: Mapping[str, Tensor], weight: float = 1.0) -> None:
+        """One micro-batch: (sum, count) by name, what else the log carries among them.
+
+        Args:
+            report: what is logged.
+            weight: of all terms, where the micro-batch goes through one of several models.
+        """
         none = torch.zeros(2, device=torch.cuda.current_device())
         names = [term.name for term in LOSS_TERMS.values()]
         pairs = torch.stack([report[name].float() if name in report else none for name in names])
-        self._current = pairs if self._current is None else self._current + pairs
+        found = torch.cat([pairs.double(), weight * pairs[:, :1].double()], dim=1)
+        self._current = found if self._current is None else self._current + found
 
     def end_iteration(self, weights: Mapping[str, float]) -> None:
         """Weigh what came in this iteration; what came before is forgotten."""
@@ -206,9 +212,8 @@ class LossSums:
         if found is None:
             return
         each = [weights.get(term.name, 0.0) for term in LOSS_TERMS.values()]
-        weighed = found[:, 0] * torch.tensor(each, dtype=torch.float64, device=found.device)
-        self.totals = torch.cat([found.double(), weighed.unsqueeze(1)], dim=1)
-        self._current = None
+        found[:, 2] *= torch.tensor(each, dtype=torch.float64, device=found.device)
+        self.totals, self._current = found, None
 
     def take(self) -> Tensor:
         """Sum, count and weighted sum [terms, 3] of the last iteration, on the device."""

@@ -194,7 +194,7 @@ def train(spec: RunSpec, args: Namespace, carried: CarriedOptimizer | None) -> N
     register(args, spec.student)
     _change_the_loop(spec, carried, run.steps)
     if args.save and args.rank == 0:
-        keep_hf_files(spec.source, Path(args.save), spec.student, elastic=spec.elastic is not None)
+        keep_hf_files(spec.source, Path(args.save), spec.student, spec.elastic.document if spec.elastic else None)
     _run_the_loop(run, args)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

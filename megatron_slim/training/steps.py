@@ -141,7 +141,7 @@ class Steps:
         if label:  # after which Megatron reports a perplexity of everything
             logged = {term.name: logged[term.name] for term in LOSS_TERMS.values() if term.name in logged}
         else:
-            self.log.losses.add(logged)
+            self.log.losses.add(logged, turn.weight)
         if self.hidden_log.pairs and not label:
             logged |= self.hidden_log.report(tokens)
         # A micro-batch's tokens count once, whatever goes through it.

@@ -73,6 +73,7 @@ class Turns:
     chunks: Sequence[DistillationModel]
     flops: Sequence[float]
     current: tuple[int, ...] = (0,)
+    _begun: bool = False
     _passes: dict[int, int] = field(default_factory=dict)
     _batches: dict[int, Batch] = field(default_factory=dict)
 
@@ -81,6 +82,11 @@ class Turns:
         budgets = range(len(self.run.budgets))
         self.current = tuple(budgets) if forward_only else self.run.of_iteration(get_args().curr_iteration)
         self._passes.clear()
+        if not self._begun:  # what their models were built with
+            for chunk in self._stages():
+                for each in chunk.selected:
+                    each.release()
+            self._begun = True
         get_moe_metrics_tracker().metrics.clear()  # what is left has the form that Megatron logs
         for selected in self._selected():
             selected.fill()

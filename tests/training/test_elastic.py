@@ -16,7 +16,7 @@ from megatron_slim.architecture.shape import FAMILIES, ModelShape
 from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.checkpoint.records import ELASTIC
 from megatron_slim.pruning.apply import PrunedCheckpoint
-from megatron_slim.pruning.elastic import find_elastic
+from megatron_slim.pruning.elastic import Elastic, find_elastic
 from megatron_slim.pruning.pipeline import write_pruned
 from megatron_slim.testing import make_elastic, run_distributed, tiny_shape, write_tiny_checkpoint
 from megatron_slim.training.elastic import ElasticRun
@@ -287,7 +287,7 @@ def read(place: Workplace, name: str) -> str:
 
 
 def run_of(shares: tuple[int, ...], **more: object) -> ElasticRun:
-    return ElasticRun(budgets=(None,) * len(shares), together=False, shares=shares, **more)  # type: ignore[arg-type]
+    return ElasticRun(Elastic(()), together=False, shares=shares, **more)  # type: ignore[arg-type]
 
 
 def test_budgets_have_exactly_their_shares() -> None:
@@ -316,6 +316,8 @@ REFUSED = {
         "--elastic-shares 1,1",
         "--elastic-shares has 2 numbers for 3 budgets",
     ),
+    "graphs": ("--cuda-graph-impl local", "--elastic does not go with --cuda-graph-impl"),
+    "negative": ("--elastic-late-shares 1,1,1 --elastic-late-from -5", "--elastic-late-from -5 is negative"),
     "late": ("--elastic-late-shares 1,1,1", "--elastic-late-shares and --elastic-late-from need one another"),
     "experts": (
         "--expert-model-parallel-size 4",
@@ -341,6 +343,51 @@ def test_a_student_without_budgets_is_refused(workplace: Workplace) -> None:
     argv = workplace.argv("none", "--micro-batch-size", "1", "--elastic", "together")
     (found,) = run_distributed(1, refusal, argv, str(workplace.new_log("none")), initialise=False)
     assert "--elastic, but the student has no budgets; prune by a recipe with budgets" in found
+
+
+def test_a_directory_of_checkpoints_has_one_document(place: Workplace, tmp_path: Path) -> None:
+    """Slices of its older iterations, and of its newer ones, are all what it says."""
+    elastic, plain = tmp_path / "elastic", tmp_path / "plain"
+    common = ("--micro-batch-size", "2", "--train-iters", "1", "--save")
+    place.train("with", 1, *common, str(elastic), "--elastic", "together")
+    place.train("without", 1, *common, str(plain))
+    for number, (flags, sentence) in enumerate(
+        (
+            ((*common, str(elastic)), "its checkpoints have budgets, which this run does not train; give --elastic"),
+            ((*common, str(plain), "--elastic", "together"), "its checkpoints have no budgets, this run has some"),
+        )
+    ):
+        argv = place.argv(f"one-{number}", *flags)
+        (found,) = run_distributed(1, refusal, argv, str(place.new_log(f"one-{number}")), initialise=False)
+        assert sentence in found
+
+
+def test_a_student_without_its_mtp_block_has_budgets_without(place: Workplace, tmp_path: Path) -> None:
+    flags = ("--micro-batch-size", "2", "--train-iters", "2", "--elastic", "together", "--without-mtp")
+    found = place.train("nomtp", 1, *flags, "--teacher-without-mtp", "--save", str(tmp_path / "saved"))
+    assert "small/lm loss" in found and "small/mtp lm loss" not in found
+    assert pruned(tmp_path / "saved", "small").shape.mtp_num_layers == 0
+
+
+def test_weights_of_budgets_multiply_all_that_moves_routers(place: Workplace, tmp_path: Path) -> None:
+    """A step in which Adam moves weights by their gradients, most of which are of the losses of routers."""
+    moved = {}
+    for weight in (1.0, 0.5):
+        student = write_elastic(tmp_path / f"student-{weight}", tiny_shape(**SIZES))
+        elastic = find_elastic(student)
+        assert elastic is not None
+        budgets = tuple(dataclasses.replace(each, weight=weight) for each in elastic.budgets)
+        dataclasses.replace(elastic, budgets=budgets).save(student / ELASTIC)
+        flags = "--train-iters 1 --clip-grad 0 --micro-batch-size 4 --weight-decay 0 --adam-beta1 0 --adam-beta2 0"
+        flags += " --adam-eps 1e8 --lr 1e8 --min-lr 1e8 --moe-z-loss-coeff 1 --moe-aux-loss-coeff 1"
+        here, save = dataclasses.replace(place, student=student), tmp_path / f"saved-{weight}"
+        here.train(f"weight-{weight}", 1, *flags.split(), *only("small"), "--save", str(save))
+        before, after = open_checkpoint(student), open_checkpoint(save)
+        moved[weight] = {each: after.read(each) - before.read(each) for each in before.names if "gate" in each}
+    for name, full in moved[1.0].items():
+        # Rounding of the weights that are moved.
+        torch.testing.assert_close(moved[0.5][name], full / 2, rtol=1e-4, atol=1e-6)
+    assert max(float(each.abs().max()) for each in moved[1.0].values()) > 1e-2
 
 
 def test_overlap_is_left_out_and_said(place: Workplace) -> None:
