@@ -22,6 +22,7 @@ from megatron_slim.testing import make_elastic, run_distributed, tiny_shape, wri
 from megatron_slim.training.elastic import ElasticRun
 from megatron_slim.training.run_plots import picture
 from megatron_slim.training.run_view import in_nats, read_run, summary
+from tests.engine import run_with_engine
 from tests.training.conftest import SIZES, Workplace, read_scalars, refusal, train
 
 # Every axis, layers too.
@@ -471,3 +472,27 @@ def test_slices_of_what_was_saved(place: Workplace, tmp_path: Path, tool: Any) -
         assert done.code == 0, done
         assert_same_weights(pruned(save, "middle"), target)
         assert_same_weights(pruned(target, "small"), slice_to(tmp_path / f"small-{to}", save, "small"))
+
+
+def check_engine(root: Path) -> None:
+    """Body of a process in which Transformer Engine seems to be installed."""
+    shape = tiny_shape(**SIZES, linear_num_value_heads=16)
+    targets = {"large": {}, "small": {"num_layers": 2, "hidden_size": 32, "num_moe_experts": 4, SHARED: 16}}
+    student = make_elastic(write_tiny_checkpoint(root / "student", shape), targets, depth="block_influence")
+    place = Workplace(root, write_tiny_checkpoint(root / "teacher", shape, seed=1), student)
+    flags = "--transformer-impl transformer_engine --moe-grouped-gemm --bf16 --tensor-model-parallel-size 2".split()
+    flags += ["--sequence-parallel", "--micro-batch-size", "2", "--clip-grad", "0"]
+    elastic = place.train("elastic", 2, *flags, "--elastic", "in-turn", "--elastic-shares", "0,1")
+    sliced = dataclasses.replace(place, student=slice_to(root / "slice", student, "small"))
+    plain = sliced.train("plain", 2, *flags)
+    for term in TERMS:
+        assert elastic[f"small/{term}"] == plain[term], term
+    together = place.train("together", 2, *flags, "--elastic", "together")
+    assert together["small/lm loss"][0] == plain["lm loss"][0]
+    assert together["small/lm loss"][-1] < together["small/lm loss"][0]
+
+
+@pytest.mark.slow
+def test_students_of_transformer_engine(tmp_path: Path) -> None:
+    """Grouped experts and fused norms have parameters of the same names; bit for bit, in bf16."""
+    run_with_engine(__name__, "check_engine", tmp_path)
