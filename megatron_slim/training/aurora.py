@@ -102,7 +102,8 @@ def _shares(wide: Tensor, precision: str) -> tuple[Tensor, Tensor | None]:
     exact = wide.double()
     gram = torch.bmm(exact, exact.mT)
     root, failed = torch.linalg.cholesky_ex(gram)
-    inverse = torch.cholesky_inverse(torch.where(failed[:, None, None] == 0, root, torch.eye(len(root[0])).to(root)))
+    instead = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)  # of one that fails, which is not used
+    inverse = torch.cholesky_inverse(torch.where(failed[:, None, None] == 0, root, instead))
     # The inverse's norm bounds the inverse of the smallest singular value, squared.
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
     sure = (failed == 0) & (torch.linalg.matrix_norm(inverse) * trace <= _SURE**-2)

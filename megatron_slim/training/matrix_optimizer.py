@@ -246,10 +246,9 @@ def moving_places(places: Sequence[Place]) -> list[Place]:
     if not places:
         return []
     largest = torch.stack(torch._foreach_norm(parts(places, _gradient), 1))
-    split = [number for number, place in enumerate(places) if place.ranks.count > 1]
-    if split:
-        at = torch.tensor(split, device=largest.device)
+    for ranks in dict.fromkeys(place.ranks for place in places if place.ranks.count > 1):
+        at = torch.tensor([n for n, place in enumerate(places) if place.ranks == ranks], device=largest.device)
         ours = largest[at]
-        torch.distributed.all_reduce(ours, op=torch.distributed.ReduceOp.MAX, group=places[split[0]].ranks.group)
+        torch.distributed.all_reduce(ours, op=torch.distributed.ReduceOp.MAX, group=ranks.group)
         largest[at] = ours
     return [place for place, value in zip(places, largest.tolist(), strict=True) if value != 0]
