@@ -16,7 +16,7 @@ from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.checkpoint.iterations import iteration_directory
 from megatron_slim.checkpoint.optimizer_state import open_optimizer_state
 from megatron_slim.errors import SlimError
-from megatron_slim.testing import run_distributed
+from megatron_slim.testing import run_distributed, tiny_shape
 from megatron_slim.training import matrix_optimizer
 from tests.training.conftest import Workplace, assert_same_run, read_scalars, refusal, train
 
@@ -268,3 +268,13 @@ def test_all_matrices_are_updated_where_asked_for(workplace: Workplace, one: dic
     """Routers, too: another run."""
     found = run(workplace, "one", "aurora", "--optimizer-matrices", "all")
     assert found[LM][0] == one["aurora"][LM][0] and found[LM][-1] != one["aurora"][LM][-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe"])
+def test_other_families_and_projections(workplace: Workplace, tmp_path: Path, family: str) -> None:
+    """Dense blocks, biases of routers and of attention; and what is trained next to the model has AdamW."""
+    shapes = [tiny_shape(family, vocab_size=120, num_moe_experts=count) for count in (4, 8)]
+    place, flags = workplace.with_models(tmp_path, *shapes), ("--hidden-kd-layers", "1:1")
+    found, expected = (run(place, layout, "muon", *flags, name=f"{family}-{layout}") for layout in ("tp2-ep2", "one"))
+    assert_same_run(found, expected, [term for term in TERMS if term in expected])
