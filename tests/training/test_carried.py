@@ -273,6 +273,7 @@ def described(start: Path | None, **given: Any) -> RunSpec:
     """A run of which nothing but these arguments matters."""
     names = "load ckpt_step hf_config no_load_optim finetune skip_train hidden_kd_layers"
     base = dict.fromkeys(names.split()) | {"without_mtp": False, "rank": 0, "carry_optimizer": True}
+    base["optimizer"] = "adam"
     args = Namespace(**base | {"pretrained_checkpoint": None if start is None else str(start)} | given)
     shape = tiny_shape()
     return RunSpec((), (), args, Path(), shape, None, None, DistillationOptions(shape.vocab_size), None, None)
