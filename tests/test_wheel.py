@@ -66,7 +66,7 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
         assert found and found <= names, kind
     assert not [name for name in names if not name.startswith("megatron_slim")]
     fields = Parser().parsestr(metadata)
-    assert {"text", "plots", "align", "eval", "gpu", "dev"} == set(fields.get_all("Provides-Extra", []))
+    assert {"text", "plots", "align", "optimizers", "eval", "gpu", "dev"} == set(fields.get_all("Provides-Extra", []))
     needed = {
         line.split(">")[0].split("=")[0] for line in fields.get_all("Requires-Dist", []) if "extra ==" not in line
     }
