@@ -32,6 +32,7 @@ LAYOUTS = {
     "vpp2": (2, f"{PP2} --num-virtual-stages-per-pipeline-rank 2 --micro-batch-size 4"),
     "dp2": (2, "--micro-batch-size 2"),
     "ep2": (2, f"{EP2} --micro-batch-size 2"),
+    "cp2": (2, "--context-parallel-size 2 --micro-batch-size 4"),
     "tp2-pp2-ep2": (4, f"{TP2} {PP2} {EP2} {ETP1} --micro-batch-size 4"),
 }
 QUICK = ("tp2", "vpp2", "ep2")
