@@ -15,6 +15,7 @@ from megatron_slim.architecture.flops import TORCH, student_flops
 from megatron_slim.architecture.shape import FAMILIES, ModelShape
 from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.checkpoint.records import ELASTIC
+from megatron_slim.distillation.elastic import ElasticModel
 from megatron_slim.pruning.apply import PrunedCheckpoint
 from megatron_slim.pruning.elastic import Elastic, find_elastic
 from megatron_slim.pruning.pipeline import write_pruned
@@ -22,6 +23,7 @@ from megatron_slim.testing import make_elastic, run_distributed, tiny_shape, wri
 from megatron_slim.training.elastic import ElasticRun
 from megatron_slim.training.run_plots import picture
 from megatron_slim.training.run_view import in_nats, read_run, summary
+from megatron_slim.training.turns import Turns
 from tests.engine import run_with_engine
 from tests.training.conftest import SIZES, Workplace, read_scalars, refusal, train
 
@@ -256,6 +258,28 @@ def test_a_run_is_the_same_under_every_layout(place: Workplace, schedule: str, l
         assert found[tag] == pytest.approx(one[tag], rel=1e-5), tag
     for tag in (tag for tag in one if tag.endswith(" validation")):
         assert found[tag] == pytest.approx(one[tag], rel=1e-5), tag
+
+
+def bytes_after_steps(argv: list[str], log: str) -> list[int]:
+    """Body of one rank: bytes that the models of the smaller budgets hold after each schedule."""
+    around, found = Turns.around, list[int]()
+
+    def watched(turns: Turns, *args: Any, **kwargs: Any) -> Any:
+        results = around(turns, *args, **kwargs)
+        others = [other for chunk in turns.chunks if isinstance(chunk, ElasticModel) for other in chunk.students[1:]]
+        found.append(sum(each.untyped_storage().nbytes() for other in others for each in other.parameters()))
+        return results
+
+    Turns.around = watched  # type: ignore[method-assign]
+    train(argv, log)
+    return found
+
+
+def test_smaller_budgets_take_memory_in_their_steps_alone(place: Workplace) -> None:
+    """Also before the first of them, which what models are built with would wait for."""
+    argv = place.argv("memory", "--micro-batch-size", "2", "--elastic", "in-turn", "--elastic-shares", "3,1,1")
+    (found,) = run_distributed(1, bytes_after_steps, argv, str(place.new_log("memory")), initialise=False)
+    assert found == [0] * 7, "five steps, and two validations at the end"
 
 
 def test_a_run_that_is_resumed_is_the_run(place: Workplace, tmp_path: Path) -> None:

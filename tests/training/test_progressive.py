@@ -9,6 +9,7 @@ from typing import Any
 
 import megatron_slim.mcore
 
+import numpy as np
 import pytest
 
 from megatron_slim.errors import CheckpointError, SlimError
@@ -16,6 +17,7 @@ from megatron_slim.files import to_json
 from megatron_slim.recipe_sections import Phase
 from megatron_slim.testing import run_distributed
 from megatron_slim.training.progressive import Place, find_place, is_done, phase_of
+from tests.training.conftest import read_scalars
 
 LM = "lm loss"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -88,6 +90,29 @@ def test_phases_are_the_parts_of_one_run(layout: tuple[str, ...], workplace: Any
     run_distributed(2, train, argv, str(workplace.log(f"{name}-done")), initialise=False)
     assert workplace.log(f"{name}-done").read_text().count("run_2: this phase is done, at iteration 5") == 1
     assert (tmp_path / "run_2" / TRACKER).read_text() == "5" and not (tmp_path / "run_2" / "iter_0000006").exists()
+
+
+@pytest.mark.slow
+def test_phases_with_an_optimizer_of_matrices(workplace: Any, tmp_path: Path) -> None:
+    """It begins each phase anew, in its part of the one schedule."""
+    flags = (
+        "--micro-batch-size 2 --lr-warmup-iters 1 --save-interval 1 --optimizer muon --lr 1e-2 --min-lr 1e-3".split()
+    )
+    source, rates = workplace.student, []
+    for number in (1, 2):
+        student = tmp_path / f"student_{number}"
+        shutil.copytree(source, student)
+        phase = [word for word in phase_flags(tmp_path, student, number) if word not in FORGETFUL]
+        words = workplace.argv(f"matrices-{number}", *flags, *phase)
+        words = [word for word in words if word != "--use-distributed-optimizer"]
+        run_distributed(2, train, words, str(workplace.new_log(f"matrices-{number}")), initialise=False)
+        found = read_scalars(workplace.root / "tensorboard" / f"matrices-{number}")
+        assert all(np.isfinite(found[LM]))
+        rates += found["learning-rate"]
+        source = tmp_path / f"run_{number}"
+    # Warm-up of one of five iterations, then half a cosine.
+    expected = [1e-2, *(1e-3 + 9e-3 * (1 + np.cos(np.pi * part / 4)) / 2 for part in range(1, 5))]
+    assert rates == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_phase_comes_from_the_plan_next_to_the_student(tmp_path: Path) -> None:
