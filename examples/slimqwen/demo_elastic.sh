@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Three sizes in one checkpoint on a CPU: prune the demo's teacher to nested budgets, train them together in two ways,
-# train each of them alone with as many tokens of its own, and compare.
+# train each of them alone with as many tokens of its own, and the largest with those of all; compare.
 #
 #   bash examples/slimqwen/demo_elastic.sh [OUTPUT_DIRECTORY]      (default: runs/demo-elastic, made anew every time)
 #
@@ -55,5 +55,7 @@ for seed in $SEEDS; do
     train "alone-$name-$seed" "$out/slices/$name" "$ITERS" "$seed"
     evaluate "alone-$name-$seed" "$out/alone-$name-$seed"
   done
+  train "alone-all-$seed" "$out/slices/large" $((ITERS * ${#budgets[@]})) "$seed"
+  evaluate "alone-all-$seed" "$out/alone-all-$seed"
 done
 "$python" examples/slimqwen/demo_elastic_report.py "$out"

@@ -47,22 +47,25 @@ def build_report(out: Path) -> dict[str, Any]:
         budgets[name] = {"sizes": one_shot["sizes"], **ways}
     timings = [json.loads(line) for line in (out / "timings.jsonl").read_text().splitlines()]
     largest = next(iter(budgets.values()))
+    all_tokens = [figures_of(read_json(out / "results" / f"evaluate-alone-all-{seed}.json")) for seed in seeds]
     return {
         "seeds": seeds,
         "budgets": budgets,
-        # What the smaller budgets cost the largest, at as many steps of its own.
-        "interference": {way: [_difference(*pair) for pair in _pairs(largest, way)] for way in SCHEDULES},
+        "largest_alone_with_all_tokens": all_tokens,
+        # The largest budget's loss above that of it alone: with as many tokens of its own, and with all of the run.
+        "interference": {
+            "in turn, own tokens": differences(largest["in turn"], largest[ALONE]),
+            "in turn, all tokens": differences(largest["in turn"], all_tokens),
+            "together": differences(largest["together"], largest[ALONE]),
+        },
         "seconds": {timing["step"]: timing["seconds"] for timing in timings},
         "total_seconds": sum(timing["seconds"] for timing in timings),
     }
 
 
-def _pairs(budget: dict[str, Any], way: str) -> list[tuple[dict[str, float], dict[str, float]]]:
-    return list(zip(budget[way], budget[ALONE], strict=True))
-
-
-def _difference(elastic: dict[str, float], alone: dict[str, float]) -> float:
-    return elastic["loss"] - alone["loss"]
+def differences(elastic: list[dict[str, float]], alone: list[dict[str, float]]) -> list[float]:
+    """Of losses, seed by seed."""
+    return [one["loss"] - other["loss"] for one, other in zip(elastic, alone, strict=True)]
 
 
 def _cell(values: list[float]) -> str:

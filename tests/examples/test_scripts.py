@@ -129,6 +129,8 @@ def test_the_report_of_the_elastic_demo(tmp_path: Path, tool: Callable[..., Any]
         (results / f"evaluate-{way}.json").write_text(json.dumps({"budgets": rows}))
     for seed, name, loss in ((1, "large", 4.0), (2, "large", 4.5), (1, "small", 5.0), (2, "small", 5.5)):
         (results / f"evaluate-alone-{name}-{seed}.json").write_text(json.dumps(figures(loss)))
+    for seed in (1, 2):
+        (results / f"evaluate-alone-all-{seed}.json").write_text(json.dumps(figures(4.0)))
     (tmp_path / "timings.jsonl").write_text('{"step": "prune", "seconds": 3}\n')
     done = tool("examples/slimqwen/demo_elastic_report.py", tmp_path)
     assert done.code == 0, done
@@ -137,9 +139,10 @@ def test_the_report_of_the_elastic_demo(tmp_path: Path, tool: Callable[..., Any]
     assert [word for word in row if word not in "│┃"][
         1:
     ] == "5 9.0000 4.2500 ±0.3536 4.3750 ±0.1768 4.0000 ±0.0000".split()
-    assert "in turn: the largest budget's loss is 0.1250 ±0.1768 above" in done.stdout
+    assert "in turn, own tokens: the largest budget's loss is 0.1250 ±0.1768 above" in done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["interference"] == {"in turn": [0.25, 0.0], "together": [0.0, -0.5]} and report["total_seconds"] == 3
+    found = {"in turn, own tokens": [0.25, 0.0], "in turn, all tokens": [0.25, 0.5], "together": [0.0, -0.5]}
+    assert report["interference"] == found and report["total_seconds"] == 3
 
 
 @pytest.mark.slow
