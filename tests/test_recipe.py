@@ -16,6 +16,7 @@ from megatron_slim.architecture.published import GLM_4_5_AIR, QWEN3_5_35A3B
 from megatron_slim.architecture.shape import FAMILIES, ModelShape, layer_pattern, unused_fields
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import RecipeError
+from megatron_slim.pruning.elastic_plans import check_budgets
 from megatron_slim.pruning.recipe_checks import check_recipe, space_before_statistics
 from megatron_slim.pruning.search import search
 from megatron_slim.pruning.statistics import Statistics, expected_shapes
@@ -329,6 +330,7 @@ SHIPPED: dict[str, tuple[ModelShape, list[tuple[float, float]]]] = {
     "glm_4_5_air_106a13b_to_29a6b.yaml": (GLM_4_5_AIR.shape, [(29.0, 6.5)]),
     "demo.yaml": (demo_teacher(), []),
     "demo_every_axis.yaml": (demo_teacher(), []),
+    "demo_elastic.yaml": (demo_teacher(), []),
     BUDGET: (teacher(), []),
 }
 
@@ -354,6 +356,9 @@ def test_shipped_recipe(name: str) -> None:
     """Every phase can become what it names of what the phase before it gave, down to the paper's sizes."""
     shape, expected = SHIPPED[name]
     recipe, billions = load_recipe(RECIPES / name), []
+    if recipe.budgets:
+        check_budgets(recipe.budgets, shape, where=name)
+        return
     for phase in recipe.phases or (recipe,):
         check_recipe(phase, shape)
         shape = target_shape(phase, shape, tuple(range(phase.target.num_layers or shape.num_layers)))

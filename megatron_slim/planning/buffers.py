@@ -27,6 +27,8 @@ def buffer_memory(
         settings: the run.
         args: Megatron's, validated.
     """
+    import megatron_slim.mcore
+
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.layer_wise_optimizer import (

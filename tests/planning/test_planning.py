@@ -40,7 +40,10 @@ def phases_of(recipe: Path) -> list[int | None]:
     return list(range(1, count + 1)) if count else [None]
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+ONE_MODEL = [path for path in sorted(RECIPES.glob("*.yaml")) if "\nbudgets:" not in path.read_text()]
+
+
+@pytest.mark.parametrize("recipe", ONE_MODEL, ids=lambda path: path.stem)
 def test_every_recipe_says_what_it_trains(recipe: Path) -> None:
     for phase in phases_of(recipe):
         found = find_models(Asked(recipe=recipe, phase=phase))
