@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# megatron-core 0.19.2 with emerging-optimizers 0.3.0: Muon goes on moving a matrix whose gradient has become zero, such as
+# megatron-core 0.19.2 with emerging-optimizers 0.3.0: Muon keeps moving a matrix whose gradient has become zero, such as
 # that of an expert which gets no more tokens. Its momentum shrinks from step to step, its update does not: the momentum is
 # brought to one size first. AdamW's updates of the same matrix die out.
 #
