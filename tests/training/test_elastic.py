@@ -484,7 +484,7 @@ def test_the_teacher_is_checked_as_in_other_runs(place: Workplace) -> None:
 
 
 def test_slices_of_what_was_saved(place: Workplace, tmp_path: Path, tool: Any) -> None:
-    """As a user goes on: both formats are sliced, and a slice has the budgets below it."""
+    """As a user continues: both formats are sliced, and a slice has the budgets below it."""
     save = tmp_path / "run"
     flags = ("--micro-batch-size", "2", "--elastic", "together", "--train-iters", "2", "--save", str(save))
     place.train("saved", 1, *flags)
