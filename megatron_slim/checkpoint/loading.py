@@ -66,7 +66,8 @@ def load_hf_weights(models: nn.Module | Sequence[nn.Module], checkpoint: Checkpo
     """
     regions = _Regions(checkpoint)
     stages = [_unwrapped(model) for model in ([models] if isinstance(models, nn.Module) else models)]
-    shards = [shards_of(stage) for stage in stages]
+    # Projections are not among a checkpoint's weights.
+    shards = [[each for each in shards_of(stage) if not each.key.startswith(HIDDEN_KD)] for stage in stages]
     keys = {shard.key: tuple(shard.global_shape) for stage in shards for shard in stage}
     _compare(_union_over_ranks(set(keys.items())), regions)
     for stage, of_stage in zip(stages, shards, strict=True):
@@ -112,8 +113,7 @@ def shards_of(model: nn.Module) -> list[Any]:
 
     state = model.sharded_state_dict()  # type: ignore[operator]
     apply_factories(state)
-    tensors = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
-    return [shard for shard in tensors if not shard.key.startswith(HIDDEN_KD)]
+    return [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
 
 
 @torch.no_grad()

@@ -101,8 +101,9 @@ class ElasticModel(DistillationModel):
         if self.post_process:
             assert labels is not None
             return student.token_losses(output, self._teacher_hidden, labels, expected).stack()
-        wide = F.pad(output, (0, self.student_hidden_size - output.shape[-1]))
-        return joined(wide if output.shape[-1] < self.student_hidden_size else output, self._teacher_hidden)
+        if missing := self.student_hidden_size - output.shape[-1]:  # without any, padding would copy
+            output = F.pad(output, (0, missing))
+        return joined(output, self._teacher_hidden)
 
     def _states_received(self) -> dict[str, Tensor]:
         received, self._received = self._received, None

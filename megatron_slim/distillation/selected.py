@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.checkpoint.layout import Rows, as_rows
 from megatron_slim.distillation.gathered import Gathered
-from megatron_slim.distillation.regions import Index, Place, Region, add, regions_of, take
+from megatron_slim.distillation.regions import Index, Region, add, regions_of, take
 from megatron_slim.pruning.plan import Plan
-from megatron_slim.pruning.selection import Origins, Positions
+from megatron_slim.pruning.selection import Origin, Origins, Positions
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,18 @@ class SelectedParameters:
             plan: that merges nothing.
         """
         self._origins, self._sources, own = Origins(plan), regions_of(source), regions_of(model)
-        alone = [self._selection(place, region) for place, those in own.items() for region in those]
+        origins = {place: self._origins.of(*place) for place in own}
+        pairs = [(origins[place], region) for place, those in own.items() for region in those]
+        alone = [self._selection(origin, region) for origin, region in pairs]
         # All ranks of a group gather a tensor, or none does.
         self._apart = _union({each.key for each in alone if each.source is None})
         self._selections = [
-            self._selection(place, region, whole=self._origins.of(*place).key in self._apart)
-            for place, those in own.items()
-            for region in those
+            self._selection(origin, region, whole=True) if origin.key in self._apart else found
+            for (origin, region), found in zip(pairs, alone, strict=True)
         ]
         owners = {(each.own.owner, None if each.source is None else each.source.owner) for each in self._selections}
         assert len(owners) == len({own for own, _ in owners}), "a parameter is made of one parameter, or gathered"
-        self._keys = {self._origins.of(*place).key: place[0] for place in own}
+        self._keys = {origin.key: key for (key, _), origin in origins.items()}
         self._whole_source = Gathered(self._sources, source.pg_collection)
         self._whole_own = Gathered(own, model.pg_collection)
         self._lent, self._filled = False, dict[Tensor, Tensor]()
@@ -76,8 +77,7 @@ class SelectedParameters:
         for parameter in self._parameters:
             parameter.register_post_accumulate_grad_hook(_add_to_main_grad)
 
-    def _selection(self, place: Place, own: Region, *, whole: bool = False) -> _Selection:
-        origin = self._origins.of(*place)
+    def _selection(self, origin: Origin, own: Region, *, whole: bool = False) -> _Selection:
         extents = zip(origin.positions, own.start, own.shape, strict=True)
         wanted = [_part(positions, first, extent) for positions, first, extent in extents]
         for source in () if whole else self._sources.get((origin.key, origin.expert), ()):

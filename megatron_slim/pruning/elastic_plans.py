@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.architecture.table import count_parameters
+from megatron_slim.architecture.table import BF16_BYTES, count_parameters
 from megatron_slim.errors import RecipeError
 from megatron_slim.pruning.elastic import ElasticBudget, check_nested
 from megatron_slim.pruning.plan import make_plan
@@ -18,8 +18,6 @@ from megatron_slim.recipe_elastic import RecipeBudget
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-BF16_BYTES = 2
 
 
 def check_budgets(budgets: Sequence[RecipeBudget], shape: ModelShape, *, where: str) -> None:

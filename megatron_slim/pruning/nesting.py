@@ -23,7 +23,7 @@ from megatron_slim.recipe import Recipe
 from megatron_slim.recipe_sections import Experts, Target
 
 Indices = tuple[int, ...]
-_NETWORKS = tuple(kind.neurons.key for kind in FEED_FORWARD.values())
+NETWORKS = tuple(kind.neurons.key for kind in FEED_FORWARD.values())
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _relative_inner(small: Plan, large: Plan, names: Mapping[str, str]) -> Inner
     """Neurons and heads within those of the large plan, of the axes on which it is larger."""
     source, target = large.target_shape, small.target_shape
     neurons: dict[str, tuple[Indices, ...]] = {}
-    parts: dict[str, dict[str, Indices]] = {key: {} for key in ("heads", *_NETWORKS)}
+    parts: dict[str, dict[str, Indices]] = {key: {} for key in ("heads", *NETWORKS)}
     for old in small.source_blocks.values():
         new = names[old]
         inside, outside = survivors_of(small, old), survivors_of(large, old)

@@ -10,8 +10,9 @@ from megatron_slim.architecture.feed_forward import EXPERT_FFN
 from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.pruning.inner_axes import InnerAxes
+from megatron_slim.pruning.nesting import NETWORKS
 from megatron_slim.pruning.plan import Plan
-from megatron_slim.pruning.sorting import NETWORKS, single
+from megatron_slim.pruning.sorting import single
 
 _REQUIRED = ("kept_hidden", "experts", "heads")
 _KEYS = (*_REQUIRED, "neurons", *NETWORKS)

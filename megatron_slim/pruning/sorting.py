@@ -14,11 +14,9 @@ from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.errors import SlimError
 from megatron_slim.pruning.experts import ExpertGroup
 from megatron_slim.pruning.inner_axes import InnerAxes
-from megatron_slim.pruning.nesting import ElasticBudget, Indices, neurons_of, survivors_of
+from megatron_slim.pruning.nesting import NETWORKS, ElasticBudget, Indices, neurons_of, survivors_of
 from megatron_slim.pruning.plan import Plan
 from megatron_slim.recipe import Recipe
-
-NETWORKS = tuple(kind.neurons.key for kind in FEED_FORWARD.values())
 
 
 def sorting_plan(budgets: Sequence[ElasticBudget], expert_parallel: int = 1) -> Plan:

@@ -12,10 +12,11 @@ import numpy as np
 from torch import Tensor
 
 from megatron_slim.architecture.flops import student_flops
+from megatron_slim.checkpoint.elastic_record import elastic_file
 from megatron_slim.checkpoint.torch_dist_names import HF_DIR
 from megatron_slim.errors import SlimError
 from megatron_slim.optimizers import ADAM, OPTIMIZERS
-from megatron_slim.pruning.elastic import Elastic, ElasticBudget, find_elastic
+from megatron_slim.pruning.elastic import Elastic, ElasticBudget, read_elastic
 from megatron_slim.training.slim_arguments import ELASTIC_FLAG, IN_TURN, TOGETHER
 from megatron_slim.training.stage_layout import StageLayout, kernels_of, layout_string
 
@@ -197,7 +198,7 @@ def without_overlap(words: Sequence[str]) -> list[str]:
 def elastic_note(given: Sequence[str], elastic: ElasticRun | None, source: Path) -> str | None:
     """What a run of this command line does with budgets that its flags do not say, if anything."""
     if elastic is None:
-        if budgets_of(source) is None:
+        if _file_of(source) is None:
             return None
         return (
             f"{source}: holds budgets, of which this run trains the largest alone: the smaller ones are then no longer "
@@ -209,8 +210,13 @@ def elastic_note(given: Sequence[str], elastic: ElasticRun | None, source: Path)
 
 def budgets_of(source: Path) -> Elastic | None:
     """The document next to a config.json, which of torch_dist is in ``hf/``."""
+    file = _file_of(source)
+    return None if file is None else read_elastic(file)
+
+
+def _file_of(source: Path) -> Path | None:
     places = (source, source.parent) if source.name == HF_DIR else (source,)
-    return next((found for place in places if (found := find_elastic(place)) is not None), None)
+    return next((file for place in places if (file := elastic_file(place)) is not None), None)
 
 
 def elastic_violations(args: Namespace) -> list[str]:

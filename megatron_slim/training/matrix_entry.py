@@ -11,8 +11,6 @@ from typing import Any
 import megatron_slim.mcore
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.optimizer import emerging_optimizers
 from megatron.core.optimizer.layer_wise_optimizer import is_managed_by_layer_wise_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
@@ -23,6 +21,7 @@ from torch import Tensor
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import weights
 from megatron_slim.checkpoint.layout import split_keys
+from megatron_slim.checkpoint.loading import shards_of
 from megatron_slim.compat import hooks
 from megatron_slim.errors import SlimError, summarise
 from megatron_slim.optimizers import ADAM, AURORA, MUON, OPTIMIZERS
@@ -112,10 +111,8 @@ def rows_of_parameters(chunks: Sequence[Any], model: ModelShape) -> Callable[[],
     table = {key: weight for weight in weights(model) for key, _ in split_keys(weight, model)}
     found: list[tuple[Tensor, Row]] = []
     for chunk in unwrap_model(list(chunks)):
-        state = chunk.sharded_state_dict()
-        apply_factories(state)
         by_place: dict[int, Row] = {}
-        for shard in (value for value in nested_values(state) if isinstance(value, ShardedTensor)):
+        for shard in shards_of(chunk):
             weight = table.get(shard.key)
             expert = shard.global_offset[0] if weight is not None and weight.stacked else None
             by_place.setdefault(shard.data.data_ptr(), Row(weight, expert))
