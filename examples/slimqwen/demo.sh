@@ -16,7 +16,7 @@ export SEQ_LENGTH=256 MICRO_BATCH_SIZE=4 GLOBAL_BATCH_SIZE=8
 export LOG_INTERVAL=${LOG_INTERVAL:-5} EVAL_INTERVAL=100000 EVAL_ITERS=1 SAVE_INTERVAL=100000 MASTER_PORT=${MASTER_PORT:-29531}
 
 source examples/slimqwen/demo_steps.sh
-begin_demo
+begin_demo data teacher-config
 
 train() { # train NAME ITERS; the rest through the environment, as on a cluster
   local name=$1 iters=$2
@@ -35,7 +35,6 @@ if "$python" -c "import lm_eval" 2>/dev/null; then
   also=(--tasks continuation --tasks-dir "$out/task")
   tasks=("evaluate.tasks=[continuation]" "evaluate.tasks_dir=$(realpath "$out/task")")
 fi
-mkdir -p "$out/data" "$out/teacher-config"
 for split in train validation; do
   step "preprocess-$split" "$python" tools/preprocess_data.py --input "$out/corpus/$split.jsonl" \
     --output-prefix "$out/data/$split" --tokenizer-model "$out/tokenizer" --append-eod --workers 2 --json
