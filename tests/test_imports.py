@@ -37,6 +37,7 @@ LAYERS = (
         "page",
         "data",
         "data_index",
+        "sample_set",
         "documents",
         "tokenizers",
         "encoding",
