@@ -56,10 +56,11 @@ def tool_parser(description: str, *, as_json: bool = True) -> argparse.ArgumentP
     return parser
 
 
-def add_load_arguments(parser: argparse.ArgumentParser, purpose: str) -> None:
+def add_load_arguments(parser: argparse.ArgumentParser, purpose: str, flag: str = "--load") -> None:
     """``--load`` and how to read it, the same in every tool that reads a checkpoint; ``purpose`` is a verb."""
     parser.add_argument(
-        "--load",
+        flag,
+        dest="load",
         type=Path,
         required=True,
         metavar="DIR",

@@ -57,6 +57,7 @@ LAYERS = (
     ("streaming",),
     ("generation",),
     ("evaluation",),
+    ("teacher_cache",),
     ("pruning",),
     ("distillation",),
     ("training",),

@@ -24,6 +24,7 @@ COMMANDS = {
     "prune": "calibrate, plan, prune and verify in one command",
     "slice": "write one budget of an elastic checkpoint as a checkpoint of its own",
     "sort": "sort an elastic checkpoint so that each budget is the first part of every axis",
+    "record": "record a teacher's hidden states, to train without the teacher",
     "plan-parallelism": "find the parallel layouts that fit a number of GPUs",
     "show-optimizer": "show which optimizer updates what of a model",
     "distill": "train or distil: start the processes of a run",

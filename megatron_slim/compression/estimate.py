@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_slim.architecture.flops import FUSED, TORCH, Kernels, student_flops, teacher_flops
+from megatron_slim.architecture.flops import FUSED, TORCH, student_flops, teacher_flops
 from megatron_slim.architecture.gpus import peak_flops
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import count_parameters
@@ -75,9 +75,15 @@ def find_machine(settings: RunSettings) -> Machine:
         return Machine(f"{count} {named[1].upper()}", count * peak * GPU_SHARE, peak * GPU_SHARE, on_gpus=True)
     import torch
 
+    return this_machine(train.get("nproc_per_node", torch.cuda.device_count()) * train.get("nnodes", 1))
+
+
+def this_machine(count: int) -> Machine:
+    """This machine, and others like it: ``count`` GPUs in all, where it has any."""
+    import torch
+
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
-        count = train.get("nproc_per_node", torch.cuda.device_count()) * train.get("nnodes", 1)
         if peak := peak_flops(name):
             return Machine(f"{count} {name}", count * peak * GPU_SHARE, peak * GPU_SHARE, on_gpus=True)
         return Machine(f"{count} {name} (rate unknown)", math.nan, math.nan, on_gpus=True)
@@ -104,7 +110,6 @@ def needs(settings: RunSettings, found: Sequence[Step], teacher: ModelShape, mac
     """Of every step; sizes that a budget leaves open are unknown, and all that follows from them."""
     student: ModelShape | None = teacher
     source, length = teacher, settings.section("train").get("seq_length", SEQ_LENGTH)
-    kernels = FUSED if machine.on_gpus else TORCH
     for step in found:
         if step.kind == PRUNE:
             assert step.phase is not None
@@ -113,7 +118,7 @@ def needs(settings: RunSettings, found: Sequence[Step], teacher: ModelShape, mac
             size = _size(student, machine)
             if student is not None and size is not None and carries_optimizer(settings, step.phase):
                 size += count_parameters(student).total * (MAIN_COPY + OPTIMIZERS[ADAM].state_bytes)
-            yield Need(step, tokens, _streaming(source, length, kernels, tokens, machine), size)
+            yield Need(step, tokens, streaming_seconds(source, length, tokens, machine), size)
         elif step.kind == TRAIN:
             yield _training(settings, step, teacher, student, machine)
         elif step.kind == SHOW_PLAN:
@@ -129,7 +134,7 @@ def needs(settings: RunSettings, found: Sequence[Step], teacher: ModelShape, mac
         else:
             model = teacher if step.kind == EVALUATE_TEACHER else student
             tokens = _evaluation_tokens(settings)
-            yield Need(step, tokens, _streaming(model, length, kernels, tokens, machine), 0)
+            yield Need(step, tokens, streaming_seconds(model, length, tokens, machine), 0)
 
 
 def _bytes_in_fp8(student: ModelShape) -> int:
@@ -162,8 +167,9 @@ def _size(shape: ModelShape | None, machine: Machine) -> int | None:
     return None if shape is None else count_parameters(shape).total * (2 if machine.on_gpus else 4)
 
 
-def _streaming(shape: ModelShape | None, length: int, kernels: Kernels, tokens: int, machine: Machine) -> float | None:
-    """Seconds of a forward pass."""
+def streaming_seconds(shape: ModelShape | None, length: int, tokens: int, machine: Machine) -> float | None:
+    """Seconds of a forward pass in one process; None where they cannot be known."""
+    kernels = FUSED if machine.on_gpus else TORCH
     flops = None if shape is None else teacher_flops(shape, length, kernels, runs_mtp=True).total
     return _seconds(flops, tokens, machine.streaming)
 

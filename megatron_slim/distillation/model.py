@@ -8,6 +8,7 @@ teacher of another dtype sends the bytes of its hidden states as numbers of the 
 
 A teacher may also have computed ahead (`training.teacher_ahead`): in training mode the student then has the pipeline to
 itself, and is given the teacher's last hidden states; in evaluation mode the teacher runs co-located with it as before.
+Or its hidden states were recorded (`recorded`): then the student has the pipeline to itself always.
 
 Shapes: S sequence, s that of this rank (under sequence and context parallelism), b batch, h hidden size, D MTP depths.
 """
@@ -41,6 +42,7 @@ from megatron_slim.distillation.loss_options import DEFAULTS
 from megatron_slim.distillation.losses import TokenLosses, shift
 from megatron_slim.distillation.offload import OffloadedWeights
 from megatron_slim.distillation.output_layer import OutputLayer
+from megatron_slim.distillation.recorded import RecordedTeacher
 from megatron_slim.distillation.terms import CROSS_ENTROPY, DIVERGENCE, TEACHER_CROSS_ENTROPY, LossTerm, terms_of
 from megatron_slim.distillation.vocabulary import VocabShard
 from megatron_slim.weight_gradient import ready_weight
@@ -84,12 +86,14 @@ class DistillationModel(HiddenStatesModel):
 
     config: TransformerConfig
     teacher: HiddenStatesModel | None
+    recorded: RecordedTeacher | None
 
     def __init__(
         self,
         *args: Any,
         options: DistillationOptions,
         teacher: HiddenStatesModel | None = None,
+        recorded: RecordedTeacher | None = None,
         timed_losses: Callable[[], AbstractContextManager[None]] = nullcontext,
         **kwargs: Any,
     ) -> None:
@@ -99,6 +103,7 @@ class DistillationModel(HiddenStatesModel):
             args: as for GPTModel.
             options: by what it is trained.
             teacher: built for the same parallel layout; any layers, widths and experts.
+            recorded: in its place on the last stage, where the hidden states were recorded.
             timed_losses: is entered around output layers and losses.
             kwargs: as for GPTModel.
         """
@@ -109,6 +114,7 @@ class DistillationModel(HiddenStatesModel):
         self.hidden_kd: HiddenDistillation | None = None  # a submodule where there is one: its projections are trained
         # Past nn.Module's own __setattr__, which would register it as a submodule.
         object.__setattr__(self, "teacher", teacher)
+        object.__setattr__(self, "recorded", recorded)
         if teacher is None:
             return
         teacher.requires_grad_(False).eval()
@@ -186,7 +192,8 @@ class DistillationModel(HiddenStatesModel):
             expected: gradients that backward will bring each of the returned terms, where they are known already:
                 logits are then computed once instead of twice (`fused_losses`).
             hidden_inputs: in a training step, for the layers that the teacher's supervise; None: none are.
-            teacher_hidden: on the last stage, where the teacher computed ahead: what it ends with.
+            teacher_hidden: on the last stage, where the teacher computed ahead or was recorded: what it ends with, or
+                what is stored of that.
 
         Returns:
             [s, b, student h + teacher h in numbers of the student's dtype]; on the last stage `TokenLosses.stack`,
@@ -198,7 +205,7 @@ class DistillationModel(HiddenStatesModel):
                 teacher_hidden = self.run_teacher(input_ids, position_ids, attention_mask)
             hidden = super().forward(input_ids, position_ids, attention_mask)
         if self.post_process:
-            assert labels is not None and (teacher_hidden is None) == (self.teacher is None)
+            assert labels is not None and (teacher_hidden is None) == (self.teacher is None and self.recorded is None)
             return self.token_losses(hidden, teacher_hidden, labels, expected).stack()
         return joined(hidden, teacher_hidden)
 
@@ -239,12 +246,16 @@ class DistillationModel(HiddenStatesModel):
         """Positions of this rank's part of a sequence [..., S] under context parallelism; None for all."""
         return local_positions(self.pg_collection.cp, whole.shape[-1])
 
-    def _output_weights(self, model: HiddenStatesModel) -> OutputLayer:
+    def _output_weights(self, model: HiddenStatesModel | RecordedTeacher) -> OutputLayer:
         """A model's output layer, its parameters ready to be read."""
         weight = ready_weight(model.output_layer)
         if weight is None:
+            assert isinstance(model, HiddenStatesModel)
             weight = model.shared_embedding_or_output_weight()
-        return OutputLayer(weight, VocabShard.of(self.pg_collection.tp, len(weight), self.options.vocab_size))
+        shard = VocabShard.of(self.pg_collection.tp, len(weight), self.options.vocab_size)
+        return OutputLayer(
+            weight, shard, self.recorded is not None and model is self.recorded and self.recorded.on_host
+        )
 
     def _whole_input(self, hidden: Tensor) -> Tensor:
         """Hidden states [s, b, h] of the whole sequence, whose gradient is then summed over tensor-parallel ranks."""
@@ -254,6 +265,16 @@ class DistillationModel(HiddenStatesModel):
         copied: Tensor = copy_to_tensor_model_parallel_region(hidden, group=self.pg_collection.tp)
         return copied
 
+    def _teacher_heads(self, teacher_hidden: Tensor) -> tuple[list[Tensor], OutputLayer]:
+        """Hidden states [s, b, h] of the teacher's heads, whole under sequence parallelism, and its output layer."""
+        if self.recorded is not None:
+            length = teacher_hidden.shape[2]
+            heads = self.recorded.heads(teacher_hidden, local_positions(self.pg_collection.cp, length))
+            return list(heads), self._output_weights(self.recorded)
+        assert self.teacher is not None
+        heads_of_rank = self.teacher.heads(teacher_hidden)
+        return [self._whole_input(head) for head in heads_of_rank], self._output_weights(self.teacher)
+
     @torch.no_grad()
     def _targets(self, teacher_hidden: Tensor | None, batch: int) -> tuple[tuple[Target, ...], OutputLayer | None]:
         """What supervises each head.
@@ -262,10 +283,9 @@ class DistillationModel(HiddenStatesModel):
         head at position i + k, k times the batch size rows further on, whose logits then serve all heads.
         """
         numbers = range(1 + self.mtp_depths)
-        if self.teacher is None or teacher_hidden is None:
+        if teacher_hidden is None:
             return (Target(None, tuple((number, 0) for number in numbers)),), None
-        heads = [self._whole_input(head) for head in self.teacher.heads(teacher_hidden)]
-        layer = self._output_weights(self.teacher)
+        heads, layer = self._teacher_heads(teacher_hidden)
         if self.options.mtp_kd_target == TEACHER_MAIN:
             if self.config.context_parallel_size == 1:
                 return (Target(_rows(heads[0]), tuple((number, number * batch) for number in numbers)),), layer

@@ -15,6 +15,7 @@ import megatron_slim.mcore
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
@@ -59,9 +60,12 @@ class StreamingForward:
         samples: token ids [samples, sequence].
         config: Megatron's configuration of the blocks.
         streams: how many times as many hidden states there are at once as of the samples.
+        whole_mtp: whether the MTP block is given every position; the last one, after which no token comes, then gets
+            that of token 0, as in Megatron's training.
     """
 
     streams = 1
+    whole_mtp = False
 
     def __init__(
         self,
@@ -194,7 +198,8 @@ class StreamingForward:
 
     def _through(self, layer: TransformerLayer, block: str, observe: Callable[[Tensor, Tensor], None]) -> Step:
         """What a layer does in the place of a block."""
-        rotary = rotary_embedding(self.shape, self.samples.shape[1] - block.startswith("mtp."))
+        shorter = block.startswith("mtp.") and not self.whole_mtp
+        rotary = rotary_embedding(self.shape, self.samples.shape[1] - shorter)
 
         def step(hidden: Tensor, _: Tensor) -> Tensor:
             hidden = hidden.transpose(0, 1).contiguous()
@@ -225,8 +230,10 @@ class StreamingForward:
         embedding = self._read(KEYS[EMBEDDING])
 
         def step(hidden: Tensor, tokens: Tensor) -> Tensor:
-            embedded = embedding[tokens[:, 1:]].to(self.device, self.dtype)
-            pair = torch.cat((self._normed(embedded, enorm), self._normed(hidden[:, :-1], hnorm)), dim=-1)
+            following = F.pad(tokens[:, 1:], (0, int(self.whole_mtp)))
+            embedded = embedding[following].to(self.device, self.dtype)
+            own = hidden[:, : following.shape[1]]
+            pair = torch.cat((self._normed(embedded, enorm), self._normed(own, hnorm)), dim=-1)
             output = linear(pair.flatten(0, 1), projection).unflatten(0, pair.shape[:2])
             self.observe(MTP_INPUT, pair, output)
             return output

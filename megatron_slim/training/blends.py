@@ -87,6 +87,8 @@ def parse_blend(words: Sequence[str], where: str) -> Blend:
 def read_sources(args: Namespace) -> Sources:
     """What the arguments name, read from files where they name files; mock data are not a source.
 
+    Where they name none, the samples of a teacher's cache are the data.
+
     Args:
         args: Megatron's arguments as parsed.
 
@@ -108,6 +110,8 @@ def read_sources(args: Namespace) -> Sources:
         return Sources(parse_blend(args.data_path, "--data-path"))
     if args.data_args_path is not None:
         return Sources(parse_blend(_read_words(Path(args.data_args_path)), args.data_args_path))
+    if not given and args.teacher_cache is not None:
+        return Sources(Blend((str(args.teacher_cache),)))
     if args.per_split_data_args_path is not None:
         return _read_parts(Path(args.per_split_data_args_path))
     train, valid, test = (

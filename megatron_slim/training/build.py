@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -25,10 +26,12 @@ from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.checkpoint.precision import keep_types
 from megatron_slim.distillation.elastic import ElasticModel
 from megatron_slim.distillation.model import DistillationModel
+from megatron_slim.distillation.recorded import RecordedTeacher, StoredStates
 from megatron_slim.distillation.selected import SelectedParameters
+from megatron_slim.teacher_cache.cache import TeacherCache
 from megatron_slim.training.elastic import ElasticRun, Numbers, layout_of
 from megatron_slim.training.spec import RunSpec
-from megatron_slim.training.teacher_config import teacher_config
+from megatron_slim.training.teacher_config import DTYPES, teacher_config
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +71,8 @@ def build_stage(
     }
     teacher = _build_teacher(spec, config, stage)
     model: dict[str, Any] = {"options": spec.options, "teacher": teacher, "timed_losses": timed_losses}
+    if post_process and spec.cache is not None:
+        model["recorded"] = _build_recorded(spec.cache, config, spec.args, stage)
     fields = shape_config_fields(spec.student) | router_fields(config, spec.elastic, 0)
     student = build_model(
         spec.student,
@@ -186,6 +191,16 @@ def router_fields(config: TransformerConfig, run: ElasticRun | None, budget: int
     }
 
 
+def _build_recorded(
+    cache: TeacherCache, config: TransformerConfig, args: Namespace, stage: dict[str, Any]
+) -> RecordedTeacher:
+    """This rank's rows of the output layer of a teacher that was recorded; their content is undefined."""
+    dtype = config.params_dtype if args.teacher_dtype is None else DTYPES[args.teacher_dtype]
+    rows = stage["padded_vocab_size"] // args.tensor_model_parallel_size
+    stored = StoredStates(cache.kind, cache.hidden_size)
+    return RecordedTeacher(stored, rows, dtype, on_host=args.teacher_head_offload)
+
+
 def load_balancing_fields(config: TransformerConfig, weight: float = 1.0) -> dict[str, Any]:
     """The load-balancing coefficient that makes the global-batch loss independent of the number of ranks.
 
@@ -212,6 +227,10 @@ def load_weights(spec: RunSpec, chunks: Sequence[DistillationModel]) -> None:
         spec: of the run.
         chunks: all virtual pipeline stages of this rank.
     """
+    for chunk in chunks:
+        if spec.cache is not None and chunk.recorded is not None:
+            rank = parallel_state.get_tensor_model_parallel_rank()
+            spec.cache.load_head(chunk.recorded.weight, rank * len(chunk.recorded.weight))
     if spec.checkpoint is not None:
         teachers = [chunk.teacher for chunk in chunks if chunk.teacher is not None]
         keep_types(teachers, spec.checkpoint)

@@ -31,6 +31,7 @@ from megatron_slim.training.data_checks import DEFAULT_SPLIT, needed_parts
 
 LOOKED_AT = 1000  # samples, for the first that is not padding alone
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+STATES, DAMAGED = "states", "damaged"  # of a recorded teacher, and what is wrong with them
 Batch = dict[str, Tensor | None]
 
 
@@ -178,6 +179,7 @@ def next_batch(
     *,
     micro_batch_size: int,
     whole: bool,
+    stored: tuple[int, int, int] | None = None,
     refuse: Callable[[DataError], None],
 ) -> Batch:
     """This rank's part of the next micro-batch; None for what its pipeline stage does not need.
@@ -187,6 +189,7 @@ def next_batch(
         vocab_size: of the model.
         vp_stage: virtual pipeline stage.
         micro_batch_size: samples in it, which validation may have another number of.
+        stored: heads, positions and bytes of a row of a recorded teacher's states, on the stage that needs them.
         whole: without it that is tokens and positions on the first stage, labels and mask on the last, nothing between.
         refuse: is called for a batch with ids outside the vocabulary. Ids of the vocabulary stand in for them, so that
             this rank computes on until all of them hear of it: one that left would leave the others waiting.
@@ -197,6 +200,7 @@ def next_batch(
     if not (first or last or whole):
         return dict.fromkeys(BATCH_KEYS)
     batch: dict[str, Any] = {}
+    sample: dict[str, Any] = {}
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         assert iterator is not None
         sample = next(iterator)
@@ -222,7 +226,29 @@ def next_batch(
         is_pipeline_first_stage=first,
         is_pipeline_last_stage=last,
     )
+    if stored is not None:
+        mine[STATES] = _stored_states(sample, (micro_batch_size, *stored), refuse)
     return mine
+
+
+def _stored_states(sample: dict[str, Any], extents: tuple[int, ...], refuse: Callable[[DataError], None]) -> Tensor:
+    """States of a recorded teacher, uint8 [b, heads, S, bytes of a row], of which one rank of tensor parallelism reads.
+
+    ``refuse`` is called for states that are not what was written: zeros stand in for them.
+    """
+    for message in filter(None, sample.get(DAMAGED, ())):
+        refuse(DataError(message))
+    if parallel_state.get_tensor_model_parallel_rank() == 0:
+        states = sample[STATES].cuda(non_blocking=True)
+    else:
+        states = torch.empty(extents, dtype=torch.uint8, device=torch.cuda.current_device())
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        source, group = (
+            parallel_state.get_tensor_model_parallel_src_rank(),
+            parallel_state.get_tensor_model_parallel_group(),
+        )
+        torch.distributed.broadcast(states, source, group=group)
+    return states
 
 
 def check_token_ids(sample: dict[str, Any], vocab_size: int) -> None:

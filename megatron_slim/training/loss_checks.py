@@ -43,7 +43,8 @@ def loss_violations(shape: ModelShape, args: Any) -> list[str]:
         schedule = schedule_of(weight, args)
         for end, value in (("start", schedule.start), ("end", schedule.end)):
             found += [] if math.isfinite(value) else [f"{weight.flag}-{end} {value:g} is not finite"]
-    terms = terms_of(has_teacher=args.teacher_load is not None, has_mtp=shape.mtp_num_layers > 0)
+    has_teacher = args.teacher_load is not None or args.teacher_cache is not None
+    terms = terms_of(has_teacher=has_teacher, has_mtp=shape.mtp_num_layers > 0)
     found += function_violations(terms, shape.vocab_size)
     if not (math.isfinite(args.kd_temperature) and args.kd_temperature > 0):
         found.append(f"--kd-temperature {args.kd_temperature:g} is not positive")
@@ -53,8 +54,8 @@ def loss_violations(shape: ModelShape, args: Any) -> list[str]:
         if not 1 <= args.kd_top_k <= shape.vocab_size:
             found.append(f"--kd-top-k {args.kd_top_k} is not between 1 and the vocabulary's {shape.vocab_size}")
     given = args.kd_loss, args.kd_temperature
-    if args.teacher_load is None and given != (DEFAULTS.kd_loss, DEFAULTS.kd_temperature):
-        found.append("--kd-loss and --kd-temperature need a teacher; give --teacher-load")
+    if not has_teacher and given != (DEFAULTS.kd_loss, DEFAULTS.kd_temperature):
+        found.append("--kd-loss and --kd-temperature need a teacher; give --teacher-load or --teacher-cache")
     if args.loss_chunk_size is not None and args.loss_chunk_size < 1:
         found.append(f"--loss-chunk-size {args.loss_chunk_size} is not positive")
     if (args.eod_mask_loss or args.reset_position_ids) and args.null_tokenizer_eod_id is None:

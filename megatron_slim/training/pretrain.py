@@ -123,7 +123,7 @@ class Run:
         if steps.ahead is not None:
             steps.ahead.datasets.append(datasets[0])
         last_chunk = vp_stage is None or vp_stage == len(steps.chunks) - 1
-        if self.spec.teacher is not None and not get_args().no_teacher_check and last_chunk:
+        if self.spec.has_teacher and not get_args().no_teacher_check and last_chunk:
             check_teacher(steps.chunks, steps.batches.take, datasets[0], self.spec.student.vocab_size)
         return datasets
 

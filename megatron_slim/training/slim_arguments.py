@@ -105,7 +105,20 @@ def _add_teacher(group: Any) -> None:
     group.add_argument(
         "--teacher-load",
         type=Path,
-        help="Teacher checkpoint, Hugging Face or torch_dist. Without it the run is plain LM + MTP-LM training.",
+        help="Teacher checkpoint, Hugging Face or torch_dist. Without it and --teacher-cache the run is plain LM + "
+        "MTP-LM training.",
+    )
+    group.add_argument(
+        "--teacher-cache",
+        type=Path,
+        metavar="DIR",
+        help="In place of --teacher-load: what megatron-slim record wrote. Of the teacher the output layer alone is in "
+        "memory. The samples of the cache are the data, divided by --split, unless others recorded are named.",
+    )
+    group.add_argument(
+        "--teacher-head-offload",
+        action="store_true",
+        help="With --teacher-cache: keep the teacher's output layer in host memory; it comes to the device in pieces.",
     )
     group.add_argument("--teacher-without-mtp", action="store_true", help="Use the teacher without its MTP block.")
     group.add_argument(

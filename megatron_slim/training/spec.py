@@ -24,6 +24,7 @@ from megatron_slim.distillation.loss_options import DEFAULTS
 from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationOptions
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.recipe_sections import Phase
+from megatron_slim.teacher_cache.cache import TeacherCache, open_cache
 from megatron_slim.training.arguments import complete_argv, parse, shape_directory
 from megatron_slim.training.elastic import ElasticRun, elastic_run, without_overlap
 from megatron_slim.training.progressive import Place, find_place, is_done, phase_of
@@ -47,6 +48,7 @@ class RunSpec:
         phase: of a progressive schedule that the student is of, if any.
         place: of that phase in the schedule; None for a run of its own.
         elastic: the budgets that it trains; None where it trains the student as it is.
+        cache: the hidden states of a teacher that was recorded; None without one.
     """
 
     given: tuple[str, ...]
@@ -60,6 +62,12 @@ class RunSpec:
     phase: Phase | None
     place: Place | None
     elastic: ElasticRun | None = None
+    cache: TeacherCache | None = None
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is distillation: from a teacher in memory, or one that was recorded."""
+        return self.teacher is not None or self.cache is not None
 
     @property
     def is_done(self) -> bool:
@@ -115,6 +123,11 @@ class RunSpec:
         return open_checkpoint(path, config, without_mtp=self.args.without_mtp)
 
     @property
+    def recorded_heads(self) -> int:
+        """Heads of a recorded teacher whose states are needed."""
+        return 1 + (self.student.mtp_num_layers if self.teacher_runs_mtp else 0)
+
+    @property
     def teacher_runs_mtp(self) -> bool:
         """Whether the student's MTP heads are supervised by the teacher's."""
         return self.options.mtp_kd_target == TEACHER_MTP and self.student.mtp_num_layers > 0
@@ -155,25 +168,30 @@ def resolve(argv: Sequence[str], teacher: ModelShape | None = None) -> RunSpec:
     words = [*default_warmup(args, given), *words]
     if place is not None:
         words = place.command_line(words)
-    checkpoint = None
-    if args.teacher_load is not None:
+    checkpoint, cache = None, None
+    if args.teacher_cache is not None and args.teacher_load is None:
+        cache = open_cache(args.teacher_cache)
+    elif args.teacher_load is not None:
         checkpoint = open_checkpoint(args.teacher_load, without_mtp=args.teacher_without_mtp)
         teacher = checkpoint.shape
-    options = _options(student, teacher, args)
+    enough = (teacher.mtp_num_layers if teacher else cache.heads - 1 if cache else 1 << 30) >= student.mtp_num_layers
+    options = _options(
+        student, args, has_teacher=teacher is not None, mtp_target=TEACHER_MTP if enough else TEACHER_MAIN
+    )
     elastic = elastic_run(args, source)
     return RunSpec(
-        tuple(given), tuple(words), args, source, student, teacher, checkpoint, options, phase, place, elastic
+        tuple(given), tuple(words), args, source, student, teacher, checkpoint, options, phase, place, elastic, cache
     )
 
 
-def _options(student: ModelShape, teacher: ModelShape | None, args: Namespace) -> DistillationOptions:
-    enough = teacher is None or teacher.mtp_num_layers >= student.mtp_num_layers
+def _options(student: ModelShape, args: Namespace, *, has_teacher: bool, mtp_target: str) -> DistillationOptions:
+    """What the student is trained by; ``mtp_target`` supervises its MTP heads unless a flag says what does."""
     return DistillationOptions(
         vocab_size=student.vocab_size,
         kd_loss=KDLoss(args.kd_loss, args.kd_temperature, args.kd_top_k or DEFAULTS.kd_top_k),
         loss_chunk=args.loss_chunk_size,
-        mtp_kd_target=args.mtp_kd_target or (TEACHER_MTP if enough else TEACHER_MAIN),
-        teacher_ahead=teacher is not None and args.teacher_ahead > 0,
+        mtp_kd_target=args.mtp_kd_target or mtp_target,
+        teacher_ahead=has_teacher and args.teacher_ahead > 0,
         hidden_pairs=args.hidden_kd_layers,
         hidden_loss=args.hidden_kd_loss,
         seed=args.seed,

@@ -19,7 +19,8 @@ from megatron_slim.architecture.context_parallel import local_positions
 from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine, gradients_of_total
 from megatron_slim.distillation.model import DistillationModel
 from megatron_slim.distillation.terms import LOSS_TERMS, weights_of
-from megatron_slim.training.data import Batch, next_batch
+from megatron_slim.teacher_cache.stored_states import row_bytes
+from megatron_slim.training.data import STATES, Batch, next_batch
 from megatron_slim.training.finite import FiniteWatch
 from megatron_slim.training.hidden_kd import HiddenLog, hidden_inputs
 from megatron_slim.training.run_log import RunLog
@@ -45,13 +46,18 @@ class Batches:
 
     def take(self, iterator: Iterator[Any], vp_stage: int | None) -> Batch:
         """What this stage needs of the next micro-batch: MTP blocks need tokens, hidden-state losses the loss mask."""
-        student, teacher = self.spec.student, self.spec.teacher
+        student, teacher, cache = self.spec.student, self.spec.teacher, self.spec.cache
         has_mtp = bool(student.mtp_num_layers or (teacher and teacher.mtp_num_layers))
         chunk = self.chunks[vp_stage or 0]
         whole = (chunk.post_process and has_mtp) or chunk.hidden_kd is not None
         args, refuse = get_args(), self.watch.refuse
         size = args.micro_batch_size if chunk.training else args.eval_micro_batch_size
-        return next_batch(iterator, student.vocab_size, vp_stage, micro_batch_size=size, whole=whole, refuse=refuse)
+        stored = None
+        if cache is not None and chunk.post_process:
+            stored = (self.spec.recorded_heads, args.seq_length, row_bytes(cache.kind, cache.hidden_size))
+        return next_batch(
+            iterator, student.vocab_size, vp_stage, micro_batch_size=size, whole=whole, stored=stored, refuse=refuse
+        )
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,8 @@ class Steps:
         if last and model.training and self.ahead is not None:
             assert batch["labels"] is not None
             targets["teacher_hidden"] = self.ahead.take(batch["labels"])
+        elif batch.get(STATES) is not None:
+            targets["teacher_hidden"] = batch[STATES]
         if self.turns is not None:
             targets |= {"budget": turn.budget, "teacher_runs": turn.first}
         with self.log.clock.forward(vp_stage):
@@ -133,7 +141,7 @@ class Steps:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The sum of the terms with this iteration's weights, in the form that Megatron's loop expects."""
         assert loss_mask is not None
-        losses = TokenLosses.unstack(output, has_teacher=self.spec.teacher is not None)
+        losses = TokenLosses.unstack(output, has_teacher=self.spec.has_teacher)
         total, tokens, report = combine(losses, loss_mask, weights, position_ids, _local_positions(loss_mask))
         for name, (value, _) in report.items():
             self.watch.add("loss", f"{label}{turn.name}{name}", vp_stage, value)
@@ -157,7 +165,7 @@ class Steps:
         the number of tokens when all micro-batches are done.
         """
         assert loss_mask is not None
-        depths, has_teacher = self.spec.student.mtp_num_layers, self.spec.teacher is not None
+        depths, has_teacher = self.spec.student.mtp_num_layers, self.spec.has_teacher
         positions = _local_positions(loss_mask)
         gradients = (
             gradients_of_total(loss_mask, weights, depths, position_ids, positions, has_teacher=has_teacher).stack()

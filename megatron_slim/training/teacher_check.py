@@ -29,15 +29,14 @@ from megatron_slim.checkpoint.reference import Reference, read_reference
 from megatron_slim.distillation.losses import TokenLosses
 from megatron_slim.distillation.model import DistillationModel
 from megatron_slim.errors import CheckpointError
-from megatron_slim.training.data import Batch, Repeated, first_batch, reference_batch
+from megatron_slim.teacher_cache.guessing import judge_teacher
+from megatron_slim.training.data import STATES, Batch, Repeated, first_batch, reference_batch
 
 logger = logging.getLogger(__name__)
 
-GUESSING = 0.95  # a teacher whose cross entropy is above this share of log V predicts nothing of use
 # Mean difference per token, in nats, that is still rounding. In fp32 it is some 1e-5; in 16 bits 0.01 to 0.03, routers
 # that decide otherwise included. Two layers exchanged change the tokens of a trained model by tenths of a nat and more.
 FP32_NATS, HALF_NATS, FP8_NATS = 0.003, 0.1, 0.2
-FIX = "check the checkpoint and that the data was tokenised with its tokenizer, or pass --no-teacher-check"
 
 Measure = Callable[[Tensor, Tensor], Tensor]  # teacher's losses [b, s] and loss mask [b, s] to one number
 NextBatch = Callable[[Iterator[Any], int | None], Batch]
@@ -57,15 +56,15 @@ def check_teacher(chunks: Sequence[DistillationModel], next_batch: NextBatch, da
         DataError: the first batch has token ids outside the vocabulary.
     """
     args = get_args()
-    where = Path(args.teacher_load)
-    reference = read_reference(where, vocab_size)
+    where = Path(args.teacher_load or args.teacher_cache)
+    reference = read_reference(where, vocab_size) if args.teacher_load is not None else None
     batch = first_batch(dataset, args.eval_micro_batch_size, vocab_size)
     judge_teacher(_measured(chunks, next_batch, batch, _mean), vocab_size, where)
     if reference is not None:
         batch, losses = reference_batch(reference, args.eval_micro_batch_size, args.seq_length)
         found = _measured(chunks, next_batch, batch, partial(_mean_difference, losses))
         judge_difference(found, tolerance_of(reference, chunks), where)
-    elif torch.distributed.get_rank() == 0:
+    elif torch.distributed.get_rank() == 0 and args.teacher_load is not None:
         logger.info(f"no {REFERENCE} in {where}: its losses are compared with guessing only")
 
 
@@ -93,7 +92,8 @@ def _measured(
 
     def step(iterator: Iterator[Any], model: Any) -> tuple[Tensor, Callable[..., Any]]:
         mine = next_batch(iterator, model.vp_stage)
-        output = model(mine["tokens"], mine["position_ids"], None, mine["labels"])
+        recorded = {} if mine.get(STATES) is None else {"teacher_hidden": mine[STATES]}
+        output = model(mine["tokens"], mine["position_ids"], None, mine["labels"], **recorded)
         return output, partial(_on_last_stage, measure, mine["loss_mask"])
 
     modes = [chunk.training for chunk in chunks]
@@ -143,23 +143,6 @@ def _run_forward(step: Callable[..., Any], chunks: list[Any], iterator: Iterator
         collect_non_loss_data=True,
     )
     return found
-
-
-def judge_teacher(loss: float, vocab_size: int, where: Path) -> None:
-    """Say what the teacher's cross entropy is, or refuse it.
-
-    Raises:
-        CheckpointError: not finite, or at least `GUESSING` of log V.
-    """
-    uniform = math.log(vocab_size)
-    if not loss < GUESSING * uniform:
-        raise CheckpointError(
-            f"the teacher's cross entropy on the first batch is {loss:.4g}, guessing gives {uniform:.4g}",
-            where=str(where),
-            fix=FIX,
-        )
-    if torch.distributed.get_rank() == 0:
-        logger.info(f"teacher lm loss on the first batch: {loss:.6f} (guessing: {uniform:.6f})")
 
 
 def judge_difference(nats: float, tolerance: float, where: Path) -> None:

@@ -67,10 +67,10 @@ def teachers(workplace, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 def train_gullible(argv: list[str], log: str) -> str:
     """Body of one rank: random weights guess, which is not what is tested here."""
-    from megatron_slim.training import teacher_check
+    from megatron_slim.teacher_cache import guessing
     from tests.training.conftest import refusal
 
-    teacher_check.GUESSING = 2.0
+    guessing.GUESSING = 2.0
     return refusal(argv, log)
 
 

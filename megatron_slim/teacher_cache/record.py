@@ -1,0 +1,296 @@
+"""Record what a teacher ends with: a streaming pass for every shard, one block of weights in memory at a time."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save
+from torch import Tensor
+
+from megatron_slim import __version__
+from megatron_slim.architecture.table import OUTPUT, names_of
+from megatron_slim.checkpoint.convert import Checkpoint
+from megatron_slim.checkpoint.dtype_names import dtype_name
+from megatron_slim.checkpoint.raw_files import OutputFile, as_bytes
+from megatron_slim.compat import runtime
+from megatron_slim.errors import CheckpointError
+from megatron_slim.files import check_space, file_sha256, fsync_path, read_json, remove, to_json, write_atomic
+from megatron_slim.products import linear
+from megatron_slim.sample_set import write_samples
+from megatron_slim.streaming.fingerprint import fingerprint
+from megatron_slim.streaming.forward import FINAL_NORM, MTP_NORM, StreamingForward
+from megatron_slim.teacher_cache.cache import FORMAT, HEAD, WEIGHT, TeacherCache, open_cache, shard_files
+from megatron_slim.teacher_cache.guessing import judge_teacher
+from megatron_slim.teacher_cache.recording import (
+    Recording,
+    begin,
+    bytes_to_write,
+    declare,
+    samples_at_once,
+    wait_for_start,
+)
+from megatron_slim.teacher_cache.stored_states import decode, encode, row_bytes
+
+logger = logging.getLogger(__name__)
+
+MEASURED_ROWS = 512  # of a shard, in which the error of rounding is measured
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Samples to record.
+
+    Attributes:
+        tokens: ids [samples, S + 1].
+        loss_mask: [samples, S], 1 where the prediction of the next token counts.
+        position_ids: [samples, S].
+        documents: whether documents of a sample do not see each other.
+        about: where they come from.
+    """
+
+    tokens: npt.NDArray[Any]
+    loss_mask: npt.NDArray[Any]
+    position_ids: npt.NDArray[Any]
+    documents: bool
+    about: Mapping[str, Any]
+
+    @staticmethod
+    def whole(tokens: npt.NDArray[Any], about: Mapping[str, Any]) -> Recorded:
+        """Samples of one document each, in which every prediction counts."""
+        shape = len(tokens), tokens.shape[1] - 1
+        positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+        return Recorded(tokens, np.broadcast_to(np.uint8(1), shape), positions, False, about)
+
+
+@dataclass(frozen=True)
+class RecordOptions:
+    """How a teacher is recorded.
+
+    Attributes:
+        kind: type of the states, a key of `stored_states.TYPES`.
+        dtype: of weights and activations; None, see `runtime.default_dtype`.
+        micro_batch_size: samples in one forward pass; None, about 4096 tokens.
+        round_tokens: of a shard; None, see `recording.samples_at_once`.
+        check_teacher: refuse a teacher that predicts no better than guessing.
+        rank: which of the processes that record this is.
+        world: how many there are.
+        announce: is called before the first pass with the tokens, bytes and shards that are to be recorded.
+    """
+
+    kind: str = "bf16"
+    dtype: torch.dtype | None = None
+    micro_batch_size: int | None = None
+    round_tokens: int | None = None
+    check_teacher: bool = True
+    rank: int = 0
+    world: int = 1
+    announce: Callable[[int, int, int], None] = lambda tokens, nbytes, shards: None
+
+
+@torch.no_grad()
+def record(checkpoint: Checkpoint, samples: Recorded, save: Path, options: RecordOptions) -> TeacherCache | None:
+    """Record a teacher on samples.
+
+    Every process of several calls it; each records its own shards, and the first one makes the cache of them. Called
+    again after a kill, it goes on after the last finished shard.
+
+    Args:
+        checkpoint: the teacher.
+        samples: what it reads.
+        save: directory of the cache.
+        options: how.
+
+    Returns:
+        The cache; None on processes other than the first.
+
+    Raises:
+        SlimError: there is one already, it was begun with other inputs, there is too little space, or the teacher's
+            states are not finite.
+    """
+    _choose_device()
+    runtime.init_single_process()
+    dtype = options.dtype or runtime.default_dtype()
+    inputs = _inputs(checkpoint, samples, options, dtype)
+    if options.rank > 0:
+        recording = wait_for_start(save, inputs)
+        if recording is not None:
+            _record_shards(checkpoint, samples, recording, options, dtype)
+        return None
+    sizes = checkpoint.shape
+    number_bytes = sizes.hidden_size * dtype.itemsize
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", options.world))
+    most = samples_at_once(samples.loss_mask.shape[1], number_bytes, local, options.round_tokens)
+    with begin(save, inputs, most, options.world) as (recording, is_new):
+        sample_bytes = inputs["heads"] * samples.loss_mask.shape[1] * row_bytes(options.kind, sizes.hidden_size)
+        states = bytes_to_write(recording, sample_bytes)
+        check_space(recording.path, states)
+        if is_new:
+            _write_head(checkpoint, recording.path / HEAD)
+            arrays = samples.tokens, samples.loss_mask, samples.position_ids
+            write_samples(recording.path, *arrays, documents=samples.documents, about=samples.about)
+            fsync_path(recording.path)
+            declare(recording, inputs)
+        tokens = states // sample_bytes * samples.loss_mask.shape[1]
+        options.announce(tokens, states, len(recording.missing()))
+        _record_shards(checkpoint, samples, recording, options, dtype)
+        recording.wait()
+        recording.finish(_description(recording, inputs))
+        return open_cache(recording.path)
+
+
+def _choose_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _inputs(checkpoint: Checkpoint, samples: Recorded, options: RecordOptions, dtype: torch.dtype) -> dict[str, Any]:
+    """Everything that decides what is recorded."""
+    checksum = 0
+    for array in (samples.tokens, samples.loss_mask, samples.position_ids):
+        checksum = zlib.crc32(np.ascontiguousarray(array, dtype=np.int32), checksum)
+    return {
+        "teacher": fingerprint(checkpoint),
+        "hidden_size": checkpoint.shape.hidden_size,
+        "vocab_size": checkpoint.shape.vocab_size,
+        "heads": 1 + checkpoint.shape.mtp_num_layers,
+        "samples": len(samples.tokens),
+        "seq_length": samples.loss_mask.shape[1],
+        "documents": samples.documents,
+        "samples_crc32": checksum,
+        "kind": options.kind,
+        "micro_batch_size": options.micro_batch_size,
+        "dtype": dtype_name(dtype),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "megatron_slim": __version__,
+        "torch": torch.__version__,
+    }
+
+
+def _write_head(checkpoint: Checkpoint, file: Path) -> None:
+    # Not save_file, which makes files that no one else may read.
+    file.write_bytes(save({WEIGHT: checkpoint.read(names_of(checkpoint.shape)[OUTPUT]).contiguous()}))
+    fsync_path(file)
+
+
+def _record_shards(
+    checkpoint: Checkpoint, samples: Recorded, recording: Recording, options: RecordOptions, dtype: torch.dtype
+) -> None:
+    """Record the shards of this process that are not there yet."""
+    missing = recording.missing(options.rank, options.world)
+    for done, number in enumerate(missing):
+        rows = recording.rounds[number]
+        tokens = np.array(samples.tokens[rows.start : rows.stop, :-1], dtype=np.int64)
+        micro_batch = options.micro_batch_size or max(1, 4096 // tokens.shape[1])
+        forward = RecordingPass(checkpoint, tokens, micro_batch_size=micro_batch, dtype=dtype)
+        forward.prepare(recording.path, number, options.kind, samples, rows)
+        forward.run(f"recording shard {done + 1} of {len(missing)}")
+        forward.finish(check_teacher=options.check_teacher and done == 0)
+
+
+class RecordingPass(StreamingForward):
+    """Writes what the heads are given, as it comes."""
+
+    whole_mtp = True  # as in training, where hidden states of all heads have the same length
+
+    def prepare(self, path: Path, number: int, kind: str, samples: Recorded, rows: range) -> None:
+        """Say where the states of which samples go, and in which type."""
+        self._file, self._described = shard_files(path, number)
+        self._kind, self._rows = kind, rows
+        self._labels = torch.from_numpy(np.array(samples.tokens[rows.start : rows.stop, 1:], dtype=np.int64))
+        self._mask = torch.from_numpy(np.array(samples.loss_mask[rows.start : rows.stop], dtype=np.bool_))
+        self._partial = self._file.with_name(f".{self._file.name}.partial")
+        self._checksums: list[list[int]] = []
+        self._measured: dict[str, list[float]] = {}
+        remove(self._partial)  # of a process that was killed
+        self._output = OutputFile(self._partial)
+
+    def leave(self, module: str) -> None:
+        """Write what a head is given."""
+        if module not in (FINAL_NORM, MTP_NORM):
+            return
+        checksums: list[int] = []
+        for batch, states in enumerate(self.batches()):
+            if not bool(torch.isfinite(states).all()):
+                where = f"{self.checkpoint.path}"
+                raise CheckpointError("its hidden states are not finite", where=where, fix="its weights are broken")
+            content = encode(states, self._kind)
+            if batch == 0 and module == FINAL_NORM:
+                self._measure(states, content)
+            for sample in content.cpu():
+                view = as_bytes(sample.contiguous())
+                self._output.append([view])
+                checksums.append(zlib.crc32(view))
+        self._checksums.append(checksums)
+
+    def finish(self, *, check_teacher: bool) -> None:
+        """Make it a shard.
+
+        Raises:
+            CheckpointError: the teacher predicts no better than guessing, and that is checked.
+        """
+        self._output.close()
+        if check_teacher:
+            judge_teacher(self._measured["loss"][0], self.shape.vocab_size, self.checkpoint.path)
+        os.replace(self._partial, self._file)
+        fsync_path(self._file.parent)
+        description = {"first": self._rows.start, "samples": len(self._rows), "crc32": self._checksums}
+        write_atomic(self._described, to_json({**description, "measured": self._measured}))
+
+    def _measure(self, states: Tensor, content: Tensor) -> None:
+        """Of the first rows: the teacher's cross entropy, and KL(its states || the stored ones), both in nats."""
+        mask = self._mask[: len(states)].flatten()
+        rows = mask.nonzero()[:MEASURED_ROWS, 0]
+        rows = rows if len(rows) else torch.arange(min(len(mask), MEASURED_ROWS))
+        stored = decode(content, self._kind, self.shape.hidden_size)
+        labels = self._labels[: len(states)].flatten()[rows].to(states.device)
+        weight = self.weight(OUTPUT).float()
+        exact, rounded = (
+            F.log_softmax(linear(each.flatten(0, 1)[rows].to(states.device).float(), weight), dim=-1)
+            for each in (states, stored)
+        )
+        divergence = (exact - rounded).mul_(exact.exp()).sum(-1, dtype=torch.float64)
+        self._measured = {
+            "loss": [float(F.nll_loss(exact, labels).double())],
+            "kl": [float(divergence.mean()), float(divergence.max())],
+            "tokens": [len(rows)],
+        }
+
+
+def _description(recording: Recording, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What `cache.open_cache` reads."""
+    measured = [_read_measured(shard_files(recording.path, number)[1]) for number in range(len(recording.rounds))]
+    tokens = [each["tokens"][0] for each in measured]
+    weighted = {
+        name: math.fsum(each[name][0] * count for each, count in zip(measured, tokens, strict=True)) / sum(tokens)
+        for name in ("loss", "kl")
+    }
+    figures = {
+        "measured_tokens": int(sum(tokens)),
+        "teacher_loss": weighted["loss"],
+        "kl_of_rounding": weighted["kl"],
+        "largest_kl_of_rounding": max(each["kl"][1] for each in measured),
+    }
+    kept = ("teacher", "hidden_size", "vocab_size", "heads", "kind", "dtype", "micro_batch_size")
+    return {
+        "format": FORMAT,
+        "shards": len(recording.rounds),
+        "head_sha256": file_sha256(recording.path / HEAD),
+        "figures": figures,
+        **{name: inputs[name] for name in kept},
+    }
+
+
+def _read_measured(file: Path) -> dict[str, list[float]]:
+    measured: dict[str, list[float]] = read_json(file)["measured"]
+    return measured

@@ -1,0 +1,80 @@
+"""What can be wrong with a teacher's cache and the data of a run, found before anything is built."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.distillation.model import TEACHER_MTP
+from megatron_slim.errors import DataError
+from megatron_slim.sample_set import is_sample_set, open_samples
+from megatron_slim.teacher_cache.cache import TeacherCache, is_cache, open_cache
+
+# Flags of a teacher that computes.
+_OF_A_TEACHER = ("teacher_without_mtp", "teacher_fp8_recipe")
+
+
+def cache_violations(shape: ModelShape, cache: TeacherCache | None, args: Namespace) -> list[str]:
+    """What is wrong with the arguments of a teacher that was recorded, in sentences.
+
+    Args:
+        shape: sizes of the student.
+        cache: what was recorded, if the run has it.
+        args: Megatron's arguments and ours, as parsed.
+    """
+    if args.teacher_cache is None:
+        return ["--teacher-head-offload needs --teacher-cache"] if args.teacher_head_offload else []
+    if args.teacher_load is not None:
+        return ["--teacher-load and --teacher-cache are two teachers; give one of them"]
+    assert cache is not None
+    flags = [f"--{name.replace('_', '-')}" for name in _OF_A_TEACHER if getattr(args, name)]
+    found = [f"{flag} has no effect on a teacher that was recorded; leave it out" for flag in flags]
+    if args.teacher_dtype == "fp8":
+        found.append("--teacher-dtype fp8 has no effect on a teacher that was recorded; its output layer is in 16 bits")
+    if cache.vocab_size != shape.vocab_size:
+        found.append(f"teacher: vocabulary {cache.vocab_size}, the student has {shape.vocab_size}")
+    if args.mtp_kd_target == TEACHER_MTP and cache.heads - 1 < shape.mtp_num_layers:
+        found.append("teacher: no MTP head was recorded for --mtp-kd-target teacher-mtp; use teacher-main")
+    return found
+
+
+def cache_of(data: Path, cache: TeacherCache) -> TeacherCache:
+    """The states that were recorded for a data set: its own, or those of the cache of the same samples.
+
+    Raises:
+        DataError: there are none, or they are another teacher's or of another kind.
+    """
+    if is_cache(data):
+        found = cache if data == cache.path else open_cache(data)
+        differing = [
+            name for name in ("head_sha256", "teacher", "kind") if getattr(found, name) != getattr(cache, name)
+        ]
+        if differing:
+            raise DataError(
+                f"is not of the teacher, and of the type, that {cache.path} is of ({differing[0]})",
+                where=str(data),
+                fix="record both alike",
+            )
+        return found
+    fix = "record the teacher on them: megatron-slim record"
+    if not is_sample_set(data):
+        raise DataError(
+            f"no states of the teacher were recorded for these data in {cache.path}", where=str(data), fix=fix
+        )
+    if open_samples(data).digests != cache.samples.digests:
+        raise DataError(f"its token ids are not those of {cache.path}", where=str(data), fix=fix)
+    return cache
+
+
+def check_caches(prefixes: list[str], cache: TeacherCache | None) -> None:
+    """See that the states of all data of a run were recorded, by the teacher that its head is of.
+
+    Raises:
+        DataError: they were not.
+    """
+    if cache is None:
+        return
+    cache.verify_head()
+    for prefix in prefixes:
+        cache_of(Path(prefix), cache)
