@@ -16,19 +16,29 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
 from megatron_slim.architecture.context_parallel import local_positions, local_slice
+from megatron_slim.architecture.packing import packed_documents
 
 
 class HiddenStatesModel(GPTModel):
     """A GPTModel that ends with hidden states: [s, b, h], on the last stage [(1 + D) s, b, h], main head first.
 
     GPTModel itself would compute logits and, with MTP, attach losses to the graph even when it is given no labels.
+
+    Attributes:
+        runs_mtp: whether it runs its MTP block.
+        apart: whether documents of a sample do not see each other: every stage then finds where they begin in the
+            position ids of its one sample. Without, position ids change nothing.
     """
 
     runs_mtp = True
+    apart = False
     float32: Sequence[nn.Parameter] = ()  # parameters that stay in fp32 whatever the model is cast to
 
     def forward(self, input_ids: Tensor | None, position_ids: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """As GPTModel's, of whole sequences [b, S]: under context parallelism a rank computes its part of them."""
+        if self.apart:
+            assert position_ids is not None and len(position_ids) == 1
+            kwargs["packed_seq_params"] = packed_documents(position_ids)
         own = (
             ids if ids is None else local_slice(ids, local_positions(self.pg_collection.cp, ids.shape[-1]))
             for ids in (input_ids, position_ids)

@@ -10,12 +10,14 @@ import megatron_slim.mcore
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_slim.architecture.context_parallel import positions_of
+from megatron_slim.compat.causal_convolution import documents_of
 
 
 class LocalAttention(DotProductAttention):
@@ -36,21 +38,36 @@ class LocalAttention(DotProductAttention):
         self.is_plain = all(option is None for option in options)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         """Attend causally, or as a mask says whose True hides.
 
         Args:
-            query: [s, b, heads, head dim], of this rank's part of the sequence.
+            query: [s, b, heads, head dim], of this rank's part of the sequence; of packed documents [s, heads, head
+                dim].
             key: [s, b, groups of heads, head dim], likewise.
             value: as the key.
             attention_mask: broadcast to [b, heads, s, s]; None: causal.
             args: as for Megatron's.
+            packed_seq_params: bounds of packed documents, each of which attends to itself alone.
             kwargs: as for Megatron's.
 
         Returns:
             [s, b, heads x head dim].
         """
+        if packed_seq_params is not None:
+            assert attention_mask is None and not self.context_parallel
+            bounds = packed_seq_params.cu_seqlens_q
+            each = (slice(*ends) for ends in documents_of(len(query), bounds))
+            parts = ([x[place].unsqueeze(1) for x in (query, key, value)] for place in each)
+            return torch.cat([self.forward(*part, None, *args, **kwargs) for part in parts])
         if self.context_parallel:
             group = self.pg_collection.cp
             key, value = (gather_from_sequence_parallel_region(each, group=group) for each in (key, value))

@@ -74,14 +74,15 @@ class _Sensitivity(StreamingForward):
 
     def batches(self) -> Iterator[Tensor]:
         """Those of all streams."""
-        return (self._hidden.load(batch) for batch in range(len(self._tokens) * (1 + len(self.started))))
+        return (self._hidden.load(batch) for batch in range(len(self._micro_batches) * (1 + len(self.started))))
 
     def leave(self, module: str) -> None:
         """Measure all streams at the trunk's end."""
         if module != FINAL_NORM:
             return
-        weight, count = self.weight(OUTPUT).float(), len(self._tokens)
-        totals = [self._loss(hidden, self._tokens[n % count], weight) for n, hidden in enumerate(self.batches())]
+        weight, count = self.weight(OUTPUT).float(), len(self._micro_batches)
+        streams = enumerate(self.batches())
+        totals = [self._loss(hidden, self._micro_batches[n % count].tokens, weight) for n, hidden in streams]
         by_stream = torch.tensor(totals, dtype=torch.float64).view(-1, count).sum(1)
         if not torch.isfinite(by_stream).all():
             raise CheckpointError("a loss is not finite", where=str(self.checkpoint.path), fix="its weights are broken")
@@ -94,12 +95,12 @@ class _Sensitivity(StreamingForward):
                 return
 
     def _pass(self, module: str) -> None:
-        step, count = self._step(module), len(self._tokens)
+        step, count = self._step(module), len(self._micro_batches)
         other = self._pruned_block(module)
-        added = [] if other is None else [other(self._load(n), self._tokens[n]) for n in range(count)]
+        added = [] if other is None else [other(self._load(n), self._micro_batches[n]) for n in range(count)]
         for number in range(count * (1 + len(self.started))):
-            tokens = self._tokens[number % count]
-            self._hidden.store(step(tokens if module == EMBEDDING else self._load(number), tokens))
+            batch = self._micro_batches[number % count]
+            self._hidden.store(step(batch.tokens if module == EMBEDDING else self._load(number), batch))
         for output in added:
             self._hidden.store(output)
         self._hidden.turn()

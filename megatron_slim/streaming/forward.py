@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import megatron_slim.mcore
 
@@ -16,11 +18,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_slim import __version__
 from megatron_slim.architecture.local_modules import rms_norm
+from megatron_slim.architecture.packing import by_sample, in_one_sequence, packed_documents
 from megatron_slim.architecture.table import count_parameters, names_of
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.dtype_names import dtype_name
@@ -45,8 +49,23 @@ KEYS = {
     MTP_NORM: "mtp.layers.0.final_layernorm.weight",
 }
 MTP_INPUT_NORMS = ("mtp.layers.0.enorm.weight", "mtp.layers.0.hnorm.weight")
-# What a module does to a micro-batch of hidden states [samples, positions, hidden], given the tokens of its samples.
-Step = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples that go through a module at once.
+
+    Attributes:
+        tokens: ids [samples, sequence].
+        positions: position ids [samples, sequence] that are 0 where a document begins; None: a sample is one document.
+    """
+
+    tokens: Tensor
+    positions: Tensor | None = None
+
+
+# What a module does to hidden states [samples, positions, hidden], given the micro-batch that they are of.
+Step = Callable[[Tensor, MicroBatch], Tensor]
 
 
 class StreamingForward:
@@ -75,6 +94,7 @@ class StreamingForward:
         micro_batch_size: int,
         dtype: torch.dtype,
         work: WorkDir | None = None,
+        position_ids: npt.NDArray[Any] | None = None,
     ) -> None:
         """Prepare a pass; nothing is computed yet.
 
@@ -84,13 +104,20 @@ class StreamingForward:
             micro_batch_size: samples in one forward pass.
             dtype: of weights and activations.
             work: where hidden states and progress are kept; None is in memory, and nowhere.
+            position_ids: [samples, sequence], 0 where a document begins that sees nothing of those before it; None:
+                every sample is one document.
         """
         self.checkpoint, self.shape, self.dtype = checkpoint, checkpoint.shape, dtype
         self.samples = torch.from_numpy(samples)
         self.micro_batch_size = micro_batch_size
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.config = block_config(self.shape, dtype)
-        self._tokens = self.samples.split(micro_batch_size)
+        self.positions = None if position_ids is None else torch.from_numpy(np.array(position_ids, np.int64))
+        self._micro_batches = [*map(MicroBatch, self.samples.split(micro_batch_size))]
+        if self.positions is not None:
+            assert self.positions.shape == self.samples.shape
+            parts = zip(self._micro_batches, self.positions.split(micro_batch_size), strict=True)
+            self._micro_batches = [MicroBatch(each.tokens, positions) for each, positions in parts]
         self._work = work
 
     def enter(self, block: str, layer: TransformerLayer) -> None:
@@ -111,7 +138,7 @@ class StreamingForward:
 
     def batches(self) -> Iterator[Tensor]:
         """The hidden states [samples, positions, hidden] of every micro-batch, in `leave` the output of the module."""
-        return (self._hidden.load(batch) for batch in range(len(self._tokens)))
+        return (self._hidden.load(batch) for batch in range(len(self._micro_batches)))
 
     def run(self, description: str) -> None:
         """Pass everything through every module, the MTP block's last; ``description`` is the progress bar's."""
@@ -142,7 +169,8 @@ class StreamingForward:
 
     def _inputs(self) -> dict[str, str]:
         """Everything that decides what is measured."""
-        return {
+        documents = {} if self.positions is None else {"documents": sha256(bytes(as_bytes(self.positions)))}
+        return documents | {
             "a pass of": type(self).__name__,
             "checkpoint": fingerprint(self.checkpoint),
             "samples": f"{list(self.samples.shape)} {sha256(bytes(as_bytes(self.samples)))}",
@@ -167,9 +195,9 @@ class StreamingForward:
 
     def _pass(self, module: str) -> None:
         step = self._step(module)
-        for batch, tokens in enumerate(self._tokens):
-            hidden = tokens if module == EMBEDDING else self._hidden.load(batch).to(self.device)
-            self._hidden.store(step(hidden, tokens))
+        for number, batch in enumerate(self._micro_batches):
+            hidden = batch.tokens if module == EMBEDDING else self._hidden.load(number).to(self.device)
+            self._hidden.store(step(hidden, batch))
         self._hidden.turn()
         self.leave(module)
         self._hidden.commit(self.state() if self._work is not None else {})
@@ -184,9 +212,9 @@ class StreamingForward:
     def _embed(self) -> Step:
         embedding = self._read(KEYS[EMBEDDING])
 
-        def step(_: Tensor, tokens: Tensor) -> Tensor:
-            output = embedding[tokens].to(self.dtype)
-            self.observe(EMBEDDING, tokens, output)
+        def step(_: Tensor, batch: MicroBatch) -> Tensor:
+            output = embedding[batch.tokens].to(self.dtype)
+            self.observe(EMBEDDING, batch.tokens, output)
             return output
 
         return step
@@ -198,12 +226,15 @@ class StreamingForward:
 
     def _through(self, layer: TransformerLayer, block: str, observe: Callable[[Tensor, Tensor], None]) -> Step:
         """What a layer does in the place of a block."""
-        shorter = block.startswith("mtp.") and not self.whole_mtp
-        rotary = rotary_embedding(self.shape, self.samples.shape[1] - shorter)
+        length = self.samples.shape[1] - (block.startswith("mtp.") and not self.whole_mtp)
+        rotary = rotary_embedding(self.shape, length)
 
-        def step(hidden: Tensor, _: Tensor) -> Tensor:
+        def step(hidden: Tensor, batch: MicroBatch) -> Tensor:
             hidden = hidden.transpose(0, 1).contiguous()
-            output, _ = layer(hidden, attention_mask=None, rotary_pos_emb=rotary)
+            if batch.positions is None:
+                output, _ = layer(hidden, attention_mask=None, rotary_pos_emb=rotary)
+            else:
+                output = _documents_apart(layer, hidden, rotary, batch.positions[:, :length].to(self.device))
             observe(hidden, output)
             found: Tensor = output.transpose(0, 1)
             return found
@@ -213,7 +244,7 @@ class StreamingForward:
     def _norm(self, module: str) -> Step:
         weight = self.weight(KEYS[module])
 
-        def step(hidden: Tensor, _: Tensor) -> Tensor:
+        def step(hidden: Tensor, _: MicroBatch) -> Tensor:
             output = self._normed(hidden, weight)
             self.observe(module, hidden, output)
             return output
@@ -225,12 +256,18 @@ class StreamingForward:
         return rms_norm(hidden, weight, self.shape.layernorm_epsilon, zero_centered=centered)
 
     def _join_next_tokens(self) -> Step:
-        """Join the trunk's output at position i with the embedding of token i + 1; the last position has none."""
+        """Join the trunk's output at position i with the embedding of token i + 1; the last position has none.
+
+        Where token i + 1 is of another document Megatron takes token 0 in its place, and so do we.
+        """
         projection, (enorm, hnorm) = self.weight(KEYS[MTP_INPUT]), map(self.weight, MTP_INPUT_NORMS)
         embedding = self._read(KEYS[EMBEDDING])
 
-        def step(hidden: Tensor, tokens: Tensor) -> Tensor:
-            following = F.pad(tokens[:, 1:], (0, int(self.whole_mtp)))
+        def step(hidden: Tensor, batch: MicroBatch) -> Tensor:
+            following = batch.tokens[:, 1:]
+            if batch.positions is not None:
+                following = following.masked_fill(batch.positions[:, 1:] == 0, 0)
+            following = F.pad(following, (0, int(self.whole_mtp)))
             embedded = embedding[following].to(self.device, self.dtype)
             own = hidden[:, : following.shape[1]]
             pair = torch.cat((self._normed(embedded, enorm), self._normed(own, hnorm)), dim=-1)
@@ -239,3 +276,15 @@ class StreamingForward:
             return output
 
         return step
+
+
+def _documents_apart(layer: TransformerLayer, hidden: Tensor, rotary: Tensor, positions: Tensor) -> Tensor:
+    """What a layer makes of hidden states [positions, samples, hidden] in which documents do not see each other."""
+    packed: PackedSeqParams = packed_documents(positions)
+    output, _ = layer(
+        in_one_sequence(hidden),
+        attention_mask=None,
+        rotary_pos_emb=rotary[: packed.max_seqlen_q],
+        packed_seq_params=packed,
+    )
+    return by_sample(output, len(positions))

@@ -192,7 +192,8 @@ def _record_shards(
         rows = recording.rounds[number]
         tokens = np.array(samples.tokens[rows.start : rows.stop, :-1], dtype=np.int64)
         micro_batch = options.micro_batch_size or max(1, 4096 // tokens.shape[1])
-        forward = RecordingPass(checkpoint, tokens, micro_batch_size=micro_batch, dtype=dtype)
+        positions = samples.position_ids[rows.start : rows.stop] if samples.documents else None
+        forward = RecordingPass(checkpoint, tokens, micro_batch_size=micro_batch, dtype=dtype, position_ids=positions)
         forward.prepare(recording.path, number, options.kind, samples, rows)
         forward.run(f"recording shard {done + 1} of {len(missing)}")
         forward.finish(check_teacher=options.check_teacher and done == 0)
