@@ -86,15 +86,17 @@ class ElasticModel(DistillationModel):
             labels: as there.
             expected: as there.
             hidden_inputs: None.
-            teacher_hidden: None.
+            teacher_hidden: as there, of a teacher that was recorded.
             budget: which.
             teacher_runs: false where this micro-batch has been through the teacher for the budget before.
         """
-        assert hidden_inputs is None and teacher_hidden is None
+        assert hidden_inputs is None and (teacher_hidden is None or self.recorded is not None)
         student, states = self.students[budget], self._states_received()
         if self.teacher is not None and teacher_runs:
             self.teacher.set_input_tensor(states.get("teacher"))
-            self._teacher_hidden = self.run_teacher(input_ids, position_ids, attention_mask)
+            teacher_hidden = self.run_teacher(input_ids, position_ids, attention_mask)
+        if teacher_hidden is not None:
+            self._teacher_hidden = teacher_hidden
         hidden = states.get("student")
         GPTModel.set_input_tensor(student, None if hidden is None else hidden[..., : student.student_hidden_size])
         output = HiddenStatesModel.forward(student, input_ids, position_ids, attention_mask)

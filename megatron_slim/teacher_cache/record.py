@@ -44,6 +44,7 @@ from megatron_slim.teacher_cache.stored_states import decode, encode, row_bytes
 
 logger = logging.getLogger(__name__)
 
+ROWS_AT_ONCE = 64  # whose logits are in memory in fp64
 MEASURED_ROWS = 512  # of a shard, in which the error of rounding is measured
 
 
@@ -254,15 +255,19 @@ class RecordingPass(StreamingForward):
         rows = mask.nonzero()[:MEASURED_ROWS, 0]
         rows = rows if len(rows) else torch.arange(min(len(mask), MEASURED_ROWS))
         stored = decode(content, self._kind, self.shape.hidden_size)
+        exact, rounded = (each.flatten(0, 1)[rows].to(states.device).float() for each in (states, stored))
         labels = self._labels[: len(states)].flatten()[rows].to(states.device)
-        weight = self.weight(OUTPUT).float()
-        exact, rounded = (
-            F.log_softmax(linear(each.flatten(0, 1)[rows].to(states.device).float(), weight), dim=-1)
-            for each in (states, stored)
-        )
-        divergence = (exact - rounded).mul_(exact.exp()).sum(-1, dtype=torch.float64)
+        weight, found = self.weight(OUTPUT).float(), []
+        for part in torch.arange(len(rows), device=states.device).split(ROWS_AT_ONCE):
+            logits = linear(exact[part], weight).double()
+            # The difference by itself: that of two logits in fp32 has their rounding, which is more than bf16's.
+            change = linear(rounded[part] - exact[part], weight).double()
+            log_p, log_q = logits.log_softmax(-1), (logits + change).log_softmax(-1)
+            divergence = (log_p - log_q).mul_(log_p.exp()).sum(-1)
+            found.append(torch.stack([F.nll_loss(log_p, labels[part], reduction="none"), divergence]))
+        loss, divergence = torch.cat(found, dim=1)
         self._measured = {
-            "loss": [float(F.nll_loss(exact, labels).double())],
+            "loss": [float(loss.mean())],
             "kl": [float(divergence.mean()), float(divergence.max())],
             "tokens": [len(rows)],
         }

@@ -22,7 +22,7 @@ from megatron_slim.teacher_cache.cache import CACHE, RECORDING, shard_files
 # Of a shard, whose hidden states are in memory while the teacher is read once: enough that reading it takes a small
 # part of the time, few enough that what is lost with a killed process is minutes of a GPU.
 ROUND_TOKENS = 16 << 20
-_OURS = re.compile(r"(samples|recording|cache)\.json|head\.safetensors|(tokens|loss_mask|position_ids)\.npy|states-.*")
+_OURS = re.compile(r"\.?(samples\.|recording\.|cache\.|head\.|tokens\.|loss_mask\.|position_ids\.|states-).*")
 _PART_OF_MEMORY = 0.5
 _SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -53,7 +53,10 @@ class Recording:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
 
     def finish(self, description: Mapping[str, Any]) -> None:
-        """Make it a cache."""
+        """Make it a cache, without what killed processes have left."""
+        for name in os.listdir(self.path):
+            if name.startswith("."):
+                remove(self.path / name)
         write_atomic(self.path / CACHE, to_json(dict(description)))
         remove(self.path / RECORDING)
 
@@ -113,7 +116,7 @@ def begin(path: Path, inputs: Mapping[str, Any], most: int | None, workers: int)
         if (path / CACHE).is_file() or (path.exists() and not path.is_dir()):
             raise SlimError("output already exists", where=str(path), fix="choose another name or remove it first")
         entries = sorted(os.listdir(path)) if path.is_dir() else []
-        if foreign := [name for name in entries if not _OURS.fullmatch(name.removeprefix("."))]:
+        if foreign := [name for name in entries if not _OURS.fullmatch(name)]:
             fix = "name a new or an empty directory"
             raise SlimError(f"holds something else ({foreign[0]})", where=str(path), fix=fix)
         if (path / RECORDING).is_file():
