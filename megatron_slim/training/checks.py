@@ -22,6 +22,7 @@ from megatron_slim.checkpoint.tracker import repair_tracker
 from megatron_slim.distillation.model import TEACHER_MTP
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.training.data_checks import check_data
+from megatron_slim.training.document_checks import document_violations
 from megatron_slim.training.elastic import check_kept_budgets, depth_violations, elastic_violations
 from megatron_slim.training.fp8_checks import fp8_violations
 from megatron_slim.training.hidden_kd import check_projections, check_stages, hidden_violations
@@ -68,7 +69,7 @@ def _violations(shape: ModelShape, teacher: ModelShape | None, args: Namespace) 
             small.append(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive")
     found = small or _process_violations(args) + stage_violations(args) + _model_violations("student", shape, args)
     found += loss_violations(shape, args) + ahead_violations(args) + logging_violations(args) + rate_violations(args)
-    found += elastic_violations(args)
+    found += elastic_violations(args) + ([] if small else document_violations(shape, args))
     found += hidden_violations(shape, teacher, args) + ([] if small else fp8_violations(shape, teacher, args))
     if teacher is not None and not small:
         found += _model_violations("teacher", teacher, args) + _pair_violations(shape, teacher, args)

@@ -29,7 +29,7 @@ from megatron_slim.checkpoint.reference import Reference, read_reference
 from megatron_slim.distillation.losses import TokenLosses
 from megatron_slim.distillation.model import DistillationModel
 from megatron_slim.errors import CheckpointError
-from megatron_slim.training.data import Batch, Repeated, first_batch, reference_batch
+from megatron_slim.training.batches import Batch, Repeated, first_batch, reference_batch
 
 logger = logging.getLogger(__name__)
 
