@@ -83,9 +83,14 @@ class TeacherCache:
     _files: OpenFiles = field(default_factory=OpenFiles, repr=False, compare=False)
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of the state of one position of one head."""
+        return row_bytes(self.kind, self.hidden_size)
+
+    @property
     def sample_bytes(self) -> int:
         """Bytes of one sample's states of one head."""
-        return self.samples.seq_length * row_bytes(self.kind, self.hidden_size)
+        return self.samples.seq_length * self.row_bytes
 
     def read(self, index: int, heads: int) -> Tensor:
         """The states of a sample's first heads as they are stored, uint8 [heads, S, `row_bytes`].

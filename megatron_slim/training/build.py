@@ -84,6 +84,7 @@ def build_stage(
     assert isinstance(student, DistillationModel)
     if isinstance(student, ElasticModel):
         _attach_budgets(student, spec, config, stage | model)
+    student.apart = spec.documents_apart
     return student
 
 
@@ -101,6 +102,7 @@ def _attach_budgets(student: ElasticModel, spec: RunSpec, config: TransformerCon
         with _own_random_numbers():
             other = build_model(shape, dataclasses.replace(config, **fields), model_class=DistillationModel, **model)
         assert isinstance(other, DistillationModel)
+        other.apart = spec.documents_apart
         other.to(device=torch.cuda.current_device())
         others.append(other)
     student.attach(*others)
@@ -170,6 +172,7 @@ def _build_teacher(spec: RunSpec, config: TransformerConfig, stage: dict[str, An
             **stage,
         )
     assert isinstance(teacher, HiddenStatesModel)
+    teacher.apart = spec.documents_apart
     # Megatron moves the student to its device later; some parameters are made on the host.
     return teacher.to(device=torch.cuda.current_device(), dtype=teacher.config.params_dtype)
 

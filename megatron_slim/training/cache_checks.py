@@ -10,6 +10,8 @@ from megatron_slim.distillation.model import TEACHER_MTP
 from megatron_slim.errors import DataError
 from megatron_slim.sample_set import is_sample_set, open_samples
 from megatron_slim.teacher_cache.cache import TeacherCache, is_cache, open_cache
+from megatron_slim.training.blends import read_sources
+from megatron_slim.training.document_checks import prefixes_of
 
 # Flags of a teacher that computes.
 _OF_A_TEACHER = ("teacher_without_mtp", "teacher_fp8_recipe")
@@ -67,7 +69,7 @@ def cache_of(data: Path, cache: TeacherCache) -> TeacherCache:
     return cache
 
 
-def check_caches(prefixes: list[str], cache: TeacherCache | None) -> None:
+def check_caches(args: Namespace, cache: TeacherCache | None) -> None:
     """See that the states of all data of a run were recorded, by the teacher that its head is of.
 
     Raises:
@@ -75,6 +77,10 @@ def check_caches(prefixes: list[str], cache: TeacherCache | None) -> None:
     """
     if cache is None:
         return
+    if args.mock_data:
+        raise DataError(
+            "--mock-data are not what a teacher was recorded on", fix="leave it out: the cache has the data"
+        )
     cache.verify_head()
-    for prefix in prefixes:
+    for prefix in prefixes_of(read_sources(args)):
         cache_of(Path(prefix), cache)

@@ -21,7 +21,9 @@ from megatron_slim.checkpoint.records import ELASTIC
 from megatron_slim.checkpoint.tracker import repair_tracker
 from megatron_slim.distillation.model import TEACHER_MTP
 from megatron_slim.errors import CheckpointError, SlimError
+from megatron_slim.training.cache_checks import cache_violations, check_caches
 from megatron_slim.training.data_checks import check_data
+from megatron_slim.training.document_checks import document_violations
 from megatron_slim.training.elastic import check_kept_budgets, depth_violations, elastic_violations
 from megatron_slim.training.fp8_checks import fp8_violations
 from megatron_slim.training.hidden_kd import check_projections, check_stages, hidden_violations
@@ -44,6 +46,7 @@ def check(spec: RunSpec) -> None:
     """
     args, shape = spec.args, spec.student
     found = _violations(shape, spec.teacher, args) + optimizer_violations(args, spec.given, shape)
+    found = cache_violations(shape, spec.cache, args) or found
     if found := found or _budget_violations(spec):
         raise SlimError("; ".join(found))
     if not args.train_iters and not args.train_samples:
@@ -51,6 +54,7 @@ def check(spec: RunSpec) -> None:
     check_kept_budgets(None if args.save is None else Path(args.save), spec.elastic)
     start = _check_start(spec)
     check_data(args, shape.vocab_size)
+    check_caches(args, spec.cache)
     if args.verify_integrity:
         _check_integrity(spec)
     if "MASTER_ADDR" not in os.environ:
@@ -68,7 +72,7 @@ def _violations(shape: ModelShape, teacher: ModelShape | None, args: Namespace) 
             small.append(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive")
     found = small or _process_violations(args) + stage_violations(args) + _model_violations("student", shape, args)
     found += loss_violations(shape, args) + ahead_violations(args) + logging_violations(args) + rate_violations(args)
-    found += elastic_violations(args)
+    found += elastic_violations(args) + ([] if small else document_violations(shape, args))
     found += hidden_violations(shape, teacher, args) + ([] if small else fp8_violations(shape, teacher, args))
     if teacher is not None and not small:
         found += _model_violations("teacher", teacher, args) + _pair_violations(shape, teacher, args)

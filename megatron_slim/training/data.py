@@ -1,11 +1,9 @@
-"""Datasets and batches of training: Megatron's GPT datasets, handed to Megatron's loop."""
+"""Datasets of training: Megatron's GPT datasets and sample sets, as Megatron's builder mixes and splits them."""
 
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +13,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import xxhash
-from megatron.core import parallel_state
 from megatron.core.datasets import gpt_dataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
-from megatron.core.utils import get_batch_on_this_tp_rank
 from megatron.training import get_args, get_tokenizer
-from torch import Tensor
 
-from megatron_slim.checkpoint.reference import Reference
-from megatron_slim.data import check_ids, document_lengths
+from megatron_slim.data import document_lengths
 from megatron_slim.errors import DataError
+from megatron_slim.sample_set import is_sample_set, open_samples
+from megatron_slim.teacher_cache.cache import TeacherCache
 from megatron_slim.training.blends import Blend, Sources, read_sources
+from megatron_slim.training.cached_data import CachedDataset
 from megatron_slim.training.data_checks import DEFAULT_SPLIT, needed_parts
-
-LOOKED_AT = 1000  # samples, for the first that is not padding alone
-BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
-STATES, DAMAGED = "states", "damaged"  # of a recorded teacher, and what is wrong with them
-Batch = dict[str, Tensor | None]
+from megatron_slim.training.document_checks import prefixes_of, sample_sets
+from megatron_slim.training.packed_data import PackedDataset
 
 
 class _OwnMasks:
@@ -53,9 +47,13 @@ class DatasetConfig(GPTDatasetConfig):
 
     Attributes:
         lengths: hash of the documents' lengths in all data sets, of which indices are made.
+        cache: of a teacher that was recorded.
+        recorded_heads: whose states samples come with.
     """
 
     lengths: str = ""
+    cache: TeacherCache | None = None
+    recorded_heads: int = 0
 
 
 class GPTDataset(_OwnMasks, gpt_dataset.GPTDataset):
@@ -88,7 +86,7 @@ class MockGPTDataset(_OwnMasks, gpt_dataset.MockGPTDataset):
     """Megatron's artificial data with masks of each sample's own."""
 
 
-def dataset_config() -> DatasetConfig:
+def dataset_config(cache: TeacherCache | None = None, recorded_heads: int = 0) -> DatasetConfig:
     """Megatron's dataset configuration from its arguments, without the parts that are not used.
 
     Megatron would build those too: with 0 samples, for which it needs at least one token.
@@ -113,6 +111,8 @@ def dataset_config() -> DatasetConfig:
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
         lengths=_hash_of_lengths(sources),
+        cache=cache,
+        recorded_heads=recorded_heads,
     )
     if config.split_matrix is not None:
         config.split_matrix = [ends if used else None for ends, used in zip(config.split_matrix, needed, strict=True)]
@@ -120,8 +120,9 @@ def dataset_config() -> DatasetConfig:
 
 
 def _hash_of_lengths(sources: Sources) -> str:
-    prefixes = {prefix for blend in sources.blends() if blend is not None for prefix in blend.prefixes}
-    hashes = [xxhash.xxh3_64_hexdigest(document_lengths(Path(prefix))) for prefix in sorted(prefixes)]
+    if sets := sample_sets(sources):
+        return " ".join(sorted(each.digests["tokens.npy"] for each in sets))
+    hashes = [xxhash.xxh3_64_hexdigest(document_lengths(Path(prefix))) for prefix in sorted(prefixes_of(sources))]
     return " ".join(hashes)
 
 
@@ -134,22 +135,39 @@ def _for_megatron(blend: Blend | None) -> tuple[list[str], list[float] | None] |
         return None
     weights = None if blend.weights is None else list(blend.weights)
     if weights is None and len(blend.prefixes) > 1:
-        weights = [float(document_lengths(Path(prefix)).sum(dtype=np.int64)) for prefix in blend.prefixes]
+        weights = [_tokens_of(Path(prefix)) for prefix in blend.prefixes]
     return list(blend.prefixes), weights
 
 
-def build_datasets(num_samples: tuple[int, int | None, int | None]) -> list[Any]:
+def _tokens_of(path: Path) -> float:
+    if is_sample_set(path):
+        return float(open_samples(path).loss_mask.size)
+    return float(document_lengths(path).sum(dtype=np.int64))
+
+
+def build_datasets(
+    num_samples: tuple[int, int | None, int | None], cache: TeacherCache | None = None, recorded_heads: int = 0
+) -> list[Any]:
     """Train, validation and test datasets of at least so many samples each.
+
+    Args:
+        num_samples: of each.
+        cache: of a teacher that was recorded.
+        recorded_heads: whose states samples are to come with.
 
     Raises:
         DataError: a blend is of too few samples for its number of data sets.
     """
     args = get_args()
     kind = MockGPTDataset if args.mock_data else GPTDataset
+    if not args.mock_data and sample_sets(read_sources(args)):
+        kind = CachedDataset if recorded_heads else PackedDataset
     sizes = [num_samples[0], max(num_samples[1] or 0, _validation_samples(args)), num_samples[2]]
     try:
         # On every rank: the teacher check needs a sample on each, and indices are cached on disk or made in seconds.
-        datasets: list[Any] = BlendedMegatronDatasetBuilder(kind, sizes, lambda: True, dataset_config()).build()
+        datasets: list[Any] = BlendedMegatronDatasetBuilder(
+            kind, sizes, lambda: True, dataset_config(cache, recorded_heads)
+        ).build()
     except IndexError as error:
         if "oversamples" not in str(error):
             raise
@@ -170,132 +188,3 @@ def _validation_samples(args: Namespace) -> int:
     passed = max(args.iteration // interval, -(-(args.start_eval_at_iter or 0) // interval) - 1)
     left = max(0, args.train_iters // interval - passed) + 1  # the last one is behind the last iteration
     return int(args.consumed_valid_samples + left * args.eval_iters * args.eval_global_batch_size)
-
-
-def next_batch(
-    iterator: Iterator[dict[str, Any]] | None,
-    vocab_size: int,
-    vp_stage: int | None,
-    *,
-    micro_batch_size: int,
-    whole: bool,
-    stored: tuple[int, int, int] | None = None,
-    refuse: Callable[[DataError], None],
-) -> Batch:
-    """This rank's part of the next micro-batch; None for what its pipeline stage does not need.
-
-    Args:
-        iterator: gives samples, collated; None on ranks that are sent theirs.
-        vocab_size: of the model.
-        vp_stage: virtual pipeline stage.
-        micro_batch_size: samples in it, which validation may have another number of.
-        stored: heads, positions and bytes of a row of a recorded teacher's states, on the stage that needs them.
-        whole: without it that is tokens and positions on the first stage, labels and mask on the last, nothing between.
-        refuse: is called for a batch with ids outside the vocabulary. Ids of the vocabulary stand in for them, so that
-            this rank computes on until all of them hear of it: one that left would leave the others waiting.
-    """
-    args = get_args()
-    first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
-    last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-    if not (first or last or whole):
-        return dict.fromkeys(BATCH_KEYS)
-    batch: dict[str, Any] = {}
-    sample: dict[str, Any] = {}
-    if parallel_state.get_tensor_model_parallel_rank() == 0:
-        assert iterator is not None
-        sample = next(iterator)
-        try:
-            check_token_ids(sample, vocab_size)
-        except DataError as error:
-            refuse(error)
-            sample |= {key: sample[key].clamp(0, vocab_size - 1) for key in ("tokens", "labels")}
-        batch = {key: sample[key].cuda(non_blocking=True) for key in BATCH_KEYS}
-    mine: Batch = get_batch_on_this_tp_rank(
-        batch,
-        has_cu_seqlens=False,
-        is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=False,
-        broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
-        broadcast_group=parallel_state.get_tensor_model_parallel_group(),
-        cp_size=1,
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        micro_batch_size=micro_batch_size,
-        seq_length=args.seq_length,
-        mtp_on_this_rank=whole,  # so called, it is all of the batch
-        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
-        is_pipeline_first_stage=first,
-        is_pipeline_last_stage=last,
-    )
-    if stored is not None:
-        mine[STATES] = _stored_states(sample, (micro_batch_size, *stored), refuse)
-    return mine
-
-
-def _stored_states(sample: dict[str, Any], extents: tuple[int, ...], refuse: Callable[[DataError], None]) -> Tensor:
-    """States of a recorded teacher, uint8 [b, heads, S, bytes of a row], of which one rank of tensor parallelism reads.
-
-    ``refuse`` is called for states that are not what was written: zeros stand in for them.
-    """
-    for message in filter(None, sample.get(DAMAGED, ())):
-        refuse(DataError(message))
-    if parallel_state.get_tensor_model_parallel_rank() == 0:
-        states = sample[STATES].cuda(non_blocking=True)
-    else:
-        states = torch.empty(extents, dtype=torch.uint8, device=torch.cuda.current_device())
-    if parallel_state.get_tensor_model_parallel_world_size() > 1:
-        source, group = (
-            parallel_state.get_tensor_model_parallel_src_rank(),
-            parallel_state.get_tensor_model_parallel_group(),
-        )
-        torch.distributed.broadcast(states, source, group=group)
-    return states
-
-
-def check_token_ids(sample: dict[str, Any], vocab_size: int) -> None:
-    """Refuse samples, collated, with token ids that the model has no embedding for.
-
-    Raises:
-        DataError: names the file of the first one.
-    """
-    ids = torch.cat([sample[key] for key in ("ids", "tokens", "labels") if key in sample], dim=1)
-    lowest, highest = ids.amin(dim=1).tolist(), ids.amax(dim=1).tolist()
-    for row, ends in enumerate(zip(lowest, highest, strict=True)):
-        check_ids(*ends, vocab_size, sample["where"][row] if "where" in sample else "training data")
-
-
-def first_batch(dataset: Any, batch_size: int, vocab_size: int) -> dict[str, Tensor]:
-    """The first samples of a dataset in which anything counts, collated: padding alone says nothing of a model.
-
-    Raises:
-        DataError: as `check_token_ids`; on all ranks, which all have the same samples.
-    """
-    samples = (dataset[index] for index in range(min(len(dataset), LOOKED_AT)))
-    found = list(islice((sample for sample in samples if sample["loss_mask"].any()), batch_size)) or [dataset[0]]
-    batch = torch.utils.data.default_collate([found[index % len(found)] for index in range(batch_size)])
-    check_token_ids(batch, vocab_size)
-    return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
-
-
-def reference_batch(reference: Reference, batch_size: int, seq_length: int) -> tuple[dict[str, Tensor], Tensor]:
-    """A batch of the recorded samples, cut or padded to the run's length, and the losses [b, s] that belong to it."""
-    batch = {key: torch.zeros(batch_size, seq_length, dtype=torch.int64) for key in ("tokens", "labels")}
-    batch["position_ids"] = torch.arange(seq_length).repeat(batch_size, 1)
-    batch["loss_mask"], losses = torch.zeros(2, batch_size, seq_length)
-    for row in range(batch_size):
-        number = row % len(reference.tokens)
-        ids = torch.tensor(reference.tokens[number][: seq_length + 1])
-        length = len(ids) - 1
-        batch["tokens"][row, :length], batch["labels"][row, :length] = ids[:-1], ids[1:]
-        batch["loss_mask"][row, :length] = 1.0
-        losses[row, :length] = torch.tensor(reference.losses[number][:length])
-    return batch, losses
-
-
-class Repeated(Iterator[dict[str, Tensor]]):
-    """One batch again and again."""
-
-    def __init__(self, batch: dict[str, Tensor]) -> None:
-        self.batch = batch
-
-    def __next__(self) -> dict[str, Tensor]:
-        return dict(self.batch)

@@ -16,11 +16,14 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     parse_and_normalize_split,
 )
 
-from megatron_slim.data import document_lengths, exact_prefix, open_stream
+from megatron_slim.data import check_ids, document_lengths, exact_prefix, open_stream
 from megatron_slim.errors import DataError
+from megatron_slim.sample_set import SampleSet
 from megatron_slim.training.blends import Sources, read_sources
+from megatron_slim.training.document_checks import prefixes_of, sample_sets
 
 DEFAULT_SPLIT = "969, 30, 1"  # Megatron's
+_SEEN_TOKENS = 1 << 22  # of a sample set, before a run
 _NAMES = ("training", "validation", "test")
 _OWN_PATHS = "--train-data-path, --valid-data-path and --test-data-path"
 
@@ -40,8 +43,8 @@ def check_data(args: Namespace, vocab_size: int) -> None:
         return
     if not any(sources.blends()):
         raise DataError("no training data", fix="give --data-path, the prefix of a .bin/.idx pair")
-    prefixes = {prefix: None for blend in sources.blends() if blend is not None for prefix in blend.prefixes}
-    lengths = {prefix: _check_set(prefix, vocab_size) for prefix in prefixes}
+    sets = {str(each.path): _check_samples(each, vocab_size, args) for each in sample_sets(sources)}
+    lengths = {} if sets else {prefix: _check_set(prefix, vocab_size) for prefix in prefixes_of(sources)}
     bounds = part_bounds(sources, args)
     for number, (name, needed, blend) in enumerate(zip(_NAMES, needed_parts(args), sources.blends(), strict=True)):
         ends = bounds[number]
@@ -52,7 +55,10 @@ def check_data(args: Namespace, vocab_size: int) -> None:
                 _refuse_missing_part(name, sources)
             continue
         for prefix in blend.prefixes:
-            _check_part(name, prefix, ends, lengths[prefix], sources, args)
+            if sets:
+                _check_rows(name, prefix, ends, sets[str(Path(prefix))], sources, args)
+            else:
+                _check_part(name, prefix, ends, lengths[prefix], sources, args)
 
 
 def needed_parts(args: Namespace) -> tuple[bool, bool, bool]:
@@ -91,6 +97,31 @@ def _check_set(prefix: str, vocab_size: int) -> npt.NDArray[np.int32]:
     found = exact_prefix(Path(prefix))
     open_stream(found, vocab_size)
     return document_lengths(found)
+
+
+def _check_samples(samples: SampleSet, vocab_size: int, args: Namespace) -> int:
+    """See that a sample set fits the model and the run; how many samples it has."""
+    where = str(samples.path)
+    if samples.seq_length != args.seq_length:
+        fix = f"give --seq-length {samples.seq_length}, or make the samples again"
+        raise DataError(f"has samples of {samples.seq_length}, --seq-length is {args.seq_length}", where=where, fix=fix)
+    seen = samples.tokens[:: max(1, len(samples) * samples.tokens.shape[1] // _SEEN_TOKENS)]
+    check_ids(int(seen.min()), int(seen.max()), vocab_size, where)
+    return len(samples)
+
+
+def _check_rows(
+    name: str, prefix: str, ends: tuple[float, float], rows: int, sources: Sources, args: Namespace
+) -> None:
+    """See that a sample set has at least one sample for a part."""
+    begin, end = (round(fraction * rows) for fraction in ends)
+    if begin < end:
+        return
+    fixes = f"give {_OWN_PATHS}, another --split, or more samples" + (
+        "" if name == "training" else ", or --eval-iters 0"
+    )
+    split = args.split or DEFAULT_SPLIT
+    raise DataError(f"--split {split} leaves none of its {rows} samples for the {name} part", where=prefix, fix=fixes)
 
 
 def _refuse_missing_part(name: str, sources: Sources) -> None:

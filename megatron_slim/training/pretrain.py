@@ -28,6 +28,7 @@ from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.processes import leave_ranks
 from megatron_slim.training.arguments import print_help, validated
 from megatron_slim.training.build import build_stage, load_weights, select_parameters
+from megatron_slim.training.cached_data import states_entry
 from megatron_slim.training.carried import CarriedOptimizer, carried_optimizer
 from megatron_slim.training.checks import check
 from megatron_slim.training.data import build_datasets
@@ -82,7 +83,7 @@ class Run:
         if spec.elastic is not None:
             turns = Turns(spec.elastic, chunks, flops_of_budgets(spec.elastic, args))
             log.experts_of_rows, log.work = Numbers(spec.elastic).experts(), turns.work
-        batches, ahead = Batches(spec, chunks, watch), None
+        batches, ahead = Batches(spec, chunks, watch, states_entry(spec)), None
         if spec.teacher is not None and spec.options.teacher_ahead:
             depths = spec.teacher.mtp_num_layers if runs_mtp else 0
             check_host_memory(held_bytes(spec.teacher, args, depths), args)
@@ -119,7 +120,9 @@ class Run:
 
     def datasets_provider(self, num_samples: tuple[int, Any, Any], vp_stage: int | None = None) -> list[Any]:
         """Build the datasets; before the first step, see that the teacher knows something of them."""
-        datasets, steps = build_datasets(num_samples), self.steps
+        steps, spec = self.steps, self.spec
+        needs_states = spec.cache is not None and steps.chunks[vp_stage or 0].post_process
+        datasets = build_datasets(num_samples, spec.cache, spec.recorded_heads if needs_states else 0)
         if steps.ahead is not None:
             steps.ahead.datasets.append(datasets[0])
         last_chunk = vp_stage is None or vp_stage == len(steps.chunks) - 1

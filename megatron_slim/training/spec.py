@@ -26,6 +26,7 @@ from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.recipe_sections import Phase
 from megatron_slim.teacher_cache.cache import TeacherCache, open_cache
 from megatron_slim.training.arguments import complete_argv, parse, shape_directory
+from megatron_slim.training.document_checks import keeps_documents_apart
 from megatron_slim.training.elastic import ElasticRun, elastic_run, without_overlap
 from megatron_slim.training.progressive import Place, find_place, is_done, phase_of
 from megatron_slim.training.rates import default_warmup
@@ -131,6 +132,15 @@ class RunSpec:
     def teacher_runs_mtp(self) -> bool:
         """Whether the student's MTP heads are supervised by the teacher's."""
         return self.options.mtp_kd_target == TEACHER_MTP and self.student.mtp_num_layers > 0
+
+    @cached_property
+    def documents_apart(self) -> bool:
+        """Whether documents of a sample do not see each other, in student and teacher.
+
+        Raises:
+            DataError: the data are of more than one kind.
+        """
+        return keeps_documents_apart(self.args)
 
     @cached_property
     def stages(self) -> StageLayout:

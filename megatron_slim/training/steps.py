@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,7 @@ from megatron_slim.architecture.context_parallel import local_positions
 from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine, gradients_of_total
 from megatron_slim.distillation.model import DistillationModel
 from megatron_slim.distillation.terms import LOSS_TERMS, weights_of
-from megatron_slim.teacher_cache.stored_states import row_bytes
-from megatron_slim.training.data import STATES, Batch, next_batch
+from megatron_slim.training.batches import STATES, Batch, Entry, next_batch
 from megatron_slim.training.finite import FiniteWatch
 from megatron_slim.training.hidden_kd import HiddenLog, hidden_inputs
 from megatron_slim.training.run_log import RunLog
@@ -38,25 +37,30 @@ class Batches:
         spec: of the run.
         chunks: this rank's virtual pipeline stages.
         watch: hears of batches with ids outside the vocabulary.
+        for_last: further entries of samples, by key, that the last stage needs.
     """
 
     spec: RunSpec
     chunks: list[DistillationModel]
     watch: FiniteWatch
+    for_last: Mapping[str, Entry] = field(default_factory=dict)
 
     def take(self, iterator: Iterator[Any], vp_stage: int | None) -> Batch:
         """What this stage needs of the next micro-batch: MTP blocks need tokens, hidden-state losses the loss mask."""
-        student, teacher, cache = self.spec.student, self.spec.teacher, self.spec.cache
+        student, teacher = self.spec.student, self.spec.teacher
         has_mtp = bool(student.mtp_num_layers or (teacher and teacher.mtp_num_layers))
         chunk = self.chunks[vp_stage or 0]
         whole = (chunk.post_process and has_mtp) or chunk.hidden_kd is not None
-        args, refuse = get_args(), self.watch.refuse
-        size = args.micro_batch_size if chunk.training else args.eval_micro_batch_size
-        stored = None
-        if cache is not None and chunk.post_process:
-            stored = (self.spec.recorded_heads, args.seq_length, row_bytes(cache.kind, cache.hidden_size))
+        args = get_args()
         return next_batch(
-            iterator, student.vocab_size, vp_stage, micro_batch_size=size, whole=whole, stored=stored, refuse=refuse
+            iterator,
+            student.vocab_size,
+            vp_stage,
+            micro_batch_size=args.micro_batch_size if chunk.training else args.eval_micro_batch_size,
+            whole=whole,
+            refuse=self.watch.refuse,
+            documents=self.spec.documents_apart,
+            for_last=self.for_last,
         )
 
 

@@ -34,7 +34,7 @@ from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.distillation.model import DistillationModel
 from megatron_slim.distillation.offload import on_host
 from megatron_slim.errors import SlimError
-from megatron_slim.training.data import Batch
+from megatron_slim.training.batches import Batch
 from megatron_slim.training.finite import FiniteWatch
 from megatron_slim.training.teacher_config import DTYPES
 

@@ -30,7 +30,7 @@ from megatron_slim.distillation.losses import TokenLosses
 from megatron_slim.distillation.model import DistillationModel
 from megatron_slim.errors import CheckpointError
 from megatron_slim.teacher_cache.guessing import judge_teacher
-from megatron_slim.training.data import STATES, Batch, Repeated, first_batch, reference_batch
+from megatron_slim.training.batches import STATES, Batch, Repeated, first_batch, reference_batch
 
 logger = logging.getLogger(__name__)
 

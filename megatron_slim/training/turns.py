@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_slim.distillation.elastic import ElasticModel
 from megatron_slim.distillation.model import DistillationModel
 from megatron_slim.distillation.terms import LOSS_TERMS
-from megatron_slim.training.data import Batch
+from megatron_slim.training.batches import Batch
 from megatron_slim.training.elastic import ElasticRun, Numbers
 
 Logged = dict[str, Tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,14 @@ def _loaded(shape: ModelShape, directory: Path, **fields: Any) -> Any:
     return model
 
 
+def _packed_losses(model: Any) -> Tensor:
+    """All terms on 32 tokens of four documents, summed; of MTP heads also those that look across, which both have."""
+    tokens = torch.randint(0, SHAPE.vocab_size, (1, 33), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(n) for n in (9, 1, 15, 7)])[None]
+    total: Tensor = model(tokens[:, :-1], positions, None, tokens[:, 1:]).sum()
+    return total
+
+
 def _losses(model: Any) -> Tensor:
     """All terms of the loss on the same 2 x 32 tokens, summed."""
     tokens = torch.randint(0, SHAPE.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
@@ -70,13 +79,18 @@ def _by_table(model: Any) -> dict[str, Tensor]:
 
 
 def check_specs(work: Path) -> None:
-    """Losses and gradients of single and grouped experts of Transformer Engine, against Megatron's own modules."""
-    for shape in (SHAPE, tiny_shape("qwen3_moe", num_layers=2)):
-        directory = write_tiny_checkpoint(work / shape.model_type, shape, dtype=torch.float32)
+    """Losses and gradients of single and grouped experts of Transformer Engine, against Megatron's own modules.
+
+    Of two samples, and of one whose documents do not see each other.
+    """
+    shapes = (SHAPE, tiny_shape("qwen3_moe", num_layers=2))
+    for shape, apart in itertools.product(shapes, (False, True)):
+        directory = write_tiny_checkpoint(work / f"{shape.model_type}-{apart}", shape, dtype=torch.float32)
         expected = None
         for fields in (LOCAL, ENGINE, GROUPED):
             model = _loaded(shape, directory, **fields)
-            loss = _losses(model)
+            model.apart = apart
+            loss = _packed_losses(model) if apart else _losses(model)
             loss.backward()
             found = loss.detach(), _by_table(model)
             expected = expected or found

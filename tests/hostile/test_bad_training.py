@@ -15,6 +15,7 @@ import pytest
 
 from megatron_slim.architecture.parallelism import layout_violations
 from megatron_slim.errors import SlimError
+from megatron_slim.sample_set import write_samples
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint, write_tokens
 from megatron_slim.training.pretrain import main
 
@@ -139,9 +140,9 @@ CASES = {
         "layers 0 to 3, not 4; --hidden-kd-layers: the teacher has layers 0 to 3, not 4, 9",
     ),
     "without effect": (
-        "--reset-attention-mask --mtp-detach-heads",
-        "--mtp-detach-heads is not supported: all heads train the output layer; --reset-attention-mask is not "
-        "supported: attention sees the whole sequence",
+        "--fim-data --mtp-detach-heads",
+        "--mtp-detach-heads is not supported: all heads train the output layer; --fim-data is not supported: samples "
+        "are those of a GPT dataset",
     ),
     "teacher ahead": (
         "--teacher-ahead 2 --phase-transition-iterations 1",
@@ -163,6 +164,39 @@ CASES = {
         "--eod-mask-loss",
         "--eod-mask-loss and --reset-position-ids need the id that ends a document; give --null-tokenizer-eod-id",
     ),
+    "documents apart": (
+        "--reset-attention-mask --micro-batch-size 2 --context-parallel-size 2 --deterministic-mode",
+        "--reset-attention-mask needs --reset-position-ids, which say where documents begin; --micro-batch-size 2: "
+        "documents that do not see each other go through layers one sample at a time; give --micro-batch-size 1, and "
+        "longer samples for as many tokens; --context-parallel-size 2 is not possible with documents that do not see "
+        "each other; --deterministic-mode is not possible",
+    ),
+    "documents marked twice": (
+        "--data-path set --eod-mask-loss --reset-position-ids --reset-attention-mask --null-tokenizer-eod-id 1",
+        "--eod-mask-loss does not go with a sample set: samples say themselves which tokens count; "
+        "--reset-position-ids does not go with a sample set: samples say themselves where documents begin; "
+        "--reset-attention-mask does not go with a sample set: samples say themselves whether documents see each other",
+    ),
+    "samples in pairs": ("--data-path set --eval-micro-batch-size 2", "--eval-micro-batch-size 2: documents that do"),
+    "two kinds of data": (
+        "--data-path 1 d 2 set",
+        "set: is a sample set, which does not go with documents such as d; give data of one kind",
+    ),
+    "samples of two kinds": (
+        "--train-data-path set --valid-data-path together",
+        "set: has documents that do not see each other, together has others; train on samples of one kind",
+    ),
+    "samples of another length": (
+        "--data-path set --seq-length 16",
+        "set: has samples of 32, --seq-length is 16; give --seq-length 32, or make the samples again",
+    ),
+    "samples of another vocabulary": ("--data-path beyond", "beyond: token id 120 is beyond the vocabulary of 120"),
+    "no samples for validation": (
+        "--data-path set --eval-iters 1 --split 9,0.1,1",
+        "set: --split 9,0.1,1 leaves none of its 3 samples for the validation part; give --train-data-path, "
+        "--valid-data-path and --test-data-path, another --split, or more samples, or --eval-iters 0",
+    ),
+    "damaged samples": ("--data-path torn-set", "torn-set/loss_mask.npy: not readable as a .npy matrix"),
     "no data there": ("--data-path nowhere", "nowhere: no such data"),
     "one of many": ("--data-path 1 d 2 nowhere", "nowhere: no such data"),
     "a file": ("--data-path d.bin", "d.bin: is a file of a data set; name its prefix, d"),
@@ -244,6 +278,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tiny_checkpoint(root / "odd", tiny_shape(**odd))
     for name, largest in {"d": 119, "torn": 5, "big": 120}.items():
         write_tokens(root / name, np.full((1, 400), largest))
+    for name, largest, documents in (("set", 119, True), ("together", 5, False), ("beyond", 120, True)):
+        (root / name).mkdir()
+        ones = np.ones((3, 32))
+        write_samples(root / name, np.full((3, 33), largest), ones, ones * 0, documents=documents, about={})
+    shutil.copytree(root / "set", root / "torn-set")
+    (root / "torn-set" / "loss_mask.npy").write_bytes(b"")
     write_tokens(root / "few", np.full((3, 40), 1))
     write_tiny_checkpoint(root / "wide", tiny_shape(**SIZES | {"vocab_size": 257}))
     write_tokens(root / "bytes", np.full((1, 400), 1), "uint8")

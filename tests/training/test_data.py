@@ -18,6 +18,7 @@ import torch
 from megatron_slim.errors import DataError
 from megatron_slim.testing import write_tokens
 from megatron_slim.training import data
+from megatron_slim.training.batches import BATCH_KEYS
 from megatron_slim.training.data_checks import check_data
 
 SEQ, PAD, END = 16, 0, 119
@@ -82,11 +83,11 @@ def test_every_sample_has_a_mask_of_its_own(build: Build, tmp_path: Path, kind: 
         assert kind == "mock_data" or len(batch["loss_mask"].unique(dim=0)) > 4
         assert torch.equal(batch["position_ids"], torch.arange(SEQ).expand(8, -1))
         again = served(dataset, 8)  # nothing of a sample is changed by others that were served since
-        assert all(torch.equal(batch[key], again[key]) for key in data.BATCH_KEYS)
+        assert all(torch.equal(batch[key], again[key]) for key in BATCH_KEYS)
         first = dataset[0]
-        for key in data.BATCH_KEYS:
+        for key in BATCH_KEYS:
             first[key].fill_(7)
-        assert all(torch.equal(batch[key][0], dataset[0][key]) for key in data.BATCH_KEYS)
+        assert all(torch.equal(batch[key][0], dataset[0][key]) for key in BATCH_KEYS)
 
 
 @pytest.mark.parametrize("kind", ["data_path", "parts", "mock_data"])

@@ -18,7 +18,7 @@ from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import CheckpointError
 from megatron_slim.files import read_json, to_json
 from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tiny_checkpoint
-from megatron_slim.training.data import Repeated, first_batch
+from megatron_slim.training.batches import Repeated, first_batch
 from megatron_slim.training.hidden_kd import check_projections
 from megatron_slim.training.kept_files import keep_hf_files
 from megatron_slim.training.start_checks import check_mtp

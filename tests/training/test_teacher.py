@@ -20,7 +20,7 @@ from megatron_slim.checkpoint.reference import Reference, read_reference
 from megatron_slim.errors import CheckpointError
 from megatron_slim.evaluation.perplexity import evaluate_checkpoint
 from megatron_slim.testing import random_tensors, run_distributed, tiny_hf_config
-from megatron_slim.training.data import reference_batch
+from megatron_slim.training.batches import reference_batch
 
 LENGTH = 41  # the runs' sequences have 32 positions
 

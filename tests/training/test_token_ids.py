@@ -15,7 +15,7 @@ import torch
 from megatron_slim import data
 from megatron_slim.errors import DataError
 from megatron_slim.testing import run_distributed, write_tokens
-from megatron_slim.training.data import check_token_ids
+from megatron_slim.training.batches import check_token_ids
 
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel --micro-batch-size 4"
 PP2 = "--pipeline-model-parallel-size 2 --micro-batch-size 2"

@@ -172,10 +172,33 @@ class DotProductAttention(nn.Module):
         self.softmax_scale = softmax_scale
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, attn_mask_type: str, **_: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        attn_mask_type: str,
+        qkv_format: str = "sbhd",
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_kv: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_kv: int | None = None,
+        **_: Any,
     ) -> Tensor:
-        """[s, b, heads, d] each, fewer heads of keys and values; [s, b, heads d]."""
-        assert attn_mask_type == "causal"
+        """[s, b, heads, d] each, fewer heads of keys and values; [s, b, heads d].
+
+        Documents one behind the other, "thd", are [t, heads, d] each; [t, heads d].
+        """
+        if qkv_format == "thd":
+            assert attn_mask_type == "padding_causal" and cu_seqlens_q is not None and cu_seqlens_kv is not None
+            assert cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_kv)
+            lengths = cu_seqlens_q.diff().tolist()
+            assert max(lengths) == max_seqlen_q == max_seqlen_kv and sum(lengths) == len(query)
+            parts = zip(*(x.unsqueeze(1).split(lengths) for x in (query, key, value)), strict=True)
+            each = [DotProductAttention.forward(self, *part, None, attn_mask_type="causal") for part in parts]
+            return torch.cat(each).squeeze(1)
+        assert attn_mask_type == "causal" and qkv_format == "sbhd" and cu_seqlens_q is None
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)

@@ -1,0 +1,101 @@
+"""Whether documents of a sample see each other in a run, and with which flags they can be kept apart."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.errors import DataError
+from megatron_slim.sample_set import SampleSet, is_sample_set, open_samples
+from megatron_slim.training.blends import Sources, read_sources
+
+# What marks documents in data that do not: of samples it is known.
+_MARKS = {
+    "eod_mask_loss": "samples say themselves which tokens count",
+    "reset_position_ids": "samples say themselves where documents begin",
+    "reset_attention_mask": "samples say themselves whether documents see each other",
+}
+
+
+def prefixes_of(sources: Sources) -> list[str]:
+    """All data sets that are named, each once."""
+    return list({prefix: None for blend in sources.blends() if blend is not None for prefix in blend.prefixes})
+
+
+def sample_sets(sources: Sources) -> list[SampleSet]:
+    """The sample sets that a run is given; none where it is given documents.
+
+    Raises:
+        DataError: it is given both, or samples whose documents see each other and others, or a set is damaged.
+    """
+    prefixes = prefixes_of(sources)
+    found = {prefix: is_sample_set(Path(prefix)) for prefix in prefixes}
+    if not any(found.values()):
+        return []
+    if others := [prefix for prefix in prefixes if not found[prefix]]:
+        first = next(prefix for prefix in prefixes if found[prefix])
+        what = "is a sample set, which does not go with documents"
+        raise DataError(f"{what} such as {others[0]}", where=first, fix="give data of one kind")
+    sets = [open_samples(Path(prefix)) for prefix in prefixes]
+    if len({each.documents for each in sets}) > 1:
+        apart, together = (next(each.path for each in sets if each.documents is is_apart) for is_apart in (True, False))
+        raise DataError(
+            f"has documents that do not see each other, {together} has others",
+            where=str(apart),
+            fix="train on samples of one kind",
+        )
+    return sets
+
+
+def keeps_documents_apart(args: Namespace) -> bool:
+    """Whether attention and Gated DeltaNet begin anew at every document.
+
+    Args:
+        args: Megatron's arguments and ours, as parsed.
+
+    Raises:
+        DataError: as `sample_sets`, or data are given in more than one way.
+    """
+    return bool(args.reset_attention_mask) or any(each.documents for each in sample_sets(read_sources(args)))
+
+
+def document_violations(shape: ModelShape, args: Namespace) -> list[str]:
+    """What is wrong with the flags of a run with documents, in sentences.
+
+    Args:
+        shape: sizes of the student.
+        args: Megatron's arguments and ours, as parsed.
+
+    Raises:
+        DataError: as `keeps_documents_apart`.
+    """
+    found = []
+    if sample_sets(read_sources(args)):
+        given = [name for name in _MARKS if getattr(args, name, False)]
+        found = [f"{_flag(name)} does not go with a sample set: {_MARKS[name]}" for name in given]
+    elif args.reset_attention_mask and not args.reset_position_ids:
+        found = ["--reset-attention-mask needs --reset-position-ids, which say where documents begin"]
+    return found + (list(_layout_violations(shape, args)) if keeps_documents_apart(args) else [])
+
+
+def _layout_violations(shape: ModelShape, args: Namespace) -> Iterator[str]:
+    """What Megatron's layers cannot do with documents apart."""
+    one = "documents that do not see each other go through layers one sample at a time"
+    impossible = "not possible with documents that do not see each other"
+    for name in ("micro_batch_size", "eval_micro_batch_size"):
+        if (size := getattr(args, name, None)) not in (None, 1):
+            yield f"{_flag(name)} {size}: {one}; give {_flag(name)} 1, and longer samples for as many tokens"
+    if args.context_parallel_size > 1:
+        yield f"--context-parallel-size {args.context_parallel_size} is {impossible}"
+    if args.deterministic_mode and shape.linear_num_value_heads:
+        yield f"--deterministic-mode is {impossible}: Megatron's Gated DeltaNet refuses it"
+    if getattr(args, "cuda_graph_impl", "none") != "none" or getattr(args, "enable_cuda_graph", False):
+        yield f"--cuda-graph-impl is {impossible}: every sample has others"
+    if args.overlap_moe_expert_parallel_comm:
+        yield f"--overlap-moe-expert-parallel-comm is {impossible}: it runs layers by another way"
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
