@@ -95,10 +95,11 @@ def training_command(
     *,
     teacher: bool,
     script: Sequence[object] = PRETRAIN,
+    data: Sequence[object] = ("--mock-data",),
 ) -> list[str]:
     """One process that trains the student, logging every iteration."""
     command = [ROOT / "tools/torchrun.py", "--nproc-per-node", 1, "--master-port", free_port(), *script]
-    command += ["--mock-data", "--pretrained-checkpoint", models / "student", "--no-teacher-check"]
+    command += [*data, "--pretrained-checkpoint", models / "student", "--no-teacher-check"]
     command += ["--seq-length", seq_length, "--micro-batch-size", micro_batch_size]
     command += ["--global-batch-size", global_batch_size, "--train-iters", iterations, "--lr", LR]
     command += "--eval-interval 1000 --eval-iters 0 --log-interval 1 --use-distributed-optimizer".split()

@@ -47,11 +47,12 @@ fi
 STUDENT=${STUDENT:-}
 HF_CONFIG=${HF_CONFIG:-}
 TEACHER=${TEACHER:-}
+TEACHER_CACHE=${TEACHER_CACHE:-} # in place of TEACHER: what megatron-slim record wrote, with the data
 SAVE=${SAVE:-}
 DATA=${DATA:-}             # prefix of a .bin/.idx pair, or "weight prefix weight prefix ..."
 VALID_DATA=${VALID_DATA:-} # the same, for validation; without it a part of DATA is set aside
 [[ -n $SAVE ]] || fail "SAVE is not set (--save DIR); it is the directory for checkpoints and logs, and a run found there is resumed"
-[[ -n $DATA ]] || fail "DATA is not set (--data PREFIX); make it with megatron-slim preprocess"
+[[ -n $DATA || -n $TEACHER_CACHE ]] || fail "DATA is not set (--data PREFIX); make it with megatron-slim preprocess"
 [[ -n $STUDENT || -n $HF_CONFIG ]] || fail "neither STUDENT nor HF_CONFIG is set; give a checkpoint (--student DIR), or a config.json for random weights (--hf-config DIR)"
 
 # Layout: NPROC_PER_NODE processes a node, of which TP x PP hold one copy of both models and the rest is data parallel.
@@ -90,12 +91,14 @@ fi
 # megatron_slim/training/variables.py.
 read -r -a data <<<"$DATA"
 read -r -a valid_data <<<"$VALID_DATA"
-args=(--tp "$TP" --pp "$PP" --ep "$EP" --precision "$PRECISION" --save "$SAVE" --data "${data[@]}")
+args=(--tp "$TP" --pp "$PP" --ep "$EP" --precision "$PRECISION" --save "$SAVE")
+if [[ ${#data[@]} -gt 0 ]]; then args+=(--data "${data[@]}"); fi
 if [[ ${#valid_data[@]} -gt 0 ]]; then args+=(--valid-data "${valid_data[@]}"); fi
 pass_on() { [[ -z $2 ]] || args+=("$1" "$2"); }
 pass_on --student "$STUDENT"
 pass_on --hf-config "$HF_CONFIG"
 pass_on --teacher "$TEACHER"
+pass_on --teacher-cache "$TEACHER_CACHE"
 pass_on --seq-length "${SEQ_LENGTH:-}"
 pass_on --micro-batch-size "${MICRO_BATCH_SIZE:-}"
 pass_on --global-batch-size "${GLOBAL_BATCH_SIZE:-}"

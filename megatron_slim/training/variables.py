@@ -28,7 +28,7 @@ DEFAULTS = {
     "EVAL_ITERS": "10",
     "LOG_INTERVAL": "10",
 }
-DEFAULT_WARMUP = "2000"
+DEFAULT_WARMUP, SPLIT = "2000", "990,5,5"
 _D = DEFAULTS
 # By group: kind of value, and help.
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
@@ -36,6 +36,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "STUDENT": ("DIR", "checkpoint to start from, either format"),
         "HF_CONFIG": ("DIR", "in place of --student: directory of a config.json, for random weights"),
         "TEACHER": ("DIR", "checkpoint of the teacher, either format; without it the run is LM + MTP-LM training"),
+        "TEACHER_CACHE": ("DIR", "in place of --teacher: what megatron-slim record wrote, whose samples are the data"),
         "DATA": ("PREFIX ...", "training data: .bin/.idx prefixes, or weights and prefixes"),
         "VALID_DATA": ("PREFIX ...", "validation data; without it a part of --data is set aside"),
         "SAVE": ("DIR", "checkpoints and logs; a run found there is resumed"),
@@ -85,7 +86,7 @@ _NAMES = {
     "TEACHER": "--teacher-load",
 }
 _SAME_NAMES = (
-    "HF_CONFIG SEQ_LENGTH MICRO_BATCH_SIZE GLOBAL_BATCH_SIZE TRAIN_ITERS LR MIN_LR LR_WARMUP_ITERS SAVE_INTERVAL "
+    "HF_CONFIG TEACHER_CACHE SEQ_LENGTH MICRO_BATCH_SIZE GLOBAL_BATCH_SIZE TRAIN_ITERS LR MIN_LR LR_WARMUP_ITERS SAVE_INTERVAL "
     "EVAL_INTERVAL EVAL_ITERS LOG_INTERVAL STAGE_WARMUP"
 ).split()
 _ALWAYS = "--use-distributed-optimizer --lr-decay-style cosine --clip-grad 1.0 --distributed-timeout-minutes 30".split()
@@ -145,7 +146,8 @@ def _words(given: Mapping[str, str]) -> Iterator[str]:
     if (save := values.get("SAVE")) is not None:
         yield from ("--save", save, "--load", save)
         yield from ("--tensorboard-dir", f"{save}/tensorboard", "--data-cache-path", f"{save}/data-cache")
-    yield from _data(values.get("DATA", "").split(), values.get("VALID_DATA", "").split())
+    train, valid = (values.get(name, "").split() for name in ("DATA", "VALID_DATA"))
+    yield from _data(train, valid, has_own="TEACHER_CACHE" in values)
     if "LR_WARMUP_ITERS" not in values:
         yield from ("--default-lr-warmup-iters", DEFAULT_WARMUP)
     if int(values["TP"]) > 1:
@@ -158,11 +160,14 @@ def _words(given: Mapping[str, str]) -> Iterator[str]:
         yield "--carry-optimizer"
 
 
-def _data(train: Sequence[str], valid: Sequence[str]) -> Iterator[str]:
+def _data(train: Sequence[str], valid: Sequence[str], *, has_own: bool) -> Iterator[str]:
+    """Data, and how they are divided; ``has_own``: where none are named there are some nevertheless."""
     if valid:
         yield from ("--train-data-path", *train, "--valid-data-path", *valid, "--test-data-path", *valid)
     elif train:
-        yield from ("--data-path", *train, "--split", "990,5,5")
+        yield from ("--data-path", *train, "--split", SPLIT)
+    elif has_own:
+        yield from ("--split", SPLIT)
 
 
 def expand(argv: Sequence[str], prog: str) -> list[str]:

@@ -21,6 +21,7 @@ GIVEN = {
     "STUDENT": "pruned",
     "HF_CONFIG": "config",
     "TEACHER": "big",
+    "TEACHER_CACHE": "recorded",
     "DATA": "0.3 a 0.7 b",
     "VALID_DATA": "v",
     "SAVE": "run",
@@ -64,6 +65,12 @@ def test_what_a_script_is_given_arrives() -> None:
     words = done.stdout.split()
     found = variables.expand(words[words.index("megatron_slim.cli.pretrain") + 1 :], "pretrain")
     assert found == [*variables.megatron_arguments(GIVEN), "--clip-grad", "2"], done.stderr
+
+
+def test_data_of_a_cache_are_divided_as_others() -> None:
+    named, own = (variables.megatron_arguments(given) for given in ({"DATA": "a"}, {"TEACHER_CACHE": "a"}))
+    split = [words[words.index("--split") + 1] for words in (named, own)]
+    assert split[0] == split[1] and "--data-path" not in own and own[own.index("--teacher-cache") + 1] == "a"
 
 
 def test_a_typing_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
