@@ -17,10 +17,11 @@ from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.sample_set import SampleSet, open_samples, write_samples
 from megatron_slim.teacher_cache.cache import open_cache
 from megatron_slim.teacher_cache.record import Recorded, RecordOptions, record
-from megatron_slim.testing import run_distributed
+from megatron_slim.testing import run_distributed, tiny_shape
 from megatron_slim.training.cache_checks import cache_violations
 from megatron_slim.training.slim_arguments import add_slim_arguments
-from tests.training.conftest import Workplace, refusal
+from tests.training.conftest import SIZES, Workplace, refusal
+from tests.training.test_elastic import write_elastic
 from tests.training.test_parallel_layouts import LAYOUTS, ONE, TERMS, TOLERANCE, cases, differences
 from tests.training.test_runs import keep_only
 
@@ -203,3 +204,17 @@ def test_flags_without_a_cache(workplace: Workplace) -> None:
 
 def test_the_samples_are_those_of_the_cache(samples: SampleSet, cache: Path) -> None:
     assert open_samples(cache).digests == samples.digests
+
+
+@pytest.mark.parametrize("schedule", ["together", pytest.param("in-turn", marks=pytest.mark.slow)])
+def test_budgets_of_an_elastic_student(
+    workplace: Workplace, samples: SampleSet, cache: Path, tmp_path: Path, schedule: str
+) -> None:
+    student = write_elastic(tmp_path / "student", tiny_shape(**SIZES))
+    place = replace(workplace, root=tmp_path, student=student)
+    flags = ("--elastic", schedule, "--eval-iters", "0")
+    expected, found = colocated(place, "one", samples.path, *flags), from_cache(place, "two", cache, *flags)
+    terms = [tag for tag in expected if "loss" in tag and "seconds" not in tag]
+    assert len(terms) > 10
+    for term in terms:
+        assert found[term] == expected[term], term
