@@ -27,6 +27,7 @@ from megatron_slim.distillation.elastic import ElasticModel
 from megatron_slim.distillation.model import DistillationModel
 from megatron_slim.distillation.selected import SelectedParameters
 from megatron_slim.training.elastic import ElasticRun, Numbers, layout_of
+from megatron_slim.training.frozen import freeze
 from megatron_slim.training.spec import RunSpec
 from megatron_slim.training.teacher_config import teacher_config
 
@@ -79,6 +80,8 @@ def build_stage(
     assert isinstance(student, DistillationModel)
     if isinstance(student, ElasticModel):
         _attach_budgets(student, spec, config, stage | model)
+    if spec.train_only is not None:
+        freeze(student, spec.student, spec.train_only)
     return student
 
 
