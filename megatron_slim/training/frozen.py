@@ -25,7 +25,7 @@ def freeze(student: DistillationModel, shape: ModelShape, only: TrainOnly) -> No
     """Freeze what is not trained of a pipeline stage, before it is wrapped.
 
     The model's own `sharded_state_dict` says which row of the table a parameter is, so every layout is right by
-    construction. What is no row, as a projection that losses of hidden states train, stays as it is.
+    construction. What has no row, as a projection that losses of hidden states train, stays as it is.
 
     Args:
         student: the stage.

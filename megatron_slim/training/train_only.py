@@ -44,8 +44,8 @@ def add_train_only(group: Any) -> None:
         type=train_only,
         metavar="PART,...",
         help=f"Train these parts of the student alone, and freeze the rest: {', '.join(PARTS)}, or blocks for all of "
-        "the transformer blocks. With @ those of some layers, counted from 0: experts@12-23. The MTP block is mtp, as a "
-        "whole. megatron-slim show-optimizer lists what is trained. Default: all.",
+        "the transformer blocks. With @ those of some layers, counted from 0: experts@12-23. The MTP block is mtp, as "
+        "a whole. megatron-slim show-optimizer lists what is trained. Default: all.",
     )
 
 

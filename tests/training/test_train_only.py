@@ -11,6 +11,9 @@ import megatron_slim.mcore
 import pytest
 import torch
 
+from megatron_slim.architecture.backward import step_flops
+from megatron_slim.architecture.flops import TORCH
+from megatron_slim.architecture.parts import TrainOnly, rows_by_place
 from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.testing import run_distributed, tiny_shape
 from megatron_slim.training.train_only import train_only, train_only_violations
@@ -149,8 +152,6 @@ def test_a_run_is_the_same_in_every_layout(workplace: Workplace, alone: Any, cho
 
 def test_what_is_frozen_keeps_its_bytes(workplace: Workplace, alone: Any) -> None:
     """And all that is trained moves."""
-    from megatron_slim.architecture.parts import TrainOnly, rows_by_place
-
     _, ended = alone("several")
     start, shape = weights(workplace.student), open_checkpoint(workplace.student).shape
     only = TrainOnly.of(PARTS)
@@ -242,6 +243,22 @@ def test_words_that_are_no_parts(words: str, message: str) -> None:
 def test_budgets_are_trained_whole() -> None:
     args = argparse.Namespace(train_only="experts", elastic="together", moe_aux_loss_coeff=0.0)
     assert any("--elastic: the gradients" in each for each in train_only_violations(tiny_shape(), args, ()))
+
+
+def test_the_log_counts_what_is_computed(workplace: Workplace, alone: Any) -> None:
+    """No gradients of weights that are frozen."""
+    logged, shape = alone("experts")[0], open_checkpoint(workplace.student).shape
+    found = [
+        1e12 * rate / tokens
+        for rate, tokens in zip(
+            logged["slim/throughput/student_tflops_per_gpu"],
+            logged["slim/throughput/tokens_per_second_per_gpu"],
+            strict=True,
+        )
+    ]
+    wanted = step_flops(shape, 32, TORCH, only=TrainOnly.of("experts")).total
+    assert found == pytest.approx([wanted] * 5, rel=1e-6)
+    assert wanted < 0.9 * step_flops(shape, 32, TORCH).total
 
 
 def test_a_frozen_router_is_left_alone(workplace: Workplace, alone: Any) -> None:
