@@ -65,15 +65,21 @@ class WeightGradient:
 
 
 class LayerGradients:
-    """Gradients of a layer's weight [P, H] and of several inputs [T, H] to it, put together from pieces."""
+    """Gradients of a layer's weight [P, H] and of several inputs [T, H] to it, put together from pieces.
 
-    def __init__(self, weight: Tensor, hidden: Sequence[Tensor]) -> None:
+    Attributes:
+        weight: the weight's; of one that is frozen nothing is computed.
+        hidden: the inputs', None where none is needed.
+    """
+
+    def __init__(self, weight: Tensor, hidden: Sequence[Tensor], needed: Sequence[bool]) -> None:
         self.weight = WeightGradient(weight)
-        self.hidden = [torch.zeros_like(each) for each in hidden]
+        self.hidden = [torch.zeros_like(each) if want else None for each, want in zip(hidden, needed, strict=True)]
 
     def add(self, number: int, rows: slice, d_outputs: Tensor, hidden: Tensor, weight: Tensor) -> None:
         """Those of some rows of an input, from that of their outputs [n, outputs] and the rows themselves [n, H]."""
-        linear_into(d_outputs, weight[: d_outputs.shape[1]].t(), self.hidden[number][rows])
+        if (of_input := self.hidden[number]) is not None:
+            linear_into(d_outputs, weight[: d_outputs.shape[1]].t(), of_input[rows])
         self.weight.add(d_outputs, hidden)
 
 

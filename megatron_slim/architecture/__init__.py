@@ -8,10 +8,11 @@
 - `qwen3_next`, `qwen3_5_moe`, `qwen3_moe`, `glm4_moe`: the families
 - `shape`, `shape_checks`: sizes, and which of them cannot be built
 - `hf_config`, `mtp_keys`, `published`: config.json, what it states of MTP, published models
-- `table`, `matrices`: all parameters of a model, and how many there are; the matrices in each
+- `table`, `matrices`, `parts`: all parameters of a model, and how many there are; the matrices in each; which part of
+  a model each is in
 - `rope`, `frequencies`, `rotary`: rotary embeddings as config.json asks for them, their frequencies, and in Megatron's
   modules
-- `flops`, `gpus`: FLOPs of a token by layer, peak rates of GPUs
+- `flops`, `backward`, `gpus`: FLOPs of a token by layer, those of a step that trains some parts, peak rates of GPUs
 - `parallelism`, `fp8_sizes`, `pipeline_layout`: layouts and FP8 recipes that a shape allows, balanced pipeline stages
 - `layer_specs`: Megatron's modules, with Transformer Engine and without
 - `local_modules`, `local_attention`, `local_experts`: those without it

@@ -95,6 +95,7 @@ def _fp8_sides(shape: ModelShape) -> Iterator[Side]:
 KIND = AttentionKind(
     name=LINEAR_ATTENTION,
     noun="linear attention",
+    part="delta-net",
     parts=projections,
     heads=Heads(
         field="linear_num_value_heads",

@@ -26,7 +26,7 @@ TORCH = Kernels(delta_rule_chunk=32, solves_keys=False, skips_masked=True, trans
 TORCH_ON_GPU = replace(TORCH, skips_masked=False)
 
 
-def _products(rows: Iterable[Weight], shape: ModelShape) -> float:
+def products(rows: Iterable[Weight], shape: ModelShape) -> float:
     """Operations of the rows that are matrices; of the routed experts, those that a token visits."""
     total = 0.0
     for row in rows:
@@ -52,19 +52,19 @@ def block_flops(shape: ModelShape, kinds: Iterable[str], seq_length: int, kernel
     found: dict[str, float] = {}
     for kind in kinds:
         parts = SUBLAYERS[kind].parts(rows_of(shape, kind))
-        found |= {name: _products(rows, shape) for name, rows in parts.items()}
+        found |= {name: products(rows, shape) for name, rows in parts.items()}
         found |= SUBLAYERS[kind].operations(shape, seq_length, kernels)
     return found
 
 
 def head_flops(shape: ModelShape) -> float:
     """Forward operations per token of the output layer, once."""
-    return _products(shape.family.last_rows, shape)
+    return products(shape.family.last_rows, shape)
 
 
 def mtp_flops(shape: ModelShape) -> float:
     """Forward operations per token of what an MTP block adds to its transformer block and the output layer."""
-    return _products(shape.family.mtp_rows, shape)
+    return products(shape.family.mtp_rows, shape)
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,7 @@ def _fp8_sides(shape: ModelShape) -> Iterator[Side]:
 KIND = AttentionKind(
     name=FULL_ATTENTION,
     noun="full attention",
+    part="attention",
     parts=projections,
     heads=Heads(
         field="num_attention_heads",

@@ -85,7 +85,10 @@ class _Experts(torch.autograd.Function):
         d_last = _weight_gradients(last, d_output, active, counts)
         d_both, d_gates = _activation_gradients(d_active, both, gates)
         d_first = _weight_gradients(first, d_both, pairs, counts)
-        return None, None, linear_by_part(d_both, [weight.t() for weight in first], counts), d_gates, *d_first, *d_last
+        d_pairs = None
+        if ctx.needs_input_grad[2]:
+            d_pairs = linear_by_part(d_both, [weight.t() for weight in first], counts)
+        return None, None, d_pairs, d_gates, *d_first, *d_last
 
 
 def _gated(active: Tensor, gates: Tensor) -> Tensor:

@@ -163,9 +163,11 @@ class AttentionKind(SublayerKind):
 
     Attributes:
         heads: its axis of heads.
+        part: what people call it as a part of a model.
     """
 
     heads: Heads
+    part: str
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ from typing import Any
 
 from megatron_slim.cli.terminal import wide_console
 from megatron_slim.cli.tool import run_command
+from megatron_slim.errors import SlimError
 from megatron_slim.optimizers import AURORA, OPTIMIZERS
 from megatron_slim.training.optimizer_flags import ALL, HIDDEN
 from megatron_slim.training.optimizer_table import Line, entries, optimizer_lines
+from megatron_slim.training.train_only import TRAIN_ONLY, chosen, train_only
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--optimizer-matrices", choices=(HIDDEN, ALL), default=HIDDEN, help="which matrices it updates, as in training"
     )
+    parser.add_argument(
+        TRAIN_ONLY, type=train_only, metavar="PART,...", help="parts that are trained, as in training (default: all)"
+    )
     parser.add_argument("--without-mtp", action="store_true", help="leave the MTP block out, as in training")
 
 
@@ -37,14 +42,17 @@ def show(args: argparse.Namespace) -> dict[str, Any]:
         Its rows, and how many elements each optimizer updates.
 
     Raises:
-        SlimError: there is no config.json, or it describes no model that is known.
+        SlimError: there is no config.json, or it describes no model that is known, or one without a part that is asked
+            for.
     """
     from megatron_slim.checkpoint.huggingface import read_shape
     from megatron_slim.checkpoint.torch_dist_names import HF_DIR
 
     directory = args.load / HF_DIR if (args.load / HF_DIR).is_dir() else args.load
     model = read_shape(directory, without_mtp=args.without_mtp)
-    lines = optimizer_lines(model, args.optimizer, all_matrices=args.optimizer_matrices == ALL)
+    if (only := chosen(args)) is not None and (found := only.violations(model)):
+        raise SlimError("; ".join(f"{TRAIN_ONLY} {sentence}" for sentence in found))
+    lines = optimizer_lines(model, args.optimizer, all_matrices=args.optimizer_matrices == ALL, only=only)
     elements: dict[str, int] = {}
     for line in lines:
         elements[line.optimizer] = elements.get(line.optimizer, 0) + line.elements

@@ -20,6 +20,8 @@ def save_groups_in_one_list(optimizer: Any) -> None:
     Args:
         optimizer: Megatron's ``ChainedOptimizer``, whose methods are replaced.
     """
+    if len(optimizer.chained_optimizers) < 2:  # of a student of which some parts are trained: saved as it is
+        return
     save, load = optimizer.sharded_state_dict, optimizer.load_state_dict
 
     def sharded_state_dict(model: Any, is_loading: bool = False, **kwargs: Any) -> Any:

@@ -28,9 +28,10 @@ class _Linear(autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_outputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, d_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
         inputs, weight = ctx.saved_tensors
-        return linear(d_outputs, weight.t()), weight_gradient(weight, d_outputs, inputs)
+        of_inputs = linear(d_outputs, weight.t()) if ctx.needs_input_grad[0] else None
+        return of_inputs, weight_gradient(weight, d_outputs, inputs)
 
 
 def _unless_shared(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:

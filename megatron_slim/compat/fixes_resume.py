@@ -1,4 +1,4 @@
-"""Bugs of Megatron that show when a run resumes: padding of buckets, other rates, other expert parallelism."""
+"""Bugs of Megatron that show when a run saves or resumes: padding of buckets, rates, experts, empty optimizers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from megatron_slim.compat.patch import BUG, Patch
+from megatron_slim.compat.patch import BUG, NOT_REPORTED, Patch
 
 _OPTIMIZER = "megatron.core.optimizer.optimizer"
 _SHARDED = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
@@ -128,4 +128,25 @@ OTHER_EXPERT_PARALLELISM = Patch(
     upstream="https://github.com/NVIDIA/Megatron-LM/issues/1517",
     targets=(f"{_OPTIMIZER}:ChainedOptimizer.load_state_dict",),
     changes=(_loading_any,),
+)
+
+
+def _of_something(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def run(self: Any, chained_optimizers: list[Any]) -> None:
+        # The same ones on all ranks: they agree on the groups of parameters.
+        some = [each for each in chained_optimizers if not getattr(each, "is_stub_optimizer", False)]
+        init(self, some or chained_optimizers)
+
+    return run
+
+
+EMPTY_OPTIMIZERS = Patch(
+    name="empty optimizers",
+    kind=BUG,
+    why="Where the expert parallel size is above 1, Megatron has an optimizer for experts and one for the rest. If "
+    "experts alone are trained, or all else, one of them has no groups, and saving reads its groups.",
+    upstream=NOT_REPORTED,
+    targets=(f"{_OPTIMIZER}:ChainedOptimizer.__init__",),
+    changes=(_of_something,),
 )

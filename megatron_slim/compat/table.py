@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_slim.compat import cpu_kernels, cpu_megatron, forked_ranks, libraries
 from megatron_slim.compat.fixes_data import DATASET_HELPERS
 from megatron_slim.compat.fixes_fp32 import ORDERED_PARAMETERS, PLAIN_OPTIMIZER, RESTORED_PARAMETERS, ROUTER_COUNTS
-from megatron_slim.compat.fixes_resume import BUCKET_PADDING, OTHER_EXPERT_PARALLELISM, OTHER_RATES
+from megatron_slim.compat.fixes_resume import BUCKET_PADDING, EMPTY_OPTIMIZERS, OTHER_EXPERT_PARALLELISM, OTHER_RATES
 from megatron_slim.compat.hooks import LEARNING_RATES, OPTIMIZER_NAMES, OPTIMIZERS, PIPELINE, SCHEDULE, TRAINING_LOG
 from megatron_slim.compat.patch import Patch
 
@@ -19,6 +19,7 @@ FIXES: tuple[Patch, ...] = (
     PLAIN_OPTIMIZER,
     OTHER_RATES,
     OTHER_EXPERT_PARALLELISM,
+    EMPTY_OPTIMIZERS,
 )
 LOOP: tuple[Patch, ...] = (SCHEDULE, TRAINING_LOG, PIPELINE, LEARNING_RATES, OPTIMIZER_NAMES, OPTIMIZERS)
 PATCHES: tuple[Patch, ...] = (

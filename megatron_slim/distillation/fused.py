@@ -107,7 +107,7 @@ class _FusedLosses(torch.autograd.Function):
         if expected is None:
             ctx.save_for_backward(weight, *hidden)
         else:
-            ctx.gradients = LayerGradients(weight, hidden)
+            ctx.gradients = LayerGradients(weight, hidden, ctx.needs_input_grad[-len(hidden) :])
         terms = sweep.run(expected, ctx.gradients)
         ctx.mark_non_differentiable(terms[2])
         return terms
@@ -118,7 +118,7 @@ class _FusedLosses(torch.autograd.Function):
         given, gradients = (*upstream[:2], *upstream[3:]), ctx.gradients
         if gradients is None:
             weight, *hidden = ctx.saved_tensors
-            gradients = LayerGradients(weight, hidden)
+            gradients = LayerGradients(weight, hidden, ctx.needs_input_grad[-len(hidden) :])
             _Sweep(OutputLayer(weight, ctx.shard), hidden, ctx.inputs).run(given, gradients)
         else:
             # Rounding apart: it is the same product, taken in another order.

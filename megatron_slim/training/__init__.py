@@ -15,6 +15,7 @@
 - `aurora`, `polar`: a step of Aurora on one matrix, and polar factors
 - `matrix_optimizer`, `matrix_stacks`, `matrix_entry`: Muon and Aurora for Megatron, under every layout
 - `optimizer_flags`, `optimizer_table`: their arguments, and which weights they update
+- `train_only`, `frozen`: which parts of a student are trained, and how the rest is frozen
 - `teacher_ahead`, `hidden_kd`, `finite`: a teacher ahead of its student, hidden states, NaN on any rank
 - `meters`, `run_figures`, `run_log`: what is measured, the figures made of it, gathering and writing them
 - `run_view`, `run_plots`: a run read back, for show-run

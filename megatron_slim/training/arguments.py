@@ -22,6 +22,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args, parse_args
 
 from megatron_slim.architecture.layer_specs import shape_config_fields
+from megatron_slim.architecture.parts import TrainOnly
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.huggingface import read_shape
 from megatron_slim.checkpoint.torch_dist_names import HF_DIR
@@ -31,6 +32,7 @@ from megatron_slim.errors import SlimError
 from megatron_slim.optimizers import OPTIMIZERS
 from megatron_slim.training.optimizer_flags import SAME_SCALE
 from megatron_slim.training.slim_arguments import WITHOUT_MTP, add_slim_arguments
+from megatron_slim.training.train_only import AUX_LOSS, TRAIN_ONLY, chosen, train_only, trains_router
 
 PROG = "megatron-slim pretrain"
 
@@ -156,8 +158,16 @@ def complete_argv(argv: list[str]) -> tuple[list[str], ModelShape]:
     fixed = model_flags(shape)
     if clash := sorted(given & fixed.keys()):
         raise SlimError(f"{', '.join(clash)} cannot be given", fix="the model's shape comes from its config.json")
-    defaults = [*default_flags(), f"--moe-aux-loss-coeff={shape.router_aux_loss_coef}"]
+    coefficient = shape.router_aux_loss_coef if trains_router(shape, _train_only(argv)) else 0.0
+    defaults = [*default_flags(), f"{AUX_LOSS}={coefficient}"]
     return [*(flag for flag in defaults if flag.split("=")[0] not in given), *_as_words(fixed)], shape
+
+
+def _train_only(argv: list[str]) -> TrainOnly | None:
+    """What a command line trains, as far as it can be read before all of it is."""
+    early = ToolParser(PROG, add_help=False, allow_abbrev=False)
+    early.add_argument(TRAIN_ONLY, type=train_only)
+    return chosen(early.parse_known_args(argv)[0])
 
 
 def load_balancing_note(shape: ModelShape, argv: Sequence[str], kind: str | list[str]) -> str | None:

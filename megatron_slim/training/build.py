@@ -30,6 +30,7 @@ from megatron_slim.distillation.recorded import RecordedTeacher, StoredStates
 from megatron_slim.distillation.selected import SelectedParameters
 from megatron_slim.teacher_cache.cache import TeacherCache
 from megatron_slim.training.elastic import ElasticRun, Numbers, layout_of
+from megatron_slim.training.frozen import freeze
 from megatron_slim.training.spec import RunSpec
 from megatron_slim.training.teacher_config import DTYPES, teacher_config
 
@@ -85,6 +86,8 @@ def build_stage(
     if isinstance(student, ElasticModel):
         _attach_budgets(student, spec, config, stage | model)
     student.apart = spec.documents_apart
+    if spec.train_only is not None:
+        freeze(student, spec.student, spec.train_only)
     return student
 
 

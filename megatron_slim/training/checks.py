@@ -36,6 +36,7 @@ from megatron_slim.training.spec import RunSpec
 from megatron_slim.training.stage_layout import layer_violations, stage_violations
 from megatron_slim.training.start_checks import check_mtp, check_rows, say_remarks
 from megatron_slim.training.teacher_ahead import ahead_violations
+from megatron_slim.training.train_only import train_only_violations
 
 
 def check(spec: RunSpec) -> None:
@@ -46,6 +47,7 @@ def check(spec: RunSpec) -> None:
     """
     args, shape = spec.args, spec.student
     found = _violations(shape, spec.teacher, args) + optimizer_violations(args, spec.given, shape)
+    found += train_only_violations(shape, args, spec.given)
     found = cache_violations(shape, spec.cache, args) or found
     if found := found or _budget_violations(spec):
         raise SlimError("; ".join(found))

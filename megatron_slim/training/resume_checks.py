@@ -44,10 +44,12 @@ _LAYOUT = {
 _OPTIMIZER = {
     "optimizer": "--optimizer",
     "optimizer_matrices": "--optimizer-matrices",
+    "train_only": "--train-only",
     "use_distributed_optimizer": "--use-distributed-optimizer",
     # Megatron's name of the same flag with an optimizer of matrices.
     "use_layer_wise_distributed_optimizer": "--use-distributed-optimizer",
 }
+_LATER = ("train_only",)  # of ours, which older runs had not: as if it was not given
 _RATES = {
     "lr": "--lr",
     "min_lr": "--min-lr",
@@ -118,7 +120,7 @@ def _differing(saved: Any, args: Namespace, names: dict[str, str]) -> Iterator[s
     """Arguments that are not what they were, in words; what an older Megatron did not have is not compared."""
     for name, words in names.items():
         own = getattr(args, name)
-        before = getattr(saved, name, own)
+        before = getattr(saved, name, None if name in _LATER else own)
         if str(before) != str(own):  # a layout is an object that equals nothing
             was, is_now = ("none" if value is None else value for value in (before, own))
             yield f"{words} {was}, not {is_now}"

@@ -25,7 +25,8 @@ from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import get_args, get_tensorboard_writer, get_timers, get_wandb_writer
 
-from megatron_slim.architecture.flops import student_flops, teacher_flops
+from megatron_slim.architecture.backward import step_flops
+from megatron_slim.architecture.flops import teacher_flops
 from megatron_slim.architecture.gpus import peak_flops
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.distillation.losses import LossWeights
@@ -37,6 +38,7 @@ from megatron_slim.training.progressive import Place
 from megatron_slim.training.run_figures import KINDS, Interval, Progress, RunConstants, figures, line
 from megatron_slim.training.stage_layout import kernels_of
 from megatron_slim.training.teacher_config import teacher_recipe
+from megatron_slim.training.train_only import chosen
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ def run_constants(
 ) -> RunConstants:
     """What the figures of a run are relative to; ``args`` are Megatron's, validated."""
     kernels, device = kernels_of(args), torch.cuda.get_device_name()
-    flops = {"student": student_flops(shape, args.seq_length, kernels).total}
+    flops = {"student": step_flops(shape, args.seq_length, kernels, only=chosen(args)).total}
     student_recipe = args.fp8_recipe if args.fp8 else None
     teacher_fp8 = teacher_recipe(args.teacher_dtype, args.teacher_fp8_recipe, student_recipe)
     fp8 = {"student": bool(args.fp8), "teacher": teacher_fp8 is not None}

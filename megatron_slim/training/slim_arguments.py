@@ -15,6 +15,7 @@ from megatron_slim.distillation.schedule import SHAPES, Schedule
 from megatron_slim.distillation.terms import HIDDEN_KD_WEIGHT, LOSS_TERMS, LossWeight, check_terms, weights_of
 from megatron_slim.errors import SlimError
 from megatron_slim.training.optimizer_flags import add_optimizer
+from megatron_slim.training.train_only import add_train_only
 
 MEGATRON_HELP, WITHOUT_MTP = "--help-megatron", "--without-mtp"
 ELASTIC_FLAG, IN_TURN, TOGETHER = "--elastic", "in-turn", "together"
@@ -84,6 +85,7 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     _add_losses(group)
     _add_hidden_states(group)
     _add_budgets(group)
+    add_train_only(group)
     add_optimizer(group)
     group.add_argument(
         "--peak-tflops",

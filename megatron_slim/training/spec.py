@@ -14,6 +14,7 @@ from pathlib import Path
 
 import megatron_slim.mcore
 
+from megatron_slim.architecture.parts import TrainOnly
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint, open_checkpoint
 from megatron_slim.checkpoint.iterations import is_torch_dist
@@ -31,6 +32,7 @@ from megatron_slim.training.elastic import ElasticRun, elastic_run, without_over
 from megatron_slim.training.progressive import Place, find_place, is_done, phase_of
 from megatron_slim.training.rates import default_warmup
 from megatron_slim.training.stage_layout import StageLayout, plan_stages
+from megatron_slim.training.train_only import chosen
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,11 @@ class RunSpec:
         if self.place is None or self.args.skip_train:
             return False
         return is_done(self.place, self.args.load, self.args.ckpt_step)
+
+    @property
+    def train_only(self) -> TrainOnly | None:
+        """Which parts of the student are trained; None: all."""
+        return chosen(self.args)
 
     @property
     def resumes(self) -> bool:

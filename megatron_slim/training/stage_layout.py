@@ -11,6 +11,7 @@ import torch
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
+from megatron_slim.architecture.backward import step_flops
 from megatron_slim.architecture.flops import (
     FUSED,
     TORCH,
@@ -19,7 +20,6 @@ from megatron_slim.architecture.flops import (
     Kernels,
     Recompute,
     head_flops,
-    student_flops,
     teacher_flops,
 )
 from megatron_slim.architecture.pipeline_layout import (
@@ -33,6 +33,7 @@ from megatron_slim.architecture.pipeline_layout import (
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.command_line import ToolParser
 from megatron_slim.errors import SlimError
+from megatron_slim.training.train_only import chosen
 
 TARGET = 1.05  # slowest rank over the mean that needs no explanation
 AUTO = "--pipeline-layout auto"
@@ -247,7 +248,7 @@ def _flops(
         args.recompute_num_layers or 1,
         tuple(args.recompute_modules or (["core_attn"] if selective else [])),
     )
-    student = student_flops(shape, length, kernels, recompute)
+    student = step_flops(shape, length, kernels, recompute, chosen(args), everywhere=True)
     if teacher is None:
         return student, NO_TEACHER
     return student, teacher_flops(teacher, length, kernels, runs_mtp=teacher_runs_mtp)

@@ -21,6 +21,7 @@ from megatron_slim.training.optimizer_flags import rate_note
 from megatron_slim.training.slim_arguments import WITHOUT_MTP
 from megatron_slim.training.spec import RunSpec
 from megatron_slim.training.teacher_config import DTYPES
+from megatron_slim.training.train_only import train_only_note, trains_router
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +49,12 @@ def say_notes(spec: RunSpec) -> None:
     if args.rank != 0:
         return
     balancing = load_balancing_note(spec.student, spec.given, args.moe_router_load_balancing_type)
+    if not trains_router(spec.student, spec.train_only):
+        balancing = None  # there is none, which the note on what is trained says
+    parts = train_only_note(spec.student, spec.train_only)
     stages = spec.stages.table() if args.pipeline_model_parallel_size > 1 else None
     budgets = elastic_note(spec.given, spec.elastic, spec.source)
-    for note in (library_note(), balancing, stages, budgets, rate_note(args, spec.student.hidden_size)):
+    for note in (library_note(), parts, balancing, stages, budgets, rate_note(args, spec.student.hidden_size)):
         if note is not None:
             logger.info(note)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_slim.architecture.backward import step_flops
 from megatron_slim.architecture.flops import (
     FUSED,
     TORCH,
@@ -21,12 +22,14 @@ from megatron_slim.architecture.flops import (
     teacher_flops,
 )
 from megatron_slim.architecture.layer_specs import build_model, transformer_config
+from megatron_slim.architecture.parts import TrainOnly
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
 from megatron_slim.compat import runtime
 from megatron_slim.compat.linear_attention import chunk_gated_delta_rule
 from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine, gradients_of_total
 from megatron_slim.distillation.model import DistillationModel, DistillationOptions, HiddenStatesModel
 from megatron_slim.testing import tiny_shape
+from megatron_slim.training.frozen import freeze
 
 LENGTH, BATCH = 64, 2
 SIZES = {"num_layers": 2, "layer_types": (LINEAR_ATTENTION, FULL_ATTENTION), "hidden_size": 128}
@@ -172,3 +175,38 @@ def test_a_training_step_of_teacher_and_student(name: str) -> None:
     flops = student_flops(STUDENT, LENGTH, TORCH, recompute)
     whole = flops.of_stage(0, 2) + flops.last + teacher_flops(TEACHER, LENGTH, TORCH, runs_mtp=True).total
     assert per_token(counter) == pytest.approx(whole, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["none", "experts", "full"])
+@pytest.mark.parametrize(
+    "words", ["experts", "router@1", "attention", "delta-net", "norms@1", "output", "mtp", "embedding"]
+)
+def test_a_step_that_trains_some_parts(words: str, name: str) -> None:
+    """What is frozen has no gradient of weights, and nothing goes on to where nothing needs it."""
+    fields, batch, only = RECOMPUTE[name], tokens(), TrainOnly.of(words)
+    # Before an MTP block Megatron gives hidden states a gradient, whether or not anything needs it.
+    shape = STUDENT.replace(mtp_num_layers=0) if words == "output" else STUDENT
+    own = {"options": DistillationOptions(shape.vocab_size)}
+    student = build(shape, DistillationModel, own=own, **fields)
+    freeze(student, shape, only)
+    mask, weights = torch.ones(BATCH, LENGTH), LossWeights(kd_lambda=0.8, mtp_beta=0.3)
+    expected = gradients_of_total(mask, weights, shape.mtp_num_layers, has_teacher=False)
+    with counting() as counter:
+        stacked = student(batch["input_ids"], batch["position_ids"], None, batch["labels"], expected)
+        combine(TokenLosses.unstack(stacked, has_teacher=False), mask, weights)[0].backward()
+    modules = tuple(fields.get("recompute_modules", ()))
+    recompute = Recompute(fields.get("recompute_granularity"), fields.get("recompute_method"), modules=modules)
+    flops = step_flops(shape, LENGTH, TORCH, recompute, only)
+    # Megatron's function for a router's product computes the gradient of the weight even if it is frozen.
+    frozen = [key for key, parameter in student.named_parameters() if "router" in key and not parameter.requires_grad]
+    wasted = block_flops(shape, shape.sublayers[1], LENGTH, TORCH)["router"]
+    assert per_token(counter) - flops.total in [wasted * count for count in range(1 + len(frozen))]
+    assert flops.total < student_flops(shape, LENGTH, TORCH, recompute).total
+
+
+def test_all_parts_are_all() -> None:
+    for shape in (STUDENT, TEACHER, tiny_shape("glm4_moe")):
+        parts = "embedding,blocks,norms,output" + (",mtp" if shape.mtp_num_layers else "")
+        whole = student_flops(shape, LENGTH)
+        assert step_flops(shape, LENGTH, only=TrainOnly.of(parts)).total == pytest.approx(whole.total, rel=1e-12)
+        assert step_flops(shape, LENGTH) == whole

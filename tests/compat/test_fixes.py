@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_slim.compat.fixes_data import DATASET_HELPERS
 from megatron_slim.compat.fixes_fp32 import ORDERED_PARAMETERS, PLAIN_OPTIMIZER, RESTORED_PARAMETERS, ROUTER_COUNTS
-from megatron_slim.compat.fixes_resume import BUCKET_PADDING, OTHER_EXPERT_PARALLELISM, OTHER_RATES
+from megatron_slim.compat.fixes_resume import BUCKET_PADDING, EMPTY_OPTIMIZERS, OTHER_EXPERT_PARALLELISM, OTHER_RATES
 from tests.compat.conftest import NUMBERS, Parameters, Without, router_in_bf16, trained
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -174,3 +174,27 @@ def test_without_it_their_number_is_wrong(without: Without) -> None:
     without(OTHER_EXPERT_PARALLELISM)
     with pytest.raises(RuntimeError, match="Expected 2 entries in state dict"):
         steps_after_resuming()
+
+
+def chain_with_nothing_for_experts() -> int:
+    """How many optimizers a chain has, once it was saved, if one of two has no parameters."""
+    from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params
+
+    _, trained_one = trained(BF16, BF16)
+    (full,) = trained_one.chained_optimizers
+    empty = Float16OptimizerWithFloat16Params(None, full.config, None, None)
+    chain = ChainedOptimizer([full, empty])
+    chain._synchronize_steps()
+    return len(chain.chained_optimizers)
+
+
+@pytest.mark.usefixtures("overriding")
+def test_an_optimizer_of_nothing_is_none() -> None:
+    assert chain_with_nothing_for_experts() == 1
+
+
+@pytest.mark.usefixtures("overriding")
+def test_without_it_saving_reads_what_is_not_there(without: Without) -> None:
+    without(EMPTY_OPTIMIZERS)
+    with pytest.raises(AttributeError, match="param_groups"):
+        chain_with_nothing_for_experts()

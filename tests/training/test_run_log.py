@@ -231,6 +231,7 @@ def fake_log(monkeypatch: pytest.MonkeyPatch, clock: dict[str, float]) -> tuple[
     """The log of one rank whose time is set by hand, and what it logs."""
     runtime.init_single_process()
     args = SimpleNamespace(
+        train_only=None,
         curr_iteration=0,
         log_interval=3,
         micro_batch_size=2,
@@ -289,7 +290,9 @@ def fake_log(monkeypatch: pytest.MonkeyPatch, clock: dict[str, float]) -> tuple[
 def test_each_model_has_the_peak_of_what_it_runs_in(  # type: ignore[no-untyped-def]
     monkeypatch: pytest.MonkeyPatch, fp8, dtype, student: float, teacher: float
 ) -> None:
-    args = SimpleNamespace(transformer_impl="local", seq_length=8, peak_tflops=None, bf16=True, world_size=1)
+    args = SimpleNamespace(
+        train_only=None, transformer_impl="local", seq_length=8, peak_tflops=None, bf16=True, world_size=1
+    )
     args.fp8, args.fp8_recipe, args.teacher_dtype, args.teacher_fp8_recipe = fp8, "delayed", dtype, None
     args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size, args.train_iters = 1, None, 1
     monkeypatch.setattr(run_log.torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
