@@ -21,6 +21,7 @@ from megatron_slim.checkpoint.records import ELASTIC
 from megatron_slim.checkpoint.tracker import repair_tracker
 from megatron_slim.distillation.model import TEACHER_MTP
 from megatron_slim.errors import CheckpointError, SlimError
+from megatron_slim.training.chat_data import make_sample_sets
 from megatron_slim.training.data_checks import check_data
 from megatron_slim.training.document_checks import document_violations
 from megatron_slim.training.elastic import check_kept_budgets, depth_violations, elastic_violations
@@ -51,6 +52,8 @@ def check(spec: RunSpec) -> None:
         raise SlimError("nothing to train", fix="give --train-iters or --train-samples")
     check_kept_budgets(None if args.save is None else Path(args.save), spec.elastic)
     start = _check_start(spec)
+    if not args.check_arguments:
+        make_sample_sets(args)
     check_data(args, shape.vocab_size)
     if args.verify_integrity:
         _check_integrity(spec)

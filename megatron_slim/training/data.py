@@ -21,7 +21,7 @@ from megatron.training import get_args, get_tokenizer
 from megatron_slim.data import document_lengths
 from megatron_slim.errors import DataError
 from megatron_slim.sample_set import is_sample_set, open_samples
-from megatron_slim.training.blends import Blend, Sources, read_sources
+from megatron_slim.training.blends import Blend, read_sources
 from megatron_slim.training.data_checks import DEFAULT_SPLIT, needed_parts
 from megatron_slim.training.document_checks import prefixes_of, sample_sets
 from megatron_slim.training.packed_data import PackedDataset
@@ -104,17 +104,17 @@ def dataset_config() -> DatasetConfig:
         create_attention_mask=False,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
-        lengths=_hash_of_lengths(sources),
+        lengths=_hash_of_lengths(args),
     )
     if config.split_matrix is not None:
         config.split_matrix = [ends if used else None for ends, used in zip(config.split_matrix, needed, strict=True)]
     return config
 
 
-def _hash_of_lengths(sources: Sources) -> str:
-    if sets := sample_sets(sources):
+def _hash_of_lengths(args: Namespace) -> str:
+    if sets := sample_sets(args):
         return " ".join(sorted(each.digests["tokens.npy"] for each in sets))
-    hashes = [xxhash.xxh3_64_hexdigest(document_lengths(Path(prefix))) for prefix in sorted(prefixes_of(sources))]
+    hashes = [xxhash.xxh3_64_hexdigest(document_lengths(Path(prefix))) for prefix in sorted(prefixes_of(args))]
     return " ".join(hashes)
 
 
@@ -144,7 +144,7 @@ def build_datasets(num_samples: tuple[int, int | None, int | None]) -> list[Any]
         DataError: a blend is of too few samples for its number of data sets.
     """
     args = get_args()
-    kind = MockGPTDataset if args.mock_data else PackedDataset if sample_sets(read_sources(args)) else GPTDataset
+    kind = MockGPTDataset if args.mock_data else PackedDataset if sample_sets(args) else GPTDataset
     sizes = [num_samples[0], max(num_samples[1] or 0, _validation_samples(args)), num_samples[2]]
     try:
         # On every rank: the teacher check needs a sample on each, and indices are cached on disk or made in seconds.
