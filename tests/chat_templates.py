@@ -25,7 +25,8 @@ CHATML = """\
     {%- elif message.role == 'assistant' %}
         {{- '<|im_start|>assistant\\n' }}
         {%- generation %}
-        {%- if message.reasoning_content %}{{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}{%- endif %}
+        {%- set thought = message.reasoning_content %}
+        {%- if thought %}{{- '<think>\\n' + thought + '\\n</think>\\n\\n' }}{%- endif %}
         {%- if message.content %}{{- message.content }}{%- endif %}
         {%- for call in message.tool_calls or [] %}
             {{- '\\n<tool_call>\\n' }}{{- call.function | tojson }}{{- '\\n</tool_call>' }}
@@ -65,12 +66,15 @@ HEADERS = """\
 # As Qwen3's: an empty thought in the last turn, and no thoughts before the user's last message.
 THINKING = """\
 {%- set last = namespace(user=0) %}
-{%- for message in messages %}{%- if message.role == 'user' %}{%- set last.user = loop.index0 %}{%- endif %}{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}{%- set last.user = loop.index0 %}{%- endif %}
+{%- endfor %}
 {%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\\n' }}
     {%- if message.role == 'assistant' %}
         {%- generation %}
-        {%- if loop.index0 > last.user %}{{- '<think>\\n' + (message.reasoning_content or '') + '\\n</think>\\n\\n' }}{%- endif %}
+        {%- set thought = message.reasoning_content or '' %}
+        {%- if loop.index0 > last.user %}{{- '<think>\\n' + thought + '\\n</think>\\n\\n' }}{%- endif %}
         {{- message.content + '<|im_end|>' }}
         {%- endgeneration %}
     {%- else %}
