@@ -84,7 +84,7 @@ def document_violations(shape: ModelShape, args: Namespace) -> list[str]:
         DataError: as `keeps_documents_apart`.
     """
     found = []
-    if getattr(args, "chats", None) or sample_sets(args):
+    if sample_sets(args) or getattr(args, "chats", None):
         given = [name for name in _MARKS if getattr(args, name, False)]
         found = [f"{_flag(name)} does not go with a sample set: {_MARKS[name]}" for name in given]
     elif args.reset_attention_mask and not args.reset_position_ids:

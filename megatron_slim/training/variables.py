@@ -36,7 +36,10 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "STUDENT": ("DIR", "checkpoint to start from, either format"),
         "HF_CONFIG": ("DIR", "in place of --student: directory of a config.json, for random weights"),
         "TEACHER": ("DIR", "checkpoint of the teacher, either format; without it the run is LM + MTP-LM training"),
-        "DATA": ("PREFIX ...", "training data: .bin/.idx prefixes, or weights and prefixes"),
+        "DATA": (
+            "PREFIX ...",
+            "training data: .bin/.idx prefixes or sample sets, weights in front or none",
+        ),
         "VALID_DATA": ("PREFIX ...", "validation data; without it a part of --data is set aside"),
         "SAVE": ("DIR", "checkpoints and logs; a run found there is resumed"),
     },
