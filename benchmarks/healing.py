@@ -54,7 +54,8 @@ def record_teacher(folder: Path, args: argparse.Namespace, samples: int) -> None
 
     from megatron_slim.checkpoint.convert import open_checkpoint
     from megatron_slim.sample_set import write_samples
-    from megatron_slim.teacher_cache.record import Recorded, RecordOptions, record
+    from megatron_slim.teacher_cache.record import RecordOptions, record
+    from megatron_slim.teacher_cache.recording_pass import Recorded
 
     teacher = open_checkpoint(folder / "teacher")
     tokens = np.random.default_rng(0).integers(0, teacher.shape.vocab_size, (samples, args.seq_length + 1))
@@ -131,7 +132,8 @@ def recording(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     from megatron_slim.checkpoint.convert import open_checkpoint
     from megatron_slim.compat import runtime
     from megatron_slim.streaming.forward import StreamingForward
-    from megatron_slim.teacher_cache.record import Recorded, RecordOptions, record
+    from megatron_slim.teacher_cache.record import RecordOptions, record
+    from megatron_slim.teacher_cache.recording_pass import Recorded
 
     work = args.dir / "work"
     shutil.rmtree(work, ignore_errors=True)  # of a run that was killed

@@ -5,11 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from megatron_slim.documents import Source, sentence_splitter
 from megatron_slim.errors import DataError
@@ -124,29 +125,38 @@ class Encoder:
         return filled
 
 
-_worker: Encoder | None = None  # of a worker process, set once by its initializer
+class AnyEncoder[Result](Protocol):
+    """What makes something of lines, the same in every process."""
+
+    options: Any
+
+    def encode(self, sources: Sequence[Source]) -> Result:
+        """What a batch of lines becomes."""
+        ...
 
 
-def _start_worker(options: Options) -> None:
+_worker: Any = None  # the encoder of a worker process, set once by its initializer
+
+
+def _start_worker(kind: Callable[[Any], Any], options: Any) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    _worker = Encoder(options)
+    _worker = kind(options)
 
 
-def _work(sources: list[Source]) -> Encoded:
-    assert _worker is not None
+def _work(sources: list[Source]) -> Any:
     return _worker.encode(sources)
 
 
-def encode_all(encoder: Encoder, groups: Iterable[list[Source]], workers: int) -> Iterator[Encoded]:
+def encode_all[Result](encoder: AnyEncoder[Result], groups: Iterable[list[Source]], workers: int) -> Iterator[Result]:
     """Encoded batches in the order of ``groups``."""
     if workers == 1:
         yield from map(encoder.encode, groups)
         return
     # Forked workers share the libraries that this process has imported; a spawned one takes seconds to import them.
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, context, _start_worker, (encoder.options,)) as pool:
-        pending: deque[Future[Encoded]] = deque()
+    with ProcessPoolExecutor(workers, context, _start_worker, (type(encoder), encoder.options)) as pool:
+        pending: deque[Future[Result]] = deque()
         try:
             for group in groups:
                 pending.append(pool.submit(_work, group))

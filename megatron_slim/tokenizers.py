@@ -30,7 +30,11 @@ class Tokenizer(Protocol):
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer directory as `transformers` saves it, a model's own directory included; its eos ends a document."""
+    """A tokenizer directory as `transformers` saves it, a model's own directory included; its eos ends a document.
+
+    Attributes:
+        library: the tokenizer of `transformers`.
+    """
 
     def __init__(self, path: Path) -> None:
         require("text", "transformers", "a Hugging Face tokenizer")
@@ -48,13 +52,13 @@ class HuggingFaceTokenizer:
             raise DataError(f"not a tokenizer directory ({error})", where=str(path)) from None
         if not tokenizer.get_vocab():
             raise DataError("no tokenizer files in this directory", where=str(path), fix="it needs a tokenizer.json")
-        self._tokenizer = tokenizer
+        self.library: Any = tokenizer
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.eod: int | None = tokenizer.eos_token_id
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text; ``verbose=False`` because a document may be longer than any context."""
-        encoded = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        encoded = self.library(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 

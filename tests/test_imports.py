@@ -42,6 +42,9 @@ LAYERS = (
         "tokenizers",
         "encoding",
         "preprocessing",
+        "chat_template",
+        "sample_packing",
+        "chats",
     ),
     (
         "packaged",

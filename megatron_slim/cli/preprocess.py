@@ -1,4 +1,4 @@
-"""Tokenize text into Megatron's .bin/.idx: PREFIX_{key}_document, or PREFIX_{key}_sentence with --split-sentences."""
+"""Tokenize text into Megatron's .bin/.idx, PREFIX_{key}_document, or conversations into packed samples, with --chat."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 from megatron_slim.cli.tool import run_command
 from megatron_slim.command_line import positive
+from megatron_slim.errors import SlimError
+from megatron_slim.sample_packing import CUT, TOO_LONG
 from megatron_slim.tokenizers import TOKENIZER_TYPES
 
 logger = logging.getLogger(__name__)
@@ -28,13 +30,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys of a line to tokenize")
     data.add_argument(
-        "--output-prefix", type=Path, metavar="PREFIX", required=True, help="path of the outputs without suffix"
+        "--output-prefix",
+        type=Path,
+        metavar="PREFIX",
+        required=True,
+        help="path of the outputs without suffix; with --chat the directory of the samples",
     )
     data.add_argument(
         "--skip-bad-lines",
         action="store_true",
         help="leave out lines (and .txt files) that are not UTF-8 or not JSON, lack a text, or that the tokenizer "
-        "fails on, and say how many; without it the first ends the tool",
+        "or chat template fails on, and say how many; without it the first ends the tool",
+    )
+    chat = parser.add_argument_group("conversations")
+    chat.add_argument(
+        "--chat",
+        action="store_true",
+        help="lines have messages, which the tokenizer's chat template writes; the loss is on the assistant's tokens",
+    )
+    chat.add_argument("--seq-length", type=positive, metavar="N", help="positions of a sample, that of the training")
+    chat.add_argument(
+        "--too-long",
+        choices=TOO_LONG,
+        default=CUT,
+        help="cut what is longer than a sample at its end, or drop it; both are counted",
+    )
+    chat.add_argument(
+        "--unroll",
+        action="store_true",
+        help="make several documents of a conversation whose earlier turns the template writes in another way once "
+        "later ones follow; without it such a line is a bad one",
     )
     tokens = parser.add_argument_group("tokens")
     tokens.add_argument(
@@ -57,8 +82,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     runtime.add_argument("--log-interval", type=positive, metavar="N", help="log a line every N documents")
 
 
+def pack(args: argparse.Namespace) -> dict[str, Any]:
+    """Pack conversations."""
+    from megatron_slim.chats import ChatOptions, make_samples
+
+    _refuse(args, _OF_TEXT, "does not go with --chat")
+    if args.seq_length is None:
+        raise SlimError("--chat needs the length of samples", fix="give --seq-length, that of the training")
+    options = ChatOptions(args.tokenizer_model, args.seq_length, args.too_long, args.unroll, args.skip_bad_lines)
+    found = make_samples(args.input, args.output_prefix, options, workers=args.workers)
+    if found["bad_lines"]:
+        logger.info(f"left out lines: {found['bad_lines']}, the first: {found['first_bad_line']}")
+    return found
+
+
+# Options of the one kind of data that the other would not heed, and what they are without being given.
+_OF_TEXT = {"json_keys": ["text"], "append_eod": False, "split_sentences": False, "lang": None, "log_interval": None}
+_OF_TEXT |= {"tokenizer_type": TOKENIZER_TYPES[0]}
+_OF_CHATS = {"seq_length": None, "too_long": CUT, "unroll": False}
+
+
+def _refuse(args: argparse.Namespace, options: dict[str, Any], why: str) -> None:
+    for name, default in options.items():
+        if getattr(args, name) != default:
+            raise SlimError(f"--{name.replace('_', '-')} {why}", fix="leave it out")
+
+
 def preprocess(args: argparse.Namespace) -> dict[str, Any]:
     """Tokenize, say what was written."""
+    if args.chat:
+        return pack(args)
+    _refuse(args, _OF_CHATS, "is for conversations, with --chat")
     from megatron_slim import preprocessing
     from megatron_slim.encoding import Options
 

@@ -1,7 +1,7 @@
 """Record what a teacher ends with, once: training with --teacher-cache then needs no teacher in memory.
 
 One process streams through the model; under megatron-slim torchrun every process, on a GPU of its own, records its part
-of the samples. The same command goes on after a kill.
+of the samples. The same command continues after a kill.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_slim.sample_set import is_sample_set, open_samples
 if TYPE_CHECKING:
     from megatron_slim.architecture.shape import ModelShape
     from megatron_slim.checkpoint.convert import Checkpoint
-    from megatron_slim.teacher_cache.record import Recorded
+    from megatron_slim.teacher_cache.recording_pass import Recorded
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def read_recorded(args: argparse.Namespace, shape: ModelShape) -> Recorded:
     import numpy as np
 
     from megatron_slim.streaming.samples import check_samples
-    from megatron_slim.teacher_cache.record import Recorded
+    from megatron_slim.teacher_cache.recording_pass import Recorded
 
     if is_sample_set(args.data):
         given = [flag for flag in ("seq_length", "num_samples") if getattr(args, flag) is not None]

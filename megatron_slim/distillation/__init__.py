@@ -1,6 +1,7 @@
 """Teacher and student as one model, and what is minimised.
 
-- `model`: the student, which carries its teacher
+- `model`, `options`: the student, which carries its teacher, and what it is trained by
+- `recorded`: a teacher whose hidden states were recorded
 - `elastic`, `selected`: several sizes of one student, whose parameters are selections of the largest one's
 - `regions`, `gathered`: parts of tensors that ranks hold, and whole tensors made of them
 - `loss_options`: names and defaults of the losses (no torch)

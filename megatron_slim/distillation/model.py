@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import megatron_slim.mcore
@@ -34,51 +33,21 @@ from torch import Tensor
 
 from megatron_slim.architecture.context_parallel import local_positions, local_slice
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
-from megatron_slim.distillation.divergences import KDLoss
 from megatron_slim.distillation.fused import DistillationInputs, Target, default_chunk, fused_losses
 from megatron_slim.distillation.hidden import HiddenDistillation, HiddenInputs, layers_of
-from megatron_slim.distillation.layer_pairs import LayerPair
-from megatron_slim.distillation.loss_options import DEFAULTS
 from megatron_slim.distillation.losses import TokenLosses, shift
 from megatron_slim.distillation.offload import OffloadedWeights
+from megatron_slim.distillation.options import TEACHER_MAIN, TEACHER_MTP, DistillationOptions
 from megatron_slim.distillation.output_layer import OutputLayer
 from megatron_slim.distillation.recorded import RecordedTeacher
 from megatron_slim.distillation.terms import CROSS_ENTROPY, DIVERGENCE, TEACHER_CROSS_ENTROPY, LossTerm, terms_of
 from megatron_slim.distillation.vocabulary import VocabShard
 from megatron_slim.weight_gradient import ready_weight
 
-TEACHER_MTP, TEACHER_MAIN = "teacher-mtp", "teacher-main"
-
 
 def _between_stages(config: TransformerConfig) -> torch.dtype:
     """What a model's hidden states are in where its stages meet: fp32 for a residual stream in fp32."""
     return torch.float32 if config.fp32_residual_connection else config.params_dtype
-
-
-@dataclass(frozen=True)
-class DistillationOptions:
-    """What a student is trained by.
-
-    Attributes:
-        vocab_size: tokens that count; the rest of the output layer's rows are padding.
-        kd_loss: of main and MTP heads.
-        loss_chunk: rows whose logits are in memory at once; None, what suits the device.
-        mtp_kd_target: what supervises an MTP head, `TEACHER_MTP` or `TEACHER_MAIN`.
-        teacher_ahead: in training mode `DistillationModel.forward` does not run the teacher, and is given its hidden
-            states.
-        hidden_pairs: layers, of the whole model, that the teacher's supervise; both of a pair are in one stage.
-        hidden_loss: of their hidden states, as `hidden.token_losses`.
-        seed: of their projections.
-    """
-
-    vocab_size: int
-    kd_loss: KDLoss = field(default_factory=KDLoss)
-    loss_chunk: int | None = None
-    mtp_kd_target: str = TEACHER_MTP
-    teacher_ahead: bool = False
-    hidden_pairs: tuple[LayerPair, ...] = ()
-    hidden_loss: str = DEFAULTS.hidden_kd_loss
-    seed: int = 0
 
 
 class DistillationModel(HiddenStatesModel):

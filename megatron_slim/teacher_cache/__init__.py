@@ -4,5 +4,6 @@
 - `cache`: the directory, opened and read by sample
 - `recording`: that directory while it is recorded, and after a kill
 - `guessing`: whether a teacher knows something of the data
-- `record`: the recording pass
+- `recording_pass`: the pass of one shard
+- `record`: all of them
 """

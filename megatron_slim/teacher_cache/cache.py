@@ -83,6 +83,11 @@ class TeacherCache:
     _files: OpenFiles = field(default_factory=OpenFiles, repr=False, compare=False)
 
     @property
+    def head_flops(self) -> float:
+        """Operations per token of the teacher's output layer, once."""
+        return 2.0 * self.vocab_size * self.hidden_size
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of the state of one position of one head."""
         return row_bytes(self.kind, self.hidden_size)

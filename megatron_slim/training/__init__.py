@@ -5,8 +5,9 @@
 - `build`, `steps`: the models of a pipeline stage, and what Megatron's loop calls in a step
 - `elastic`, `turns`: which budgets of an elastic student a step trains, and what is done around it
 - `variables`, `slim_arguments`, `arguments`: what `megatron-slim distill` takes, our flags, and Megatron's
-- `data`, `packed_data`, `batches`, `blends`: data sets, packed samples, batches, and mixtures of data sets
-- `checks`, `data_checks`, `document_checks`, `loss_checks`, `fp8_checks`, `start_checks`, `missing_libraries`: before
+- `data`, `packed_data`, `cached_data`, `chat_data`, `batches`, `blends`: data sets, packed samples, those with states
+  of a recorded teacher, conversations, batches, and mixtures of data sets
+- `checks`, `data_checks`, `cache_checks`, `document_checks`, `loss_checks`, `fp8_checks`, `start_checks`, `missing_libraries`: before
   the start
 - `teacher_check`, `teacher_config`: whether the teacher is the one that was recorded, and its configuration
 - `resume_checks`: whether a checkpoint fits the run that resumes from it

@@ -6,11 +6,10 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.distillation.model import TEACHER_MTP
+from megatron_slim.distillation.options import TEACHER_MTP
 from megatron_slim.errors import DataError
 from megatron_slim.sample_set import is_sample_set, open_samples
 from megatron_slim.teacher_cache.cache import TeacherCache, is_cache, open_cache
-from megatron_slim.training.blends import read_sources
 from megatron_slim.training.document_checks import prefixes_of
 
 # Flags of a teacher that computes.
@@ -82,5 +81,5 @@ def check_caches(args: Namespace, cache: TeacherCache | None) -> None:
             "--mock-data are not what a teacher was recorded on", fix="leave it out: the cache has the data"
         )
     cache.verify_head()
-    for prefix in prefixes_of(read_sources(args)):
+    for prefix in prefixes_of(args):
         cache_of(Path(prefix), cache)

@@ -19,9 +19,10 @@ from megatron_slim.checkpoint.integrity import read_manifest
 from megatron_slim.checkpoint.iterations import is_torch_dist, iteration_directory
 from megatron_slim.checkpoint.records import ELASTIC
 from megatron_slim.checkpoint.tracker import repair_tracker
-from megatron_slim.distillation.model import TEACHER_MTP
+from megatron_slim.distillation.options import TEACHER_MTP
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.training.cache_checks import cache_violations, check_caches
+from megatron_slim.training.chat_data import make_sample_sets
 from megatron_slim.training.data_checks import check_data
 from megatron_slim.training.document_checks import document_violations
 from megatron_slim.training.elastic import check_kept_budgets, depth_violations, elastic_violations
@@ -55,6 +56,8 @@ def check(spec: RunSpec) -> None:
         raise SlimError("nothing to train", fix="give --train-iters or --train-samples")
     check_kept_budgets(None if args.save is None else Path(args.save), spec.elastic)
     start = _check_start(spec)
+    if not args.check_arguments:
+        make_sample_sets(args)
     check_data(args, shape.vocab_size)
     check_caches(args, spec.cache)
     if args.verify_integrity:

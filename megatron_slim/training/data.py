@@ -22,7 +22,7 @@ from megatron_slim.data import document_lengths
 from megatron_slim.errors import DataError
 from megatron_slim.sample_set import is_sample_set, open_samples
 from megatron_slim.teacher_cache.cache import TeacherCache
-from megatron_slim.training.blends import Blend, Sources, read_sources
+from megatron_slim.training.blends import Blend, read_sources
 from megatron_slim.training.cached_data import CachedDataset
 from megatron_slim.training.data_checks import DEFAULT_SPLIT, needed_parts
 from megatron_slim.training.document_checks import prefixes_of, sample_sets
@@ -110,7 +110,7 @@ def dataset_config(cache: TeacherCache | None = None, recorded_heads: int = 0) -
         create_attention_mask=False,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
-        lengths=_hash_of_lengths(sources),
+        lengths=_hash_of_lengths(args),
         cache=cache,
         recorded_heads=recorded_heads,
     )
@@ -119,10 +119,10 @@ def dataset_config(cache: TeacherCache | None = None, recorded_heads: int = 0) -
     return config
 
 
-def _hash_of_lengths(sources: Sources) -> str:
-    if sets := sample_sets(sources):
+def _hash_of_lengths(args: Namespace) -> str:
+    if sets := sample_sets(args):
         return " ".join(sorted(each.digests["tokens.npy"] for each in sets))
-    hashes = [xxhash.xxh3_64_hexdigest(document_lengths(Path(prefix))) for prefix in sorted(prefixes_of(sources))]
+    hashes = [xxhash.xxh3_64_hexdigest(document_lengths(Path(prefix))) for prefix in sorted(prefixes_of(args))]
     return " ".join(hashes)
 
 
@@ -160,7 +160,7 @@ def build_datasets(
     """
     args = get_args()
     kind = MockGPTDataset if args.mock_data else GPTDataset
-    if not args.mock_data and sample_sets(read_sources(args)):
+    if not args.mock_data and sample_sets(args):
         kind = CachedDataset if recorded_heads else PackedDataset
     sizes = [num_samples[0], max(num_samples[1] or 0, _validation_samples(args)), num_samples[2]]
     try:

@@ -20,7 +20,7 @@ from megatron_slim.data import check_ids, document_lengths, exact_prefix, open_s
 from megatron_slim.errors import DataError
 from megatron_slim.sample_set import SampleSet
 from megatron_slim.training.blends import Sources, read_sources
-from megatron_slim.training.document_checks import prefixes_of, sample_sets
+from megatron_slim.training.document_checks import prefixes_of, sample_sets, will_be_made
 
 DEFAULT_SPLIT = "969, 30, 1"  # Megatron's
 _SEEN_TOKENS = 1 << 22  # of a sample set, before a run
@@ -43,8 +43,9 @@ def check_data(args: Namespace, vocab_size: int) -> None:
         return
     if not any(sources.blends()):
         raise DataError("no training data", fix="give --data-path, the prefix of a .bin/.idx pair")
-    sets = {str(each.path): _check_samples(each, vocab_size, args) for each in sample_sets(sources)}
-    lengths = {} if sets else {prefix: _check_set(prefix, vocab_size) for prefix in prefixes_of(sources)}
+    sets = {str(each.path): _check_samples(each, vocab_size, args) for each in sample_sets(args)}
+    documents = [each for each in prefixes_of(args) if str(Path(each)) not in sets and not will_be_made(args, each)]
+    lengths = {prefix: _check_set(prefix, vocab_size) for prefix in documents}
     bounds = part_bounds(sources, args)
     for number, (name, needed, blend) in enumerate(zip(_NAMES, needed_parts(args), sources.blends(), strict=True)):
         ends = bounds[number]
@@ -55,9 +56,9 @@ def check_data(args: Namespace, vocab_size: int) -> None:
                 _refuse_missing_part(name, sources)
             continue
         for prefix in blend.prefixes:
-            if sets:
-                _check_rows(name, prefix, ends, sets[str(Path(prefix))], sources, args)
-            else:
+            if (rows := sets.get(str(Path(prefix)))) is not None:
+                _check_rows(name, prefix, ends, rows, sources, args)
+            elif prefix in lengths:
                 _check_part(name, prefix, ends, lengths[prefix], sources, args)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.errors import DataError
 from megatron_slim.sample_set import SampleSet, is_sample_set, open_samples
-from megatron_slim.training.blends import Sources, read_sources
+from megatron_slim.training.blends import read_sources
 
 # What marks documents in data that do not: of samples it is known.
 _MARKS = {
@@ -19,26 +19,37 @@ _MARKS = {
 }
 
 
-def prefixes_of(sources: Sources) -> list[str]:
-    """All data sets that are named, each once."""
-    return list({prefix: None for blend in sources.blends() if blend is not None for prefix in blend.prefixes})
+def prefixes_of(args: Namespace) -> list[str]:
+    """All data sets that are named, each once.
+
+    Raises:
+        DataError: data are given in more than one way.
+    """
+    blends = read_sources(args).blends()
+    return list({prefix: None for blend in blends if blend is not None for prefix in blend.prefixes})
 
 
-def sample_sets(sources: Sources) -> list[SampleSet]:
-    """The sample sets that a run is given; none where it is given documents.
+def will_be_made(args: Namespace, prefix: str) -> bool:
+    """Whether a data set is a sample set that this run makes of conversations."""
+    return Path(prefix) in getattr(args, "chats", {})
+
+
+def sample_sets(args: Namespace) -> list[SampleSet]:
+    """The sample sets that a run is given, as far as they are there; none where it is given documents.
 
     Raises:
         DataError: it is given both, or samples whose documents see each other and others, or a set is damaged.
     """
-    prefixes = prefixes_of(sources)
-    found = {prefix: is_sample_set(Path(prefix)) for prefix in prefixes}
-    if not any(found.values()):
+    prefixes = prefixes_of(args)
+    there = {prefix: is_sample_set(Path(prefix)) for prefix in prefixes}
+    are_samples = {prefix: there[prefix] or will_be_made(args, prefix) for prefix in prefixes}
+    if not any(are_samples.values()):
         return []
-    if others := [prefix for prefix in prefixes if not found[prefix]]:
-        first = next(prefix for prefix in prefixes if found[prefix])
+    if others := [prefix for prefix in prefixes if not are_samples[prefix]]:
+        first = next(prefix for prefix in prefixes if are_samples[prefix])
         what = "is a sample set, which does not go with documents"
         raise DataError(f"{what} such as {others[0]}", where=first, fix="give data of one kind")
-    sets = [open_samples(Path(prefix)) for prefix in prefixes]
+    sets = [open_samples(Path(prefix)) for prefix in prefixes if there[prefix]]
     if len({each.documents for each in sets}) > 1:
         apart, together = (next(each.path for each in sets if each.documents is is_apart) for is_apart in (True, False))
         raise DataError(
@@ -58,7 +69,8 @@ def keeps_documents_apart(args: Namespace) -> bool:
     Raises:
         DataError: as `sample_sets`, or data are given in more than one way.
     """
-    return bool(args.reset_attention_mask) or any(each.documents for each in sample_sets(read_sources(args)))
+    packed = args.reset_attention_mask or getattr(args, "chats", None)
+    return bool(packed) or any(each.documents for each in sample_sets(args))
 
 
 def document_violations(shape: ModelShape, args: Namespace) -> list[str]:
@@ -72,7 +84,7 @@ def document_violations(shape: ModelShape, args: Namespace) -> list[str]:
         DataError: as `keeps_documents_apart`.
     """
     found = []
-    if sample_sets(read_sources(args)):
+    if sample_sets(args) or getattr(args, "chats", None):
         given = [name for name in _MARKS if getattr(args, name, False)]
         found = [f"{_flag(name)} does not go with a sample set: {_MARKS[name]}" for name in given]
     elif args.reset_attention_mask and not args.reset_position_ids:

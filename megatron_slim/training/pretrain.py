@@ -77,7 +77,14 @@ class Run:
         watch, runs_mtp = FiniteWatch(), spec.teacher_runs_mtp
         names = {} if spec.elastic is None else {"budgets": spec.elastic.names}
         constants = run_constants(
-            spec.student, spec.teacher, args, teacher_runs_mtp=runs_mtp, phase=spec.phase, place=spec.place, **names
+            spec.student,
+            spec.teacher,
+            args,
+            teacher_runs_mtp=runs_mtp,
+            recorded=0.0 if spec.cache is None else spec.recorded_heads * spec.cache.head_flops,
+            phase=spec.phase,
+            place=spec.place,
+            **names,
         )
         log, turns = RunLog(spec.student, loss_weights, constants, experts_of_layers(spec.student)), None
         if spec.elastic is not None:

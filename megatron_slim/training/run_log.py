@@ -72,11 +72,23 @@ def run_constants(
     args: Namespace,
     *,
     teacher_runs_mtp: bool,
+    recorded: float = 0.0,
     phase: Phase | None = None,
     place: Place | None = None,
     budgets: tuple[str, ...] = ("",),
 ) -> RunConstants:
-    """What the figures of a run are relative to; ``args`` are Megatron's, validated."""
+    """What the figures of a run are relative to.
+
+    Args:
+        shape: the student's sizes.
+        teacher: the teacher's, None without one in memory.
+        args: Megatron's, validated.
+        teacher_runs_mtp: the student's MTP heads are supervised by the teacher's.
+        recorded: operations per token of a teacher that was recorded, those of its output layer.
+        phase: of a progressive schedule.
+        place: of that phase.
+        budgets: their names.
+    """
     kernels, device = kernels_of(args), torch.cuda.get_device_name()
     flops = {"student": step_flops(shape, args.seq_length, kernels, only=chosen(args)).total}
     student_recipe = args.fp8_recipe if args.fp8 else None
@@ -84,6 +96,8 @@ def run_constants(
     fp8 = {"student": bool(args.fp8), "teacher": teacher_fp8 is not None}
     if teacher is not None:
         flops["teacher"] = teacher_flops(teacher, args.seq_length, kernels, runs_mtp=teacher_runs_mtp).total
+    elif recorded:
+        flops["teacher"] = recorded
     if args.peak_tflops is not None:
         peaks = dict.fromkeys(flops, args.peak_tflops * 1e12)
     elif args.bf16 or args.fp16:

@@ -22,11 +22,12 @@ from megatron_slim.checkpoint.torch_dist_names import TRACKER
 from megatron_slim.checkpoint.tracker import missing_parts
 from megatron_slim.distillation.divergences import KDLoss
 from megatron_slim.distillation.loss_options import DEFAULTS
-from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationOptions
+from megatron_slim.distillation.options import TEACHER_MAIN, TEACHER_MTP, DistillationOptions
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.recipe_sections import Phase
 from megatron_slim.teacher_cache.cache import TeacherCache, open_cache
 from megatron_slim.training.arguments import complete_argv, parse, shape_directory
+from megatron_slim.training.chat_data import SFT, name_sample_sets, without_tokenizer_type
 from megatron_slim.training.document_checks import keeps_documents_apart
 from megatron_slim.training.elastic import ElasticRun, elastic_run, without_overlap
 from megatron_slim.training.progressive import Place, find_place, is_done, phase_of
@@ -177,9 +178,12 @@ def resolve(argv: Sequence[str], teacher: ModelShape | None = None) -> RunSpec:
     """
     given = list(argv)
     source = shape_directory(given)
-    flags, student = complete_argv(given)
-    words = without_overlap([*flags, *given])
+    asked = without_tokenizer_type(given)
+    flags, student = complete_argv(asked)
+    words = without_overlap([*flags, *asked])
     args = parse(words)
+    # Samples need none of what --sft changes in Megatron, such as means of validation that are no means over tokens.
+    words = [word for word in (*words, *name_sample_sets(args)) if word != SFT]
     phase = phase_of(args.pretrained_checkpoint)
     place = find_place(phase, args)
     words = [*default_warmup(args, given), *words]

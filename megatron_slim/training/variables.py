@@ -37,7 +37,10 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "HF_CONFIG": ("DIR", "in place of --student: directory of a config.json, for random weights"),
         "TEACHER": ("DIR", "checkpoint of the teacher, either format; without it the run is LM + MTP-LM training"),
         "TEACHER_CACHE": ("DIR", "in place of --teacher: what megatron-slim record wrote, whose samples are the data"),
-        "DATA": ("PREFIX ...", "training data: .bin/.idx prefixes, or weights and prefixes"),
+        "DATA": (
+            "PREFIX ...",
+            "training data: .bin/.idx prefixes or sample sets, weights in front or none",
+        ),
         "VALID_DATA": ("PREFIX ...", "validation data; without it a part of --data is set aside"),
         "SAVE": ("DIR", "checkpoints and logs; a run found there is resumed"),
     },
@@ -86,8 +89,8 @@ _NAMES = {
     "TEACHER": "--teacher-load",
 }
 _SAME_NAMES = (
-    "HF_CONFIG TEACHER_CACHE SEQ_LENGTH MICRO_BATCH_SIZE GLOBAL_BATCH_SIZE TRAIN_ITERS LR MIN_LR LR_WARMUP_ITERS SAVE_INTERVAL "
-    "EVAL_INTERVAL EVAL_ITERS LOG_INTERVAL STAGE_WARMUP"
+    "HF_CONFIG TEACHER_CACHE SEQ_LENGTH MICRO_BATCH_SIZE GLOBAL_BATCH_SIZE TRAIN_ITERS LR MIN_LR LR_WARMUP_ITERS "
+    "SAVE_INTERVAL EVAL_INTERVAL EVAL_ITERS LOG_INTERVAL STAGE_WARMUP"
 ).split()
 _ALWAYS = "--use-distributed-optimizer --lr-decay-style cosine --clip-grad 1.0 --distributed-timeout-minutes 30".split()
 BEHIND = "--"  # what stands behind it goes to Megatron as it is

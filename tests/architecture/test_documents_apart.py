@@ -20,7 +20,8 @@ from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.compat import runtime
 from megatron_slim.distillation.losses import TokenLosses, combine
-from megatron_slim.distillation.model import DistillationModel, DistillationOptions
+from megatron_slim.distillation.model import DistillationModel
+from megatron_slim.distillation.options import DistillationOptions
 from megatron_slim.streaming.forward import EMBEDDING, StreamingForward
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 

@@ -27,7 +27,8 @@ from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, M
 from megatron_slim.compat import runtime
 from megatron_slim.compat.linear_attention import chunk_gated_delta_rule
 from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine, gradients_of_total
-from megatron_slim.distillation.model import DistillationModel, DistillationOptions, HiddenStatesModel
+from megatron_slim.distillation.model import DistillationModel, HiddenStatesModel
+from megatron_slim.distillation.options import DistillationOptions
 from megatron_slim.testing import tiny_shape
 from megatron_slim.training.frozen import freeze
 

@@ -31,7 +31,8 @@ def _model(shape: ModelShape, *, is_teacher: bool = False, teacher: Any = None, 
     """A student, with ``teacher`` if there is one; or a model that is to be a teacher."""
     from megatron_slim.architecture.hidden_states import HiddenStatesModel
     from megatron_slim.architecture.layer_specs import build_model, transformer_config
-    from megatron_slim.distillation.model import DistillationModel, DistillationOptions
+    from megatron_slim.distillation.model import DistillationModel
+    from megatron_slim.distillation.options import DistillationOptions
 
     config = transformer_config(shape, **fields)
     if is_teacher:

@@ -37,7 +37,8 @@ def _build(shape: Any, layout: tuple[Any, ...], modules: dict[str, Any]) -> list
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from megatron_slim.architecture.layer_specs import build_model, transformer_config
-    from megatron_slim.distillation.model import DistillationModel, DistillationOptions
+    from megatron_slim.distillation.model import DistillationModel
+    from megatron_slim.distillation.options import DistillationOptions
 
     tp, pp, vpp, ep, etp = layout
     sizes = {

@@ -22,7 +22,8 @@ from megatron_slim.compat import runtime
 from megatron_slim.distillation import layer_pairs
 from megatron_slim.distillation.hidden import HiddenInputs, Projection
 from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine
-from megatron_slim.distillation.model import DistillationModel, DistillationOptions, HiddenStatesModel
+from megatron_slim.distillation.model import DistillationModel, HiddenStatesModel
+from megatron_slim.distillation.options import DistillationOptions
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 from tests.distillation.test_model import build, gradients
 

@@ -22,7 +22,8 @@ from megatron_slim.distillation.losses import (
     gradients_of_total,
     mtp_mask,
 )
-from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel, DistillationOptions
+from megatron_slim.distillation.model import DistillationModel
+from megatron_slim.distillation.options import TEACHER_MAIN, TEACHER_MTP, DistillationOptions
 from megatron_slim.testing import tiny_shape
 
 V, S, BATCH, EOD = 101, 12, 2, 100

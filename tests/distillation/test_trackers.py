@@ -21,7 +21,8 @@ from torch import Tensor
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.layer_specs import build_model, transformer_config
 from megatron_slim.compat import runtime
-from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP, DistillationModel, DistillationOptions
+from megatron_slim.distillation.model import DistillationModel
+from megatron_slim.distillation.options import TEACHER_MAIN, TEACHER_MTP, DistillationOptions
 from megatron_slim.testing import tiny_shape
 
 KINDS = ("linear_attention", "full_attention")

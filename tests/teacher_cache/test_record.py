@@ -23,8 +23,9 @@ from megatron_slim.errors import CheckpointError, DataError, SlimError
 from megatron_slim.sample_set import write_samples
 from megatron_slim.teacher_cache import record as recording
 from megatron_slim.teacher_cache.cache import CACHE, HEAD, RECORDING, TeacherCache, open_cache
-from megatron_slim.teacher_cache.record import Recorded, RecordOptions, record
+from megatron_slim.teacher_cache.record import RecordOptions, record
 from megatron_slim.teacher_cache.recording import divide
+from megatron_slim.teacher_cache.recording_pass import Recorded
 from megatron_slim.teacher_cache.stored_states import decode
 from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkpoint
 from tests.conftest import Outcome

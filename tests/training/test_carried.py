@@ -29,7 +29,7 @@ from megatron_slim.checkpoint.optimizer_state import MOMENTS, OptimizerState, op
 from megatron_slim.checkpoint.plain_state import read_plain_state
 from megatron_slim.checkpoint.torch_dist_files import read_metadata
 from megatron_slim.compat import hooks
-from megatron_slim.distillation.model import DistillationOptions
+from megatron_slim.distillation.options import DistillationOptions
 from megatron_slim.errors import SlimError
 from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes
 from megatron_slim.streaming.fingerprint import fingerprint

@@ -24,7 +24,8 @@ from megatron_slim.architecture.layer_specs import build_model, transformer_conf
 from megatron_slim.cli.terminal import messages_shown
 from megatron_slim.compat import runtime
 from megatron_slim.distillation.losses import LossWeights
-from megatron_slim.distillation.model import DistillationModel, DistillationOptions, HiddenStatesModel
+from megatron_slim.distillation.model import DistillationModel, HiddenStatesModel
+from megatron_slim.distillation.options import DistillationOptions
 from megatron_slim.distillation.terms import LOSS_TERMS
 from megatron_slim.testing import run_distributed, tiny_shape
 from megatron_slim.training import meters, pretrain, run_log, steps

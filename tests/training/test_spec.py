@@ -15,7 +15,7 @@ import torch
 
 from megatron_slim.architecture.layer_specs import transformer_config
 from megatron_slim.compat import runtime
-from megatron_slim.distillation.model import TEACHER_MAIN, TEACHER_MTP
+from megatron_slim.distillation.options import TEACHER_MAIN, TEACHER_MTP
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 from megatron_slim.training.build import build_stage
 from megatron_slim.training.spec import resolve

@@ -16,7 +16,8 @@ import torch
 from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.sample_set import SampleSet, open_samples, write_samples
 from megatron_slim.teacher_cache.cache import open_cache
-from megatron_slim.teacher_cache.record import Recorded, RecordOptions, record
+from megatron_slim.teacher_cache.record import RecordOptions, record
+from megatron_slim.teacher_cache.recording_pass import Recorded
 from megatron_slim.testing import run_distributed, tiny_shape
 from megatron_slim.training.cache_checks import cache_violations
 from megatron_slim.training.slim_arguments import add_slim_arguments
