@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     )
     from megatron_slim.api_elastic import open_budget, slice_budget
     from megatron_slim.api_measures import acceptance, count_parameters, evaluate, figures, task_scores
+    from megatron_slim.api_record import record
 
 __version__ = "0.1.0"
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "read_plan",
     "read_recipe",
     "read_statistics",
+    "record",
     "slice_budget",
     "task_scores",
 ]

@@ -18,6 +18,7 @@ import torch
 from megatron_slim.api_elastic import open_budget, slice_budget
 from megatron_slim.api_inputs import Format, StrPath, data_of, expect, opened, shown
 from megatron_slim.api_measures import acceptance, count_parameters, evaluate, figures, task_scores
+from megatron_slim.api_record import record
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import ParameterCount
 from megatron_slim.checkpoint.convert import Checkpoint, open_checkpoint, write_checkpoint
@@ -68,6 +69,7 @@ __all__ = [
     "read_plan",
     "read_recipe",
     "read_statistics",
+    "record",
     "slice_budget",
     "task_scores",
 ]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from megatron_slim import recipe
+from megatron_slim import recipe, sample_set
 from megatron_slim.checkpoint.records import PROVENANCE, REFERENCE
 from megatron_slim.checkpoint.reference import read_reference
 from megatron_slim.compression import report_facts
@@ -21,6 +21,7 @@ from megatron_slim.pruning import elastic, plan, statistics
 from megatron_slim.pruning.plan_reader import parse_plan
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import parse_recipe
+from megatron_slim.teacher_cache import cache
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs/formats.md").read_text(encoding="utf-8")
@@ -37,6 +38,8 @@ def test_the_page_has_the_versions_of_the_code() -> None:
     assert row("plan")[2:] == [str(plan.VERSION)] * 2
     assert row("budgets of an elastic checkpoint")[2:] == [str(elastic.VERSION)] * 2
     assert row("statistics")[2] == statistics.FORMAT
+    assert row("sample set")[2:] == [str(sample_set.FORMAT)] * 2
+    assert row("teacher's cache")[2:] == [str(cache.FORMAT)] * 2
     assert row("report of a compression run")[2:] == [str(report_facts.VERSION), "never"]
     assert PROVENANCE in row("provenance")[0] and REFERENCE in row("recorded losses")[0]
 

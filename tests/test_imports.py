@@ -67,7 +67,7 @@ LAYERS = (
     ("planning",),
     ("doctor",),
     ("compression",),
-    ("api", "api_elastic", "api_inputs", "api_measures"),
+    ("api", "api_elastic", "api_inputs", "api_measures", "api_record"),
     ("cli", "__main__"),
     ("testing", "testing_preload"),
 )

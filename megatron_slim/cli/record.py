@@ -16,15 +16,11 @@ from typing import TYPE_CHECKING, Any
 from megatron_slim.cli.evaluation_extras import DTYPES, dtype_of
 from megatron_slim.cli.tool import run_command
 from megatron_slim.command_line import add_load_arguments, load_options, not_negative, positive
-from megatron_slim.data import read_samples
-from megatron_slim.errors import DataError, user_error
+from megatron_slim.errors import user_error
 from megatron_slim.processes import leave_ranks
-from megatron_slim.sample_set import is_sample_set, open_samples
 
 if TYPE_CHECKING:
-    from megatron_slim.architecture.shape import ModelShape
     from megatron_slim.checkpoint.convert import Checkpoint
-    from megatron_slim.teacher_cache.recording_pass import Recorded
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +71,11 @@ def run_record(args: argparse.Namespace) -> dict[str, Any]:
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     source = open_checkpoint(args.load, **load_options(args))
-    samples = read_recorded(args, source.shape)
+    from megatron_slim.teacher_cache.given import read_recorded
+
+    samples = read_recorded(
+        args.data, source.shape, seq_length=args.seq_length, num_samples=args.num_samples, seed=args.seed
+    )
     if rank == 0:
         log_left_out(source)
     from megatron_slim.teacher_cache.record import RecordOptions, record
@@ -93,51 +93,12 @@ def run_record(args: argparse.Namespace) -> dict[str, Any]:
     cache = record(source, samples, args.save, options)
     if cache is None:
         return {}
-    figures = dict(cache.figures)
-    tokens = len(cache.samples) * cache.samples.seq_length
+    found = cache.summary()
     logger.info(
-        f"{args.save}: states of {tokens:,} tokens in {cache.kind}; rounding them costs a KL of "
-        f"{figures['kl_of_rounding']:.2g} nats a token, the teacher's cross entropy is {figures['teacher_loss']:.4f}"
+        f"{args.save}: states of {found['tokens']:,} tokens in {cache.kind}; rounding them costs a KL of "
+        f"{found['kl_of_rounding']:.2g} nats a token, the teacher's cross entropy is {found['teacher_loss']:.4f}"
     )
-    return {
-        "save": str(args.save),
-        "samples": len(cache.samples),
-        "seq_length": cache.samples.seq_length,
-        "tokens": tokens,
-        "heads": cache.heads,
-        "states": cache.kind,
-        "bytes": len(cache.samples) * cache.heads * cache.sample_bytes,
-        **figures,
-    }
-
-
-def read_recorded(args: argparse.Namespace, shape: ModelShape) -> Recorded:
-    """The samples that were asked for, checked against the model.
-
-    Raises:
-        DataError: they are none, or not for this model.
-    """
-    import numpy as np
-
-    from megatron_slim.streaming.samples import check_samples
-    from megatron_slim.teacher_cache.recording_pass import Recorded
-
-    if is_sample_set(args.data):
-        given = [flag for flag in ("seq_length", "num_samples") if getattr(args, flag) is not None]
-        if given:
-            flag = f"--{given[0].replace('_', '-')}"
-            raise DataError(f"is a sample set, of which {flag} takes no part", where=str(args.data), fix="leave it out")
-        found = open_samples(args.data)
-        found.verify(shape.vocab_size)
-        samples = Recorded(found.tokens, found.loss_mask, found.position_ids, found.documents, found.about)
-    else:
-        length = None if args.seq_length is None else args.seq_length + 1
-        tokens = read_samples(
-            args.data, seq_length=length, num_samples=args.num_samples, vocab_size=shape.vocab_size, seed=args.seed
-        )
-        samples = Recorded.whole(tokens.astype(np.int32), {"data": str(args.data), "seed": args.seed})
-    check_samples(np.asarray(samples.tokens[:1, :-1], dtype=np.int64), shape, where=str(args.data))
-    return samples
+    return found
 
 
 def _announce(source: Checkpoint, save: Path, world: int, length: int, tokens: int, nbytes: int, shards: int) -> None:

@@ -5,5 +5,6 @@
 - `recording`: that directory while it is recorded, and after a kill
 - `guessing`: whether a teacher knows something of the data
 - `recording_pass`: the pass of one shard
+- `given`: the samples that it is recorded on
 - `record`: all of them
 """

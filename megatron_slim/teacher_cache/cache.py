@@ -97,6 +97,20 @@ class TeacherCache:
         """Bytes of one sample's states of one head."""
         return self.samples.seq_length * self.row_bytes
 
+    def summary(self) -> dict[str, Any]:
+        """What was recorded, as ``megatron-slim record --json``."""
+        samples, length = len(self.samples), self.samples.seq_length
+        return {
+            "save": str(self.path),
+            "samples": samples,
+            "seq_length": length,
+            "tokens": samples * length,
+            "heads": self.heads,
+            "states": self.kind,
+            "bytes": samples * self.heads * self.sample_bytes,
+            **self.figures,
+        }
+
     def read(self, index: int, heads: int) -> Tensor:
         """The states of a sample's first heads as they are stored, uint8 [heads, S, `row_bytes`].
 

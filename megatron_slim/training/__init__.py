@@ -7,8 +7,8 @@
 - `variables`, `slim_arguments`, `arguments`: what `megatron-slim distill` takes, our flags, and Megatron's
 - `data`, `packed_data`, `cached_data`, `chat_data`, `batches`, `blends`: data sets, packed samples, those with states
   of a recorded teacher, conversations, batches, and mixtures of data sets
-- `checks`, `data_checks`, `cache_checks`, `document_checks`, `loss_checks`, `fp8_checks`, `start_checks`, `missing_libraries`: before
-  the start
+- `checks`, `data_checks`, `cache_checks`, `document_checks`, `loss_checks`, `fp8_checks`, `start_checks`,
+  `missing_libraries`: before the start
 - `teacher_check`, `teacher_config`: whether the teacher is the one that was recorded, and its configuration
 - `resume_checks`: whether a checkpoint fits the run that resumes from it
 - `carried`, `kept_files`: the optimizer of the phase before; what an export of a run's checkpoints needs

@@ -321,3 +321,21 @@ def test_samples_are_divided_alike() -> None:
         sizes = {len(part) for part in found}
         assert max(sizes) <= most and max(sizes) - min(sizes) <= 1
         assert len(found) % workers == 0 or len(found) == samples
+
+
+def test_from_python(model: Path, whole: TeacherCache, tmp_path: Path) -> None:
+    import megatron_slim as slim
+
+    found = slim.record(
+        model,
+        TOKENS,
+        tmp_path / "cache",
+        states="fp32",
+        dtype=torch.float32,
+        micro_batch_size=2,
+        shard_tokens=3 * LENGTH,
+        check_teacher=False,
+    )
+    assert found["tokens"] == SAMPLES * LENGTH and found["bytes"] == SAMPLES * 2 * whole.sample_bytes
+    for name in ("states-00001.bin", "tokens.npy", HEAD):
+        assert (tmp_path / "cache" / name).read_bytes() == (whole.path / name).read_bytes()
