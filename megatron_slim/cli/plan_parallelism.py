@@ -17,14 +17,18 @@ from megatron_slim.command_line import RECIPE_HELP, positive
 from megatron_slim.distillation.loss_options import KD_LOSSES
 from megatron_slim.errors import SlimError
 from megatron_slim.optimizers import OPTIMIZERS
-from megatron_slim.planning import report
+from megatron_slim.planning import report, report_parts
+from megatron_slim.planning.flags import CACHE_FLAG
 from megatron_slim.planning.hardware import GPUS, parse_assumptions
 from megatron_slim.planning.layouts import RECOMPUTE, Settings, Wanted
-from megatron_slim.planning.memory import rank_counts, rank_memory
+from megatron_slim.planning.memory import rank_counts, rank_memory, static_of_head
 from megatron_slim.planning.search import TOO_LARGE, Candidate, Found, Job, Rejected, Search, why_too_large
 from megatron_slim.planning.sources import Asked, Models, find_models
+from megatron_slim.planning.storage import FULL, STORAGES
+from megatron_slim.planning.subsets import subsets
 from megatron_slim.recipe_budget import whole_number
 from megatron_slim.reporting import progress
+from megatron_slim.training.train_only import TRAIN_ONLY, train_only
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "phase of a recipe with phases, from 1"
     models.add_argument("--phase", "--stage", type=positive, metavar="K", action=PhaseAction, help=what)
     models.add_argument("--teacher-config", type=Path, metavar="DIR", help="directory of the teacher's config.json")
+    models.add_argument(
+        CACHE_FLAG,
+        type=Path,
+        nargs="?",
+        const=Path(),
+        metavar="DIR",
+        help="the teacher's hidden states come from a cache, and of its weights those of its output layer alone are in "
+        "memory; DIR has its config.json: the cache, or the teacher (default: that of the recipe or plan)",
+    )
     models.add_argument("--no-teacher", action="store_true", help="plan training without a teacher")
     models.add_argument("--without-mtp", action="store_true", help="leave the student's MTP block out, as in training")
     models.add_argument(
@@ -72,6 +85,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--precision", choices=("bf16", "fp32"), default=SCRIPT.precision, help="type of the weights")
     run.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default=SCRIPT.optimizer, help="optimizer")
+    run.add_argument(TRAIN_ONLY, type=train_only, metavar="PART,...", help="parts that are trained (default: all)")
+    run.add_argument(
+        "--optimizer-states",
+        choices=tuple(STORAGES),
+        help="where and how the optimizer has its states: "
+        + "; ".join(f"{each.name}: {each.about}" for each in STORAGES.values())
+        + f" (default: {FULL}, and where not all can be trained, each)",
+    )
     run.add_argument("--kd-loss", choices=KD_LOSSES, default=SCRIPT.kd_loss, help="distillation loss")
     run.add_argument(
         "--loss-chunk-size", type=positive, default=SCRIPT.loss_chunk, metavar="N", help="tokens per chunk of logits"
@@ -106,11 +127,10 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
         raise SlimError(f"--build {args.build} is negative")
     models, job, tokens, notes = _job(args)
     wanted = Wanted(args.tp, args.pp, args.vpp, args.ep, args.micro_batch_size, args.recompute)
-    search = Search(job)
-    found = search.run(wanted, lambda layouts: progress(list(layouts), "layouts"))
+    found = Search(job).run(wanted, lambda layouts: progress(list(layouts), "layouts"))
     built = _build(found, job, min(args.build, args.top))
     if not found.ranked:
-        raise _nothing(found, job)
+        return _some(args, found, job, tokens, wanted, notes)
     if not args.json:
         from rich.console import Console
 
@@ -135,6 +155,38 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _some(
+    args: argparse.Namespace, found: Found, job: Job, tokens: int, wanted: Wanted, notes: list[str]
+) -> dict[str, Any]:
+    """What can be trained where not all can, printed unless ``--json`` is given.
+
+    Raises:
+        SlimError: nothing can; or parts were asked for, or so many GPUs that it is not for want of them.
+    """
+    if args.train_only or found.nearest is None or job.gpus > job.gpu.per_node:
+        raise _nothing(found, job)
+    storages = (args.optimizer_states,) if args.optimizer_states else ()
+    if not (parts := subsets(job, wanted, storages, lambda names: progress(list(names), "parts that fit"))):
+        raise _nothing(found, job)
+    if not args.json:
+        from rich.console import Console
+
+        report_parts.show(Console(highlight=False), parts[: args.top], found, job, tokens, notes)
+    return {
+        "gpus": job.gpus,
+        "gpu": dataclasses.asdict(job.gpu),
+        "student": report.model_entry(job.student),
+        "teacher": report.model_entry(job.teacher),
+        "tokens": tokens,
+        "notes": list(notes),
+        "fit": 0,
+        "ranked": [],
+        "rejected": report.rejected_entry(found),
+        "missing_bytes": found.nearest.needed - job.gpu.memory,
+        "parts": [report_parts.entry(each, tokens) for each in parts[: args.top]],
+    }
+
+
 def _job(args: argparse.Namespace) -> tuple[Models, Job, int, list[str]]:
     gpu, notes = GPUS[args.gpu_type], list[str]()
     if args.gpus_per_node is not None:
@@ -145,12 +197,16 @@ def _job(args: argparse.Namespace) -> tuple[Models, Job, int, list[str]]:
     assumed = parse_assumptions(args.assume)
     if args.tokens is not None and whole_number(args.tokens) is None:
         raise SlimError(f"--tokens {args.tokens!r} is not a number of tokens (such as 40B, 2.5e9, 1000)")
+    cache = args.teacher_cache
+    if cache is not None and (args.no_teacher or args.teacher_config is not None):
+        other = "--no-teacher" if args.no_teacher else "--teacher-config"
+        raise SlimError(f"{CACHE_FLAG} and {other} both say what the teacher is", fix="leave one out")
     asked = Asked(
         args.recipe,
         args.phase,
         args.plan,
         args.hf_config,
-        args.teacher_config,
+        args.teacher_config if cache in (None, Path()) else cache,
         args.no_teacher,
         args.without_mtp,
         args.teacher_without_mtp,
@@ -173,7 +229,12 @@ def _job(args: argparse.Namespace) -> tuple[Models, Job, int, list[str]]:
         progressive=models.progressive and args.tokens is None,
         without_mtp=args.without_mtp,
         teacher_without_mtp=args.teacher_without_mtp and models.teacher is not None,
+        train_only=args.train_only or "",
+        states=args.optimizer_states or FULL,
+        teacher_head_only=cache is not None,
     )
+    if wrong := settings.violations(models.student):
+        raise SlimError("; ".join(wrong))
     return models, Job(models.student, models.teacher, settings, args.gpus, gpu, assumed), tokens, notes
 
 
@@ -195,15 +256,19 @@ def _build(found: Found, job: Job, count: int) -> dict[str, float]:
         candidate = found.ranked[position]
         layout, stages = candidate.layout, candidate.stages
         started = time.monotonic()
-        ranks = build_ranks(Request(job.student, job.teacher, layout, stages, job.settings))
+        teacher = None if job.settings.teacher_head_only else job.teacher
+        ranks = build_ranks(Request(job.student, teacher, layout, stages, job.settings))
         seconds[layout.name] = time.monotonic() - started
         counted = [rank_counts(job.student, stages.student_layers, layout)]
-        counted += [rank_counts(job.teacher, stages.teacher_layers, layout)]
+        counted += [rank_counts(teacher, stages.teacher_layers, layout)]
         for rank, own, theirs in zip(ranks, *counted, strict=True):
             assert (rank.student.total, rank.teacher.total) == (own.total, theirs.total), (
                 "the table and the modules differ"
             )
-        static = [rank.memory for rank in ranks]
+        heads = static_of_head(job.teacher, layout, job.settings)
+        static = [
+            replace(rank.memory, teacher=rank.memory.teacher + head) for rank, head in zip(ranks, heads, strict=True)
+        ]
         memory = rank_memory(job.student, job.teacher, layout, stages, job.settings, job.assumed, static)
         if max(each.total for each in memory) > job.gpu.memory:  # by the padding of its buffers
             worst = max(each.total for each in memory)
@@ -222,6 +287,8 @@ def _nothing(found: Found, job: Job) -> SlimError:
     if nearest is not None:
         over = (nearest.needed - job.gpu.memory) / 1e9
         fix = "take more or larger GPUs, shorter samples, or try other sizes (--tp, --pp, --ep)"
+        if job.teacher is not None and not job.settings.teacher_head_only:
+            fix += f"; {CACHE_FLAG} leaves the teacher's layers out of memory"
         miss = f"the nearest miss is {nearest.layout.name}, {over:.1f} GB too much: {nearest.why}"
         return SlimError(f"no layout fits on {where}; {miss}", fix=fix)
     reasons = [f"{reason} ({count})" for reason, count in found.reasons()[:3]]

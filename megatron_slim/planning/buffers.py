@@ -10,7 +10,7 @@ from typing import Any
 from megatron_slim.architecture.matrices import has_rest
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import weights
-from megatron_slim.optimizers import ADAM, MAIN_COPY, OPTIMIZERS
+from megatron_slim.optimizers import ADAM, OPTIMIZERS
 from megatron_slim.planning.layouts import Settings, TrainLayout
 from megatron_slim.planning.memory import GRADIENT, Memory
 
@@ -49,7 +49,8 @@ def buffer_memory(
         dense = expert = 1
     trained = [each for each in chunk.parameters() if each.requires_grad]
     full = owner.compute_full_param_layout(trained, None, dense, config, expert_data_parallel_world_size=expert)
-    bytes_of, weights_bytes, gradients = _state_bytes(chunk, shape, settings.optimizer), 0, 0
+    bytes_of, gradients = _state_bytes(chunk, shape, settings), 0
+    weights_bytes = sum(each.nbytes for each in chunk.parameters() if not each.requires_grad)
     states = [0] * (layout.gpus // layout.pp)
     for key, buffer in full.layouts.items():
         padded = sum(stop - start for start, stop in buffer.bucket_indices)
@@ -61,15 +62,14 @@ def buffer_memory(
     return Memory(weights=weights_bytes, gradients=gradients), states
 
 
-def _state_bytes(chunk: Any, shape: ModelShape, name: str) -> Callable[[Any], int]:
+def _state_bytes(chunk: Any, shape: ModelShape, settings: Settings) -> Callable[[Any], int]:
     """Bytes of state of an element of a parameter, main copy included."""
-    optimizer, adam = OPTIMIZERS[name], OPTIMIZERS[ADAM].state_bytes
     with_rest = {_anywhere(weight.key) for weight in weights(shape) if has_rest(weight)}
     names = {id(parameter): _anywhere(each) for each, parameter in chunk.named_parameters()}
 
     def bytes_of(parameter: Any) -> int:
-        main = MAIN_COPY if parameter.dtype.itemsize < MAIN_COPY else 0
-        return main + (adam if names[id(parameter)] in with_rest else optimizer.state_bytes)
+        optimizer = ADAM if names[id(parameter)] in with_rest else settings.optimizer
+        return settings.storage.state_bytes(optimizer, parameter.dtype.itemsize)
 
     return bytes_of
 

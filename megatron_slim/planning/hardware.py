@@ -100,6 +100,8 @@ class Assumptions:
         overhead_gib: CUDA context, cuBLAS and cuDNN work spaces, NCCL's buffers of some seven communicators.
         fragmentation: share of activations and working memory that the caching allocator loses.
         imbalance: tokens of the expert-parallel rank with most of them over the mean, with load balancing.
+        host_link_gb: GB/s between a GPU and the host, in one direction: PCIe 5 with 16 lanes has 64.
+        host_memory_gb: GB/s of the host's memory that an optimizer there gets, for each GPU.
     """
 
     gemm: float = 0.65
@@ -115,8 +117,11 @@ class Assumptions:
     overhead_gib: float = 3.0
     fragmentation: float = 0.05
     imbalance: float = 1.15
+    host_link_gb: float = 40.0
+    host_memory_gb: float = 100.0
 
 
+_LIMITS = {"imbalance": (1.0, 100.0), "host_link_gb": (1.0, 1000.0), "host_memory_gb": (1.0, 1000.0)}
 SHARES = ("gemm", "grouped_gemm", "attention", "delta_rule", "hbm", "nvlink", "network")
 
 
@@ -137,7 +142,7 @@ def parse_assumptions(words: Sequence[str]) -> Assumptions:
             close = difflib.get_close_matches(name, names, n=1)
             fix = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
             raise SlimError(f"{word!r} is not the name of an assumption", where="--assume", fix=fix)
-        least, most = (1.0, 100.0) if name == "imbalance" else (0.0, 1.0 if name in SHARES else 100.0)
+        least, most = _LIMITS.get(name, (0.0, 1.0 if name in SHARES else 100.0))
         try:
             value = float(text)
         except ValueError:

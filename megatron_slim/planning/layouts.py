@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import product
 
 from megatron_slim.architecture.flops import FUSED, Kernels, Recompute
 from megatron_slim.architecture.parallelism import layout_violations, padded_vocab_size
+from megatron_slim.architecture.parts import TrainOnly
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.distillation.loss_options import DEFAULTS as LOSSES
 from megatron_slim.optimizers import ADAM, OPTIMIZERS
+from megatron_slim.planning.storage import FULL, STORAGES, Storage
+from megatron_slim.training.train_only import TRAIN_ONLY
 from megatron_slim.training.variables import DEFAULTS
 
 RECOMPUTE = {
@@ -19,6 +23,7 @@ RECOMPUTE = {
     "full": Recompute("full", "uniform", 1),
 }
 MAX_VIRTUAL, MAX_PIPELINE = 2, 16
+_parts = cache(TrainOnly.of)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,10 @@ class Settings:
         optimizer: as ``--optimizer``.
         without_mtp: whether the student's MTP block is left out when its checkpoint is read.
         teacher_without_mtp: the same of the teacher.
+        train_only: as ``--train-only``; "": everything is trained.
+        states: where the optimizer has its states, a key of `STORAGES`.
+        teacher_head_only: whether the teacher's hidden states come from a cache: of its weights, only those of its
+            output layer are in memory.
     """
 
     seq_length: int = int(DEFAULTS["SEQ_LENGTH"])
@@ -48,6 +57,24 @@ class Settings:
     optimizer: str = ADAM
     without_mtp: bool = False
     teacher_without_mtp: bool = False
+    train_only: str = ""
+    states: str = FULL
+    teacher_head_only: bool = False
+
+    @property
+    def only(self) -> TrainOnly | None:
+        """The parts that are trained; None: all."""
+        return _parts(self.train_only) if self.train_only else None
+
+    @property
+    def storage(self) -> Storage:
+        """Where the optimizer has its states."""
+        return STORAGES[self.states]
+
+    def violations(self, student: ModelShape) -> list[str]:
+        """What does not go with the parts that are trained and with the optimizer, in sentences."""
+        found = [] if self.only is None else [f"{TRAIN_ONLY} {sentence}" for sentence in self.only.violations(student)]
+        return found + self.storage.violations(self.optimizer, self.precision)
 
     @property
     def width(self) -> int:

@@ -12,6 +12,7 @@ from functools import cache
 from megatron_slim.architecture.family import MTP_SUBLAYERS
 from megatron_slim.architecture.matrices import has_rest, polar_flops
 from megatron_slim.architecture.parallelism import padded_vocab_size
+from megatron_slim.architecture.parts import EMBEDDING, MTP_PART, NORMS, OUTPUT, Place, TrainOnly, parts_of_kind
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import rows_of
 from megatron_slim.architecture.weight import Weight
@@ -49,16 +50,22 @@ class Count:
 class Counter:
     """Counts parts of one model, as one rank of a layout holds them."""
 
-    def __init__(self, shape: ModelShape, tp: int, ep: int) -> None:
-        """Set up for a model under tensor and expert parallelism, experts not split."""
+    def __init__(self, shape: ModelShape, tp: int, ep: int, only: TrainOnly | None = None) -> None:
+        """Set up for a model under tensor and expert parallelism, experts not split; count what ``only`` says."""
         self.shape = shape.replace(vocab_size=padded_vocab_size(shape))
-        self.tp, self.ep = tp, ep
+        self.tp, self.ep, self.only = tp, ep, only
         family = shape.family
         self.sublayers = {kind: self._rows(rows_of(shape, kind)) for kind in family.rows}
-        self.first = self._rows(family.first_rows)
-        self.norm = self._rows(row for row in family.last_rows if row.key == FINAL_NORM)
-        self.output = self._rows(row for row in family.last_rows if row.key != FINAL_NORM)
-        self.mtp = self._rows(family.mtp_rows) + self.block(MTP_SUBLAYERS)
+        self.first = self._part(EMBEDDING, family.first_rows)
+        self.norm = self._part(NORMS, (row for row in family.last_rows if row.key == FINAL_NORM))
+        self.output = self._part(OUTPUT, (row for row in family.last_rows if row.key != FINAL_NORM))
+        of_mtp = [row for kind in MTP_SUBLAYERS if kind in family.rows for row in rows_of(shape, kind)]
+        self.mtp = self._part(MTP_PART, (*family.mtp_rows, *of_mtp))
+        self._of_layers: dict[tuple[str, frozenset[str]], Count] = {}
+
+    def _part(self, part: str, rows: Iterable[Weight]) -> Count:
+        """Of rows outside of the layers."""
+        return self._rows(rows) if self.only is None or self.only.trains(Place(part)) else Count()
 
     def _rows(self, rows: Iterable[Weight]) -> Count:
         found = Count()
@@ -77,6 +84,19 @@ class Counter:
         """Of a transformer block of these sublayers."""
         return sum((self.sublayers[kind] for kind in kinds), Count())
 
+    def _layer(self, layer: int, kinds: Iterable[str]) -> Count:
+        """Of a transformer block: what is counted of it."""
+        if self.only is None:
+            return self.block(kinds)
+        parts, found = self.only.parts_of_layer(layer), Count()
+        for kind in kinds:
+            if (kind, parts) not in self._of_layers:
+                named = parts_of_kind(self.shape, kind)
+                rows = (row for row in rows_of(self.shape, kind) if named[row.key] in parts)
+                self._of_layers[kind, parts] = self._rows(rows)
+            found += self._of_layers[kind, parts]
+        return found
+
     def stage(self, start: int, stop: int, *, is_first: bool, is_last: bool) -> Count:
         """Of a pipeline stage with the layers from ``start`` up to ``stop``.
 
@@ -84,8 +104,8 @@ class Counter:
         With an MTP block, Megatron puts the final norm where the last layer is, and else on the last stage.
         """
         found = Count()
-        for kinds in self.shape.sublayers[start:stop]:
-            found += self.block(kinds)
+        for layer, kinds in enumerate(self.shape.sublayers[start:stop], start):
+            found += self._layer(layer, kinds)
         if is_first:
             found += self.first
         if is_last:
@@ -110,6 +130,6 @@ class Counter:
 
 
 @cache
-def counter(shape: ModelShape, tp: int, ep: int) -> Counter:
+def counter(shape: ModelShape, tp: int, ep: int, only: TrainOnly | None = None) -> Counter:
     """The same `Counter` for the same model and sizes, of which a search asks again and again."""
-    return Counter(shape, tp, ep)
+    return Counter(shape, tp, ep, only)

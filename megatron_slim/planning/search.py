@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from megatron_slim.architecture.flops import student_flops, teacher_flops
+from megatron_slim.architecture.backward import step_flops
+from megatron_slim.architecture.flops import teacher_flops
 from megatron_slim.architecture.pipeline_layout import NO_TEACHER, Stages, balanced
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.planning.hardware import GIB, Assumptions, Gpu
@@ -169,13 +170,16 @@ class Search:
         job, key = self.job, (layout.pp, layout.vpp, layout.recompute)
         if key not in self._stages:
             settings = job.settings
-            own = student_flops(job.student, settings.seq_length, settings.kernels, RECOMPUTE[layout.recompute])
+            recompute = RECOMPUTE[layout.recompute]
+            own = step_flops(
+                job.student, settings.seq_length, settings.kernels, recompute, settings.only, everywhere=True
+            )
             theirs = None
-            if job.teacher is not None:
+            if job.teacher is not None and not settings.teacher_head_only:
                 runs_mtp = job.teacher.mtp_num_layers >= job.student.mtp_num_layers > 0
                 theirs = teacher_flops(job.teacher, settings.seq_length, settings.kernels, runs_mtp=runs_mtp)
             if layout.pp == 1:
-                layers = (job.student.num_layers,), (job.teacher.num_layers if job.teacher else 0,)
+                layers = (job.student.num_layers,), (job.teacher.num_layers if theirs and job.teacher else 0,)
                 self._stages[key] = Stages(1, own, theirs or NO_TEACHER, *layers)
             else:
                 self._stages[key] = balanced(own, theirs, layout.pp, layout.vpp)

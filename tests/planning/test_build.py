@@ -104,9 +104,10 @@ def allocated(argv: list[str], log: str) -> dict[str, int]:
     teachers = [model.teacher for model in models if model.teacher is not None]
     inside = {each.param_data.untyped_storage().data_ptr() for each in buffers}
     outside = [each for model in models for each in model.parameters() if _storage(each) not in inside]
-    assert not outside, "a parameter outside of DDP's buffers"
+    assert not any(each.requires_grad for each in outside), "a trained parameter outside of DDP's buffers"
+    rest = [*outside, *(b for model in models for b in model.buffers())]
     return {
-        "weights": _nbytes([each.param_data for each in buffers] + [b for model in models for b in model.buffers()]),
+        "weights": _nbytes([each.param_data for each in buffers] + rest),
         "gradients": _nbytes([each.grad_data for each in buffers]),
         "optimizer": _nbytes(state),
         "teacher": _nbytes([each for teacher in teachers for each in (*teacher.parameters(), *teacher.buffers())]),
@@ -194,3 +195,30 @@ def test_models_in_directories_are_built_in_a_process_of_its_own(tmp_path: Path)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["ranked"][0]["built"]
+
+
+@pytest.mark.parametrize("words", ["experts@1-3,norms", "attention,output", "embedding,mtp"])
+def test_a_run_of_some_parts_allocates_what_was_planned(words: str, tmp_path: Path) -> None:
+    """Gradients and states of what is trained alone, on two ranks, whose optimizer is shared or of experts."""
+    teacher, student = (
+        tiny_shape(vocab_size=120, num_layers=4, hidden_size=96),
+        tiny_shape(vocab_size=120, num_layers=4),
+    )
+    for name, shape in (("teacher", teacher), ("student", student)):
+        write_tiny_checkpoint(tmp_path / name, shape)
+    layout = TrainLayout(2, ep=2)
+    settings = Settings(seq_length=32, global_batch=8, kernels=TORCH, train_only=words)
+    request = requested(layout, student, teacher, settings)
+    (ranks,) = run_distributed(1, build, request, initialise=False)
+    found = run_distributed(2, allocated, pasted(request, tmp_path, tmp_path), str(tmp_path / "log"), initialise=False)
+    (planned,), (whole,) = ranks, rank_counts(student, request.stages.student_layers, layout)
+    (trained,) = rank_counts(student, request.stages.student_layers, layout, settings.only)
+    assert planned.student.total == whole.total
+    for part in PARTS:
+        assert getattr(planned.memory, part) == pytest.approx(max(each[part] for each in found), rel=0.01), part
+    counted = static_memory(whole, planned.teacher, layout, settings, trained)
+    # Megatron pads every parameter to 64 elements and every buffer to shares of 128.
+    assert counted.gradients <= planned.memory.gradients <= 1.3 * counted.gradients
+    assert counted.optimizer <= planned.memory.optimizer <= 1.3 * counted.optimizer
+    full = static_memory(whole, planned.teacher, layout, settings)
+    assert planned.memory.gradients < 0.8 * full.gradients and planned.memory.optimizer < 0.8 * full.optimizer
