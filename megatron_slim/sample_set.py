@@ -49,6 +49,10 @@ class SampleSet:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To another process, such as a data loader's, as its path: its files are not copied."""
+        return open_samples, (self.path,)
+
     @property
     def seq_length(self) -> int:
         """Positions of a sample, S."""

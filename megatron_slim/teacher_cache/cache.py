@@ -97,6 +97,10 @@ class TeacherCache:
         """Bytes of one sample's states of one head."""
         return self.samples.seq_length * self.row_bytes
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To another process, such as a data loader's, as its path: open files stay here."""
+        return open_cache, (self.path,)
+
     def summary(self) -> dict[str, Any]:
         """What was recorded, as ``megatron-slim record --json``."""
         samples, length = len(self.samples), self.samples.seq_length
