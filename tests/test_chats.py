@@ -253,8 +253,8 @@ def test_unrolling_by_the_command(tool: Callable[..., Any], templates: dict[str,
     given = ("--input", corpus, "--tokenizer-model", templates["thinking*"], "--chat", "--seq-length", 256, "--json")
     outcome = tool(TOOL, *given, "--output-prefix", tmp_path / "set")
     assert outcome.error == (
-        f"{corpus}:1: the chat template writes an earlier turn in another way once later ones follow; make a document "
-        "of every such turn with --unroll, or leave such lines out with --skip-bad-lines"
+        f"{corpus}:1: the chat template writes an earlier turn in another way once later ones follow; give "
+        "megatron-slim preprocess --chat --unroll, for a document of every such turn, or --skip-bad-lines"
     )
     assert not (tmp_path / "set").exists() and [path.name for path in tmp_path.iterdir()] == [corpus.name]
     outcome = tool(TOOL, *given, "--unroll", "--output-prefix", tmp_path / "set")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from megatron_slim import recipe
+from megatron_slim import recipe, sample_set
 from megatron_slim.checkpoint.records import PROVENANCE, REFERENCE
 from megatron_slim.checkpoint.reference import read_reference
 from megatron_slim.compression import report_facts
@@ -37,6 +37,7 @@ def test_the_page_has_the_versions_of_the_code() -> None:
     assert row("plan")[2:] == [str(plan.VERSION)] * 2
     assert row("budgets of an elastic checkpoint")[2:] == [str(elastic.VERSION)] * 2
     assert row("statistics")[2] == statistics.FORMAT
+    assert row("sample set")[2:] == [str(sample_set.FORMAT)] * 2
     assert row("report of a compression run")[2:] == [str(report_facts.VERSION), "never"]
     assert PROVENANCE in row("provenance")[0] and REFERENCE in row("recorded losses")[0]
 

@@ -49,7 +49,7 @@ def name_sample_sets(args: Namespace) -> list[str]:
         The flags that name the sets, as they follow those that were given.
 
     Raises:
-        DataError: a file, the tokenizer or the length of samples is missing, or the data are no conversations.
+        DataError: a file, the tokenizer or the length of samples is missing, or the data are not conversations.
     """
     args.chats, words = {}, list[str]()
     for name in _PATHS if args.sft else ():
