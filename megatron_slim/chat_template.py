@@ -120,7 +120,8 @@ class ChatTemplate:
                 where=where,
                 fix=_SKIP,
             )
-        one, two = (self._written([*before, {"role": ASSISTANT, "content": probe}], tools) for probe in _PROBES)
+        probes = (_in_form_of(messages[place], probe) for probe in _PROBES)
+        one, two = (self._written([*before, probe], tools) for probe in probes)
         closing = _common_end(one, two)
         if not text.endswith(closing):
             raise DataError(
@@ -146,6 +147,12 @@ class ChatTemplate:
                 waiting.pop(0)
             counts.append(bool(waiting) and end > waiting[0][0])
         return Chat(found["input_ids"], counts)
+
+
+def _in_form_of(message: Message, text: str) -> Message:
+    """A message of the assistant that says so, its content a text or a list of parts as that of another one."""
+    parts = isinstance(message.get("content"), list)
+    return {"role": ASSISTANT, "content": [{"type": "text", "text": text}] if parts else text}
 
 
 def _common_end(one: str, two: str) -> str:
