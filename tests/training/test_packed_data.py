@@ -100,6 +100,7 @@ TP2 = "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parall
 PP2 = "--pipeline-model-parallel-size 2"
 LAYOUTS = {
     "recomputed": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+    "selective": (1, "--recompute-granularity selective --recompute-modules core_attn layernorm gdn_norm_out moe"),
     "teacher-ahead": (1, "--teacher-ahead 3"),
     "tp2": (2, TP2),
     "pp2": (2, PP2),
@@ -109,7 +110,7 @@ LAYOUTS = {
     "pp4": (4, "--pipeline-model-parallel-size 4"),
     "pp2-tp2-ahead": (4, f"{PP2} {TP2} --teacher-ahead 2"),
 }
-SLOW = ("vpp2", "pp4", "pp2-tp2-ahead")
+SLOW = ("selective", "vpp2", "pp4", "pp2-tp2-ahead")
 
 
 @pytest.mark.parametrize(
