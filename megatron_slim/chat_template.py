@@ -22,8 +22,8 @@ ASSISTANT = "assistant"
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Two answers that have no last character in common: what both turns end with is the template's.
 _PROBES = ("one", "two.")
-_CHANGES = "the chat template writes an earlier turn in another way once later ones follow"
-_UNROLL = "make a document of every such turn with --unroll, or leave such lines out with --skip-bad-lines"
+_UNROLL = "give megatron-slim preprocess --chat --unroll, for a document of every such turn, or --skip-bad-lines"
+_SKIP = "leave such lines out with megatron-slim preprocess --chat --skip-bad-lines"
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -74,7 +74,7 @@ class ChatTemplate:
             where: it came from, for errors.
 
         Raises:
-            DataError: it is no conversation, the template fails on it, or writes its beginning in another way.
+            DataError: it is not a conversation, the template fails on it, or writes its beginning in another way.
         """
         messages, tools = _messages(record, where), record.get("tools")
         try:
@@ -100,7 +100,11 @@ class ChatTemplate:
             yield self._tokens(whole, inside)
             return
         if not self.unroll:
-            raise DataError(_CHANGES, where=where, fix=_UNROLL)
+            raise DataError(
+                "the chat template writes an earlier turn in another way once later ones follow",
+                where=where,
+                fix=_UNROLL,
+            )
         while turns:  # from the last one on: with it go all that are in its history as they are here
             text, _ = turns[-1]
             yield self._tokens(text, [span for earlier, span in turns if text.startswith(earlier)])
@@ -114,15 +118,16 @@ class ChatTemplate:
             raise DataError(
                 f"the assistant's message {place + 1} does not begin with the template's generation prompt",
                 where=where,
-                fix="leave such lines out with --skip-bad-lines",
+                fix=_SKIP,
             )
-        one, two = (self._written([*before, {"role": ASSISTANT, "content": probe}], tools) for probe in _PROBES)
+        probes = (_in_form_of(messages[place], probe) for probe in _PROBES)
+        one, two = (self._written([*before, probe], tools) for probe in probes)
         closing = _common_end(one, two)
         if not text.endswith(closing):
             raise DataError(
                 f"the assistant's message {place + 1} does not end as the template ends others",
                 where=where,
-                fix="leave such lines out with --skip-bad-lines",
+                fix=_SKIP,
             )
         behind = len(closing) - len(closing.rstrip())  # white space that separates turns, and ends none
         return text, (len(prompt), len(text) - behind)
@@ -142,6 +147,12 @@ class ChatTemplate:
                 waiting.pop(0)
             counts.append(bool(waiting) and end > waiting[0][0])
         return Chat(found["input_ids"], counts)
+
+
+def _in_form_of(message: Message, text: str) -> Message:
+    """A message of the assistant that says so, its content a text or a list of parts as that of another one."""
+    parts = isinstance(message.get("content"), list)
+    return {"role": ASSISTANT, "content": [{"type": "text", "text": text}] if parts else text}
 
 
 def _common_end(one: str, two: str) -> str:

@@ -48,7 +48,7 @@ class ChatOptions:
         seq_length: positions of a sample.
         too_long: what becomes of a conversation longer than a sample, `sample_packing.TOO_LONG`.
         unroll: make several documents of a conversation whose history changes.
-        skip_bad_lines: leave out what is no conversation, or one that cannot be masked, instead of ending with it.
+        skip_bad_lines: leave out what is not a conversation, or one that cannot be masked, instead of ending with it.
     """
 
     tokenizer: Path

@@ -61,7 +61,7 @@ class Row:
 
 @dataclass
 class Packer:
-    """Fills samples: a conversation goes where it leaves the least room, among the samples that are open.
+    """Fills samples: a conversation goes where it leaves the least space, among the samples that are open.
 
     Attributes:
         seq_length: positions of a sample, S; it holds one token more, which is predicted alone.
@@ -74,7 +74,7 @@ class Packer:
     pad: int
     too_long: str = CUT
     counts: Counts = field(default_factory=Counts)
-    _open: list[tuple[int, int]] = field(default_factory=list)  # room and number, the fullest first
+    _open: list[tuple[int, int]] = field(default_factory=list)  # space and number, the fullest first
     _held: dict[int, list[Chat]] = field(default_factory=dict)
 
     def rows(self, chats: Iterable[Chat]) -> Iterator[Row]:
@@ -88,8 +88,8 @@ class Packer:
             yield self._row(self._held[number])
         self._open.clear()
         self._held.clear()
-        room = self.counts.samples * (self.seq_length + 1)
-        self.counts.padding = 1 - self.counts.tokens / room if room else 0.0
+        space = self.counts.samples * (self.seq_length + 1)
+        self.counts.padding = 1 - self.counts.tokens / space if space else 0.0
 
     def _taken(self, chat: Chat) -> Chat | None:
         """What of a conversation goes into a sample; the first token is predicted by nothing."""
@@ -111,12 +111,12 @@ class Packer:
         self.counts.tokens += size
         place = bisect.bisect_left(self._open, (size, -1))
         if place < len(self._open):
-            room, number = self._open.pop(place)
+            space, number = self._open.pop(place)
         else:
-            room, number = self.seq_length + 1, self.counts.samples
+            space, number = self.seq_length + 1, self.counts.samples
             self.counts.samples += 1
         self._held.setdefault(number, []).append(chat)
-        bisect.insort(self._open, (room - size, number))
+        bisect.insort(self._open, (space - size, number))
 
     def _row(self, chats: Sequence[Chat]) -> Row:
         size = self.seq_length + 1

@@ -22,6 +22,7 @@ SAMPLES = "samples.json"
 FORMAT = 1
 _ARRAYS = {"tokens": (np.int32, 1), "loss_mask": (np.uint8, 0), "position_ids": (np.int32, 0)}  # and columns beyond S
 _AGAIN = "make the samples again"
+_SEEN_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,17 @@ class SampleSet:
     def seq_length(self) -> int:
         """Positions of a sample, S."""
         return int(self.loss_mask.shape[1])
+
+    def largest_id(self, vocab_size: int | None) -> int:
+        """The largest id of samples at equal distances, up to `_SEEN_TOKENS` ids: all of a set of that size.
+
+        Raises:
+            DataError: ids are outside a vocabulary.
+        """
+        seen = self.tokens[:: -(-self.tokens.size // _SEEN_TOKENS)]
+        largest = int(seen.max())
+        check_ids(int(seen.min()), largest, vocab_size, str(self.path))
+        return largest
 
     def verify(self, vocab_size: int) -> None:
         """See that the files are what was written, and of a model's vocabulary; reads them whole.

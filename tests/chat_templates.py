@@ -84,7 +84,22 @@ THINKING = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
-TEMPLATES = {"chatml": CHATML, "inst": INST, "headers": HEADERS, "thinking": THINKING}
+# Whose messages have parts.
+PARTS = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}
+        {%- for part in message.content %}{{- part.text }}{%- endfor %}{{- '<|im_end|>' }}
+        {%- endgeneration %}
+    {%- else %}
+        {%- for part in message.content %}{{- part.text }}{%- endfor %}{{- '<|im_end|>' }}
+    {%- endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+TEMPLATES = {"chatml": CHATML, "inst": INST, "headers": HEADERS, "thinking": THINKING, "parts": PARTS}
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|sep|>", "<|begin|>")
 
 
@@ -157,3 +172,13 @@ WITH_TOOLS: dict[str, dict[str, Any]] = {
         "messages": [message("user", "Hello"), message("assistant", "one"), message("assistant", "two.")]
     },
 }
+
+
+def in_parts(chat: dict[str, Any]) -> dict[str, Any]:
+    """A conversation whose contents are lists, as those of models that see pictures."""
+    halves = [(each, each["content"][:2], each["content"][2:]) for each in chat["messages"]]
+    parts = [each | {"content": [{"type": "text", "text": text} for text in texts]} for each, *texts in halves]
+    return chat | {"messages": parts}
+
+
+OF_PARTS = {f"{name} in parts": in_parts(chat) for name, chat in CHATS.items()}

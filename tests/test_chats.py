@@ -16,10 +16,11 @@ from megatron_slim.chat_template import Chat, ChatTemplate
 from megatron_slim.errors import DataError
 from megatron_slim.sample_packing import CUT, DROP, OPEN, Packer, Row
 from megatron_slim.sample_set import SampleSet, open_samples
-from tests.chat_templates import CALL, CHATS, TEMPLATES, WITH_TOOLS, message, without_markers, write_tokenizer
+from tests.chat_templates import CALL, CHATS, OF_PARTS, TEMPLATES, WITH_TOOLS, message, without_markers, write_tokenizer
 
 TOOL = "tools/preprocess_data.py"
-CASES = [(name, chat) for name in TEMPLATES for chat in CHATS] + [("chatml", chat) for chat in WITH_TOOLS]
+CASES = [(name, chat) for name in TEMPLATES if name != "parts" for chat in CHATS]
+CASES += [("chatml", chat) for chat in WITH_TOOLS] + [("parts", chat) for chat in OF_PARTS]
 # Which the template writes in another way than it wrote their beginning.
 CHANGING = {("thinking", "many turns"), ("thinking", "same answers")}
 ALL = CHATS | WITH_TOOLS
@@ -50,14 +51,15 @@ def theirs(path: Path, chat: dict[str, Any]) -> Chat:
 @pytest.mark.parametrize(("template", "chat"), CASES)
 def test_the_mask_is_that_of_transformers(templates: dict[str, Path], template: str, chat: str) -> None:
     """Token by token, of the template with markers, and of the same one without."""
-    expected = theirs(templates[template], ALL[chat])
-    assert ChatTemplate(templates[template]).encode(ALL[chat], chat) == [expected]
+    messages = (ALL | OF_PARTS)[chat]
+    expected = theirs(templates[template], messages)
+    assert ChatTemplate(templates[template]).encode(messages, chat) == [expected]
     without = ChatTemplate(templates[f"{template}*"])
     if (template, chat) in CHANGING:
         with pytest.raises(DataError, match=f"{chat}: the chat template writes an earlier turn in another"):
-            without.encode(ALL[chat], chat)
+            without.encode(messages, chat)
     else:
-        assert without.encode(ALL[chat], chat) == [expected]
+        assert without.encode(messages, chat) == [expected]
 
 
 def texts(template: ChatTemplate, chats: list[Chat]) -> list[str]:
@@ -253,8 +255,8 @@ def test_unrolling_by_the_command(tool: Callable[..., Any], templates: dict[str,
     given = ("--input", corpus, "--tokenizer-model", templates["thinking*"], "--chat", "--seq-length", 256, "--json")
     outcome = tool(TOOL, *given, "--output-prefix", tmp_path / "set")
     assert outcome.error == (
-        f"{corpus}:1: the chat template writes an earlier turn in another way once later ones follow; make a document "
-        "of every such turn with --unroll, or leave such lines out with --skip-bad-lines"
+        f"{corpus}:1: the chat template writes an earlier turn in another way once later ones follow; give "
+        "megatron-slim preprocess --chat --unroll, for a document of every such turn, or --skip-bad-lines"
     )
     assert not (tmp_path / "set").exists() and [path.name for path in tmp_path.iterdir()] == [corpus.name]
     outcome = tool(TOOL, *given, "--unroll", "--output-prefix", tmp_path / "set")

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--too-long",
         choices=TOO_LONG,
         default=CUT,
-        help="cut what is longer than a sample at its end, or drop it; both are counted",
+        help="cut a conversation that is longer than a sample at the sample's end, or drop it; both are counted",
     )
     chat.add_argument(
         "--unroll",

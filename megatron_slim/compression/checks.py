@@ -21,6 +21,7 @@ from megatron_slim.errors import EXIT_USER_ERROR, DataError, SlimError, last_err
 from megatron_slim.extras import require
 from megatron_slim.files import to_json
 from megatron_slim.pruning.recipe_checks import check_later_phases, check_recipe
+from megatron_slim.sample_set import is_sample_set, open_samples
 from megatron_slim.training.blends import parse_blend
 
 if TYPE_CHECKING:
@@ -44,8 +45,11 @@ def check(settings: RunSettings) -> ModelShape:
     check_later_phases(settings.recipe, 1, shape, where=where)
     _check_measuring(settings)
     for flag, words in (("--data", settings.data), ("--valid-data", settings.valid_data)):
-        for prefix in parse_blend(words, flag).prefixes if words else ():
-            open_stream(exact_prefix(Path(prefix)), shape.vocab_size)
+        for prefix in map(Path, parse_blend(words, flag).prefixes if words else ()):
+            if is_sample_set(prefix):
+                open_samples(prefix).largest_id(shape.vocab_size)
+            else:
+                open_stream(exact_prefix(prefix), shape.vocab_size)
     for data in (settings.calibration_data, settings.evaluation_data):
         # A matrix is looked at when it is used.
         if data is not None and not (data.suffix == ".npy" and data.is_file()):

@@ -14,6 +14,7 @@ from megatron_slim.doctor.findings import NOTE, OK, PROBLEM, Finding, good_or, p
 from megatron_slim.doctor.machine import storage
 from megatron_slim.errors import DataError, SlimError
 from megatron_slim.optimizers import ADAM, OPTIMIZERS
+from megatron_slim.sample_set import is_sample_set, open_samples
 from megatron_slim.training.blends import parse_blend
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def preflight(
     """Look at what was given, in this order; a checkpoint may be one to start from or the directory of a run.
 
     Args:
-        data: prefixes of .bin/.idx pairs, or weights and prefixes in turn.
+        data: prefixes of .bin/.idx pairs and sample sets, or weights and prefixes in turn.
         checkpoint: of the student.
         teacher: its checkpoint.
         save: where the run will save.
@@ -104,13 +105,18 @@ def _blend(words: Sequence[str], vocabulary: int | None, nodes: int) -> Iterator
         return
     for prefix in map(Path, blend.prefixes):
         yield _data(prefix, vocabulary)
-        if Path(f"{prefix}.bin").exists():
+        if Path(f"{prefix}.bin").exists() or is_sample_set(prefix):
             yield storage(f"data {prefix.name}", prefix.parent, nodes=nodes)
 
 
 def _data(prefix: Path, vocabulary: int | None) -> Finding:
     name = f"data {prefix.name}"
     try:
+        if is_sample_set(prefix):
+            samples = open_samples(prefix)
+            largest = samples.largest_id(vocabulary)
+            looked_at = f"{len(samples):,} samples of {samples.seq_length:,} tokens, largest id seen {largest}"
+            return Finding(name, OK, looked_at)
         found = exact_prefix(prefix)
         stream, largest = open_stream(found, vocabulary)
     except SlimError as error:

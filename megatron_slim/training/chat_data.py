@@ -7,6 +7,7 @@ samples and this version. So a run that is started again, on whatever machine, f
 from __future__ import annotations
 
 import logging
+import os
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -18,6 +19,7 @@ from megatron_slim.errors import DataError
 from megatron_slim.files import file_sha256, sha256, to_json
 from megatron_slim.sample_set import is_sample_set
 from megatron_slim.training.blends import PARTS
+from megatron_slim.training.document_checks import prefixes_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ def name_sample_sets(args: Namespace) -> list[str]:
         The flags that name the sets, as they follow those that were given.
 
     Raises:
-        DataError: a file, the tokenizer or the length of samples is missing, or the data are no conversations.
+        DataError: a file, the tokenizer or the length of samples is missing, or the data are not conversations.
     """
     args.chats, words = {}, list[str]()
     for name in _PATHS if args.sft else ():
@@ -67,12 +69,14 @@ def name_sample_sets(args: Namespace) -> list[str]:
 def make_sample_sets(args: Namespace) -> None:
     """Make what is not there yet, on the first rank; the others wait until it is."""
     for directory, file in args.chats.items():
-        if is_sample_set(directory):
+        if args.rank == 0 and is_sample_set(directory):
             logger.info(f"{file}: packed before, in {directory}")
         elif args.rank == 0:
             directory.parent.mkdir(parents=True, exist_ok=True)
             make_samples([file], directory, _options(args))
-        else:
+        elif not is_sample_set(directory):
+            if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # of a machine that may not see what the first one writes
+                logger.info(f"{file}: waiting for {directory}, which the first rank makes")
             while not is_sample_set(directory):  # where the first rank ends with an error, so do all
                 time.sleep(_LOOK_AGAIN)
 
@@ -108,8 +112,7 @@ def _options(args: Namespace) -> ChatOptions:
 
 def _refuse_documents(args: Namespace) -> None:
     """See that what a run with ``--sft`` is given is sample sets."""
-    words = [word for name in _PATHS for word in getattr(args, name) or ()]
-    if not any(is_sample_set(Path(word)) for word in words):
+    if not any(is_sample_set(Path(prefix)) for prefix in prefixes_of(args)):
         raise DataError(
             "--sft finds no conversations in the data",
             fix="give .jsonl files or sample sets by --data-path, or by --train-data-path and --valid-data-path",

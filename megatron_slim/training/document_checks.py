@@ -47,8 +47,11 @@ def sample_sets(args: Namespace) -> list[SampleSet]:
         return []
     if others := [prefix for prefix in prefixes if not are_samples[prefix]]:
         first = next(prefix for prefix in prefixes if are_samples[prefix])
-        what = "is a sample set, which does not go with documents"
-        raise DataError(f"{what} such as {others[0]}", where=first, fix="give data of one kind")
+        raise DataError(
+            f"is a sample set, which does not go with documents such as {others[0]}",
+            where=first,
+            fix="give data of one kind",
+        )
     sets = [open_samples(Path(prefix)) for prefix in prefixes if there[prefix]]
     if len({each.documents for each in sets}) > 1:
         apart, together = (next(each.path for each in sets if each.documents is is_apart) for is_apart in (True, False))

@@ -21,7 +21,7 @@ class PackedDataset(MegatronDataset):
     """Rows of a sample set, as Megatron's builder makes it a part of a blend.
 
     Item n is of epoch n // rows, in which every row of the part is served once, in an order that the seed and the
-    epoch give alone. So a run that resumes after so many samples goes on where it was.
+    epoch give alone. So a run that resumes after so many samples continues where it was.
 
     A subclass may add entries to a row by overriding `row`.
 

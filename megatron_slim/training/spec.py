@@ -182,7 +182,7 @@ def resolve(argv: Sequence[str], teacher: ModelShape | None = None) -> RunSpec:
     flags, student = complete_argv(asked)
     words = without_overlap([*flags, *asked])
     args = parse(words)
-    # Samples need none of what --sft changes in Megatron, such as means of validation that are no means over tokens.
+    # Samples need none of what --sft changes in Megatron, as validation, whose means are then not over tokens.
     words = [word for word in (*words, *name_sample_sets(args)) if word != SFT]
     phase = phase_of(args.pretrained_checkpoint)
     place = find_place(phase, args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -91,6 +92,13 @@ def test_what_a_cache_says(whole: TeacherCache) -> None:
     assert whole.read(4, 1).shape == (1, LENGTH, 4 * SHAPE.hidden_size)
     whole.verify_head()
     whole.samples.verify(SHAPE.vocab_size)
+
+
+def test_another_process_gets_the_path(whole: TeacherCache) -> None:
+    whole.read(0, 1)  # opens a file
+    sent = pickle.dumps(whole)
+    assert len(sent) < 1000
+    assert torch.equal(pickle.loads(sent).read(5, 2), whole.read(5, 2))
 
 
 def test_shards_and_processes_change_no_state(model: Path, whole: TeacherCache, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from megatron_slim.compat.patch import TESTED
 from megatron_slim.compat.table import PATCHES
 from megatron_slim.doctor import machine
 from megatron_slim.doctor.findings import OK, Finding
+from megatron_slim.sample_set import write_samples
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint, write_tokens
 
 Doctor = Callable[..., tuple[int, dict[str, dict[str, str]]]]
@@ -223,6 +224,19 @@ def test_a_run_that_would_be_saved_in_a_new_directory(doctor: Doctor, work: Path
     _, findings = doctor("--save", work / "shraed/run", "--nodes", 2)
     found = f"{work / 'shraed'} does not exist, and would be created in {work}"
     assert state(findings["path of save"], found, "mount what is missing") == "note"
+
+
+def test_sample_sets(doctor: Doctor, work: Path) -> None:
+    for name, largest in (("set", 65), ("beyond", 1000)):
+        (work / name).mkdir()
+        mask = np.ones((3, 8))
+        write_samples(work / name, np.full((3, 9), largest), mask, mask * 0, documents=True, about={})
+    _, findings = doctor("--checkpoint", work / "student", "--data", 1, work / "set", 2, work / "beyond")
+    assert state(findings["data set"], "3 samples of 8 tokens, largest id seen 65") == "ok"
+    assert state(findings["data beyond"], "token id 1000 is beyond the vocabulary of") == "problem"
+    (work / "set" / "tokens.npy").unlink()
+    _, findings = doctor("--data", work / "set")
+    assert state(findings["data set"], "tokens.npy: not readable as a .npy matrix") == "problem"
 
 
 def test_data_that_is_not_there_is_one_problem(doctor: Doctor, work: Path) -> None:

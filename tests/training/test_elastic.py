@@ -26,6 +26,7 @@ from megatron_slim.training.run_view import in_nats, read_run, summary
 from megatron_slim.training.turns import Turns
 from tests.engine import run_with_engine
 from tests.training.conftest import SIZES, Workplace, read_scalars, refusal, train
+from tests.training.test_packed_data import make
 
 # Every axis, layers too.
 BUDGETS: dict[str, dict[str, int]] = {
@@ -123,6 +124,21 @@ def test_training_one_budget_is_training_its_slice(
     before, after = open_checkpoint(place.student), open_checkpoint(save)
     moved = [each for each in before.names if not torch.equal(before.read(each).float(), after.read(each).float())]
     assert moved, "nothing was trained"
+
+
+def test_documents_apart(place: Workplace, tmp_path: Path) -> None:
+    """The same on samples whose documents do not see each other; and that they do not has an effect."""
+    runs = {}
+    small = dataclasses.replace(place, student=slice_to(tmp_path / "slice", place.student, "small"))
+    for kind, documents in (("apart", True), ("together", False)):
+        data = ("--micro-batch-size", "1", "--clip-grad", "0", "--eval-iters", "0", "--train-data-path")
+        data += (str(make(tmp_path / kind, documents=documents)),)
+        elastic = place.train(f"documents-{kind}", 1, *data, *only("small"))
+        plain = small.train(f"documents-alone-{kind}", 1, *data)
+        for term in TERMS:
+            assert elastic[f"small/{term}"] == plain[term], term
+        runs[kind] = plain
+    assert runs["apart"]["lm loss"] != runs["together"]["lm loss"]
 
 
 @pytest.mark.parametrize("family", [each for each in FAMILIES if each != "qwen3_next"])

@@ -16,6 +16,7 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
 from megatron_slim.sample_set import open_samples, write_samples
+from megatron_slim.testing import run_distributed
 from megatron_slim.training.packed_data import PackedDataset
 
 SEQ, VOCAB = 32, 120
@@ -99,6 +100,7 @@ TP2 = "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parall
 PP2 = "--pipeline-model-parallel-size 2"
 LAYOUTS = {
     "recomputed": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+    "selective": (1, "--recompute-granularity selective --recompute-modules core_attn layernorm gdn_norm_out moe"),
     "teacher-ahead": (1, "--teacher-ahead 3"),
     "tp2": (2, TP2),
     "pp2": (2, PP2),
@@ -108,7 +110,7 @@ LAYOUTS = {
     "pp4": (4, "--pipeline-model-parallel-size 4"),
     "pp2-tp2-ahead": (4, f"{PP2} {TP2} --teacher-ahead 2"),
 }
-SLOW = ("vpp2", "pp4", "pp2-tp2-ahead")
+SLOW = ("selective", "vpp2", "pp4", "pp2-tp2-ahead")
 
 
 @pytest.mark.parametrize(
@@ -159,6 +161,47 @@ def test_hidden_states_and_blends(workplace, samples: Path, tmp_path: Path) -> N
     two = workplace.train("packed-hidden-pp2", 2, *flags, *PP2.split())
     for term in (*TERMS, "hidden distillation loss"):
         assert two[term] == pytest.approx(one[term], rel=2e-5), term
+
+
+def entries(apart: bool) -> list[dict[str, Any]]:
+    """Body of one rank: what the stages of two micro-batches are given, with an entry that the last one needs."""
+    from megatron.core import parallel_state
+
+    from megatron_slim.training import batches
+
+    given = SimpleNamespace(seq_length=4, micro_batch_size=1)
+    batches.get_args = lambda: given  # type: ignore[attr-defined]
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    reads = parallel_state.get_tensor_model_parallel_rank() == 0
+    tokens = torch.arange(5)[None]
+    sample = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": torch.ones(1, 4)}
+    sample |= {"position_ids": torch.tensor([[0, 1, 0, 1]]), "ids": torch.tensor([[0, 4]]), "index": torch.tensor([7])}
+    sample |= {"best": torch.tensor([[[1.5, 2.5]] * 4], dtype=torch.bfloat16)}
+    more = {"index": batches.Entry((), torch.int64), "best": batches.Entry((4, 2), torch.bfloat16)}
+    found = batches.next_batch(
+        iter([sample]) if reads else None,
+        10,
+        None,
+        micro_batch_size=1,
+        whole=False,
+        refuse=lambda error: None,
+        documents=apart,
+        for_last=more,
+    )
+    found["last"] = torch.tensor(parallel_state.is_pipeline_last_stage())
+    return [{key: None if value is None else value.tolist() for key, value in found.items()}]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_each_stage_is_given(apart: bool) -> None:
+    """On two stages of two ranks, of which one reads the data."""
+    for (found,) in run_distributed(4, entries, apart):
+        last = found.pop("last")
+        assert found["tokens"] == (None if last else [[0, 1, 2, 3]])
+        assert found["position_ids"] == ([[0, 1, 0, 1]] if apart or not last else None)
+        assert found["labels"] == ([[1, 2, 3, 4]] if last else None)
+        assert found.get("index") == ([7] if last else None)
+        assert found.get("best") == ([[[1.5, 2.5]] * 4] if last else None)
 
 
 def test_gpt_data_with_reset_attention_mask(workplace, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

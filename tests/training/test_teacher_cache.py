@@ -81,8 +81,7 @@ def test_one_rank_is_the_same_bit_for_bit(
     """In two epochs, with validation; the samples named or not; the head on the host; and resumed."""
     expected = colocated(workplace, "colocated", samples.path)
     save = ("--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "2")
-    more = ("--teacher-head-offload", "--num-workers", "1")
-    named = from_cache(workplace, "named", cache, "--data-path", str(samples.path), *more)
+    named = from_cache(workplace, "named", cache, "--data-path", str(samples.path), "--teacher-head-offload")
     found = from_cache(workplace, "cached", cache, *save)
     keep_only(tmp_path, 2)
     resumed = from_cache(workplace, "resumed", cache, *save)
