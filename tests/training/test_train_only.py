@@ -315,7 +315,7 @@ def test_projections_of_hidden_states_are_trained_always(workplace: Workplace) -
 
 def test_losses_of_routers_are_those_of_trained_ones() -> None:
     """Of each router by itself: a frozen one has no load-balancing loss, no z-loss, and a bias that stays."""
-    (found,) = run_distributed(1, coefficients_of_routers)
+    (found,) = run_distributed(1, coefficients_of_routers, initialise=False)
     assert found == [(0, None, True), (0.5, 0.25, False), (0, None, True)]
 
 
@@ -324,9 +324,11 @@ def coefficients_of_routers() -> list[tuple[float, float | None, bool]]:
     from megatron.core.transformer.moe.router import TopKRouter
 
     from megatron_slim.architecture.layer_specs import build_model, transformer_config
+    from megatron_slim.compat import runtime
     from megatron_slim.distillation.model import DistillationModel, DistillationOptions
     from megatron_slim.training.frozen import freeze
 
+    runtime.init_single_process()
     shape = tiny_shape(num_layers=2, layer_types=("linear_attention", "full_attention"))
     losses = {"moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.25, "moe_router_load_balancing_type": "aux_loss"}
     options = DistillationOptions(shape.vocab_size)
