@@ -109,3 +109,16 @@ def test_copies_in_the_mtp_block_follow_what_was_trained(family, tmp_path: Path)
         assert torch.equal(files[f"model.layers.3.{copy}.weight"], files[f"{original}.weight"])
         assert not torch.equal(files[f"{original}.weight"], before[f"{original}.weight"])
     assert files[f"model.layers.1.{BIAS}"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("flags", ["", "--pipeline-model-parallel-size 2 --pipeline-layout auto"], ids=["one", "pp2"])
+def test_the_bias_of_a_frozen_router_stays(family, tmp_path: Path, flags: str) -> None:  # type: ignore[no-untyped-def]
+    """Even where its experts are trained; that of a trained one moves."""
+    save, ranks = tmp_path / "run", 2 if flags else 1
+    words = ("--train-only", "router@1,experts@2", "--save", str(save))
+    family.train(f"frozen-{ranks}", ranks, *MBS, *words, *flags.split())
+    torch_dist_to_hf(save, tmp_path / "hf")
+    exported, start = HFCheckpoint.open(tmp_path / "hf"), HFCheckpoint.open(family.student)
+    names = [name for name in exported.names if name.endswith(BIAS)]
+    moved = [name for name in names if not torch.equal(exported.read(name), start.read(name))]
+    assert len(names) == 3 and moved == [f"model.layers.1.{BIAS}"]

@@ -269,3 +269,74 @@ def test_a_frozen_router_is_left_alone(workplace: Workplace, alone: Any) -> None
     assert "router_aux_loss_coef as it is" not in log
     logged = read_console(workplace.log("one-experts"))
     assert logged and not any(float(line.get("global_load_balancing_loss", 0.0)) for line in logged.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "flags"),
+    [
+        ("experts", EP2),
+        ("attention@1", ""),
+        ("output,norms", EP2),
+        pytest.param("experts@3", PP2, marks=pytest.mark.slow),
+        pytest.param("router,embedding", TP2, marks=pytest.mark.slow),
+    ],
+)
+def test_matrices_on_two_ranks_resume(workplace: Workplace, tmp_path: Path, words: str, flags: str) -> None:
+    """Where one kind of optimizer, or a stage, has nothing; the last steps are those of the whole run."""
+    from tests.training.test_runs import keep_only
+
+    ranks, save = "4" if PP2 in flags or TP2 in flags else "2", tmp_path / "run"
+    saving = ("--save", str(save), "--load", str(save), "--save-interval", "3", "--no-load-rng")
+    given = ("--micro-batch-size", ranks, *CALM, "--optimizer", "aurora", "--bf16", "--train-only", words)
+    name = f"matrices-{words}"
+    whole = workplace.train(name, 2, *given, *flags.split(), *saving)
+    ended = weights(save)
+    keep_only(save, 3)
+    resumed = workplace.train(f"{name}-resumed", 2, *given, *flags.split(), *saving)
+    assert resumed["lm loss"] == whole["lm loss"][3:] and resumed["grad-norm"] == whole["grad-norm"][3:]
+    start = weights(workplace.student)
+    shape, only = open_checkpoint(workplace.student).shape, TrainOnly.of(words)
+    for row, place in rows_by_place(shape):
+        for tensor, _ in row.hf_tensors(shape):
+            frozen = torch.equal(ended[tensor.name], start[tensor.name].to(ended[tensor.name].dtype))
+            assert only.trains(place) or frozen, tensor.name
+
+
+def test_projections_of_hidden_states_are_trained_always(workplace: Workplace) -> None:
+    """Layer 1 of both; what is frozen of the student passes their gradient on."""
+    flags = ("--micro-batch-size", "4", "--hidden-kd-layers", "1:1,3:3", "--train-only", "norms")
+    logged, ended = run(workplace, "projections", 1, *flags)
+    losses = logged["hidden distillation loss"]
+    assert losses[-1] < losses[0]
+    start = weights(workplace.student)
+    moved = {key for key in start if not torch.equal(start[key], ended[key])}
+    assert moved and all("norm" in key for key in moved)
+
+
+def test_losses_of_routers_are_those_of_trained_ones() -> None:
+    """Of each router by itself: a frozen one has no load-balancing loss, no z-loss, and a bias that stays."""
+    (found,) = run_distributed(1, coefficients_of_routers, initialise=False)
+    assert found == [(0, None, True), (0.5, 0.25, False), (0, None, True)]
+
+
+def coefficients_of_routers() -> list[tuple[float, float | None, bool]]:
+    """Body of a process: of two layers and the MTP block, of which the second layer's router is trained."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from megatron_slim.architecture.layer_specs import build_model, transformer_config
+    from megatron_slim.compat import runtime
+    from megatron_slim.distillation.model import DistillationModel, DistillationOptions
+    from megatron_slim.training.frozen import freeze
+
+    runtime.init_single_process()
+    shape = tiny_shape(num_layers=2, layer_types=("linear_attention", "full_attention"))
+    losses = {"moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.25, "moe_router_load_balancing_type": "aux_loss"}
+    options = DistillationOptions(shape.vocab_size)
+    config = transformer_config(shape, **losses)
+    model = build_model(shape, config, model_class=DistillationModel, options=options)
+    assert isinstance(model, DistillationModel)
+    freeze(model, shape, TrainOnly.of("experts,router@1"))
+    routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
+    return [
+        (each.get_aux_loss_coeff("aux_loss"), each.config.moe_z_loss_coeff, each.frozen_expert_bias) for each in routers
+    ]
