@@ -19,7 +19,7 @@ from megatron_slim.command_line import tool_parser
 RECIPES = ("qwen3_next_80a3b_to_23a2b", "qwen3_5_35a3b_to_19a3b")
 TOKENS, GLOBAL_BATCH = 100_000_000, 64
 DOWNLOAD = 1e9 / 8  # bytes a second of a line of 1 Gb/s
-STEPS = ("download", "calibrate", "prune", "record", "export", "serve")
+STEPS = ("download", "calibrate", "prune", "record, bf16", "record, FP8", "export", "serve")
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,27 +29,30 @@ def parse_args() -> argparse.Namespace:
 
 def steps(recipe: str) -> list[dict[str, Any]]:
     """Of every step: GB that it adds on disk, GB of the host's memory and of the GPU's, hours; None: not counted."""
-    from megatron_slim.architecture.flops import teacher_flops
     from megatron_slim.architecture.table import count_parameters
     from megatron_slim.packaged import find_recipe
     from megatron_slim.planning.hardware import GIB, GPUS
-    from megatron_slim.planning.preparation import ASSUMED, calibration, conversion
+    from megatron_slim.planning.preparation import ASSUMED, calibration, conversion, flops_per_token
     from megatron_slim.planning.sources import Asked, find_models
+    from megatron_slim.teacher_cache.recording import ROUND_TOKENS
+    from megatron_slim.teacher_cache.stored_states import row_bytes
 
     models, gpu = find_models(Asked(recipe=find_recipe(Path(recipe)))), GPUS["h100"]
     assert models.source is not None
     source, student = (2e-9 * count_parameters(each).total for each in (models.source, models.student))
     pass_, prune = calibration(models.source, gpu), conversion(models.source)["prune to Hugging Face"]
-    flops = teacher_flops(models.source, 4096, runs_mtp=True)
-    recording = sum(flops.layers) * TOKENS / (gpu.bf16 * ASSUMED["bf16_share_of_peak"])
-    reading = 1e9 * source / ASSUMED["disk_bytes_per_second"]
-    states = 2e-9 * TOKENS * models.source.hidden_size
+    hidden, heads = models.source.hidden_size, 1 + models.source.mtp_num_layers
+    recording = TOKENS * sum(flops_per_token(models.source).values()) / (gpu.bf16 * ASSUMED["bf16_share_of_peak"])
+    reading = 1e9 * source / ASSUMED["disk_bytes_per_second"] * -(-TOKENS // ROUND_TOKENS)
+    states = {kind: 1e-9 * TOKENS * heads * row_bytes(kind, hidden) for kind in ("bf16", "fp8")}
+    writing = {kind: 1e9 * nbytes / ASSUMED["disk_bytes_per_second"] for kind, nbytes in states.items()}
+    waiting = 2e-9 * ROUND_TOKENS * hidden  # the hidden states of a shard
     host, fits = pass_.host_with_work_dir * GIB / 1e9, pass_.gpu_gib * GIB / 1e9
     rows: tuple[tuple[float | None, ...], ...] = (
         (source, None, None, 1e9 * source / DOWNLOAD / 3600),
         (None, host, fits, pass_.minutes / 60),
         (student, prune["host_gb"], None, prune["minutes"] / 60),
-        (states, None, None, (recording + reading) / 3600),
+        *((nbytes, waiting, fits, (recording + reading + writing[kind]) / 3600) for kind, nbytes in states.items()),
         (student, None, None, None),
         (None, None, student, None),
     )
