@@ -1,7 +1,7 @@
 """Freezing the parts of a student that are not trained.
 
 What is frozen has no gradient, no buffer for one and no state of an optimizer: Megatron's DDP and optimizers take what
-``requires_grad`` is true of, and so do linear layers, ours, Megatron's and Transformer Engine's.
+``requires_grad`` is true of, and so do linear layers, ours and Megatron's. Transformer Engine's were not run here.
 """
 
 from __future__ import annotations

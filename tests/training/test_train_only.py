@@ -107,6 +107,7 @@ LAYOUTS = {
     "ep2": (2, 2, EP2),
     "tp2-ep2-full": (2, 4, f"{TP2} {EP2} {' '.join(FULL)}"),
     "vpp2": (2, 4, VPP),
+    "cp2": (2, 4, "--context-parallel-size 2"),
 }
 # The second and third leave a stage, or all but experts, with nothing to train.
 CHOICES = {"several": PARTS, "last stage": "experts@3,output", "first stage": "attention@1", "experts": "experts"}
