@@ -12,7 +12,13 @@ from megatron_slim.training import variables as run_variables
 SCRIPT = "examples/slimqwen/pretrain_distill.sh"
 COMMAND = "megatron-slim distill"  # runs the script, also where no checkout is
 CACHE_FLAG = "--teacher-cache"
-TO_FILL_IN = {"TEACHER": "teacher", "STUDENT": "pruned", "SAVE": "run", "DATA": "corpus_text_document"}
+TO_FILL_IN = {
+    "TEACHER": "teacher",
+    "TEACHER_CACHE": "cache",
+    "STUDENT": "pruned",
+    "SAVE": "run",
+    "DATA": "corpus_text_document",
+}
 
 
 def iterations(settings: Settings, tokens: int) -> int:
@@ -61,7 +67,8 @@ def arguments(layout: TrainLayout, settings: Settings) -> list[str]:
     found += ["--train-only", settings.train_only] if settings.train_only else []
     found += settings.storage.flags
     found += ["--without-mtp"] if settings.without_mtp else []
-    found += ["--teacher-without-mtp"] if settings.teacher_without_mtp else []
+    # Of a teacher that was recorded that is decided already.
+    found += ["--teacher-without-mtp"] if settings.teacher_without_mtp and not settings.teacher_head_only else []
     return found
 
 
@@ -80,11 +87,11 @@ def command(layout: TrainLayout, settings: Settings, tokens: int, per_node: int,
     """
     given = variables(layout, settings, tokens, per_node)
     words = [f"{name}={value}" for name, value in given.items()]
-    cache = [CACHE_FLAG, "cache"] if has_teacher and settings.teacher_head_only else []
-    given_teacher = has_teacher and not cache
-    fill = [f"{name}={value}" for name, value in TO_FILL_IN.items() if given_teacher or name != "TEACHER"]
+    cached = has_teacher and settings.teacher_head_only
+    left_out = {("TEACHER", not has_teacher or cached), ("TEACHER_CACHE", not cached), ("DATA", cached)}
+    fill = [f"{name}={value}" for name, value in TO_FILL_IN.items() if (name, True) not in left_out]
     if given["NNODES"] != "1":
         fill += ["LAUNCHER=slurm", f"SBATCH_GPUS_PER_NODE={given['NPROC_PER_NODE']}"]
     first, second = words[:5], words[5:]
     lines = [" ".join(fill), " ".join(first), " ".join(second)]
-    return " \\\n  ".join([*lines, f"{COMMAND} {shlex.join([*arguments(layout, settings), *cache])}"])
+    return " \\\n  ".join([*lines, f"{COMMAND} {shlex.join(arguments(layout, settings))}"])

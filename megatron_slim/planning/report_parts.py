@@ -43,14 +43,12 @@ def show(console: Console, parts: Sequence[Subset], found: Found, job: Job, toke
         console.print(f"  {note}")
     table = Table(box=box.SIMPLE, padding=(0, 1), pad_edge=False)
     table.add_column("", justify="right")
-    table.add_column("--train-only", overflow="fold")
     for name in ("trained", "states", "GB", "host GB", "MBS", "recompute", "days"):
         table.add_column(name, justify="right", no_wrap=True)
     for number, each in enumerate(parts, 1):
         layout = each.candidate.layout
         table.add_row(
             str(number),
-            each.name,
             f"{each.trained / 1e9:.2f}B",
             each.job.settings.states,
             f"{each.candidate.needed / 1e9:.1f}",
@@ -60,6 +58,11 @@ def show(console: Console, parts: Sequence[Subset], found: Found, job: Job, toke
             f"{days(each.candidate.step, each.job, tokens):,.2f}",
         )
     console.print(table)
+    for number, each in enumerate(parts, 1):  # lines of their own: some are wider than a terminal
+        console.out(
+            f"{number:>2}  --train-only {each.name}" if each.job.settings.train_only else f"{number:>2}  all",
+            highlight=False,
+        )
     console.print(f"GB: of {job.gpu.memory / 1e9:.0f}, {SPARE:.0%} of which are left free. states: --optimizer-states;")
     console.print("those in bf16 and on the host need Transformer Engine, and are counted, not measured, as is speed.")
     best = parts[0]
