@@ -184,7 +184,7 @@ def test_one_gpu_says_what_fits(tool: Any) -> None:
         assert bool(part["host_bytes"]) == (part["optimizer_states"] == "host")
         words = part["command"].split()
         assert words[words.index("--train-only") + 1] == part["train_only"]
-        assert words[-2:] == ["--teacher-cache", "cache"] and "TEACHER=teacher" not in words
+        assert "TEACHER_CACHE=cache" in words and not {"TEACHER=teacher", "DATA=corpus_text_document"} & set(words)
     shown = tool(TOOL, *given, "--teacher-cache").stdout
     assert "Not all of the student can be trained on 1 x H100 SXM of 80 GB" in shown and "to paste" in shown
     first = plan["parts"][0]
@@ -196,7 +196,7 @@ def test_one_gpu_says_what_fits(tool: Any) -> None:
 
 
 def test_modules_are_built_with_a_cache_and_parts(tool: Any, tmp_path: Path) -> None:
-    """The teacher's directory in place of a cache that is not there yet."""
+    """The teacher's directory in place of a cache that is not there yet; a cache has the teacher's config.json too."""
     for name, shape in (("teacher", tiny_shape(num_layers=8)), ("student", tiny_shape())):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(tiny_hf_config(shape)))

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_slim.checkpoint.convert import open_checkpoint
+from megatron_slim.checkpoint.huggingface import read_shape
 from megatron_slim.errors import CheckpointError, DataError, SlimError
 from megatron_slim.sample_set import write_samples
 from megatron_slim.teacher_cache import record as recording
@@ -90,6 +91,7 @@ def test_what_a_cache_says(whole: TeacherCache) -> None:
     assert whole.samples.position_ids.tolist() == [list(range(LENGTH))] * SAMPLES
     assert whole.figures["kl_of_rounding"] == whole.figures["largest_kl_of_rounding"] == 0
     assert whole.read(4, 1).shape == (1, LENGTH, 4 * SHAPE.hidden_size)
+    assert read_shape(whole.path) == SHAPE  # for planning
     whole.verify_head()
     whole.samples.verify(SHAPE.vocab_size)
 
