@@ -141,6 +141,7 @@ PARTS = {
     "calibration": Part("Calibration, a layer of each kind at the published sizes", "speed", "calibration"),
     "kd_step": Part("A step of distillation against one of LM training", "speed", "kd_step"),
     "resume": Part("Resuming from a checkpoint", "parity", "resume"),
+    "cache": Part("Training from a teacher's cache, against the teacher in the same process", "healing", "cache"),
     "conversion": Part("Conversion of a layer of each kind at the published sizes", "conversion", "conversion"),
     "liger": Part("Fused losses against Liger's", "speed", "liger"),
     "te": Part("Transformer Engine against Megatron's own layers", "libraries", "transformer_engine"),

@@ -28,7 +28,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 120,
 }
 FLAGS = (
-    f"--mock-data --no-teacher-check --seq-length 32 --micro-batch-size 2 --global-batch-size 4 --train-iters {STEPS} "
+    f"--no-teacher-check --seq-length 32 --micro-batch-size 2 --global-batch-size 4 --train-iters {STEPS} "
     "--lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --log-interval 1 --tensorboard-log-interval 1 "
     "--eval-interval 1000 --eval-iters 0 --use-distributed-optimizer"
 ).split()
@@ -53,6 +53,8 @@ def train(
     ranks: int = 1,
     hidden: Sequence[str] = tuple(LIBRARIES),
     on_cpu: bool = False,
+    data: Sequence[object] = ("--mock-data",),
+    teacher: bool = True,
 ) -> Losses:
     """Train the student of `write_models` for `STEPS` steps with all four losses.
 
@@ -63,6 +65,8 @@ def train(
         ranks: processes.
         hidden: keys of `LIBRARIES` that are not to be used.
         on_cpu: on the CPU though there is a GPU.
+        data: flags that name the data.
+        teacher: give it the teacher.
 
     Returns:
         The value of every step by term.
@@ -75,8 +79,8 @@ def train(
     tensorboard = setting.work / name
     command = [sys.executable, ROOT / "tools/torchrun.py", "--nproc-per-node", ranks, "--master-port", free_port()]
     command += [ROOT / "benchmarks/gpu/hide.py", ",".join(hidden), ROOT / "tools/pretrain.py", *FLAGS]
-    command += ["--pretrained-checkpoint", setting.work / "student", "--teacher-load", setting.work / "teacher"]
-    command += ["--tensorboard-dir", tensorboard, *flags]
+    command += ["--pretrained-checkpoint", setting.work / "student", "--tensorboard-dir", tensorboard, *data]
+    command += [*(["--teacher-load", setting.work / "teacher"] if teacher else []), *flags]
     # Compiling element-wise functions takes half a minute; benchmarks/kd_step.py does.
     environment = os.environ | {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}
