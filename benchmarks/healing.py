@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure what healing a student from a teacher's cache costs, compared with training without a teacher.
 
-Runs of tools/pretrain.py on the same samples, in turns: LM and MTP-LM losses alone; four terms from a cache; four terms
+Runs of tools/pretrain.py on the same tokens, in turns: LM and MTP-LM losses alone; four terms from a cache; four terms
 with the teacher in the same process. What counts is Megatron's own time per iteration, and the anonymous memory of the
 process. Then a teacher of some GB is recorded, compared with its streamed forward pass alone. See docs/benchmarks.md.
 """
@@ -9,6 +9,7 @@ process. Then a teacher of some GB is recorded, compared with its streamed forwa
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shutil
 import statistics
 import sys
@@ -21,13 +22,23 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.kd_step import WARM_UP, seconds_of, shapes, training_command, write_models
+from benchmarks.kd_step import WARM_UP, kernels, seconds_of, shapes, training_command, write_models
 from benchmarks.processes import run
 from megatron_slim.cli.tool import run_tool
 from megatron_slim.command_line import positive, tool_parser
 from megatron_slim.errors import SlimError
 
-LM, CACHED, KD = KINDS = ("lm", "cached", "kd")
+LM, CACHED, KD = "lm", "cached", "kd"
+MAIN, CHATS = "cached, main head", "cached, chats"
+# Flags of each kind of run, and the samples that it reads.
+KINDS: dict[str, tuple[tuple[str, ...], str]] = {
+    LM: ((), "whole"),
+    CACHED: ((), "whole"),
+    MAIN: (("--mtp-kd-target", "teacher-main"), "whole"),
+    CHATS: ((), "chats"),
+    KD: ((), "whole"),
+}
+COUNTED = 0.45  # of the tokens of a chat are the assistant's, in the demo's as in public sets of instructions
 SAMPLE_SECONDS = 0.1
 STATES = ("fp32", "bf16", "fp8")
 WAIT = "batch-generator-time"  # Megatron's own timer of what a step waits for its data
@@ -58,22 +69,27 @@ def record_teacher(folder: Path, args: argparse.Namespace, samples: int) -> None
     from megatron_slim.teacher_cache.recording_pass import Recorded
 
     teacher = open_checkpoint(folder / "teacher")
-    tokens = np.random.default_rng(0).integers(0, teacher.shape.vocab_size, (samples, args.seq_length + 1))
-    given = Recorded.whole(tokens, {})
-    (folder / "samples").mkdir()
-    write_samples(folder / "samples", tokens, given.loss_mask, given.position_ids, documents=False, about={})
-    record(teacher, given, folder / "cache", RecordOptions(kind=args.states, check_teacher=False))
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, teacher.shape.vocab_size, (samples, args.seq_length + 1))
+    whole = Recorded.whole(tokens, {})
+    masks = {"whole": whole.loss_mask, "chats": rng.random(whole.loss_mask.shape) < COUNTED}
+    for name, mask in masks.items():
+        (folder / name).mkdir()
+        write_samples(folder / name, tokens, mask, whole.position_ids, documents=False, about={})
+        given = dataclasses.replace(whole, loss_mask=mask)
+        record(teacher, given, folder / f"{name}-cache", RecordOptions(kind=args.states, check_teacher=False))
 
 
 def one_run(folder: Path, args: argparse.Namespace, kind: str) -> tuple[list[float], int, list[float]]:
     """Seconds of every counted iteration, the most memory in use, and seconds that each waited for its data."""
     iterations = WARM_UP + args.iterations
-    data = ("--teacher-cache", folder / "cache") if kind == CACHED else ("--data-path", folder / "samples")
+    flags, samples = KINDS[kind]
+    data = ("--data-path", folder / samples) if kind in (LM, KD) else ("--teacher-cache", folder / f"{samples}-cache")
     size = args.seq_length, args.micro_batch_size, args.micro_batch_size
     command = training_command(folder, iterations, *size, teacher=kind == KD, data=data)
     events = tempfile.mkdtemp(dir=folder)
     command += ["--split", "1,0,0", "--timing-log-level", "2", "--log-timers-to-tensorboard"]
-    command += ["--tensorboard-dir", events, "--tensorboard-log-interval", "1", *args.extra.split()]
+    command += ["--tensorboard-dir", events, "--tensorboard-log-interval", "1", *flags, *args.extra.split()]
     done = run(command, sample_seconds=SAMPLE_SECONDS)
     found, waits = seconds_of(done.stdout), waits_of(events)
     if len(found) != iterations or len(waits) != iterations:
@@ -107,7 +123,20 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
                 peaks[kind] = max(peaks[kind], peak)
     head = 4 * models["teacher"].vocab_size * models["teacher"].hidden_size
     medians = {kind: statistics.median(found) for kind, found in seconds.items()}
-    return {**ratios_of(medians, peaks, waits, head), "seconds": medians, "samples": seconds}
+    return {
+        **ratios_of(medians, peaks, waits, head),
+        "operations": operations(models, args.seq_length),
+        "seconds": medians,
+        "samples": seconds,
+    }
+
+
+def operations(models: Mapping[str, Any], seq_length: int) -> float:
+    """What a step from a cache costs over one of training without a teacher, by operations alone."""
+    from megatron_slim.architecture.flops import head_flops, student_flops
+
+    heads = 1 + models["student"].mtp_num_layers
+    return 1 + heads * head_flops(models["teacher"]) / student_flops(models["student"], seq_length, kernels()).total
 
 
 def ratios_of(
@@ -116,6 +145,8 @@ def ratios_of(
     """What is claimed, of medians, peaks and waits by kind of run; ``head``: bytes of the teacher's output layer."""
     return {
         "cached_over_lm": seconds[CACHED] / seconds[LM],
+        "cached_over_lm_teacher_main": seconds[MAIN] / seconds[LM],
+        "cached_over_lm_chats": seconds[CHATS] / seconds[LM],
         "colocated_over_lm": seconds[KD] / seconds[LM],
         "memory_over_student": (peaks[CACHED] - head) / peaks[LM],
         "memory_over_student_with_head": peaks[CACHED] / peaks[LM],

@@ -7,6 +7,7 @@
 - `loss_options`: names and defaults of the losses (no torch)
 - `terms`, `schedule`: the dictionary of the terms of the loss, and how their weights move (no torch)
 - `losses`: the sum of the terms (SlimQwen eq. 12)
+- `counted`: the losses of the tokens that count alone
 - `fused`, `functions`, `output_layer`: output layer, losses and gradients in chunks of tokens
 - `divergences`, `vocabulary`: how distributions are compared, and a rank's columns of the vocabulary
 - `hidden`, `layer_pairs`: distillation of hidden states, and which layers are compared

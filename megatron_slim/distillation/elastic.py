@@ -74,6 +74,7 @@ class ElasticModel(DistillationModel):
         expected: TokenLosses | None = None,
         hidden_inputs: HiddenInputs | None = None,
         teacher_hidden: Tensor | None = None,
+        counts: Tensor | None = None,
         budget: int = 0,
         teacher_runs: bool = True,
     ) -> Tensor:
@@ -87,6 +88,7 @@ class ElasticModel(DistillationModel):
             expected: as there.
             hidden_inputs: None.
             teacher_hidden: as there, of a teacher that was recorded.
+            counts: as there.
             budget: which.
             teacher_runs: false where this micro-batch has been through the teacher for the budget before.
         """
@@ -102,7 +104,7 @@ class ElasticModel(DistillationModel):
         output = HiddenStatesModel.forward(student, input_ids, position_ids, attention_mask)
         if self.post_process:
             assert labels is not None
-            return student.token_losses(output, self._teacher_hidden, labels, expected).stack()
+            return student.token_losses(output, self._teacher_hidden, labels, expected, counts).stack()
         if missing := self.student_hidden_size - output.shape[-1]:  # without any, padding would copy
             output = F.pad(output, (0, missing))
         return joined(output, self._teacher_hidden)

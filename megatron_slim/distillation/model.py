@@ -33,6 +33,7 @@ from torch import Tensor
 
 from megatron_slim.architecture.context_parallel import local_positions, local_slice
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
+from megatron_slim.distillation.counted import counted_rows, losses_of_rows
 from megatron_slim.distillation.fused import DistillationInputs, Target, default_chunk, fused_losses
 from megatron_slim.distillation.hidden import HiddenDistillation, HiddenInputs, layers_of
 from megatron_slim.distillation.losses import TokenLosses, shift
@@ -150,6 +151,7 @@ class DistillationModel(HiddenStatesModel):
         expected: TokenLosses | None = None,
         hidden_inputs: HiddenInputs | None = None,
         teacher_hidden: Tensor | None = None,
+        counts: Tensor | None = None,
     ) -> Tensor:
         """Run this stage of both models.
 
@@ -163,6 +165,8 @@ class DistillationModel(HiddenStatesModel):
             hidden_inputs: in a training step, for the layers that the teacher's supervise; None: none are.
             teacher_hidden: on the last stage, where the teacher computed ahead or was recorded: what it ends with, or
                 what is stored of that.
+            counts: [b, S], on the last stage: where a prediction may count; the others are left out of the losses, and
+                are zero. None: nothing is left out.
 
         Returns:
             [s, b, student h + teacher h in numbers of the student's dtype]; on the last stage `TokenLosses.stack`,
@@ -175,7 +179,7 @@ class DistillationModel(HiddenStatesModel):
             hidden = super().forward(input_ids, position_ids, attention_mask)
         if self.post_process:
             assert labels is not None and (teacher_hidden is None) == (self.teacher is None and self.recorded is None)
-            return self.token_losses(hidden, teacher_hidden, labels, expected).stack()
+            return self.token_losses(hidden, teacher_hidden, labels, expected, counts).stack()
         return joined(hidden, teacher_hidden)
 
     @torch.no_grad()
@@ -188,7 +192,12 @@ class DistillationModel(HiddenStatesModel):
         return hidden
 
     def token_losses(
-        self, hidden: Tensor, teacher_hidden: Tensor | None, labels: Tensor, expected: TokenLosses | None
+        self,
+        hidden: Tensor,
+        teacher_hidden: Tensor | None,
+        labels: Tensor,
+        expected: TokenLosses | None,
+        counts: Tensor | None = None,
     ) -> TokenLosses:
         """The loss terms of what the last stages of both models end with; other arguments as for `forward`."""
         heads = [_rows(self._whole_input(head)) for head in self.heads(hidden)]
@@ -202,7 +211,11 @@ class DistillationModel(HiddenStatesModel):
         upstream = None if expected is None else _upstream(expected, terms, len(heads))
         inputs = DistillationInputs(shifted, targets, teacher, self.options.kd_loss, chunk, tuple(functions.values()))
         with self.timed_losses():
-            found = fused_losses(self._output_weights(self), heads, inputs, upstream)
+            if counts is None:
+                found = fused_losses(self._output_weights(self), heads, inputs, upstream)
+            else:
+                rows = counted_rows(local_slice(counts, positions))
+                found = losses_of_rows(self._output_weights(self), heads, inputs, upstream, rows)
         lm, kd, teacher_lm, *others = (each.unflatten(-1, (-1, labels.shape[0])).transpose(-1, -2) for each in found)
         closed = {CROSS_ENTROPY: lm, DIVERGENCE: kd, TEACHER_CROSS_ENTROPY: teacher_lm[None]}
         of_heads = {key: closed[term.of] for key, term in terms.items() if isinstance(term.of, str)}

@@ -28,7 +28,7 @@ from megatron_slim.recipe_sections import Phase
 from megatron_slim.teacher_cache.cache import TeacherCache, open_cache
 from megatron_slim.training.arguments import complete_argv, parse, shape_directory
 from megatron_slim.training.chat_data import SFT, name_sample_sets, without_tokenizer_type
-from megatron_slim.training.document_checks import keeps_documents_apart
+from megatron_slim.training.document_checks import keeps_documents_apart, sample_sets
 from megatron_slim.training.elastic import ElasticRun, elastic_run, without_overlap
 from megatron_slim.training.progressive import Place, find_place, is_done, phase_of
 from megatron_slim.training.rates import default_warmup
@@ -140,6 +140,17 @@ class RunSpec:
     def teacher_runs_mtp(self) -> bool:
         """Whether the student's MTP heads are supervised by the teacher's."""
         return self.options.mtp_kd_target == TEACHER_MTP and self.student.mtp_num_layers > 0
+
+    @cached_property
+    def has_masks(self) -> bool:
+        """Whether the data say that some tokens do not count.
+
+        Losses then look for those that do, for which the host waits for the device.
+
+        Raises:
+            DataError: the data are of more than one kind.
+        """
+        return not self.args.mock_data and not all(each.loss_mask.all() for each in sample_sets(self.args))
 
     @cached_property
     def documents_apart(self) -> bool:

@@ -117,6 +117,8 @@ class Steps:
             targets["teacher_hidden"] = self.ahead.take(batch["labels"])
         elif batch.get(STATES) is not None:
             targets["teacher_hidden"] = batch[STATES]
+        if last and self.spec.has_masks:
+            targets["counts"] = loss_mask
         if self.turns is not None:
             targets |= {"budget": turn.budget, "teacher_runs": turn.first}
         with self.log.clock.forward(vp_stage):
