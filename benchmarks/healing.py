@@ -29,16 +29,17 @@ from megatron_slim.command_line import positive, tool_parser
 from megatron_slim.errors import SlimError
 
 LM, CACHED, KD = "lm", "cached", "kd"
-MAIN, CHATS = "cached, main head", "cached, chats"
+HALF, MAIN, CHATS = "cached, head in bf16", "cached, main head", "cached, chats"
 # Flags of each kind of run, and the samples that it reads.
 KINDS: dict[str, tuple[tuple[str, ...], str]] = {
     LM: ((), "whole"),
     CACHED: ((), "whole"),
+    HALF: (("--teacher-dtype", "bf16"), "whole"),
     MAIN: (("--mtp-kd-target", "teacher-main"), "whole"),
     CHATS: ((), "chats"),
     KD: ((), "whole"),
 }
-COUNTED = 0.45  # of the tokens of a chat are the assistant's, in the demo's as in public sets of instructions
+COUNTED = 0.45  # share of the tokens of chats that count
 SAMPLE_SECONDS = 0.1
 STATES = ("fp32", "bf16", "fp8")
 WAIT = "batch-generator-time"  # Megatron's own timer of what a step waits for its data
@@ -145,6 +146,7 @@ def ratios_of(
     """What is claimed, of medians, peaks and waits by kind of run; ``head``: bytes of the teacher's output layer."""
     return {
         "cached_over_lm": seconds[CACHED] / seconds[LM],
+        "cached_over_lm_head_in_bf16": seconds[HALF] / seconds[LM],
         "cached_over_lm_teacher_main": seconds[MAIN] / seconds[LM],
         "cached_over_lm_chats": seconds[CHATS] / seconds[LM],
         "colocated_over_lm": seconds[KD] / seconds[LM],
