@@ -3,6 +3,7 @@
 The directory is a sample set (`sample_set`) and, besides that,
 
 - ``cache.json``, written last: whose states they are, of how many heads, and in which type;
+- ``config.json``: the teacher's, for the planner;
 - ``head.safetensors``: the teacher's output layer, ``weight`` [vocabulary, hidden] in the checkpoint's type;
 - ``states-N.bin``: of consecutive samples, [heads, samples, S, `stored_states.row_bytes`], the main head first;
 - ``states-N.json``: which samples these are, and the CRC-32 of every sample's part of every head.
@@ -27,7 +28,7 @@ from megatron_slim.files import file_sha256, read_json
 from megatron_slim.sample_set import SampleSet, open_samples
 from megatron_slim.teacher_cache.stored_states import TYPES, row_bytes
 
-CACHE, HEAD, RECORDING = "cache.json", "head.safetensors", "recording.json"
+CACHE, HEAD, RECORDING, CONFIG = "cache.json", "head.safetensors", "recording.json", "config.json"
 FORMAT = 1
 WEIGHT = "weight"  # the tensor of `HEAD`
 _AGAIN = "record the teacher again"

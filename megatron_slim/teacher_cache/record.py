@@ -16,14 +16,15 @@ import torch
 from safetensors.torch import save
 
 from megatron_slim import __version__
+from megatron_slim.architecture.hf_config import shape_to_hf_config
 from megatron_slim.architecture.table import OUTPUT, names_of
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.compat import runtime
-from megatron_slim.files import check_space, file_sha256, fsync_path, read_json
+from megatron_slim.files import check_space, file_sha256, fsync_path, read_json, to_json
 from megatron_slim.sample_set import write_samples
 from megatron_slim.streaming.fingerprint import fingerprint
-from megatron_slim.teacher_cache.cache import FORMAT, HEAD, WEIGHT, TeacherCache, open_cache, shard_files
+from megatron_slim.teacher_cache.cache import CONFIG, FORMAT, HEAD, WEIGHT, TeacherCache, open_cache, shard_files
 from megatron_slim.teacher_cache.recording import (
     Recording,
     begin,
@@ -102,6 +103,8 @@ def record(checkpoint: Checkpoint, samples: Recorded, save: Path, options: Recor
         check_space(recording.path, states)
         if is_new:
             _write_head(checkpoint, recording.path / HEAD)
+            config = shape_to_hf_config(checkpoint.shape, checkpoint.config)
+            (recording.path / CONFIG).write_text(to_json(config))
             arrays = samples.tokens, samples.loss_mask, samples.position_ids
             write_samples(recording.path, *arrays, documents=samples.documents, about=samples.about)
             fsync_path(recording.path)

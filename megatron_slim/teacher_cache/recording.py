@@ -22,7 +22,7 @@ from megatron_slim.teacher_cache.cache import CACHE, HEAD, RECORDING, shard_file
 # Of a shard, whose hidden states are in memory while the teacher is read once: enough that reading it takes a small
 # part of the time, few enough that what is lost with a killed process is minutes of a GPU.
 ROUND_TOKENS = 16 << 20
-_OURS = re.compile(r"\.?(samples\.|recording\.|cache\.|head\.|tokens\.|loss_mask\.|position_ids\.|states-).*")
+_OURS = re.compile(r"\.?(samples\.|recording\.|cache\.|config\.|head\.|tokens\.|loss_mask\.|position_ids\.|states-).*")
 _PART_OF_MEMORY = 0.5
 _SECONDS_BETWEEN_LOOKS = 0.5
 

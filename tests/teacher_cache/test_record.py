@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_slim.checkpoint.convert import open_checkpoint
+from megatron_slim.checkpoint.huggingface import read_shape
 from megatron_slim.errors import CheckpointError, DataError, SlimError
 from megatron_slim.sample_set import write_samples
 from megatron_slim.teacher_cache import record as recording
@@ -226,12 +227,17 @@ def test_sample_sets_and_caches_without_a_description_are_spared(model: Path, tm
     (cache / CACHE).unlink()
     for path in (samples, cache):
         before = files(path)
-        with pytest.raises(SlimError, match=r"holds something else \((loss_mask|states-00000)"):
+        with pytest.raises(SlimError, match=r"holds something else \((loss_mask|config)"):
             recorded(model, path)
         assert files(path) == before
     for file in cache.glob("states-*"):  # so is one that was killed before it had begun
         file.unlink()
     assert recorded(model, cache).path == cache
+
+
+def test_the_planner_finds_the_teacher_in_a_cache(whole: TeacherCache) -> None:
+    found = read_shape(whole.path)
+    assert (found.hidden_size, found.vocab_size, found.mtp_num_layers) == (whole.hidden_size, SHAPE.vocab_size, 1)
 
 
 def test_no_room_for_it(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
