@@ -81,8 +81,8 @@ def command(layout: TrainLayout, settings: Settings, tokens: int, per_node: int,
     given = variables(layout, settings, tokens, per_node)
     words = [f"{name}={value}" for name, value in given.items()]
     cache = [CACHE_FLAG, "cache"] if has_teacher and settings.teacher_head_only else []
-    given_teacher = has_teacher and not cache
-    fill = [f"{name}={value}" for name, value in TO_FILL_IN.items() if given_teacher or name != "TEACHER"]
+    left_out = {"TEACHER", "DATA"} if cache else set() if has_teacher else {"TEACHER"}  # a cache has the data
+    fill = [f"{name}={value}" for name, value in TO_FILL_IN.items() if name not in left_out]
     if given["NNODES"] != "1":
         fill += ["LAUNCHER=slurm", f"SBATCH_GPUS_PER_NODE={given['NPROC_PER_NODE']}"]
     first, second = words[:5], words[5:]

@@ -185,6 +185,7 @@ def test_one_gpu_says_what_fits(tool: Any) -> None:
         words = part["command"].split()
         assert words[words.index("--train-only") + 1] == part["train_only"]
         assert words[-2:] == ["--teacher-cache", "cache"] and "TEACHER=teacher" not in words
+        assert not any(word.startswith("DATA=") for word in words)  # the cache has them
     shown = tool(TOOL, *given, "--teacher-cache").stdout
     assert "Not all of the student can be trained on 1 x H100 SXM of 80 GB" in shown and "to paste" in shown
     first = plan["parts"][0]
