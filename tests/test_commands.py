@@ -107,6 +107,8 @@ def test_distill_is_the_script_with_arguments_for_variables() -> None:
     found = call("distill", *given, SAVE="run")
     assert (found.returncode, found.stdout, found.stderr) == (0, script.stdout, "")
     assert call("distill", *given, "--save", "x", SAVE="run").stdout == script.stdout.replace(" run", " x")
+    place = given.index("--clip-grad")
+    assert call("distill", *given[:place], "--", *given[place:], SAVE="run").stdout == script.stdout
 
 
 def test_distill_gives_results_when_the_run_has_ended(

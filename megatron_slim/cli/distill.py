@@ -1,7 +1,7 @@
 """Train or distil: start the processes of a run, here (torchrun), on several machines, or as a Slurm job.
 
 Runs pretrain_distill.sh, whose variables are the arguments below: TEACHER is --teacher. A variable of the environment
-is used where its argument is not given. All other arguments go to Megatron unchanged and take precedence;
+is used where its argument is not given. All other arguments, and all behind --, go to Megatron and take precedence;
 `megatron-slim pretrain --help` lists those of distillation. With --json the last line of standard output is what
 `megatron-slim show-run SAVE --json` gives when the run has ended, and save, its directory.
 """
@@ -22,7 +22,7 @@ from megatron_slim.extras import require
 from megatron_slim.packaged import directory
 from megatron_slim.processes import run_to_end
 from megatron_slim.training.run_view import read_run, summary
-from megatron_slim.training.variables import add_variables, as_text, flag
+from megatron_slim.training.variables import BEHIND, add_variables, as_text, flag
 
 SCRIPT = "pretrain_distill.sh"
 
@@ -67,6 +67,8 @@ def _is_first(env: Mapping[str, str]) -> bool:
 def main(argv: Sequence[str], prog: str) -> None:
     """Replace this process by the script; with ``--json``, run it and print the results."""
     given, others = parser(prog).parse_known_args(argv)
+    if BEHIND in others:  # in front of Megatron's own, which it is not one of
+        others.remove(BEHIND)
     values = vars(given)
     as_json, command = values.pop("json"), ["bash", str(directory() / SCRIPT), *others]
     env = environment(values, os.environ)

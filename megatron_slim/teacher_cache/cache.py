@@ -3,6 +3,7 @@
 The directory is a sample set (`sample_set`) and, besides that,
 
 - ``cache.json``, written last: whose states they are, of how many heads, and in which type;
+- ``config.json``: the teacher's, for the planner;
 - ``head.safetensors``: the teacher's output layer, ``weight`` [vocabulary, hidden] in the checkpoint's type;
 - ``config.json``: the teacher's;
 - ``states-N.bin``: of consecutive samples, [heads, samples, S, `stored_states.row_bytes`], the main head first;

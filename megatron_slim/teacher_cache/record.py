@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save
 
 from megatron_slim import __version__
+from megatron_slim.architecture.hf_config import shape_to_hf_config
 from megatron_slim.architecture.table import OUTPUT, names_of
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.dtype_names import dtype_name
@@ -102,7 +103,8 @@ def record(checkpoint: Checkpoint, samples: Recorded, save: Path, options: Recor
         check_space(recording.path, states)
         if is_new:
             _write_head(checkpoint, recording.path / HEAD)
-            (recording.path / CONFIG).write_text(to_json(checkpoint.config))
+            config = shape_to_hf_config(checkpoint.shape, checkpoint.config)
+            (recording.path / CONFIG).write_text(to_json(config))
             arrays = samples.tokens, samples.loss_mask, samples.position_ids
             write_samples(recording.path, *arrays, documents=samples.documents, about=samples.about)
             fsync_path(recording.path)

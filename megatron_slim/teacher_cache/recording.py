@@ -17,12 +17,12 @@ import psutil
 
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json, remove, sole_writer, to_json, write_atomic
-from megatron_slim.teacher_cache.cache import CACHE, RECORDING, shard_files
+from megatron_slim.teacher_cache.cache import CACHE, HEAD, RECORDING, shard_files
 
 # Of a shard, whose hidden states are in memory while the teacher is read once: enough that reading it takes a small
 # part of the time, few enough that what is lost with a killed process is minutes of a GPU.
 ROUND_TOKENS = 16 << 20
-_OURS = re.compile(r"\.?(config\.|samples\.|recording\.|cache\.|head\.|tokens\.|loss_mask\.|position_ids\.|states-).*")
+_OURS = re.compile(r"\.?(samples\.|recording\.|cache\.|config\.|head\.|tokens\.|loss_mask\.|position_ids\.|states-).*")
 _PART_OF_MEMORY = 0.5
 _SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -122,11 +122,24 @@ def begin(path: Path, inputs: Mapping[str, Any], most: int | None, workers: int)
         if (path / RECORDING).is_file():
             yield taken_up(path, inputs), False
             return
-        for name in entries:  # of a recording that was killed before it had begun
-            remove(path / name)
+        _remove_beginning(path, entries)
         path.mkdir(exist_ok=True)
         assert most is not None
         yield Recording(path, divide(int(inputs["samples"]), most, workers)), True
+
+
+def _remove_beginning(path: Path, entries: Iterable[str]) -> None:
+    """Remove what a recording that was killed before it had begun has left: its head is written first, no states yet.
+
+    Raises:
+        SlimError: it is something else: a sample set, or a cache without its description.
+    """
+    found = sorted((name for name in entries if not name.startswith(".")), key=HEAD.__eq__)  # the head last
+    if found and (found[-1] != HEAD or any(name.startswith("states-") for name in found)):
+        fix = "name a new or an empty directory"
+        raise SlimError(f"holds something else ({found[0]})", where=str(path), fix=fix)
+    for name in [*(name for name in entries if name not in found), *found]:
+        remove(path / name)
 
 
 def declare(recording: Recording, inputs: Mapping[str, Any]) -> None:

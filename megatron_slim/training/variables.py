@@ -150,7 +150,8 @@ def _words(given: Mapping[str, str]) -> Iterator[str]:
         yield from ("--save", save, "--load", save)
         yield from ("--tensorboard-dir", f"{save}/tensorboard", "--data-cache-path", f"{save}/data-cache")
     train, valid = (values.get(name, "").split() for name in ("DATA", "VALID_DATA"))
-    yield from _data(train, valid, has_own="TEACHER_CACHE" in values)
+    own = [values["TEACHER_CACHE"]] if "TEACHER_CACHE" in values else []
+    yield from _data(train, valid, own)
     if "LR_WARMUP_ITERS" not in values:
         yield from ("--default-lr-warmup-iters", DEFAULT_WARMUP)
     if int(values["TP"]) > 1:
@@ -163,13 +164,13 @@ def _words(given: Mapping[str, str]) -> Iterator[str]:
         yield "--carry-optimizer"
 
 
-def _data(train: Sequence[str], valid: Sequence[str], *, has_own: bool) -> Iterator[str]:
-    """Data, and how they are divided; ``has_own``: where none are named there are some nevertheless."""
+def _data(train: Sequence[str], valid: Sequence[str], own: Sequence[str]) -> Iterator[str]:
+    """Data, and how they are divided; ``own``: the cache that has some, where none are named."""
     if valid:
-        yield from ("--train-data-path", *train, "--valid-data-path", *valid, "--test-data-path", *valid)
+        yield from ("--train-data-path", *(train or own), "--valid-data-path", *valid, "--test-data-path", *valid)
     elif train:
         yield from ("--data-path", *train, "--split", SPLIT)
-    elif has_own:
+    elif own:
         yield from ("--split", SPLIT)
 
 

@@ -220,6 +220,27 @@ def test_other_inputs_are_refused(model: Path, unfinished: Path, tmp_path: Path)
         recorded(model, unfinished)
 
 
+def test_sample_sets_and_caches_without_a_description_are_spared(model: Path, tmp_path: Path) -> None:
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    write_samples(samples, WHOLE.tokens, WHOLE.loss_mask, WHOLE.position_ids, documents=False, about={})
+    cache = recorded(model, tmp_path / "cache").path
+    (cache / CACHE).unlink()
+    for path in (samples, cache):
+        before = files(path)
+        with pytest.raises(SlimError, match=r"holds something else \((loss_mask|config)"):
+            recorded(model, path)
+        assert files(path) == before
+    for file in cache.glob("states-*"):  # so is one that was killed before it had begun
+        file.unlink()
+    assert recorded(model, cache).path == cache
+
+
+def test_the_planner_finds_the_teacher_in_a_cache(whole: TeacherCache) -> None:
+    found = read_shape(whole.path)
+    assert (found.hidden_size, found.vocab_size, found.mtp_num_layers) == (whole.hidden_size, SHAPE.vocab_size, 1)
+
+
 def test_no_room_for_it(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording, "bytes_to_write", lambda *_: 10**18)
     with pytest.raises(SlimError, match=r"needs 1000000000.0 GB, .* are free"):

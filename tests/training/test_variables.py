@@ -73,6 +73,11 @@ def test_data_of_a_cache_are_divided_as_others() -> None:
     assert split[0] == split[1] and "--data-path" not in own and own[own.index("--teacher-cache") + 1] == "a"
 
 
+def test_validation_data_leave_a_cache_as_the_data_of_training() -> None:
+    words = variables.megatron_arguments({"TEACHER_CACHE": "a cache", "VALID_DATA": "b"})
+    assert words[words.index("--train-data-path") + 1 :][:3] == ["a cache", "--valid-data-path", "b"]
+
+
 def test_a_typing_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         variables.expand(["--teachr", "x", "--", "--lr", "1"], "megatron-slim pretrain")
