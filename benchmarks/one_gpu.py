@@ -7,6 +7,7 @@ All are estimates of the planner and products of sizes; nothing is measured.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def steps(recipe: str) -> list[dict[str, Any]]:
     from megatron_slim.planning.hardware import GIB, GPUS
     from megatron_slim.planning.preparation import ASSUMED, calibration, conversion
     from megatron_slim.planning.sources import Asked, find_models
+    from megatron_slim.teacher_cache.recording import ROUND_TOKENS
 
     models, gpu = find_models(Asked(recipe=find_recipe(Path(recipe)))), GPUS["h100"]
     assert models.source is not None
@@ -42,14 +44,15 @@ def steps(recipe: str) -> list[dict[str, Any]]:
     pass_, prune = calibration(models.source, gpu), conversion(models.source)["prune to Hugging Face"]
     flops = teacher_flops(models.source, 4096, runs_mtp=True)
     recording = sum(flops.layers) * TOKENS / (gpu.bf16 * ASSUMED["bf16_share_of_peak"])
-    reading = 1e9 * source / ASSUMED["disk_bytes_per_second"]
-    states = 2e-9 * TOKENS * models.source.hidden_size
+    reading = math.ceil(TOKENS / ROUND_TOKENS) * 1e9 * source / ASSUMED["disk_bytes_per_second"]
+    row = 2e-9 * models.source.hidden_size  # of a token and head
+    states, waiting = (1 + models.source.mtp_num_layers) * TOKENS * row, min(TOKENS, ROUND_TOKENS) * row
     host, fits = pass_.host_with_work_dir * GIB / 1e9, pass_.gpu_gib * GIB / 1e9
     rows: tuple[tuple[float | None, ...], ...] = (
         (source, None, None, 1e9 * source / DOWNLOAD / 3600),
         (None, host, fits, pass_.minutes / 60),
         (student, prune["host_gb"], None, prune["minutes"] / 60),
-        (states, None, None, (recording + reading) / 3600),
+        (states, waiting, None, (recording + reading) / 3600),
         (student, None, None, None),
         (None, None, student, None),
     )
