@@ -112,6 +112,8 @@ class ChatTemplate:
 
     def _turn(self, messages: Sequence[Message], place: int, tools: Any, where: str) -> tuple[str, Span]:
         """The conversation up to the end of a turn, and where in it the assistant writes."""
+        if not place:
+            raise DataError("the assistant writes its first message, which nothing prompts", where=where, fix=_SKIP)
         before, text = messages[:place], self._written(messages[: place + 1], tools)
         prompt = self._written(before, tools, add_generation_prompt=True)
         if not text.startswith(prompt):

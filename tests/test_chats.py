@@ -111,6 +111,15 @@ def test_what_is_no_conversation(templates: dict[str, Path], chat: Any, said: st
         assert str(caught.value).startswith(f"file:3: {said}") and "\n" not in str(caught.value)
 
 
+def test_a_conversation_that_the_assistant_begins(templates: dict[str, Path]) -> None:
+    """Nothing prompts the first message: only a template with generation markers says what the assistant writes."""
+    chat = {"messages": [message("assistant", "a"), message("user", "b"), message("assistant", "c")]}
+    (marked,) = ChatTemplate(templates["chatml"]).encode(chat, "file:3")
+    assert any(marked.counts)
+    with pytest.raises(DataError, match=r"file:3: the assistant writes its first message, .*; leave such lines out"):
+        ChatTemplate(templates["chatml*"]).encode(chat, "file:3")
+
+
 ODD = {
     "does not begin with": "{%- for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
     "{%- if add_generation_prompt %}<think>{% endif %}",

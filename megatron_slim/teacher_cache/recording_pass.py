@@ -65,10 +65,11 @@ class RecordingPass(StreamingForward):
         self._file, self._described = shard_files(path, number)
         self._kind, self._rows = kind, rows
         self._labels = torch.from_numpy(np.array(samples.tokens[rows.start : rows.stop, 1:], dtype=np.int64))
-        self._mask = torch.from_numpy(np.array(samples.loss_mask[rows.start : rows.stop], dtype=np.bool_))
+        mask = torch.from_numpy(np.array(samples.loss_mask[rows.start : rows.stop], dtype=np.bool_)).flatten()
+        self._chosen = (mask if mask.any() else ~mask).nonzero()[:MEASURED_ROWS, 0]
         self._partial = self._file.with_name(f".{self._file.name}.partial")
         self._checksums: list[list[int]] = []
-        self._measured: dict[str, list[float]] = {}
+        self._measured: list[Tensor] = []
         remove(self._partial)  # of a process that was killed
         self._output = OutputFile(self._partial)
 
@@ -77,13 +78,13 @@ class RecordingPass(StreamingForward):
         if module not in (FINAL_NORM, MTP_NORM):
             return
         checksums: list[int] = []
-        for batch, states in enumerate(self.batches()):
+        for states in self.batches():
             if not bool(torch.isfinite(states).all()):
                 where = f"{self.checkpoint.path}"
                 raise CheckpointError("its hidden states are not finite", where=where, fix="its weights are broken")
             content = encode(states, self._kind)
-            if batch == 0 and module == FINAL_NORM:
-                self._measure(states, content)
+            if module == FINAL_NORM:
+                self._measure(states, content, len(checksums))
             for sample in content.cpu():
                 view = as_bytes(sample.contiguous())
                 self._output.append([view])
@@ -97,32 +98,34 @@ class RecordingPass(StreamingForward):
             CheckpointError: the teacher predicts no better than guessing, and that is checked.
         """
         self._output.close()
+        loss, divergence = torch.cat(self._measured, dim=1)
         if check_teacher:
-            judge_teacher(self._measured["loss"][0], self.shape.vocab_size, self.checkpoint.path)
+            judge_teacher(float(loss.mean()), self.shape.vocab_size, self.checkpoint.path)
         os.replace(self._partial, self._file)
         fsync_path(self._file.parent)
         description = {"first": self._rows.start, "samples": len(self._rows), "crc32": self._checksums}
-        write_atomic(self._described, to_json({**description, "measured": self._measured}))
+        measured = {
+            "loss": [float(loss.mean())],
+            "kl": [float(divergence.mean()), float(divergence.max())],
+            "tokens": [len(loss)],
+        }
+        write_atomic(self._described, to_json({**description, "measured": measured}))
 
-    def _measure(self, states: Tensor, content: Tensor) -> None:
-        """Of the first rows: the teacher's cross entropy, and KL(its states || the stored ones), both in nats."""
-        mask = self._mask[: len(states)].flatten()
-        rows = mask.nonzero()[:MEASURED_ROWS, 0]
-        rows = rows if len(rows) else torch.arange(min(len(mask), MEASURED_ROWS))
+    def _measure(self, states: Tensor, content: Tensor, first: int) -> None:
+        """Of the rows chosen that are here: the teacher's cross entropy, and KL(its states || the stored), in nats."""
+        length = self._labels.shape[1]
+        rows = self._chosen[self._chosen >= first * length] - first * length
+        rows = rows[rows < len(states) * length]
+        if not len(rows):
+            return
         stored = decode(content, self._kind, self.shape.hidden_size)
         exact, rounded = (each.flatten(0, 1)[rows].to(states.device).float() for each in (states, stored))
-        labels = self._labels[: len(states)].flatten()[rows].to(states.device)
-        weight, found = self.weight(OUTPUT).float(), []
+        labels = self._labels[first : first + len(states)].flatten()[rows].to(states.device)
+        weight = self.weight(OUTPUT).float()
         for part in torch.arange(len(rows), device=states.device).split(ROWS_AT_ONCE):
             logits = linear(exact[part], weight).double()
             # The difference by itself: that of two logits in fp32 has their rounding, which is more than bf16's.
             change = linear(rounded[part] - exact[part], weight).double()
             log_p, log_q = logits.log_softmax(-1), (logits + change).log_softmax(-1)
             divergence = (log_p - log_q).mul_(log_p.exp()).sum(-1)
-            found.append(torch.stack([F.nll_loss(log_p, labels[part], reduction="none"), divergence]))
-        loss, divergence = torch.cat(found, dim=1)
-        self._measured = {
-            "loss": [float(loss.mean())],
-            "kl": [float(divergence.mean()), float(divergence.max())],
-            "tokens": [len(rows)],
-        }
+            self._measured.append(torch.stack([F.nll_loss(log_p, labels[part], reduction="none"), divergence]))

@@ -267,12 +267,30 @@ def test_rounded_states(model: Path, whole: TeacherCache, tmp_path: Path, kind: 
     """The KL of rounding that a cache states is that of its states, in fp64; of random weights it is large."""
     cache = recorded(model, tmp_path / "cache", kind=kind)
     weight = load_file(cache.path / HEAD)["weight"].double()
-    rows = states(whole)[:2, 0].double(), states(cache)[:2, 0].double()
+    rows = states(whole)[:, 0].double(), states(cache)[:, 0].double()
     exact, rounded = ((each @ weight.T).log_softmax(-1) for each in rows)
     divergence = ((exact - rounded) * exact.exp()).sum(-1)
     assert 0 < cache.figures["kl_of_rounding"] < bound
     assert cache.figures["kl_of_rounding"] == pytest.approx(float(divergence.mean()), rel=1e-3)
     assert cache.figures["largest_kl_of_rounding"] == pytest.approx(float(divergence.max()), rel=1e-3)
+
+
+def test_what_is_measured_does_not_depend_on_the_batch(model: Path, tmp_path: Path) -> None:
+    """The first tokens that count of a shard, in whichever sample they are: the first has none here."""
+    mask = np.ones((SAMPLES, LENGTH), np.uint8)
+    mask[0], mask[2, 3:] = 0, 0
+    samples = replace(WHOLE, loss_mask=mask)
+    found = []
+    for size in (1, 3, 7):
+        options = replace(OPTIONS, kind="fp8", micro_batch_size=size)
+        cache = record(open_checkpoint(model), samples, tmp_path / str(size), options)
+        assert cache is not None and cache.figures["measured_tokens"] == mask.sum()
+        found.append([cache.figures[name] for name in ("teacher_loss", "kl_of_rounding", "largest_kl_of_rounding")])
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-3)
+    mask[:] = 0
+    cache = record(open_checkpoint(model), samples, tmp_path / "none", OPTIONS)
+    assert cache is not None and cache.figures["measured_tokens"] == mask.size
 
 
 def test_documents_do_not_see_each_other(model: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ import pytest
 import torch
 
 from megatron_slim.checkpoint.convert import open_checkpoint
+from megatron_slim.errors import DataError
 from megatron_slim.sample_set import SampleSet, open_samples, write_samples
 from megatron_slim.teacher_cache.cache import open_cache
 from megatron_slim.teacher_cache.record import RecordOptions, record
 from megatron_slim.teacher_cache.recording_pass import Recorded
 from megatron_slim.testing import run_distributed, tiny_shape
-from megatron_slim.training.cache_checks import cache_violations
+from megatron_slim.training.blends import PARTS
+from megatron_slim.training.cache_checks import cache_violations, check_caches
 from megatron_slim.training.slim_arguments import add_slim_arguments
 from tests.training.conftest import SIZES, Workplace, refusal
 from tests.training.test_elastic import write_elastic
@@ -170,6 +173,21 @@ def test_a_damaged_state_ends_the_run_before_a_step_counts(
     found = run_distributed(2, refusal, argv, str(workplace.new_log("damaged")), initialise=False)
     for message in found:
         assert "not what was written; record the teacher again" in message
+
+
+def test_samples_that_have_changed_since(samples: SampleSet, cache: Path, tmp_path: Path) -> None:
+    """Their states would be of other tokens, or count otherwise, without a word."""
+    for name, source in (("tokens", cache), ("loss_mask", samples.path)):
+        damaged = tmp_path / name
+        shutil.copytree(source, damaged)
+        content = np.load(damaged / f"{name}.npy")
+        content[3, 5] ^= 1
+        np.save(damaged / f"{name}.npy", content)
+        own = damaged if name == "tokens" else cache
+        args = argparse.Namespace(mock_data=False, data_path=[str(damaged)], data_args_path=None)
+        vars(args).update(dict.fromkeys((*(f"{part}_data_path" for part in PARTS), "per_split_data_args_path")))
+        with pytest.raises(DataError, match=rf"{name}.npy: its content is not what was written"):
+            check_caches(args, open_cache(own))
 
 
 def test_wrong_inputs(workplace: Workplace, samples: SampleSet, cache: Path, tmp_path: Path) -> None:
