@@ -44,8 +44,8 @@ class Recording:
         return [number for number in range(rank, len(self.rounds), world) if not self.is_done(number)]
 
     def is_done(self, number: int) -> bool:
-        """Whether a shard is finished: it is described when it is on the disk."""
-        return shard_files(self.path, number)[1].is_file()
+        """Whether a shard is finished: it is described when it is on the disk, where both files still are."""
+        return all(file.is_file() for file in shard_files(self.path, number))
 
     def wait(self) -> None:
         """Wait until the other processes have finished their shards; the launcher ends all where one fails."""

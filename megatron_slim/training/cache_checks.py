@@ -83,4 +83,4 @@ def check_caches(args: Namespace, cache: TeacherCache | None) -> None:
     cache.verify_head()
     for prefix in prefixes_of(args):
         cache_of(Path(prefix), cache)
-        open_samples(Path(prefix)).verify(cache.vocab_size)  # few bytes beside states, which have checksums too
+        open_samples(Path(prefix)).verify(cache.vocab_size)  # small: states are thousands of bytes a token

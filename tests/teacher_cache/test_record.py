@@ -205,6 +205,12 @@ def test_what_is_finished_stays(model: Path, whole: TeacherCache, unfinished: Pa
     assert files(unfinished) == files(whole.path)
 
 
+def test_states_that_were_lost_are_recorded_again(model: Path, whole: TeacherCache, unfinished: Path) -> None:
+    (unfinished / "states-00000.bin").unlink()
+    recorded(model, unfinished)
+    assert files(unfinished) == files(whole.path)
+
+
 def test_other_inputs_are_refused(model: Path, unfinished: Path, tmp_path: Path) -> None:
     other = write_tiny_checkpoint(tmp_path / "other", SHAPE, seed=2, dtype=torch.float32)
     for path, changed, what in (
