@@ -53,6 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro-batch-size", type=positive, default=2, help="samples of a forward pass")
     parser.add_argument("--iterations", type=positive, default=5, help=f"of a run, after {WARM_UP} that do not count")
     parser.add_argument("--repeats", type=positive, default=3, help="runs of each kind; the medians are compared")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of run")
     parser.add_argument("--states", choices=STATES, default="bf16", help="type of the states in the cache")
     parser.add_argument("--record-gb", type=float, default=2.0, help="of the teacher that is recorded; 0 records none")
     parser.add_argument("--record-samples", type=positive, default=16, help="that it is recorded on")
@@ -117,7 +118,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         write_models(folder, models)
         record_teacher(folder, args, samples=(WARM_UP + args.iterations) * args.micro_batch_size)
         for _ in range(args.repeats):
-            for kind in KINDS:
+            for kind in args.kinds:
                 found, peak, waited = one_run(folder, args, kind)
                 seconds[kind] += found
                 waits[kind] += waited
@@ -144,17 +145,21 @@ def ratios_of(
     seconds: Mapping[str, float], peaks: Mapping[str, int], waits: Mapping[str, list[float]], head: int
 ) -> dict[str, float]:
     """What is claimed, of medians, peaks and waits by kind of run; ``head``: bytes of the teacher's output layer."""
-    return {
-        "cached_over_lm": seconds[CACHED] / seconds[LM],
-        "cached_over_lm_head_in_bf16": seconds[HALF] / seconds[LM],
-        "cached_over_lm_teacher_main": seconds[MAIN] / seconds[LM],
-        "cached_over_lm_chats": seconds[CHATS] / seconds[LM],
-        "colocated_over_lm": seconds[KD] / seconds[LM],
-        "memory_over_student": (peaks[CACHED] - head) / peaks[LM],
-        "memory_over_student_with_head": peaks[CACHED] / peaks[LM],
-        "colocated_memory_over_student": peaks[KD] / peaks[LM],
-        "data_wait": statistics.median(waits[CACHED]) / seconds[CACHED],
+    names = {
+        CACHED: "cached_over_lm",
+        HALF: "cached_over_lm_head_in_bf16",
+        MAIN: "cached_over_lm_teacher_main",
+        CHATS: "cached_over_lm_chats",
+        KD: "colocated_over_lm",
     }
+    found = {name: seconds[kind] / seconds[LM] for kind, name in names.items() if {kind, LM} <= seconds.keys()}
+    if {CACHED, LM} <= seconds.keys():
+        found["memory_over_student"] = (peaks[CACHED] - head) / peaks[LM]
+        found["memory_over_student_with_head"] = peaks[CACHED] / peaks[LM]
+        found["data_wait"] = statistics.median(waits[CACHED]) / seconds[CACHED]
+    if {KD, LM} <= seconds.keys():
+        found["colocated_memory_over_student"] = peaks[KD] / peaks[LM]
+    return found
 
 
 def recording(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:

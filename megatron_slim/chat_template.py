@@ -78,6 +78,7 @@ class ChatTemplate:
         """
         messages, tools = _messages(record, where), record.get("tools")
         try:
+            self._check_parts(messages, tools, where)
             if _MARKER.search(self._tokenizer.get_chat_template(tools=tools)):
                 return [self._marked(messages, tools)]
             return list(self._found(messages, tools, where))
@@ -85,6 +86,18 @@ class ChatTemplate:
             raise
         except Exception as error:  # templates are programs, which raise what they like
             raise DataError(f"the chat template fails on it ({error})", where=where) from None
+
+    def _check_parts(self, messages: Sequence[Message], tools: Any, where: str) -> None:
+        """See that a template takes contents that are lists of parts: one that does not may write them as Python does."""
+        parts = [(number, each["content"]) for number, each in enumerate(messages, 1) if _has_parts(each)]
+        whole = self._written(messages, tools) if parts else ""
+        for number, content in parts:
+            if str(content) in whole:
+                raise DataError(
+                    f"the chat template writes the content of message {number}, a list of parts, as a list",
+                    where=where,
+                    fix="give its text alone",
+                )
 
     def _marked(self, messages: Sequence[Message], tools: Any) -> Chat:
         found = self._tokenizer.apply_chat_template(
@@ -153,8 +166,11 @@ class ChatTemplate:
 
 def _in_form_of(message: Message, text: str) -> Message:
     """A message of the assistant that says so, its content a text or a list of parts as that of another one."""
-    parts = isinstance(message.get("content"), list)
-    return {"role": ASSISTANT, "content": [{"type": "text", "text": text}] if parts else text}
+    return {"role": ASSISTANT, "content": [{"type": "text", "text": text}] if _has_parts(message) else text}
+
+
+def _has_parts(message: Message) -> bool:
+    return isinstance(message.get("content"), list) and bool(message["content"])
 
 
 def _common_end(one: str, two: str) -> str:

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from megatron_slim.errors import DataError
 from megatron_slim.extras import require
+from megatron_slim.files import without_duplicates
 
 JSON_SUFFIXES, TEXT_SUFFIXES = (".jsonl", ".json"), (".txt",)
 BATCH_BYTES = 1 << 18
@@ -71,9 +72,9 @@ class Source:
         """What a line of JSON holds.
 
         Raises:
-            DataError: not UTF-8, or not JSON.
+            DataError: not UTF-8, or not JSON, a key that is there twice included.
         """
-        return self._parsed(self._decoded())
+        return self._parsed(self._decoded(), object_pairs_hook=without_duplicates)
 
     def _decoded(self) -> str:
         """Its characters, without a byte order mark in front."""
@@ -82,9 +83,9 @@ class Source:
         except UnicodeDecodeError as error:
             raise DataError(f"not readable as UTF-8 text ({error})", where=self.where) from None
 
-    def _parsed(self, text: str) -> Any:
+    def _parsed(self, text: str, **options: Any) -> Any:
         try:
-            return json.loads(text)
+            return json.loads(text, **options)
         except (ValueError, RecursionError) as error:
             raise DataError(f"not a line of JSON ({error})", where=self.where) from None
 

@@ -147,7 +147,7 @@ def parse_json(data: bytes, max_items: int = MAX_JSON_ITEMS) -> Any:
     try:
         value = json.loads(
             data.decode(),
-            object_pairs_hook=_without_duplicates,
+            object_pairs_hook=without_duplicates,
             parse_constant=_finite,
             parse_float=_finite,
             parse_int=_integer,
@@ -164,7 +164,12 @@ def parse_json(data: bytes, max_items: int = MAX_JSON_ITEMS) -> Any:
     return value
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An ``object_pairs_hook`` of `json.loads` that takes no key twice.
+
+    Raises:
+        ValueError: there is one.
+    """
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()

@@ -289,6 +289,14 @@ REFUSED = {
         "--chat --seq-length 8 --input silent.jsonl",
         "silent.jsonl: no conversation in which a token counts; without an answer that fits: 1, too long: 0",
     ),
+    "a key twice": (
+        "--chat --seq-length 8 --input twice.jsonl",
+        "twice.jsonl:1: not a line of JSON (key 'messages' is",
+    ),
+    "parts": (
+        "--chat --seq-length 8 --input parts.jsonl --tokenizer-model text-alone",
+        "parts.jsonl:1: the chat template writes the content of message 2, a list of parts, as a list; give its text",
+    ),
     "not JSON": ("--chat --seq-length 8 --input bad.jsonl", "bad.jsonl:2: not a line of JSON ("),
     "no template": (
         "--chat --seq-length 8 --tokenizer-model plain",
@@ -308,7 +316,13 @@ def test_refused(
     (tmp_path / "good.jsonl").write_text(json.dumps(CHATS["one turn"]))
     (tmp_path / "silent.jsonl").write_text(json.dumps({"messages": [message("user", "a")]}))
     (tmp_path / "bad.jsonl").write_text(json.dumps(CHATS["one turn"]) + "\n{")
+    (tmp_path / "twice.jsonl").write_text(
+        '{"messages": [], "messages": ' + json.dumps(CHATS["one turn"]["messages"]) + "}"
+    )
+    answer = message("assistant", [{"type": "text", "text": "yes"}])  # type: ignore[arg-type]
+    (tmp_path / "parts.jsonl").write_text(json.dumps({"messages": [message("user", "a"), answer]}))
     write_tokenizer(tmp_path / "plain", None)
+    write_tokenizer(tmp_path / "text-alone", "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     before = sorted(tmp_path.iterdir())
     given = ("--input", "good.jsonl", "--tokenizer-model", templates["inst*"], "--output-prefix", "set")
     outcome = tool(TOOL, *given, *options.split())

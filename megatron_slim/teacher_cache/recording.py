@@ -17,7 +17,7 @@ import psutil
 
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json, remove, sole_writer, to_json, write_atomic
-from megatron_slim.teacher_cache.cache import CACHE, HEAD, RECORDING, shard_files
+from megatron_slim.teacher_cache.cache import CACHE, HEAD, RECORDING, read_shard
 
 # Of a shard, whose hidden states are in memory while the teacher is read once: enough that reading it takes a small
 # part of the time, few enough that what is lost with a killed process is minutes of a GPU.
@@ -34,18 +34,24 @@ class Recording:
     Attributes:
         path: its directory.
         rounds: samples of each shard.
+        heads: whose states are recorded.
     """
 
     path: Path
     rounds: tuple[range, ...]
+    heads: int
 
     def missing(self, rank: int = 0, world: int = 1) -> list[int]:
         """Shards that a rank has to record: its part of all, in turn, less what is finished."""
         return [number for number in range(rank, len(self.rounds), world) if not self.is_done(number)]
 
     def is_done(self, number: int) -> bool:
-        """Whether a shard is finished: it is described when it is on the disk, where both files still are."""
-        return all(file.is_file() for file in shard_files(self.path, number))
+        """Whether a shard is finished: it is described when it is on the disk, and both files are still right."""
+        try:
+            found = read_shard(self.path, number, self.heads)
+        except SlimError:
+            return False
+        return found.samples == self.rounds[number] and found.file.is_file()
 
     def wait(self) -> None:
         """Wait until the other processes have finished their shards; the launcher ends all where one fails."""
@@ -125,7 +131,7 @@ def begin(path: Path, inputs: Mapping[str, Any], most: int | None, workers: int)
         _remove_beginning(path, entries)
         path.mkdir(exist_ok=True)
         assert most is not None
-        yield Recording(path, divide(int(inputs["samples"]), most, workers)), True
+        yield Recording(path, divide(int(inputs["samples"]), most, workers), int(inputs["heads"])), True
 
 
 def _remove_beginning(path: Path, entries: Iterable[str]) -> None:
@@ -154,17 +160,17 @@ def taken_up(path: Path, inputs: Mapping[str, Any]) -> Recording:
     Raises:
         SlimError: with other inputs.
     """
-    found = read_json(path / RECORDING)
     try:
+        found = read_json(path / RECORDING)
         begun, sizes = dict(found["inputs"]), list(map(int, found["shards"]))
-    except (KeyError, TypeError, ValueError) as error:
-        where = str(path / RECORDING)
-        raise SlimError(f"not a description of a recording ({error!r})", where=where, fix="remove it all") from None
+    except (SlimError, KeyError, TypeError, ValueError) as error:
+        why, fix = getattr(error, "what", repr(error)), "remove the directory and record again"
+        raise SlimError(f"not a description of a recording ({why})", where=str(path / RECORDING), fix=fix) from None
     for name in {**begun, **inputs}:
         if (was := begun.get(name)) != (now := inputs.get(name)):
             fix = "record with the same inputs, or remove the directory"
             raise SlimError(f"was begun with {name} {was}, this run has {now}", where=str(path), fix=fix)
-    return Recording(path, _ranges(sizes))
+    return Recording(path, _ranges(sizes), int(inputs["heads"]))
 
 
 def wait_for_start(path: Path, inputs: Mapping[str, Any]) -> Recording | None:

@@ -12,8 +12,16 @@ from megatron_slim.sample_set import is_sample_set, open_samples
 from megatron_slim.teacher_cache.cache import TeacherCache, is_cache, open_cache
 from megatron_slim.training.document_checks import prefixes_of
 
-# Flags of a teacher that computes.
-_OF_A_TEACHER = ("teacher_without_mtp", "teacher_fp8_recipe")
+# Flags of a teacher that computes, and why one that was recorded has no use for them.
+_ALREADY = "that was decided when it was recorded"
+_OF_A_TEACHER = {
+    "teacher_without_mtp": _ALREADY,
+    "teacher_fp8_recipe": _ALREADY,
+    "teacher_pipeline_layout": "it has no layers in this run",
+    "teacher_ahead": "its hidden states are there already",
+    "teacher_offload": "its layers are not in memory",
+    "hidden_kd_layers": "hidden states of its last layer alone were recorded",
+}
 
 
 def cache_violations(shape: ModelShape, cache: TeacherCache | None, args: Namespace) -> list[str]:
@@ -29,8 +37,11 @@ def cache_violations(shape: ModelShape, cache: TeacherCache | None, args: Namesp
     if args.teacher_load is not None:
         return ["--teacher-load and --teacher-cache are two teachers; give one of them"]
     assert cache is not None
-    flags = [f"--{name.replace('_', '-')}" for name in _OF_A_TEACHER if getattr(args, name)]
-    found = [f"{flag} has no effect on a teacher that was recorded; leave it out" for flag in flags]
+    found = [
+        f"--{name.replace('_', '-')} does not go with --teacher-cache: {why}"
+        for name, why in _OF_A_TEACHER.items()
+        if getattr(args, name)
+    ]
     if args.teacher_dtype == "fp8":
         found.append("--teacher-dtype fp8 has no effect on a teacher that was recorded; its output layer is in 16 bits")
     if cache.vocab_size != shape.vocab_size:

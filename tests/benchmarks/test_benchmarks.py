@@ -210,6 +210,7 @@ def check_convert(results: dict[str, Any], directions: list[str]) -> None:
     assert results["peak_memory_fraction"] == max(peaks) / model["bytes"]
 
 
+@pytest.mark.slow
 def test_convert(tmp_path: Path, tool: Tool) -> None:
     outcome = tool("benchmarks/convert.py", "--dir", tmp_path / "b", "--only", ALL[0], "--no-load-all", "--keep", *TINY)
     assert outcome.code == 0, outcome.stderr

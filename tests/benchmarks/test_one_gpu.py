@@ -22,8 +22,9 @@ def test_the_page_has_what_the_planner_says(recipe: str) -> None:
 
 @pytest.mark.parametrize("recipe", one_gpu.RECIPES)
 def test_states_of_all_heads_are_on_the_disk(recipe: str) -> None:
-    row = next(each for each in one_gpu.steps(recipe) if each["step"] == "record")
-    assert 1e9 * row["disk"] == pytest.approx(one_gpu.TOKENS * 2 * row_bytes("bf16", 2048))  # main and MTP
+    for kind, step in (("bf16", "record, bf16"), ("fp8", "record, FP8")):
+        row = next(each for each in one_gpu.steps(recipe) if each["step"] == step)
+        assert 1e9 * row["disk"] == pytest.approx(one_gpu.TOKENS * 2 * row_bytes(kind, 2048))  # main and MTP
 
 
 def test_rounding() -> None:

@@ -122,7 +122,7 @@ CASES = {
         "--kd-loss jsd --kd-temperature 0 --kd-top-k 121 --loss-chunk-size 0",
         "--kd-temperature 0 is not positive; --kd-top-k has no effect on --kd-loss jsd; use --kd-loss top-k; "
         "--kd-top-k 121 is not between 1 and the vocabulary's 120; --kd-loss and --kd-temperature need a teacher; "
-        "give --teacher-load; --loss-chunk-size 0 is not positive",
+        "give --teacher-load or --teacher-cache; --loss-chunk-size 0 is not positive",
     ),
     "hidden states without a teacher": (
         "--hidden-kd-layers 0:1",

@@ -145,7 +145,7 @@ def pasted(request: Request, models: Path, tmp_path: Path) -> list[str]:
     ("layout", "precision", "optimizer"),
     [
         (TrainLayout(8, tp=2, pp=2, ep=2), "bf16", "adam"),
-        (TrainLayout(8, tp=2, pp=2, ep=2), "bf16", "aurora"),
+        pytest.param(TrainLayout(8, tp=2, pp=2, ep=2), "bf16", "aurora", marks=pytest.mark.slow),
         pytest.param(TrainLayout(8, pp=2, vpp=2, ep=4, recompute="full"), "fp32", "adam", marks=pytest.mark.slow),
         pytest.param(TrainLayout(8, pp=2, vpp=2, ep=2), "bf16", "muon", marks=pytest.mark.slow),
     ],

@@ -211,6 +211,23 @@ def test_states_that_were_lost_are_recorded_again(model: Path, whole: TeacherCac
     assert files(unfinished) == files(whole.path)
 
 
+def test_a_shard_whose_description_is_damaged_is_recorded_again(
+    model: Path, whole: TeacherCache, unfinished: Path
+) -> None:
+    (unfinished / "states-00000.json").write_text("{")
+    recorded(model, unfinished)
+    assert files(unfinished) == files(whole.path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"inputs": {}}'])
+def test_a_damaged_beginning(model: Path, unfinished: Path, content: str) -> None:
+    (unfinished / RECORDING).write_text(content)
+    with pytest.raises(
+        SlimError, match=r"not a description of a recording \(.*\); remove the directory and record again"
+    ):
+        recorded(model, unfinished)
+
+
 def test_other_inputs_are_refused(model: Path, unfinished: Path, tmp_path: Path) -> None:
     other = write_tiny_checkpoint(tmp_path / "other", SHAPE, seed=2, dtype=torch.float32)
     for path, changed, what in (

@@ -109,7 +109,7 @@ def check_steps(run: Path, expected: int) -> None:
     assert plain[0]["iteration"] == read_common_state(directory)["iteration"]
 
 
-@pytest.mark.parametrize("flags", [(), BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("flags", [pytest.param((), id="fp32", marks=pytest.mark.slow), pytest.param(BF16, id="bf16")])
 def test_a_pruning_that_keeps_everything_changes_nothing(
     flags: tuple[str, ...], workplace: Workplace, tmp_path: Path, first_phase: Any, prune: Any
 ) -> None:

@@ -107,6 +107,7 @@ def check(words: str, **more: Any) -> None:
     parser.add_argument("--mock-data", action="store_true")
     parser.add_argument("--eval-iters", type=int, default=1)
     parser.add_argument("--seq-length", type=int, default=16)
+    parser.add_argument("--teacher-cache")
     check_data(argparse.Namespace(**{**vars(parser.parse_args(words.split())), **more}), 128)
 
 

@@ -248,7 +248,7 @@ LAYOUTS = {
         "--recompute-method uniform --recompute-num-layers 1",
     ),
 }
-QUICK = {("vpp2", "together"), ("tp2-sp-ep2-etp1", "in-turn"), ("ep2", "together")}
+QUICK = {("vpp2", "together"), ("tp2-sp-ep2-etp1", "in-turn")}
 
 
 @pytest.mark.parametrize(

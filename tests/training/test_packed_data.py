@@ -110,7 +110,7 @@ LAYOUTS = {
     "pp4": (4, "--pipeline-model-parallel-size 4"),
     "pp2-tp2-ahead": (4, f"{PP2} {TP2} --teacher-ahead 2"),
 }
-SLOW = ("selective", "vpp2", "pp4", "pp2-tp2-ahead")
+SLOW = ("selective", "vpp2", "pp4", "pp2-tp2-ahead", "dp2", "ep2")
 
 
 @pytest.mark.parametrize(

@@ -201,9 +201,9 @@ def test_wrong_inputs(workplace: Workplace, samples: SampleSet, cache: Path, tmp
         ("--data-path", str(rounded)): r"is of (kind); record both alike",
         ("--teacher-load", str(workplace.teacher)): "--teacher-load and --teacher-cache are two teachers",
         ("--seq-length", "16"): "has samples of 32, --seq-length is 16",
-        ("--teacher-ahead", "2"): "--teacher-ahead without a teacher; give --teacher-load",
-        ("--hidden-kd-layers", "0:0"): "needs a teacher; give --teacher-load",
-        ("--teacher-without-mtp",): "--teacher-without-mtp has no effect on a teacher that was recorded",
+        ("--teacher-ahead", "2"): "--teacher-ahead does not go with --teacher-cache: its hidden states are there",
+        ("--hidden-kd-layers", "0:0"): "--hidden-kd-layers does not go with --teacher-cache: hidden states of its last",
+        ("--teacher-without-mtp",): "--teacher-without-mtp does not go with --teacher-cache: that was decided",
         ("--teacher-cache", str(samples.path)): "not a teacher's cache; make one with megatron-slim record",
         ("--teacher-cache", str(tmp_path)): "not a teacher's cache",
     }

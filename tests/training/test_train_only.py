@@ -127,9 +127,13 @@ def alone(workplace: Workplace) -> Any:
     return of
 
 
+QUICK = {("several", "tp2-ep2-full"), ("several", "vpp2"), ("last stage", "pp2"), ("first stage", "pp2")}
 CASES = [
-    *[("several", layout) for layout in LAYOUTS],
-    *[("last stage", "pp2"), ("first stage", "pp2"), ("first stage", "vpp2"), ("experts", "ep2")],
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    for case in (
+        *(("several", layout) for layout in LAYOUTS),
+        *(("last stage", "pp2"), ("first stage", "pp2"), ("first stage", "vpp2"), ("experts", "ep2")),
+    )
 ]
 
 
@@ -163,7 +167,7 @@ def test_what_is_frozen_keeps_its_bytes(workplace: Workplace, alone: Any) -> Non
     assert 0 < len(trained) < len(start)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_a_run_resumes_bit_for_bit(workplace: Workplace, tmp_path: Path, precision: str) -> None:
     from tests.training.test_runs import keep_only
 
@@ -276,8 +280,8 @@ def test_a_frozen_router_is_left_alone(workplace: Workplace, alone: Any) -> None
     ("words", "flags"),
     [
         ("experts", EP2),
-        ("attention@1", ""),
-        ("output,norms", EP2),
+        pytest.param("attention@1", "", marks=pytest.mark.slow),
+        pytest.param("output,norms", EP2, marks=pytest.mark.slow),
         pytest.param("experts@3", PP2, marks=pytest.mark.slow),
         pytest.param("router,embedding", TP2, marks=pytest.mark.slow),
     ],
