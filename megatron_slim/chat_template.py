@@ -88,7 +88,7 @@ class ChatTemplate:
             raise DataError(f"the chat template fails on it ({error})", where=where) from None
 
     def _check_parts(self, messages: Sequence[Message], tools: Any, where: str) -> None:
-        """See that a template takes contents that are lists of parts: one that does not may write them as Python does."""
+        """See that a template takes contents that are lists of parts: one that does not may write Python's lists."""
         parts = [(number, each["content"]) for number, each in enumerate(messages, 1) if _has_parts(each)]
         whole = self._written(messages, tools) if parts else ""
         for number, content in parts:
