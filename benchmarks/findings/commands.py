@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.findings.matrix import RANDOM
+from benchmarks.findings.matrix import MTP_LM_ALONE, RANDOM
 from benchmarks.findings.sizes import Settings
 from benchmarks.findings.steps import CACHE, CELL, EXPERTS, PRUNED, REFERENCE, STATISTICS, TEACHER, TEXT, Step
 from benchmarks.findings.store import Store
 from megatron_slim.files import to_json
 
 EVALUATION_BATCH, ACCEPTANCE_BATCH = 8, 8
+FP32 = ("--dtype", "fp32")  # on a GPU as on a CPU
 WARMUP = 20  # steps of a cell, as in the demo; a tenth of a run that is not longer
 FIRST_PHASE = 0.1  # share of the tokens, as 40B of 400B
+TEXTS = ("code", "headers", "prose")
 SAVE_EVERY = 500  # steps of a teacher's training
-FIGURES = ("loss", "kl", "top1_agreement", "teacher_loss")
-FIGURES_BY_DEPTH = ("mtp_loss", "mtp_kl", "mtp_top1_agreement")
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ class Commands:
         where, used = self.store.work(step), self.settings
         given = {"output": str(where), "bytes_per_kind": used.bytes_per_kind, "vocab_size": used.vocab_size}
         yield Command("text", function="benchmarks.findings.corpus:make_text", arguments=given)
-        splits = {"train": "train", **{f"validation-{kind}": f"validation-{kind}" for kind in ("code", "headers", "prose")}}
-        for split in splits:
+        for split in ("train", *(f"validation-{kind}" for kind in TEXTS)):
             yield _command(
                 f"preprocess-{split}",
                 *("preprocess", "--input", where / f"{split}.jsonl", "--output-prefix", where / split),
@@ -139,7 +138,15 @@ class Commands:
             **given,
         }
         words = [word for pair in values.items() for word in pair]
-        always = ("--seed", max(step.seed, 1), "--split", "1,0,0", "--default-lr-warmup-iters", WARMUP, *self._unchecked())
+        always = (
+            "--seed",
+            max(step.seed, 1),
+            "--split",
+            "1,0,0",
+            "--default-lr-warmup-iters",
+            WARMUP,
+            *self._unchecked(),
+        )
         return _command(name, "pretrain", *words, *switches, "--", *always, *flags, prepare=prepare)
 
     def _reference(self, step: Step) -> Iterator[Command]:
@@ -149,12 +156,12 @@ class Commands:
     def _losses(self, step: Step, load: Path, *flags: str, compare: bool = True, name: str = "losses") -> Command:
         teacher = ("--teacher", self.teacher(step)) if compare else ()
         data = ("--data", self._path(step, TEXT, "validation.npy"), "--micro-batch-size", EVALUATION_BATCH)
-        return _command(name, "evaluate", "--load", load, *teacher, *data, *flags, "--json")
+        return _command(name, "evaluate", "--load", load, *teacher, *data, *FP32, *flags, "--json")
 
     def _acceptance(self, step: Step, load: Path) -> Command:
         prompts = ("--acceptance", self._path(step, TEXT, "prompts.npy"), "--micro-batch-size", ACCEPTANCE_BATCH)
         lengths = ("--draft-tokens", self.settings.draft_tokens, "--max-new-tokens", self.settings.new_tokens)
-        return _command("acceptance", "evaluate", "--load", load, *prompts, *lengths, "--json")
+        return _command("acceptance", "evaluate", "--load", load, *prompts, *lengths, *FP32, "--json")
 
     def _experts(self, step: Step) -> Iterator[Command]:
         given = {"teacher": str(self.teacher(step)), "text": str(self._path(step, TEXT))}
@@ -167,14 +174,12 @@ class Commands:
 
     def _statistics(self, step: Step) -> Iterator[Command]:
         save = self.store.work(step) / "teacher.stats"
-        yield _command(
-            "calibrate", "calibrate", "--load", self.teacher(step), "--save", save, *self._calibration(step)
-        )
+        yield _command("calibrate", "calibrate", "--load", self.teacher(step), "--save", save, *self._calibration(step))
 
     def _cache(self, step: Step) -> Iterator[Command]:
         save, samples = self.store.work(step) / "cache", self._path(step, TEXT, "samples")
         words: tuple[object, ...] = ("--data", samples, "--save", save, "--states", self.settings.states)
-        words += ("--micro-batch-size", EVALUATION_BATCH, *self._unchecked())
+        words += ("--micro-batch-size", EVALUATION_BATCH, *FP32, *self._unchecked())
         yield _command("record", "record", "--teacher", self.teacher(step), *words, "--json")
 
     def _unchecked(self) -> tuple[str, ...]:
@@ -256,7 +261,7 @@ class Commands:
             flags += ("--elastic", "together")
         if not cell.carried:
             flags += ("--no-save-optim",)
-        prepare = "benchmarks.findings.terms:mtp_lm_alone" if cell.loss == "kd_lm_mtp_lm" else ""
+        prepare = "benchmarks.findings.terms:mtp_lm_alone" if cell.loss in MTP_LM_ALONE else ""
         return self._train(
             step, save, given, flags, batch=self.settings.batch, switches=switches, prepare=prepare, name=name
         )
@@ -274,26 +279,3 @@ class Commands:
         yield _command("prune-2", "prune", *words, *self._calibration(step), *carry)
         switches = ("--progressive", *carry)
         yield self._cell_training(step, where / "run", second, switches, name="train-2")
-
-
-def metrics_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Figures of what the commands of a step gave, by name; those of an elastic student's budgets as ``name/figure``."""
-    found: dict[str, float] = {}
-    for name in ("losses", "acceptance", "experts"):
-        result = results.get(name, {})
-        for budget in result.get("budgets", ()):
-            found |= {f"{budget['budget']}/{key}": value for key, value in _figures(budget).items()}
-        found |= _figures(result)
-    found |= {key: float(value) for key, value in results.get("experts", {}).items()}
-    if record := results.get("record"):
-        found["kl_of_rounding"] = float(record["kl_of_rounding"])
-    return found
-
-
-def _figures(result: Mapping[str, Any]) -> dict[str, float]:
-    found = {key: float(result[key]) for key in FIGURES if result.get(key) is not None}
-    found |= {key: float(result[key][0]) for key in FIGURES_BY_DEPTH if result.get(key)}
-    if accepted := result.get("acceptance"):
-        found |= {f"acc_{k}": float(share) for k, share in enumerate(accepted["acc"])}
-        found["mean_accepted_length"] = float(accepted["mean_accepted_length"])
-    return found

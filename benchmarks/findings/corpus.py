@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.findings.commands import TEXTS as KINDS
 from examples.slimqwen.make_corpus import is_validation, source_files
 from megatron_slim.errors import DataError
 from megatron_slim.files import sha256, write_atomic
 
-KINDS = ("code", "headers", "prose")
 PACKAGES = ("torch", "numpy", "transformers", "scipy", "matplotlib")  # whose documentation strings are read
 VALIDATION_PERCENT = 5
 SHORTEST, LONGEST = 1000, 60_000  # characters of a document; a longer one is cut
@@ -77,9 +77,7 @@ def _prose() -> Iterator[tuple[str, str]]:
                     yield f"{name}/{path.relative_to(root).as_posix()}", documentation(_read(path))
 
 
-SOURCES: dict[str, Callable[[], Iterator[tuple[str, str]]]] = dict(
-    zip(KINDS, (_code, _headers, _prose), strict=True)
-)
+SOURCES: dict[str, Callable[[], Iterator[tuple[str, str]]]] = dict(zip(KINDS, (_code, _headers, _prose), strict=True))
 
 
 def documents(kind: str, limit: int) -> Iterator[dict[str, str]]:

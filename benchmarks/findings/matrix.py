@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.findings.sizes import BASE, SIZES
 
 RANDOM = "random"
+MTP_LM_ALONE = ("kd_mtp_lm", "kd_lm_mtp_lm")  # losses whose MTP block is trained on the text alone
 FOUR = "four"  # the four terms of SlimQwen, equation 12, with its weights
 # Name of a loss -> its weights, as flags; `terms` has what no flag says. LM is without a teacher.
 LOSSES: Mapping[str, tuple[str, ...]] = {
@@ -17,6 +18,7 @@ LOSSES: Mapping[str, tuple[str, ...]] = {
     "kd": ("--kd-lambda-end", "1", "--mtp-beta-start", "0", "--mtp-beta-end", "0"),
     "kd_lm": ("--mtp-beta-start", "0", "--mtp-beta-end", "0"),
     "kd_mtp_kd": ("--kd-lambda-end", "1"),
+    "kd_mtp_lm": ("--kd-lambda-end", "1"),
     "kd_lm_mtp_lm": (),
     "four_teacher_main": ("--mtp-kd-target", "teacher-main"),
 }
@@ -201,6 +203,7 @@ QUESTIONS: dict[str, Question] = {
                 Arm("KD", "pruned_kd"),
                 Arm("KD, LM", "pruned_kd_lm"),
                 Arm("KD, MTP-KD", "pruned_kd_mtp_kd"),
+                Arm("KD, MTP-LM", "pruned_kd_mtp_lm"),
                 Arm("KD, LM, MTP-LM", "pruned_kd_lm_mtp_lm"),
                 Arm("four losses", MAIN),
                 Arm("four losses, teacher's main head", "pruned_four_teacher_main"),

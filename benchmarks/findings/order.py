@@ -44,11 +44,13 @@ def shape_of(config: Mapping[str, Any], target: Mapping[str, int] | None = None)
     return shape_from_hf_config({**config, **changed}, mtp_num_layers=1)
 
 
-def _training(shape: ModelShape, settings: Settings, tokens: int) -> float:
+def training_seconds(shape: ModelShape, settings: Settings, tokens: int) -> float:
+    """Of training on so many tokens, on the machine of the table."""
     return student_flops(shape, settings.seq_length, TORCH).total * tokens / TRAINING
 
 
-def _forward(shape: ModelShape, settings: Settings, samples: int) -> float:
+def forward_seconds(shape: ModelShape, settings: Settings, samples: int) -> float:
+    """Of a streamed forward pass, on the machine of the table."""
     operations = teacher_flops(shape, settings.seq_length, TORCH, runs_mtp=True).total
     return operations * samples * settings.seq_length / FORWARD
 
@@ -67,9 +69,9 @@ def predicted(step: Step, settings: Settings) -> float:
     measured = settings.validation_samples
     decoding = settings.prompts * settings.new_tokens / DECODED
     if step.kind == TEACHER:
-        return seconds + _training(teacher, settings, settings.teacher_steps * settings.teacher_samples * length)
+        return seconds + training_seconds(teacher, settings, settings.teacher_steps * settings.teacher_samples * length)
     if step.kind == CELL:
-        return seconds + _cell(step, settings, teacher) + _forward(teacher, settings, measured) + decoding
+        return seconds + _cell(step, settings, teacher) + forward_seconds(teacher, settings, measured) + decoding
     samples = {
         REFERENCE: measured,
         EXPERTS: 2 * measured,
@@ -77,11 +79,11 @@ def predicted(step: Step, settings: Settings) -> float:
         CACHE: settings.train_samples,
         PRUNED: measured,
     }.get(step.kind, 0)
-    seconds += _forward(teacher, settings, samples)
+    seconds += forward_seconds(teacher, settings, samples)
     if step.kind == REFERENCE:
         seconds += decoding
     if step.kind == PRUNED:
-        seconds += _forward(student, settings, measured)
+        seconds += forward_seconds(student, settings, measured)
     return seconds
 
 
@@ -92,15 +94,15 @@ def _cell(step: Step, settings: Settings, teacher: ModelShape) -> float:
     extra = settings.steps * OPTIMIZERS[cell.optimizer]
     if cell.elastic:
         return ELASTIC * sum(
-            _training(shape_of(config, each), settings, tokens) for each in size.budgets.values()
+            training_seconds(shape_of(config, each), settings, tokens) for each in size.budgets.values()
         )
     if cell.first_phase:
-        return extra + _training(shape_of(config, size.student), settings, tokens) + FIXED[CELL]
+        return extra + training_seconds(shape_of(config, size.student), settings, tokens) + FIXED[CELL]
     target = step.needs[PRUNED].what["target"] or size.student
     pruning = step.needs[PRUNED].pruning
     if pruning.slice:
         target = size.budgets[pruning.slice]
-    return extra + _training(shape_of(config, target), settings, tokens)
+    return extra + training_seconds(shape_of(config, target), settings, tokens)
 
 
 class Estimates:
@@ -116,8 +118,8 @@ class Estimates:
         self._ratios.setdefault(step.kind, []).append(seconds / predicted(step, self.settings))
 
     def seconds(self, step: Step) -> float:
-        """What a step will take: by steps of its kind, else by all, else by the table."""
-        ratios = self._ratios.get(step.kind) or [ratio for found in self._ratios.values() for ratio in found]
+        """What a step will take: by steps of its kind, else by the table and the machine."""
+        ratios = self._ratios.get(step.kind)
         return predicted(step, self.settings) * (statistics.median(ratios) if ratios else self.machine)
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib
 
-import megatron_slim.testing_preload
-
 for _module in (
+    "megatron_slim.testing_preload",  # Megatron, and the help of its flags
     "megatron_slim.cli.pretrain",
     "megatron_slim.cli.calibrate",
     "megatron_slim.cli.evaluate",

@@ -112,7 +112,11 @@ TINY = Size(
     {**_TINY_TEACHER, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
     _TINY_STUDENT,
     {"num_layers": 3, "hidden_size": 56, "num_moe_experts": 6, "moe_router_topk": 2},
-    {"large": _TINY_STUDENT, "middle": {**_TINY_STUDENT, "hidden_size": 40}, "small": _TINY_STUDENT | {"hidden_size": 32}},
+    {
+        "large": _TINY_STUDENT,
+        "middle": {**_TINY_STUDENT, "hidden_size": 40},
+        "small": _TINY_STUDENT | {"hidden_size": 32},
+    },
 )
 TRIAL = Settings(
     steps=3,
