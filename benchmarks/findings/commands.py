@@ -94,6 +94,8 @@ class Commands:
 
     def _teacher(self, step: Step) -> Iterator[Command]:
         where = self.store.work(step)
+        if (where / "hf").exists():  # all was done when it was killed
+            return
         config = where / "config"
         config.mkdir(exist_ok=True)
         (config / "config.json").write_text(to_json(step.what["config"]))

@@ -64,8 +64,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     chosen = settings(trial=args.trial, steps=args.steps, teacher_steps=args.teacher_steps)
-    if args.publish is not None and args.trial:
-        raise SlimError("--publish of a trial, which says nothing", fix="leave one of the two out")
+    publish = args.publish
+    if publish is not None and chosen != settings():
+        say("the documentation has results of the default settings alone: nothing is put there")
+        publish = None
     jobs = args.jobs or len(os.sched_getaffinity(0))
     store, made = Store(args.dir.absolute()), Steps(chosen)
     steps = wanted(made, args.only, args.seeds)
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.dry_run:
         from benchmarks.findings.report import write_report
 
-        results |= write_report(made, store, args.seeds, args.publish)
+        results |= write_report(made, store, max(args.seeds, store.seeds()), publish)
     if failed := results.get("failed"):
         first = next(iter(failed))
         raise SlimError(f"{len(failed)} steps failed, the first is {first}: {failed[first]}", fix="run again")

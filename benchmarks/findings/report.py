@@ -84,8 +84,8 @@ def summary(results: Results) -> str:
     used = results.steps.settings
     return (
         f"{done} of {every} cells have been run: {used.steps} steps of {used.batch} samples of {used.seq_length} "
-        f"tokens, {used.tokens:,} in all, and {results.seeds} seeds each. A figure is the mean over seeds with the standard "
-        "deviation of one seed; a difference is paired by seed, with its interval of 95%."
+        f"tokens, {used.tokens:,} in all, and {results.seeds} seeds each. A figure is the mean over seeds with the "
+        "standard deviation of one seed; a difference is paired by seed, with its interval of 95%."
     )
 
 

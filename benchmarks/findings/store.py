@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.findings.steps import CELL, RESUMED, Step
+from benchmarks.findings.steps import CELL, RESUMED, TEACHER, Step
 from megatron_slim.files import read_json, remove, to_json, write_atomic
 
 RESULT, DEFINITION, WORK, LOGS = "result.json", "definition.json", "work", "logs"
@@ -58,8 +58,15 @@ class Store:
         write_atomic(folder / DEFINITION, to_json(step.definition()))
 
     def finish(self, step: Step, metrics: Mapping[str, Any], seconds: float, about: Mapping[str, Any]) -> None:
-        """Publish a result; checkpoints of a cell are not kept."""
+        """Publish a result; checkpoints that nothing needs are not kept."""
         kept = {"id": step.id, "digest": step.digest, "seconds": seconds, "metrics": dict(metrics), **about}
         write_atomic(self.folder(step) / RESULT, to_json(kept))
         if step.kind == CELL:
             shutil.rmtree(self.work(step), ignore_errors=True)
+        if step.kind == TEACHER:  # its export stays
+            shutil.rmtree(self.work(step) / "run", ignore_errors=True)
+
+    def seeds(self) -> int:
+        """The highest seed of any cell that was begun."""
+        numbers = (path.name.rpartition(".")[2] for path in self.root.glob(f"{CELL}.*"))
+        return max((int(number) for number in numbers if number.isdecimal()), default=0)

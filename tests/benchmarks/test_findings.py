@@ -467,3 +467,20 @@ def test_steps_know_what_they_need() -> None:
     assert set(random.needs) == {TEACHER, TEXT, PRUNED} and random.needs[PRUNED].seed == 2
     assert set(phased.needs) == {TEACHER, TEXT, "cache", "statistics"}
     assert random.cell == CELLS["random_lm"] and phased.cell == CELLS["depth_first_carried"]
+
+
+def test_a_report_has_all_seeds_that_are_there(tmp_path: Path) -> None:
+    steps, store, _ = stored(tmp_path, {(MAIN, seed): 3.0 for seed in (1, 2, 3)})
+    assert store.seeds() == 3
+    assert Results(steps, store, store.seeds()).values("a", "pruned, four losses", "loss") == {1: 3.0, 2: 3.0, 3: 3.0}
+
+
+def test_other_settings_are_not_published(tmp_path: Path, tool: Any) -> None:
+    docs = tmp_path / "findings.md"
+    docs.write_text(f"{report.BEGIN}\nas it was\n{report.END}\n")
+    flags = ("--report", "--dir", tmp_path / "runs", "--publish", tmp_path)
+    done = tool("benchmarks/findings/__main__.py", *flags, "--steps", 30)
+    assert done.code == 0 and "nothing is put there" in done.stderr
+    assert "as it was" in docs.read_text()
+    assert tool("benchmarks/findings/__main__.py", *flags).code == 0
+    assert report.NOTHING in docs.read_text()
