@@ -11,7 +11,7 @@ from benchmarks.findings.matrix import MTP_LM_ALONE, RANDOM
 from benchmarks.findings.sizes import Settings
 from benchmarks.findings.steps import CACHE, CELL, EXPERTS, PRUNED, REFERENCE, STATISTICS, TEACHER, TEXT, Step
 from benchmarks.findings.store import Store
-from megatron_slim.files import to_json
+from megatron_slim.files import remove, to_json
 
 EVALUATION_BATCH, ACCEPTANCE_BATCH = 8, 8
 FP32 = ("--dtype", "fp32")  # on a GPU as on a CPU
@@ -94,8 +94,7 @@ class Commands:
 
     def _teacher(self, step: Step) -> Iterator[Command]:
         where = self.store.work(step)
-        if (where / "hf").exists():  # all was done when it was killed
-            return
+        remove(where / "hf")  # of a step that was killed after its last command
         config = where / "config"
         config.mkdir(exist_ok=True)
         (config / "config.json").write_text(to_json(step.what["config"]))
@@ -180,6 +179,8 @@ class Commands:
 
     def _cache(self, step: Step) -> Iterator[Command]:
         save, samples = self.store.work(step) / "cache", self._path(step, TEXT, "samples")
+        if (save / "cache.json").is_file():  # of a step that was killed after its last command; a part is continued
+            remove(save)
         words: tuple[object, ...] = ("--data", samples, "--save", save, "--states", self.settings.states)
         words += ("--micro-batch-size", EVALUATION_BATCH, *FP32, *self._unchecked())
         yield _command("record", "record", "--teacher", self.teacher(step), *words, "--json")

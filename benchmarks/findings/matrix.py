@@ -263,7 +263,7 @@ QUESTIONS: dict[str, Question] = {
         ),
         Question(
             "s",
-            "Three sizes of teacher",
+            "Sizes of the teacher",
             tuple(
                 Arm(f"{size}, {label}", _sized(name, size))
                 for size in SIZES
