@@ -89,14 +89,9 @@ def summary(results: Results) -> str:
     )
 
 
-def missing_text(results: Results, key: str) -> str:
-    """Which arms have not all of their seeds; "" where none is missing."""
-    found = results.missing[key]
-    if not found:
-        return ""
-    return (
-        "Missing: " + ", ".join(f"{label} ({count} of {results.seeds} seeds)" for label, count in found.items()) + "."
-    )
+def missing_arms(results: Results, key: str) -> list[str]:
+    """Which arms have not all of their seeds."""
+    return [f"{label} ({count} of {results.seeds} seeds)" for label, count in results.missing[key].items()]
 
 
 def teachers_table(results: Results) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -124,7 +119,9 @@ def page_parts(results: Results, pictures: dict[str, bytes]) -> Iterator[str]:
         if key in pictures:
             yield picture_html(f"({key}) Arms", pictures[key])
         heads, rows = arms_table(results, key)
-        yield section_html(Section(f"({key}) Figures", heads, tuple(rows), missing_text(results, key)))
+        missing = missing_arms(results, key)
+        note = f"Missing: {'; '.join(missing)}." if missing else ""
+        yield section_html(Section(f"({key}) Figures", heads, tuple(rows), note))
     if "sizes" in pictures:
         yield picture_html(SCALING, pictures["sizes"])
 
@@ -146,8 +143,8 @@ def generated(results: Results, pictures: dict[str, bytes]) -> str:
                 lines += [f"![{question.title}](images/findings_{key}.png)", ""]
             if results.rows[key]:
                 lines += [f"Figures of every seed: [{key}.csv](findings/{key}.csv).", ""]
-            if text := missing_text(results, key):
-                lines += [text, ""]
+            if missing := missing_arms(results, key):
+                lines += ["Missing:", "", *(f"- {arm}" for arm in missing), ""]
         if "sizes" in pictures:
             lines += [f"### {SCALING}", "", f"![{SCALING}](images/findings_sizes.png)", ""]
     return "\n".join([*lines, END])

@@ -42,6 +42,7 @@ from benchmarks.findings.store import Store
 from benchmarks.findings.tables import arms_table, claims_table, to_csv
 from megatron_slim.errors import SlimError
 from megatron_slim.recipe import parse_recipe
+from tests.test_words import MOST_WORDS_OF_A_SENTENCE, banned_words, count_words, passages, sentences, vague
 
 
 class Stub:
@@ -404,8 +405,9 @@ def test_missing_cells_are_shown_as_missing(tmp_path: Path) -> None:
     _, _, results = stored(tmp_path, {(MAIN, 1): 3.0})
     _, rows = arms_table(results, "a")
     assert rows[0][1] == "3.0000 (one seed)" and rows[1][1] == "missing"
-    text = report.missing_text(results, "a")
-    assert "pruned, four losses (1 of 3 seeds)" in text and "random, LM (0 of 3 seeds)" in text
+    missing = report.missing_arms(results, "a")
+    assert len(missing) == 4 and missing[0] == "pruned, four losses (1 of 3 seeds)"
+    assert missing[-1] == "random, LM (0 of 3 seeds)"
 
 
 def test_csv_has_every_digit(tmp_path: Path) -> None:
@@ -487,3 +489,15 @@ def test_other_settings_are_not_published(tmp_path: Path, tool: Any) -> None:
     assert "as it was" in docs.read_text()
     assert tool("benchmarks/findings/__main__.py", *flags).code == 0
     assert report.NOTHING in docs.read_text()
+
+
+def test_the_generated_part_has_plain_words(tmp_path: Path) -> None:
+    losses = {(name, seed): 3.0 + 0.01 * seed for name in CELLS for seed in (1, 2)}
+    _, _, results = stored(tmp_path, losses)
+    text = report.generated(results, dict.fromkeys((*QUESTIONS, "sizes"), b""))
+    headings = [line.lstrip("# ") for line in text.splitlines() if line.startswith("###")]
+    assert len(headings) == len(set(headings)) == len(QUESTIONS) + 2
+    assert not [heading for heading in headings if vague(heading)]
+    found = [sentence for passage in passages(text) for sentence in sentences(passage)]
+    assert not [each for each in found if banned_words(each) or count_words(each) > MOST_WORDS_OF_A_SENTENCE]
+    assert all(claim.text in text for claim in CLAIMS)
