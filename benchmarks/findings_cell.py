@@ -64,7 +64,7 @@ def shared(step: Step) -> list[Step]:
 
 def by_cell(step: Step, commands: Commands, store: Store) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds of each command and in all, and the figures."""
-    started, took, results = time.monotonic(), dict[str, float](), {}
+    started, took, results = time.monotonic(), dict[str, float](), dict[str, dict[str, Any]]()
     for each in (step.needs[PRUNED], step):
         store.begin(each)
         for command in commands.of(each):
@@ -87,7 +87,15 @@ def by_commands(step: Step, commands: Commands, store: Store, work: Path) -> tup
     batch = ("--micro-batch-size", used.batch, "--global-batch-size", used.batch, "--train-iters", used.steps)
     never = ("--save-interval", 10**6, "--eval-interval", 10**6, "--eval-iters", 0)
     rates = ("--lr", used.lr, "--min-lr", used.lr / 10, "--precision", "fp32", "--master-port", free_port())
-    other = ("--seed", step.seed, "--split", "1,0,0", "--default-lr-warmup-iters", 20, "--no-save-optim")
+    other: tuple[object, ...] = (
+        "--seed",
+        step.seed,
+        "--split",
+        "1,0,0",
+        "--default-lr-warmup-iters",
+        20,
+        "--no-save-optim",
+    )
     other += ("--no-teacher-check",) if used.tiny else ()
     prompts = ("--acceptance", text / "prompts.npy", "--max-new-tokens", used.new_tokens)
     words: dict[str, tuple[object, ...]] = {
@@ -101,7 +109,7 @@ def by_commands(step: Step, commands: Commands, store: Store, work: Path) -> tup
             *("--micro-batch-size", 8, *prompts, "--json"),
         ),
     }
-    took, results = dict[str, float](), {}
+    took, results = dict[str, float](), dict[str, dict[str, Any]]()
     for name, each in words.items():
         done = run(python("-m", "megatron_slim", *each))
         took[name] = done.seconds

@@ -272,7 +272,7 @@ class Commands:
     def _two_phases(self, step: Step) -> Iterator[Command]:
         where, cell = self.store.work(step), step.cell
         recipe = self.recipe(step, where)
-        words = ("--recipe", recipe, "--to", "torch_dist")
+        words: tuple[object, ...] = ("--recipe", recipe, "--to", "torch_dist")
         first, second = where / "first", where / "second"
         stats = ("--stats", self._statistics_file(step))
         yield _command("prune-1", "prune", "--load", self.teacher(step), *words, "--phase", 1, "--save", first, *stats)

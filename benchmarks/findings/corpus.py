@@ -131,7 +131,7 @@ def make_samples(
     """
     import numpy as np
 
-    from megatron_slim.data import read_samples
+    from megatron_slim.data import Tokens, read_samples
     from megatron_slim.sample_set import write_samples
     from megatron_slim.teacher_cache.recording_pass import Recorded
 
@@ -142,7 +142,7 @@ def make_samples(
     (where / "samples").mkdir()
     write_samples(where / "samples", tokens, whole.loss_mask, whole.position_ids, documents=False, about=whole.about)
     np.save(where / "measuring.npy", tokens[:MEASURING_SAMPLES, :seq_length].astype(np.int64))
-    validation, beginnings = [], []
+    validation, beginnings = list[Tokens](), list[Tokens]()
     for kind in KINDS:
         windows = read_samples(where / f"validation-{kind}_text_document", seq_length=seq_length, num_samples=None)
         wanted, share = validation_samples // len(KINDS), prompts // len(KINDS)

@@ -139,5 +139,5 @@ TRIAL = Settings(
 
 def settings(*, trial: bool = False, **given: int | None) -> Settings:
     """The defaults, or those of a trial, with what was given in place of theirs."""
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(TRIAL if trial else Settings(), **changes)

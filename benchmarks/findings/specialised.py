@@ -83,15 +83,15 @@ def measure(teacher: str, text: str) -> dict[str, Any]:
 
     source = open_checkpoint(Path(teacher))
     blocks = [f"model.layers.{layer}" for layer in range(source.shape.num_layers)]
-    shares, kinds = [], []
+    shares, kinds = list[Array](), list[int]()
     for number, kind in enumerate(KINDS):
         windows = np.load(Path(text) / f"validation-{kind}.npy")
         for group in np.array_split(windows, min(GROUPS, len(windows))):
             stats = calibrate(source, group, micro_batch_size=len(group))
             counted = np.stack([stats.tensors[importance_key(block, "frequency")] for block in blocks])
-            shares.append(counted / counted.sum(axis=1, keepdims=True))
+            shares.append(np.asarray(counted / counted.sum(axis=1, keepdims=True), dtype=np.float64))
             kinds.append(number)
-    found, labels = np.asarray(shares, dtype=np.float64), np.asarray(kinds)
+    found, labels = np.stack(shares), np.asarray(kinds)
     results = specialisation(found, labels)
     for number, kind in enumerate(KINDS):
         results[f"routing_entropy_{kind}"] = entropy(found[labels == number].mean(axis=0))
