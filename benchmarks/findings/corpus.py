@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.findings.commands import TEXTS as KINDS
+from benchmarks.findings.commands import TEXTS
 from examples.slimqwen.make_corpus import is_validation, source_files
 from megatron_slim.errors import DataError
 from megatron_slim.files import sha256, write_atomic
@@ -77,14 +77,14 @@ def _prose() -> Iterator[tuple[str, str]]:
                     yield f"{name}/{path.relative_to(root).as_posix()}", documentation(_read(path))
 
 
-SOURCES: dict[str, Callable[[], Iterator[tuple[str, str]]]] = dict(zip(KINDS, (_code, _headers, _prose), strict=True))
+SOURCES: dict[str, Callable[[], Iterator[tuple[str, str]]]] = dict(zip(TEXTS, (_code, _headers, _prose), strict=True))
 
 
 def documents(kind: str, limit: int) -> Iterator[dict[str, str]]:
     """Documents of a kind, up to a number of bytes of text.
 
     Args:
-        kind: one of `KINDS`.
+        kind: one of `TEXTS`.
         limit: bytes.
     """
     size = 0
@@ -106,8 +106,8 @@ def make_text(output: str, bytes_per_kind: int, vocab_size: int) -> dict[str, An
     from examples.slimqwen.train_tokenizer import train_tokenizer
 
     folder = Path(output)
-    splits: dict[str, list[dict[str, str]]] = {"train": [], **{f"validation-{kind}": [] for kind in KINDS}}
-    for kind in KINDS:
+    splits: dict[str, list[dict[str, str]]] = {"train": [], **{f"validation-{kind}": [] for kind in TEXTS}}
+    for kind in TEXTS:
         for number, document in enumerate(documents(kind, bytes_per_kind)):
             # The second document of each kind at least, in a corpus of a few.
             held = number == 1 or is_validation(f"{kind}/{document['source']}", VALIDATION_PERCENT)
@@ -143,9 +143,9 @@ def make_samples(
     write_samples(where / "samples", tokens, whole.loss_mask, whole.position_ids, documents=False, about=whole.about)
     np.save(where / "measuring.npy", tokens[:MEASURING_SAMPLES, :seq_length].astype(np.int64))
     validation, beginnings = list[Tokens](), list[Tokens]()
-    for kind in KINDS:
+    for kind in TEXTS:
         windows = read_samples(where / f"validation-{kind}_text_document", seq_length=seq_length, num_samples=None)
-        wanted, share = validation_samples // len(KINDS), prompts // len(KINDS)
+        wanted, share = validation_samples // len(TEXTS), prompts // len(TEXTS)
         if len(windows) < wanted + share:
             raise DataError(f"{len(windows)} windows of {kind} for validation, {wanted + share} are needed")
         order = np.random.default_rng(0).permutation(len(windows))

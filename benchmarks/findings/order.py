@@ -15,7 +15,7 @@ from megatron_slim.architecture.shape import ModelShape
 
 # One thread of the machine that docs/findings.md names: operations per second in training and in a streamed forward
 # pass, and seconds of a step of each kind besides.
-TRAINING, FORWARD = 9.0e9, 11.0e9
+TRAINING, FORWARD = 5.5e10, 7.5e10
 FIXED: Mapping[str, float] = {
     TEXT: 60.0,
     TEACHER: 12.0,
@@ -28,7 +28,7 @@ FIXED: Mapping[str, float] = {
 }
 DECODED = 700.0  # tokens per second of one model with drafts, texts continued together
 # Seconds of an optimizer's step over Adam's.
-OPTIMIZERS: Mapping[str, float] = {"adam": 0.0, "muon": 0.05, "aurora": 0.4}
+OPTIMIZERS: Mapping[str, float] = {"adam": 0.0, "muon": 0.05, "aurora": 0.6}
 ELASTIC = 0.85  # of the sum of separate steps; docs/benchmarks.md
 
 
@@ -157,9 +157,9 @@ def seconds_left(
     for step, spent in (running or {}).values():
         heapq.heappush(ends, (max(0.0, estimates.seconds(step) - spent), step.id))
     while queue or ends:
-        while len(ends) < jobs and (step := next_step(queue, finished)) is not None:
-            queue.remove(step)
-            heapq.heappush(ends, (now + estimates.seconds(step), step.id))
+        while len(ends) < jobs and (following := next_step(queue, finished)) is not None:
+            queue.remove(following)
+            heapq.heappush(ends, (now + estimates.seconds(following), following.id))
         assert ends, "steps wait for one another"
         now, name = heapq.heappop(ends)
         finished.add(name)

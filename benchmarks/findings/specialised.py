@@ -76,7 +76,7 @@ def measure(teacher: str, text: str) -> dict[str, Any]:
         teacher: the checkpoint.
         text: directory of ``validation-KIND.npy``.
     """
-    from benchmarks.findings.corpus import KINDS
+    from benchmarks.findings.commands import TEXTS
     from megatron_slim.checkpoint.convert import open_checkpoint
     from megatron_slim.pruning.calibrate import calibrate
     from megatron_slim.pruning.statistics import importance_key
@@ -84,7 +84,7 @@ def measure(teacher: str, text: str) -> dict[str, Any]:
     source = open_checkpoint(Path(teacher))
     blocks = [f"model.layers.{layer}" for layer in range(source.shape.num_layers)]
     shares, kinds = list[Array](), list[int]()
-    for number, kind in enumerate(KINDS):
+    for number, kind in enumerate(TEXTS):
         windows = np.load(Path(text) / f"validation-{kind}.npy")
         for group in np.array_split(windows, min(GROUPS, len(windows))):
             stats = calibrate(source, group, micro_batch_size=len(group))
@@ -93,6 +93,6 @@ def measure(teacher: str, text: str) -> dict[str, Any]:
             kinds.append(number)
     found, labels = np.stack(shares), np.asarray(kinds)
     results = specialisation(found, labels)
-    for number, kind in enumerate(KINDS):
+    for number, kind in enumerate(TEXTS):
         results[f"routing_entropy_{kind}"] = entropy(found[labels == number].mean(axis=0))
     return results

@@ -128,7 +128,7 @@ class Steps:
             needs[STATISTICS] = self.of_teacher(STATISTICS, size, seed)
         else:
             needs[PRUNED] = self.pruned(FIRST if cell.pruning == RANDOM else cell.pruning, size, seed)
-        what = {"cell": dataclasses.asdict(cell), "flags": LOSSES[cell.loss]}
+        what: dict[str, Any] = {"cell": dataclasses.asdict(cell), "flags": LOSSES[cell.loss]}
         if cell.first_phase:
             models, pruning = self.settings.size(size), PRUNINGS[cell.pruning]
             what["phases"] = [
