@@ -3,7 +3,8 @@
 
 Prune, train with all four losses, evaluate with the distance from the teacher and acceptance. By commands: calibrate,
 prune, distil next to the teacher, evaluate both, each in a process of its own. As a cell: from statistics and a cache
-that all cells share, in processes that are forked with everything imported. In turns. See docs/benchmarks.md.
+that all cells share, in processes that are forked with everything imported. In turns, each side with all of the cores:
+commands one after the other with a rank or a thread on each core, cells one on each core. See docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from benchmarks.report import machine
 from megatron_slim.cli.terminal import say
 from megatron_slim.cli.tool import run_tool
 from megatron_slim.command_line import positive, tool_parser
+from megatron_slim.errors import SlimError
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,12 +48,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, default=300, metavar="N", help="of the training (300)")
     parser.add_argument("--teacher-steps", type=positive, default=200, metavar="N", help="of the teacher's (200)")
     parser.add_argument("--repeats", type=positive, default=2, metavar="N", help="of both; the medians are compared")
+    parser.add_argument("--jobs", type=positive, metavar="N", help="cores that each side uses (all)")
     parser.add_argument("--trial", action="store_true", help="a tiny model: shows that it runs")
     return parser.parse_args()
 
 
-def shared(step: Step) -> list[Step]:
-    """What a cell needs besides its own pruning, in order."""
+def shared(cells: Sequence[Step]) -> list[Step]:
+    """What cells need besides their own pruning, in order."""
     found: dict[str, Step] = {}
 
     def add(each: Step) -> None:
@@ -58,7 +63,8 @@ def shared(step: Step) -> list[Step]:
         if each.kind not in (PRUNED, CELL):
             found[each.id] = each
 
-    add(step)
+    for cell in cells:
+        add(cell)
     return list(found.values())
 
 
@@ -76,16 +82,30 @@ def by_cell(step: Step, commands: Commands, store: Store) -> tuple[dict[str, flo
     return took, metrics_of(results)
 
 
-def by_commands(step: Step, commands: Commands, store: Store, work: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """The same with ``megatron-slim prune``, ``distill`` and ``evaluate``."""
+def at_once(cells: Sequence[Step], commands: Commands, store: Store) -> tuple[dict[str, float], dict[str, float]]:
+    """Some cells at once: seconds of a cell, which are those of all divided by their number; figures of the first."""
+    started = time.monotonic()
+    with ThreadPoolExecutor(len(cells)) as pool:
+        found = list(pool.map(lambda step: by_cell(step, commands, store), cells))
+    whole = time.monotonic() - started
+    took = {name: statistics.mean(each[name] for each, _ in found) for name in found[0][0]}
+    return {**took, "all": whole / len(cells)}, found[0][1]
+
+
+def by_commands(
+    step: Step, commands: Commands, store: Store, work: Path, jobs: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The same with ``megatron-slim prune``, ``distill`` and ``evaluate``; ranks of training are data parallel."""
     used = commands.settings
+    if used.batch % jobs:
+        raise SlimError(f"--jobs {jobs} does not divide a batch of {used.batch}", fix="give another")
     work.mkdir(parents=True)
     text, teacher = store.work(step.needs[TEXT]), store.work(step.needs[TEACHER]) / "hf"
     length = ("--seq-length", used.seq_length)
     calibration = ("--calibration-data", text / "train_text_document", "--num-samples", used.calibration_samples)
     recipe = ("--recipe", commands.recipe(step.needs[PRUNED], work))
-    batch = ("--micro-batch-size", used.batch, "--global-batch-size", used.batch, "--train-iters", used.steps)
-    never = ("--save-interval", 10**6, "--eval-interval", 10**6, "--eval-iters", 0)
+    batch = ("--micro-batch-size", used.batch // jobs, "--global-batch-size", used.batch, "--nproc-per-node", jobs)
+    never = ("--train-iters", used.steps, "--save-interval", 10**6, "--eval-interval", 10**6, "--eval-iters", 0)
     rates = ("--lr", used.lr, "--min-lr", used.lr / 10, "--precision", "fp32", "--master-port", free_port())
     other: tuple[object, ...] = (
         "--seed",
@@ -111,7 +131,8 @@ def by_commands(step: Step, commands: Commands, store: Store, work: Path) -> tup
     }
     took, results = dict[str, float](), dict[str, dict[str, Any]]()
     for name, each in words.items():
-        done = run(python("-m", "megatron_slim", *each))
+        threads = 1 if name == "train" else jobs
+        done = run(["env", f"OMP_NUM_THREADS={threads}", *python("-m", "megatron_slim", *each)])
         took[name] = done.seconds
         if name == "evaluate":
             results["losses"] = json.loads(done.stdout.splitlines()[-1])
@@ -124,8 +145,9 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     chosen = settings(trial=args.trial, steps=args.steps, teacher_steps=args.teacher_steps)
     store, made = Store(args.dir.absolute()), Steps(chosen)
-    commands, step = Commands(chosen, store), made.cell(CELLS[MAIN], 1)
-    driver = Driver(shared(step), commands, store, jobs=1, say=say)
+    jobs = args.jobs or len(os.sched_getaffinity(0))
+    commands, cells = Commands(chosen, store), [made.cell(CELLS[MAIN], seed) for seed in range(1, jobs + 1)]
+    driver = Driver(shared(cells), commands, store, jobs=jobs, say=say)
     driver.run()
     if driver.failed:
         raise next(iter(driver.failed.values()))
@@ -136,18 +158,19 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         for name in found:
             shutil.rmtree(work, ignore_errors=True)
             if name == "cell":
-                took, figures[name] = by_cell(step, commands, store)
+                took, figures[name] = at_once(cells, commands, store)
             else:
-                took, figures[name] = by_commands(step, commands, store, work)
+                took, figures[name] = by_commands(cells[0], commands, store, work, jobs)
             found[name].append(took)
             say(f"{name}: " + ", ".join(f"{part} {seconds:.1f} s" for part, seconds in took.items()))
     medians = {
         name: {part: statistics.median(each[part] for each in turns) for part in turns[0]}
         for name, turns in found.items()
     }
-    shared_seconds = {each.id: (store.result(each) or {})["seconds"] for each in shared(step)}
+    shared_seconds = {each.id: (store.result(each) or {})["seconds"] for each in shared(cells)}
     results = {
         "cell_over_commands": medians["cell"]["all"] / medians["commands"]["all"],
+        "jobs": jobs,
         "seconds": medians,
         "samples": found,
         "loss": {name: each["loss"] for name, each in figures.items()},

@@ -85,7 +85,7 @@ def test_two_phases_elastic_budgets_and_losses_without_a_flag(tmp_path: Path) ->
 def test_a_cell_and_the_commands_give_the_same_student(tool: Any, tmp_path: Path) -> None:
     done = tool(
         "benchmarks/findings_cell.py", "--trial", "--dir", tmp_path, "--steps", 3, "--teacher-steps", 4,
-        "--repeats", 1, "--json",
+        "--repeats", 1, "--jobs", 1, "--json",
     )  # fmt: skip
     assert done.code == 0, done.stderr
     found = done.json
