@@ -1,6 +1,7 @@
 # `make demo`, `make test` and `make lint` build the virtual environment themselves when it is missing.
 #   make demo PYTHON=/path/to/python3.12   build it with this interpreter
 #   make demo VENV=                        use the current environment (a container) as it is
+#   make findings FLAGS=--dry-run          all cells of docs/findings.md with their seconds; without FLAGS, run them
 
 VENV ?= .venv
 PYTHON ?=
@@ -24,10 +25,10 @@ endif
 
 SCRIPTS = .ci/run $(shell find . -name '*.sh' -not -path './.venv/*' -not -path './runs/*' -not -path './.clients/*')
 
-.PHONY: help venv demo demo-elastic test test-all test-clients lint lock clean
+.PHONY: help venv demo demo-elastic findings test test-all test-clients lint lock clean
 
 help:
-	@echo "make venv | demo | demo-elastic | test | test-all | test-clients | lint | lock | clean"
+	@echo "make venv | demo | demo-elastic | findings | test | test-all | test-clients | lint | lock | clean"
 
 venv: $(READY)
 
@@ -47,6 +48,14 @@ demo: $(READY)
 demo-elastic: $(READY)
 	test -e runs/demo/teacher || $(MAKE) demo
 	PYTHON="$(PY)" bash examples/slimqwen/demo_elastic.sh
+
+# The paper's findings on small models: hours on two cores, continued by the same command after anything. What is there
+# is put into docs/findings.md.
+#   make findings FLAGS="--only a,c --seeds 1"      part of them; --help has all flags
+FLAGS ?=
+
+findings: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.findings --publish docs $(FLAGS)
 
 # Tests wait much, for processes that start and for ranks that meet: one more at a time than a small machine has cores.
 WORKERS ?= 3

@@ -1,0 +1,78 @@
+"""Results as CSV files and as tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+
+from benchmarks.findings.claims import BELOW, SAME
+from benchmarks.findings.collect import Judged, Results, Row
+from benchmarks.findings.matrix import QUESTIONS
+from benchmarks.findings.paired import MISSING, Spread
+
+COLUMNS = ("arm", "cell", "seed", "tokens", "metric", "value")
+NAMES = {
+    "loss": "loss",
+    "kl": "KL",
+    "top1_agreement": "same first token",
+    "mtp_loss": "MTP loss",
+    "mean_accepted_length": "mean accepted length",
+    "one_shot_loss": "loss before training",
+    "one_shot_kl": "KL before training",
+    **{f"acc_{k}": f"acc_{k}" for k in range(5)},
+}
+SMALLER_IS_BETTER = ("loss", "kl", "mtp_loss", "one_shot_loss", "one_shot_kl")
+
+
+def to_csv(rows: Iterable[Row]) -> str:
+    """Long form, a line for every figure; values have all of their digits."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows([getattr(row, column) for column in COLUMNS] for row in rows)
+    return stream.getvalue()
+
+
+def shown(spread: Spread | None) -> str:
+    """A mean with its standard deviation over seeds, or that it is missing.
+
+    >>> shown(Spread(1.25, 0.5, 3)), shown(Spread(1.25, None, 1)), shown(None)
+    ('1.2500 ± 0.5000', '1.2500 (one seed)', 'missing')
+    """
+    if spread is None:
+        return MISSING
+    return f"{spread.mean:.4f} " + ("(one seed)" if spread.deviation is None else f"± {spread.deviation:.4f}")
+
+
+def arms_table(results: Results, key: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings and rows: an arm each."""
+    question = QUESTIONS[key]
+    heads = ("arm", *(NAMES[metric] for metric in question.metrics))
+    rows = [
+        (arm.label, *(shown(results.spread(key, arm.label, metric)) for metric in question.metrics))
+        for arm in question.arms
+    ]
+    return heads, rows
+
+
+def claims_table(judged: Sequence[Judged]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings and rows: a claim each."""
+    heads = ("claim", "paper", "here", "seeds", "verdict")
+    return heads, [(each.claim.text, each.claim.paper or "none", *here(each), each.verdict) for each in judged]
+
+
+def here(judged: Judged) -> tuple[str, str]:
+    """The difference with its interval in words, and the number of seeds."""
+    found, claim = judged.found, judged.claim
+    if found is None:
+        return MISSING, "0"
+    good = {SAME: "", BELOW: ", below zero is better"}.get(claim.relation, ", above zero is better")
+    interval = "no interval of one seed" if found.error is None else f"{found.low:+.4f} to {found.high:+.4f}"
+    return f"{NAMES[claim.metric]} {found.mean:+.4f} ({interval}{good})", str(found.seeds)
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
