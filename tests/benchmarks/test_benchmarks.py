@@ -370,11 +370,13 @@ def test_cost_of_the_log(tool: Tool) -> None:
     assert 0 < results["log_over_step"] == results["log_seconds_per_step"] / results["step_seconds"]
 
 
+@pytest.mark.slow
 def test_a_step_that_cannot_be_is_an_error(tool: Tool) -> None:
     outcome = tool("benchmarks/kd_step.py", "--repeats", 1, "--extra=--no-such-flag")
     assert outcome.code == 2 and "a run ended with exit code 2: " in outcome.error and "no-such-flag" in outcome.error
 
 
+@pytest.mark.slow
 def test_time_to_start(tool: Tool) -> None:
     outcome = tool("benchmarks/startup.py", "--only", "import", "convert", "--repeats", 1, "--json")
     assert outcome.code == 0, outcome.stderr

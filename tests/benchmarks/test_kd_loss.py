@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from benchmarks.kd_loss import full_vocabulary
@@ -13,6 +14,7 @@ from benchmarks.live_bytes import LiveBytes
 TINY = "--tokens 64 --vocab 1000 --hidden 32 --teacher-hidden 48 --chunk 16 --repeats 1 --json"
 
 
+@pytest.mark.slow
 def test_it_runs_and_both_ways_agree(tool: Callable[..., Any]) -> None:
     """It compares losses and gradients by itself; how long they take says nothing at these sizes."""
     outcome = tool("benchmarks/kd_loss.py", *TINY.split())

@@ -263,6 +263,7 @@ def test_what_is_done_is_not_done_again(place: Path, tmp_path: Path, tool: Any, 
     assert tool("tools/run.py", *words).code == 0 and quick["ran"] == []
 
 
+@pytest.mark.slow
 def test_other_values_are_refused_once_a_step_depends_on_them(
     place: Path, tmp_path: Path, tool: Any, quick: dict[str, Any]
 ) -> None:

@@ -225,6 +225,7 @@ def iterations(log: Path) -> list[int]:
     return [int(number) for number in re.findall(r"iteration +(\d+)/", log.read_text())]
 
 
+@pytest.mark.slow
 def test_a_job_of_two_nodes_saves_at_the_signal(slurm: dict[str, str], tmp_path: Path) -> None:
     """USR1, as Slurm sends it before the end of the time, while both nodes train."""
     state, logs = Path(slurm["SLURM_STUB"]), tmp_path / "run/logs"

@@ -422,6 +422,7 @@ def test_the_example_of_the_page_is_a_recipe_with_the_sizes_of_its_table() -> No
         assert (name, cells.split(" | ")) == (budget.name, expected)
 
 
+@pytest.mark.slow
 def test_plans_with_millions_of_neurons_are_read(tmp_path: Path) -> None:
     """Of 48 layers with 512 experts a plan names more numbers than other documents may have."""
     numbers = "0," * 5_000_000

@@ -231,6 +231,7 @@ class Watched(StreamingForward):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_samples(model: HFCheckpoint, tmp_path: Path) -> None:
     runtime.init_single_process()
 

@@ -143,6 +143,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moves", [("ep2", "one", "pp2"), pytest.param(("tp2", "dp2", "ep2", "vpp2"), marks=pytest.mark.slow)]
 )

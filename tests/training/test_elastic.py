@@ -126,6 +126,7 @@ def test_training_one_budget_is_training_its_slice(
     assert moved, "nothing was trained"
 
 
+@pytest.mark.slow
 def test_documents_apart(place: Workplace, tmp_path: Path) -> None:
     """The same on samples whose documents do not see each other; and that they do not has an effect."""
     runs = {}

@@ -107,6 +107,7 @@ def test_who_does_not_know_the_term_finds_it_in_the_log(
     assert (tmp_path / "run.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line(program: Path, workplace: Workplace, tmp_path: Path) -> None:
     argv = workplace.argv("refused", "--micro-batch-size", "2")
     text = program.read_text()
