@@ -15,6 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from megatron_slim.checkpoint.copies import names_of_copies, with_copies
 from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.huggingface_writer import specs_of, write_hf_checkpoint
 from megatron_slim.processes import exit_at_once
+from megatron_slim.sample_set import SampleSet, write_samples
 
 
 def tiny_shape(model_type: str = "qwen3_next", **overrides: Any) -> ModelShape:
@@ -267,11 +269,25 @@ def make_elastic(checkpoint: Path, targets: dict[str, dict[str, int]], seed: int
     return checkpoint
 
 
+def write_random_samples(
+    path: Path, samples: int, length: int, vocab_size: int, *, documents: bool = False, seed: int = 0
+) -> SampleSet:
+    """Random ids as a sample set in a new directory; two tokens in three count. With documents a sample has two."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocab_size, (samples, length + 1))
+    mask = rng.integers(0, 3, (samples, length)) > 0
+    positions = np.tile(np.arange(length), (samples, 1))
+    for row, first in enumerate(rng.integers(3, length - 3, samples) if documents else ()):
+        positions[row, first:] -= first
+        mask[row, first - 1] = False
+    path.mkdir()
+    return write_samples(path, tokens, mask, positions, documents=documents, about={})
+
+
 def write_tokens(prefix: Path, documents: Iterable[Any], dtype: str = "int32") -> None:
     """A data set of Megatron's, by its own writer, with a document for every array of token ids."""
     import megatron_slim.mcore
 
-    import numpy as np
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=getattr(np, dtype))

@@ -15,25 +15,6 @@ SAME = 1e-5
 ROUNDED = 0.005
 
 
-def write_samples(directory: Path, *, documents: bool) -> Path:
-    """Random samples, of which two tokens in three count; with ``documents`` each is of two that are kept apart."""
-    import numpy as np
-
-    from megatron_slim import sample_set
-
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, SIZES["vocab_size"], (SAMPLES, LENGTH + 1))
-    mask = rng.integers(0, 3, (SAMPLES, LENGTH)) > 0
-    positions = np.tile(np.arange(LENGTH), (SAMPLES, 1))
-    if documents:
-        for row, length in enumerate(rng.integers(3, LENGTH - 3, SAMPLES)):
-            positions[row, length:] -= length
-            mask[row, length - 1] = False
-    directory.mkdir()
-    sample_set.write_samples(directory, tokens, mask, positions, documents=documents, about={})
-    return directory
-
-
 def record(teacher: Path, samples: Path, save: Path, kind: str) -> float:
     """Record the teacher in fp32; the mean KL that rounding its states costs."""
     import torch
@@ -54,11 +35,13 @@ def record(teacher: Path, samples: Path, save: Path, kind: str) -> float:
 def cache(setting: Setting) -> Found:
     """Losses of a few steps from caches in fp32 and FP8, of whole samples and of documents."""
     compile_nothing()
+    from megatron_slim.testing import write_random_samples
+
     found, work = Found(), setting.work
     write_models(work)
     for documents in (False, True):
         name = "documents" if documents else "whole"
-        samples = write_samples(work / name, documents=documents)
+        samples = write_random_samples(work / name, SAMPLES, LENGTH, SIZES["vocab_size"], documents=documents).path
         common = ("--split", "1,0,0", "--micro-batch-size", "1")
         expected = train(setting, f"{name}-colocated", *common, data=("--data-path", samples))
         for kind, limit in (("fp32", SAME), ("fp8", ROUNDED)):

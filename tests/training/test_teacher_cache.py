@@ -16,11 +16,11 @@ import torch
 
 from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.errors import DataError
-from megatron_slim.sample_set import SampleSet, open_samples, write_samples
+from megatron_slim.sample_set import SampleSet, open_samples
 from megatron_slim.teacher_cache.cache import open_cache
 from megatron_slim.teacher_cache.record import RecordOptions, record
 from megatron_slim.teacher_cache.recording_pass import Recorded
-from megatron_slim.testing import run_distributed, tiny_shape
+from megatron_slim.testing import run_distributed, tiny_shape, write_random_samples
 from megatron_slim.training.blends import PARTS
 from megatron_slim.training.cache_checks import cache_violations, check_caches
 from megatron_slim.training.slim_arguments import add_slim_arguments
@@ -38,17 +38,7 @@ OPTIONS = RecordOptions(kind="fp32", dtype=torch.float32, micro_batch_size=1, ch
 
 
 def draw(path: Path, *, documents: bool = False, seed: int = 0) -> SampleSet:
-    """Random samples, of which two tokens in three count; with documents each is of two."""
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, VOCAB, (SAMPLES, LENGTH + 1))
-    mask = rng.integers(0, 3, (SAMPLES, LENGTH)) > 0
-    positions = np.tile(np.arange(LENGTH), (SAMPLES, 1))
-    if documents:
-        for row, length in enumerate(rng.integers(3, LENGTH - 3, SAMPLES)):
-            positions[row, length:] -= length
-            mask[row, length - 1] = False
-    path.mkdir()
-    return write_samples(path, tokens, mask, positions, documents=documents, about={})
+    return write_random_samples(path, SAMPLES, LENGTH, VOCAB, documents=documents, seed=seed)
 
 
 def record_on(samples: SampleSet, teacher: Path, save: Path, **options: Any) -> Path:
