@@ -25,11 +25,12 @@ fi
 source examples/slimqwen/demo_steps.sh
 begin_demo slices
 
+read -r -a train_flags <<<"${TRAIN_FLAGS:-}" # more flags of every training run
 train() { # train NAME STUDENT ITERS SEED FLAGS...
   local name=$1 student=$2 iters=$3 seed=$4
   shift 4
   step "$name" env PYTHON="$python" STUDENT="$student" TRAIN_ITERS="$iters" SAVE="$out/$name" \
-    bash examples/slimqwen/pretrain_distill.sh --default-lr-warmup-iters 20 --seed "$seed" "$@"
+    bash examples/slimqwen/pretrain_distill.sh --default-lr-warmup-iters 20 --seed "$seed" "${train_flags[@]}" "$@"
 }
 
 evaluate() { # evaluate NAME CHECKPOINT FLAGS...
