@@ -12,7 +12,7 @@ from time import sleep
 from types import FrameType
 from typing import Any, NoReturn
 
-from megatron_slim.errors import EXIT_USER_ERROR, SlimError
+from megatron_slim.errors import EXIT_USER_ERROR, SlimError, user_error
 
 _FORWARDED = (signal.SIGUSR1, signal.SIGUSR2)  # what Slurm sends before a time limit; a training run saves
 _SECONDS_BEHIND_RANK_0 = 10.0  # in which the launcher ends the ranks whose error rank 0 has printed
@@ -82,6 +82,17 @@ def leave_ranks(error: SlimError) -> NoReturn:
         sleep(_SECONDS_BEHIND_RANK_0 * (1 if os.environ.get("LOCAL_RANK") == "0" else 1.5))
     print(f"error: {error}", file=sys.stderr, flush=True)
     exit_at_once(EXIT_USER_ERROR)
+
+
+@contextlib.contextmanager
+def leaving_together() -> Iterator[None]:
+    """On one rank of many: an error that a user can fix ends all of them, by `leave_ranks`."""
+    try:
+        yield
+    except Exception as error:
+        if (mistake := user_error(error)) is None:
+            raise
+        leave_ranks(mistake)
 
 
 def exit_at_once(code: int) -> NoReturn:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_slim.architecture.parallelism import Layout
 from megatron_slim.command_line import not_negative, positive
-from megatron_slim.errors import SlimError, user_error
+from megatron_slim.errors import SlimError
 from megatron_slim.files import refuse_existing
-from megatron_slim.processes import leave_ranks
+from megatron_slim.processes import leaving_together
 
 logger = logging.getLogger(__name__)
 
@@ -149,13 +149,8 @@ def _refuse_as_weights(save: Path) -> None:
 
 def run_rank(load: Path, save: Path, options: CalibrationOptions, layout: Layout, **reading: Any) -> dict[str, Any]:
     """`run_calibrate` on one rank of many: an error is one line, and every rank leaves with exit code 2."""
-    try:
+    with leaving_together():
         results = run_calibrate(load, save, options, layout, **reading)
-    except Exception as error:
-        mistake = user_error(error)
-        if mistake is None:
-            raise
-        leave_ranks(mistake)
     import torch
 
     torch.distributed.barrier()  # no rank leaves with success before the file is there

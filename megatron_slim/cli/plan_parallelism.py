@@ -139,11 +139,7 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
         report.candidate_entry(each, job, tokens, built=each.layout.name in built) for each in found.ranked[: args.top]
     ]
     return {
-        "gpus": job.gpus,
-        "gpu": dataclasses.asdict(job.gpu),
-        "student": report.model_entry(job.student),
-        "teacher": report.model_entry(job.teacher),
-        "tokens": tokens,
+        **report.asked_entry(job, tokens),
         "settings": {key: value for key, value in dataclasses.asdict(job.settings).items() if key != "kernels"},
         "assumed": dataclasses.asdict(job.assumed),
         "notes": list(notes),
@@ -173,11 +169,7 @@ def _some(
 
         report_parts.show(Console(highlight=False), parts[: args.top], found, job, tokens, notes)
     return {
-        "gpus": job.gpus,
-        "gpu": dataclasses.asdict(job.gpu),
-        "student": report.model_entry(job.student),
-        "teacher": report.model_entry(job.teacher),
-        "tokens": tokens,
+        **report.asked_entry(job, tokens),
         "notes": list(notes),
         "fit": 0,
         "ranked": [],

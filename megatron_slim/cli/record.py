@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_slim.cli.evaluation_extras import DTYPES, dtype_of
 from megatron_slim.cli.tool import run_command
 from megatron_slim.command_line import add_load_arguments, load_options, not_negative, positive
-from megatron_slim.errors import user_error
-from megatron_slim.processes import leave_ranks
+from megatron_slim.processes import leaving_together
 
 if TYPE_CHECKING:
     from megatron_slim.checkpoint.convert import Checkpoint
@@ -131,9 +130,5 @@ def _as_rank(args: argparse.Namespace) -> dict[str, Any]:
     """`run_record`; of several processes an error is one line, and all leave with exit code 2."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return run_record(args)
-    try:
+    with leaving_together():
         return run_record(args)
-    except Exception as error:
-        if (mistake := user_error(error)) is None:
-            raise
-        leave_ranks(mistake)

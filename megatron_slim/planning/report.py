@@ -55,6 +55,17 @@ def memory_entry(memory: Memory) -> dict[str, float]:
     return {**dataclasses.asdict(memory), "static": memory.static, "total": memory.total}
 
 
+def asked_entry(job: Job, tokens: int) -> dict[str, Any]:
+    """Hardware, models and tokens of a plan, for JSON."""
+    return {
+        "gpus": job.gpus,
+        "gpu": dataclasses.asdict(job.gpu),
+        "student": model_entry(job.student),
+        "teacher": model_entry(job.teacher),
+        "tokens": tokens,
+    }
+
+
 def candidate_entry(candidate: Candidate, job: Job, tokens: int, *, built: bool) -> dict[str, Any]:
     """A layout that fits, for JSON."""
     layout, step = candidate.layout, candidate.step

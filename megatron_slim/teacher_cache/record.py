@@ -169,17 +169,15 @@ def _record_shards(
 
 def _description(recording: Recording, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What `cache.open_cache` reads."""
-    measured = [_read_measured(shard_files(recording.path, number)[1]) for number in range(len(recording.rounds))]
-    tokens = [each["tokens"][0] for each in measured]
-    weighted = {
-        name: math.fsum(each[name][0] * count for each, count in zip(measured, tokens, strict=True)) / sum(tokens)
-        for name in ("loss", "kl")
-    }
+    shards = range(len(recording.rounds))
+    measured = [read_json(shard_files(recording.path, number)[1])["measured"] for number in shards]
+    tokens = sum(each["tokens"] for each in measured)
+    loss, kl = (math.fsum(each[name] * each["tokens"] for each in measured) / tokens for name in ("loss", "kl"))
     figures = {
-        "measured_tokens": int(sum(tokens)),
-        "teacher_loss": weighted["loss"],
-        "kl_of_rounding": weighted["kl"],
-        "largest_kl_of_rounding": max(each["kl"][1] for each in measured),
+        "measured_tokens": tokens,
+        "teacher_loss": loss,
+        "kl_of_rounding": kl,
+        "largest_kl_of_rounding": max(each["largest_kl"] for each in measured),
     }
     kept = ("teacher", "hidden_size", "vocab_size", "heads", "kind", "dtype", "micro_batch_size")
     return {
@@ -189,8 +187,3 @@ def _description(recording: Recording, inputs: Mapping[str, Any]) -> dict[str, A
         "figures": figures,
         **{name: inputs[name] for name in kept},
     }
-
-
-def _read_measured(file: Path) -> dict[str, list[float]]:
-    measured: dict[str, list[float]] = read_json(file)["measured"]
-    return measured

@@ -103,12 +103,13 @@ class RecordingPass(StreamingForward):
             judge_teacher(float(loss.mean()), self.shape.vocab_size, self.checkpoint.path)
         os.replace(self._partial, self._file)
         fsync_path(self._file.parent)
-        description = {"first": self._rows.start, "samples": len(self._rows), "crc32": self._checksums}
         measured = {
-            "loss": [float(loss.mean())],
-            "kl": [float(divergence.mean()), float(divergence.max())],
-            "tokens": [len(loss)],
+            "loss": float(loss.mean()),
+            "kl": float(divergence.mean()),
+            "largest_kl": float(divergence.max()),
+            "tokens": len(loss),
         }
+        description = {"first": self._rows.start, "samples": len(self._rows), "crc32": self._checksums}
         write_atomic(self._described, to_json({**description, "measured": measured}))
 
     def _measure(self, states: Tensor, content: Tensor, first: int) -> None:
