@@ -37,7 +37,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="of every cell (3)")
     parser.add_argument("--steps", type=positive, metavar="N", help="of a cell's training (300)")
-    parser.add_argument("--teacher-steps", type=positive, metavar="N", help="of a teacher's training (4000)")
+    parser.add_argument("--teacher-steps", type=positive, metavar="N", help="of a teacher's training (2400)")
     parser.add_argument("--jobs", type=positive, metavar="N", help="steps at once (one for each core)")
     parser.add_argument("--dry-run", action="store_true", help="print all steps with seconds, and the total")
     parser.add_argument("--report", action="store_true", help="write the report of what is there, and run nothing")

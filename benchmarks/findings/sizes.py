@@ -51,7 +51,7 @@ def _size(name: str, hidden: int, neurons: int) -> Size:
     return Size(name, width, most, half, budgets)
 
 
-SIZES = {size.name: size for size in (_size("small", 128, 48), _size(BASE, 192, 64), _size("large", 288, 96))}
+SIZES = {size.name: size for size in (_size("small", 64, 24), _size(BASE, 128, 48), _size("large", 192, 64))}
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Settings:
     """
 
     steps: int = 300
-    teacher_steps: int = 4000
-    batch: int = 8
+    teacher_steps: int = 2400
+    batch: int = 4
     seq_length: int = 256
     train_samples: int = 4096
     validation_samples: int = 96
