@@ -19,6 +19,9 @@ def margin(metric: str) -> float:
     return MARGINS.get(metric.removeprefix("one_shot_"), MARGIN_OF_SHARES)
 
 
+Pair = tuple[str, int]  # a teacher and a seed: cells that have both are compared with one another
+
+
 @dataclass(frozen=True)
 class Spread:
     """Of some seeds.
@@ -58,17 +61,17 @@ class Difference:
     seeds: int
 
 
-def difference(one: Mapping[int, float], other: Mapping[int, float]) -> Difference | None:
+def difference(one: Mapping[Pair, float], other: Mapping[Pair, float]) -> Difference | None:
     """One arm less the other, over the seeds that both have; None if there are none.
 
     Args:
-        one: values by seed.
+        one: values by teacher and seed.
         other: likewise.
     """
     both = sorted(one.keys() & other.keys())
     if not both:
         return None
-    values = [one[seed] - other[seed] for seed in both]
+    values = [one[pair] - other[pair] for pair in both]
     mean = statistics.fmean(values)
     if len(values) == 1:
         return Difference(mean, None, -math.inf, math.inf, 1)

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.findings.collect import Results
+from benchmarks.findings.collect import TEACHERS, Results, Row
 from benchmarks.findings.matrix import QUESTIONS
 from benchmarks.findings.order import shape_of
+from benchmarks.findings.paired import MISSING
 from benchmarks.findings.pictures import picture, scaling
-from benchmarks.findings.sizes import SIZES
 from benchmarks.findings.steps import Steps
 from benchmarks.findings.store import Store
-from benchmarks.findings.tables import arms_table, claims_table, markdown, to_csv
+from benchmarks.findings.tables import arms_table, claims_table, convergence, from_csv, markdown, to_csv
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import SlimError
 from megatron_slim.extras import require
@@ -43,16 +43,17 @@ def write_report(steps: Steps, store: Store, seeds: int, publish: Path | None) -
         store: of results.
         seeds: that are looked for.
         publish: directory of ``findings.md``, which gets a new generated part, ``findings/`` with the CSV files, and
-            ``images/``.
+            ``images/``. Rows that the CSV files have of other teachers stay.
 
     Returns:
         Where the page is, and how many cells of how many it is of.
 
     Raises:
-        SlimError: ``findings.md`` is not there or has no generated part.
+        SlimError: ``findings.md`` is not there or has no generated part, or a CSV file is damaged.
     """
     require("plots", "matplotlib", "the report")
-    results = Results(steps, store, seeds)
+    published = {} if publish is None else read_published(publish)
+    results = Results(steps, store, seeds, published)
     pictures = {key: found for key in QUESTIONS if (found := picture(results, key)) is not None}
     if (over_sizes := scaling(results)) is not None:
         pictures["sizes"] = over_sizes
@@ -64,6 +65,11 @@ def write_report(steps: Steps, store: Store, seeds: int, publish: Path | None) -
         publish_into(results, pictures, publish)
     done, every = results.cells
     return {"page": str(page), "cells_done": done, "cells": every}
+
+
+def read_published(docs: Path) -> dict[str, list[Row]]:
+    """The rows in ``findings/`` of a directory, by question, and of the teachers."""
+    return {key: from_csv(docs / "findings" / f"{key}.csv") for key in (*QUESTIONS, TEACHERS)}
 
 
 def _write_csv(results: Results, folder: Path) -> None:
@@ -84,7 +90,7 @@ def summary(results: Results) -> str:
     used = results.steps.settings
     return (
         f"{done} of {every} cells have been run: {used.steps} steps of {used.batch} samples of {used.seq_length} "
-        f"tokens, {used.tokens:,} in all, and {results.seeds} seeds each. A figure is the mean over seeds with the "
+        f"tokens, {used.tokens:,} in all, with {results.seeds} seeds each. A figure is the mean over seeds with the "
         "standard deviation of one seed; a difference is paired by seed, with its interval of 95%."
     )
 
@@ -96,15 +102,14 @@ def missing_arms(results: Results, key: str) -> list[str]:
 
 def teachers_table(results: Results) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Headings and rows: a teacher each."""
-    measured = results.teachers(SIZES)
-    heads = ("teacher", "parameters", "student", *_TEACHER.values())
+    heads = ("teacher", "hash", "parameters", "student", *_TEACHER.values())
     rows = []
-    for name, figures in measured.items():
+    for (name, teacher), figures in results.teachers().items():
         size, vocab = results.steps.settings.size(name), results.steps.settings.vocab_size
         shapes = (shape_of(size.config(vocab)), shape_of(size.config(vocab), size.student))
         counts = [f"{count_parameters(shape).total:,}" for shape in shapes]
-        cells = (f"{figures[key]:.4f}" if key in figures else "missing" for key in _TEACHER)
-        rows.append((name, *counts, *cells))
+        cells = (f"{figures[key]:.4f}" if key in figures else MISSING for key in _TEACHER)
+        rows.append((name, teacher, *counts, *cells))
     return heads, rows
 
 
@@ -120,8 +125,8 @@ def page_parts(results: Results, pictures: dict[str, bytes]) -> Iterator[str]:
             yield picture_html(f"({key}) Arms", pictures[key])
         heads, rows = arms_table(results, key)
         missing = missing_arms(results, key)
-        note = f"Missing: {'; '.join(missing)}." if missing else ""
-        yield section_html(Section(f"({key}) Figures", heads, tuple(rows), note))
+        notes = [convergence(results, key), f"Missing: {'; '.join(missing)}." if missing else ""]
+        yield section_html(Section(f"({key}) Figures", heads, tuple(rows), " ".join(filter(None, notes))))
     if "sizes" in pictures:
         yield picture_html(SCALING, pictures["sizes"])
 
@@ -142,6 +147,8 @@ def generated(results: Results, pictures: dict[str, bytes]) -> str:
             if key in pictures:
                 lines += [f"![{question.title}](images/findings_{key}.png)", ""]
             if results.rows[key]:
+                lines += [markdown(*arms_table(results, key)), ""]
+                lines += [sentence, ""] if (sentence := convergence(results, key)) else []
                 lines += [f"Figures of every seed: [{key}.csv](findings/{key}.csv).", ""]
             if missing := missing_arms(results, key):
                 lines += ["Missing:", "", *(f"- {arm}" for arm in missing), ""]

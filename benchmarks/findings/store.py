@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.findings.steps import CELL, RESUMED, TEACHER, Step
+from benchmarks.findings.steps import CELL, RESUMED, TEACHER, Step, Steps
+from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json, remove, to_json, write_atomic
 
 RESULT, DEFINITION, WORK, LOGS = "result.json", "definition.json", "work", "logs"
@@ -22,7 +24,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         """An existing directory, or one that will be made."""
-        self.root = root
+        self.root, self._hashes = root, dict[str, str]()
 
     def folder(self, step: Step) -> Path:
         """Of a step as it is defined now."""
@@ -65,6 +67,24 @@ class Store:
             shutil.rmtree(self.work(step), ignore_errors=True)
         if step.kind == TEACHER:  # its export stays
             shutil.rmtree(self.work(step) / "run", ignore_errors=True)
+
+    def teacher_hash(self, steps: Steps, size: str) -> str:
+        """Of a teacher's weights, and of the text that is trained and measured on: twelve hexadecimal digits.
+
+        Raises:
+            SlimError: the weights are not there.
+        """
+        if size not in self._hashes:
+            export = self.work(steps.teacher(size)) / "hf"
+            weights, text = sorted(export.glob("*.safetensors")), self.work(steps.text())
+            if not weights:
+                raise SlimError("no weights of the teacher", where=str(export), fix="remove --dir and run again")
+            whole = hashlib.sha256()
+            for path in (*weights, *sorted(text.glob("*.npy"))):
+                with path.open("rb") as stream:
+                    whole.update(hashlib.file_digest(stream, "sha256").digest())
+            self._hashes[size] = whole.hexdigest()[:12]
+        return self._hashes[size]
 
     def seeds(self) -> int:
         """The highest seed of any cell that was begun."""

@@ -1,17 +1,20 @@
-"""Results as CSV files and as tables."""
+"""Results as CSV files and back, and as tables."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from benchmarks.findings.claims import BELOW, SAME
 from benchmarks.findings.collect import Judged, Results, Row
 from benchmarks.findings.matrix import QUESTIONS
 from benchmarks.findings.paired import MISSING, Spread
+from megatron_slim.errors import SlimError
 
-COLUMNS = ("arm", "cell", "seed", "tokens", "metric", "value")
+COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
 NAMES = {
     "loss": "loss",
     "kl": "KL",
@@ -34,6 +37,25 @@ def to_csv(rows: Iterable[Row]) -> str:
     return stream.getvalue()
 
 
+def from_csv(path: Path) -> list[Row]:
+    """What `to_csv` has written; nothing where there is no file.
+
+    Raises:
+        SlimError: a line cannot be read.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    with path.open(encoding="utf-8", newline="") as stream:
+        for number, line in enumerate(csv.DictReader(stream), 2):
+            try:
+                texts = {name: line[name] for name in ("arm", "cell", "teacher", "definition", "metric")}
+                rows.append(Row(**texts, seed=int(line["seed"]), value=float(line["value"])))
+            except (KeyError, TypeError, ValueError) as error:
+                raise SlimError("the line cannot be read", where=f"{path}:{number}", fix="restore the file") from error
+    return rows
+
+
 def shown(spread: Spread | None) -> str:
     """A mean with its standard deviation over seeds, or that it is missing.
 
@@ -54,6 +76,18 @@ def arms_table(results: Results, key: str) -> tuple[tuple[str, ...], list[tuple[
         for arm in question.arms
     ]
     return heads, rows
+
+
+def convergence(results: Results, key: str) -> str:
+    """A sentence on how far the arms' means are apart before and after training; "" where that was not measured."""
+    ranges = []
+    for metric in ("one_shot_loss", "loss"):
+        spreads = (results.spread(key, arm.label, metric) for arm in QUESTIONS[key].arms)
+        means = [spread.mean for spread in spreads if spread is not None]
+        if metric not in QUESTIONS[key].metrics or len(means) < 2:
+            return ""
+        ranges.append(max(means) - min(means))
+    return f"The arms' mean losses are {ranges[0]:.4f} nats apart before training and {ranges[1]:.4f} after it."
 
 
 def claims_table(judged: Sequence[Judged]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
