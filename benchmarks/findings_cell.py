@@ -146,7 +146,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     chosen = settings(trial=args.trial, steps=args.steps, teacher_steps=args.teacher_steps)
     store, made = Store(args.dir.absolute()), Steps(chosen)
     jobs = args.jobs or len(os.sched_getaffinity(0))
-    commands, cells = Commands(chosen, store), [made.cell(CELLS[MAIN], seed) for seed in range(1, jobs + 1)]
+    commands, cells = Commands(chosen, store, jobs), [made.cell(CELLS[MAIN], seed) for seed in range(1, jobs + 1)]
     driver = Driver(shared(cells), commands, store, jobs=jobs, say=say)
     driver.run()
     if driver.failed:

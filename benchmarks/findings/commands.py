@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.findings.matrix import MTP_LM_ALONE, RANDOM
+from benchmarks.findings.order import ranks
 from benchmarks.findings.sizes import Settings
 from benchmarks.findings.steps import CACHE, CELL, EXPERTS, PRUNED, REFERENCE, STATISTICS, TEACHER, TEXT, Step
 from benchmarks.findings.store import Store
+from benchmarks.processes import free_port
 from megatron_slim.files import remove, to_json
 
 EVALUATION_BATCH, ACCEPTANCE_BATCH = 8, 8
@@ -47,9 +49,10 @@ def _command(name: str, *words: object, prepare: str = "") -> Command:
 class Commands:
     """The commands of every step of some settings, with paths of a store."""
 
-    def __init__(self, settings: Settings, store: Store) -> None:
-        """They read results of earlier steps in the store."""
+    def __init__(self, settings: Settings, store: Store, jobs: int = 1) -> None:
+        """They read results of earlier steps in the store; a teacher's training has a process for each of ``jobs``."""
         self.settings, self.store = settings, store
+        self.ranks = ranks(jobs, settings)
 
     def of(self, step: Step) -> list[Command]:
         """In order."""
@@ -110,6 +113,7 @@ class Commands:
                 "--save-interval": SAVE_EVERY,
             },
             batch=self.settings.teacher_samples,
+            ranks=self.ranks,
         )
         yield _command("export", "convert", "--load", where / "run", "--save", where / "hf", "--to", "hf")
 
@@ -124,13 +128,14 @@ class Commands:
         name: str = "train",
         prepare: str = "",
         switches: tuple[str, ...] = (),
+        ranks: int = 1,
     ) -> Command:
-        """One process that trains."""
+        """Training, in one process or data parallel."""
         values = {
             "--save": save,
             "--precision": "fp32",
             "--seq-length": self.settings.seq_length,
-            "--micro-batch-size": batch,
+            "--micro-batch-size": batch // ranks,
             "--global-batch-size": batch,
             "--save-interval": 10**6,
             "--eval-interval": 10**6,
@@ -148,7 +153,10 @@ class Commands:
             WARMUP,
             *self._unchecked(),
         )
-        return _command(name, "pretrain", *words, *switches, "--", *always, *flags, prepare=prepare)
+        launch: tuple[object, ...] = ()
+        if ranks > 1:
+            launch = ("torchrun", "--nproc-per-node", ranks, "--master-port", free_port(), "-m", "megatron_slim")
+        return _command(name, *launch, "pretrain", *words, *switches, "--", *always, *flags, prepare=prepare)
 
     def _reference(self, step: Step) -> Iterator[Command]:
         yield self._losses(step, self.teacher(step), compare=False)

@@ -98,7 +98,7 @@ class Driver:
         self.commands, self.store, self.jobs = commands, store, jobs
         self.say, self._start = say, start
         self.failed: dict[str, SlimError] = {}
-        self.estimates = Estimates(commands.settings, machine)
+        self.estimates = Estimates(commands.settings, machine, jobs)
         self.done, self.waiting, self.total = set[str](), list[Step](), len(steps)
         for step in steps:
             if (result := store.result(step)) is None:
@@ -133,7 +133,9 @@ class Driver:
                 job.end()
 
     def _fill(self, jobs: dict[str, Job]) -> None:
-        while len(jobs) < self.jobs and (step := next_step(self.waiting, self.done)) is not None:
+        while len(jobs) < self.jobs:
+            if (step := next_step(self.waiting, self.done, [job.step for job in jobs.values()])) is None:
+                return
             self.waiting.remove(step)
             try:
                 jobs[step.id] = Job(step, self.commands, self.store, self._start)

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     steps = wanted(made, args.only, args.seeds)
     results: dict[str, Any] = {"dir": str(args.dir), "steps": len(steps)}
     if not args.report:
-        results |= _run(args, steps, Commands(chosen, store), store, jobs)
+        results |= _run(args, steps, Commands(chosen, store, jobs), store, jobs)
     if not args.dry_run:
         from benchmarks.findings.report import write_report
 

@@ -51,8 +51,7 @@ def machine(root: Path, settings: Settings, jobs: int, say: Callable[[str], None
         config = settings.size(BASE).config(settings.vocab_size)
         (folder / "config.json").write_text(to_json(config))
         found = [_median(running) for running in _all(folder, settings, jobs)]
-        tokens = settings.teacher_samples * settings.seq_length
-        known[key] = max(found) / training_seconds(shape_of(config), settings, tokens)
+        known[key] = max(found) / training_seconds(shape_of(config), settings, 1, settings.teacher_samples)
         write_atomic(path, to_json(known))
     return known[key]
 

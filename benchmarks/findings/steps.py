@@ -17,6 +17,7 @@ METHOD = 1  # of `commands` and `corpus`; another number makes every step anothe
 TEXT, TEACHER, REFERENCE, EXPERTS = "text", "teacher", "reference", "experts"
 STATISTICS, CACHE, PRUNED, CELL = "statistics", "cache", "pruned", "cell"
 KINDS = (TEXT, TEACHER, REFERENCE, EXPERTS, STATISTICS, CACHE, PRUNED, CELL)
+ALONE = (TEACHER,)  # whose commands take all of the cores: all cells wait for a teacher
 RESUMED = (TEACHER, CACHE)  # whose commands continue what a kill has left; others begin anew
 # Settings that a step of a kind depends on, besides those of the steps that it needs.
 _MEASURING = ("validation_samples",)

@@ -23,7 +23,7 @@ from benchmarks.findings.driver import Driver, listing
 from benchmarks.findings.figures import metrics_of
 from benchmarks.findings.main import arguments
 from benchmarks.findings.matrix import CELLS, LOSSES, MAIN, PRUNINGS, QUESTIONS
-from benchmarks.findings.order import Estimates, next_step, predicted, seconds_left
+from benchmarks.findings.order import Estimates, next_step, predicted, ranks, seconds_left
 from benchmarks.findings.paired import (
     CANNOT,
     DOES_NOT,
@@ -43,6 +43,8 @@ from benchmarks.findings.tables import arms_table, claims_table, convergence, fr
 from megatron_slim.errors import SlimError
 from megatron_slim.recipe import parse_recipe
 from tests.test_words import MOST_WORDS_OF_A_SENTENCE, banned_words, count_words, passages, sentences, vague
+
+BATCHES = ("--micro-batch-size", "--global-batch-size")
 
 
 class Stub:
@@ -274,6 +276,29 @@ def test_the_time_left_is_that_of_the_schedule() -> None:
     assert seconds_left([a, b, c, d], set(), estimates, 2) == 7.0
     assert seconds_left([c, d], {"b"}, estimates, 2, {"a": (a, 2.0)}) == 4.0
     assert next_step([c, d], {"a"}) is d and next_step([c], {"a"}) is None and next_step([c], {"a", "b"}) is c
+
+
+def test_a_teacher_runs_alone_with_all_of_the_cores() -> None:
+    teacher, cell, other = Step("t", TEACHER), Step("c", CELL), Step("o", TEXT)
+    assert next_step([teacher, cell], set(), [other]) is None, "what comes later waits, or a teacher would never start"
+    assert next_step([teacher, cell], set(), []) is teacher
+    assert next_step([cell], set(), [teacher]) is None
+    assert next_step([cell], set(), [other]) is cell
+    estimates = Fixed({"t": 10.0, "c": 2.0, "o": 3.0})
+    assert seconds_left([other, teacher, cell], set(), estimates, 2) == 15.0
+    steps, chosen = Steps(Settings()), Settings()
+    alone = Estimates(chosen, jobs=1).seconds(steps.teacher("base"))
+    assert 0.5 * alone < Estimates(chosen, jobs=2).seconds(steps.teacher("base")) < 0.7 * alone
+    assert [ranks(jobs, chosen) for jobs in (1, 2, 3, 4, 7, 16)] == [1, 2, 2, 4, 4, 8]
+
+
+def test_ranks_of_a_teacher_share_its_batch(tmp_path: Path) -> None:
+    steps = Steps(Settings())
+    (teacher := Store(tmp_path)).begin(steps.teacher("base"))
+    one, two = (Commands(Settings(), teacher, jobs).of(steps.teacher("base"))[0].argv for jobs in (1, 2))
+    assert one[0] == "pretrain" and two[:3] == ("torchrun", "--nproc-per-node", "2")
+    sizes = {words: [argv[argv.index(words) + 1] for argv in (one, two)] for words in BATCHES}
+    assert sizes == {"--micro-batch-size": ["8", "4"], "--global-batch-size": ["8", "8"]}
 
 
 def test_measured_steps_correct_those_of_their_kind() -> None:
