@@ -13,8 +13,8 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.cli.tool import run_tool
 from megatron_slim.command_line import tool_parser
 from megatron_slim.errors import SlimError
@@ -41,7 +41,7 @@ def environment(given: Mapping[str, object], before: Mapping[str, str]) -> dict[
     return {"PYTHON": sys.executable, **before, **as_text(given)}
 
 
-def train(command: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
+def train(command: Sequence[str], env: Mapping[str, str]) -> JsonObject:
     """Run the script to its end and read what the run has logged.
 
     Returns:
