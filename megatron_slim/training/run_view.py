@@ -75,9 +75,9 @@ def _term(name: str) -> LossTerm | None:
 
 
 def in_nats(name: str) -> bool:
-    """Whether a term is in nats per token, as all that has no function of its own; else it has a scale of its own."""
+    """Whether a term is known to be in nats per token; else it has a scale of its own."""
     term = _term(name)
-    return term is not None and term.function is None
+    return term is not None and term.in_nats
 
 
 def drawn_names(names: list[str]) -> list[str]:
@@ -91,7 +91,7 @@ def drawn_names(names: list[str]) -> list[str]:
 def line_style(name: str) -> str:
     """How a term is drawn: main head, MTP heads, what is logged alone, and what is not of the heads or not known."""
     term = _term(name)
-    if term is None:
+    if term is None or term.of_layers:
         return "-."
     return ":" if term.weight is None else "--" if term.mtp else "-"
 

@@ -12,7 +12,7 @@ from megatron_slim.command_line import ToolParser
 from megatron_slim.distillation.layer_pairs import FLAG, parse_layer_pairs
 from megatron_slim.distillation.loss_options import DEFAULTS, HIDDEN_LOSSES, KD_LOSSES
 from megatron_slim.distillation.schedule import SHAPES, Schedule
-from megatron_slim.distillation.terms import HIDDEN_KD_WEIGHT, LOSS_TERMS, LossWeight, check_terms, weights_of
+from megatron_slim.distillation.terms import LOSS_TERMS, LossWeight, check_terms, weights_of
 from megatron_slim.errors import SlimError
 from megatron_slim.training.optimizer_flags import add_optimizer
 from megatron_slim.training.train_only import add_train_only
@@ -215,7 +215,6 @@ def _add_hidden_states(group: ArgumentGroup) -> None:
         default=DEFAULTS.hidden_kd_loss,
         help=f"1 - cosine of hidden states, or the mean of squared differences. Default: {DEFAULTS.hidden_kd_loss}.",
     )
-    _add_schedule(group, HIDDEN_KD_WEIGHT)
 
 
 def _add_budgets(group: ArgumentGroup) -> None:

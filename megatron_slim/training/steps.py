@@ -111,7 +111,7 @@ class Steps:
             expected = self.expected_gradients(loss_mask, weights, position_ids, turn)
         targets: Keywords = {
             "expected": expected,
-            "hidden_inputs": hidden_inputs(self.chunks[vp_stage or 0], loss_mask),
+            "hidden_inputs": hidden_inputs(self.chunks[vp_stage or 0], loss_mask, weights),
         }
         if last and model.training and self.ahead is not None:
             assert batch["labels"] is not None
@@ -158,7 +158,7 @@ class Steps:
         else:
             self.log.losses.add(logged, turn.weight)
         if self.hidden_log.pairs and not label:
-            logged |= self.hidden_log.report(tokens)
+            logged |= self.hidden_log.report(tokens, weights)
         # A micro-batch's tokens count once, whatever goes through it.
         tokens = tokens.to(torch.int) if turn.first else torch.zeros_like(tokens, dtype=torch.int)
         return total * turn.weight, tokens, turn.logged(logged)
