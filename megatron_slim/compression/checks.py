@@ -27,8 +27,6 @@ from megatron_slim.training.blends import parse_blend
 if TYPE_CHECKING:
     from megatron_slim.checkpoint.convert import Checkpoint
 
-MODULE = "megatron_slim.cli.pretrain"
-
 
 def check(settings: RunSettings) -> ModelShape:
     """Open the teacher and all data, and look whether every phase can be met; gives the teacher's sizes.
@@ -92,10 +90,11 @@ def _check_training(settings: RunSettings, teacher: Checkpoint) -> None:
         words = shlex.split(text) if shown.returncode == 0 else []
         if words:
             world = str(int(_after(words, "--nproc-per-node")) * int(_after(words, "--nnodes")))
-            arguments = _of_one_run(words[words.index(MODULE) + 1 :], folder, settings.stops[-1])
+            program, arguments = _program(words[words.index("--master-port") + 2 :])
+            arguments = _of_one_run(arguments, folder, settings.stops[-1])
             one = {"WORLD_SIZE": world, "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
             shown = subprocess.run(
-                [sys.executable, "-m", MODULE, *arguments, "--check-arguments"],
+                [sys.executable, *program, *arguments, "--check-arguments"],
                 env=os.environ | one,
                 capture_output=True,
                 text=True,
@@ -115,6 +114,11 @@ def _has_gpus() -> bool:
 
 def _after(words: Sequence[str], flag: str) -> str:
     return words[words.index(flag) + 1]
+
+
+def _program(job: Sequence[str]) -> tuple[list[str], Sequence[str]]:
+    """What a rank runs, as Python is told of it, and its arguments: our module, or a file that ``PROGRAM`` names."""
+    return (["-m", job[1]], job[2:]) if job[0] == "--module" else ([job[0]], job[1:])
 
 
 def _of_one_run(arguments: Sequence[str], config: str, iterations: int) -> list[str]:

@@ -54,6 +54,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "MASTER_ADDR": ("HOST", "address of the first machine (127.0.0.1)"),
         "MASTER_PORT": ("PORT", "port of the first machine (29500)"),
         "LAUNCHER": ("NAME", "torchrun, or slurm to submit a job (torchrun)"),
+        "PROGRAM": ("FILE", "Python program in place of ours: registers something of its own, and calls our main"),
         "SETTINGS": ("NAME", "layout and batch of h100_8, h100_64, h100_256, h200_8, h200_64 or h200_256; or a file"),
         "IMAGE": ("IMAGE", "container of a Slurm job: *.sif for apptainer, anything else for pyxis"),
         "MOUNTS": ("PATHS", "more paths for the container, comma-separated"),
