@@ -60,7 +60,6 @@ def parser(prog: str) -> argparse.ArgumentParser:
     found.add_argument("--step", metavar="NAME", help="run this step alone, such as phase-1/train, as jobs of Slurm do")
     found.add_argument("--dry-run", action="store_true", help="show the steps, what they need, and do nothing")
     group = found.add_argument_group("training")
-    group.add_argument("--tokens", metavar="T", help="of training, such as 40B, where the recipe has no phases")
     for title in ("processes", "run"):
         for name, (kind, text) in GROUPS[title].items():
             if name.lower() in SECTIONS["train"] and kind:

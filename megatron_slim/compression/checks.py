@@ -15,7 +15,7 @@ from megatron_slim.architecture.hf_config import shape_to_hf_config
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.compression.estimate import first_student
 from megatron_slim.compression.settings import RunSettings
-from megatron_slim.compression.steps import TRAIN, command_line, measures, steps
+from megatron_slim.compression.steps import RECIPE_FILE, TRAIN, command_line, measures, steps
 from megatron_slim.data import data_prefix, exact_prefix, open_stream
 from megatron_slim.errors import EXIT_USER_ERROR, DataError, SlimError, last_error
 from megatron_slim.extras import require
@@ -84,7 +84,9 @@ def _check_training(settings: RunSettings, teacher: Checkpoint) -> None:
     config = shape_to_hf_config(student, teacher.config)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(to_json(config))
-        asked = [*command_line(train), "--launcher", "torchrun", "--dry-run"]
+        recipe = Path(folder, RECIPE_FILE)  # that of the run may not be there yet
+        recipe.write_text(settings.text)
+        asked = [*command_line(train), "--recipe", str(recipe), "--launcher", "torchrun", "--dry-run"]
         shown = subprocess.run(asked, capture_output=True, text=True, check=False)
         text = shown.stdout.replace(str(train.output), f"{folder}/run")
         words = shlex.split(text) if shown.returncode == 0 else []
