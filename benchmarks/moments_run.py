@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.processes import ROOT, free_port, python, run
 from benchmarks.report import machine
+from megatron_slim.distillation.terms import LOSS_TERMS
 from megatron_slim.recipe_run import MOMENT_RULES
 
 SCRIPT = ROOT / "examples" / "slimqwen" / "pretrain_distill.sh"
@@ -20,7 +21,7 @@ PHASES = [
     {"target": {"num_layers": 6}},
     {"target": {"hidden_size": 144, "num_moe_experts": 8, "moe_router_topk": 3}},
 ]
-LOSS = "lm loss validation"
+LOSS = f"{LOSS_TERMS['lm'].name} validation"
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, cast
 
 from benchmarks.one_shot_variants import Variant, variants
+from megatron_slim.aliases import ReadOptions
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.checkpoint.convert import Checkpoint, open_checkpoint
 from megatron_slim.cli.terminal import say
@@ -28,7 +29,7 @@ from megatron_slim.streaming.samples import SEQ_LENGTH, read_calibration_samples
 FORWARD_TOKENS = 4096  # in one forward pass, unless --micro-batch-size says how many samples
 
 
-def measure(args: argparse.Namespace, reading: dict[str, Any]) -> dict[str, Any]:
+def measure(args: argparse.Namespace, reading: ReadOptions) -> dict[str, Any]:
     """Losses of the source and of every variant; ``reading`` goes to `open_checkpoint`.
 
     Raises:

@@ -25,13 +25,16 @@ from benchmarks.processes import ROOT, free_port, python, run
 from benchmarks.report import machine
 from megatron_slim.cli.tool import run_tool
 from megatron_slim.command_line import positive, tool_parser
+from megatron_slim.distillation.terms import LOSS_TERMS
 from megatron_slim.errors import SlimError
 from megatron_slim.optimizers import ADAM, AURORA, MUON, OPTIMIZERS
 
 # Of Adam as the demo has it and above; of the others, 0.2 sqrt(144) = 2.4 times as much, and around it.
 RATES = {ADAM: ("1e-3", "2e-3", "4e-3"), MUON: ("5e-3", "1e-2", "2.5e-3"), AURORA: ("5e-3", "1e-2", "2.5e-3")}
 BATCH = 8  # samples of a step
-_VALIDATION = re.compile(r"validation loss at iteration \d+.*?lm loss value: ([\d.E+-]+)", re.IGNORECASE)
+_VALIDATION = re.compile(
+    rf"validation loss at iteration \d+.*?{LOSS_TERMS['lm'].name} value: ([\d.E+-]+)", re.IGNORECASE
+)
 DEAD = 1e-3  # of the median importance of a neuron
 
 

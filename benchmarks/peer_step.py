@@ -27,6 +27,8 @@ from benchmarks.peer_step_run import KD_LAMBDA, RECORD
 from benchmarks.processes import python
 from megatron_slim.cli.tool import run_tool
 from megatron_slim.command_line import positive, tool_parser
+from megatron_slim.distillation import terms
+from megatron_slim.distillation.terms import LOSS_TERMS
 from megatron_slim.errors import SlimError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +39,7 @@ WARM_UP = kd_step.WARM_UP  # steps that are not counted
 # Of losses, relative: fp32 on both sides, sums in another order. The second step has one update of the weights behind
 # it. Adam turns the rounding of gradients that are nearly zero into whole steps, and then other experts are chosen.
 TOLERANCE, LATER_TOLERANCE = 1e-5, 1e-3
-_LM, _KD = (re.compile(rf"\| {name}: ([\d.E+-]+)") for name in ("lm loss", "logits distillation loss"))
+_LM, _KD = (re.compile(rf"\| {name}: ([\d.E+-]+)") for name in (LOSS_TERMS["lm"].name, LOSS_TERMS["kd"].name))
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def train(folder: Path, size: Size, kind: str, steps: int, threads: int, *, reco
     command = kd_step.training_command(folder, steps, *sample, teacher=kind != LM, script=script)
     command += "--lr-decay-style constant --moe-aux-loss-coeff 0".split()
     if kind != LM:
-        command += f"--kd-lambda-start {KD_LAMBDA} --kd-lambda-end {KD_LAMBDA}".split()
+        command += f"{terms.KD_LAMBDA.flag}-start {KD_LAMBDA} {terms.KD_LAMBDA.flag}-end {KD_LAMBDA}".split()
     if kind != FOUR_TERMS:
         command += ["--without-mtp", *(["--teacher-without-mtp"] if kind == KD else [])]
     return run(command, threads)

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slim.checkpoint.torch_dist_files import read_metadata
+from megatron_slim.distillation.terms import terms_of, weights_of
 from megatron_slim.errors import SlimError
 from megatron_slim.files import sha256
 
-TERMS = ("lm loss", "logits distillation loss", "mtp lm loss", "mtp distillation loss", "grad-norm", "kd lambda")
+_TERMS = terms_of(has_teacher=True, has_mtp=True).values()
+COMPARED = {*(term.name for term in _TERMS), *(weight.name for weight in weights_of(_TERMS)), "grad-norm"}
 _NOT_COMPARED = ("common_state", "rng_state", "rerun_state_machine")
 LOGGED = re.compile(r"iteration +(\d+)/ *\d+ \|.*?(learning rate: .*?)number of skipped")
 
@@ -48,7 +50,7 @@ def scalars(directory: Path) -> dict[tuple[str, int], set[float]]:
     for file in directory.glob("events*"):
         events = EventAccumulator(str(file), size_guidance={"scalars": 0})
         events.Reload()
-        for tag in set(TERMS) & set(events.Tags()["scalars"]):
+        for tag in COMPARED & set(events.Tags()["scalars"]):
             for point in events.Scalars(tag):
                 found.setdefault((tag, point.step), set()).add(point.value)
     return found

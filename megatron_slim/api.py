@@ -11,10 +11,11 @@ import contextlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from megatron_slim.aliases import Document, JsonObject, WriteOptions
 from megatron_slim.api_elastic import open_budget, slice_budget
 from megatron_slim.api_inputs import Format, StrPath, data_of, expect, opened, shown
 from megatron_slim.api_measures import acceptance, count_parameters, evaluate, figures, task_scores
@@ -140,7 +141,7 @@ def carry_statistics(pruned: StrPath, checkpoint: Checkpoint | StrPath) -> Stati
     return read_carried_statistics(Path(pruned), opened(checkpoint))
 
 
-def read_recipe(recipe: StrPath | Mapping[str, Any], *, phase: int | None = None) -> Recipe:
+def read_recipe(recipe: StrPath | Document, *, phase: int | None = None) -> Recipe:
     """Read a recipe.
 
     Args:
@@ -211,7 +212,7 @@ def prune(
     verify: bool = True,
     processes: int | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Write the model of a plan to a new directory, which appears only when everything in it is complete.
 
     Args:
@@ -240,9 +241,9 @@ def prune(
     rule, source = moment_rule(carry_optimizer, moments_of_merged, to), opened(checkpoint)
     pruned = PrunedCheckpoint(plan, source)
     optimizer = None if rule is None else pruned.optimizer_state(open_optimizer_state(source), rule)
-    options: dict[str, Any] = {"to": to, "verify": verify, "processes": processes, "optimizer": optimizer}
+    options: WriteOptions = {"verify": verify, "processes": processes}
     with shown(progress):
-        return write_pruned(pruned, Path(save), stats=statistics, **options)
+        return write_pruned(pruned, Path(save), stats=statistics, to=to, optimizer=optimizer, **options)
 
 
 def convert(
@@ -255,9 +256,9 @@ def convert(
     quantize: Literal["fp8"] | None = None,
     verify: bool = True,
     processes: int | None = None,
-    arguments: Mapping[str, Any] | None = None,
+    arguments: Document | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Write a checkpoint in the other format, or the same one with changes, every weight bit for bit, or quantized.
 
     Args:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.api_inputs import Format, StrPath, opened, shown
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.files import refuse_existing
@@ -35,7 +35,7 @@ def slice_budget(
     verify: bool = True,
     processes: int | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Write a budget of an elastic checkpoint to a new directory, every weight bit for bit.
 
     Args:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.api_inputs import StrPath, data_of, opened, shown
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.reporting import Progress
@@ -32,7 +33,7 @@ def record(
     shard_tokens: int | None = None,
     check_teacher: bool = True,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Record what a teacher ends with on samples, for training with ``--teacher-cache``; taken up after a kill.
 
     Args:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.errors import DataError
 from megatron_slim.tokenizers import HuggingFaceTokenizer
 
@@ -25,7 +26,7 @@ _PROBES = ("one", "two.")
 _UNROLL = "give megatron-slim preprocess --chat --unroll, for a document of every such turn, or --skip-bad-lines"
 _SKIP = "leave such lines out with megatron-slim preprocess --chat --skip-bad-lines"
 
-Message = dict[str, Any]
+Message = JsonObject
 Span = tuple[int, int]
 
 
@@ -87,7 +88,7 @@ class ChatTemplate:
         except Exception as error:  # templates are programs, which raise what they like
             raise DataError(f"the chat template fails on it ({error})", where=where) from None
 
-    def _check_parts(self, messages: Sequence[Message], tools: Any, where: str) -> None:
+    def _check_parts(self, messages: Sequence[Message], tools: object, where: str) -> None:
         """See that a template takes contents that are lists of parts: one that does not may write Python's lists."""
         parts = [(number, each["content"]) for number, each in enumerate(messages, 1) if _has_parts(each)]
         whole = self._written(messages, tools) if parts else ""
@@ -99,13 +100,13 @@ class ChatTemplate:
                     fix="give its text alone",
                 )
 
-    def _marked(self, messages: Sequence[Message], tools: Any) -> Chat:
+    def _marked(self, messages: Sequence[Message], tools: object) -> Chat:
         found = self._tokenizer.apply_chat_template(
             messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
         )
         return Chat(found["input_ids"], [bool(one) for one in found["assistant_masks"]])
 
-    def _found(self, messages: Sequence[Message], tools: Any, where: str) -> Iterator[Chat]:
+    def _found(self, messages: Sequence[Message], tools: object, where: str) -> Iterator[Chat]:
         whole = self._written(messages, tools)
         turns = [self._turn(messages, place, tools, where) for place, message in _of_assistant(messages)]
         inside = [span for text, span in turns if whole.startswith(text)]
@@ -123,7 +124,7 @@ class ChatTemplate:
             yield self._tokens(text, [span for earlier, span in turns if text.startswith(earlier)])
             turns = [turn for turn in turns if not text.startswith(turn[0])]
 
-    def _turn(self, messages: Sequence[Message], place: int, tools: Any, where: str) -> tuple[str, Span]:
+    def _turn(self, messages: Sequence[Message], place: int, tools: object, where: str) -> tuple[str, Span]:
         """The conversation up to the end of a turn, and where in it the assistant writes."""
         if not place:
             raise DataError("the assistant writes its first message, which nothing prompts", where=where, fix=_SKIP)
@@ -147,7 +148,7 @@ class ChatTemplate:
         behind = len(closing) - len(closing.rstrip())  # white space that separates turns, and ends none
         return text, (len(prompt), len(text) - behind)
 
-    def _written(self, messages: Sequence[Message], tools: Any, *, add_generation_prompt: bool = False) -> str:
+    def _written(self, messages: Sequence[Message], tools: object, *, add_generation_prompt: bool = False) -> str:
         text: str = self._tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
         )
@@ -184,7 +185,7 @@ def _of_assistant(messages: Sequence[Message]) -> Iterator[tuple[int, Message]]:
     return ((place, message) for place, message in enumerate(messages) if message["role"] == ASSISTANT)
 
 
-def _messages(record: Any, where: str) -> list[Message]:
+def _messages(record: object, where: str) -> list[Message]:
     messages = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(messages, list) or not messages:
         raise DataError("has no list of messages under 'messages'", where=where)

@@ -9,10 +9,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.chat_template import Chat, ChatTemplate
 from megatron_slim.documents import Source, batches, check_inputs, read_sources
 from megatron_slim.encoding import encode_all
@@ -118,7 +119,7 @@ class _Seen:
                 yield from batch.chats
 
 
-def make_samples(inputs: Sequence[Path], output: Path, options: ChatOptions, *, workers: int = 1) -> dict[str, Any]:
+def make_samples(inputs: Sequence[Path], output: Path, options: ChatOptions, *, workers: int = 1) -> JsonObject:
     """Pack conversations into a sample set.
 
     Args:
@@ -161,7 +162,7 @@ def make_samples(inputs: Sequence[Path], output: Path, options: ChatOptions, *, 
     return {"path": str(output), "seq_length": options.seq_length, "vocab_size": encoder.template.vocab_size, **figures}
 
 
-def say(figures: dict[str, Any], output: Path) -> str:
+def say(figures: JsonObject, output: Path) -> str:
     """What was made, in one line."""
     left_out = figures["too_long"] + figures["without_answer"]
     return (
@@ -176,7 +177,7 @@ def _why(counts: Counts, seen: _Seen) -> str:
     return found + (f", bad lines: {seen.bad_lines}, the first: {seen.first_bad_line}" if seen.bad_lines else "")
 
 
-def _origin(inputs: Sequence[Path], options: ChatOptions) -> dict[str, Any]:
+def _origin(inputs: Sequence[Path], options: ChatOptions) -> JsonObject:
     """What samples are made of: they are the same where this is."""
     return {
         "input_sha256": [file_sha256(path) for path in inputs],
@@ -193,7 +194,7 @@ def tokenizer_digests(path: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _spooled(directory: Path) -> Iterator[list[Any]]:
+def _spooled(directory: Path) -> Iterator[list[BinaryIO]]:
     """Three files without a name, for columns that grow row by row and may not fit into memory."""
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(tempfile.TemporaryFile(dir=directory)) for _ in range(3)]

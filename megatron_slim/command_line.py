@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from megatron_slim import __version__
+from megatron_slim.aliases import ReadOptions, WriteOptions
 from megatron_slim.errors import EXIT_USER_ERROR
 
 RECIPE_HELP = "sizes and methods: a YAML file, or a name that `megatron-slim recipes` lists"
@@ -85,7 +86,7 @@ def add_load_arguments(parser: argparse.ArgumentParser, purpose: str, flag: str 
     )
 
 
-def load_options(args: argparse.Namespace) -> dict[str, Any]:
+def load_options(args: argparse.Namespace) -> ReadOptions:
     """The options of `checkpoint.convert.open_checkpoint` that these arguments gave."""
     return {
         "hf_config": args.hf_config,
@@ -116,7 +117,7 @@ def add_write_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def write_options(args: argparse.Namespace) -> dict[str, Any]:
+def write_options(args: argparse.Namespace) -> WriteOptions:
     """The options of `checkpoint.convert.write_checkpoint` that `add_write_arguments` gave."""
     return {
         "verify": not args.no_verify,

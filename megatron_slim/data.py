@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_slim.aliases import Array, DType
 from megatron_slim.data_index import HEADER, read_index
 from megatron_slim.errors import DataError
 
@@ -110,7 +110,7 @@ def exact_prefix(path: Path) -> Path:
     return found
 
 
-def _open_matrix(path: Path, seq_length: int | None) -> npt.NDArray[Any]:
+def _open_matrix(path: Path, seq_length: int | None) -> Array:
     try:
         matrix = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
@@ -120,7 +120,7 @@ def _open_matrix(path: Path, seq_length: int | None) -> npt.NDArray[Any]:
     return _check_matrix(matrix, seq_length, str(path))
 
 
-def _check_matrix(matrix: Any, seq_length: int | None, where: str) -> npt.NDArray[Any]:
+def _check_matrix(matrix: object, seq_length: int | None, where: str) -> Array:
     if not isinstance(matrix, np.ndarray) or matrix.ndim != 2 or matrix.dtype.kind not in "iu" or matrix.size == 0:
         found = f"{matrix.dtype} {list(matrix.shape)}" if isinstance(matrix, np.ndarray) else "an archive"
         raise DataError(f"is {found}, not an integer matrix [samples, sequence]", where=where)
@@ -133,7 +133,7 @@ def _check_matrix(matrix: Any, seq_length: int | None, where: str) -> npt.NDArra
     return matrix
 
 
-def _open_windows(prefix: Path, seq_length: int | None) -> npt.NDArray[Any]:
+def _open_windows(prefix: Path, seq_length: int | None) -> Array:
     if seq_length is None:
         raise DataError("a Megatron data set needs a sequence length", where=str(prefix), fix="give --seq-length")
     stream = read_stream(prefix)
@@ -147,7 +147,7 @@ def _open_windows(prefix: Path, seq_length: int | None) -> npt.NDArray[Any]:
     return stream[: windows * seq_length].reshape(windows, seq_length)
 
 
-def read_stream(prefix: Path) -> npt.NDArray[Any]:
+def read_stream(prefix: Path) -> Array:
     """All documents of a Megatron data set one after the other, memory-mapped.
 
     Megatron's own reader takes seconds to import, and opens a truncated .bin without an error.
@@ -169,7 +169,7 @@ def read_stream(prefix: Path) -> npt.NDArray[Any]:
     return np.memmap(f"{prefix}.bin", dtype=dtype, mode="r")
 
 
-def open_stream(prefix: Path, vocab_size: int | None) -> tuple[npt.NDArray[Any], int]:
+def open_stream(prefix: Path, vocab_size: int | None) -> tuple[Array, int]:
     """A data set that a model with ``vocab_size`` ids can read, as `read_stream`, and the largest id that was seen.
 
     Raises:
@@ -183,7 +183,7 @@ def open_stream(prefix: Path, vocab_size: int | None) -> tuple[npt.NDArray[Any],
     return stream, largest
 
 
-def _stretches(stream: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
+def _stretches(stream: Array) -> Iterator[Array]:
     """Up to `_SEEN_TOKENS` ids in stretches at equal distances, the first and the last ones among them."""
     if len(stream) <= _SEEN_TOKENS:
         yield stream
@@ -234,7 +234,7 @@ def check_ids(lowest: int, highest: int, vocab_size: int | None, where: str) -> 
         )
 
 
-def _check_type(dtype: np.dtype[Any], vocab_size: int | None, where: str) -> None:
+def _check_type(dtype: DType, vocab_size: int | None, where: str) -> None:
     """Refuse a type that the vocabulary does not fit into: what did not fit has wrapped to ids that look right."""
     if vocab_size is not None and vocab_size - 1 > (most := np.iinfo(dtype).max):
         raise DataError(
@@ -256,7 +256,7 @@ def _draw(available: int, num_samples: int | None, seed: int, path: Path) -> npt
     return np.sort(np.random.default_rng(seed).choice(available, num_samples, replace=False))
 
 
-def _check_rows(samples: npt.NDArray[Any], rows: npt.NDArray[np.int64], vocab_size: int | None, path: Path) -> None:
+def _check_rows(samples: Array, rows: npt.NDArray[np.int64], vocab_size: int | None, path: Path) -> None:
     """`check_ids`, naming the first sample that has such an id."""
     lowest, highest = samples.min(axis=1), samples.max(axis=1)
     outside = lowest < 0 if vocab_size is None else (lowest < 0) | (highest >= vocab_size)

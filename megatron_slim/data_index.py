@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_slim.aliases import Array, DType
 from megatron_slim.errors import DataError
 
 # Head of an .idx file: magic, version, code of the ids' type, number of sequences and of document boundaries. Then
@@ -20,7 +20,7 @@ _MERGE = "write the index again: merge data sets with IndexedDatasetBuilder.add_
 _TEXT = "take the text alone"
 
 
-def read_index(path: Path) -> tuple[np.dtype[Any], int]:
+def read_index(path: Path) -> tuple[DType, int]:
     """Type of the ids and number of tokens of a data set.
 
     Raises:
@@ -50,7 +50,7 @@ def read_index(path: Path) -> tuple[np.dtype[Any], int]:
     return dtype, int(lengths.sum())
 
 
-def _column(path: Path, dtype: Any, offset: int, count: int) -> npt.NDArray[Any]:
+def _column(path: Path, dtype: npt.DTypeLike, offset: int, count: int) -> Array:
     """Numbers of an index, memory-mapped; none cannot be."""
     return np.memmap(path, dtype, "r", offset, (count,)) if count else np.empty(0, dtype)
 

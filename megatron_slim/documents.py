@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_slim.aliases import Function
 from megatron_slim.errors import DataError
 from megatron_slim.extras import require
 from megatron_slim.files import without_duplicates
@@ -74,7 +75,7 @@ class Source:
         Raises:
             DataError: not UTF-8, or not JSON, a key that is there twice included.
         """
-        return self._parsed(self._decoded(), object_pairs_hook=without_duplicates)
+        return self._parsed(self._decoded(), without_duplicates)
 
     def _decoded(self) -> str:
         """Its characters, without a byte order mark in front."""
@@ -83,9 +84,9 @@ class Source:
         except UnicodeDecodeError as error:
             raise DataError(f"not readable as UTF-8 text ({error})", where=self.where) from None
 
-    def _parsed(self, text: str, **options: Any) -> Any:
+    def _parsed(self, text: str, pairs: Function | None = None) -> Any:
         try:
-            return json.loads(text, **options)
+            return json.loads(text, object_pairs_hook=pairs)
         except (ValueError, RecursionError) as error:
             raise DataError(f"not a line of JSON ({error})", where=self.where) from None
 

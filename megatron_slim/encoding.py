@@ -5,13 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_slim.aliases import Function
 from megatron_slim.documents import Source, sentence_splitter
 from megatron_slim.errors import DataError
 from megatron_slim.tokenizers import load_tokenizer
@@ -128,7 +129,9 @@ class Encoder:
 class AnyEncoder[Result](Protocol):
     """What makes something of lines, the same in every process."""
 
-    options: Any
+    @property
+    def options(self) -> object:
+        """What its constructor takes."""
 
     def encode(self, sources: Sequence[Source]) -> Result:
         """What a batch of lines becomes."""
@@ -138,7 +141,7 @@ class AnyEncoder[Result](Protocol):
 _worker: Any = None  # the encoder of a worker process, set once by its initializer
 
 
-def _start_worker(kind: Callable[[Any], Any], options: Any) -> None:
+def _start_worker(kind: Function, options: object) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     _worker = kind(options)

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.errors import SlimError
 
 # Network file systems mounted without locks; directories that some file systems cannot flush.
@@ -131,7 +132,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         fsync_path(path.absolute().parent)
 
 
-def to_json(value: Any) -> str:
+def to_json(value: object) -> str:
     """Canonical, readable JSON: sorted keys, two spaces, newline at the end; NaN refused."""
     return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
@@ -164,7 +165,7 @@ def parse_json(data: bytes, max_items: int = MAX_JSON_ITEMS) -> Any:
     return value
 
 
-def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: list[tuple[str, Any]]) -> JsonObject:
     """An ``object_pairs_hook`` of `json.loads` that takes no key twice.
 
     Raises:

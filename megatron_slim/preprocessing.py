@@ -13,11 +13,11 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.documents import batches, check_inputs, read_sources
 from megatron_slim.encoding import Document, Encoded, Encoder, Options, encode_all
 from megatron_slim.errors import DataError
@@ -45,7 +45,7 @@ class Remarks:
 class _Writer:
     """A Megatron data set under temporary names, renamed by `publish`."""
 
-    def __init__(self, prefix: Path, directory: Path, dtype: Any) -> None:
+    def __init__(self, prefix: Path, directory: Path, dtype: npt.DTypeLike) -> None:
         import megatron_slim.mcore
 
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -147,7 +147,7 @@ def _ignore(done: int) -> None:
 
 def preprocess(
     inputs: Sequence[Path], output_prefix: Path, options: Options, *, workers: int = 1, log_interval: int | None = None
-) -> dict[str, Any]:
+) -> JsonObject:
     """Tokenize text files into Megatron data sets, one per JSON key.
 
     Args:

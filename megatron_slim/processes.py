@@ -46,7 +46,7 @@ def run_to_end(command: Sequence[str], **options: Any) -> int:
 
 
 @contextlib.contextmanager
-def _ended(process: subprocess.Popen[Any]) -> Iterator[None]:
+def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """End the process where this one is about to end."""
     try:
         yield
@@ -57,7 +57,7 @@ def _ended(process: subprocess.Popen[Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _forwarded(process: subprocess.Popen[Any]) -> Iterator[None]:
+def _forwarded(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """Pass on what a training run saves at."""
 
     def forward(signum: int, frame: FrameType | None) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from megatron_slim import recipe_run
+from megatron_slim.aliases import Document, JsonObject, YamlMapping
 from megatron_slim.errors import RecipeError
 from megatron_slim.packaged import find_recipe
 from megatron_slim.recipe_budget import (
@@ -73,9 +74,9 @@ class Recipe:
     budget: Budget | None = None
     search: Search = field(default_factory=Search)
     source: str = ""
-    run: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    run: Mapping[str, Document] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """As a version 1 document, all defaults filled in; of a recipe to follow, not of a schedule."""
         assert not self.phases and not self.budgets, "a plan follows one phase, or one budget"
         sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
@@ -113,7 +114,7 @@ def read_document(path: Path) -> Any:
         raise RecipeError(f"not readable as YAML ({error})", where=str(path)) from None
 
 
-def parse_recipe(document: Any, *, where: str = "recipe") -> Recipe:
+def parse_recipe(document: object, *, where: str = "recipe") -> Recipe:
     """Check a parsed recipe against the schema.
 
     Raises:
@@ -160,7 +161,7 @@ def parse_recipe(document: Any, *, where: str = "recipe") -> Recipe:
     )
 
 
-def _with_phases(document: Mapping[Any, Any], where: str) -> Mapping[Any, Any]:
+def _with_phases(document: YamlMapping, where: str) -> YamlMapping:
     """The document with its phases under today's key; one with both keys stays as it is, to be refused."""
     if _STAGES not in document or "phases" in document:
         return document
@@ -187,7 +188,7 @@ def select_phase(recipe: Recipe, number: int | None, *, where: str = "recipe") -
     return recipe.phases[number - 1]
 
 
-def _recipe(sections: Mapping[str, Any]) -> Recipe:
+def _recipe(sections: Document) -> Recipe:
     kinds = {**SECTIONS, "stage": Phase}
     parts = {
         name: kind(**{key: value for key, value in sections[name].items() if (name, key) not in BOUND_KEYS})
@@ -203,7 +204,7 @@ def _recipe(sections: Mapping[str, Any]) -> Recipe:
     return Recipe(**{"target": Target(), **parts}, budget=budget, search=search, source=source)
 
 
-def _phase(document: Mapping[str, Any], number: int, count: int, phase: Mapping[str, Any]) -> Recipe:
+def _phase(document: Document, number: int, count: int, phase: Document) -> Recipe:
     """A phase with what it leaves out taken from the recipe's own sections, key by key."""
     sections = {name: {**document.get(name, {}), **phase.get(name, {})} for name in (*SECTIONS, "search")}
     own = {key: phase[key] for key in ("name", "tokens") if key in phase}
@@ -213,13 +214,13 @@ def _phase(document: Mapping[str, Any], number: int, count: int, phase: Mapping[
     return _recipe({**sections, **source, "stage": {"number": number, "count": count, **own, **schedule}})
 
 
-def _search_violations(search: Any, target: Any) -> list[str]:
+def _search_violations(search: object, target: object) -> list[str]:
     bounded = isinstance(target, Mapping) and any(bound in target for bound in BOUNDS)
     found = [] if bounded else [f"search without a bound ({', '.join(BOUNDS)}) in target"]
     return found + search_violations(search, target)
 
 
-def _phase_search_violations(phase: Mapping[str, Any], search: Any) -> list[str]:
+def _phase_search_violations(phase: Document, search: object) -> list[str]:
     """What is wrong with how a phase searches; that of the whole schedule is for those of its phases with a bound."""
     own, whole, target = phase.get("search", {}), search if search is not None else {}, phase.get("target")
     if not isinstance(own, Mapping) or not isinstance(whole, Mapping):
@@ -228,7 +229,7 @@ def _phase_search_violations(phase: Mapping[str, Any], search: Any) -> list[str]
     return _search_violations({**whole, **own}, target) if bounded or "search" in phase else []
 
 
-def _phases_violations(phases: Any, search: Any) -> list[str]:
+def _phases_violations(phases: object, search: object) -> list[str]:
     """What is wrong with each phase, and sizes that grow from one to the next."""
     if not isinstance(phases, list) or not phases:
         return [f"phases {phases!r} is not a list of phases"]
@@ -257,7 +258,7 @@ def _phases_violations(phases: Any, search: Any) -> list[str]:
     return found
 
 
-def _schedule_violations(phase: Mapping[str, Any]) -> list[str]:
+def _schedule_violations(phase: Document) -> list[str]:
     """What does not fit together in the phase that a plan records."""
     number, count, schedule = phase["number"], phase["count"], phase.get("schedule", [])
     if number > count:
@@ -269,11 +270,11 @@ def _schedule_violations(phase: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+def _given(values: Document) -> JsonObject:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _version_violations(document: Mapping[Any, Any]) -> list[str]:
+def _version_violations(document: YamlMapping) -> list[str]:
     if "version" not in document:
         return [f"version is missing (this release reads version {VERSION})"]
     version = document["version"]

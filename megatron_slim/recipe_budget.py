@@ -8,8 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any
+from typing import TypeGuard
 
+from megatron_slim.aliases import Document, JsonObject, YamlMapping
 from megatron_slim.architecture.feed_forward import EXPERT_FFN
 from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 
@@ -51,12 +52,12 @@ class Search:
     axes: tuple[str, ...] = ("num_layers", "hidden_size", "num_moe_experts")
     grid: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """As a section of a recipe."""
         return {"axes": list(self.axes), "grid": {axis: list(sizes) for axis, sizes in self.grid.items()}}
 
 
-def whole_number(value: Any) -> int | None:
+def whole_number(value: object) -> int | None:
     """A number as people write it, None where it is not a positive integer.
 
     >>> whole_number("40B"), whole_number("2.5e9"), whole_number("1.5K"), whole_number("0.1")
@@ -69,32 +70,37 @@ def whole_number(value: Any) -> int | None:
     return int(number) if number > 0 and number == number.to_integral_value() else None
 
 
-def unknown_keys(mapping: Mapping[Any, Any], known: Sequence[str], prefix: str) -> list[str]:
+def unknown_keys(mapping: YamlMapping, known: Sequence[str], prefix: str) -> list[str]:
     """A sentence for each key that is none of the known ones."""
     return [f"unknown key {prefix}{key} ({_hint(key, known)})" for key in mapping if key not in known]
 
 
-def _hint(name: Any, known: Sequence[str]) -> str:
+def _hint(name: object, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(str(name), known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
-def bound_violation(key: str, value: Any) -> str | None:
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a finite number, which True and False are not."""
+    return (type(value) is int or type(value) is float) and math.isfinite(value)
+
+
+def bound_violation(key: str, value: object) -> str | None:
     """What is wrong with one bound, or None; its name is the last part of ``key``."""
     if key.endswith("memory_gb"):
-        holds = type(value) in (int, float) and math.isfinite(value) and value > 0
+        holds = is_number(value) and value > 0
         return None if holds else f"{key} {value!r} is not a number of gigabytes above zero"
     return None if whole_number(value) else f"{key} {value!r} is not a number of parameters (such as 23e9, 23B or 900M)"
 
 
-def parse_budget(target: Mapping[str, Any]) -> Budget | None:
+def parse_budget(target: Document) -> Budget | None:
     """The bounds in a target, None where it has none."""
     given = {key: target[key] for key in BOUNDS if target.get(key) is not None}
     numbers = {key: float(value) if key == "memory_gb" else whole_number(value) for key, value in given.items()}
     return Budget(**numbers) if numbers else None  # type: ignore[arg-type]
 
 
-def search_violations(search: Any, target: Any) -> list[str]:
+def search_violations(search: object, target: object) -> list[str]:
     """What is wrong with the section ``search``, with this target."""
     if not isinstance(search, Mapping):
         return [f"search {search!r} is not a mapping"]
@@ -107,8 +113,8 @@ def search_violations(search: Any, target: Any) -> list[str]:
         found.append(f"search.axes {axes!r} names a size twice")
     if not isinstance(grid, Mapping):
         return [*found, f"search.grid {grid!r} is not a mapping"]
-    named = [*(axes if "axes" in search else ()), *grid] if isinstance(target, Mapping) else []
-    found += [f"search names {axis}, which target gives" for axis in SEARCHABLE if axis in named and axis in target]
+    named, given = [*(axes if "axes" in search else ()), *grid], target if isinstance(target, Mapping) else {}
+    found += [f"search names {axis}, which target gives" for axis in SEARCHABLE if axis in named and axis in given]
     found += [f"search.grid.{axis} is not in search.axes" for axis in grid if axis not in axes]
     found += [
         f"search.grid.{axis} {sizes!r} is not a list of positive integers"
@@ -118,7 +124,7 @@ def search_violations(search: Any, target: Any) -> list[str]:
     return found
 
 
-def parse_search(search: Mapping[str, Any]) -> Search:
+def parse_search(search: Document) -> Search:
     """A section without violations; axes in the order of `SEARCHABLE`, sizes ascending."""
     axes, grid = search.get("axes", Search.axes), search.get("grid", {})
     return Search(

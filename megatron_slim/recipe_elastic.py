@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megatron_slim.aliases import Document, JsonObject, YamlMapping
 from megatron_slim.errors import RecipeError
-from megatron_slim.recipe_budget import BOUNDS, search_violations, unknown_keys, whole_number
+from megatron_slim.recipe_budget import BOUNDS, is_number, search_violations, unknown_keys, whole_number
 from megatron_slim.recipe_sections import SECTIONS, section_violations
 
 if TYPE_CHECKING:
@@ -41,19 +41,19 @@ class RecipeBudget:
     recipe: Recipe
 
 
-def name_violation(name: Any) -> str | None:
+def name_violation(name: object) -> str | None:
     """What is wrong with the name of a budget, or None; it names directories too."""
     good = isinstance(name, str) and _NAME.fullmatch(name) and name.strip(".")
     return None if good else f"name {name!r} is not made of {NAME_RULE}"
 
 
-def weight_violation(weight: Any) -> str | None:
+def weight_violation(weight: object) -> str | None:
     """What is wrong with the weight of a budget's loss, or None."""
-    good = type(weight) in (int, float) and math.isfinite(weight) and weight > 0
+    good = is_number(weight) and weight > 0
     return None if good else f"weight {weight!r} is not a finite number above zero"
 
 
-def repeated_names(names: list[Any]) -> list[str]:
+def repeated_names(names: list[object]) -> list[str]:
     """A sentence for each name that is there twice."""
     counts = Counter(name for name in names if isinstance(name, str))
     return [f"name {name!r} is there {count} times" for name, count in counts.items() if count > 1]
@@ -73,9 +73,7 @@ def refuse_budgets(recipe: Recipe, *, where: str) -> None:
         )
 
 
-def read_budgets(
-    document: Mapping[str, Any], recipe_of: Callable[[Mapping[str, Any]], Recipe]
-) -> tuple[RecipeBudget, ...]:
+def read_budgets(document: Document, recipe_of: Callable[[Document], Recipe]) -> tuple[RecipeBudget, ...]:
     """The budgets of a document without violations.
 
     Args:
@@ -88,7 +86,7 @@ def read_budgets(
     )
 
 
-def budgets_violations(document: Mapping[Any, Any]) -> list[str]:
+def budgets_violations(document: YamlMapping) -> list[str]:
     """What is wrong with the budgets of a recipe, and what they exclude."""
     budgets = document[BUDGETS]
     found = [f"{key} and {BUDGETS} exclude one another" for key in EXCLUDED if key in document]
@@ -109,20 +107,20 @@ def budgets_violations(document: Mapping[Any, Any]) -> list[str]:
     return found + list(_growing(budgets))
 
 
-def _label(budget: Mapping[Any, Any], number: int) -> Any:
+def _label(budget: YamlMapping, number: int) -> object:
     return number if "name" not in budget or name_violation(budget["name"]) else budget["name"]
 
 
-def _sections(document: Mapping[Any, Any], budget: Mapping[Any, Any]) -> dict[str, Any]:
+def _sections(document: YamlMapping, budget: YamlMapping) -> JsonObject:
     """A budget's sections, with what it leaves out taken from the recipe's own, key by key."""
-    found: dict[str, Any] = {
+    found: JsonObject = {
         name: {**(document.get(name) or {}), **(budget.get(name) or {})} for name in (*SECTIONS, "search")
     }
     found["experts"] = {"method": "prune", **found["experts"]}
     return found | ({"source": document["source"]} if "source" in document else {})
 
 
-def _violations(document: Mapping[Any, Any], budget: Mapping[Any, Any]) -> Iterator[str]:
+def _violations(document: YamlMapping, budget: YamlMapping) -> Iterator[str]:
     """What is wrong with one budget by itself."""
     yield from unknown_keys(budget, ["name", "weight", *SECTIONS, "search"], "")
     if "name" not in budget:
@@ -151,7 +149,7 @@ def _violations(document: Mapping[Any, Any], budget: Mapping[Any, Any]) -> Itera
         yield f"search without a bound ({', '.join(BOUNDS)}) in target"
 
 
-def _merging(experts: Mapping[str, Any]) -> Iterator[str]:
+def _merging(experts: Document) -> Iterator[str]:
     """Values of a merge, wherever they stand."""
     if experts["method"] != "prune":
         yield f"experts.method {experts['method']!r}: {_MERGING}"
@@ -160,11 +158,11 @@ def _merging(experts: Mapping[str, Any]) -> Iterator[str]:
             yield f"experts.{key} {experts[key]!r} is for merging, and budgets merge nothing (leave it out)"
 
 
-def _bounded(budget: Mapping[Any, Any]) -> bool:
+def _bounded(budget: YamlMapping) -> bool:
     return any(bound in (budget.get("target") or {}) for bound in BOUNDS)
 
 
-def _growing(budgets: list[Mapping[str, Any]]) -> Iterator[str]:
+def _growing(budgets: list[Document]) -> Iterator[str]:
     """Sizes and bounds that grow from one budget to a later one."""
     least: dict[str, tuple[Any, str]] = {}  # size -> the smallest so far, and whose it is
     for budget in budgets:

@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from megatron_slim.aliases import Document, JsonObject, YamlMapping
 from megatron_slim.errors import SlimError
 from megatron_slim.recipe_budget import unknown_keys, whole_number
 
 # What is wrong with a value, as the rest of "section.key value is ..."; None where nothing is.
-Check = Callable[[Any], str | None]
+Check = Callable[[object], str | None]
 
 
 def _is_whole(least: int) -> Check:
@@ -22,11 +23,11 @@ def _is_whole(least: int) -> Check:
     return lambda value: None if type(value) is int and value >= least else f"is not {what}"
 
 
-def _is_tokens(value: Any) -> str | None:
+def _is_tokens(value: object) -> str | None:
     return None if whole_number(value) else "is not a number of tokens, such as 40B or 4e10"
 
 
-def _is_rate(value: Any) -> str | None:
+def _is_rate(value: object) -> str | None:
     """YAML reads 1e-3 as text and 1.0e-3 as a number."""
     return "is not a number of at least zero, such as 4e-4" if _number(value) is None else None
 
@@ -39,16 +40,16 @@ def _number(value: Any) -> float | None:
     return found if math.isfinite(found) and found >= 0 else None
 
 
-def _is_text(value: Any) -> str | None:
+def _is_text(value: object) -> str | None:
     return None if isinstance(value, str) and value.strip() else "is not a text"
 
 
-def _is_words(value: Any) -> str | None:
+def _is_words(value: object) -> str | None:
     listed = isinstance(value, list) and value and all(type(word) in (str, int, float) for word in value)
     return None if listed else "is not a list of words"
 
 
-def _is_switch(value: Any) -> str | None:
+def _is_switch(value: object) -> str | None:
     return None if isinstance(value, bool) else "is neither true nor false"
 
 
@@ -109,7 +110,7 @@ _OF_PHASES = {
 }
 
 
-def violations(document: Mapping[Any, Any]) -> list[str]:
+def violations(document: YamlMapping) -> list[str]:
     """What is wrong with these sections of a recipe."""
     found: list[str] = []
     for section, checks in SECTIONS.items():
@@ -134,7 +135,7 @@ def violations(document: Mapping[Any, Any]) -> list[str]:
     return found
 
 
-def sections(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def sections(document: Document) -> dict[str, JsonObject]:
     """The sections of a recipe that has no `violations`, tokens and rates as numbers."""
     found = {section: dict(document[section]) for section in SECTIONS if section in document}
     train = found.get("train", {})

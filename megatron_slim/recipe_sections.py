@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.expert_metrics import EXPERT_IMPORTANCES, EXPERT_SIMILARITIES
-from megatron_slim.recipe_budget import BOUNDS, bound_violation, unknown_keys, whole_number
+from megatron_slim.recipe_budget import BOUNDS, bound_violation, is_number, unknown_keys, whole_number
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Phase:
     tokens: int | None = None
     schedule: tuple[int, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """As a plan records it, without what the recipe does not say."""
         return {key: value for key, value in dataclasses.asdict(self).items() if value not in (None, ())}
 
@@ -121,7 +120,7 @@ CHOICES: dict[str, Collection[str]] = {
 }
 
 
-def section_violations(section: str, kind: type, value: Any) -> list[str]:
+def section_violations(section: str, kind: type, value: object) -> list[str]:
     """What is wrong with a section as it was written.
 
     Args:
@@ -147,7 +146,7 @@ def section_violations(section: str, kind: type, value: Any) -> list[str]:
     return found
 
 
-def value_violation(key: str, value: Any) -> str | None:
+def value_violation(key: str, value: object) -> str | None:
     """What is wrong with one value, or None."""
     if tuple(key.split(".")) in BOUND_KEYS:
         return bound_violation(key, value)
@@ -161,7 +160,7 @@ def value_violation(key: str, value: Any) -> str | None:
     if key.startswith(("target.", "stage.")) or key in ("experts.num_groups", "experts.multiple"):
         return None if type(value) is int and value > 0 else f"{key} {value!r} is not a positive integer"
     if key == "experts.preserve":
-        is_share = type(value) in (int, float) and math.isfinite(value) and 0 <= value < 1
+        is_share = is_number(value) and 0 <= value < 1
         return None if is_share else f"{key} {value!r} is not a number in [0, 1)"
     if isinstance(value, str) and value in CHOICES[key]:
         return None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_slim.aliases import Array
 from megatron_slim.chat_template import Chat
 
 OPEN = 512  # samples that still take conversations; more fill samples hardly better
@@ -134,9 +135,9 @@ class Packer:
         return Row(tokens, counts[1:], positions[:-1])
 
 
-def as_columns(rows: Iterable[Row], files: Sequence[Any]) -> None:
+def as_columns(rows: Iterable[Row], files: Sequence[BinaryIO]) -> None:
     """Write tokens, masks and positions of all rows one after the other into three open files."""
     for row in rows:
-        columns: tuple[npt.NDArray[Any], ...] = (row.tokens, row.loss_mask, row.position_ids)
+        columns: tuple[Array, ...] = (row.tokens, row.loss_mask, row.position_ids)
         for file, values in zip(files, columns, strict=True):
             file.write(values.tobytes())

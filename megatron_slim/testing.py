@@ -10,7 +10,7 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from megatron_slim.aliases import Array, Function, JsonObject, Keywords
 from megatron_slim.architecture.family import MOE
 from megatron_slim.architecture.hf_config import shape_to_hf_config
 from megatron_slim.architecture.shape import FAMILIES, ModelShape, layer_pattern, unused_fields
@@ -39,7 +40,7 @@ def tiny_shape(model_type: str = "qwen3_next", **overrides: Any) -> ModelShape:
     """
     family = FAMILIES[model_type]
     layers = overrides.get("num_layers", len(overrides.get("layer_types", range(4))))
-    sizes: dict[str, Any] = {
+    sizes: Keywords = {
         "model_type": model_type,
         "num_layers": layers,
         "layer_types": layer_pattern(layers, family.full_attention_interval),
@@ -75,7 +76,7 @@ def tiny_shape(model_type: str = "qwen3_next", **overrides: Any) -> ModelShape:
     return shape
 
 
-def tiny_hf_config(shape: ModelShape) -> dict[str, Any]:
+def tiny_hf_config(shape: ModelShape) -> JsonObject:
     """config.json of a model of this shape, with the keys of the published ones."""
     base = {
         "architectures": [shape.family.architecture],
@@ -165,7 +166,7 @@ def reserved_port() -> Iterator[int]:
         yield int(held.getsockname()[1])
 
 
-def _run_rank(rank: int, function: Callable[..., Any], args: tuple[Any, ...], folder: str, env: dict[str, str]) -> None:
+def _run_rank(rank: int, function: Function, args: tuple[object, ...], folder: str, env: dict[str, str]) -> None:
     """Body of one rank: gloo, the function, its result or its traceback in a file."""
     os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
@@ -184,7 +185,7 @@ def _run_rank(rank: int, function: Callable[..., Any], args: tuple[Any, ...], fo
 
 
 def run_distributed(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300.0, initialise: bool = True
+    world_size: int, function: Function, *args: object, timeout: float = 300.0, initialise: bool = True
 ) -> list[Any]:
     """Run ``function(*args)`` on ``world_size`` gloo ranks and return what each rank returned.
 
@@ -284,7 +285,7 @@ def write_random_samples(
     return write_samples(path, tokens, mask, positions, documents=documents, about={})
 
 
-def write_tokens(prefix: Path, documents: Iterable[Any], dtype: str = "int32") -> None:
+def write_tokens(prefix: Path, documents: Iterable[Sequence[int] | Array], dtype: str = "int32") -> None:
     """A data set of Megatron's, by its own writer, with a document for every array of token ids."""
     import megatron_slim.mcore
 

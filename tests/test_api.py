@@ -208,8 +208,10 @@ def test_messages_go_to_the_logger(
 
 
 def lines_that_import_megatron(tree: ast.AST) -> list[int]:
+    for_types = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
+    never_run = {each for node in for_types for each in ast.walk(node)}
     found = []
-    for node in ast.walk(tree):
+    for node in (node for node in ast.walk(tree) if node not in never_run):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         found += [node.lineno for name in names if name.split(".")[0] == "megatron"]

@@ -11,7 +11,7 @@ import pytest
 from megatron_slim.cli import plan_parallelism
 from megatron_slim.command_line import tool_parser
 from megatron_slim.distillation.divergences import DIVERGENCES
-from megatron_slim.distillation.terms import LOSS_TERMS, MTP_BETA
+from megatron_slim.distillation.terms import LOSS_TERMS, MTP_BETA, weights_of
 from megatron_slim.recipe_sections import CHOICES
 from megatron_slim.training.slim_arguments import add_slim_arguments
 from tests.distillation import test_fused, test_logits
@@ -69,6 +69,13 @@ def test_every_term_of_the_loss_is_documented() -> None:
         assert f"`{key}`" in page("distillation.md"), key
         assert weight is None or f"`{weight.flag}-*`" in page("distillation.md"), weight
     assert f"`{MTP_BETA.flag}-*`" in page("distillation.md")
+
+
+def test_benchmarks_read_the_dictionary_of_terms() -> None:
+    names = [term.name for term in LOSS_TERMS.values()]
+    names += [f"{weight.flag}-" for weight in weights_of(LOSS_TERMS.values())]
+    for file in sorted((ROOT / "benchmarks").rglob("*.py")):
+        assert not [name for name in names if name in file.read_text(encoding="utf-8")], file
 
 
 def test_every_importance_and_similarity_is_documented() -> None:

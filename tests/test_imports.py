@@ -22,6 +22,7 @@ PACKAGE = ROOT / "megatron_slim"
 # A module may import from its own layer and from those before it.
 LAYERS = (
     (
+        "aliases",
         "errors",
         "files",
         "reporting",

@@ -7,18 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.findings.sizes import BASE, SIZES
+from megatron_slim.distillation.terms import KD_LAMBDA, MTP_BETA
 
 RANDOM = "random"
 MTP_LM_ALONE = ("kd_mtp_lm", "kd_lm_mtp_lm")  # losses whose MTP block is trained on the text alone
 FOUR = "four"  # the four terms of SlimQwen, equation 12, with its weights
+KD_ALONE, WITHOUT_MTP = (f"{KD_LAMBDA.flag}-end", "1"), (f"{MTP_BETA.flag}-start", "0", f"{MTP_BETA.flag}-end", "0")
 # Name of a loss -> its weights, as flags; `terms` has what no flag says. LM is without a teacher.
 LOSSES: Mapping[str, tuple[str, ...]] = {
     FOUR: (),
     "lm": (),
-    "kd": ("--kd-lambda-end", "1", "--mtp-beta-start", "0", "--mtp-beta-end", "0"),
-    "kd_lm": ("--mtp-beta-start", "0", "--mtp-beta-end", "0"),
-    "kd_mtp_kd": ("--kd-lambda-end", "1"),
-    "kd_mtp_lm": ("--kd-lambda-end", "1"),
+    "kd": (*KD_ALONE, *WITHOUT_MTP),
+    "kd_lm": WITHOUT_MTP,
+    "kd_mtp_kd": KD_ALONE,
+    "kd_mtp_lm": KD_ALONE,
     "kd_lm_mtp_lm": (),
     "four_teacher_main": ("--mtp-kd-target", "teacher-main"),
 }

@@ -13,10 +13,11 @@ from typing import Any
 from benchmarks.gpu.hide import LIBRARIES
 from benchmarks.gpu.parts import Check, Setting
 from benchmarks.processes import ROOT, free_port
+from megatron_slim.distillation.terms import terms_of
 from megatron_slim.errors import SlimError
 
 STEPS = 5
-LOSSES = ("lm loss", "logits distillation loss", "mtp lm loss", "mtp distillation loss")
+LOSSES = tuple(term.name for term in terms_of(has_teacher=True, has_mtp=True).values() if term.weight is not None)
 GRADIENT = ("grad-norm",)
 TERMS = (*LOSSES, *GRADIENT)
 # Two periods of one linear and one full attention layer. All widths are multiples of 16, which FP8 needs, the one of

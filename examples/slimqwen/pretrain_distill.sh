@@ -6,6 +6,8 @@
 #   ... SETTINGS=h100_64 LAUNCHER=slurm bash examples/slimqwen/pretrain_distill.sh      submits itself
 #   ... SETTINGS=h100_64 sbatch --nodes 8 --gpus-per-node 8 examples/slimqwen/pretrain_distill.sh
 #
+# PROGRAM=my_run.py starts a program of yours on every rank in place of ours: it registers a loss, a family or an optimizer
+# of its own and then calls megatron_slim.cli.pretrain.main (docs/guides/add_a_loss.md has one).
 # Arguments go to Megatron as they are and win over what is set here. DRY_RUN=1 prints the commands and does nothing.
 # `megatron-slim distill` runs this script with its variables as flags: TEACHER is --teacher.
 #SBATCH --job-name=slim
@@ -69,6 +71,10 @@ MASTER_PORT=${MASTER_PORT:-29500}
 LAUNCHER=${LAUNCHER:-$([[ -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]] && echo slurm || echo torchrun)}
 [[ $LAUNCHER == torchrun || $LAUNCHER == slurm ]] || fail "LAUNCHER=$LAUNCHER: it is torchrun or slurm"
 
+# What ranks run: a Python file, or without one our own main.
+PROGRAM=${PROGRAM:-}
+[[ -z $PROGRAM || -f $PROGRAM ]] || fail "PROGRAM=$PROGRAM: no such file; it is a Python program that calls megatron_slim.cli.pretrain.main (--program FILE)"
+
 # PROGRESSIVE=1: the student is that of a phase of a recipe, and takes its part in the one schedule of all phases, whose
 # length follows from the recipe's tokens. CARRY_OPTIMIZER=1: it begins with the moments that pruning has carried over;
 # without them STAGE_WARMUP=N: the learning rate begins at a tenth and is the schedule's after N steps of the phase.
@@ -103,6 +109,7 @@ pass_on --seq-length "${SEQ_LENGTH:-}"
 pass_on --micro-batch-size "${MICRO_BATCH_SIZE:-}"
 pass_on --global-batch-size "${GLOBAL_BATCH_SIZE:-}"
 pass_on --train-iters "${TRAIN_ITERS:-}"
+pass_on --tokens "${TOKENS:-}"
 pass_on --lr "${LR:-}"
 pass_on --min-lr "${MIN_LR:-}"
 pass_on --lr-warmup-iters "${LR_WARMUP_ITERS:-}"
@@ -136,9 +143,11 @@ if [[ $gpus -gt 0 || $LAUNCHER == slurm ]]; then
 fi
 
 python=${PYTHON:-python3}
+program=(--module megatron_slim.cli.pretrain)
+if [[ -n $PROGRAM ]]; then program=("$PROGRAM"); fi
 job=(
   --nproc-per-node "$NPROC_PER_NODE" --nnodes "$NNODES" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"
-  --module megatron_slim.cli.pretrain "${args[@]}" "${settings_args[@]}" "$@"
+  "${program[@]}" "${args[@]}" "${settings_args[@]}" "$@"
 )
 if [[ $LAUNCHER == slurm ]]; then
   slurm_run

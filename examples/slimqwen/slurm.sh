@@ -29,6 +29,7 @@ slurm_prepare() { # slurm_prepare [Megatron's flags]
   if [[ -n $HF_CONFIG ]]; then HF_CONFIG=$(absolute "$HF_CONFIG"); fi
   if [[ -n $TEACHER ]]; then TEACHER=$(absolute "$TEACHER"); fi
   if [[ -n $TEACHER_CACHE ]]; then TEACHER_CACHE=$(absolute "$TEACHER_CACHE"); fi
+  if [[ -n $PROGRAM ]]; then PROGRAM=$(absolute "$PROGRAM"); fi
   if [[ ${DRY_RUN:-0} != 1 && ($IMAGE == *.sif || $IMAGE == *.sqsh) && ! -f $IMAGE ]]; then
     fail "IMAGE=$IMAGE: no such file"
   fi
@@ -66,7 +67,7 @@ node_mounts() {
   {
     printf '%s\n' "$mounted" "$SAVE"
     for path in "$STUDENT" "$HF_CONFIG" "$TEACHER" "$TEACHER_CACHE"; do [[ -z $path ]] || echo "$path"; done
-    for path in "${words[@]}"; do [[ $path != /* ]] || dirname "$path"; done
+    for path in "${words[@]}" "$PROGRAM"; do [[ $path != /* ]] || dirname "$path"; done
   } | sort -u | sed 's/.*/&:&/'
   if [[ -n $MOUNTS ]]; then tr ',' '\n' <<<"$MOUNTS" | sed '/:/!s/.*/&:&/'; fi
 }
@@ -170,7 +171,7 @@ slurm_submit() { # slurm_submit [Megatron's flags]
   fi
   [[ -n $(command -v sbatch) ]] || fail "no sbatch here; submit where Slurm's commands are"
   mkdir -p "$SAVE/logs"
-  export ROOT=$root SAVE DATA VALID_DATA STUDENT HF_CONFIG TEACHER TEACHER_CACHE SETTINGS IMAGE MOUNTS
+  export ROOT=$root SAVE DATA VALID_DATA STUDENT HF_CONFIG TEACHER TEACHER_CACHE PROGRAM SETTINGS IMAGE MOUNTS
   exec "${submit[@]}"
 }
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
+from megatron_slim.aliases import Document
 from megatron_slim.architecture.weight import Weight
 from megatron_slim.architecture.wrapper import Wrapper
 
@@ -44,7 +44,7 @@ DELTA_NET_KEYS = {
 }
 
 # Keys that ask for what this package does not implement -> the values it accepts, the usual one first.
-COMMON_ACCEPTED: dict[str, tuple[Any, ...]] = {
+COMMON_ACCEPTED: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "attention_dropout": (0, 0.0),
@@ -92,8 +92,8 @@ class Family:
     rows: Mapping[str, tuple[Weight, ...]]
     last_rows: tuple[Weight, ...]
     keys: Mapping[str, str]
-    accepted: Mapping[str, tuple[Any, ...]]
-    fixed: Mapping[str, Any] = field(default_factory=dict)
+    accepted: Mapping[str, tuple[object, ...]]
+    fixed: Document = field(default_factory=dict)
     multiples: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     mtp_rows: tuple[Weight, ...] = ()
     mtp_count: str = "num_nextn_predict_layers"

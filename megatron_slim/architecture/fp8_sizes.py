@@ -15,8 +15,8 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from megatron_slim.aliases import Keywords
 from megatron_slim.architecture.family import MTP_SUBLAYERS
 from megatron_slim.architecture.kinds import SUBLAYERS
 from megatron_slim.architecture.parallelism import layout_violations
@@ -99,7 +99,7 @@ def size_violations(shape: ModelShape, recipe: str, *, tp: int = 1, etp: int = 1
     for field, sides in found.items():
 
         def allows(value: int, field: str = field) -> bool:
-            change: dict[str, Any] = {field: value}
+            change: Keywords = {field: value}
             candidate = dataclasses.replace(shape, **change)
             if field in misfits(candidate, tp, etp):
                 return False

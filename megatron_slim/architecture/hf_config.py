@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
+from megatron_slim.aliases import HFConfig, JsonObject
 from megatron_slim.architecture.family import Family
 from megatron_slim.architecture.mtp_keys import MTP_KEYS, mtp_entries
 from megatron_slim.architecture.rope import Yarn, inside, read_rope
@@ -26,19 +26,19 @@ OWN_COUNTS = "released transformers, vLLM and SGLang do not load layers with dif
 MAX_LAYERS = 100_000  # far above any model: a typo must not fill the memory with layer types
 
 
-def wrapper_of(config: Mapping[str, Any]) -> Wrapper | None:
+def wrapper_of(config: HFConfig) -> Wrapper | None:
     """The larger model that a config.json describes; None where it is that of a language model."""
     model_type = config.get("model_type")
     family = wrapped_families().get(model_type) if isinstance(model_type, str) else None
     return None if family is None else family.wrapper
 
 
-def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def language_config(config: HFConfig) -> HFConfig:
     """What a config.json says of the language model, `Wrapper` or not."""
     return text_config(config, wrapper_of(config))
 
 
-def shape_from_hf_config(config: Mapping[str, Any], *, mtp_num_layers: int, where: str = "config.json") -> ModelShape:
+def shape_from_hf_config(config: HFConfig, *, mtp_num_layers: int, where: str = "config.json") -> ModelShape:
     """Read family and sizes of a language model from its config.json, or that of the larger model which holds it.
 
     Args:
@@ -101,7 +101,7 @@ def shape_from_hf_config(config: Mapping[str, Any], *, mtp_num_layers: int, wher
     return shape.simplest()
 
 
-def _under_one_name(config: Mapping[str, Any], family: Family) -> tuple[dict[str, Any], Yarn | None, list[str]]:
+def _under_one_name(config: HFConfig, family: Family) -> tuple[JsonObject, Yarn | None, list[str]]:
     """config.json with every value where this package looks for it, YaRN, and what contradicts itself on the way."""
     inside, yarn, found = read_rope(config)
     values = dict(config) | inside
@@ -114,12 +114,12 @@ def _under_one_name(config: Mapping[str, Any], family: Family) -> tuple[dict[str
     return values, yarn, found
 
 
-def _as_declared(name: str, value: Any) -> Any:
+def _as_declared(name: str, value: object) -> object:
     """An integer that stands for a float as one; anything else as it is, for `ModelShape.violations` to judge."""
     return float(value) if type(value) is int and ModelShape.__annotations__[name] == "float" else value
 
 
-def _layer_type_violations(config: Mapping[str, Any]) -> list[str]:
+def _layer_type_violations(config: HFConfig) -> list[str]:
     """What is wrong with the keys that `_layer_types` reads."""
     kinds, layers, interval = (config.get(key) for key in (LAYER_TYPES, "num_hidden_layers", INTERVAL))
     if kinds is not None:
@@ -130,7 +130,7 @@ def _layer_type_violations(config: Mapping[str, Any]) -> list[str]:
     return [] if whole else [f"{INTERVAL} {interval!r} is not a positive integer"]
 
 
-def _layer_types(config: Mapping[str, Any], family: Family) -> tuple[str, ...]:
+def _layer_types(config: HFConfig, family: Family) -> tuple[str, ...]:
     if config.get(LAYER_TYPES) is not None:
         return tuple(config[LAYER_TYPES])
     layers = config["num_hidden_layers"]
@@ -138,7 +138,7 @@ def _layer_types(config: Mapping[str, Any], family: Family) -> tuple[str, ...]:
     return layer_pattern(layers, interval) if type(layers) is int else ()
 
 
-def shape_to_hf_config(shape: ModelShape, base: Mapping[str, Any]) -> dict[str, Any]:
+def shape_to_hf_config(shape: ModelShape, base: HFConfig) -> JsonObject:
     """config.json of a model of this shape, for transformers, vLLM and SGLang alike.
 
     Everything in ``base`` (the source model's config.json) that is not a size is carried over. Where that is one of a

@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, S
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.architecture.context_parallel import local_positions, local_slice
 from megatron_slim.architecture.packing import packed_documents
 
@@ -46,7 +47,7 @@ class HiddenStatesModel(GPTModel):
         hidden_states: Tensor = super().forward(*own, *args, **kwargs)
         return hidden_states
 
-    def _postprocess(self, hidden_states: Tensor, mtp_in_postprocess: bool | None = None, **inputs: Any) -> Tensor:
+    def _postprocess(self, hidden_states: Tensor, mtp_in_postprocess: bool | None = None, **inputs: object) -> Tensor:
         if not (mtp_in_postprocess and self.runs_mtp):
             return hidden_states
         names = (
@@ -65,13 +66,13 @@ class HiddenStatesModel(GPTModel):
         )
         return hidden_states
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def sharded_state_dict(self, *args: object, **kwargs: object) -> JsonObject:
         """Weights only.
 
         The ``_extra_state`` of Transformer Engine's modules (FP8 amax histories, refilled within a few steps) and of
         the local ones (nothing at all) would tie a checkpoint to the modules that wrote it.
         """
-        state: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
+        state: JsonObject = super().sharded_state_dict(*args, **kwargs)
         return {
             # By the checkpoint's name: in the state dict grouped experts call theirs _extra_state, _extra_state1, ...
             key: LocalNonpersistentObject(value.data) if value.key.endswith("_extra_state") else value

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import megatron_slim.mcore
 
@@ -35,6 +34,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import nn
 
+from megatron_slim.aliases import Keywords
 from megatron_slim.architecture.family import DENSE, FULL_ATTENTION, LINEAR_ATTENTION, MOE, MTP_SUBLAYERS
 from megatron_slim.architecture.local_modules import LocalBackend
 from megatron_slim.architecture.rotary import scale_attention, scale_rotary_frequencies
@@ -42,7 +42,7 @@ from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.errors import ShapeError
 
 
-def shape_config_fields(shape: ModelShape) -> dict[str, Any]:
+def shape_config_fields(shape: ModelShape) -> Keywords:
     """The fields of Megatron's `TransformerConfig` that follow from a model's shape alone.
 
     Raises:
@@ -92,7 +92,7 @@ def shape_config_fields(shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def _linear_attention_fields(shape: ModelShape) -> dict[str, Any]:
+def _linear_attention_fields(shape: ModelShape) -> Keywords:
     linear = LINEAR_ATTENTION in shape.family.rows
     pattern = [int(kind == LINEAR_ATTENTION) for kind in shape.layer_types]
     sizes = ("conv_kernel_dim", "key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads")
@@ -103,13 +103,13 @@ def _linear_attention_fields(shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def transformer_config(shape: ModelShape, **overrides: Any) -> TransformerConfig:
+def transformer_config(shape: ModelShape, **overrides: object) -> TransformerConfig:
     """Megatron's configuration of a model of this shape, with ``overrides`` (parallel sizes, dtypes) applied.
 
     Load balancing is over the global batch, as in Qwen3, and the router computes in fp32.
     """
     engine = HAVE_TE and torch.cuda.is_available()
-    fields: dict[str, Any] = {
+    fields: Keywords = {
         "transformer_impl": "transformer_engine" if engine else "local",
         "moe_grouped_gemm": engine,
         "moe_token_dispatcher_type": "alltoall",
@@ -172,7 +172,7 @@ def _moe(backend: BackendSpecProvider, config: TransformerConfig, experts: int) 
         backend, num_experts=experts, moe_grouped_gemm=config.moe_grouped_gemm
     )
 
-    def build_own(config: TransformerConfig, **kwargs: Any) -> nn.Module:
+    def build_own(config: TransformerConfig, **kwargs: object) -> nn.Module:
         own = copy.copy(config)
         own.num_moe_experts = experts
         return build(config=own, **kwargs)
@@ -234,7 +234,7 @@ def build_model(
     padded_vocab_size: int | None = None,
     max_sequence_length: int | None = None,
     model_class: type[GPTModel] = GPTModel,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> GPTModel:
     """Build the part of a model that belongs to this rank and virtual pipeline stage.
 

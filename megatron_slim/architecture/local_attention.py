@@ -28,7 +28,7 @@ class LocalAttention(DotProductAttention):
     takes a fraction of the time, and half of the products where the mask is causal.
     """
 
-    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: TransformerConfig, *args: object, **kwargs: object) -> None:
         whole = copy.copy(config)
         whole.context_parallel_size = 1  # others are refused there
         super().__init__(whole, *args, **kwargs)

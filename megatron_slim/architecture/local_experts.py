@@ -6,7 +6,6 @@ Shapes: P routed (token, expert) pairs sorted by expert, E experts of this rank,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import megatron_slim.mcore
 
@@ -16,6 +15,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from megatron_slim.aliases import Context
 from megatron_slim.products import linear_by_part
 from megatron_slim.weight_gradient import ready_weight, weight_gradient
 
@@ -30,7 +30,7 @@ class LocalExperts(SequentialMLP):
         activations: what is multiplied by the experts' last matrices, [P, F], passes it; to be listened to.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self.activations = nn.Identity()
         config = self.config
@@ -65,7 +65,7 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, counts: list[int], activations: nn.Module, pairs: Tensor, gates: Tensor, *weights: Tensor
+        ctx: Context, counts: list[int], activations: nn.Module, pairs: Tensor, gates: Tensor, *weights: Tensor
     ) -> Tensor:
         first, last = weights[: len(counts)], weights[len(counts) :]
         both = linear_by_part(pairs, list(first), counts)
@@ -77,7 +77,7 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, d_output: Tensor) -> tuple[Tensor | None, ...]:
         counts = ctx.counts
         pairs, gates, both, active, *weights = ctx.saved_tensors
         first, last = weights[: len(counts)], weights[len(counts) :]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import megatron_slim.mcore
 
@@ -17,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from megatron_slim.aliases import Context
 from megatron_slim.architecture.local_attention import LocalAttention
 from megatron_slim.architecture.local_experts import LocalExperts
 
@@ -31,7 +31,7 @@ class _RMSNorm(torch.autograd.Function):
     """y = x r s, where r is 1 over the root of the mean square and s the weight, or 1 + weight."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> Tensor:
+    def forward(ctx: Context, hidden: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> Tensor:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         wide, scale = hidden.to(dtype), weight.to(dtype)
         scale = scale + 1.0 if zero_centered else scale
@@ -42,7 +42,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_normed: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Context, d_normed: Tensor) -> tuple[Tensor, Tensor, None, None]:
         # dx = r (dy s - x r mean(dy s x r)), ds = sum over rows of dy x r
         hidden, weight, inverse, scale = ctx.saved_tensors
         d_normed, unit = d_normed.to(inverse.dtype), hidden.to(inverse.dtype) * inverse
@@ -79,13 +79,13 @@ class RMSNorm(nn.Module):
 class LayerNormColumnParallelLinear(ColumnParallelLinear):
     """RMSNorm and a column-parallel linear layer in one module, with Transformer Engine's parameter names."""
 
-    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: object) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)
         self.eps = config.layernorm_epsilon
         self.zero_centered = config.layernorm_zero_centered_gamma
         self.layer_norm_weight = norm_weight(config, input_size)
 
-    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(self, input_: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
         """Normalise ``input_`` (sequence, batch, hidden) and project it."""
         hidden = rms_norm(input_, self.layer_norm_weight, self.eps, zero_centered=self.zero_centered)
         output: tuple[Tensor, Tensor | None] = super().forward(hidden, *args, **kwargs)

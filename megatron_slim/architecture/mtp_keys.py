@@ -10,9 +10,7 @@ The published Qwen3-Next states nothing about its MTP block: the names of the te
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from megatron_slim.aliases import HFConfig, JsonObject
 from megatron_slim.architecture.family import FULL_ATTENTION
 from megatron_slim.errors import ShapeError
 
@@ -21,7 +19,7 @@ COUNTS = (NEXTN, LAYERS, "mtp_num_hidden_layers")
 MTP_KEYS = frozenset({*COUNTS, TYPES})
 
 
-def stated_mtp_layers(config: Mapping[str, Any], where: str = "config.json") -> int | None:
+def stated_mtp_layers(config: HFConfig, where: str = "config.json") -> int | None:
     """How many MTP blocks the config.json of a language model says that there are; None where it says nothing.
 
     Raises:
@@ -45,12 +43,12 @@ def stated_mtp_layers(config: Mapping[str, Any], where: str = "config.json") -> 
     return next(iter(stated.values()), None)
 
 
-def without_mtp_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+def without_mtp_keys(config: HFConfig) -> JsonObject:
     """A config.json that says nothing of MTP."""
     return {key: value for key, value in config.items() if key not in MTP_KEYS}
 
 
-def mtp_entries(layers: int, count: str) -> dict[str, Any]:
+def mtp_entries(layers: int, count: str) -> JsonObject:
     """What a config.json is to say of so many MTP blocks, under the key ``count`` of its family.
 
     Of none it has a zero for people and for our own tools; transformers takes the presence of its keys for a block.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.architecture.hf_config import shape_from_hf_config
 from megatron_slim.architecture.shape import ModelShape, layer_pattern
 
@@ -18,7 +18,7 @@ class Published:
         mtp_num_layers: MTP blocks among the tensors.
     """
 
-    config: dict[str, Any]
+    config: JsonObject
     mtp_num_layers: int
 
     @property

@@ -10,7 +10,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from megatron_slim.aliases import HFConfig, JsonObject
 
 SPELLINGS = ("rope_scaling", "rope_parameters")
 INSIDE = ("rope_theta", "partial_rotary_factor")  # keys of config.json that either spelling may hold, and then wins
@@ -50,7 +51,7 @@ class Yarn:
     beta_slow: float = 1.0
     truncate: bool = True
 
-    def to_config(self) -> dict[str, Any]:
+    def to_config(self) -> JsonObject:
         """As a value of ``rope_scaling``."""
         return {"rope_type": "yarn", **dataclasses.asdict(self)}
 
@@ -66,7 +67,7 @@ class Yarn:
         return low, high + 0.001 * (low == high)
 
 
-def read_rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], Yarn | None, list[str]]:
+def read_rope(config: HFConfig) -> tuple[JsonObject, Yarn | None, list[str]]:
     """What config.json says of rotary embeddings.
 
     Returns:
@@ -78,7 +79,7 @@ def read_rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], Yarn | None, l
     if len(given) == 2 and _one_type(given[SPELLINGS[0]]) != _one_type(given[SPELLINGS[1]]):
         return {}, None, [f"{' and '.join(SPELLINGS)} are two names of one thing and differ (remove one)"]
     key = next(iter(given), "")
-    rope: Mapping[str, Any] = given.get(key, {})
+    rope: HFConfig = given.get(key, {})
     inside = {name: rope[name] for name in INSIDE if rope.get(name) is not None}
     kinds = [rope[name] for name in _TYPES if name in rope] or ["default"]
     if all(kind == "yarn" for kind in kinds):
@@ -93,21 +94,21 @@ def read_rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], Yarn | None, l
     return inside, None, found
 
 
-def inside(config: Mapping[str, Any]) -> frozenset[str]:
+def inside(config: HFConfig) -> frozenset[str]:
     """Those keys of `INSIDE` that a config.json gives inside a spelling and nowhere else."""
     held = {name for key in SPELLINGS if isinstance(config.get(key), Mapping) for name in config[key]}
     return frozenset(name for name in INSIDE if name in held and name not in config)
 
 
-def _one_type(rope: Mapping[str, Any]) -> dict[str, Any]:
+def _one_type(rope: HFConfig) -> JsonObject:
     """The same under one name of its type."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     return {"rope_type": kind} | {name: value for name, value in rope.items() if name not in _TYPES}
 
 
-def _read_yarn(rope: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Yarn | None, list[str]]:
+def _read_yarn(rope: HFConfig, config: HFConfig) -> tuple[Yarn | None, list[str]]:
     """YaRN with transformers' defaults, or what is wrong with its values."""
-    values: dict[str, Any] = {_ORIGINAL: config.get("max_position_embeddings")}
+    values: JsonObject = {_ORIGINAL: config.get("max_position_embeddings")}
     values |= {
         name: value for name, value in rope.items() if value is not None and name not in (*_TYPES, *INSIDE, *_GRIDS)
     }
@@ -136,7 +137,7 @@ def _read_yarn(rope: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Yarn
     return yarn, []
 
 
-def _attention_factor(values: Mapping[str, Any]) -> float:
+def _attention_factor(values: HFConfig) -> float:
     """The paper's; or the ratio of two, where DeepSeek's models leave a part of it to the scale of the scores."""
 
     def one(weight: float) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_slim.aliases import JsonObject, Keywords
 from megatron_slim.architecture.family import (
     DENSE,
     FULL_ATTENTION,
@@ -188,7 +189,7 @@ class ModelShape:
         shape.validate()
         return shape
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """All fields as JSON has them; those of `LATER` only where they say something, as before there were any."""
         fields = dataclasses.asdict(self) | {"layer_types": list(self.layer_types)}
         if self.rope_scaling is not None:
@@ -263,14 +264,14 @@ def layer_pattern(num_layers: int, full_attention_interval: int) -> tuple[str, .
     )
 
 
-def unused_fields(family: Family) -> dict[str, Any]:
+def unused_fields(family: Family) -> Keywords:
     """The sizes that a family does not have, and what they are in its shapes.
 
     >>> unused_fields(QWEN3_MOE)["linear_num_key_heads"], unused_fields(QWEN3_MOE)["rotary_percent"]
     (0, 1.0)
     """
     fields = dataclasses.fields(ModelShape)
-    neutral: dict[str, Any] = {field.name: 0 for field in fields if field.type == "int"} | {"rotary_percent": 1.0}
+    neutral: Keywords = {field.name: 0 for field in fields if field.type == "int"} | {"rotary_percent": 1.0}
     sizes = set(LATER) - {"rope_scaling", "experts_per_layer"}
     neutral |= {field.name: field.default for field in fields if field.name in sizes}
     had = {*family.keys, *family.multiples, "mtp_num_layers"}

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from megatron_slim.aliases import HFConfig, JsonObject
 
 TRUNK = "model."  # what names of the language model's trunk begin with by themselves
 
@@ -35,7 +36,7 @@ class Wrapper:
     others: tuple[str, ...]
     hidden_rows: tuple[str, ...]
     hidden_key: tuple[str, str]
-    accepted: Mapping[str, tuple[Any, ...]]
+    accepted: Mapping[str, tuple[object, ...]]
 
     def file_name(self, name: str) -> str:
         """Name in the files of a tensor of the language model."""
@@ -45,7 +46,7 @@ class Wrapper:
         """Whether a name in the files is not of the language model."""
         return name.startswith(self.others)
 
-    def violations(self, config: Mapping[str, Any], names: Collection[str], hidden_size: Any) -> list[str]:
+    def violations(self, config: HFConfig, names: Collection[str], hidden_size: object) -> list[str]:
         """What makes the rest of the larger model another one than this.
 
         Args:
@@ -66,7 +67,7 @@ class Wrapper:
             if name in values and values[name] not in accepted
         ]
 
-    def wrapped(self, base: Mapping[str, Any], text: Mapping[str, Any], hidden_size: int) -> dict[str, Any]:
+    def wrapped(self, base: HFConfig, text: HFConfig, hidden_size: int) -> JsonObject:
         """config.json of the whole: ``base`` with another language model of ``hidden_size`` in it."""
         section, key = self.hidden_key
         before = base.get(self.text, {})
@@ -77,7 +78,7 @@ class Wrapper:
         return found
 
 
-def text_config(config: Mapping[str, Any], wrapper: Wrapper | None) -> Mapping[str, Any]:
+def text_config(config: HFConfig, wrapper: Wrapper | None) -> HFConfig:
     """What a config.json says of the language model; all of it where that is the whole model.
 
     A section that is missing or is not an object gives an empty one, for the caller to refuse what it lacks.

@@ -17,6 +17,7 @@ import pickle
 import struct
 import zipfile
 import zlib
+from collections.abc import Buffer
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -79,7 +80,7 @@ def make_frame(shape: tuple[int, ...], dtype: torch.dtype) -> Frame:
     return Frame.of(archive[:start], archive[end:], tuple(place - end for place in crc_at))
 
 
-def saved_object(value: Any) -> bytes:
+def saved_object(value: object) -> bytes:
     """What `torch.save` makes of something, with checksums whatever this process has set."""
     before, stream = torch.serialization.get_crc32_options(), io.BytesIO()
     torch.serialization.set_crc32_options(True)
@@ -197,7 +198,9 @@ class _Description:
     strides: tuple[int, ...]
 
 
-def _describe(dtype: Any, numel: Any, offset: Any, shape: Any, strides: Any) -> _Description:
+def _describe(
+    dtype: torch.dtype, numel: int, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> _Description:
     """Strides of dimensions of one element mean nothing, and are left out."""
     kept = tuple(stride for extent, stride in zip(shape, strides, strict=True) if extent > 1)
     return _Description(dtype, numel, offset, tuple(shape), kept)
@@ -210,7 +213,9 @@ _STORAGES = {
 }
 
 
-def _rebuild(storage: tuple[Any, ...], offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any) -> Any:
+def _rebuild(
+    storage: tuple[Any, ...], offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: object
+) -> object:
     kind, dtype, key, _device, numel = storage
     if kind != "storage" or key != "0":
         raise pickle.UnpicklingError("not a plain tensor")
@@ -220,7 +225,7 @@ def _rebuild(storage: tuple[Any, ...], offset: int, shape: tuple[int, ...], stri
 class _TensorUnpickler(pickle.Unpickler):
     """Reads the description of one tensor, builds nothing and refuses everything else."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if module == "torch" and name in _STORAGES:
             return _STORAGES[name]
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -229,7 +234,7 @@ class _TensorUnpickler(pickle.Unpickler):
             return dict
         raise pickle.UnpicklingError(f"{module}.{name} does not belong in a tensor")
 
-    def persistent_load(self, pid: Any) -> Any:
+    def persistent_load(self, pid: object) -> object:
         if not isinstance(pid, tuple) or len(pid) != 5:
             raise pickle.UnpicklingError("not a storage")
         return pid
@@ -257,7 +262,7 @@ class Window(io.RawIOBase):
         self._position = base + offset
         return self._position
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: Buffer) -> int:
         """Read on from the position."""
         view = memoryview(buffer).cast("B")
         count = max(0, min(len(view), self._length - self._position))

@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from megatron_slim.aliases import HFConfig, JsonObject
 from megatron_slim.architecture.hf_config import language_config, wrapper_of
 from megatron_slim.architecture.wrapper import Wrapper
 from megatron_slim.checkpoint.finite import refuse_nonfinite
@@ -144,7 +144,7 @@ def content_of_all(content: str, carried: str) -> str:
 
 
 def set_apart(
-    headers: Mapping[str, TensorEntry], config: Mapping[str, Any], path: Path
+    headers: Mapping[str, TensorEntry], config: HFConfig, path: Path
 ) -> tuple[dict[str, TensorEntry], CarriedTensors]:
     """The tensors of a language model in the files of a checkpoint, under their names there, and all others.
 
@@ -168,7 +168,7 @@ def set_apart(
     return {name: entry for name, entry in headers.items() if name not in others}, CarriedTensors(others)
 
 
-def without_the_rest(config: Mapping[str, Any], carried: CarriedTensors) -> tuple[str, ...]:
+def without_the_rest(config: HFConfig, carried: CarriedTensors) -> tuple[str, ...]:
     """What a person should know where a larger model's config.json comes without any of its other tensors."""
     wrapper = wrapper_of(config)
     if wrapper is None or carried.entries:
@@ -176,7 +176,7 @@ def without_the_rest(config: Mapping[str, Any], carried: CarriedTensors) -> tupl
     return (f"no tensor of {wrapper.model_type} but its language model is there: that is written alone",)
 
 
-def language_model_alone(config: Mapping[str, Any], carried: CarriedTensors) -> dict[str, Any]:
+def language_model_alone(config: HFConfig, carried: CarriedTensors) -> JsonObject:
     """The config.json of a checkpoint: that of its language model, where there are no tensors of the larger model."""
     wrapper = wrapper_of(config)
     if wrapper is None or carried.entries:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
 
 import megatron_slim.mcore
 
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.errors import CheckpointError
 
 OTHER_ITERATION = "resume from another iteration, with --ckpt-step"
 
 
-def read_common_state(directory: Path, *, fix: str = OTHER_ITERATION) -> dict[str, Any]:
+def read_common_state(directory: Path, *, fix: str = OTHER_ITERATION) -> JsonObject:
     """What Megatron saved that is not sharded: the arguments of the run, its schedule, groups of parameters.
 
     Args:

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
+from megatron_slim.aliases import Document, HFConfig, JsonObject, WriteOptions
 from megatron_slim.architecture.hf_config import OWN_COUNTS, language_config, shape_to_hf_config, wrapper_of
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.checkpoint.carried import content_of_all
@@ -38,7 +39,7 @@ from megatron_slim.checkpoint.quantization_report import markdown, summary
 from megatron_slim.checkpoint.records import PROVENANCE, QUANTIZATION_REPORT
 from megatron_slim.checkpoint.side_files import carried_bytes, log_left_behind
 from megatron_slim.checkpoint.torch_dist_names import RELEASE, hf_files
-from megatron_slim.checkpoint.transfer import transfer
+from megatron_slim.checkpoint.transfer import TransferOptions, transfer
 from megatron_slim.checkpoint.units import Checkpoint as Checkpoint
 from megatron_slim.checkpoint.units import units
 from megatron_slim.errors import CheckpointError, summarise
@@ -87,7 +88,7 @@ def log_left_out(source: Checkpoint) -> None:
         logger.info(f"{source.path}: left out {len(source.left_out)} tensors: {summarise(source.left_out)}")
 
 
-def config_for(shape_config: Mapping[str, Any], dtypes: Iterable[torch.dtype]) -> dict[str, Any]:
+def config_for(shape_config: HFConfig, dtypes: Iterable[torch.dtype]) -> JsonObject:
     """A config.json that names the type which most of the tensors have, in a larger model's part for this one too."""
     name = dtype_name(Counter(dtypes).most_common(1)[0][0])
     config = {**shape_config, "torch_dtype": name, **({"dtype": name} if "dtype" in shape_config else {})}
@@ -105,12 +106,12 @@ def write_checkpoint(
     dtype: torch.dtype | None = None,
     verify: bool = True,
     processes: int | None = None,
-    records: Callable[[Path], Mapping[str, Any]] | None = None,
-    arguments: Mapping[str, Any] | None = None,
+    records: Callable[[Path], Document] | None = None,
+    arguments: Document | None = None,
     expert_storage: str | None = None,
     optimizer: OptimizerState | None = None,
     quantize: str | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Stream a checkpoint into a new directory, which appears only when everything in it is complete.
 
     One unit of the model is in memory at a time and per process. ``slim_provenance.json`` in the directory says what
@@ -156,14 +157,14 @@ def write_checkpoint(
         logger.info(
             f"{source.path}: {len(source.carried)} tensors that are not of the language model are carried along"
         )
-    options: dict[str, Any] = {"dtype": dtype, "verify": verify, "processes": processes, "where": str(target)}
+    options: TransferOptions = {"dtype": dtype, "verify": verify, "processes": processes, "where": str(target)}
     side_bytes = carried_bytes(source.config_path)  # refuses links that leave the checkpoint now, not at the end
     if isinstance(source, DistCheckpoint):
         source.check_parts()  # everything is read; a pruning reads some rows of much, and does not
     with new_directory(target) as unfinished:
         check_space(target, nbytes + source.carried.nbytes + side_bytes + (optimizer.nbytes if optimizer else 0))
         log_left_behind(source.config_path)
-        quantization: dict[str, Any] = {}
+        quantization: JsonObject = {}
         if export:
             content, errors = export.write(unfinished, config, options)
             (unfinished / QUANTIZATION_REPORT).write_text(markdown(errors), encoding="utf-8")
@@ -200,10 +201,10 @@ def write_checkpoint(
 def _write_torch_dist(
     source: Checkpoint,
     directory: Path,
-    config: Mapping[str, Any],
+    config: HFConfig,
     dtypes: Mapping[str, torch.dtype],
     storage: Storage,
-    options: Any,
+    options: TransferOptions,
     optimizer: OptimizerState | None = None,
 ) -> str:
     release, todo = directory / RELEASE, list(units(source.shape, dtypes))
@@ -230,10 +231,10 @@ def _write_torch_dist(
 def _write_hf(
     source: Checkpoint,
     directory: Path,
-    config: Mapping[str, Any],
+    config: HFConfig,
     dtypes: Mapping[str, torch.dtype],
     storage: Storage,
-    options: Any,
+    options: TransferOptions,
 ) -> str:
     copies = names_of_copies(source.shape, storage.copies)
     specs = list(with_copies(specs_of(source.shape, dtypes, storage.fused_blocks), copies))
@@ -268,13 +269,13 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
 
 
-def hf_to_torch_dist(source: Path, target: Path, *, dtype: torch.dtype | None = None, **options: Any) -> dict[str, Any]:
+def hf_to_torch_dist(source: Path, target: Path, **options: Unpack[WriteOptions]) -> JsonObject:
     """Convert a Hugging Face directory into a torch_dist checkpoint; ``options`` as `write_checkpoint`."""
-    return write_checkpoint(HFCheckpoint.open(source), target, to="torch_dist", dtype=dtype, **options)
+    return write_checkpoint(HFCheckpoint.open(source), target, to="torch_dist", **options)
 
 
 def torch_dist_to_hf(
-    source: Path, target: Path, *, hf_config: Path | None = None, dtype: torch.dtype | None = None, **options: Any
-) -> dict[str, Any]:
+    source: Path, target: Path, *, hf_config: Path | None = None, **options: Unpack[WriteOptions]
+) -> JsonObject:
     """Convert a torch_dist checkpoint into a Hugging Face directory; ``options`` as `write_checkpoint`."""
-    return write_checkpoint(DistCheckpoint.open(source, hf_config), target, to="hf", dtype=dtype, **options)
+    return write_checkpoint(DistCheckpoint.open(source, hf_config), target, to="hf", **options)

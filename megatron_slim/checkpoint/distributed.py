@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.architecture.axes import size
 from megatron_slim.architecture.family import MTP
 from megatron_slim.architecture.hf_config import shape_from_hf_config
@@ -67,7 +68,7 @@ class DistCheckpoint:
         self,
         path: Path,
         config_path: Path,
-        config: dict[str, Any],
+        config: JsonObject,
         shape: ModelShape,
         metadata: Metadata,
         *,

@@ -15,14 +15,14 @@ layer would be read by every rank in full.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_slim.aliases import HFConfig, JsonObject
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.expert_storage import PLAIN, Storage, write_storage
@@ -123,7 +123,7 @@ def _pieces(unit: Unit, shape: ModelShape, tensors: dict[str, Tensor]) -> Iterat
                 yield weight.key, (unit.expert, run.start, *rest), tensor.unsqueeze(0)
 
 
-def _common_state(optimizer_step: int | None) -> dict[str, Any]:
+def _common_state(optimizer_step: int | None) -> JsonObject:
     content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     carried = {} if optimizer_step is None else {CARRIED: {"step": optimizer_step}}
     return {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": content, **carried}
@@ -132,7 +132,7 @@ def _common_state(optimizer_step: int | None) -> dict[str, Any]:
 def finish_torch_dist(
     directory: Path,
     parts: Sequence[Part],
-    config: Mapping[str, Any],
+    config: HFConfig,
     storage: Storage = PLAIN,
     *,
     copy_files_from: Path | None = None,
@@ -157,7 +157,7 @@ def finish_torch_dist(
     (directory / TRACKER).write_text(RELEASE)
 
 
-def write_hf_files(directory: Path, config: Mapping[str, Any], copy_files_from: Path | None = None) -> Path:
+def write_hf_files(directory: Path, config: HFConfig, copy_files_from: Path | None = None) -> Path:
     """Put config.json and tokenizer files into ``DIR/hf``, where conversion and training look for the model's shape."""
     hf = hf_files(directory)
     hf.mkdir(exist_ok=True)

@@ -7,8 +7,9 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from megatron_slim.aliases import Document
 from megatron_slim.checkpoint.records import ELASTIC, PLAN_ITEMS
 from megatron_slim.checkpoint.torch_dist_names import HF_DIR, RELEASE
 from megatron_slim.files import read_json, write_atomic
@@ -28,7 +29,7 @@ def elastic_file(checkpoint: Path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def carry_elastic(source: Checkpoint, target: Path) -> Mapping[str, Any]:
+def carry_elastic(source: Checkpoint, target: Path) -> Document:
     """Take it along to the same model in another format, byte for byte; not to a model of other sizes."""
     file = elastic_file(source.path)
     if file is None:

@@ -11,8 +11,9 @@ import dataclasses
 import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from megatron_slim.aliases import HFConfig
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import Weight
@@ -62,7 +63,7 @@ def storage_name(fused_blocks: Collection[str], shape: ModelShape) -> str:
 
 
 def separated(
-    entries: Mapping[str, TensorEntry], shape: ModelShape, config: Mapping[str, Any], path: Path
+    entries: Mapping[str, TensorEntry], shape: ModelShape, config: HFConfig, path: Path
 ) -> tuple[dict[str, TensorEntry], frozenset[str]]:
     """The tensors of a checkpoint with one entry per expert, and the blocks that are fused in the files.
 
@@ -160,7 +161,7 @@ def _scale_runs(
     scale: TensorEntry,
     entry: TensorEntry,
     runs: list[slice],
-    config: Mapping[str, Any],
+    config: HFConfig,
     path: Path,
 ) -> list[slice]:
     """Rows of an expert's scales that belong to each source."""

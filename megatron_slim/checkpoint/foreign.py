@@ -11,8 +11,8 @@ import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
+from megatron_slim.aliases import HFConfig
 from megatron_slim.architecture.family import MTP
 from megatron_slim.architecture.rows import EMBEDDING_ROWS, HEAD_ROWS
 from megatron_slim.architecture.shape import ModelShape
@@ -148,7 +148,7 @@ def _unknown(names: Iterable[str], shape: ModelShape) -> Iterator[str]:
     return (name for name in names if _NUMBER.sub("N", name) not in known)
 
 
-def refuse_quantized(config: Mapping[str, Any], file: Path, fp8: bool) -> None:
+def refuse_quantized(config: HFConfig, file: Path, fp8: bool) -> None:
     """Refuse what config.json says is quantized, but for block-scaled FP8 where that is wanted.
 
     A larger model's file may say it of the language model alone, in its section. Serving programs read that too.
@@ -178,7 +178,7 @@ def refuse_quantized(config: Mapping[str, Any], file: Path, fp8: bool) -> None:
             raise CheckpointError(f"{key}: the weights are in FP8", where=str(file), fix=fix)
 
 
-def _kind(quantization: Any) -> str:
+def _kind(quantization: object) -> str:
     """What quantized the weights: by name where it has one, else by its settings."""
     if not isinstance(quantization, dict):
         return repr(quantization)

@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_slim.aliases import HFConfig, JsonObject
 from megatron_slim.checkpoint.raw_files import OpenFiles
 from megatron_slim.checkpoint.safetensors_reader import DTYPES, TensorEntry
 from megatron_slim.errors import CheckpointError, summarise
@@ -74,8 +74,8 @@ def dequantize(codes: Tensor, scale: Tensor, columns: int) -> Tensor:
 
 
 def dequantized(
-    entries: Mapping[str, TensorEntry], config: Mapping[str, Any], path: Path
-) -> tuple[dict[str, TensorEntry | BlockScaled], dict[str, Any]]:
+    entries: Mapping[str, TensorEntry], config: HFConfig, path: Path
+) -> tuple[dict[str, TensorEntry | BlockScaled], JsonObject]:
     """Tensors and config.json of the bf16 checkpoint that an FP8 checkpoint reads as.
 
     Args:
@@ -101,7 +101,7 @@ def dequantized(
     return found, {key: "bfloat16" if key in ("dtype", "torch_dtype") else value for key, value in plain.items()}
 
 
-def block_size(config: Mapping[str, Any], where: str) -> tuple[int, int]:
+def block_size(config: HFConfig, where: str) -> tuple[int, int]:
     """Rows and columns of a block that shares a scale, as config.json says it.
 
     Raises:

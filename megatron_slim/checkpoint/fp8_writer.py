@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import mod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from megatron_slim.aliases import HFConfig, JsonObject
 from megatron_slim.architecture.hf_config import wrapper_of
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import OUTPUT, hf_tensors, names_of
@@ -34,7 +34,7 @@ from megatron_slim.checkpoint.precision import float32_weights
 from megatron_slim.checkpoint.quantization_report import TensorError, merged
 from megatron_slim.checkpoint.safetensors_reader import TensorEntry
 from megatron_slim.checkpoint.safetensors_writer import TensorSpec
-from megatron_slim.checkpoint.transfer import transfer
+from megatron_slim.checkpoint.transfer import TransferOptions, transfer
 from megatron_slim.checkpoint.units import Checkpoint, Unit, units
 from megatron_slim.errors import CheckpointError
 
@@ -94,7 +94,7 @@ def quantize(weight: Tensor, block: tuple[int, int] = BLOCK) -> tuple[Tensor, Te
 
 def quantization_config(
     shape: ModelShape, wrapper: Wrapper | None = None, carried: Iterable[str] = (), copies: Iterable[str] = ()
-) -> dict[str, Any]:
+) -> JsonObject:
     """What config.json says of a model in FP8, with every module in layers that is not, as the published ones do.
 
     Args:
@@ -227,9 +227,7 @@ class Fp8Export:
         """Bytes of all tensors in the files."""
         return sum(spec.nbytes for spec in self.specs)
 
-    def write(
-        self, directory: Path, config: Mapping[str, Any], options: Mapping[str, Any]
-    ) -> tuple[str, list[TensorError]]:
+    def write(self, directory: Path, config: HFConfig, options: TransferOptions) -> tuple[str, list[TensorError]]:
         """Write it into an existing, empty directory; ``options`` as `transfer`.
 
         Returns:

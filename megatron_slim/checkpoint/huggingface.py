@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.architecture.family import MOE
 from megatron_slim.architecture.hf_config import language_config, shape_from_hf_config, wrapper_of
 from megatron_slim.architecture.mtp_keys import stated_mtp_layers
@@ -71,7 +72,7 @@ class HFCheckpoint:
     def __init__(
         self,
         path: Path,
-        config: dict[str, Any],
+        config: JsonObject,
         shape: ModelShape,
         entries: Mapping[str, Entry],
         *,
@@ -265,9 +266,8 @@ def read_shape(directory: Path, *, without_mtp: bool = False) -> ModelShape:
 
 
 def storage_of(directory: Path, *, without_mtp: bool = False) -> Storage:
-    """The form of the files next to a config.json, or of those where its weights came from.
-
-    ``without_mtp`` as in `read_shape`.
+    """The form of the files next to a config.json, ``without_mtp`` as in `read_shape`; or of those where its weights
+    came from.
     """
     if any((directory / name).exists() for name in (INDEX, SINGLE)):
         opened = HFCheckpoint.open(directory, without_mtp=without_mtp)
@@ -275,7 +275,7 @@ def storage_of(directory: Path, *, without_mtp: bool = False) -> Storage:
     return recorded_storage(directory)
 
 
-def config_and_carried(directory: Path, *, without_mtp: bool = False) -> tuple[dict[str, Any], CarriedTensors]:
+def config_and_carried(directory: Path, *, without_mtp: bool = False) -> tuple[JsonObject, CarriedTensors]:
     """The config.json of a directory, next to tensors or not, and what is carried with its language model.
 
     ``without_mtp`` as in `read_shape`.

@@ -14,10 +14,10 @@ import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.checkpoint.foreign import refuse_quantized
 from megatron_slim.checkpoint.safetensors_reader import TensorEntry, read_header
 from megatron_slim.errors import CheckpointError, summarise
@@ -69,7 +69,7 @@ def find_file(directory: Path, name: str) -> Path | None:
     return file
 
 
-def read_config(path: Path, *, fp8: bool = False) -> dict[str, Any]:
+def read_config(path: Path, *, fp8: bool = False) -> JsonObject:
     """config.json of a checkpoint directory.
 
     Args:
@@ -166,7 +166,7 @@ def _read_weight_map(path: Path) -> dict[str, str] | None:
     return weight_map
 
 
-def _is_shard_name(name: Any) -> bool:
+def _is_shard_name(name: object) -> bool:
     return (
         isinstance(name, str)
         and name == os.path.basename(name)

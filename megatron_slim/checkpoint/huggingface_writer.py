@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_slim.aliases import HFConfig
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import hf_tensors, weights
 from megatron_slim.architecture.wrapper import Wrapper
@@ -115,7 +115,7 @@ def start_hf_checkpoint(
     return {names.get(name, name): entry for name, entry in entries.items()}
 
 
-def finish_hf_checkpoint(directory: Path, config: Mapping[str, Any], copy_files_from: Path | None = None) -> None:
+def finish_hf_checkpoint(directory: Path, config: HFConfig, copy_files_from: Path | None = None) -> None:
     """Write all that is not weights: config.json, and the side files of another directory (`side_files`)."""
     (directory / CONFIG).write_text(to_json(config), encoding="utf-8")
     if copy_files_from is not None:
@@ -124,7 +124,7 @@ def finish_hf_checkpoint(directory: Path, config: Mapping[str, Any], copy_files_
 
 def write_hf_checkpoint(
     directory: Path,
-    config: Mapping[str, Any],
+    config: HFConfig,
     specs: Sequence[TensorSpec],
     tensors: Iterable[tuple[str, Tensor]],
     *,

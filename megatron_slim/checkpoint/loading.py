@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from megatron_slim.checkpoint.distributed import DistCheckpoint
 from megatron_slim.checkpoint.layout import fits, split_keys, stored_shapes, to_megatron
 from megatron_slim.checkpoint.torch_dist_names import HIDDEN_KD
 from megatron_slim.errors import CheckpointError, summarise
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing import ShardedTensor
 
 T = TypeVar("T")
 
@@ -104,7 +107,7 @@ def _union_over_ranks(found: set[T]) -> set[T]:
     return set().union(*gathered)
 
 
-def shards_of(model: nn.Module) -> list[Any]:
+def shards_of(model: nn.Module) -> list[ShardedTensor]:
     """Which rectangle of which parameter each of a model's tensors is."""
     import megatron_slim.mcore
 
@@ -117,7 +120,7 @@ def shards_of(model: nn.Module) -> list[Any]:
 
 
 @torch.no_grad()
-def _load_stage(model: nn.Module, shards: list[Any], regions: _Regions) -> None:
+def _load_stage(model: nn.Module, shards: list[ShardedTensor], regions: _Regions) -> None:
     """Fill one model."""
     filled: Counter[int] = Counter()
     for shard in shards:
@@ -131,7 +134,7 @@ def _load_stage(model: nn.Module, shards: list[Any], regions: _Regions) -> None:
     assert filled == expected, "sharded_state_dict does not cover the model's parameters exactly once"
 
 
-def _fill(shard: Any, regions: _Regions) -> None:
+def _fill(shard: ShardedTensor, regions: _Regions) -> None:
     """Read one rectangle; what is beyond the vocabulary's size becomes zero."""
     region = regions.read(shard.key, shard.global_offset, shard.data.shape)
     assert region.shape[1:] == shard.data.shape[1:], (shard.key, region.shape, shard.data.shape)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.garbage import without_collection
 
 VERSION = "1.0.0"  # of the format
@@ -36,10 +37,10 @@ class TensorProperties:
 
     dtype: torch.dtype
 
-    def __getstate__(self) -> tuple[Any, ...]:
+    def __getstate__(self) -> tuple[object, ...]:
         return self.dtype, torch.strided, False, _MemoryFormat.CONTIGUOUS, False
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
+    def __setstate__(self, state: tuple[torch.dtype, object, object, object, object]) -> None:
         self.dtype, _layout, _requires_grad, _memory_format, _pin_memory = state
 
 
@@ -78,7 +79,7 @@ class MetadataIndex:
         """Of a rectangle."""
         return cls(fqn, offset=torch.Size(offset))
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> JsonObject:
         return {name: value for name, value in vars(self).items() if name != "offset" or value is not None}
 
 
@@ -106,7 +107,7 @@ class Metadata:
     """All of it: entries by key, where their rectangles lie, and what the program that saved them kept for itself."""
 
     state_dict_metadata: dict[str, TensorStorageMetadata | BytesStorageMetadata]
-    planner_data: Any = None
+    planner_data: object = None
     storage_data: Any = None
     storage_meta: StorageMeta | None = None
     version: str | None = VERSION
@@ -115,7 +116,7 @@ class Metadata:
 class _Unused:
     """Stands for classes that a saving program keeps for itself; takes anything, and keeps nothing."""
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: object) -> None:
         pass
 
     def __setstate__(self, state: Any) -> None:
@@ -123,7 +124,7 @@ class _Unused:
 
 
 _METADATA, _FILES, _PLANNER = (f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner"))
-_CLASSES: dict[tuple[str, str], Any] = {
+_CLASSES: dict[tuple[str, str], object] = {
     (_METADATA, "BytesStorageMetadata"): BytesStorageMetadata,
     (_METADATA, "ChunkStorageMetadata"): ChunkStorageMetadata,
     (_METADATA, "Metadata"): Metadata,
@@ -161,7 +162,7 @@ _InPython: Any = pickle._Pickler  # the one in C looks every class up where its 
 class _Pickler(_InPython):
     """Writes these classes under torch's names."""
 
-    def save_global(self, obj: Any, name: str | None = None) -> None:
+    def save_global(self, obj: object, name: str | None = None) -> None:
         if (known := _NAMES.get(id(obj))) is None:
             super().save_global(obj, name)
             return
@@ -174,7 +175,7 @@ class _Pickler(_InPython):
 class _Unpickler(pickle.Unpickler):
     """Unpickles plain data and refuses everything else."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if (found := _READ.get((module, name))) is None:
             raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint's metadata")
         return found

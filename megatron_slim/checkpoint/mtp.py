@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from megatron_slim.aliases import HFConfig, JsonObject
 from megatron_slim.architecture.hf_config import language_config, wrapper_of
 from megatron_slim.architecture.mtp_keys import stated_mtp_layers, without_mtp_keys
 from megatron_slim.errors import CheckpointError
@@ -12,7 +10,7 @@ from megatron_slim.errors import CheckpointError
 WITHOUT_MTP = "leave MTP out with --without-mtp (a teacher's with --teacher-without-mtp)"
 
 
-def count_mtp_layers(config: Mapping[str, Any], found: int, names: str, *, where: str) -> int:
+def count_mtp_layers(config: HFConfig, found: int, names: str, *, where: str) -> int:
     """Number of MTP blocks whose tensors are there.
 
     Args:
@@ -41,7 +39,7 @@ def count_mtp_layers(config: Mapping[str, Any], found: int, names: str, *, where
     return found
 
 
-def config_without_mtp(config: Mapping[str, Any]) -> dict[str, Any]:
+def config_without_mtp(config: HFConfig) -> JsonObject:
     """A config.json that says nothing of MTP, of a larger model too."""
     wrapper = wrapper_of(config)
     if wrapper is None:

@@ -135,13 +135,13 @@ def _step(source: DistCheckpoint, metadata: Metadata) -> int:
     return int(steps.pop())
 
 
-def steps_in(found: Any) -> set[Any]:
+def steps_in(found: object) -> set[Any]:
     """All numbers of steps in a common state, which Megatron saves as a list of one."""
     common = found[0] if isinstance(found, list) and found and isinstance(found[0], dict) else {}
     return set(_values("step", [common.get(CARRIED), common.get("optimizer")]))
 
 
-def _values(name: str, part: Any) -> Iterator[Any]:
+def _values(name: str, part: object) -> Iterator[Any]:
     """Whatever has a name, however deep in dictionaries and lists."""
     if isinstance(part, dict):
         for key, value in part.items():

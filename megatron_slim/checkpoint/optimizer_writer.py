@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,22 +13,23 @@ from megatron_slim.checkpoint.distributed_writer import TorchDistWriter
 from megatron_slim.checkpoint.optimizer_state import OptimizerState
 from megatron_slim.checkpoint.torch_dist_files import Part
 from megatron_slim.checkpoint.torch_dist_names import STATE
-from megatron_slim.checkpoint.transfer import transfer
+from megatron_slim.checkpoint.transfer import TransferOptions, transfer
 from megatron_slim.checkpoint.units import Checkpoint as Checkpoint
 from megatron_slim.checkpoint.units import units
 from megatron_slim.errors import CheckpointError
 
 
-def write_states(optimizer: OptimizerState, release: Path, first: int, options: Mapping[str, Any]) -> list[Part]:
+def write_states(optimizer: OptimizerState, release: Path, first: int, options: TransferOptions) -> list[Part]:
     """Write all states of an optimizer, one after the other, each in its own types, as parts from number ``first``."""
     written: list[Part] = []
+    as_they_are: TransferOptions = {**options, "dtype": None}
     for name, state in optimizer.tensors.items():
         number, prefix = first + len(written), f"{STATE}{name}."
         parts, _ = transfer(
             state,
             partial(_state_writer, release, state.shape, number, prefix),
             list(units(state.shape, state.dtypes, trained_only=True)),
-            **{**options, "dtype": None},
+            **as_they_are,
         )
         written += parts
     return written

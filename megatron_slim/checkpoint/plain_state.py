@@ -21,24 +21,24 @@ from megatron_slim.checkpoint.torch_dist_names import COMMON_STATE
 class LeftOut:
     """Stands for all that is not plain: a class, what is made of it, and what that is asked for."""
 
-    def __new__(cls, *_args: Any, **_kwargs: Any) -> LeftOut:
+    def __new__(cls, *_args: object, **_kwargs: object) -> LeftOut:
         """Whatever it is made of."""
         return object.__new__(cls)
 
-    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+    def __init__(self, *_args: object, **_kwargs: object) -> None:
         """Keep nothing."""
 
-    def _ignore(self, *_args: Any, **_kwargs: Any) -> LeftOut:
+    def _ignore(self, *_args: object, **_kwargs: object) -> LeftOut:
         return self
 
     __setstate__ = __setitem__ = __call__ = append = extend = add = _ignore
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         return dict if (module, name) == ("collections", "OrderedDict") else LeftOut
 
-    def persistent_load(self, pid: Any) -> Any:
+    def persistent_load(self, pid: object) -> object:
         return LeftOut()
 
 

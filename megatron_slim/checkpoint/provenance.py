@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
 
 from megatron_slim import __version__
+from megatron_slim.aliases import Document, JsonObject
 from megatron_slim.checkpoint.huggingface import CONFIG
 from megatron_slim.checkpoint.iterations import is_torch_dist
 from megatron_slim.checkpoint.records import PROVENANCE
@@ -19,9 +18,9 @@ from megatron_slim.files import read_json, sha256
 _PACKAGES = ("torch", "megatron-core", "numpy", "transformers")
 
 
-def describe_source(source: Checkpoint) -> dict[str, Any]:
+def describe_source(source: Checkpoint) -> JsonObject:
     """Where a checkpoint came from, and what of it is not part of the model; its own provenance too, if it has one."""
-    described: dict[str, Any] = {
+    described: JsonObject = {
         "path": str(source.path.absolute()),
         "format": "torch_dist" if is_torch_dist(source.path) else "hf",
         "config_sha256": sha256((source.config_path / CONFIG).read_bytes()),
@@ -38,7 +37,7 @@ def describe_source(source: Checkpoint) -> dict[str, Any]:
     return described
 
 
-def software(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+def software(arguments: Document | None) -> JsonObject:
     """Command line, versions and time."""
     versions = {"megatron_slim": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
@@ -53,5 +52,5 @@ def software(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -6,9 +6,10 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
+
+from megatron_slim.aliases import JsonObject
 
 _LAYER = re.compile(r"^(model|mtp)\.layers\.\d+\.")
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
@@ -58,7 +59,7 @@ def merged(parts: Iterable[TensorError], names: Iterable[str]) -> list[TensorErr
     return found
 
 
-def summary(errors: Sequence[TensorError]) -> dict[str, Any]:
+def summary(errors: Sequence[TensorError]) -> JsonObject:
     """The worst tensor, and the mean of every kind of tensor."""
     worst = max(errors, key=lambda error: error.relative)
     return {

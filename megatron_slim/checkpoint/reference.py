@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from megatron_slim.aliases import Document
 from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.elastic_record import carry_elastic
 from megatron_slim.checkpoint.records import REFERENCE
@@ -77,15 +77,13 @@ def read_reference(directory: Path, vocab_size: int) -> Reference | None:
     return Reference(tuple(map(tuple, tokens)), tuple(map(tuple, losses)), dtype)
 
 
-def carry_records(
-    source: Checkpoint, target: Path, *, dtype: torch.dtype | None, quantized: bool = False
-) -> Mapping[str, Any]:
+def carry_records(source: Checkpoint, target: Path, *, dtype: torch.dtype | None, quantized: bool = False) -> Document:
     """Take along what is true of the same model in another format; one in FP8 has other losses than those on record."""
     losses = {} if quantized else carry_reference(source, target, dtype)
     return {**losses, **carry_elastic(source, target)}
 
 
-def carry_reference(source: Checkpoint, target: Path, dtype: torch.dtype | None) -> Mapping[str, Any]:
+def carry_reference(source: Checkpoint, target: Path, dtype: torch.dtype | None) -> Document:
     """Take it along to the same model in another format, whose losses are the same; ``dtype`` if that was cast."""
     for directory in (source.path, source.path.parent):
         if (found := read_reference(directory, source.shape.vocab_size)) is not None:

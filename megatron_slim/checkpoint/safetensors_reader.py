@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.checkpoint.raw_files import OpenFiles, as_tensor
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.files import parse_json
@@ -95,7 +96,7 @@ def read_header(file: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[
     return entries
 
 
-def _load_header(file: Path) -> tuple[dict[str, Any], int, int]:
+def _load_header(file: Path) -> tuple[JsonObject, int, int]:
     """The header's entries, where the tensors start, and the size of the file."""
     try:
         with file.open("rb") as stream:

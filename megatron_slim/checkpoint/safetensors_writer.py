@@ -7,10 +7,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.checkpoint.fp8 import FP8_DTYPES
 from megatron_slim.checkpoint.safetensors_reader import TensorEntry
 
@@ -47,7 +47,7 @@ def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[
 
 def start_shard(file: Path, shard: Sequence[TensorSpec]) -> dict[str, TensorEntry]:
     """Write a shard's header and extend the file to its full size."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: JsonObject = {"__metadata__": {"format": "pt"}}
     end = 0
     for spec in shard:
         offsets = [end, end + spec.nbytes]

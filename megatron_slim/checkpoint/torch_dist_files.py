@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,7 +95,7 @@ class PieceWriter:
         self.part.pieces[key].append(piece)
         return piece
 
-    def add_object(self, key: str, value: Any) -> None:
+    def add_object(self, key: str, value: object) -> None:
         """Append an object that is not a tensor."""
         file, position, length = self._append(saved_object(value))
         self.part.objects[key] = Piece(file, (), (), torch.uint8, position, length)
@@ -171,7 +170,7 @@ def read_metadata(directory: Path) -> Metadata:
     return metadata
 
 
-def _validate(metadata: Any) -> None:
+def _validate(metadata: object) -> None:
     """Unpickling sets attributes unchecked: look at the type of everything that will be used."""
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise ValueError("does not hold checkpoint metadata")
@@ -189,7 +188,7 @@ def _validate(metadata: Any) -> None:
             raise ValueError(f"malformed entry {key}")
 
 
-def _whole(*values: Any) -> bool:
+def _whole(*values: object) -> bool:
     return all(type(value) is int and value >= 0 for value in values)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,7 +35,10 @@ READ_AHEAD_BYTES = 2 * UNIT_BYTES  # or one unit, if that is larger
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's mallopt
 
 
-class Writer(Protocol):
+Outcome = TypeVar("Outcome", covariant=True)
+
+
+class Writer(Protocol[Outcome]):
     """One process's part of the checkpoint that is being written."""
 
     def write(self, unit: Unit, tensors: dict[str, Tensor]) -> None:
@@ -44,7 +47,7 @@ class Writer(Protocol):
     def read(self, unit: Unit) -> dict[str, Tensor]:
         """Read a unit back from the files."""
 
-    def finish(self) -> Any:
+    def finish(self) -> Outcome:
         """Close the files; returns what the others must know (it is pickled)."""
 
 
@@ -53,16 +56,25 @@ def default_processes(nbytes: int) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), MOST_PROCESSES, nbytes // BYTES_PER_PROCESS))
 
 
+class TransferOptions(TypedDict):
+    """Options of `transfer` that are the same for all parts of a checkpoint."""
+
+    dtype: torch.dtype | None
+    verify: bool
+    processes: int | None
+    where: str
+
+
 def transfer(
     source: Checkpoint,
-    writer: Callable[[int], Writer],
+    writer: Callable[[int], Writer[Outcome]],
     units: Sequence[Unit],
     *,
     dtype: torch.dtype | None = None,
     verify: bool = True,
     processes: int | None = None,
     where: str = "",
-) -> tuple[list[Any], str]:
+) -> tuple[list[Outcome], str]:
     """Read every unit from ``source`` and write it.
 
     Args:
@@ -83,7 +95,7 @@ def transfer(
     total = sum(unit.nbytes for unit in units)
     parts = split(units, processes or default_processes(total))
 
-    def run(number: int, advance: Callable[[int], None]) -> tuple[Any, list[str]]:
+    def run(number: int, advance: Callable[[int], None]) -> tuple[Outcome, list[str]]:
         part = writer(number)
         digests = []
         for unit, tensors in read_ahead(source, parts[number], dtype):
@@ -209,7 +221,7 @@ def _outcomes(pipes: list[Connection], advance: Callable[[int], None]) -> Iterat
     return (found[pipe] for pipe in pipes)
 
 
-def _work(run: Callable[[int, Callable[[int], None]], Any], number: int, pipe: Connection, parent: int) -> None:
+def _work(run: Callable[[int, Callable[[int], None]], object], number: int, pipe: Connection, parent: int) -> None:
     """Body of a process."""
     for signum in (signal.SIGINT, signal.SIGHUP):  # the terminal sends them to all; the parent ends us
         signal.signal(signum, signal.SIG_IGN)
@@ -229,7 +241,7 @@ def _work(run: Callable[[int, Callable[[int], None]], Any], number: int, pipe: C
             waiting = 0
 
     try:
-        message: tuple[str, Any] = ("done", run(number, advance))
+        message: tuple[str, object] = ("done", run(number, advance))
         pipe.send(("progress", waiting))
     except SlimError as error:
         message = ("failed", SlimError(str(error)))

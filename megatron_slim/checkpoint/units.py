@@ -13,6 +13,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import HFTensor, Weight
@@ -31,7 +32,7 @@ class Checkpoint(Protocol):
 
     path: Path
     config_path: Path
-    config: dict[str, Any]
+    config: JsonObject
     shape: ModelShape
     names: tuple[str, ...]
     left_out: tuple[str, ...]

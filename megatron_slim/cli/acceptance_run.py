@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.cli.evaluation_extras import dtype_of
 from megatron_slim.command_line import positive
 
@@ -36,7 +37,7 @@ def add_acceptance_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stop-at-eos", action="store_true", help="end texts at the eos_token_id of config.json")
 
 
-def run_acceptance(args: argparse.Namespace, checkpoint: Checkpoint, teacher: Teacher | None) -> dict[str, Any]:
+def run_acceptance(args: argparse.Namespace, checkpoint: Checkpoint, teacher: Teacher | None) -> JsonObject:
     """Measure a checkpoint, and the teacher; say and give what was found."""
     from megatron_slim.compat.runtime import default_dtype
     from megatron_slim.evaluation.acceptance import acceptance_of
@@ -53,7 +54,7 @@ def run_acceptance(args: argparse.Namespace, checkpoint: Checkpoint, teacher: Te
         dtype=dtype_of(args) or default_dtype(),
         stop_at_eos=args.stop_at_eos,
     )
-    results: dict[str, Any] = {}
+    results: JsonObject = {}
     for key, result in zip(("acceptance", "teacher_acceptance"), found, strict=True):
         if result is not None:
             _say(key.replace("_", " "), result)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.cli.calibration_run import (
     add_calibration_arguments,
     add_layout_arguments,
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_layout_arguments(parser)
 
 
-def calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
+def calibrate(arguments: argparse.Namespace) -> JsonObject:
     """Measure in this process, or as one of many."""
     layout, options = layout_options(arguments), calibration_options(arguments)
     if layout is None:

@@ -9,8 +9,9 @@ import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
+from megatron_slim.aliases import JsonObject, ReadOptions
 from megatron_slim.architecture.parallelism import Layout
 from megatron_slim.command_line import not_negative, positive
 from megatron_slim.errors import SlimError
@@ -106,8 +107,8 @@ def layout_options(args: argparse.Namespace) -> Layout | None:
 
 
 def run_calibrate(
-    load: Path, save: Path, options: CalibrationOptions, layout: Layout | None = None, **reading: Any
-) -> dict[str, Any]:
+    load: Path, save: Path, options: CalibrationOptions, layout: Layout | None = None, **reading: Unpack[ReadOptions]
+) -> JsonObject:
     """Measure statistics and write them to a new file.
 
     Args:
@@ -147,7 +148,9 @@ def _refuse_as_weights(save: Path) -> None:
         raise SlimError("would be read as weights by what serves the model next to it", where=str(save), fix=fix)
 
 
-def run_rank(load: Path, save: Path, options: CalibrationOptions, layout: Layout, **reading: Any) -> dict[str, Any]:
+def run_rank(
+    load: Path, save: Path, options: CalibrationOptions, layout: Layout, **reading: Unpack[ReadOptions]
+) -> JsonObject:
     """`run_calibrate` on one rank of many: an error is one line, and every rank leaves with exit code 2."""
     with leaving_together():
         results = run_calibrate(load, save, options, layout, **reading)

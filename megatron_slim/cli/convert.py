@@ -10,8 +10,8 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.cli.tool import run_command
 from megatron_slim.command_line import (
     VERIFICATION,
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_write_arguments(parser)
 
 
-def convert(args: argparse.Namespace) -> dict[str, Any]:
+def convert(args: argparse.Namespace) -> JsonObject:
     """Detect the direction, convert, say what was done."""
     from megatron_slim.errors import CheckpointError
     from megatron_slim.files import refuse_existing
@@ -87,7 +87,7 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     return {"load": str(args.load), "save": str(args.save), **results}
 
 
-def _log_quantization(found: dict[str, Any]) -> None:
+def _log_quantization(found: JsonObject) -> None:
     """The error, and what clients do not load."""
     worst = found["worst"]
     kinds = found["relative_rms"].values()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.cli.calibration_run import CalibrationOptions, calibration_samples, measure
 from megatron_slim.cli.given_statistics import Given
 from megatron_slim.errors import SlimError
@@ -35,13 +36,13 @@ def search_options(
     calibration: CalibrationOptions | None = None,
     *,
     where: str,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Arguments of `plan.make_plan`. Layers are measured on ``--search-data``, without it on calibration data.
 
     Raises:
         SlimError: there is nothing to choose between, or nothing to measure layers on.
     """
-    by_loss, options = recipe.experts.allocation == "loss", dict[str, Any]()
+    by_loss, options = recipe.experts.allocation == "loss", JsonObject()
     if measuring is not None and recipe.budget is None and not by_loss:
         fix = "leave it out"
         raise SlimError("--search-data, but the recipe has no budget and no allocation by loss", where=where, fix=fix)

@@ -1,9 +1,9 @@
 """Train or distil: start the processes of a run, here (torchrun), on several machines, or as a Slurm job.
 
-Runs pretrain_distill.sh, whose variables are the arguments below: TEACHER is --teacher. A variable of the environment
-is used where its argument is not given. All other arguments, and all behind --, go to Megatron and take precedence;
-`megatron-slim pretrain --help` lists those of distillation. With --json the last line of standard output is what
-`megatron-slim show-run SAVE --json` gives when the run has ended, and save, its directory.
+Runs pretrain_distill.sh, whose variables are the arguments below: TEACHER is --teacher. What is not given, the section
+train of --recipe says, and then a variable of the environment. All other arguments, and all behind --, go to Megatron
+and take precedence; `megatron-slim pretrain --help` lists those of distillation. With --json the last line of standard
+output is what `megatron-slim show-run SAVE --json` gives when the run has ended, and save, its directory.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.cli.tool import run_tool
 from megatron_slim.command_line import tool_parser
-from megatron_slim.errors import SlimError
+from megatron_slim.errors import EXIT_USER_ERROR, SlimError
 from megatron_slim.extras import require
 from megatron_slim.packaged import directory
 from megatron_slim.processes import run_to_end
 from megatron_slim.training.run_view import read_run, summary
-from megatron_slim.training.variables import BEHIND, add_variables, as_text, flag
+from megatron_slim.training.variables import BEHIND, add_variables, as_text, flag, with_recipe
 
 SCRIPT = "pretrain_distill.sh"
 
@@ -36,12 +36,14 @@ def parser(prog: str) -> argparse.ArgumentParser:
     return found
 
 
-def environment(given: Mapping[str, object], before: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the script: what was given, and before that the caller's own."""
-    return {"PYTHON": sys.executable, **before, **as_text(given)}
+def environment(given: Mapping[str, str], before: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the script: what was given, and before that the caller's own, without another length."""
+    length = {"TRAIN_ITERS", "TOKENS"}
+    own = {name: value for name, value in before.items() if not (name in length and length & given.keys())}
+    return {"PYTHON": sys.executable, **own, **given}
 
 
-def train(command: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
+def train(command: Sequence[str], env: Mapping[str, str]) -> JsonObject:
     """Run the script to its end and read what the run has logged.
 
     Returns:
@@ -70,8 +72,13 @@ def main(argv: Sequence[str], prog: str) -> None:
     if BEHIND in others:  # in front of Megatron's own, which it is not one of
         others.remove(BEHIND)
     values = vars(given)
-    as_json, command = values.pop("json"), ["bash", str(directory() / SCRIPT), *others]
-    env = environment(values, os.environ)
+    as_json = values.pop("json")
+    try:
+        said, flags = with_recipe(as_text(values))
+    except SlimError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_USER_ERROR) from None
+    command, env = ["bash", str(directory() / SCRIPT), *flags, *others], environment(said, os.environ)
     if as_json:
         run_tool(lambda: train(command, env), as_json=_is_first(env))
         return

@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.cli.tool import run_command
 from megatron_slim.command_line import positive
 from megatron_slim.doctor.findings import GIB, NOTE, PROBLEM, Finding, good_or, size
@@ -38,7 +38,7 @@ def look(args: argparse.Namespace) -> Iterator[Finding]:
     yield from preflight(args.data, args.checkpoint, args.teacher, args.save, nodes=args.nodes, without_mtp=without_mtp)
 
 
-def diagnose(args: argparse.Namespace) -> dict[str, Any]:
+def diagnose(args: argparse.Namespace) -> JsonObject:
     """Print all findings as they come.
 
     Raises:
@@ -73,7 +73,7 @@ def main(argv: Sequence[str], prog: str) -> None:
     """Run the command; exit code 1 when there are problems."""
     problems: list[str] = []
 
-    def run(args: argparse.Namespace) -> dict[str, Any]:
+    def run(args: argparse.Namespace) -> JsonObject:
         results = diagnose(args)
         problems.extend(results["problems"])
         return results

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.cli.evaluation_extras import figures_of, print_rows
 from megatron_slim.command_line import load_options
 from megatron_slim.errors import SlimError
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from megatron_slim.pruning.plan import Plan
 
 logger = logging.getLogger(__name__)
-Measure = Callable[["Checkpoint"], dict[str, Any]]
+Measure = Callable[["Checkpoint"], JsonObject]
 _SIZES = {"parameters": "parameters", "active_parameters": "active, without MTP", "bytes": "bytes"}
 
 
@@ -45,7 +46,7 @@ def check_elastic_arguments(args: argparse.Namespace) -> None:
             raise SlimError(f"{flag} and --elastic exclude one another", fix="leave one out")
 
 
-def evaluate_budgets(args: argparse.Namespace, measure: Measure, names: Sequence[str]) -> dict[str, Any]:
+def evaluate_budgets(args: argparse.Namespace, measure: Measure, names: Sequence[str]) -> JsonObject:
     """Measure every budget as the checkpoint that its slice would be; print them as a table.
 
     Args:
@@ -80,7 +81,7 @@ def evaluate_budgets(args: argparse.Namespace, measure: Measure, names: Sequence
     return {"load": str(args.load), "budgets": found}
 
 
-def _sizes(elastic: Elastic, with_between: bool) -> Iterator[tuple[str, Plan, dict[str, Any]]]:
+def _sizes(elastic: Elastic, with_between: bool) -> Iterator[tuple[str, Plan, JsonObject]]:
     """Name, plan and what is known of it, from the largest."""
     from megatron_slim.pruning.between import between
 
@@ -90,7 +91,7 @@ def _sizes(elastic: Elastic, with_between: bool) -> Iterator[tuple[str, Plan, di
         yield size.name, size.plan, {"weight": None, "untrained": True}
 
 
-def _row(results: dict[str, Any], names: Sequence[str], *, between: bool) -> dict[str, str]:
+def _row(results: JsonObject, names: Sequence[str], *, between: bool) -> dict[str, str]:
     row = {"budget": results["budget"]}
     if between:
         row["trained"] = "untrained" if results["untrained"] else "a budget"

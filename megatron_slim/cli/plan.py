@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.cli.given_statistics import FLAG, add_statistics_arguments, given_statistics
 from megatron_slim.cli.pruning_run import add_phase_argument, run_plan
 from megatron_slim.cli.search_arguments import add_search_arguments, measuring
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_search_arguments(parser)
 
 
-def plan(args: argparse.Namespace) -> dict[str, Any]:
+def plan(args: argparse.Namespace) -> JsonObject:
     """Check the arguments and make the plan."""
     if (args.stats is None) == (args.carry_statistics is None):
         what = f"--stats and {FLAG} exclude one another" if args.stats else "nothing to plan from"

@@ -9,8 +9,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.cli.pruning_run import PhaseAction
 from megatron_slim.cli.tool import run_command
 from megatron_slim.command_line import RECIPE_HELP, positive
@@ -117,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_plan(args: argparse.Namespace) -> dict[str, Any]:
+def run_plan(args: argparse.Namespace) -> JsonObject:
     """Plan, print unless ``--json`` is given, and return everything.
 
     Raises:
@@ -153,7 +153,7 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
 
 def _some(
     args: argparse.Namespace, found: Found, job: Job, tokens: int, wanted: Wanted, notes: list[str]
-) -> dict[str, Any]:
+) -> JsonObject:
     """What can be trained where not all can, printed unless ``--json`` is given.
 
     Raises:

@@ -6,8 +6,8 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from megatron_slim.aliases import JsonObject, Keywords
 from megatron_slim.cli.tool import run_command
 from megatron_slim.command_line import positive
 from megatron_slim.errors import SlimError
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     runtime.add_argument("--log-interval", type=positive, metavar="N", help="log a line every N documents")
 
 
-def pack(args: argparse.Namespace) -> dict[str, Any]:
+def pack(args: argparse.Namespace) -> JsonObject:
     """Pack conversations."""
     from megatron_slim.chats import ChatOptions, make_samples
 
@@ -102,13 +102,13 @@ _OF_TEXT |= {"tokenizer_type": TOKENIZER_TYPES[0]}
 _OF_CHATS = {"seq_length": None, "too_long": CUT, "unroll": False}
 
 
-def _refuse(args: argparse.Namespace, options: dict[str, Any], why: str) -> None:
+def _refuse(args: argparse.Namespace, options: Keywords, why: str) -> None:
     for name, default in options.items():
         if getattr(args, name) != default:
             raise SlimError(f"--{name.replace('_', '-')} {why}", fix="leave it out")
 
 
-def preprocess(args: argparse.Namespace) -> dict[str, Any]:
+def preprocess(args: argparse.Namespace) -> JsonObject:
     """Tokenize, say what was written."""
     if args.chat:
         return pack(args)

@@ -27,9 +27,7 @@ def main(argv: Sequence[str], prog: str) -> None:
         return
     from megatron_slim.cli.terminal import messages_shown, progress_shown
     from megatron_slim.reporting import use_progress
-    from megatron_slim.training.variables import expand
 
-    words = expand(argv, prog)
     # What Megatron and torch announce at import is the doctor's to report; what they warn of later stays.
     with warnings.catch_warnings():
         if not sys.warnoptions:
@@ -37,7 +35,7 @@ def main(argv: Sequence[str], prog: str) -> None:
         from megatron_slim.training.pretrain import run_ranks
 
     with messages_shown("stdout"), use_progress(progress_shown()):
-        run_ranks(words)
+        run_ranks(argv)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.cli.calibration_run import add_calibration_arguments, calibration_options
 from megatron_slim.cli.carried_optimizer import add_optimizer_arguments
 from megatron_slim.cli.given_statistics import add_statistics_arguments, given_statistics
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_search_arguments(parser)
 
 
-def prune(args: argparse.Namespace) -> dict[str, Any]:
+def prune(args: argparse.Namespace) -> JsonObject:
     """Check the arguments and run."""
     refuse_conflicts(args)
     return run_prune(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
+from megatron_slim.aliases import JsonObject, ReadOptions, WriteOptions
 from megatron_slim.cli.calibration_run import CalibrationOptions, opened_work_dir
 from megatron_slim.cli.decision_run import decide, decide_budgets, first_recipe, search_options
 from megatron_slim.cli.given_statistics import FLAG as CARRY_STATISTICS
@@ -31,7 +31,7 @@ class PhaseAction(argparse.Action):
     """Store the value of ``--phase``, also under its old name ``--stage``, with a note then."""
 
     def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, option: str | None = None
     ) -> None:
         """As argparse calls it."""
         if option == "--stage":
@@ -53,8 +53,8 @@ def run_plan(
     *,
     phase: int | None = None,
     measuring: Measuring | None = None,
-    **reading: Any,
-) -> dict[str, Any]:
+    **reading: Unpack[ReadOptions],
+) -> JsonObject:
     """Make a plan of statistics, write it to a new file; ``reading`` goes to `checkpoint.convert.open_checkpoint`."""
     refuse_existing(save)
     schedule = load_recipe(recipe_file)
@@ -93,9 +93,9 @@ def run_prune(
     dry_run: bool = False,
     measuring: Measuring | None = None,
     moments_of_merged: str | None = None,
-    reading: Mapping[str, Any] | None = None,
-    writing: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+    reading: ReadOptions | None = None,
+    writing: WriteOptions | None = None,
+) -> JsonObject:
     """Calibrate, plan, apply and verify; what is given already (statistics, a plan) is not made again.
 
     Args:

@@ -6,8 +6,8 @@ import argparse
 import textwrap
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.cli.tool import run_command
 from megatron_slim.packaged import directory, recipe_names
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command has no arguments of its own."""
 
 
-def recipes(args: argparse.Namespace) -> dict[str, Any]:
+def recipes(args: argparse.Namespace) -> JsonObject:
     """Print every recipe with the comment at its head."""
     found = {}
     for name in recipe_names():

@@ -11,8 +11,9 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.cli.evaluation_extras import DTYPES, dtype_of
 from megatron_slim.cli.tool import run_command
 from megatron_slim.command_line import add_load_arguments, load_options, not_negative, positive
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_record(args: argparse.Namespace) -> dict[str, Any]:
+def run_record(args: argparse.Namespace) -> JsonObject:
     """Record, say what was recorded."""
     from megatron_slim.checkpoint.convert import log_left_out, open_checkpoint
 
@@ -126,7 +127,7 @@ def main(argv: Sequence[str], prog: str) -> None:
     run_command(__doc__ or "", add_arguments, _as_rank, argv, prog)
 
 
-def _as_rank(args: argparse.Namespace) -> dict[str, Any]:
+def _as_rank(args: argparse.Namespace) -> JsonObject:
     """`run_record`; of several processes an error is one line, and all leave with exit code 2."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return run_record(args)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from megatron_slim.aliases import Document, JsonObject
 from megatron_slim.cli.tool import run_tool
 from megatron_slim.command_line import RECIPE_HELP, not_negative, tool_parser
 from megatron_slim.compression import estimate
@@ -60,7 +60,6 @@ def parser(prog: str) -> argparse.ArgumentParser:
     found.add_argument("--step", metavar="NAME", help="run this step alone, such as phase-1/train, as jobs of Slurm do")
     found.add_argument("--dry-run", action="store_true", help="show the steps, what they need, and do nothing")
     group = found.add_argument_group("training")
-    group.add_argument("--tokens", metavar="T", help="of training, such as 40B, where the recipe has no phases")
     for title in ("processes", "run"):
         for name, (kind, text) in GROUPS[title].items():
             if name.lower() in SECTIONS["train"] and kind:
@@ -69,7 +68,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     return found
 
 
-def run(args: argparse.Namespace, megatron: Sequence[str]) -> dict[str, Any]:
+def run(args: argparse.Namespace, megatron: Sequence[str]) -> JsonObject:
     """Run what is not done.
 
     Returns:
@@ -104,7 +103,7 @@ def run(args: argparse.Namespace, megatron: Sequence[str]) -> dict[str, Any]:
     return {"save": str(settings.save), "report": str(page), "steps": state.steps}
 
 
-def _refuse_slurm(train: Mapping[str, Any]) -> None:
+def _refuse_slurm(train: Document) -> None:
     if train.get("launcher", os.environ.get("LAUNCHER")) == "slurm" and "SLURM_JOB_ID" not in os.environ:
         fix = "run examples/slimqwen/compress.sh with LAUNCHER=slurm, which chains jobs"
         raise SlimError("--launcher slurm would submit training and not wait for it", fix=fix)

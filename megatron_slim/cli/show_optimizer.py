@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.cli.terminal import wide_console
 from megatron_slim.cli.tool import run_command
 from megatron_slim.errors import SlimError
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--without-mtp", action="store_true", help="leave the MTP block out, as in training")
 
 
-def show(args: argparse.Namespace) -> dict[str, Any]:
+def show(args: argparse.Namespace) -> JsonObject:
     """Print the table.
 
     Returns:

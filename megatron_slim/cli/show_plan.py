@@ -6,8 +6,8 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.cli.terminal import wide_console
 from megatron_slim.cli.tool import run_command
 from megatron_slim.errors import SlimError
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def show(args: argparse.Namespace) -> dict[str, Any]:
+def show(args: argparse.Namespace) -> JsonObject:
     """Print a plan; with ``--save``, write it as a page, pictures and a ranking into a new directory.
 
     Returns:

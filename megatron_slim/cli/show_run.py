@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.cli.terminal import wide_console
 from megatron_slim.cli.tool import run_command
 from megatron_slim.extras import require
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", type=Path, metavar="FILE.png", help="a new file for the picture")
 
 
-def show(args: argparse.Namespace) -> dict[str, Any]:
+def show(args: argparse.Namespace) -> JsonObject:
     """Print a run; with ``--save``, draw it into a new PNG file.
 
     Returns:

@@ -6,8 +6,8 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.cli.tool import run_command
 from megatron_slim.command_line import (
     VERIFICATION,
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_write_arguments(parser)
 
 
-def slice_budget(args: argparse.Namespace) -> dict[str, Any]:
+def slice_budget(args: argparse.Namespace) -> JsonObject:
     """Check the arguments, then list or slice."""
     if not args.list:
         if args.budget is None:

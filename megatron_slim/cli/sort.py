@@ -6,8 +6,8 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.cli.tool import run_command
 from megatron_slim.command_line import (
     VERIFICATION,
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_write_arguments(parser)
 
 
-def sort(args: argparse.Namespace) -> dict[str, Any]:
+def sort(args: argparse.Namespace) -> JsonObject:
     """Check the arguments and sort, or undo it."""
     if args.undo and args.expert_parallel is not None:
         raise SlimError("--undo and --expert-parallel exclude one another", fix="leave one out")

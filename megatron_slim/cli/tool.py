@@ -13,8 +13,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.cli.terminal import messages_shown, progress_shown
 from megatron_slim.command_line import tool_parser
 from megatron_slim.errors import EXIT_USER_ERROR, user_error
@@ -27,7 +27,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 def run_command(
     description: str,
     add_arguments: Callable[[argparse.ArgumentParser], None],
-    run: Callable[[argparse.Namespace], dict[str, Any]],
+    run: Callable[[argparse.Namespace], JsonObject],
     argv: Sequence[str],
     prog: str,
 ) -> None:
@@ -48,7 +48,7 @@ def run_command(
     run_tool(lambda: run(arguments), as_json=arguments.json and rank == "0")
 
 
-def run_tool(main: Callable[[], dict[str, Any]], *, as_json: bool) -> None:
+def run_tool(main: Callable[[], JsonObject], *, as_json: bool) -> None:
     """Run a tool; print its results as JSON when asked to.
 
     What a user can fix - a `SlimError`, a full disk, no permission, too little memory - is one line on standard error

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from megatron_slim.aliases import Context
 
 
 def documents_of(length: int, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
@@ -57,7 +58,7 @@ class _Normalised(torch.autograd.Function):
     """Keeps its output and the inverse norms."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Context, x: Tensor, eps: float) -> Tensor:
         inverse = x.square().sum(-1, keepdim=True).add_(eps).rsqrt_()
         output = x * inverse
         ctx.save_for_backward(output, inverse)
@@ -65,7 +66,7 @@ class _Normalised(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context, d_output: Tensor) -> tuple[Tensor, None]:
         output, inverse = ctx.saved_tensors
         along = (d_output * output).sum(-1, keepdim=True)
         return torch.addcmul(d_output, output, along, value=-1).mul_(inverse), None
@@ -75,14 +76,16 @@ class _CausalConvolution(torch.autograd.Function):
     """Keeps what it is given; the backward pass convolves again."""
 
     @staticmethod
-    def forward(ctx: Any, documents: list[tuple[int, int]], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Context, documents: list[tuple[int, int]], x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
         ctx.documents = documents
         ctx.save_for_backward(x, weight, bias)
         return F.silu(_convolved(documents, x, weight, bias), inplace=True)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, d_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         d = torch.ops.aten.silu_backward(d_output, _convolved(ctx.documents, x, weight, bias))
         d_x, d_weight = d * weight[:, -1], torch.zeros_like(weight)

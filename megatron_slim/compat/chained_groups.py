@@ -7,14 +7,19 @@ groups, which hold the step and the rates, by the number of the optimizer: with 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
+
+from megatron_slim.aliases import ParamGroup, StateDict
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 
 GROUPS = "groups"
 # What a group is known by, apart from rates, which may be given anew, and from whether it is of experts.
 _KNOWN_BY = ("optimizer", "wd_mult", "pre_wd_mult", "lr_mult", "pre_lr_mult", "is_decoupled_lr")
 
 
-def save_groups_in_one_list(optimizer: Any) -> None:
+def save_groups_in_one_list(optimizer: ChainedOptimizer) -> None:
     """Have a chain of optimizers save all its groups in one list, and find its own in such a list.
 
     Args:
@@ -24,7 +29,7 @@ def save_groups_in_one_list(optimizer: Any) -> None:
         return
     save, load = optimizer.sharded_state_dict, optimizer.load_state_dict
 
-    def sharded_state_dict(model: Any, is_loading: bool = False, **kwargs: Any) -> Any:
+    def sharded_state_dict(model: object, is_loading: bool = False, **kwargs: object) -> StateDict:
         found = save(model, is_loading, **kwargs)
         inner = [_inner(part) for part in found.values()]
         # Buffers of the distributed optimizer, which belong to a layout, come with their groups as one object.
@@ -33,7 +38,7 @@ def save_groups_in_one_list(optimizer: Any) -> None:
             found[GROUPS] = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         return found
 
-    def load_state_dict(state: Any) -> None:
+    def load_state_dict(state: StateDict) -> None:
         if GROUPS in state:
             state = _by_optimizer(optimizer.chained_optimizers, state)
         load(state)
@@ -41,7 +46,7 @@ def save_groups_in_one_list(optimizer: Any) -> None:
     optimizer.sharded_state_dict, optimizer.load_state_dict = sharded_state_dict, load_state_dict
 
 
-def _by_optimizer(optimizers: Sequence[Any], state: dict[Any, Any]) -> dict[int, Any]:
+def _by_optimizer(optimizers: Sequence[MegatronOptimizer], state: StateDict) -> StateDict:
     """A loaded state as Megatron's optimizers read it: each with the groups that are its own."""
     saved = {_name(group): group for group in state[GROUPS]}
     parts = {}
@@ -58,11 +63,11 @@ def _by_optimizer(optimizers: Sequence[Any], state: dict[Any, Any]) -> dict[int,
     return parts
 
 
-def _name(group: dict[str, Any]) -> tuple[Any, ...]:
+def _name(group: ParamGroup) -> tuple[object, ...]:
     return tuple(group.get(key) for key in _KNOWN_BY)
 
 
-def _inner(part: dict[str, Any]) -> dict[str, Any]:
+def _inner(part: StateDict) -> StateDict:
     """Where the groups are: fp32 parameters have nothing around them."""
-    found: dict[str, Any] = part.get("optimizer", part)
+    found: StateDict = part.get("optimizer", part)
     return found

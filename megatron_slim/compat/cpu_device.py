@@ -7,11 +7,12 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import torch
+
+from megatron_slim.aliases import Function
 
 _CPU = torch.device("cpu")
 
@@ -26,10 +27,10 @@ def answer() -> None:
 def _redirect_generator() -> None:
     """Megatron's generator states are those of the CPU generator."""
 
-    def get_rng_state(device: Any = None) -> torch.Tensor:
+    def get_rng_state(device: object = None) -> torch.Tensor:
         return torch.get_rng_state()
 
-    def set_rng_state(new_state: torch.Tensor, device: Any = None) -> None:
+    def set_rng_state(new_state: torch.Tensor, device: object = None) -> None:
         torch.set_rng_state(new_state)
 
     def manual_seed(seed: int) -> None:
@@ -40,18 +41,18 @@ def _redirect_generator() -> None:
         module.manual_seed = manual_seed  # type: ignore[attr-defined]
 
 
-def _resident_bytes(*_: Any, **__: Any) -> int:
+def _resident_bytes(*_: object, **__: object) -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
 
 
-def _peak_resident_bytes(*_: Any, **__: Any) -> int:
+def _peak_resident_bytes(*_: object, **__: object) -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _memory_stats(*_: Any, **__: Any) -> dict[str, int]:
+def _memory_stats(*_: object, **__: object) -> dict[str, int]:
     now, peak = _resident_bytes(), _peak_resident_bytes()
     return {
         "reserved_bytes.all.current": now,
@@ -65,7 +66,7 @@ def _replace_device_queries() -> None:
     """Answer what Megatron asks of its device; memory is this process's resident set."""
     # Compute capability 10: Megatron then asks for no CUDA_DEVICE_MAX_CONNECTIONS.
     properties = SimpleNamespace(name="cpu", major=10, minor=0, multi_processor_count=os.cpu_count() or 1)
-    answers: dict[str, Callable[..., Any]] = {
+    answers: dict[str, Function] = {
         "current_device": lambda: _CPU,
         "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         "set_device": lambda device: None,
@@ -89,17 +90,17 @@ def _replace_device_queries() -> None:
 class _Stream:
     """A CUDA stream on a device that does everything in order."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
         return 0, 0
 
-    def wait_stream(self, stream: Any) -> None:
+    def wait_stream(self, stream: object) -> None:
         pass
 
-    def wait_event(self, event: Any) -> None:
+    def wait_event(self, event: object) -> None:
         pass
 
     def record_event(self, event: _Event | None = None) -> _Event:
@@ -114,13 +115,13 @@ class _Stream:
 class _Event:
     """A CUDA event: the time at which it was recorded."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         self.seconds = 0.0
 
-    def record(self, stream: Any = None) -> None:
+    def record(self, stream: object = None) -> None:
         self.seconds = time.perf_counter()
 
-    def wait(self, stream: Any = None) -> None:
+    def wait(self, stream: object = None) -> None:
         pass
 
     def query(self) -> bool:
@@ -134,7 +135,7 @@ class _Event:
 
 
 @contextlib.contextmanager
-def _stream_context(stream: Any) -> Iterator[None]:
+def _stream_context(stream: object) -> Iterator[None]:
     yield
 
 

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor, autograd
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
+from megatron_slim.aliases import Context, Function
 from megatron_slim.compat.patch import NOT_REPORTED, SPEED, Patch
 from megatron_slim.products import linear
 from megatron_slim.weight_gradient import weight_gradient
@@ -22,13 +24,13 @@ class _Linear(autograd.Function):
     """Inputs [n, k] times the transpose of a weight [m, k]."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Context, inputs: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(inputs, weight)
         return linear(inputs, weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Context, d_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
         inputs, weight = ctx.saved_tensors
         of_inputs = linear(d_outputs, weight.t()) if ctx.needs_input_grad[0] else None
         return of_inputs, weight_gradient(weight, d_outputs, inputs)
@@ -62,9 +64,9 @@ LINEAR_LAYERS = Patch(
 )
 
 
-def _unless_sorted(sort: Callable[..., Any]) -> Callable[..., Any]:
+def _unless_sorted(sort: Function) -> Function:
     def run(
-        rows: Tensor, sizes: Tensor, order: Tensor, probs: Tensor | None = None, **kwargs: Any
+        rows: Tensor, sizes: Tensor, order: Tensor, probs: Tensor | None = None, **kwargs: object
     ) -> tuple[Tensor, Tensor | None]:
         if bool((order[1:] > order[:-1]).all()):
             return rows, probs
@@ -92,9 +94,9 @@ class _Done:
         pass
 
 
-def _coalescing_unless_alone(together: Callable[..., Any]) -> Callable[..., Any]:
+def _coalescing_unless_alone(together: Function) -> Function:
     @contextlib.contextmanager
-    def coalesce(group: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    def coalesce(group: ProcessGroup, *args: object, **kwargs: object) -> Iterator[object]:
         if group.size() == 1:
             yield _Done()
         else:
@@ -104,8 +106,8 @@ def _coalescing_unless_alone(together: Callable[..., Any]) -> Callable[..., Any]
     return coalesce
 
 
-def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
-    def run(output: Tensor, own: Tensor, *args: Any, group: Any, **kwargs: Any) -> Any:
+def _unless_alone(collective: Function) -> Function:
+    def run(output: Tensor, own: Tensor, *args: object, group: ProcessGroup, **kwargs: object) -> object:
         if group.size() > 1:
             return collective(output, own, *args, group=group, **kwargs)
         if output.data_ptr() != own.data_ptr():

@@ -6,20 +6,20 @@ import contextlib
 import functools
 import logging
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 
+from megatron_slim.aliases import Function
 from megatron_slim.compat.patch import CPU, NOT_REPORTED, Patch, instead
 
 _RANDOM = "megatron.core.tensor_parallel.random"
 
 
-def _get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+def _get_state(device: object = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
     return torch.get_rng_state()
 
 
-def _set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+def _set_state(new_state: torch.Tensor, device: object = -1, graph_safe: bool = False) -> None:
     torch.set_rng_state(new_state)
 
 
@@ -50,7 +50,7 @@ SHARED_STORAGE = Patch(
 )
 
 
-def _in_no_context(**_: Any) -> contextlib.AbstractContextManager[None]:
+def _in_no_context(**_: object) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
@@ -73,7 +73,7 @@ NO_FP8 = Patch(
 )
 
 
-def _moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+def _moved(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
@@ -87,7 +87,7 @@ TOKEN_COUNTS = Patch(
 )
 
 
-def _allowing_no_cuda(initialise: Any) -> Any:
+def _allowing_no_cuda(initialise: Function) -> Function:
     return functools.partial(initialise, allow_no_cuda=True)
 
 

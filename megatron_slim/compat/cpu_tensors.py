@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.utils._device import _device_constructors
+
+from megatron_slim.aliases import Function
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
@@ -31,22 +31,22 @@ def disable_compilation() -> None:
     torch.compile = _as_it_is
 
 
-def _as_it_is(model: Any = None, **_: Any) -> Any:
+def _as_it_is(model: Function | None = None, **_: object) -> Function:
     """`torch.compile` that compiles nothing; it is a decorator with and without options."""
     return model if model is not None else lambda function: function
 
 
-def _is_cuda(device: Any) -> bool:
+def _is_cuda(device: object) -> bool:
     if isinstance(device, torch.device):
         return device.type == "cuda"
     return isinstance(device, str) and device.split(":")[0] == "cuda"
 
 
-def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+def _on_cpu(function: Function) -> Function:
     """Replace a CUDA ``device=`` by the CPU. Device ordinals, which are integers, mean CUDA too."""
 
     @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: object, **kwargs: object) -> object:
         kwargs.pop("pin_memory", None)  # which is for copies to a GPU
         device = kwargs.get("device")
         if device is not None and (_is_cuda(device) or type(device) is int):
@@ -68,17 +68,18 @@ def redirect() -> None:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in _METHODS:
         setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
-    convert, type_name = torch.Tensor.to, torch.Tensor.type
+    convert: Function = torch.Tensor.to
+    type_name: Function = torch.Tensor.type
 
-    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def to(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         if args and (_is_cuda(args[0]) or type(args[0]) is int):
             args = (_CPU, *args[1:])
         return convert(self, *args, **kwargs)
 
-    def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def cuda(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         return self
 
-    def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def tensor_type(self: torch.Tensor, *args: object, **kwargs: object) -> object:
         answer = type_name(self, *args, **kwargs)
         # Megatron's optimizers distinguish precisions by this string.
         return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from megatron_slim.compat.patch import BUG, NOT_REPORTED, Patch
 
 
-def _already_built(_: Any) -> Callable[[], None]:
+def _already_built(_: object) -> Callable[[], None]:
     from megatron.core.datasets import helpers_cpp
 
     assert helpers_cpp is not None

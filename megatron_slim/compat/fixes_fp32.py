@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from megatron_slim.aliases import Function
 from megatron_slim.compat.patch import BUG, Patch
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+    from megatron.core.transformer.moe.router import TopKRouter
 
 _SHARDED = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 _PLAIN = "megatron.core.optimizer.optimizer:Float16OptimizerWithFloat16Params"
@@ -21,7 +26,7 @@ def _with_counts(maintain: Callable[..., None]) -> Callable[..., None]:
     """Megatron's own remedy for ``expert_bias``, extended."""
 
     @functools.wraps(maintain)
-    def run(self: Any) -> None:
+    def run(self: TopKRouter) -> None:
         maintain(self)
         for name in _ROUTER_COUNTERS:
             count = getattr(self, name)
@@ -52,9 +57,9 @@ RESTORED_PARAMETERS = Patch(
 )
 
 
-def _fp32_first(build: Callable[..., Any]) -> Callable[..., Any]:
+def _fp32_first(build: Function) -> Function:
     @functools.wraps(build)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: object, **kwargs: object) -> object:
         _, groups = build(*args, **kwargs)
         for group in groups:
             group["params"].sort(key=lambda parameter: parameter.dtype != torch.float32)
@@ -80,11 +85,11 @@ ORDERED_PARAMETERS = Patch(
 )
 
 
-def _showing_all(method: Callable[..., Any]) -> Callable[..., Any]:
+def _showing_all(method: Function) -> Function:
     """For the time of a call the optimizer is shown all its parameters; those in fp32 are their own main parameters."""
 
     @functools.wraps(method)
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def run(self: Float16OptimizerWithFloat16Params, *args: object, **kwargs: object) -> object:
         if self.is_stub_optimizer:
             return method(self, *args, **kwargs)
         own = self.float16_groups, self.fp32_from_float16_groups

@@ -5,17 +5,21 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
+from megatron_slim.aliases import Function, ParamGroup, StateDict
 from megatron_slim.compat.patch import BUG, NOT_REPORTED, Patch
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 
 _OPTIMIZER = "megatron.core.optimizer.optimizer"
 _SHARDED = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 
 
-def _with_padding(compute: Callable[..., Any]) -> Callable[..., Any]:
+def _with_padding(compute: Function) -> Function:
     @functools.wraps(compute)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: object, **kwargs: object) -> object:
         layout = compute(*args, **kwargs)
         layout.per_bucket_numel_unpadded = [end - start for start, end in layout.bucket_indices]
         return layout
@@ -37,14 +41,14 @@ BUCKET_PADDING = Patch(
 _RATES = ("max_lr", "min_lr")
 
 
-def _override(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> None:
+def _override(saved: list[ParamGroup], own: list[ParamGroup]) -> None:
     """Give saved groups the rates of those here, which are the same but for these."""
     from megatron.core.optimizer.optimizer import param_group_identifier_keys
     from megatron.training import get_args
 
     others = [key for key in param_group_identifier_keys if key not in _RATES]
 
-    def name(group: dict[str, Any]) -> tuple[Any, ...]:
+    def name(group: ParamGroup) -> tuple[object, ...]:
         return tuple(group.get(key, group.get(f"pre_{key}")) for key in others)
 
     given = {name(group): {key: group.get(key) for key in _RATES} for group in own}
@@ -55,7 +59,7 @@ def _override(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> None:
 
 def _loading_overridden(load: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(load)
-    def run(self: Any, state_dict: Any) -> None:
+    def run(self: MegatronOptimizer, state_dict: StateDict) -> None:
         if "optimizer" in state_dict:
             _override(state_dict["optimizer"]["param_groups"], self.optimizer.param_groups)
         load(self, state_dict)
@@ -63,9 +67,9 @@ def _loading_overridden(load: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _pairing_overridden(pair: Callable[..., Any]) -> Callable[..., Any]:
+def _pairing_overridden(pair: Function) -> Function:
     @functools.wraps(pair)
-    def run(current: Any, saved: Any) -> Any:
+    def run(current: list[ParamGroup], saved: list[ParamGroup]) -> object:
         _override(saved, current)
         return pair(current, saved)
 
@@ -85,13 +89,13 @@ OTHER_RATES = Patch(
 
 def _loading_any(load: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(load)
-    def run(self: Any, state_dict: Any) -> None:
+    def run(self: MegatronOptimizer, state_dict: StateDict) -> None:
         load(self, _for_optimizers(self.chained_optimizers, state_dict))
 
     return run
 
 
-def _for_optimizers(optimizers: list[Any], state_dict: Any) -> Any:
+def _for_optimizers(optimizers: list[MegatronOptimizer], state_dict: StateDict) -> StateDict:
     """A state dict, in which what was saved and what was asked for are merged, as these optimizers read it."""
     numbered = {key: part for key, part in state_dict.items() if isinstance(key, int)}
     rest = {key: part for key, part in state_dict.items() if not isinstance(key, int)}
@@ -102,7 +106,7 @@ def _for_optimizers(optimizers: list[Any], state_dict: Any) -> Any:
     return parts if len(optimizers) > 1 else parts[0]
 
 
-def _for_optimizer(optimizer: Any, saved: list[dict[str, Any]], own: dict[str, Any]) -> dict[str, Any]:
+def _for_optimizer(optimizer: MegatronOptimizer, saved: list[ParamGroup], own: StateDict) -> StateDict:
     """The tensors that one optimizer asked for, with the groups of all that were saved, of which it picks its own."""
     experts = any(group["is_expert_parallel"] for group in optimizer.param_groups)
     groups = [{**group, "is_expert_parallel": experts} for part in saved for group in _inner(part)["param_groups"]]
@@ -114,7 +118,7 @@ def _for_optimizer(optimizer: Any, saved: list[dict[str, Any]], own: dict[str, A
     return {**saved[0], **own, "optimizer": inner} if "optimizer" in saved[0] else inner
 
 
-def _inner(part: dict[str, Any]) -> dict[str, Any]:
+def _inner(part: StateDict) -> StateDict:
     """Where the groups are: fp32 parameters without the distributed optimizer have nothing around them."""
     return part.get("optimizer", part)
 
@@ -133,7 +137,7 @@ OTHER_EXPERT_PARALLELISM = Patch(
 
 def _of_something(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
-    def run(self: Any, chained_optimizers: list[Any]) -> None:
+    def run(self: ChainedOptimizer, chained_optimizers: list[MegatronOptimizer]) -> None:
         # The same ones on all ranks: they agree on the groups of parameters.
         some = [each for each in chained_optimizers if not getattr(each, "is_stub_optimizer", False)]
         init(self, some or chained_optimizers)

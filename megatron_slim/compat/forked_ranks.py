@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable
-from typing import Any
 
+from megatron_slim.aliases import Function
 from megatron_slim.compat.patch import NOT_REPORTED, SPEED, Patch
 
 
-def _parsed_once(parse: Callable[..., Any]) -> Callable[..., Any]:
+def _parsed_once(parse: Function) -> Function:
     from megatron.training.argument_utils import ArgumentGroupFactory
 
     parsed = functools.cache(lambda source: parse(object.__new__(ArgumentGroupFactory), source))
@@ -27,7 +26,7 @@ HELP_OF_FLAGS = Patch(
 )
 
 
-def _forked(_: Any) -> tuple[str]:
+def _forked(_: object) -> tuple[str]:
     return ("fork",)
 
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_slim.aliases import Document, Function, JsonObject, ParamGroup
 from megatron_slim.compat.chained_groups import save_groups_in_one_list
 from megatron_slim.compat.patch import BUG, HOOK, NOT_REPORTED, Patch
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
+
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.transformer import MegatronModule
 
 _LOOP = "megatron.training.training"
 
@@ -23,12 +31,12 @@ PIPELINE = Patch(
 )
 
 
-def around_schedules(run: Callable[..., Any]) -> None:
+def around_schedules(run: Function) -> None:
     """Have Megatron's loop call ``run(schedule, **arguments)`` in place of a pipeline schedule, on every rank."""
 
-    def change(choose: Callable[..., Any]) -> Callable[..., Any]:
+    def change(choose: Function) -> Function:
         @functools.wraps(choose)
-        def chosen(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        def chosen(*args: object, **kwargs: object) -> Function:
             schedule = choose(*args, **kwargs)
             return functools.wraps(schedule)(functools.partial(run, schedule))
 
@@ -47,16 +55,24 @@ SCHEDULE = Patch(
 )
 
 
-def keep_schedule_with_iterations(start: int, at_start: Callable[[list[Any], Any], None] | None = None) -> None:
+def keep_schedule_with_iterations(
+    start: int, at_start: Callable[[list[MegatronModule], MegatronOptimizer], None] | None = None
+) -> None:
     """Have Megatron's schedules be where the iteration is, whatever was loaded.
 
     A run that finds no checkpoint of its own begins at ``start``, its data too, and with what ``at_start(model chunks,
     optimizer)`` does when the weights are loaded and the schedule is there.
     """
 
-    def change(load: Callable[..., Any]) -> Callable[..., Any]:
+    def change(load: Function) -> Function:
         @functools.wraps(load)
-        def load_and_keep(model: Any, optimizer: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        def load_and_keep(
+            model: list[MegatronModule],
+            optimizer: MegatronOptimizer,
+            scheduler: OptimizerParamScheduler | None,
+            *args: object,
+            **kwargs: object,
+        ) -> tuple[object, ...]:
             from megatron.training import get_args
 
             found, *rest = load(model, optimizer, scheduler, *args, **kwargs)
@@ -86,7 +102,7 @@ def scale_learning_rate(factor: Callable[[float], float]) -> None:
 
     def change(get: Callable[..., float]) -> Callable[..., float]:
         @functools.wraps(get)
-        def scaled(self: Any, param_group: dict[str, Any]) -> float:
+        def scaled(self: OptimizerParamScheduler, param_group: ParamGroup) -> float:
             from megatron.training import get_args
 
             return float(get(self, param_group) * factor(self.num_steps / get_args().global_batch_size))
@@ -109,9 +125,9 @@ OPTIMIZER_NAMES = Patch(
 def take_optimizers(names: Iterable[str]) -> None:
     """Have Megatron's parser take these names of optimizers in addition to its own."""
 
-    def change(add: Callable[..., Any]) -> Callable[..., Any]:
+    def change(add: Function) -> Function:
         @functools.wraps(add)
-        def add_with_names(parser: Any) -> Any:
+        def add_with_names(parser: ArgumentParser) -> ArgumentParser:
             found = add(parser)
             (action,) = (each for each in found._actions if each.dest == "optimizer")
             action.choices = [*action.choices, *(name for name in names if name not in action.choices)]
@@ -136,21 +152,21 @@ OPTIMIZERS = Patch(
 )
 
 
-def use_optimizers(entries: Mapping[str, Any], after_step: Callable[[], None]) -> None:
+def use_optimizers(entries: Document, after_step: Callable[[], None]) -> None:
     """Have Megatron build these optimizers by their names, and every rank call ``after_step`` after each step."""
 
-    def registry(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    def registry(theirs: Document) -> JsonObject:
         return {**theirs, **entries}
 
-    def change(build: Callable[..., Any]) -> Callable[..., Any]:
+    def change(build: Function) -> Function:
         @functools.wraps(build)
-        def build_watched(*args: Any, **kwargs: Any) -> Any:
+        def build_watched(*args: object, **kwargs: object) -> MegatronOptimizer:
             optimizer = build(*args, **kwargs)
             save_groups_in_one_list(optimizer)
             step = optimizer.step
 
             @functools.wraps(step)
-            def watched() -> Any:
+            def watched() -> object:
                 found = step()
                 after_step()
                 return found
@@ -174,14 +190,14 @@ class _LastIteration(dict[str, Any]):
         return value.double() * max(1, self["advanced iterations"]) if torch.is_tensor(value) else value
 
 
-def _of_one_iteration(log: Callable[..., Any]) -> Callable[..., Any]:
+def _of_one_iteration(log: Function) -> Function:
     """Losses and schedules are those of the iteration; counts and times stay those since the last line."""
     sums = _LastIteration()
 
     @functools.wraps(log)
     def log_one(
-        losses: Any, _: Any, rate: Any, iteration: int, *args: Any, is_first_iteration: bool, **more: Any
-    ) -> Any:
+        losses: object, _: object, rate: object, iteration: int, *args: object, is_first_iteration: bool, **more: object
+    ) -> object:
         from megatron.training import get_args
 
         for name in sums.keys() - _LOG_COUNTERS:

@@ -11,12 +11,11 @@ value dimension K and V.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_slim.aliases import Context
 from megatron_slim.compat.causal_convolution import causal_conv1d, documents_of, l2norm
 from megatron_slim.compat.delta_rule_chunks import CHUNK, Constants, Group, add, copied
 
@@ -107,7 +106,7 @@ class _GatedDeltaRule(torch.autograd.Function):
     """All groups in turn; for the backward pass the state before each chunk is kept, and little else."""
 
     @staticmethod
-    def forward(ctx: Any, chunks: _Chunks, keep: bool, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Context, chunks: _Chunks, keep: bool, *inputs: Tensor) -> Tensor:
         padded = [chunks.pad(x) for x in inputs]
         query, key, value, g, beta = map(_by_chunk, padded)
         output, scale = torch.empty_like(padded[2], dtype=query.dtype), query.shape[-1] ** -0.5
@@ -137,7 +136,7 @@ class _GatedDeltaRule(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, d_output: Tensor) -> tuple[Tensor | None, ...]:
         chunks, kept = ctx.chunks, ctx.saved_tensors[5:]
         padded = [chunks.pad(x) for x in (*ctx.saved_tensors[:5], d_output)]
         query, key, value, g, beta, d_read = map(_by_chunk, padded)

@@ -23,10 +23,10 @@ SPEED = "speed"  # on a CPU
 Change: TypeAlias = Callable[[Any], Any]
 
 # By target: what Megatron had there, and what is there now.
-MADE: dict[str, tuple[Any, Any]] = {}
+MADE: dict[str, tuple[object, object]] = {}
 
 
-def instead(value: Any) -> Change:
+def instead(value: object) -> Change:
     """A change that does not look at what is there."""
     return lambda _: value
 

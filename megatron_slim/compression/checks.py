@@ -15,7 +15,7 @@ from megatron_slim.architecture.hf_config import shape_to_hf_config
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.compression.estimate import first_student
 from megatron_slim.compression.settings import RunSettings
-from megatron_slim.compression.steps import TRAIN, command_line, measures, steps
+from megatron_slim.compression.steps import RECIPE_FILE, TRAIN, command_line, measures, steps
 from megatron_slim.data import data_prefix, exact_prefix, open_stream
 from megatron_slim.errors import EXIT_USER_ERROR, DataError, SlimError, last_error
 from megatron_slim.extras import require
@@ -26,8 +26,6 @@ from megatron_slim.training.blends import parse_blend
 
 if TYPE_CHECKING:
     from megatron_slim.checkpoint.convert import Checkpoint
-
-MODULE = "megatron_slim.cli.pretrain"
 
 
 def check(settings: RunSettings) -> ModelShape:
@@ -86,16 +84,19 @@ def _check_training(settings: RunSettings, teacher: Checkpoint) -> None:
     config = shape_to_hf_config(student, teacher.config)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(to_json(config))
-        asked = [*command_line(train), "--launcher", "torchrun", "--dry-run"]
+        recipe = Path(folder, RECIPE_FILE)  # that of the run may not be there yet
+        recipe.write_text(settings.text)
+        asked = [*command_line(train), "--recipe", str(recipe), "--launcher", "torchrun", "--dry-run"]
         shown = subprocess.run(asked, capture_output=True, text=True, check=False)
         text = shown.stdout.replace(str(train.output), f"{folder}/run")
         words = shlex.split(text) if shown.returncode == 0 else []
         if words:
             world = str(int(_after(words, "--nproc-per-node")) * int(_after(words, "--nnodes")))
-            arguments = _of_one_run(words[words.index(MODULE) + 1 :], folder, settings.stops[-1])
+            program, arguments = _program(words[words.index("--master-port") + 2 :])
+            arguments = _of_one_run(arguments, folder, settings.stops[-1])
             one = {"WORLD_SIZE": world, "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
             shown = subprocess.run(
-                [sys.executable, "-m", MODULE, *arguments, "--check-arguments"],
+                [sys.executable, *program, *arguments, "--check-arguments"],
                 env=os.environ | one,
                 capture_output=True,
                 text=True,
@@ -115,6 +116,11 @@ def _has_gpus() -> bool:
 
 def _after(words: Sequence[str], flag: str) -> str:
     return words[words.index(flag) + 1]
+
+
+def _program(job: Sequence[str]) -> tuple[list[str], Sequence[str]]:
+    """What a rank runs, as Python is told of it, and its arguments: our module, or a file that ``PROGRAM`` names."""
+    return (["-m", job[1]], job[2:]) if job[0] == "--module" else ([job[0]], job[1:])
 
 
 def _of_one_run(arguments: Sequence[str], config: str, iterations: int) -> list[str]:

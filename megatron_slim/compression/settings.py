@@ -38,7 +38,7 @@ class RunSettings:
         calibration_data: what calibration draws its samples from.
         evaluation_data: what is evaluated on; None where nothing is.
         save: directory of everything that the run makes.
-        megatron: arguments that go to Megatron as they are.
+        megatron: arguments that go to Megatron as they are, behind those of the recipe.
     """
 
     file: Path
@@ -51,6 +51,11 @@ class RunSettings:
     evaluation_data: Path | None
     save: Path
     megatron: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The recipe with all replaced values, as a file has it."""
+        return yaml.safe_dump(dict(self.document), sort_keys=False)
 
     @property
     def phases(self) -> tuple[Recipe, ...]:
@@ -151,7 +156,7 @@ def read_settings(
         calibration_data.absolute(),
         None if evaluation_data is None else evaluation_data.absolute(),
         save.absolute(),
-        (*parsed.run.get("train", {}).get("flags", ()), *megatron),
+        tuple(megatron),
     )
     _ = found.stops  # raises where there are no tokens
     return found

@@ -12,8 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_slim import __version__
 from megatron_slim.compression.settings import RunSettings
 from megatron_slim.compression.steps import RECIPE_FILE, SECTION, TRAIN, Step
@@ -92,9 +90,8 @@ class RunState:
         """Write the file, and the recipe next to it."""
         write_atomic(self.path, to_json(self._document()))
         recipe = self._settings.save / RECIPE_FILE
-        text = yaml.safe_dump(dict(self._settings.document), sort_keys=False)
-        if not recipe.is_file() or recipe.read_text() != text:
-            write_atomic(recipe, text)
+        if not recipe.is_file() or recipe.read_text() != self._settings.text:
+            write_atomic(recipe, self._settings.text)
 
     def set(self, step: Step, state: str, seconds: float = 0.0) -> None:
         """A step has begun, or ended after so many seconds."""

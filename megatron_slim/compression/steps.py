@@ -39,8 +39,6 @@ SECTION = {
     EVALUATE_FP8: "evaluate",
 }
 RECIPE_FILE, MODEL, MODEL_FP8 = "recipe.yaml", "model", "model-fp8"
-# Values of ``train`` that are not arguments of `megatron-slim distill`.
-_OWN = ("tokens", "flags", "carry_optimizer", "moments_of_merged")
 _ACCEPTANCE = ("acceptance", "draft_tokens", "max_new_tokens", "num_prompts", "prompt_tokens", "micro_batch_size")
 
 
@@ -211,13 +209,13 @@ def _plan_page(settings: RunSettings, phase: int, pruned: Path, page: Path) -> l
 
 
 def _train(settings: RunSettings, phase: int, pruned: Path, training: Path) -> Step:
-    train = {key: value for key, value in settings.section("train").items() if key not in _OWN}
     command = ["distill", "--teacher", str(settings.teacher), "--student", str(pruned), "--save", str(training)]
     command += ["--data", *settings.data]
     command += ["--valid-data", *settings.valid_data] if settings.valid_data else []
+    command += ["--recipe", str(settings.save / RECIPE_FILE)]
     command += ["--progressive"] if settings.recipe.phases else ["--train-iters", str(settings.stops[0])]
     command += ["--carry-optimizer"] if _carrying(settings, phase) else []
-    command += [*_options(train), *settings.megatron]
+    command += settings.megatron
     stop = settings.stops[phase - 1]
     show = ("show-run", str(training), "--json")
     return _step(settings, TRAIN, phase, tuple(command), training, lambda: last_iteration(training) == stop, show)

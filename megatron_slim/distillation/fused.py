@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_slim.aliases import Context
 from megatron_slim.distillation.divergences import KDLoss
 from megatron_slim.distillation.functions import values_and_gradient
 from megatron_slim.distillation.output_layer import OutputLayer, block_rows
@@ -95,7 +95,7 @@ def fused_losses(
 class _FusedLosses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         shard: VocabShard,
         inputs: DistillationInputs,
         expected: Upstream | None,
@@ -114,7 +114,7 @@ class _FusedLosses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         given, gradients = (*upstream[:2], *upstream[3:]), ctx.gradients
         if gradients is None:
             weight, *hidden = ctx.saved_tensors

@@ -49,7 +49,7 @@ class Gathered:
         return _assembled(self._parts[key], received)
 
 
-def _exchanged(parts: list[_Part], group: Any) -> list[list[_Part]]:
+def _exchanged(parts: list[_Part], group: torch.distributed.ProcessGroup) -> list[list[_Part]]:
     """What each rank of a group has."""
     everywhere: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(everywhere, parts, group=group)

@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import megatron_slim.mcore
 
@@ -133,13 +132,13 @@ class HiddenDistillation(nn.Module):
         assert now.done == set(self.pairs), f"layers were passed over: {now.done} of {self.pairs}"
         self._now = None
 
-    def _keep(self, layer: int, module: nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> None:
+    def _keep(self, layer: int, module: nn.Module, inputs: object, output: tuple[Tensor, object]) -> None:
         if self._now is not None:
             self._now.targets[layer] = output[0].detach()
 
     def _add_loss(
-        self, pair: LayerPair, module: nn.Module, inputs: Any, output: tuple[Tensor, Any]
-    ) -> tuple[Tensor, Any] | None:
+        self, pair: LayerPair, module: nn.Module, inputs: object, output: tuple[Tensor, object]
+    ) -> tuple[Tensor, object] | None:
         """Put the loss into the graph, whose value changes nothing; its gradient comes as Megatron's auxiliary ones do.
 
         Megatron's schedules set by how much: by the loss scale, and not by the number of tokens, by which all gradients

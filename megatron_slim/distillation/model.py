@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import megatron_slim.mcore
 
@@ -60,12 +59,12 @@ class DistillationModel(HiddenStatesModel):
 
     def __init__(
         self,
-        *args: Any,
+        *args: object,
         options: DistillationOptions,
         teacher: HiddenStatesModel | None = None,
         recorded: RecordedTeacher | None = None,
         timed_losses: Callable[[], AbstractContextManager[None]] = nullcontext,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """Build the student, a frozen teacher of the same pipeline stage co-located with it.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -84,7 +83,7 @@ def add(target: Tensor, index: Index, content: Tensor) -> None:
         view.index_add_(dim, rows, content)
         return
     part = view.index_select(dim, rows)
-    rest: list[Any] = [slice(None)] * len(index)
+    rest: list[slice | Tensor] = [slice(None)] * len(index)
     for other, those in others:
         rest[other] = those
     add(part, tuple(rest), content)

@@ -1,7 +1,7 @@
 """The terms of the loss, and their weights: one dictionary that everybody reads (imports no torch).
 
-SlimQwen eq. 12 is its first five entries. A further term is another entry, from this package or from outside, made
-before arguments are parsed: flags, checks, sum, log, figures and pictures follow.
+SlimQwen eq. 12 is its first five entries, those of heads; the sixth is of layers. A further term is another entry, from
+this package or from outside, made before arguments are parsed: flags, checks, sum, log, figures and pictures follow.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ class LossWeight:
 
 # What `fused` computes of every head in closed form, from one softmax.
 CROSS_ENTROPY, DIVERGENCE, TEACHER_CROSS_ENTROPY = "cross entropy", "divergence", "teacher's cross entropy"
+HIDDEN_STATES = "distance of hidden states"  # what `hidden` computes of pairs of layers, where the layers are
+HIDDEN = "hidden"  # the one entry that is of layers and not of heads
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class LossTerm:
     Attributes:
         name: in the log; ends in `SUFFIX`.
         of: a function, or one of those in closed form: `CROSS_ENTROPY` with the label, `DIVERGENCE` from the teacher
-            (``--kd-loss``), `TEACHER_CROSS_ENTROPY`.
+            (``--kd-loss``), `TEACHER_CROSS_ENTROPY`; or `HIDDEN_STATES`.
         weight: None for what is logged and not minimised.
         rest: the term is multiplied by 1 - weight, where another term of the run is multiplied by the weight.
         mtp: of the MTP heads, the mean over depths, and multiplied by `MTP_BETA` as well; else of the main head.
@@ -99,6 +101,16 @@ class LossTerm:
         """What computes the term, if that is not in closed form."""
         return None if isinstance(self.of, str) else self.of
 
+    @property
+    def of_layers(self) -> bool:
+        """Whether it is of layers, which are named by ``--hidden-kd-layers``, and not of heads."""
+        return self.of == HIDDEN_STATES
+
+    @property
+    def in_nats(self) -> bool:
+        """Whether it is in nats per token, as all that heads have in closed form; else it has a scale of its own."""
+        return self.function is None and not self.of_layers
+
 
 KD_LAMBDA = LossWeight(
     "kd lambda", Schedule("linear", 1.0, 0.75), "lambda, the weight of KD against LM (SlimQwen section 3.3)"
@@ -106,7 +118,6 @@ KD_LAMBDA = LossWeight(
 MTP_BETA = LossWeight(
     "mtp beta", Schedule("cosine", 0.3, 0.1), "beta, the weight of the MTP losses (SlimQwen section 3.3)"
 )
-# Not of the heads: `hidden` has the losses of layers, which are added where the layers are.
 HIDDEN_KD_WEIGHT = LossWeight(
     "hidden kd weight", Schedule("constant", 1.0, 1.0), "the weight of the loss of hidden states"
 )
@@ -118,16 +129,24 @@ LOSS_TERMS = {
     "teacher_lm": LossTerm("teacher lm loss", TEACHER_CROSS_ENTROPY, needs_teacher=True),
     "mtp_lm": LossTerm("mtp lm loss", CROSS_ENTROPY, KD_LAMBDA, rest=True, mtp=True),
     "mtp_kd": LossTerm("mtp distillation loss", DIVERGENCE, KD_LAMBDA, mtp=True, needs_teacher=True),
+    HIDDEN: LossTerm("hidden distillation loss", HIDDEN_STATES, HIDDEN_KD_WEIGHT, needs_teacher=True),
 }
 
 
 def terms_of(*, has_teacher: bool, has_mtp: bool) -> dict[str, LossTerm]:
-    """The terms of a run, in order."""
+    """The terms of the heads of a run, in order."""
     return {
         key: term
         for key, term in LOSS_TERMS.items()
-        if (has_teacher or not term.needs_teacher) and (has_mtp or not term.mtp)
+        if (has_teacher or not term.needs_teacher) and (has_mtp or not term.mtp) and not term.of_layers
     }
+
+
+def hidden_weight() -> LossWeight:
+    """What the loss of hidden states is multiplied by."""
+    weight = LOSS_TERMS[HIDDEN].weight
+    assert weight is not None  # `check_terms`
+    return weight
 
 
 def weights_of(terms: Iterable[LossTerm]) -> tuple[LossWeight, ...]:
@@ -174,10 +193,19 @@ def check_terms() -> None:
             raise SlimError(f"the name {term.name!r} must end in {SUFFIX!r} and have no /", where=where, fix="rename")
         if term.name in names:
             raise SlimError(f"two terms are called {term.name!r}", where=where, fix="choose another name")
-        if term.function is None and term.of not in (CROSS_ENTROPY, DIVERGENCE, TEACHER_CROSS_ENTROPY):
+        if term.function is None and term.of not in (CROSS_ENTROPY, DIVERGENCE, TEACHER_CROSS_ENTROPY, HIDDEN_STATES):
             raise SlimError(f"nothing is known to compute {term.of!r}", where=where, fix="give a function")
-        if term.of in (DIVERGENCE, TEACHER_CROSS_ENTROPY) and not term.needs_teacher:
+        if term.of in (DIVERGENCE, TEACHER_CROSS_ENTROPY, HIDDEN_STATES) and not term.needs_teacher:
             raise SlimError(f"the {term.of} needs a teacher", where=where, fix="say needs_teacher=True")
+        if term.of_layers != (key == HIDDEN):
+            fix = "choose another short name"
+            raise SlimError(f"the {HIDDEN_STATES} is what {HIDDEN!r} is of, and no other term", where=where, fix=fix)
+        if term.of_layers and (term.weight is None or term.rest or term.mtp):
+            raise SlimError(
+                f"the {HIDDEN_STATES} has a weight of its own and no heads",
+                where=where,
+                fix="give a weight, and leave rest and mtp out",
+            )
         if term.of == TEACHER_CROSS_ENTROPY and term.mtp:
             raise SlimError(f"the {term.of} is of its main head alone", where=where, fix="leave mtp out")
         names.add(term.name)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_slim.aliases import Context
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class VocabShard:
         """Index of this rank among them."""
         return 0 if self.group is None else dist.get_rank(self.group)
 
-    def reduce(self, value: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    def reduce(self, value: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         """All-reduce in place over the ranks that share the vocabulary."""
         if self.ranks > 1:
             dist.all_reduce(value, op=op, group=self.group)
@@ -120,9 +121,9 @@ class VocabShard:
 
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, shard: VocabShard, parts: Tensor) -> Tensor:
+    def forward(ctx: Context, shard: VocabShard, parts: Tensor) -> Tensor:
         return shard.reduce(parts.clone())
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Context, gradient: Tensor) -> tuple[None, Tensor]:
         return None, gradient

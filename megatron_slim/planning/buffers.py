@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megatron_slim.architecture.matrices import has_rest
 from megatron_slim.architecture.shape import ModelShape
@@ -14,9 +14,14 @@ from megatron_slim.optimizers import ADAM, OPTIMIZERS
 from megatron_slim.planning.layouts import Settings, TrainLayout
 from megatron_slim.planning.memory import GRADIENT, Memory
 
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+    from torch import Tensor
+
 
 def buffer_memory(
-    chunk: Any, shape: ModelShape, layout: TrainLayout, settings: Settings, args: Namespace
+    chunk: DistributedDataParallel, shape: ModelShape, layout: TrainLayout, settings: Settings, args: Namespace
 ) -> tuple[Memory, list[int]]:
     """Weights and gradients of one chunk, and bytes of the optimizer's state on every rank of its pipeline stage.
 
@@ -62,12 +67,12 @@ def buffer_memory(
     return Memory(weights=weights_bytes, gradients=gradients), states
 
 
-def _state_bytes(chunk: Any, shape: ModelShape, settings: Settings) -> Callable[[Any], int]:
+def _state_bytes(chunk: DistributedDataParallel, shape: ModelShape, settings: Settings) -> Callable[[Tensor], int]:
     """Bytes of state of an element of a parameter, main copy included."""
     with_rest = {_anywhere(weight.key) for weight in weights(shape) if has_rest(weight)}
     names = {id(parameter): _anywhere(each) for each, parameter in chunk.named_parameters()}
 
-    def bytes_of(parameter: Any) -> int:
+    def bytes_of(parameter: Tensor) -> int:
         optimizer = ADAM if names[id(parameter)] in with_rest else settings.optimizer
         return settings.storage.state_bytes(optimizer, parameter.dtype.itemsize)
 
@@ -79,7 +84,7 @@ def _anywhere(key: str) -> str:
     return re.sub(r"layers\.\d+", "layers", key)
 
 
-def _shards(buffer: Any, shards: int, bytes_of: Callable[[Any], int]) -> list[int]:
+def _shards(buffer: _ParamAndGradBuffer, shards: int, bytes_of: Callable[[Tensor], int]) -> list[int]:
     """Bytes of state in each of a buffer's shards: every bucket is divided evenly, padding included."""
     own = [0] * shards
     for parameter, (start, stop, number) in buffer.param_index_map.items():

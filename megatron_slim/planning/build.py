@@ -15,11 +15,12 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from megatron_slim.aliases import Function, JsonObject, Keywords
 from megatron_slim.architecture.hf_config import shape_to_hf_config
 from megatron_slim.architecture.pipeline_layout import Stages
 from megatron_slim.architecture.shape import ModelShape
@@ -29,6 +30,10 @@ from megatron_slim.planning.flags import megatron_arguments
 from megatron_slim.planning.layouts import Settings, TrainLayout
 from megatron_slim.planning.memory import Memory
 from megatron_slim.planning.parameters import Count
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def build_ranks(request: Request, *, processes: int | None = None) -> list[Built
         return pool.map(_build_rank, ranks, chunksize=1)
 
 
-_state: dict[str, Any] = {}
+_state: JsonObject = {}
 
 
 def _start(request: Request) -> None:
@@ -141,7 +146,9 @@ def _on_meta() -> Iterator[None]:
     from torch.overrides import TorchFunctionMode
 
     class _Meta(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_function__(
+            self, func: Function, types: object, args: tuple[object, ...] = (), kwargs: Keywords | None = None
+        ) -> object:
             kwargs = dict(kwargs or {})
             if kwargs.get("device") is not None:
                 kwargs["device"] = "meta"
@@ -198,7 +205,7 @@ def _build_rank(rank: int) -> BuiltRank:
         return _summed(chunks, layout)
 
 
-def _summed(chunks: list[Any], layout: TrainLayout) -> BuiltRank:
+def _summed(chunks: list[DistributedDataParallel], layout: TrainLayout) -> BuiltRank:
     """Memory of built chunks, in buffers as Megatron's DDP and distributed optimizer would."""
     student, teacher, memory, request = Count(), Count(), Memory(), _state["request"]
     states = [0] * (layout.gpus // layout.pp)
@@ -215,7 +222,7 @@ def _summed(chunks: list[Any], layout: TrainLayout) -> BuiltRank:
     return BuiltRank(replace(memory, optimizer=max(states)), student, teacher)
 
 
-def _count(parameters: Any) -> Count:
+def _count(parameters: Iterable[Tensor]) -> Count:
     found = Count()
     for each in parameters:
         dense = getattr(each, "allreduce", True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.planning import flags
@@ -16,6 +17,7 @@ from megatron_slim.planning.speed import Step
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 WIDE = 108  # columns from which memory is shown in parts
 SHOWN_REASONS = 6
@@ -55,7 +57,7 @@ def memory_entry(memory: Memory) -> dict[str, float]:
     return {**dataclasses.asdict(memory), "static": memory.static, "total": memory.total}
 
 
-def asked_entry(job: Job, tokens: int) -> dict[str, Any]:
+def asked_entry(job: Job, tokens: int) -> JsonObject:
     """Hardware, models and tokens of a plan, for JSON."""
     return {
         "gpus": job.gpus,
@@ -66,7 +68,7 @@ def asked_entry(job: Job, tokens: int) -> dict[str, Any]:
     }
 
 
-def candidate_entry(candidate: Candidate, job: Job, tokens: int, *, built: bool) -> dict[str, Any]:
+def candidate_entry(candidate: Candidate, job: Job, tokens: int, *, built: bool) -> JsonObject:
     """A layout that fits, for JSON."""
     layout, step = candidate.layout, candidate.step
     return {
@@ -92,7 +94,7 @@ def _command(candidate: Candidate, job: Job, tokens: int) -> str:
     return flags.command(candidate.layout, job.settings, tokens, job.gpu.per_node, has_teacher=has_teacher)
 
 
-def rejected_entry(found: Found) -> dict[str, Any]:
+def rejected_entry(found: Found) -> JsonObject:
     """Layouts that are out, and why, for JSON."""
     nearest = found.nearest
     return {
@@ -113,7 +115,7 @@ def model_entry(shape: ModelShape | None) -> dict[str, int] | None:
     return sizes | {"hidden_size": shape.hidden_size, "num_moe_experts": shape.num_moe_experts}
 
 
-def preparation_entry(source: ModelShape, job: Job) -> dict[str, Any]:
+def preparation_entry(source: ModelShape, job: Job) -> JsonObject:
     """Calibration and conversion of what the student is pruned from."""
     pass_ = calibration(source, job.gpu)
     entry = dataclasses.asdict(pass_)
@@ -177,7 +179,7 @@ def _billions(count: int) -> str:
     return f"{count / 1e9:.1f}B" if count >= 1e8 else f"{count / 1e6:.1f}M"
 
 
-def _table(ranked: Sequence[Candidate], job: Job, tokens: int, *, wide: bool) -> Any:
+def _table(ranked: Sequence[Candidate], job: Job, tokens: int, *, wide: bool) -> Table:
     from rich import box
     from rich.table import Table
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.planning import flags
 from megatron_slim.planning.report import candidate_entry, days
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def entry(subset: Subset, tokens: int) -> dict[str, Any]:
+def entry(subset: Subset, tokens: int) -> JsonObject:
     """One choice, for JSON."""
     job, whole = subset.job, count_parameters(subset.job.student).total
     return {

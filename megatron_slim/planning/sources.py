@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.architecture.published import MODELS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.errors import RecipeError, SlimError
@@ -81,7 +81,7 @@ def find_models(asked: Asked) -> Models:
     return replace(found, teacher=teacher)
 
 
-def _length(recipe: Recipe) -> dict[str, Any]:
+def _length(recipe: Recipe) -> JsonObject:
     """What a recipe says of how long training is."""
     return {} if recipe.phase is None else {"tokens": recipe.phase.tokens, "progressive": bool(recipe.phase.schedule)}
 

@@ -14,13 +14,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.architecture.axes import Dim, axes_of, kept_positions
 from megatron_slim.architecture.hf_config import shape_to_hf_config, wrapper_of
 from megatron_slim.architecture.shape import ModelShape
@@ -76,7 +76,7 @@ class PrunedCheckpoint:
         self.notes = source.notes
         self.left_out = source.left_out
         self.carried = source.carried.with_rows(wrapper_of(source.config), np.array(plan.kept_hidden, dtype=np.int64))
-        self.config: dict[str, Any] = shape_to_hf_config(plan.target_shape, source.config)
+        self.config: JsonObject = shape_to_hf_config(plan.target_shape, source.config)
         # Of an optimizer's state, which has no tensors of what is not trained, only those that are there.
         self._origins = {name: each for name, each in _origins(plan) if self._source_name(each) in source.dtypes}
         self._kept_hidden = np.array(plan.kept_hidden, dtype=np.int64)

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_slim.pruning.depth import depth_of, layer_fields
 from megatron_slim.pruning.elastic import Elastic, ElasticBudget, relative
@@ -49,7 +48,7 @@ def between(elastic: Elastic) -> Iterator[Between]:
 
 def _differing(large: Plan, small: Plan) -> list[str]:
     """The parts in which two plans differ."""
-    pairs: tuple[tuple[Any, Any], ...] = (
+    pairs: tuple[tuple[object, object], ...] = (
         (large.kept_layers, small.kept_layers),
         (large.kept_hidden, small.kept_hidden),
         (_inside(large, small), _inside(small, small)),
@@ -57,7 +56,7 @@ def _differing(large: Plan, small: Plan) -> list[str]:
     return [part for part, (one, other) in zip(_PARTS, pairs, strict=True) if one != other]
 
 
-def _inside(plan: Plan, of: Plan) -> tuple[Any, ...]:
+def _inside(plan: Plan, of: Plan) -> tuple[object, ...]:
     """What a plan keeps inside the blocks of another."""
     kept = set(of.source_blocks.values())
     experts, inner = restricted(plan, kept)

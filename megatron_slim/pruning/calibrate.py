@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
 
 import megatron_slim.mcore
 
@@ -69,8 +68,16 @@ def calibrate(
 class _Calibration(StreamingForward):
     """A pass that measures every block and every norm of the trunk."""
 
-    def __init__(self, checkpoint: Checkpoint, samples: npt.NDArray[np.int64], **kwargs: Any) -> None:
-        super().__init__(checkpoint, samples, **kwargs)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        samples: npt.NDArray[np.int64],
+        *,
+        micro_batch_size: int,
+        dtype: torch.dtype,
+        work: WorkDir | None,
+    ) -> None:
+        super().__init__(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype, work=work)
         self.importance = HiddenImportance(self.shape)
         self.final_norm = NormRecorder(self.shape)
         self.tensors: dict[str, Array] = {}

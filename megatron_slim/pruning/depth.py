@@ -10,10 +10,10 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
+from megatron_slim.aliases import Keywords
 from megatron_slim.architecture.family import DENSE, FULL_ATTENTION, MOE
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.pruning import statistics
@@ -30,7 +30,7 @@ def is_whole(depth: Iterable[tuple[str, str]]) -> bool:
     return {FULL_ATTENTION, MOE} <= kinds
 
 
-def layer_fields(depth: Depth) -> dict[str, Any]:
+def layer_fields(depth: Depth) -> Keywords:
     """The fields of a shape that say which layers it has."""
     dense = sum(feed_forward == DENSE for _, feed_forward in depth)
     return {"num_layers": len(depth), "layer_types": tuple(kind for kind, _ in depth), "num_dense_layers": dense}

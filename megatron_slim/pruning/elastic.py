@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from megatron_slim.aliases import Document, JsonObject
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.elastic_record import elastic_file
 from megatron_slim.checkpoint.records import ELASTIC, PLAN_ITEMS
@@ -68,7 +68,7 @@ class Elastic:
         budgets = (ElasticBudget(each.name, each.weight, without_mtp(each.plan)) for each in self.budgets)
         return Elastic(tuple(budgets), None if self.order is None else without_mtp(self.order))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """As a document."""
         return {
             "version": VERSION,
@@ -132,7 +132,7 @@ def read_elastic(path: Path) -> Elastic:
     return parse_elastic(read_json(path, max_items=PLAN_ITEMS), where=str(path))
 
 
-def parse_elastic(document: Any, *, where: str = ELASTIC) -> Elastic:
+def parse_elastic(document: object, *, where: str = ELASTIC) -> Elastic:
     """Check a parsed document.
 
     Raises:
@@ -164,14 +164,14 @@ def parse_elastic(document: Any, *, where: str = ELASTIC) -> Elastic:
     return Elastic(tuple(budgets), order)
 
 
-def _shape(document: Mapping[str, Any], where: str) -> tuple[ModelShape | None, list[str]]:
+def _shape(document: Document, where: str) -> tuple[ModelShape | None, list[str]]:
     try:
         return shape_of(document["parent"], "parent"), []
     except SlimError as error:
         return None, [f"parent: {error.what}"]
 
 
-def _budget(row: Any, number: int) -> tuple[ElasticBudget | None, list[str]]:
+def _budget(row: object, number: int) -> tuple[ElasticBudget | None, list[str]]:
     """A budget of the document, or what is wrong with it."""
     if not isinstance(row, Mapping) or set(row) != _BUDGET_KEYS:
         return None, [f"budget {number} is not an object with {', '.join(sorted(_BUDGET_KEYS))}"]

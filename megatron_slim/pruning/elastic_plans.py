@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from megatron_slim.aliases import Document, JsonObject
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import BF16_BYTES, count_parameters
 from megatron_slim.errors import RecipeError
@@ -47,7 +48,7 @@ def plan_budgets(
     stats: Statistics,
     shape: ModelShape,
     *,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
+    options: Mapping[str, Document] | None = None,
     where: str = "recipe",
 ) -> tuple[ElasticBudget, ...]:
     """Plan every budget of a recipe by itself.
@@ -75,7 +76,7 @@ def plan_budgets(
     return found
 
 
-def summaries(budgets: Sequence[ElasticBudget]) -> list[dict[str, Any]]:
+def summaries(budgets: Sequence[ElasticBudget]) -> list[JsonObject]:
     """Name, weight and sizes of every budget, for ``--json``; bytes are those of bf16 weights."""
     return [{"name": each.name, "weight": each.weight, **bf16_summary(each.plan.target_shape)} for each in budgets]
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
+from megatron_slim.aliases import JsonObject, WriteOptions
 from megatron_slim.checkpoint.convert import Checkpoint, write_checkpoint
 from megatron_slim.checkpoint.records import ELASTIC
 from megatron_slim.errors import CheckpointError
@@ -66,7 +66,9 @@ def sliced(source: Checkpoint, elastic: Elastic, name: str) -> PrunedCheckpoint:
     return PrunedCheckpoint(dataclasses.replace(plan, source_sha256=fingerprint(source)), source, check_source=False)
 
 
-def write_slice(source: Checkpoint, elastic: Elastic, name: str, target: Path, **options: Any) -> dict[str, Any]:
+def write_slice(
+    source: Checkpoint, elastic: Elastic, name: str, target: Path, *, to: str, **options: Unpack[WriteOptions]
+) -> JsonObject:
     """Write a budget as a checkpoint, with its plan and, where budgets within it are left, a document of those.
 
     Args:
@@ -74,16 +76,23 @@ def write_slice(source: Checkpoint, elastic: Elastic, name: str, target: Path, *
         elastic: its document.
         name: of the budget.
         target: a new directory.
+        to: ``hf`` or ``torch_dist``.
         options: as `checkpoint.convert.write_checkpoint`.
     """
     budgets = fitted(elastic, source).down_from(name)
     pruned = sliced(source, elastic, name)
-    return write_pruned(pruned, target, stats=None, budgets=budgets if len(budgets) > 1 else (), **options)
+    return write_pruned(pruned, target, stats=None, to=to, budgets=budgets if len(budgets) > 1 else (), **options)
 
 
 def write_sorted(
-    source: Checkpoint, elastic: Elastic, target: Path, *, expert_parallel: int = 1, **options: Any
-) -> dict[str, Any]:
+    source: Checkpoint,
+    elastic: Elastic,
+    target: Path,
+    *,
+    to: str,
+    expert_parallel: int = 1,
+    **options: Unpack[WriteOptions],
+) -> JsonObject:
     """Write an elastic checkpoint in an order in which the first of every axis are those of its smaller budgets.
 
     Args:
@@ -91,6 +100,7 @@ def write_sorted(
         elastic: its document.
         target: a new directory.
         expert_parallel: as `sorting.sorting_plan`.
+        to: ``hf`` or ``torch_dist``.
         options: as `checkpoint.convert.write_checkpoint`.
 
     Raises:
@@ -100,23 +110,25 @@ def write_sorted(
     if elastic.order is not None:
         raise CheckpointError("is sorted already", where=str(source.path), fix="undo that first with --undo")
     order = sorting_plan(elastic.budgets, expert_parallel)
-    return _write_reordered(source, elastic, order, inverse(order), target, options)
+    return _write_reordered(source, elastic, order, inverse(order), target, to, options)
 
 
-def write_unsorted(source: Checkpoint, elastic: Elastic, target: Path, **options: Any) -> dict[str, Any]:
+def write_unsorted(
+    source: Checkpoint, elastic: Elastic, target: Path, *, to: str, **options: Unpack[WriteOptions]
+) -> JsonObject:
     """Write a sorted checkpoint in the order that it had before; arguments and errors as `write_sorted`."""
     elastic = fitted(elastic, source)
     if elastic.order is None:
         raise CheckpointError("is not sorted", where=str(source.path), fix="leave --undo out")
-    return _write_reordered(source, elastic, elastic.order, None, target, options)
+    return _write_reordered(source, elastic, elastic.order, None, target, to, options)
 
 
 def _write_reordered(
-    source: Checkpoint, elastic: Elastic, order: Plan, undo: Plan | None, target: Path, options: Mapping[str, Any]
-) -> dict[str, Any]:
+    source: Checkpoint, elastic: Elastic, order: Plan, undo: Plan | None, target: Path, to: str, options: WriteOptions
+) -> JsonObject:
     moved = PrunedCheckpoint(order, source, check_source=False)
 
-    def records(directory: Path) -> dict[str, Any]:
+    def records(directory: Path) -> JsonObject:
         sha256 = fingerprint(moved)
         plans = (dataclasses.replace(reordered(each.plan, order), source_sha256=sha256) for each in elastic.budgets)
         budgets = tuple(dataclasses.replace(each, plan=plan) for each, plan in zip(elastic.budgets, plans, strict=True))
@@ -124,4 +136,4 @@ def _write_reordered(
         document.save(directory / ELASTIC)
         return {"elastic_sha256": document.sha256, "sorted": undo is not None}
 
-    return write_checkpoint(moved, target, records=records, **options)
+    return write_checkpoint(moved, target, to=to, records=records, **options)

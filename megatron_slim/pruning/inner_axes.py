@@ -9,11 +9,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_slim.aliases import Document, JsonObject
 from megatron_slim.architecture.feed_forward import EXPERT_FFN
 from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 from megatron_slim.architecture.shape import ModelShape
@@ -44,17 +44,15 @@ class InnerAxes:
     dense_neurons: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     heads: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """As parts of a plan document."""
-        found: dict[str, Any] = {
-            "neurons": {block: list(map(list, experts)) for block, experts in self.neurons.items()}
-        }
+        found: JsonObject = {"neurons": {block: list(map(list, experts)) for block, experts in self.neurons.items()}}
         for name in _BY_BLOCK:
             found[name] = {block: list(indices) for block, indices in getattr(self, name).items()}
         return {name: part for name, part in found.items() if part or name not in OPTIONAL}
 
     @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> InnerAxes:
+    def from_dict(cls, document: Document) -> InnerAxes:
         """From parts of a plan document that have no `violations`."""
         parts = {
             name: {block: tuple(indices) for block, indices in document.get(name, {}).items()} for name in _BY_BLOCK
@@ -156,7 +154,7 @@ def best_of_groups(importance: Vector, count: int, groups: int, kept: int) -> tu
     return tuple(group * width + index for group in survivors for index in best(each[group], count // kept))
 
 
-def violations(document: Mapping[str, Any], blocks: Sequence[str], source: ModelShape, target: ModelShape) -> list[str]:
+def violations(document: Document, blocks: Sequence[str], source: ModelShape, target: ModelShape) -> list[str]:
     """What is wrong with the parts of a plan document that `InnerAxes` holds, for these surviving blocks."""
     routed = set(source.routed_blocks)
     expected_of = {
@@ -179,7 +177,7 @@ def violations(document: Mapping[str, Any], blocks: Sequence[str], source: Model
 
 
 def _block_violations(
-    name: str, block: str, value: Any, source: ModelShape, target: ModelShape, experts: int
+    name: str, block: str, value: object, source: ModelShape, target: ModelShape, experts: int
 ) -> Iterator[str]:
     if name == "neurons":
         if not isinstance(value, list) or len(value) != experts:
@@ -202,7 +200,7 @@ def _block_violations(
             yield f"{label} are not equally many in each of {kept} groups"
 
 
-def index_violations(key: str, value: Any, count: int, limit: int) -> list[str]:
+def index_violations(key: str, value: object, count: int, limit: int) -> list[str]:
     """What is wrong with a list of kept indices, which must be ascending, ``count`` long and below ``limit``."""
     if not isinstance(value, list) or any(type(index) is not int for index in value):
         return [f"{key} is not a list of integers"]

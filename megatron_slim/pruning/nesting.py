@@ -10,8 +10,8 @@ import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from megatron_slim.aliases import Keywords
 from megatron_slim.architecture.family import LAYERS
 from megatron_slim.architecture.feed_forward import EXPERT_FFN
 from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
@@ -182,7 +182,7 @@ def _relative_inner(small: Plan, large: Plan, names: Mapping[str, str]) -> Inner
 def _recipe(small: Plan, large: Plan, experts: Mapping[str, tuple[ExpertGroup, ...]]) -> Recipe:
     """What the relative plan follows: every size that differs, named; methods as they were."""
     source, target = large.target_shape, small.target_shape
-    sizes: dict[str, Any] = {
+    sizes: Keywords = {
         field.name: getattr(target, field.name)
         for field in dataclasses.fields(Target)
         if getattr(target, field.name) != getattr(source, field.name)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
+from megatron_slim.aliases import Document, JsonObject
 from megatron_slim.architecture.feed_forward import EXPERT_FFN
 from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 from megatron_slim.architecture.shape import ModelShape
@@ -18,16 +18,16 @@ _REQUIRED = ("kept_hidden", "experts", "heads")
 _KEYS = (*_REQUIRED, "neurons", *NETWORKS)
 
 
-def order_dict(order: Plan) -> dict[str, Any]:
+def order_dict(order: Plan) -> JsonObject:
     """An order as part of a document."""
-    found: dict[str, Any] = {
+    found: JsonObject = {
         "kept_hidden": list(order.kept_hidden),
         "experts": {block: [group.base for group in groups] for block, groups in order.experts.items()},
     }
     return found | order.inner.to_dict()
 
 
-def read_order(value: Any, whole: Plan) -> tuple[Plan | None, list[str]]:
+def read_order(value: object, whole: Plan) -> tuple[Plan | None, list[str]]:
     """An order of a document, or what is wrong with it.
 
     Args:
@@ -44,7 +44,7 @@ def read_order(value: Any, whole: Plan) -> tuple[Plan | None, list[str]]:
     return dataclasses.replace(whole, kept_hidden=tuple(value["kept_hidden"]), experts=experts, inner=inner), []
 
 
-def _violations(value: Mapping[str, Any], shape: ModelShape) -> Iterator[str]:
+def _violations(value: Document, shape: ModelShape) -> Iterator[str]:
     if not _is_permutation(value["kept_hidden"], shape.hidden_size):
         yield "kept_hidden are not all, each once"
     for key, sizes in _sizes(shape).items():
@@ -75,7 +75,7 @@ def _sizes(shape: ModelShape) -> dict[str, dict[str, int]]:
     return found
 
 
-def _neuron_violations(neurons: Any, shape: ModelShape) -> Iterator[str]:
+def _neuron_violations(neurons: object, shape: ModelShape) -> Iterator[str]:
     counts, size = shape.expert_counts, getattr(shape, EXPERT_FFN)
     if not isinstance(neurons, Mapping) or (neurons and set(neurons) != set(counts)):
         yield "neurons are not given for exactly the blocks with experts"
@@ -86,7 +86,7 @@ def _neuron_violations(neurons: Any, shape: ModelShape) -> Iterator[str]:
             yield f"neurons of {block} are not all, each once"
 
 
-def _is_permutation(value: Any, size: int) -> bool:
+def _is_permutation(value: object, size: int) -> bool:
     return isinstance(value, list) and all(type(each) is int for each in value) and sorted(value) == list(range(size))
 
 

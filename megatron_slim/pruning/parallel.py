@@ -9,8 +9,7 @@ position of a sample in the MTP block, which has no next token to be joined with
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import megatron_slim.mcore
 
@@ -20,9 +19,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_slim.aliases import Function
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.layer_specs import build_model, transformer_config
 from megatron_slim.architecture.parallelism import Layout
@@ -126,7 +127,7 @@ def _listen(model: HiddenStatesModel, shape: ModelShape) -> tuple[dict[str, Reco
     nonfinite = {name: torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device()) for name in names}
 
     def watch(name: str, module: nn.Module) -> None:
-        def count(module: Any, args: Any, output: Any) -> None:
+        def count(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
             values = output[0] if isinstance(output, tuple) else output
             nonfinite[name] += (~torch.isfinite(values)).sum()
 
@@ -173,7 +174,7 @@ def _run(model: HiddenStatesModel, recorders: dict[str, Recorder], samples: Samp
     device = torch.cuda.current_device()
     positions = torch.arange(samples.shape[1], device=device).expand_as(tokens_NBS[0])
 
-    def step(batches: Iterator[tuple[Tensor, Tensor]], stage: Any) -> tuple[Tensor, Callable[..., Any]]:
+    def step(batches: Iterator[tuple[Tensor, Tensor]], stage: MegatronModule) -> tuple[Tensor, Function]:
         tokens_BS, counted_B = next(batches)
         counted_SB = counted_B.expand(tokens_BS.shape[1], -1)
         for name, recorder in recorders.items():

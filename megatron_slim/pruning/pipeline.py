@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
+from megatron_slim.aliases import JsonObject, WriteOptions
 from megatron_slim.checkpoint.convert import write_checkpoint
 from megatron_slim.checkpoint.huggingface_writer import total_bytes
+from megatron_slim.checkpoint.optimizer_state import OptimizerState
 from megatron_slim.checkpoint.records import ELASTIC, PLAN, REPORT, STATS
 from megatron_slim.files import write_atomic
 from megatron_slim.pruning.apply import PrunedCheckpoint
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def comparison(pruned: PrunedCheckpoint) -> dict[str, Any]:
+def comparison(pruned: PrunedCheckpoint) -> JsonObject:
     """Sizes before and after, for a tool's ``--json``."""
     source = pruned.source
     return {
@@ -46,23 +48,27 @@ def write_pruned(
     target: Path,
     *,
     stats: Statistics | None,
+    to: str,
     budgets: Sequence[ElasticBudget] = (),
-    **options: Any,
-) -> dict[str, Any]:
+    optimizer: OptimizerState | None = None,
+    **options: Unpack[WriteOptions],
+) -> JsonObject:
     """Write the target of a plan; next to the weights it gets the plan, the statistics and the before/after table.
 
     Args:
         pruned: the target.
         target: a new directory.
         stats: the statistics that the plan follows from, where they are at hand.
+        to: ``hf`` or ``torch_dist``.
         budgets: nested plans of the source, this one first, of an elastic checkpoint, which gets a document of them.
+        optimizer: state to write next to the weights, of a torch_dist checkpoint.
         options: as `checkpoint.convert.write_checkpoint`.
 
     Raises:
         CheckpointError: what was read back differs from what was to be written.
     """
 
-    def records(directory: Path) -> dict[str, Any]:
+    def records(directory: Path) -> JsonObject:
         plan = pruned.plan
         plan.save(directory / PLAN)
         write_atomic(directory / REPORT, markdown(plan, **comparison(pruned)))
@@ -75,4 +81,4 @@ def write_pruned(
             hashes["elastic_sha256"] = elastic.sha256
         return hashes
 
-    return write_checkpoint(pruned, target, records=records, **options)
+    return write_checkpoint(pruned, target, to=to, records=records, optimizer=optimizer, **options)

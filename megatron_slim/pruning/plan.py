@@ -12,10 +12,10 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.errors import RecipeError
 from megatron_slim.files import sha256, write_atomic
@@ -71,7 +71,7 @@ class Plan:
         mtp = {f"mtp.layers.{depth}": f"mtp.layers.{depth}" for depth in range(self.source_shape.mtp_num_layers)}
         return {f"model.layers.{new}": f"model.layers.{old}" for new, old in enumerate(self.kept_layers)} | mtp
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """As a plan document."""
         return {
             "version": VERSION,
@@ -224,7 +224,7 @@ def _block_groups(recipe: Recipe, stats: Statistics, block: str, survivors: int)
     return expert_groups(importance, similarity, survivors, recipe.experts)
 
 
-def _groups_dict(groups: tuple[ExpertGroup, ...]) -> dict[str, Any]:
+def _groups_dict(groups: tuple[ExpertGroup, ...]) -> JsonObject:
     """Bases in order; of the groups that are more than a copy of their base, members and weights."""
     merged = {
         str(group.base): {"members": list(group.members), "weights": list(group.weights)}
@@ -234,7 +234,7 @@ def _groups_dict(groups: tuple[ExpertGroup, ...]) -> dict[str, Any]:
     return {"kept": [group.base for group in groups], "merged": merged}
 
 
-def rendered(value: Any, indent: str = "") -> str:
+def rendered(value: object, indent: str = "") -> str:
     """JSON with every object over several lines and every list on one."""
     if not isinstance(value, dict) or not value:
         return json.dumps(value, allow_nan=False)

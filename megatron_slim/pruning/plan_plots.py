@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_slim.aliases import Array
 from megatron_slim.extras import require
 from megatron_slim.pruning.plan import Plan
-from megatron_slim.pruning.plan_view import EXPERTS, Axis, block_experts, dropped_layers, ranked_axes
+from megatron_slim.pruning.plan_view import EXPERTS, Axis, BlockExperts, block_experts, dropped_layers, ranked_axes
 from megatron_slim.pruning.statistics import LAYER_KINDS, Statistics, importance_key, layer_key
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import Locator
 
 DPI = 110
 MAX_LABELS = 24  # along an axis of a picture; more would overlap
@@ -27,7 +34,7 @@ def figures(plan: Plan, stats: Statistics) -> dict[str, bytes]:
     return {"importances.png": _png(_importances(plan, stats)), "experts.png": _png(_experts(plan, stats))}
 
 
-def _png(figure: Any) -> bytes:
+def _png(figure: Figure) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, dpi=DPI, format="png", metadata={"Software": None})
     return stream.getvalue()
@@ -61,7 +68,7 @@ def label_positions(count: int) -> list[int]:
     return positions
 
 
-def _label_blocks(axes: Any, blocks: Sequence[str], dropped: frozenset[int] = frozenset()) -> None:
+def _label_blocks(axes: Axes, blocks: Sequence[str], dropped: frozenset[int] = frozenset()) -> None:
     positions = label_positions(len(blocks))
     axes.set_yticks(positions, [short(blocks[i]) for i in positions], fontsize="small")
     for tick, position in zip(axes.get_yticklabels(), positions, strict=True):
@@ -69,7 +76,7 @@ def _label_blocks(axes: Any, blocks: Sequence[str], dropped: frozenset[int] = fr
             tick.set_color(CUT_COLOUR)
 
 
-def _importances(plan: Plan, stats: Statistics) -> Any:
+def _importances(plan: Plan, stats: Statistics) -> Figure:
     """Experts' importances by block, their cumulative share, every other ranked axis, and what layers do."""
     from matplotlib.figure import Figure
 
@@ -88,7 +95,7 @@ def _importances(plan: Plan, stats: Statistics) -> Any:
     return figure
 
 
-def _heatmap(figure: Any, axes: Any, plan: Plan, stats: Statistics) -> None:
+def _heatmap(figure: Figure, axes: Axes, plan: Plan, stats: Statistics) -> None:
     """Blocks of the source by rank of the expert, each block relative to its own mean."""
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm, Normalize
@@ -142,11 +149,11 @@ def _span(counts: Sequence[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _descending(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+def _descending(values: Array) -> npt.NDArray[np.float64]:
     return -np.sort(-values.astype(np.float64))
 
 
-def _cumulative(axes: Any, experts: Sequence[Axis]) -> None:
+def _cumulative(axes: Axes, experts: Sequence[Axis]) -> None:
     """Share of the importance against the number of experts kept: every block, and their mean."""
     curves = [_shares(axis) for axis in experts]
     for curve in curves:
@@ -171,10 +178,10 @@ def _shares(axis: Axis) -> npt.NDArray[np.float64]:
     return np.concatenate(([0.0], np.cumsum(_descending(axis.importance) / total if total > 0 else flat)))
 
 
-def _layers(axes: Any, plan: Plan, stats: Statistics) -> None:
+def _layers(axes: Axes, plan: Plan, stats: Statistics) -> None:
     """What every layer does to its input, with removed layers shaded."""
     indices = np.arange(plan.source_shape.num_layers)
-    handles = []
+    handles: list[Artist] = []
     other = axes.twinx()
     for where, kind, colour in zip((axes, other), LAYER_KINDS, (KEPT_COLOUR, OTHER_COLOUR), strict=True):
         values = [float(stats.tensors[layer_key(f"model.layers.{layer}", kind)]) for layer in indices]
@@ -186,14 +193,14 @@ def _layers(axes: Any, plan: Plan, stats: Statistics) -> None:
     if dropped_layers(plan):
         handles.append(band)
     positions = label_positions(len(indices))
-    axes.set_xticks(positions, positions, fontsize="small")
+    axes.set_xticks(positions, [str(each) for each in positions], fontsize="small")
     axes.set(title=f"Effect of a layer on its input (depth: {plan.recipe.depth.method})", xlabel="layer")
     axes.margins(x=0.01, y=0.22)
     other.margins(x=0.01, y=0.22)
     axes.legend(handles=handles, fontsize="small", loc="upper center", ncols=3)
 
 
-def _ranked(axes: Any, places: Sequence[Axis]) -> None:
+def _ranked(axes: Axes, places: Sequence[Axis]) -> None:
     """Importance against rank in every place where an axis was ranked, and the cut."""
     curves = [_descending(axis.importance) for axis in places if axis.importance is not None]
     for curve in curves:
@@ -212,7 +219,7 @@ def _ranked(axes: Any, places: Sequence[Axis]) -> None:
     axes.margins(x=0.01)
 
 
-def _experts(plan: Plan, stats: Statistics) -> Any:
+def _experts(plan: Plan, stats: Statistics) -> Figure:
     """By surviving block: what became of the experts, how large groups are, and what the survivors had."""
     from matplotlib.figure import Figure
 
@@ -243,7 +250,7 @@ def _experts(plan: Plan, stats: Statistics) -> Any:
     return figure
 
 
-def _fates(axes: Any, rows: npt.NDArray[Any], blocks: Sequence[Any]) -> None:
+def _fates(axes: Axes, rows: Array, blocks: Sequence[BlockExperts]) -> None:
     parts = {
         "unchanged": ([block.unchanged for block in blocks], KEPT_COLOUR),
         "survives, absorbs others": ([len(block.groups) - block.unchanged for block in blocks], "tab:cyan"),
@@ -258,7 +265,7 @@ def _fates(axes: Any, rows: npt.NDArray[Any], blocks: Sequence[Any]) -> None:
     axes.set(title="What became of the experts", xlim=(0, start.max()))
 
 
-def _group_sizes(figure: Any, axes: Any, blocks: Sequence[Any]) -> None:
+def _group_sizes(figure: Figure, axes: Axes, blocks: Sequence[BlockExperts]) -> None:
     """How many survivors are made of 2, 3, ... experts; the unchanged ones would outshine them."""
     largest = max(block.largest_group for block in blocks)
     axes.set(title="Merged groups by size", xlabel="experts in a group")
@@ -274,10 +281,17 @@ def _group_sizes(figure: Any, axes: Any, blocks: Sequence[Any]) -> None:
     extent = (1.5, largest + 0.5, len(blocks) - 0.5, -0.5)
     picture = np.ma.masked_equal(counts, 0)
     image = axes.imshow(picture, aspect="auto", cmap="viridis_r", extent=extent, interpolation="nearest", vmin=1)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    _at_integers(axes.xaxis.get_major_locator())
     bar = figure.colorbar(image, ax=axes, pad=0.01, label="groups")
-    bar.ax.yaxis.get_major_locator().set_params(integer=True)
+    _at_integers(bar.ax.yaxis.get_major_locator())
 
 
-def _legend_below(axes: Any, height: float) -> None:
+def _at_integers(locator: Locator) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    assert isinstance(locator, MaxNLocator)
+    locator.set_params(integer=True)
+
+
+def _legend_below(axes: Axes, height: float) -> None:
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -LEGEND_INCHES / height), ncols=2)

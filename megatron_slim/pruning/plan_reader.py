@@ -7,8 +7,8 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from megatron_slim.aliases import Document
 from megatron_slim.architecture.family import LAYERS
 from megatron_slim.architecture.rope import read_rope
 from megatron_slim.architecture.shape import LATER, ModelShape
@@ -48,7 +48,7 @@ def load_plan(path: Path) -> Plan:
     return parse_plan(read_json(path, max_items=PLAN_ITEMS), where=str(path))
 
 
-def parse_plan(document: Any, *, where: str = "plan") -> Plan:
+def parse_plan(document: object, *, where: str = "plan") -> Plan:
     """Check a parsed plan.
 
     Raises:
@@ -91,7 +91,7 @@ def parse_plan(document: Any, *, where: str = "plan") -> Plan:
     return dataclasses.replace(plan, experts=experts, inner=InnerAxes.from_dict(document))
 
 
-def _allocation(document: Mapping[str, Any], recipe: Recipe, source: ModelShape, where: str) -> dict[str, float]:
+def _allocation(document: Document, recipe: Recipe, source: ModelShape, where: str) -> dict[str, float]:
     """What pruning the experts of a layer alone adds, where the recipe allocates them by that."""
     value = document.get(_ALLOCATION, {})
     if not isinstance(value, Mapping) or not all(type(loss) in (int, float) for loss in value.values()):
@@ -110,7 +110,7 @@ def _refuse(violations: list[str], where: str) -> None:
         raise PlanError("; ".join(violations[:5]) + more, where=where, fix="make the plan again")
 
 
-def shape_of(section: Any, where: str) -> ModelShape:
+def shape_of(section: object, where: str) -> ModelShape:
     """The sizes of a model in a section of a document, under the key ``shape``.
 
     Raises:
@@ -134,27 +134,28 @@ def shape_of(section: Any, where: str) -> ModelShape:
     return shape
 
 
-def _search(value: Any, recipe: Recipe, target: ModelShape, where: str) -> Ranking | None:
+def _search(value: object, recipe: Recipe, target: ModelShape, where: str) -> Ranking | None:
     """The search of a recipe with a budget, what was chosen being the target."""
     if (value is None) != (recipe.budget is None):
         raise PlanError("search is given without a budget, or a budget without search", where=where)
     if recipe.budget is None:
         return None
-    rows = value.get("candidates") if isinstance(value, Mapping) and set(value) == _SEARCH else None
-    if not isinstance(rows, list) or type(value["count"]) is not int or not 0 < len(rows) <= value["count"]:
+    found = value if isinstance(value, Mapping) and set(value) == _SEARCH else {}
+    rows = found.get("candidates")
+    if not isinstance(rows, list) or type(found["count"]) is not int or not 0 < len(rows) <= found["count"]:
         raise PlanError(f"search is not an object with {', '.join(sorted(_SEARCH))}", where=where)
     axes = {axis for axis in recipe.search.axes if getattr(recipe.target, axis) is None}
     _refuse([f"search.candidates {k} {row!r}" for k, row in enumerate(rows) if not _is_candidate(row, axes)], where)
-    if type(value["chosen"]) is not int or not 0 <= value["chosen"] < len(rows):
-        raise PlanError(f"search.chosen {value['chosen']!r} is not one of {len(rows)} candidates", where=where)
+    if type(found["chosen"]) is not int or not 0 <= found["chosen"] < len(rows):
+        raise PlanError(f"search.chosen {found['chosen']!r} is not one of {len(rows)} candidates", where=where)
     candidates = tuple(Candidate(**row) for row in rows)
-    chosen = candidates[value["chosen"]]
+    chosen = candidates[found["chosen"]]
     if counted(target, chosen.sizes, chosen.score, chosen.loss) != chosen or chosen.over(recipe.budget):
         raise PlanError("search.chosen is over the recipe's budget, or target.shape has other counts", where=where)
-    return Ranking(value["count"], value["chosen"], candidates)
+    return Ranking(found["count"], found["chosen"], candidates)
 
 
-def _is_candidate(row: Any, axes: set[str]) -> bool:
+def _is_candidate(row: object, axes: set[str]) -> bool:
     if not isinstance(row, Mapping) or set(row) != {part.name for part in dataclasses.fields(Candidate)}:
         return False
     sizes = row["sizes"]
@@ -166,14 +167,14 @@ def _is_candidate(row: Any, axes: set[str]) -> bool:
     return all(type(number) is float for number in numbers)
 
 
-def _hash(section: Any, where: str) -> str:
+def _hash(section: object, where: str) -> str:
     value = section.get("sha256") if isinstance(section, Mapping) else None
     if not isinstance(value, str) or len(value) != 64:
         raise PlanError(f"sha256 {value!r} is not a hash", where=where)
     return value
 
 
-def _experts(value: Any, plan: Plan, where: str) -> dict[str, tuple[ExpertGroup, ...]]:
+def _experts(value: object, plan: Plan, where: str) -> dict[str, tuple[ExpertGroup, ...]]:
     routed = set(plan.source_shape.routed_blocks)
     expected = [block for block in plan.source_blocks.values() if block in routed]
     if not isinstance(value, Mapping) or sorted(value) != sorted(expected):
@@ -183,7 +184,7 @@ def _experts(value: Any, plan: Plan, where: str) -> dict[str, tuple[ExpertGroup,
     return {block: _groups(value[block]) for block in expected}
 
 
-def _block_violations(block: str, value: Any, plan: Plan) -> list[str]:
+def _block_violations(block: str, value: object, plan: Plan) -> list[str]:
     if not isinstance(value, Mapping) or set(value) != {"kept", "merged"} or not isinstance(value["merged"], Mapping):
         return [f"experts of {block} are not an object with 'kept' and 'merged'"]
     limit, count = plan.source_shape.in_block(block).num_moe_experts, _survivors(block, plan)
@@ -212,7 +213,7 @@ def _survivors(block: str, plan: Plan) -> int:
     return plan.target_shape.in_block(new).num_moe_experts
 
 
-def _group_violation(base: str, group: Any, kept: list[int], used: set[int], limit: int) -> str | None:
+def _group_violation(base: str, group: object, kept: list[int], used: set[int], limit: int) -> str | None:
     """What is wrong with one merged group, or None; ``used`` are the survivors and the members of earlier groups."""
     if not isinstance(group, Mapping) or set(group) != {"members", "weights"}:
         return "is not an object with 'members' and 'weights'"
@@ -228,7 +229,7 @@ def _group_violation(base: str, group: Any, kept: list[int], used: set[int], lim
     return None if abs(math.fsum(weights) - 1) <= _SUM_TOLERANCE else "has weights that do not sum to 1"
 
 
-def _groups(value: Mapping[str, Any]) -> tuple[ExpertGroup, ...]:
+def _groups(value: Document) -> tuple[ExpertGroup, ...]:
     merged = value["merged"]
     return tuple(
         ExpertGroup(base, tuple(merged[str(base)]["members"]), tuple(map(float, merged[str(base)]["weights"])))

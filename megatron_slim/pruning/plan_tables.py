@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import statistics as averages
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.architecture.fp8_sizes import RECIPES, size_violations
 from megatron_slim.architecture.parallelism import layout_violations
 from megatron_slim.page import Section
@@ -73,7 +74,7 @@ def sections(plan: Plan, stats: Statistics | None) -> list[Section]:
     ]
 
 
-def _size_section(numbers: dict[str, Any]) -> Section:
+def _size_section(numbers: JsonObject) -> Section:
     rows = report.rows(numbers["before"], numbers["after"])
     renamed = [("bytes in bf16" if label == report.LABELS["bytes"] else label, *cells) for label, *cells in rows]
     return _section("Sizes", ("", "before", "after", "left"), renamed)
@@ -116,7 +117,7 @@ def _search_section(plan: Plan, most: int = 10) -> Iterator[Section]:
     yield _section("Sizes under the budget", columns, rows, note)
 
 
-def _layer_section(numbers: dict[str, Any]) -> Section:
+def _layer_section(numbers: JsonObject) -> Section:
     rows = [
         (str(entry["layer"]), entry["type"].removesuffix("_attention"), *(_number(entry[kind]) for kind in LAYER_KINDS))
         for entry in numbers["dropped_layers"]
@@ -125,7 +126,7 @@ def _layer_section(numbers: dict[str, Any]) -> Section:
     return _section(LAYERS, columns, rows, numbers["depth_reason"])
 
 
-def _axis_sections(plan: Plan, stats: Statistics | None, numbers: dict[str, Any]) -> Iterator[Section]:
+def _axis_sections(plan: Plan, stats: Statistics | None, numbers: JsonObject) -> Iterator[Section]:
     axes = ranked_axes(plan, stats)
     rows = [
         _axis_row([axis for axis in axes if axis.name == name]) for name in dict.fromkeys(axis.name for axis in axes)
@@ -157,13 +158,13 @@ def _axis_row(axes: Sequence[Axis]) -> tuple[str, ...]:
     return (first.name, place, *kept, _percent(averages.fmean(known) if known else None), least)
 
 
-def _expert_row(entry: dict[str, Any]) -> tuple[str, ...]:
+def _expert_row(entry: JsonObject) -> tuple[str, ...]:
     counts = (str(entry[key]) for key in ("kept", "unchanged", "absorbed", "dropped", "largest_group"))
     shares = (_percent(entry[key]) for key in ("importance_share", "routing_share"))
     return (entry["block"], *counts, *shares, _edge(entry["least_kept"]), _edge(entry["most_dropped"]))
 
 
-def _edge(edge: dict[str, Any] | None) -> str:
+def _edge(edge: JsonObject | None) -> str:
     return "" if edge is None else f"{edge['index']}: {edge['importance']:.3g}"
 
 

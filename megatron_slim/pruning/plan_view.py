@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import BF16_BYTES, count_parameters
@@ -242,13 +242,13 @@ def ranking_lines(plan: Plan, stats: Statistics) -> Iterator[str]:
             yield json.dumps(line, allow_nan=False) + "\n"
 
 
-def _axis_numbers(axis: Axis) -> dict[str, Any]:
+def _axis_numbers(axis: Axis) -> JsonObject:
     """An axis as numbers: how many survive, what share of the importance, and those next to the cut."""
     numbers = {"size": axis.size, "kept": len(axis.kept), "importance_share": axis.importance_share}
     return {**numbers, "least_kept": _at(axis, axis.least_kept), "most_dropped": _at(axis, axis.most_dropped)}
 
 
-def _at(axis: Axis, index: int | None) -> dict[str, Any] | None:
+def _at(axis: Axis, index: int | None) -> JsonObject | None:
     if axis.importance is None or index is None:
         return None
     return {"index": index, "importance": float(axis.importance[index])}
@@ -258,7 +258,7 @@ def _sizes(shape: ModelShape) -> report.Summary:
     return report.summarise(shape, count_parameters(shape).total * BF16_BYTES)
 
 
-def summary(plan: Plan, stats: Statistics | None) -> dict[str, Any]:
+def summary(plan: Plan, stats: Statistics | None) -> JsonObject:
     """All numbers of the tables, for ``--json``; what only statistics show is null without them."""
     return {
         "plan_sha256": plan.sha256,

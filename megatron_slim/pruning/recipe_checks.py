@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
 
+from megatron_slim.aliases import Keywords
 from megatron_slim.architecture.kinds import KINDS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import count_parameters
@@ -72,7 +72,7 @@ def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") ->
     if layers <= shape.num_layers and not list(_whole_depths(recipe, shape, layers)):
         found.append(f"target.num_layers {layers} leaves no full_attention layer with experts")
     found += _head_violations(recipe, shape)
-    sizes: dict[str, Any] = {k: size for k, size in wanted_sizes(recipe, shape).items() if k != "num_layers"}
+    sizes: Keywords = {k: size for k, size in wanted_sizes(recipe, shape).items() if k != "num_layers"}
     found = found or dataclasses.replace(uniform(shape), **sizes).violations()
     if recipe.budget is not None:
         found = found or _grid_violations(recipe, shape) or space_before_statistics(recipe, shape).violations()
@@ -171,7 +171,7 @@ def _check_allocations(schedule: Recipe, number: int, *, where: str) -> None:
 
 def _possible_targets(recipe: Recipe, shape: ModelShape) -> Iterator[ModelShape]:
     """Every model that a recipe without a budget can give, as far as statistics decide."""
-    sizes: dict[str, Any] = wanted_sizes(recipe, shape)
+    sizes: Keywords = wanted_sizes(recipe, shape)
     layers = recipe.target.num_layers or shape.num_layers
     for depth in _whole_depths(recipe, shape, layers):
         yield dataclasses.replace(uniform(shape), **sizes | layer_fields(depth))

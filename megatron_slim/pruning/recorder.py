@@ -24,15 +24,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import megatron_slim.mcore
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch import Tensor
+from torch import Tensor, nn
 
+from megatron_slim.aliases import Keywords
 from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 from megatron_slim.architecture.local_experts import LocalExperts
 from megatron_slim.architecture.local_modules import rms_norm
@@ -170,12 +172,12 @@ class BlockRecorder(Recorder):
         if kind.is_routed:
             self._listen_to_experts(layer.mlp)
 
-    def _listen_to_heads(self, attention: Any, block: str, shape: ModelShape) -> None:
+    def _listen_to_heads(self, attention: nn.Module, block: str, shape: ModelShape) -> None:
         heads = KINDS[shape.layer_type(block)].heads
         self._head_dim = getattr(shape, heads.width)
         getattr(attention, heads.projection).register_forward_pre_hook(self._on_heads)
 
-    def _listen_to_experts(self, mlp: Any) -> None:
+    def _listen_to_experts(self, mlp: MoELayer) -> None:
         mlp.router.register_forward_hook(self._on_router)
         local: Sequence[int] = mlp.local_expert_indices
         self._own = slice(local[0], local[-1] + 1)
@@ -185,7 +187,9 @@ class BlockRecorder(Recorder):
         site = mlp.experts.activations if isinstance(mlp.experts, LocalExperts) else mlp.experts.linear_fc2
         site.register_forward_pre_hook(self._on_expert_ffn)
 
-    def _on_layer(self, module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _on_layer(
+        self, module: nn.Module, args: tuple[Tensor, ...], kwargs: Keywords, output: tuple[Tensor, Tensor | None]
+    ) -> None:
         before_SBH, after_SBH, counted_SB = args[0] if args else kwargs["hidden_states"], output[0], self._local()
         count = before_SBH[..., 0].numel() if counted_SB is None else counted_SB.sum()
         self.sums["tokens"] += count
@@ -198,18 +202,20 @@ class BlockRecorder(Recorder):
             normed = rms_norm(before_SBH, weight, self._epsilon, zero_centered=self._zero_centered)
             self._add_norm("input_norm", normed)
 
-    def _on_mlp_norm(self, module: Any, args: Any, output: Tensor) -> None:
+    def _on_mlp_norm(self, module: nn.Module, args: object, output: Tensor) -> None:
         self._add_norm("mlp_norm", output)
 
-    def _on_heads(self, module: Any, args: tuple[Tensor, ...]) -> None:
+    def _on_heads(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         by_head = args[0].unflatten(-1, (-1, self._head_dim))
         lengths = torch.linalg.vector_norm(by_head, dim=-1, dtype=torch.float32)
         self._add("heads", lengths, self._counted_SB, start=self._rank * lengths.shape[-1])
 
-    def _on_neurons(self, module: Any, args: tuple[Tensor, ...]) -> None:
+    def _on_neurons(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._add("neurons", args[0].abs(), self._counted_SB, start=self._rank * args[0].shape[-1])
 
-    def _on_router(self, module: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _on_router(
+        self, module: TopKRouter, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Add the routing; gates of pairs that do not count leave with a minus sign, which travels with the pair."""
         (gates_TE, routed_TE), counted_SB = output, self._local()
         logits_TE = args[0].flatten(0, -2).float() @ module.weight.float().T
@@ -225,18 +231,18 @@ class BlockRecorder(Recorder):
         self.sums["experts.logits"] += logits_TE.T @ logits_TE
         return gates_TE, routed_TE
 
-    def _before_experts(self, module: Any, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _before_experts(self, module: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Megatron applies the gate inside an expert, before its last projection; here it is applied after it."""
         hidden, by_expert, gates_P = args
         counted_P = ~gates_P.signbit()
         self._pairs = _Pairs(gates_P.abs(), None if counted_P.all() else counted_P, by_expert.tolist())
         return hidden, by_expert, torch.ones_like(gates_P)
 
-    def _on_expert_ffn(self, module: Any, args: tuple[Tensor, ...]) -> None:
+    def _on_expert_ffn(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert self._pairs is not None
         self.sums["experts.ffn"][self._own] += self._pairs.sums_by_expert(args[0].abs())
 
-    def _after_experts(self, module: Any, args: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    def _after_experts(self, module: nn.Module, args: object, output: tuple[Tensor, object]) -> tuple[Tensor, object]:
         assert self._pairs is not None
         outputs_PH, gates_P = output[0], self._pairs.gates_P
         lengths_P = torch.linalg.vector_norm(outputs_PH, dim=1, dtype=torch.float32)

@@ -27,8 +27,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.architecture.feed_forward import EXPERT_FFN
 from megatron_slim.architecture.kinds import KINDS
 from megatron_slim.architecture.shape import ModelShape
@@ -92,7 +92,7 @@ class Ranking:
     chosen: int
     candidates: tuple[Candidate, ...]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """As part of a plan document."""
         rows = [dataclasses.asdict(candidate) | {"sizes": dict(candidate.sizes)} for candidate in self.candidates]
         return {"count": self.count, "chosen": self.chosen, "candidates": rows}

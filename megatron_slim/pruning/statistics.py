@@ -29,11 +29,11 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.records import FORMER_STATS, STATS
@@ -179,7 +179,7 @@ class Statistics:
     @functools.cached_property
     def _serialized(self) -> bytes:
         # Not safetensors' own writer: it puts metadata in random order, so that equal statistics differ in bytes.
-        header: dict[str, Any] = {"__metadata__": dict(sorted(self.metadata.items()))}
+        header: JsonObject = {"__metadata__": dict(sorted(self.metadata.items()))}
         payload = bytearray()
         for name, value in sorted(self.tensors.items()):
             data = np.ascontiguousarray(value, dtype="<f4").tobytes()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
+from megatron_slim.aliases import Keywords
 from megatron_slim.architecture.family import LAYERS
 from megatron_slim.architecture.kinds import KINDS
 from megatron_slim.architecture.shape import ModelShape
@@ -43,7 +43,7 @@ def target_shape(
     Raises:
         RecipeError: the result cannot be built.
     """
-    wanted: dict[str, Any] = wanted_sizes(recipe, shape)
+    wanted: Keywords = wanted_sizes(recipe, shape)
     wanted |= layer_fields(depth_of(shape, kept_layers))
     if experts is None:
         kept = recipe.target.num_moe_experts is None and shape.experts_per_layer

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import megatron_slim.mcore
 
@@ -23,6 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_slim import __version__
+from megatron_slim.aliases import Array
 from megatron_slim.architecture.local_modules import rms_norm
 from megatron_slim.architecture.packing import by_sample, in_one_sequence, packed_documents
 from megatron_slim.architecture.table import count_parameters, names_of
@@ -94,7 +94,7 @@ class StreamingForward:
         micro_batch_size: int,
         dtype: torch.dtype,
         work: WorkDir | None = None,
-        position_ids: npt.NDArray[Any] | None = None,
+        position_ids: Array | None = None,
     ) -> None:
         """Prepare a pass; nothing is computed yet.
 

@@ -1,7 +1,7 @@
 """What we add to Megatron's training loop.
 
 - `pretrain`: a run from its command line to its end: resolve, check, train
-- `spec`: the description of a run, from flags and checkpoints
+- `spec`: the description of a run, from a recipe, flags and checkpoints
 - `build`, `steps`: the models of a pipeline stage, and what Megatron's loop calls in a step
 - `elastic`, `turns`: which budgets of an elastic student a step trains, and what is done around it
 - `variables`, `slim_arguments`, `arguments`: what `megatron-slim distill` takes, our flags, and Megatron's

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import megatron_slim.mcore
 
@@ -21,6 +20,7 @@ from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args, parse_args
 
+from megatron_slim.aliases import Document, Keywords
 from megatron_slim.architecture.layer_specs import shape_config_fields
 from megatron_slim.architecture.parts import TrainOnly
 from megatron_slim.architecture.shape import ModelShape
@@ -87,7 +87,7 @@ _ROTARY = (
 )
 
 
-def model_flags(shape: ModelShape) -> dict[str, Any]:
+def model_flags(shape: ModelShape) -> Keywords:
     """Megatron's flags that a model's shape decides, and their values; None and False: the flag is not to be given."""
     fields = {name: value for name, value in shape_config_fields(shape).items() if name not in _NOT_FIXED}
     if (pattern := fields["linear_attention_freq"]) is not None:
@@ -110,7 +110,7 @@ def model_flags(shape: ModelShape) -> dict[str, Any]:
     return {f"--{_OTHER_NAMES.get(name, name).replace('_', '-')}": value for name, value in fields.items()}
 
 
-def _as_words(flags: Mapping[str, Any]) -> Iterator[str]:
+def _as_words(flags: Document) -> Iterator[str]:
     """Flags as they stand on a command line."""
     for flag, value in flags.items():
         if value is not None and value is not False:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import megatron_slim.mcore
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.utils import get_batch_on_this_tp_rank
 from megatron.training import get_args
 from torch import Tensor
 
+from megatron_slim.aliases import Sample
 from megatron_slim.checkpoint.reference import Reference
 from megatron_slim.data import check_ids
 from megatron_slim.errors import DataError
@@ -40,7 +41,7 @@ class Entry:
 
 
 def next_batch(
-    iterator: Iterator[dict[str, Any]] | None,
+    iterator: Iterator[Sample] | None,
     vocab_size: int,
     vp_stage: int | None,
     *,
@@ -72,7 +73,7 @@ def next_batch(
         more["position_ids"] = Entry((args.seq_length,), torch.int64)
     if not (first or last or whole or more):
         return dict.fromkeys(BATCH_KEYS)
-    batch: dict[str, Any] = {}
+    batch: Sample = {}
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         assert iterator is not None
         sample = next(iterator)
@@ -90,7 +91,7 @@ def next_batch(
     return found | {key: _sent(batch.get(key), entry, micro_batch_size) for key, entry in more.items()}
 
 
-def _megatrons_part(batch: dict[str, Any], first: bool, last: bool, whole: bool, micro_batch_size: int) -> Batch:
+def _megatrons_part(batch: Sample, first: bool, last: bool, whole: bool, micro_batch_size: int) -> Batch:
     """What Megatron sends the ranks of a stage, of its own keys."""
     mine: Batch = get_batch_on_this_tp_rank(
         {key: batch[key] for key in BATCH_KEYS if key in batch},
@@ -122,7 +123,7 @@ def _sent(values: Tensor | None, entry: Entry, micro_batch_size: int) -> Tensor:
     return values
 
 
-def check_token_ids(sample: dict[str, Any], vocab_size: int) -> None:
+def check_token_ids(sample: Sample, vocab_size: int) -> None:
     """Refuse samples, collated, with token ids that the model has no embedding for.
 
     Raises:
@@ -134,7 +135,7 @@ def check_token_ids(sample: dict[str, Any], vocab_size: int) -> None:
         check_ids(*ends, vocab_size, sample["where"][row] if "where" in sample else "training data")
 
 
-def first_batch(dataset: Any, batch_size: int, vocab_size: int) -> dict[str, Tensor]:
+def first_batch(dataset: MegatronDataset, batch_size: int, vocab_size: int) -> dict[str, Tensor]:
     """The first samples of a dataset in which anything counts, collated: padding alone says nothing of a model.
 
     Raises:

@@ -8,7 +8,6 @@ import logging
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import megatron_slim.mcore
 
@@ -18,6 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.router import TopKRouter
 
+from megatron_slim.aliases import Keywords
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.layer_specs import build_model, shape_config_fields
 from megatron_slim.architecture.parallelism import padded_vocab_size
@@ -61,7 +61,7 @@ def build_stage(
     Returns:
         The student, its teacher co-located; weights are random, and the teacher's undefined.
     """
-    stage: dict[str, Any] = {
+    stage: Keywords = {
         "pre_process": pre_process,
         "post_process": post_process,
         "vp_stage": vp_stage,
@@ -71,7 +71,7 @@ def build_stage(
         "padded_vocab_size": padded_vocab_size(spec.student, spec.args.make_vocab_size_divisible_by),
     }
     teacher = _build_teacher(spec, config, stage)
-    model: dict[str, Any] = {"options": spec.options, "teacher": teacher, "timed_losses": timed_losses}
+    model: Keywords = {"options": spec.options, "teacher": teacher, "timed_losses": timed_losses}
     if post_process and spec.cache is not None:
         model["recorded"] = _build_recorded(spec.cache, config, spec.args, stage)
     fields = shape_config_fields(spec.student) | router_fields(config, spec.elastic, 0)
@@ -91,7 +91,7 @@ def build_stage(
     return student
 
 
-def _attach_budgets(student: ElasticModel, spec: RunSpec, config: TransformerConfig, model: dict[str, Any]) -> None:
+def _attach_budgets(student: ElasticModel, spec: RunSpec, config: TransformerConfig, model: Keywords) -> None:
     """Build the smaller budgets of a stage, co-located with it; their weights are undefined."""
     assert spec.elastic is not None
     others = []
@@ -163,7 +163,7 @@ def _own_random_numbers() -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices)
 
 
-def _build_teacher(spec: RunSpec, config: TransformerConfig, stage: dict[str, Any]) -> HiddenStatesModel | None:
+def _build_teacher(spec: RunSpec, config: TransformerConfig, stage: Keywords) -> HiddenStatesModel | None:
     if spec.teacher is None:
         return None
     layout, dtype, recipe = spec.stages.teacher, spec.args.teacher_dtype, spec.args.teacher_fp8_recipe
@@ -180,7 +180,7 @@ def _build_teacher(spec: RunSpec, config: TransformerConfig, stage: dict[str, An
     return teacher.to(device=torch.cuda.current_device(), dtype=teacher.config.params_dtype)
 
 
-def router_fields(config: TransformerConfig, run: ElasticRun | None, budget: int) -> dict[str, Any]:
+def router_fields(config: TransformerConfig, run: ElasticRun | None, budget: int) -> Keywords:
     """What trains a budget's routers: losses by its weight, and of a bias's rate the part of one of the step's budgets.
 
     Args:
@@ -198,7 +198,7 @@ def router_fields(config: TransformerConfig, run: ElasticRun | None, budget: int
 
 
 def _build_recorded(
-    cache: TeacherCache, config: TransformerConfig, args: Namespace, stage: dict[str, Any]
+    cache: TeacherCache, config: TransformerConfig, args: Namespace, stage: Keywords
 ) -> RecordedTeacher:
     """This rank's rows of the output layer of a teacher that was recorded; their content is undefined."""
     dtype = config.params_dtype if args.teacher_dtype is None else DTYPES[args.teacher_dtype]
@@ -207,7 +207,7 @@ def _build_recorded(
     return RecordedTeacher(stored, rows, dtype, on_host=args.teacher_head_offload)
 
 
-def load_balancing_fields(config: TransformerConfig, weight: float = 1.0) -> dict[str, Any]:
+def load_balancing_fields(config: TransformerConfig, weight: float = 1.0) -> Keywords:
     """The load-balancing coefficient that makes the global-batch loss independent of the number of ranks.
 
     Args:

@@ -10,7 +10,6 @@ import logging
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import megatron_slim.mcore
 
@@ -18,9 +17,12 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer import MegatronModule
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.checkpoint.distributed import DistCheckpoint
 from megatron_slim.checkpoint.iterations import iteration_directory
 from megatron_slim.checkpoint.optimizer_state import MAIN, NOT_CARRIED, open_optimizer_state
@@ -54,7 +56,7 @@ class CarriedOptimizer:
     step: int
     main: str | None
 
-    def load(self, chunks: list[Any], optimizer: Any) -> None:
+    def load(self, chunks: list[MegatronModule], optimizer: MegatronOptimizer) -> None:
         """Give it to Megatron's optimizer, in whatever layout the model is.
 
         Args:
@@ -74,9 +76,11 @@ class CarriedOptimizer:
         if get_args().rank == 0:
             logger.info(f"{self.directory}: the optimizer's moments were carried, after {self.step} steps")
 
-    def _named_as_saved(self, part: Any) -> Any:
+    def _named_as_saved(self, part: object) -> object:
         """Main weights under the name that the checkpoint has for them."""
-        for name in MAIN if isinstance(part, ShardedBase) else ():
+        if not isinstance(part, ShardedBase):
+            return part
+        for name in MAIN:
             if part.key.startswith(prefix := f"{STATE}{name}."):
                 key = part.key.removeprefix(prefix)
                 part.key = key if self.main is None else f"{STATE}{self.main}.{key}"
@@ -111,7 +115,7 @@ def carried_optimizer(spec: RunSpec) -> CarriedOptimizer | None:
     return CarriedOptimizer(directory, state.step, next(iter(set(MAIN) & set(state.tensors)), None))
 
 
-def _metadata(args: Namespace) -> dict[str, Any]:
+def _metadata(args: Namespace) -> JsonObject:
     """What Megatron writes into a checkpoint of that format, and is asked for by its optimizers."""
     sharding = {
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -125,7 +129,7 @@ def _metadata(args: Namespace) -> dict[str, Any]:
     }
 
 
-def _set_steps(part: Any, step: int) -> None:
+def _set_steps(part: object, step: int) -> None:
     """Give every group of parameters this number of steps."""
     for key, value in part.items() if isinstance(part, dict) else ():
         if key == "param_groups":

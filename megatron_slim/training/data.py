@@ -5,7 +5,6 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import megatron_slim.mcore
 
@@ -16,8 +15,10 @@ import xxhash
 from megatron.core.datasets import gpt_dataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.training import get_args, get_tokenizer
 
+from megatron_slim.aliases import Sample
 from megatron_slim.data import document_lengths
 from megatron_slim.errors import DataError
 from megatron_slim.sample_set import is_sample_set, open_samples
@@ -36,7 +37,7 @@ class _OwnMasks:
     mask that it keeps: every later sample would lose the same positions.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self.masks_and_position_ids_are_cacheable = False
 
@@ -71,11 +72,11 @@ class GPTDataset(_OwnMasks, gpt_dataset.GPTDataset):
     def _key_config_attributes() -> list[str]:
         return [*gpt_dataset.GPTDataset._key_config_attributes(), "lengths"]
 
-    def __getitem__(self, idx: int | None) -> dict[str, Any]:
-        sample: dict[str, Any] = super().__getitem__(idx)
+    def __getitem__(self, idx: int | None) -> Sample:
+        sample: Sample = super().__getitem__(idx)
         return {**sample, "ids": torch.tensor(self._ends), "where": f"{self.dataset_path}.bin"}
 
-    def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[npt.NDArray[np.int64], Any, list[int]]:
+    def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[npt.NDArray[np.int64], object, list[int]]:
         text, documents, lengths = super()._query_document_sample_shuffle_indices(idx)
         ids = text[: sum(lengths)]
         self._ends = (int(ids.min(initial=0)), int(ids.max(initial=0)))
@@ -147,7 +148,7 @@ def _tokens_of(path: Path) -> float:
 
 def build_datasets(
     num_samples: tuple[int, int | None, int | None], cache: TeacherCache | None = None, recorded_heads: int = 0
-) -> list[Any]:
+) -> list[MegatronDataset]:
     """Train, validation and test datasets of at least so many samples each.
 
     Args:
@@ -159,13 +160,13 @@ def build_datasets(
         DataError: a blend is of too few samples for its number of data sets.
     """
     args = get_args()
-    kind = MockGPTDataset if args.mock_data else GPTDataset
+    kind: type[MegatronDataset] = MockGPTDataset if args.mock_data else GPTDataset
     if not args.mock_data and sample_sets(args):
         kind = CachedDataset if recorded_heads else PackedDataset
     sizes = [num_samples[0], max(num_samples[1] or 0, _validation_samples(args)), num_samples[2]]
     try:
         # On every rank: the teacher check needs a sample on each, and indices are cached on disk or made in seconds.
-        datasets: list[Any] = BlendedMegatronDatasetBuilder(
+        datasets: list[MegatronDataset] = BlendedMegatronDatasetBuilder(
             kind, sizes, lambda: True, dataset_config(cache, recorded_heads)
         ).build()
     except IndexError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import megatron_slim.mcore
 
@@ -18,6 +18,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel as DDP
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.transformer import MegatronModule
 from megatron.training import get_args
 from torch import Tensor
 
@@ -72,12 +73,12 @@ class FiniteWatch:
         """Watch hidden states that leave a pipeline stage, by the largest of them."""
         self.add("states", name, vp_stage, torch.linalg.vector_norm(hidden_states.detach(), torch.inf))
 
-    def finalize_grads(self, model: list[Any], *args: Any, **kwargs: Any) -> None:
+    def finalize_grads(self, model: list[MegatronModule], *args: object, **kwargs: object) -> None:
         """Megatron's ``finalize_model_grads_func``: what it does at the end of an iteration, and `check`."""
         finalize_model_grads(model, *args, **kwargs)
         self.check(model)
 
-    def check(self, model: Sequence[Any] = ()) -> None:
+    def check(self, model: Sequence[MegatronModule] = ()) -> None:
         """Look at all that was watched, and at the gradients of ``model``; every rank must call it.
 
         Raises:
@@ -122,7 +123,7 @@ def _stage(vp_stage: int | None) -> int:
     return int((vp_stage or 0) * pipeline + parallel_state.get_pipeline_model_parallel_rank() + 1)
 
 
-def _gradients(model: Sequence[Any]) -> Iterator[tuple[int, str, Tensor]]:
+def _gradients(model: Sequence[MegatronModule]) -> Iterator[tuple[int, str, Tensor]]:
     """Pipeline position, name and gradient of every parameter that has one."""
     for number, chunk in enumerate(model):
         for name, parameter in chunk.named_parameters():
@@ -132,7 +133,7 @@ def _gradients(model: Sequence[Any]) -> Iterator[tuple[int, str, Tensor]]:
                 yield _stage(number), name.removeprefix("module.").removeprefix("module."), gradient
 
 
-def _gradient_bounds(model: Sequence[Any]) -> Iterator[Tensor]:
+def _gradient_bounds(model: Sequence[MegatronModule]) -> Iterator[Tensor]:
     """Least and largest gradients; under fp16 infinite ones are how Megatron finds its loss scale, and it skips them.
 
     DDP has the gradients of many parameters in one buffer: it is read once, which an infinite norm takes longer for.
@@ -145,7 +146,7 @@ def _gradient_bounds(model: Sequence[Any]) -> Iterator[Tensor]:
                 yield from (bound.float() for bound in gradient.aminmax())
 
 
-def _found_in_gradients(model: Sequence[Any]) -> Iterator[Found]:
+def _found_in_gradients(model: Sequence[MegatronModule]) -> Iterator[Found]:
     for stage, name, gradient in () if get_args().fp16 else _gradients(model):
         if not gradient.isfinite().all():
             yield Found(stage, torch.distributed.get_rank(), "gradient", name, gradient.float().sum().item())

@@ -7,13 +7,14 @@ What is frozen has no gradient, no buffer for one and no state of an optimizer: 
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import megatron_slim.mcore
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor, nn
 
+from megatron_slim.aliases import Keywords
 from megatron_slim.architecture.parts import TrainOnly, rows_by_place
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.layout import split_keys
@@ -45,12 +46,12 @@ def freeze(student: DistillationModel, shape: ModelShape, only: TrainOnly) -> No
         _begin_graphs(student)
 
 
-def _storage(tensor: Any) -> int:
+def _storage(tensor: Tensor) -> int:
     """What memory a tensor is in, also on the meta device, where addresses are all zero."""
     return int(tensor.untyped_storage()._cdata)
 
 
-def _leave(router: Any) -> None:
+def _leave(router: TopKRouter) -> None:
     """Have nothing balance the load of a frozen router: no loss, which would act on layers before it, and no bias."""
     router.frozen_expert_bias = True
     router.config = copy.copy(router.config)
@@ -62,7 +63,7 @@ def _leave(router: Any) -> None:
 def _begin_graphs(student: DistillationModel) -> None:
     """Give recomputed layers an input with a gradient, without which torch's checkpoints compute none of weights."""
 
-    def begin(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def begin(_module: nn.Module, args: tuple[object, ...], kwargs: Keywords) -> tuple[tuple[object, ...], Keywords]:
         hidden = kwargs["hidden_states"]
         if torch.is_grad_enabled() and hidden is not None and not hidden.requires_grad:
             kwargs = {**kwargs, "hidden_states": hidden.detach().requires_grad_()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,6 @@ import megatron_slim.mcore
 
 import torch
 from megatron.core import parallel_state
-from megatron.training import get_args
 from torch import Tensor
 
 from megatron_slim.architecture.pipeline_layout import Stages
@@ -22,13 +20,13 @@ from megatron_slim.checkpoint.torch_dist_names import HIDDEN_KD
 from megatron_slim.distillation.hidden import HiddenInputs
 from megatron_slim.distillation.layer_pairs import FLAG, LayerPair, name_of, pair_violations, stage_violations
 from megatron_slim.distillation.loss_options import DEFAULTS
+from megatron_slim.distillation.losses import LossWeights
 from megatron_slim.distillation.model import DistillationModel
-from megatron_slim.distillation.terms import HIDDEN_KD_WEIGHT
+from megatron_slim.distillation.terms import HIDDEN, LOSS_TERMS, hidden_weight
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.training.finite import FiniteWatch
-from megatron_slim.training.slim_arguments import now, schedule_of
+from megatron_slim.training.slim_arguments import schedule_of
 
-LOSS = "hidden distillation loss"
 # Flags with which Megatron runs layers by another way than calling them, where no hook sees them.
 _PAST_LAYERS = ("enable_cuda_graph", "external_cuda_graph", "overlap_moe_expert_parallel_comm")
 
@@ -41,14 +39,15 @@ def hidden_violations(shape: ModelShape, teacher: ModelShape | None, args: Names
         teacher: sizes of the teacher, None without one.
         args: Megatron's arguments and ours, as parsed.
     """
-    schedule, pairs = schedule_of(HIDDEN_KD_WEIGHT, args), args.hidden_kd_layers
-    given = (args.hidden_kd_loss, schedule) != (DEFAULTS.hidden_kd_loss, HIDDEN_KD_WEIGHT.default)
+    weight, pairs = hidden_weight(), args.hidden_kd_layers
+    schedule = schedule_of(weight, args)
+    given = (args.hidden_kd_loss, schedule) != (DEFAULTS.hidden_kd_loss, weight.default)
     if not pairs:
         return [f"--hidden-kd-* has no effect without {FLAG}"] if given else []
     found = [
-        f"{HIDDEN_KD_WEIGHT.flag}-{name} {value:g} is not a weight: it must be finite and not negative"
+        f"{weight.flag}-{name} {value:g} is not a weight: it must not be negative"
         for name, value in (("start", schedule.start), ("end", schedule.end))
-        if not (math.isfinite(value) and value >= 0)
+        if value < 0
     ]
     graphs = getattr(args, "cuda_graph_impl", "none") != "none"
     found += ["--cuda-graph-impl cannot be combined with " + FLAG] if graphs else []
@@ -99,18 +98,12 @@ def check_projections(found: Checkpoint, args: Namespace) -> None:
         )
 
 
-def _weight() -> float:
-    """What the loss is multiplied by in this iteration."""
-    args = get_args()
-    return now(HIDDEN_KD_WEIGHT, args)
-
-
-def hidden_inputs(chunk: DistillationModel, loss_mask: Tensor | None) -> HiddenInputs | None:
+def hidden_inputs(chunk: DistillationModel, loss_mask: Tensor | None, weights: LossWeights) -> HiddenInputs | None:
     """What the hidden-state loss of a stage's layers needs; None where there are none, and in validation."""
     if chunk.hidden_kd is None or not chunk.training:
         return None
     assert loss_mask is not None
-    return HiddenInputs(loss_mask, _weight())
+    return HiddenInputs(loss_mask, weights[hidden_weight().key])
 
 
 @dataclass
@@ -124,12 +117,13 @@ class HiddenLog:
     pairs: tuple[LayerPair, ...]
     entries: dict[str, Tensor] = field(default_factory=dict)
 
-    def report(self, tokens: Tensor) -> dict[str, Tensor]:
+    def report(self, tokens: Tensor, weights: LossWeights) -> dict[str, Tensor]:
         """Entries (sum, count) of one more micro-batch of a training step; called on the last stage."""
-        names = [LOSS, *(f"{LOSS} {name_of(pair)}" for pair in self.pairs)]
+        loss, weight = LOSS_TERMS[HIDDEN].name, hidden_weight()
+        names = [loss, *(f"{loss} {name_of(pair)}" for pair in self.pairs)]
         self.entries = {name: torch.stack([torch.zeros_like(tokens), tokens]) for name in names}
         one = torch.ones_like(tokens)
-        return {**self.entries, HIDDEN_KD_WEIGHT.name: torch.stack([one * _weight(), one])}
+        return {**self.entries, weight.name: torch.stack([one * weights[weight.key], one])}
 
     def finish(self, chunks: Sequence[DistillationModel], watch: FiniteWatch) -> None:
         """Bring the sums of an iteration to the last stage; all ranks must call it.
@@ -145,7 +139,7 @@ class HiddenLog:
             if chunk.hidden_kd is None:
                 continue
             for pair, value in chunk.hidden_kd.sums.items():
-                watch.add("loss", f"{LOSS} {name_of(pair)}", chunk.vp_stage, value)
+                watch.add("loss", f"{LOSS_TERMS[HIDDEN].name} {name_of(pair)}", chunk.vp_stage, value)
                 sums[self.pairs.index(pair)] = value
             chunk.hidden_kd.sums.clear()
         torch.distributed.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())

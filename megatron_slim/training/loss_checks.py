@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from argparse import Namespace
 
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.distillation.functions import function_violations
@@ -25,7 +25,7 @@ _WITHOUT_EFFECT = {
 }
 
 
-def loss_violations(shape: ModelShape, args: Any) -> list[str]:
+def loss_violations(shape: ModelShape, args: Namespace) -> list[str]:
     """What is wrong with the arguments of the losses, in sentences.
 
     Args:

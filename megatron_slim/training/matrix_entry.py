@@ -11,13 +11,16 @@ from typing import Any
 import megatron_slim.mcore
 
 import torch
-from megatron.core.optimizer import emerging_optimizers
+from megatron.core.optimizer import OptimizerConfig, emerging_optimizers
 from megatron.core.optimizer.layer_wise_optimizer import is_managed_by_layer_wise_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 from torch import Tensor
 
+from megatron_slim.aliases import Keywords
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import weights
 from megatron_slim.checkpoint.layout import split_keys
@@ -44,7 +47,9 @@ class MatrixRun:
     model: ModelShape
     updates: Any
 
-    def arguments(self, config: Any, chunks: Sequence[Any], groups: Any) -> dict[str, Any]:
+    def arguments(
+        self, config: OptimizerConfig, chunks: Sequence[MegatronModule], groups: ProcessGroupCollection
+    ) -> Keywords:
         """What `MatrixOptimizer` is made with: Megatron's ``config_to_kwargs``."""
         from megatron_slim.training import matrix_optimizer as ours
 
@@ -70,7 +75,9 @@ class MatrixRun:
             "updates": self.updates,
         }
 
-    def places_of(self, rows: Callable[[], dict[int, Row]], groups: Any, parameter: Tensor, group: int) -> list[Place]:
+    def places_of(
+        self, rows: Callable[[], dict[int, Row]], groups: ProcessGroupCollection, parameter: Tensor, group: int
+    ) -> list[Place]:
         """The matrices of a parameter of the optimizer, which may be a main copy."""
         row = rows()[id(parameter)]
         experts = row.weight is not None and row.weight.stacked
@@ -79,7 +86,7 @@ class MatrixRun:
         at = Ranks(ranks, count) if count > 1 else WHOLE
         return places_of(parameter, group, row, self.model, at, every=self.args.optimizer_matrices == ALL)
 
-    def overrides(self) -> dict[Any, dict[str, Any]]:
+    def overrides(self) -> dict[ParamKey, Keywords]:
         """Megatron's rule for what the optimizer does not get: Adam has it, with a learning rate of its own."""
         rate, args = adamw_rate(self.args, self.model.hidden_size), self.args
         least = args.min_lr * rate / args.lr if args.lr else 0.0
@@ -103,7 +110,7 @@ class MatrixRun:
         self.updates.clear()
 
 
-def rows_of_parameters(chunks: Sequence[Any], model: ModelShape) -> Callable[[], dict[int, Row]]:
+def rows_of_parameters(chunks: Sequence[MegatronModule], model: ModelShape) -> Callable[[], dict[int, Row]]:
     """What the parameters of this rank are, by the id of the parameter or of its main copy, once that is there.
 
     The model's own `sharded_state_dict` says it, so every layout is right by construction.

@@ -7,15 +7,15 @@ These, and routers, are updated as AdamW updates them, by the same class. It nee
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from emerging_optimizers.orthogonalized_optimizers import OrthogonalizedOptimizer, get_muon_scale_factor
 from emerging_optimizers.orthogonalized_optimizers.muon_utils import _COEFFICIENT_SETS, get_coefficient_iterator
-from torch import Tensor
+from torch import Tensor, nn
 
+from megatron_slim.aliases import ParamGroup
 from megatron_slim.optimizers import MOMENTUM, SECOND_MOMENT
 from megatron_slim.training.aurora import EPSILON, aurora_update
 from megatron_slim.training.matrix_stacks import Place, parts, settle, stacks, through_whole
@@ -106,7 +106,7 @@ class MatrixOptimizer(OrthogonalizedOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: Iterable[nn.Parameter] | Iterable[ParamGroup],
         *,
         lr: float,
         momentum: float,
@@ -140,7 +140,7 @@ class MatrixOptimizer(OrthogonalizedOptimizer):
         return self._places[id(parameter)]
 
     @torch.no_grad()
-    def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:
+    def _init_group(self, group: ParamGroup, skip_non_grad_params: bool = True) -> None:
         number = next(i for i, each in enumerate(self.param_groups) if each is group)
         group.setdefault("step", 0)
         for parameter in group["params"]:
@@ -152,7 +152,7 @@ class MatrixOptimizer(OrthogonalizedOptimizer):
                 state[SECOND_MOMENT] = torch.zeros_like(parameter.data)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: object = None) -> None:
         """Update every parameter that has a gradient; the host waits once, to know which matrices have none."""
         assert closure is None
         for group in self.param_groups:

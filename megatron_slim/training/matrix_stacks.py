@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class Ranks:
         dim: the dimension of which each has a part.
     """
 
-    group: Any = None
+    group: torch.distributed.ProcessGroup | None = None
     count: int = 1
     dim: int = 0
 
@@ -131,7 +131,7 @@ def _whole(shape: tuple[int, ...], ranks: Ranks) -> tuple[int, ...]:
 
 def stacks(places: Iterable[Place]) -> Iterator[list[Place]]:
     """Places whose parts have equal shapes, in the order in which they are first met, no stack above `STACK_BYTES`."""
-    alike: dict[Any, list[Place]] = {}
+    alike: dict[tuple[tuple[int, ...], int, Ranks, bool], list[Place]] = {}
     for place in places:
         alike.setdefault((place.shape, place.group, place.ranks, place.is_matrix), []).append(place)
     for (shape, *_), members in alike.items():

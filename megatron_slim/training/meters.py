@@ -7,15 +7,14 @@ two CUDA events, which are read at the end of an iteration, when the device has 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import megatron_slim.mcore
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_slim.distillation.elastic import ElasticModel
 from megatron_slim.distillation.losses import LossWeights
@@ -37,7 +36,7 @@ def weights_of_terms(weights: LossWeights, *, has_teacher: bool) -> dict[str, fl
     }
 
 
-def _now() -> Any:
+def _now() -> torch.cuda.Event:
     """An event on the current stream; on a CPU, the time (`device.py`)."""
     event = torch.cuda.Event(enable_timing=True)
     event.record()
@@ -50,8 +49,8 @@ class _Span:
 
     chunk: int
     kind: str
-    start: Any
-    end: Any
+    start: torch.cuda.Event
+    end: torch.cuda.Event
     within: str | None = None
 
 
@@ -67,7 +66,7 @@ class StageClock:
         """Tell what a stage's forward pass spends on the teacher; it tells the losses' itself, by `losses`."""
         if chunk.teacher is None:
             return
-        teacher: list[Any] = []
+        teacher: list[torch.cuda.Event] = []
         chunk.teacher.register_forward_pre_hook(lambda *_: teacher.append(_now()))
         chunk.teacher.register_forward_hook(lambda *_: self._add_part(TEACHER, teacher.pop()))
 
@@ -98,7 +97,7 @@ class StageClock:
         yield
         self._add_part(LOSSES, start)
 
-    def _add_part(self, kind: str, start: Any) -> None:
+    def _add_part(self, kind: str, start: torch.cuda.Event) -> None:
         if self._chunk is not None:
             self._spans.append(_Span(self._chunk, kind, start, _now(), within=STUDENT))
 
@@ -160,8 +159,8 @@ class ExpertCounter:
                 self.counts[layer] = torch.zeros(module.num_experts, dtype=torch.int64, device=device)
                 module.register_forward_hook(self._hook(layer))
 
-    def _hook(self, layer: int) -> Any:
-        def count(_module: Any, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+    def _hook(self, layer: int) -> Callable[[nn.Module, object, tuple[Tensor, Tensor]], None]:
+        def count(_module: nn.Module, _inputs: object, output: tuple[Tensor, Tensor]) -> None:
             # Not in validation, and of the two forward passes of recomputation in the second.
             if torch.is_grad_enabled():
                 self.counts[layer] += output[1].sum(dim=0)

@@ -10,8 +10,9 @@ import importlib.util
 import math
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from megatron_slim.aliases import ArgumentGroup
 from megatron_slim.errors import SlimError
 from megatron_slim.extras import require
 from megatron_slim.optimizers import AURORA, MUON, OPTIMIZERS
@@ -29,7 +30,7 @@ ADAMW_SHARE = 0.2
 LEAST_RATE = 1e-3  # below it a learning rate is one that AdamW had
 
 
-def add_optimizer(group: Any) -> None:
+def add_optimizer(group: ArgumentGroup) -> None:
     """How matrices are updated, and what else is."""
     group.add_argument(
         "--adamw-lr",

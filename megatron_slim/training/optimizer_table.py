@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.architecture.axes import size
 from megatron_slim.architecture.matrices import as_matrices, why_none
 from megatron_slim.architecture.parts import TrainOnly, rows_by_place
@@ -84,6 +84,6 @@ def _lines(model: ModelShape, optimizer: str, only: TrainOnly | None, *, all_mat
             yield Line(name, piece.label, (rows, columns), count, own, why)
 
 
-def entries(lines: list[Line]) -> list[dict[str, Any]]:
+def entries(lines: list[Line]) -> list[JsonObject]:
     """The same for JSON."""
     return [{**asdict(line), "shape": list(line.shape)} for line in lines]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import megatron_slim.mcore
 
@@ -14,6 +13,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatr
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
+from megatron_slim.aliases import Sample
 from megatron_slim.sample_set import SampleSet, open_samples
 
 
@@ -60,14 +60,14 @@ class PackedDataset(MegatronDataset):
     def __len__(self) -> int:
         return self.epochs * len(self.rows)
 
-    def __getitem__(self, idx: int) -> dict[str, Any]:
+    def __getitem__(self, idx: int) -> Sample:
         epoch, place = divmod(idx, len(self.rows))
         if self._order[0] != epoch:
             order = np.random.default_rng([self.config.random_seed, epoch]).permutation(self.rows)
             self._order = (epoch, order)
         return self.row(int(self._order[1][place]))
 
-    def row(self, number: int) -> dict[str, Any]:
+    def row(self, number: int) -> Sample:
         """What a row of the sample set is to training; ``index`` is its number, [] int64."""
         ids = torch.from_numpy(self.samples.tokens[number].astype(np.int64))
         return {

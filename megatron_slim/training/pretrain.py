@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import megatron_slim.mcore
 
 import torch
+from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -125,7 +125,9 @@ class Run:
             load_weights(self.spec, steps.chunks)
         return student
 
-    def datasets_provider(self, num_samples: tuple[int, Any, Any], vp_stage: int | None = None) -> list[Any]:
+    def datasets_provider(
+        self, num_samples: tuple[int, int | None, int | None], vp_stage: int | None = None
+    ) -> list[MegatronDataset]:
         """Build the datasets; before the first step, see that the teacher knows something of them."""
         steps, spec = self.steps, self.spec
         needs_states = spec.cache is not None and steps.chunks[vp_stage or 0].post_process

@@ -11,12 +11,12 @@ import traceback
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import megatron_slim.mcore
 
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_slim.aliases import JsonObject
 from megatron_slim.checkpoint.common_state import read_common_state
 from megatron_slim.checkpoint.iterations import iteration_directory
 from megatron_slim.checkpoint.torch_dist_names import RELEASE, TRACKER
@@ -116,7 +116,7 @@ def _resumed_from(args: Namespace) -> Path | None:
     return None if directory.name == RELEASE else directory
 
 
-def _differing(saved: Any, args: Namespace, names: dict[str, str]) -> Iterator[str]:
+def _differing(saved: Namespace, args: Namespace, names: dict[str, str]) -> Iterator[str]:
     """Arguments that are not what they were, in words; what an older Megatron did not have is not compared."""
     for name, words in names.items():
         own = getattr(args, name)
@@ -126,14 +126,14 @@ def _differing(saved: Any, args: Namespace, names: dict[str, str]) -> Iterator[s
             yield f"{words} {was}, not {is_now}"
 
 
-def _of_layout(state: dict[str, Any], args: Namespace) -> Iterator[str]:
+def _of_layout(state: JsonObject, args: Namespace) -> Iterator[str]:
     kind = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
     has_buckets = args.use_distributed_optimizer or args.use_layer_wise_distributed_optimizer
     if has_buckets and kind not in DistributedOptimizer.checkpoint_fully_reshardable_formats:
         yield from _differing(state["args"], args, _LAYOUT)
 
 
-def _of_schedule(state: dict[str, Any], args: Namespace) -> Iterator[str]:
+def _of_schedule(state: JsonObject, args: Namespace) -> Iterator[str]:
     """Rates find the saved groups of parameters; the rest Megatron takes from the checkpoint on request."""
     saved, scheduler = state["args"], state.get("opt_param_scheduler")
     yield from _differing(saved, args, _RATES)
@@ -146,7 +146,7 @@ def _of_schedule(state: dict[str, Any], args: Namespace) -> Iterator[str]:
     yield from _of_lengths(saved, scheduler, args)
 
 
-def _of_lengths(saved: Any, scheduler: dict[str, Any], args: Namespace) -> Iterator[str]:
+def _of_lengths(saved: Namespace, scheduler: JsonObject, args: Namespace) -> Iterator[str]:
     """In Megatron's scheduler they are samples, so that another batch makes another schedule of the same iterations.
 
     A warm-up that is a fraction is one of samples there and of iterations here, which round differently.

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_slim.training.run_view import PARTS, Series, drawn_names, in_nats, layers, line_style, loss_names, stages
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 DPI = 110
 MAX_LABELS = 24  # along an axis; more would overlap
@@ -32,19 +37,19 @@ def picture(run: Series) -> bytes:
     return stream.getvalue()
 
 
-def _curve(axes: Any, points: Mapping[int, float], label: str, **style: Any) -> Any:
+def _curve(axes: Axes, points: Mapping[int, float], label: str, **style: Any) -> Line2D:
     steps = sorted(points)
     marker = "." if len(steps) < 40 else None
     (drawn,) = axes.plot(steps, [points[step] for step in steps], label=label, marker=marker, **style)
     return drawn
 
 
-def _losses(axes: Any, run: Series) -> None:
+def _losses(axes: Axes, run: Series) -> None:
     drawn, names = [], drawn_names(loss_names(run))
     other = None if all(map(in_nats, names)) else other_scale(axes)
     for number, name in enumerate(names):
         style = {"color": f"C{number}", "linestyle": line_style(name), "linewidth": 1.3}
-        drawn.append(_curve(axes if in_nats(name) else other, run[name], name, **style))
+        drawn.append(_curve(axes if other is None or in_nats(name) else other, run[name], name, **style))
     axes.set(title="Loss terms", xlabel="iteration", ylabel="nats per token")
     scales = [axes] if other is None else [axes, other]
     for scale in scales:  # space for the legend, which is on the scale that is drawn last
@@ -56,14 +61,14 @@ def _losses(axes: Any, run: Series) -> None:
     axes.grid(alpha=0.3)
 
 
-def other_scale(axes: Any) -> Any:
+def other_scale(axes: Axes) -> Axes:
     """A second scale on the right, for terms that are not in nats."""
     other = axes.twinx()
     other.set_ylabel("other terms, per token")
     return other
 
 
-def _throughput(axes: Any, run: Series) -> None:
+def _throughput(axes: Axes, run: Series) -> None:
     """Tokens per second on the left, and what the models make of the hardware on the right."""
     rate = _curve(axes, run["slim/throughput/tokens_per_second_per_gpu"], "tokens/s/GPU", color="tab:blue")
     axes.set(title="Throughput", xlabel="iteration", ylabel="tokens/s/GPU")
@@ -81,7 +86,7 @@ def _throughput(axes: Any, run: Series) -> None:
     axes.legend(handles=drawn, fontsize="small", loc="lower right")
 
 
-def _stages(axes: Any, run: Series) -> None:
+def _stages(axes: Axes, run: Series) -> None:
     """Seconds of each stage at the last log, part upon part, and their mean."""
     found = stages(run)
     names, below = list(found), np.zeros(len(found))
@@ -97,7 +102,7 @@ def _stages(axes: Any, run: Series) -> None:
     axes.legend(fontsize="small", ncols=3, loc="upper center")
 
 
-def _experts(figure: Any, axes: Any, run: Series) -> None:
+def _experts(figure: Figure, axes: Axes, run: Series) -> None:
     """Maximum over mean of every layer, in time."""
     found = layers(run, "max_over_mean")
     steps = sorted(set().union(*found.values()))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from megatron_slim.aliases import Document, JsonObject
 from megatron_slim.distillation.terms import LOSS_TERMS, SUFFIX, LossTerm
 from megatron_slim.errors import SlimError
 from megatron_slim.training.run_figures import KINDS
@@ -74,9 +75,9 @@ def _term(name: str) -> LossTerm | None:
 
 
 def in_nats(name: str) -> bool:
-    """Whether a term is in nats per token, as all that has no function of its own; else it has a scale of its own."""
+    """Whether a term is known to be in nats per token; else it has a scale of its own."""
     term = _term(name)
-    return term is not None and term.function is None
+    return term is not None and term.in_nats
 
 
 def drawn_names(names: list[str]) -> list[str]:
@@ -90,7 +91,7 @@ def drawn_names(names: list[str]) -> list[str]:
 def line_style(name: str) -> str:
     """How a term is drawn: main head, MTP heads, what is logged alone, and what is not of the heads or not known."""
     term = _term(name)
-    if term is None:
+    if term is None or term.of_layers:
         return "-."
     return ":" if term.weight is None else "--" if term.mtp else "-"
 
@@ -124,7 +125,7 @@ def _figures(run: Series) -> list[str]:
     return [match[1] for pattern in ends.values() for tag in run if (match := pattern.fullmatch(tag))]
 
 
-def summary(run: Series) -> dict[str, Any]:
+def summary(run: Series) -> JsonObject:
     """What ``--json`` prints: first, last, least and most of every curve, and stages and experts at the last log."""
     curves = {
         name: {
@@ -160,7 +161,7 @@ def summary(run: Series) -> dict[str, Any]:
     }
 
 
-def tables(found: Mapping[str, Any]) -> list[Table]:
+def tables(found: Document) -> list[Table]:
     """The summary as tables: curves, stages, experts."""
     from rich.table import Table
 

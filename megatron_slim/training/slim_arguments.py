@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from megatron_slim.aliases import ArgumentGroup
 from megatron_slim.architecture.fp8_sizes import TEACHER_RECIPES
 from megatron_slim.command_line import ToolParser
 from megatron_slim.distillation.layer_pairs import FLAG, parse_layer_pairs
 from megatron_slim.distillation.loss_options import DEFAULTS, HIDDEN_LOSSES, KD_LOSSES
 from megatron_slim.distillation.schedule import SHAPES, Schedule
-from megatron_slim.distillation.terms import HIDDEN_KD_WEIGHT, LOSS_TERMS, LossWeight, check_terms, weights_of
+from megatron_slim.distillation.terms import LOSS_TERMS, LossWeight, check_terms, weights_of
 from megatron_slim.errors import SlimError
 from megatron_slim.training.optimizer_flags import add_optimizer
 from megatron_slim.training.train_only import add_train_only
@@ -102,7 +102,7 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     return parser
 
 
-def _add_teacher(group: Any) -> None:
+def _add_teacher(group: ArgumentGroup) -> None:
     """Where the teacher comes from, where it is, and what it computes in."""
     group.add_argument(
         "--teacher-load",
@@ -162,7 +162,7 @@ def _add_teacher(group: Any) -> None:
     )
 
 
-def _add_losses(group: Any) -> None:
+def _add_losses(group: ArgumentGroup) -> None:
     """What supervises main and MTP heads, and how much each term weighs."""
     group.add_argument(
         "--mtp-kd-target",
@@ -199,7 +199,7 @@ def _add_losses(group: Any) -> None:
         _add_schedule(group, weight)
 
 
-def _add_hidden_states(group: Any) -> None:
+def _add_hidden_states(group: ArgumentGroup) -> None:
     """Which layers are supervised by which layers of the teacher."""
     group.add_argument(
         FLAG,
@@ -215,10 +215,9 @@ def _add_hidden_states(group: Any) -> None:
         default=DEFAULTS.hidden_kd_loss,
         help=f"1 - cosine of hidden states, or the mean of squared differences. Default: {DEFAULTS.hidden_kd_loss}.",
     )
-    _add_schedule(group, HIDDEN_KD_WEIGHT)
 
 
-def _add_budgets(group: Any) -> None:
+def _add_budgets(group: ArgumentGroup) -> None:
     """Training of several sizes of one student."""
     group.add_argument(
         ELASTIC_FLAG,
@@ -260,7 +259,7 @@ def parse_shares(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def _add_schedule(group: Any, weight: LossWeight) -> None:
+def _add_schedule(group: ArgumentGroup, weight: LossWeight) -> None:
     """The flags of a weight.
 
     Raises:

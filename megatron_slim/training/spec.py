@@ -1,7 +1,7 @@
 """One description of a run: everything that is decided before a model is built.
 
-`resolve` makes it of a command line and of the checkpoints that it names. `checks.check` looks for what is wrong with
-it. `build.build_stage` builds what one pipeline stage has of its models, for training and for planning alike.
+`resolve` makes it of a command line, and of the recipe and the checkpoints that it names. `checks.check` looks for what
+is wrong with it. `build.build_stage` builds what one pipeline stage has of its models, for training and planning alike.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from megatron_slim.training.progressive import Place, find_place, is_done, phase
 from megatron_slim.training.rates import default_warmup
 from megatron_slim.training.stage_layout import StageLayout, plan_stages
 from megatron_slim.training.train_only import chosen
+from megatron_slim.training.variables import expand
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class RunSpec:
     """A run.
 
     Attributes:
-        given: the command line as it was given.
+        given: the command line as it was given, variables and recipe as Megatron's arguments.
         argv: Megatron's, with what the shape, the place in a schedule and our defaults add; stages are not in it.
         args: Megatron's arguments and ours as parsed, before Megatron's own validation.
         source: directory whose config.json describes the student.
@@ -177,17 +178,18 @@ class RunSpec:
 
 
 def resolve(argv: Sequence[str], teacher: ModelShape | None = None) -> RunSpec:
-    """Decide what a command line leaves open, by the checkpoints that it names.
+    """Decide what a command line leaves open, by the recipe and the checkpoints that it names.
 
     Args:
-        argv: Megatron's arguments and ours.
+        argv: Megatron's arguments and ours; with ``--`` among them, those in front of it are variables, as
+            `megatron-slim distill` takes them, and what they leave open the section ``train`` of ``--recipe`` says.
         teacher: sizes of a teacher without a checkpoint, as in planning.
 
     Raises:
         SlimError: a flag contradicts the shape, which config.json alone decides, or nothing gives the shape; flags do
             not go with the place in a progressive schedule; a checkpoint cannot be read.
     """
-    given = list(argv)
+    given = expand(argv)
     source = shape_directory(given)
     asked = without_tokenizer_type(given)
     flags, student = complete_argv(asked)

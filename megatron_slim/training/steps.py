@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import megatron_slim.mcore
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer import MegatronModule
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 from torch import Tensor
 
+from megatron_slim.aliases import Function, Keywords, Sample
 from megatron_slim.architecture.context_parallel import local_positions
 from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine, gradients_of_total
 from megatron_slim.distillation.model import DistillationModel
@@ -45,7 +46,7 @@ class Batches:
     watch: FiniteWatch
     for_last: Mapping[str, Entry] = field(default_factory=dict)
 
-    def take(self, iterator: Iterator[Any], vp_stage: int | None) -> Batch:
+    def take(self, iterator: Iterator[Sample], vp_stage: int | None) -> Batch:
         """What this stage needs of the next micro-batch: MTP blocks need tokens, hidden-state losses the loss mask."""
         student, teacher = self.spec.student, self.spec.teacher
         has_mtp = bool(student.mtp_num_layers or (teacher and teacher.mtp_num_layers))
@@ -88,15 +89,15 @@ class Steps:
     ahead: TeacherAhead | None
     turns: Turns | None = None
 
-    def finalize_grads(self, *args: Any, **kwargs: Any) -> None:
+    def finalize_grads(self, model: list[MegatronModule], *args: object, **kwargs: object) -> None:
         """Megatron's ``finalize_model_grads_func``: the end of an iteration but for the optimizer's step."""
         if self.turns is not None:
             self.turns.collect()
         self.hidden_log.finish(self.chunks, self.watch)
-        self.watch.finalize_grads(*args, **kwargs)
+        self.watch.finalize_grads(model, *args, **kwargs)
         self.log.end_iteration()
 
-    def forward_step(self, iterator: Iterator[Any], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+    def forward_step(self, iterator: Iterator[Sample], model: MegatronModule) -> tuple[Tensor, Function]:
         """One micro-batch through one stage, and the function that reduces its losses on the last one."""
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
@@ -108,9 +109,9 @@ class Steps:
         weights, expected = loss_weights(), None
         if last and torch.is_grad_enabled():
             expected = self.expected_gradients(loss_mask, weights, position_ids, turn)
-        targets: dict[str, Any] = {
+        targets: Keywords = {
             "expected": expected,
-            "hidden_inputs": hidden_inputs(self.chunks[vp_stage or 0], loss_mask),
+            "hidden_inputs": hidden_inputs(self.chunks[vp_stage or 0], loss_mask, weights),
         }
         if last and model.training and self.ahead is not None:
             assert batch["labels"] is not None
@@ -130,7 +131,7 @@ class Steps:
                 self.watch.add_states(f"{label}{turn.name}{name}", vp_stage, states)
         return output, partial(self.reduce_losses, loss_mask, weights, position_ids, vp_stage, label, turn)
 
-    def _take(self, iterator: Iterator[Any], vp_stage: int | None) -> tuple[Turn, Batch]:
+    def _take(self, iterator: Iterator[Sample], vp_stage: int | None) -> tuple[Turn, Batch]:
         """The next pass of a stage and its micro-batch."""
         read = partial(self.batches.take, iterator, vp_stage)
         return (ALONE, read()) if self.turns is None else self.turns.take(vp_stage, read)
@@ -157,7 +158,7 @@ class Steps:
         else:
             self.log.losses.add(logged, turn.weight)
         if self.hidden_log.pairs and not label:
-            logged |= self.hidden_log.report(tokens)
+            logged |= self.hidden_log.report(tokens, weights)
         # A micro-batch's tokens count once, whatever goes through it.
         tokens = tokens.to(torch.int) if turn.first else torch.zeros_like(tokens, dtype=torch.int)
         return total * turn.weight, tokens, turn.logged(logged)

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import megatron_slim.mcore
 
 import psutil
 import torch
+from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training import get_args
@@ -29,6 +29,7 @@ from megatron.training.datasets.data_samplers import build_pretraining_data_load
 from megatron.training.training import cyclic_iter
 from torch import Tensor
 
+from megatron_slim.aliases import Function, Sample
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.distillation.model import DistillationModel
@@ -144,15 +145,15 @@ class TeacherAhead:
     """
 
     chunks: Sequence[DistillationModel]
-    next_batch: Callable[[Iterator[Any], int | None], Batch]
+    next_batch: Callable[[Iterator[Sample], int | None], Batch]
     watch: FiniteWatch
     timed: Callable[[int | None], AbstractContextManager[None]]
-    datasets: list[Any] = field(default_factory=list)
+    datasets: list[MegatronDataset] = field(default_factory=list)
     held: list[Held] = field(default_factory=list)
     block: range = range(0)
     position: int = 0
 
-    def around(self, schedule: Callable[..., Any], *, forward_only: bool, **arguments: Any) -> Any:
+    def around(self, schedule: Function, *, forward_only: bool, **arguments: object) -> object:
         """Run a schedule, before that of a training step the teacher where a block begins; all ranks call it."""
         if not forward_only:
             self._before_step()
@@ -199,7 +200,7 @@ class TeacherAhead:
             each.drop()
 
     def _forward_step(
-        self, iterator: Iterator[Any], teacher: HiddenStatesModel
+        self, iterator: Iterator[Sample], teacher: HiddenStatesModel
     ) -> tuple[Tensor, Callable[..., Held | None]]:
         batch = self.next_batch(iterator, teacher.vp_stage)
         with self.timed(teacher.vp_stage):
@@ -214,7 +215,7 @@ def _hold(labels: Tensor | None, states: Tensor, non_loss_data: bool = True) -> 
     return Held(labels, on_host(states))
 
 
-def _read(dataset: Any, consumed: int) -> Iterator[Any]:
+def _read(dataset: MegatronDataset, consumed: int) -> Iterator[Sample]:
     """Batches from the one after ``consumed`` samples on; nothing is opened on ranks that read none."""
     loader = build_pretraining_data_loader(dataset, consumed)
     yield from cyclic_iter(loader) if get_args().dataloader_type == "cyclic" else loader

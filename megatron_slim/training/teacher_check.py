@@ -13,16 +13,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import megatron_slim.mcore
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training import get_args
 from torch import Tensor
 
+from megatron_slim.aliases import Function, Sample
 from megatron_slim.architecture.context_parallel import local_positions
 from megatron_slim.checkpoint.records import REFERENCE
 from megatron_slim.checkpoint.reference import Reference, read_reference
@@ -39,10 +40,12 @@ logger = logging.getLogger(__name__)
 FP32_NATS, HALF_NATS, FP8_NATS = 0.003, 0.1, 0.2
 
 Measure = Callable[[Tensor, Tensor], Tensor]  # teacher's losses [b, s] and loss mask [b, s] to one number
-NextBatch = Callable[[Iterator[Any], int | None], Batch]
+NextBatch = Callable[[Iterator[Sample], int | None], Batch]
 
 
-def check_teacher(chunks: Sequence[DistillationModel], next_batch: NextBatch, dataset: Any, vocab_size: int) -> None:
+def check_teacher(
+    chunks: Sequence[DistillationModel], next_batch: NextBatch, dataset: MegatronDataset, vocab_size: int
+) -> None:
     """Run the teacher once or twice through the pipeline; all ranks raise together.
 
     Args:
@@ -90,7 +93,7 @@ def _measured(
 ) -> float:
     """What ``measure`` gives on the last stage, the largest of all ranks; infinity where it is not finite."""
 
-    def step(iterator: Iterator[Any], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+    def step(iterator: Iterator[Sample], model: DistillationModel) -> tuple[Tensor, Function]:
         mine = next_batch(iterator, model.vp_stage)
         recorded = {} if mine.get(STATES) is None else {"teacher_hidden": mine[STATES]}
         output = model(mine["tokens"], mine["position_ids"], None, mine["labels"], **recorded)
@@ -128,7 +131,7 @@ def _whole_sequence(values: Tensor, length: int) -> Tensor:
 
 
 @torch.no_grad()
-def _run_forward(step: Callable[..., Any], chunks: list[Any], iterator: Iterator[Any]) -> list[Tensor]:
+def _run_forward(step: Function, chunks: list[DistillationModel], iterator: Iterator[Sample]) -> list[Tensor]:
     """One micro-batch (interleaved: as few as its schedule takes) forward; what the last stage's loss function gave."""
     interleaved = len(chunks) > 1
     stages = parallel_state.get_pipeline_model_parallel_world_size()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import megatron_slim.mcore
 
 import torch
 from megatron.core.transformer import TransformerConfig
 
+from megatron_slim.aliases import Keywords
 from megatron_slim.architecture.layer_specs import shape_config_fields
 from megatron_slim.architecture.shape import ModelShape
 
@@ -63,7 +63,7 @@ def teacher_config(
         dtype: a key of `DTYPES`, which also says whether there is FP8; None, all as for the student.
         fp8_recipe: recipe of a teacher in FP8; default, the student's, or ``tensorwise`` (`teacher_recipe`).
     """
-    fields: dict[str, Any] = {
+    fields: Keywords = {
         **shape_config_fields(shape),
         "recompute_granularity": None,
         "perform_initialization": False,

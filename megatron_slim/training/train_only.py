@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import Any
 
+from megatron_slim.aliases import ArgumentGroup
 from megatron_slim.architecture.parts import MTP_PART, PARTS, ROUTER, Place, TrainOnly, rows_by_place
 from megatron_slim.architecture.shape import ModelShape
 
@@ -37,7 +37,7 @@ def train_only(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def add_train_only(group: Any) -> None:
+def add_train_only(group: ArgumentGroup) -> None:
     """Which parts are trained."""
     group.add_argument(
         TRAIN_ONLY,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import megatron_slim.mcore
 
@@ -20,8 +19,10 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.training import get_args
 from torch import Tensor
 
+from megatron_slim.aliases import Function
 from megatron_slim.distillation.elastic import ElasticModel
 from megatron_slim.distillation.model import DistillationModel
+from megatron_slim.distillation.selected import SelectedParameters
 from megatron_slim.distillation.terms import LOSS_TERMS
 from megatron_slim.training.batches import Batch
 from megatron_slim.training.elastic import ElasticRun, Numbers
@@ -77,7 +78,7 @@ class Turns:
     _passes: dict[int, int] = field(default_factory=dict)
     _batches: dict[int, Batch] = field(default_factory=dict)
 
-    def around(self, schedule: Callable[..., Any], *, forward_only: bool, num_microbatches: int, **more: Any) -> Any:
+    def around(self, schedule: Function, *, forward_only: bool, num_microbatches: int, **more: object) -> object:
         """Run a schedule with the budgets of this iteration, in validation with all; all ranks call it."""
         budgets = range(len(self.run.budgets))
         self.current = tuple(budgets) if forward_only else self.run.of_iteration(get_args().curr_iteration)
@@ -104,7 +105,7 @@ class Turns:
             assert isinstance(chunk, ElasticModel)
             yield chunk
 
-    def _selected(self) -> Iterator[Any]:
+    def _selected(self) -> Iterator[SelectedParameters]:
         """Of the step's budgets but the largest, stage by stage."""
         for chunk in self._stages():
             yield from (chunk.selected[budget - 1] for budget in self.current if budget)

@@ -1,16 +1,22 @@
 """The variables of a run, which are arguments of `megatron-slim distill`, as Megatron's arguments (no torch).
 
 pretrain_distill.sh starts the processes of a run and passes on what is set; each of them makes Megatron's arguments of
-it here. Planning does the same of a layout.
+it here. Planning does the same of a layout. The section ``train`` of a recipe is another source of variables: those of
+processes have to be known before there are any, so `megatron-slim distill` reads it, and a rank that is started alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from megatron_slim.command_line import ToolParser, not_negative, positive
+from megatron_slim.errors import SlimError
 from megatron_slim.optimizers import OPTIMIZERS
+from megatron_slim.recipe import load_recipe
+from megatron_slim.recipe_budget import whole_number
 
 # SlimQwen, 400B-token setting.
 DEFAULTS = {
@@ -54,6 +60,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "MASTER_ADDR": ("HOST", "address of the first machine (127.0.0.1)"),
         "MASTER_PORT": ("PORT", "port of the first machine (29500)"),
         "LAUNCHER": ("NAME", "torchrun, or slurm to submit a job (torchrun)"),
+        "PROGRAM": ("FILE", "Python program in place of ours: registers something of its own, and calls our main"),
         "SETTINGS": ("NAME", "layout and batch of h100_8, h100_64, h100_256, h200_8, h200_64 or h200_256; or a file"),
         "IMAGE": ("IMAGE", "container of a Slurm job: *.sif for apptainer, anything else for pyxis"),
         "MOUNTS": ("PATHS", "more paths for the container, comma-separated"),
@@ -63,6 +70,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "MICRO_BATCH_SIZE": ("N", f"samples of a forward pass ({_D['MICRO_BATCH_SIZE']})"),
         "GLOBAL_BATCH_SIZE": ("N", f"samples of a step ({_D['GLOBAL_BATCH_SIZE']})"),
         "TRAIN_ITERS": ("N", f"steps ({_D['TRAIN_ITERS']}: 400B tokens)"),
+        "TOKENS": ("T", "in place of --train-iters: tokens of the run, such as 40B"),
         "LR": ("X", f"learning rate ({_D['LR']})"),
         "MIN_LR": ("X", f"learning rate at the end ({_D['MIN_LR']})"),
         "LR_WARMUP_ITERS": ("N", f"warm-up steps ({DEFAULT_WARMUP}, or a tenth of a short run)"),
@@ -93,6 +101,9 @@ _SAME_NAMES = (
     "SAVE_INTERVAL EVAL_INTERVAL EVAL_ITERS LOG_INTERVAL STAGE_WARMUP"
 ).split()
 _ALWAYS = "--use-distributed-optimizer --lr-decay-style cosine --clip-grad 1.0 --distributed-timeout-minutes 30".split()
+RECIPE = "RECIPE"  # of the command alone, and not of the script
+# Keys of ``train`` that are not variables: flags, and what becomes of an optimizer between phases.
+_NOT_VARIABLES = ("flags", "carry_optimizer", "moments_of_merged")
 BEHIND = "--"  # what stands behind it goes to Megatron as it is
 
 
@@ -108,6 +119,8 @@ def add_variables(parser: argparse.ArgumentParser, *, checked: bool = True) -> N
         parser: of a command.
         checked: numbers are; else they are left as they are, as those of an environment are.
     """
+    help_text = "file, or a name that `megatron-slim recipes` lists: its section train says what is not given here"
+    parser.add_argument(flag(RECIPE), dest=RECIPE, metavar="YAML", help=help_text)
     for title, variables in GROUPS.items():
         group = parser.add_argument_group(title)
         for name, (kind, text) in variables.items():
@@ -117,7 +130,38 @@ def add_variables(parser: argparse.ArgumentParser, *, checked: bool = True) -> N
                 group.add_argument(flag(name), dest=name, nargs="+", metavar=kind.split()[0], help=text)
             else:
                 number = (not_negative if name in _OR_ZERO else positive) if checked and kind == "N" else str
+                number = tokens if kind == "T" else number
                 group.add_argument(flag(name), dest=name, type=number, metavar=kind, help=text)
+
+
+def tokens(text: str) -> int:
+    """An argparse type: a number of tokens, such as 40B."""
+    found = whole_number(text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens, such as 40B or 4e10")
+    return found
+
+
+def with_recipe(given: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """What is given and, for the rest, what the section ``train`` of the recipe says that ``RECIPE`` names.
+
+    Args:
+        given: values by the names of variables.
+
+    Returns:
+        values of variables, and the recipe's flags for Megatron, before which others take precedence.
+
+    Raises:
+        RecipeError: there is no such recipe, or it breaks the schema.
+    """
+    values = dict(given)
+    if (recipe := values.pop(RECIPE, None)) is None:
+        return values, []
+    train = load_recipe(Path(recipe)).run.get("train", {})
+    said = {key.upper(): str(value) for key, value in train.items() if key not in _NOT_VARIABLES}
+    if "TRAIN_ITERS" in values:
+        said.pop("TOKENS", None)
+    return said | values, list(train.get("flags", ()))
 
 
 def as_text(given: Mapping[str, object]) -> dict[str, str]:
@@ -142,6 +186,12 @@ def _words(given: Mapping[str, str]) -> Iterator[str]:
     values = {**DEFAULTS, **given}
     if values.get("PROGRESSIVE") == "1" and "TRAIN_ITERS" not in given:
         del values["TRAIN_ITERS"]  # the phases' tokens say
+    if "TOKENS" in values:
+        if "TRAIN_ITERS" in given or values.get("PROGRESSIVE") == "1":
+            other = "--train-iters" if "TRAIN_ITERS" in given else "--progressive, where every phase has its own"
+            raise SlimError(f"--tokens with {other}", fix="leave one of the two out")
+        step = int(values["SEQ_LENGTH"]) * int(values["GLOBAL_BATCH_SIZE"])
+        values["TRAIN_ITERS"] = str(math.ceil(int(values["TOKENS"]) / step))
     for name, theirs in (_NAMES | {name: flag(name) for name in _SAME_NAMES}).items():
         if name in values:
             yield from (theirs, values[name])
@@ -174,11 +224,11 @@ def _data(train: Sequence[str], valid: Sequence[str], own: Sequence[str]) -> Ite
         yield from ("--split", SPLIT)
 
 
-def expand(argv: Sequence[str], prog: str) -> list[str]:
+def expand(argv: Sequence[str], prog: str = "megatron-slim pretrain") -> list[str]:
     """A command line for Megatron: arguments of variables in front of `BEHIND` become Megatron's.
 
     Args:
-        argv: without `BEHIND`, all is Megatron's already.
+        argv: without `BEHIND`, all is Megatron's already. In front of it ``--recipe`` may name a recipe.
         prog: the command's name, for what is wrong with it.
 
     Returns:
@@ -192,8 +242,8 @@ def expand(argv: Sequence[str], prog: str) -> list[str]:
     place = list(argv).index(BEHIND)
     parser = ToolParser(prog=prog, add_help=False, allow_abbrev=False)
     add_variables(parser, checked=False)  # by Megatron's parser
-    given = as_text(vars(parser.parse_args(argv[:place])))
-    return without_shards_of_matrices([*megatron_arguments(given), *argv[place + 1 :]])
+    values, flags = with_recipe(as_text(vars(parser.parse_args(argv[:place]))))
+    return without_shards_of_matrices([*megatron_arguments(values), *flags, *argv[place + 1 :]])
 
 
 def without_shards_of_matrices(argv: Sequence[str]) -> list[str]:

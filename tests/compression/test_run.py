@@ -24,7 +24,7 @@ from megatron_slim.errors import SlimError
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe_run import SECTIONS
 from megatron_slim.testing import reserved_port, tiny_shape, write_tiny_checkpoint, write_tokens
-from megatron_slim.training.variables import VARIABLES
+from megatron_slim.training.variables import VARIABLES, with_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS_TEXT = """
@@ -65,7 +65,7 @@ def settings(place: Path, save: Path, recipe: str = "one.yaml", **more: Any) -> 
 
 
 def test_keys_of_train_are_arguments_of_distill() -> None:
-    assert {key.upper() for key in SECTIONS["train"]} - set(VARIABLES) == {"TOKENS", "FLAGS", "MOMENTS_OF_MERGED"}
+    assert {key.upper() for key in SECTIONS["train"]} - set(VARIABLES) == {"FLAGS", "MOMENTS_OF_MERGED"}
 
 
 def test_a_dry_run_says_what_every_step_needs_and_makes_nothing(place: Path, tmp_path: Path, tool: Any) -> None:
@@ -115,8 +115,11 @@ def test_the_command_line_wins(place: Path, tmp_path: Path) -> None:
     assert found.section("evaluate")["num_samples"] == 2 and found.section("train")["lr"] == 0.25
     assert found.recipe.target.num_layers == 5 and found.stops == (5,)
     (train,) = [step for step in steps.steps(found) if step.kind == steps.TRAIN]
-    assert train.command[-3:] == ("--no-teacher-check", "--adam-beta2", "0.95")
-    assert train.command[train.command.index("--train-iters") + 1] == "5"
+    assert train.command[-4:] == ("--train-iters", "5", "--adam-beta2", "0.95")
+    (tmp_path / "recipe.yaml").write_text(found.text)
+    assert train.command[train.command.index("--recipe") + 1] == str(found.save / "recipe.yaml")
+    said, flags = with_recipe({"RECIPE": str(tmp_path / "recipe.yaml")})
+    assert (said["LR"], said["TOKENS"], flags[-1]) == ("0.25", "320", "--no-teacher-check")
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from megatron_slim.distillation.schedule import Schedule
 from megatron_slim.distillation.terms import (
     CROSS_ENTROPY,
     DIVERGENCE,
+    HIDDEN_STATES,
     KD_LAMBDA,
     LOSS_TERMS,
     MTP_BETA,
@@ -252,13 +253,30 @@ def test_flags(registered: None) -> None:
         ("z", LossTerm("z loss", DIVERGENCE), "the divergence needs a teacher"),
         ("z", LossTerm("z loss", TEACHER_CROSS_ENTROPY, mtp=True, needs_teacher=True), "is of its main head alone"),
         ("z", LossTerm("z loss", z_loss, LossWeight("kd lambda", MTP_BETA.default, "")), "two weights of losses are"),
-        ("z", LossTerm("z loss", z_loss, LossWeight("hidden kd weight", MTP_BETA.default, "")), "conflicting option"),
+        (
+            "z",
+            LossTerm("z loss", z_loss, LossWeight("hidden kd weight", MTP_BETA.default, "")),
+            "two weights of losses",
+        ),
+        ("z", LossTerm("z loss", HIDDEN_STATES, Z_WEIGHT), "the distance of hidden states needs a teacher"),
+        ("z", LossTerm("z loss", HIDDEN_STATES, Z_WEIGHT, needs_teacher=True), "is what 'hidden' is of, and no other"),
+        ("hidden", LossTerm("z loss", z_loss, Z_WEIGHT), "is what 'hidden' is of, and no other"),
+        ("hidden", LossTerm("far loss", HIDDEN_STATES, needs_teacher=True), "has a weight of its own and no heads"),
+        ("hidden", LossTerm("far loss", HIDDEN_STATES, Z_WEIGHT, mtp=True, needs_teacher=True), "and no heads"),
     ],
 )
 def test_what_cannot_be_told_apart(key: str, term: LossTerm, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LOSS_TERMS, key, term)
     with pytest.raises(SlimError, match=message):
         add_slim_arguments(argparse.ArgumentParser())
+
+
+def test_flags_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOSS_TERMS, "z", LossTerm("z loss", z_loss, Z_WEIGHT))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--z-weight-end")
+    with pytest.raises(SlimError, match=r"the weight 'z weight' of a loss: .*conflicting option"):
+        add_slim_arguments(parser)
 
 
 def test_functions_are_tried_before_anything_is_built() -> None:

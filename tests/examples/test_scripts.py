@@ -56,6 +56,7 @@ def megatrons(done: subprocess.CompletedProcess[str]) -> list[str]:
         ({"SAVE": "run"}, "DATA is not set"),
         ({"SAVE": "run", "DATA": "text"}, "neither STUDENT nor HF_CONFIG is set"),
         ({"SAVE": "run", "DATA": "text", "STUDENT": "s", "PRECISION": "fp8"}, "PRECISION=fp8: it is bf16 or fp32"),
+        ({"SAVE": "run", "DATA": "text", "STUDENT": "s", "PROGRAM": "none.py"}, "PROGRAM=none.py: no such file"),
     ],
 )
 def test_what_is_missing_is_named(variables: dict[str, str], message: str) -> None:
@@ -76,6 +77,32 @@ def test_dry_run_prints_the_command() -> None:
     assert "--pretrained-checkpoint pruned --teacher-load big" in command and "--sequence-parallel --bf16" in command
     assert "--default-lr-warmup-iters 2000" in command and "--lr-warmup-iters" not in words
     assert words[-2:] == ["--lr", "1"] and "--lr 4e-4" in command  # what is given by hand comes last and wins
+
+
+def test_a_program_of_the_users_own(tmp_path: Path) -> None:
+    """It registers a term of the loss, whose flags our own main does not have."""
+    own, shape = tmp_path / "my run.py", tiny_shape(vocab_size=96)
+    own.write_text(
+        "import sys\nfrom megatron_slim.cli.pretrain import main\n"
+        "from megatron_slim.distillation.terms import LOSS_TERMS, MTP_BETA, LossTerm, LossWeight\n"
+        "WEIGHT = LossWeight('z weight', MTP_BETA.default, 'the weight of z')\n"
+        "LOSS_TERMS['z'] = LossTerm('z loss', lambda inputs: inputs.logits.square().sum(-1), WEIGHT)\n"
+        "if __name__ == '__main__':\n    main(sys.argv[1:], sys.argv[0])\n"
+    )
+    (tmp_path / "config.json").write_text(to_json(tiny_hf_config(shape)))
+    variables = {"HF_CONFIG": str(tmp_path), "DATA": str(tmp_path / "data"), "SAVE": str(tmp_path / "run")}
+    write_tokens(tmp_path / "data", np.random.default_rng(0).integers(0, 96, (40, 33)))
+    variables |= {"SEQ_LENGTH": "32", "GLOBAL_BATCH_SIZE": "2", "TRAIN_ITERS": "2", "EVAL_ITERS": "0"}
+    variables |= {"MASTER_PORT": "29683"}
+    flags = ("--z-weight-end", "0.25", "--check-arguments")
+    shown = shlex.split(run(TRAIN, *flags, DRY_RUN="1", PROGRAM=str(own), **variables).stdout)
+    place = shown.index(str(own))
+    assert shown[place - 2 : place] == ["--master-port", "29683"] and shown[place + 1 : place + 3] == ["--tp", "1"]
+    assert "--module" not in shown and shown[-3:] == [*flags]
+    done = run(TRAIN, *flags, timeout=200, PROGRAM=str(own), **variables)
+    assert done.returncode == 0, done.stderr
+    without = run(TRAIN, *flags, timeout=200, **variables)
+    assert without.returncode == 2 and "--z-weight-end" in without.stderr
 
 
 def test_separate_validation_data() -> None:

@@ -76,6 +76,18 @@ def test_tensor_parallelism_alone_asks_for_one_queue(slurm: dict[str, str]) -> N
     assert queues(TP="2") == ["32"] and queues() == []
 
 
+def test_a_program_of_the_users_own_is_mounted(slurm: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    own = tmp_path / "mine/my_run.py"
+    own.touch()
+    asked = slurm | job(DRY_RUN="1", IMAGE="registry#image:1", PROGRAM=os.path.relpath(own, ROOT))
+    step, *nodes = map(shlex.split, script(asked, "--z-weight-end", "1").stdout.splitlines())
+    assert f"{own.parent}:{own.parent}" in step[step.index("--container-mounts") + 1].split(",")
+    for words in (step, *nodes):
+        place = words.index(str(own))
+        assert words[place - 1] == "24242" and words[place + 1] == "--tp" and "--module" not in words
+
+
 @pytest.mark.parametrize("image", ["image.sqsh", "registry#image:1", "image.sif"])
 def test_containers(slurm: dict[str, str], tmp_path: Path, image: str) -> None:
     if not image.startswith("registry"):
@@ -243,12 +255,18 @@ def test_a_job_of_two_nodes_saves_at_the_signal(slurm: dict[str, str], tmp_path:
 
 @pytest.mark.slow
 def test_a_job_that_runs_again_resumes(slurm: dict[str, str], tmp_path: Path) -> None:
+    """With a program of the user's own, which both starts run."""
     state, logs = Path(slurm["SLURM_STUB"]), tmp_path / "run/logs"
-    with submitted(slurm, tmp_path, "--exit-interval", "200") as batch:
+    (tmp_path / "my_run.py").write_text(
+        "import sys\nfrom megatron_slim.cli.pretrain import main\n"
+        "if __name__ == '__main__':\n    print('mine')\n    main(sys.argv[1:], sys.argv[0])\n"
+    )
+    with submitted(slurm, tmp_path, "--exit-interval", "200", PROGRAM="my_run.py") as batch:
         stop(batch, slurm, logs)
         assert batch.wait(timeout=150) == 0
     first, second = (iterations(logs / f"4242-{start}.log") for start in (0, 1))
     assert second[0] == first[-1] + 1 and second[-1] == 200
+    assert all("mine" in (logs / f"4242-{start}.log").read_text() for start in (0, 1))
     output = (state / "output-1").read_text()
     assert f"start 2 on 2 nodes, the first is localhost; from checkpoint {first[-1]}" in output
     assert "ended with code 0 at checkpoint 200" in output and "to be run again" not in output

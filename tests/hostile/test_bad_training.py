@@ -135,7 +135,7 @@ CASES = {
     "layers that are not there": (
         "--teacher-load teacher --hidden-kd-layers 4:1,1:4,1:9,0:0,0:0 --hidden-kd-weight-end -1 "
         "--cuda-graph-impl local",
-        "--hidden-kd-weight-end -1 is not a weight: it must be finite and not negative; --cuda-graph-impl cannot be "
+        "--hidden-kd-weight-end -1 is not a weight: it must not be negative; --cuda-graph-impl cannot be "
         "combined with --hidden-kd-layers; --hidden-kd-layers names 0:0 2 times; --hidden-kd-layers: the student has "
         "layers 0 to 3, not 4; --hidden-kd-layers: the teacher has layers 0 to 3, not 4, 9",
     ),

@@ -31,7 +31,7 @@ def write_start(directory: Path, iterations: range, seconds: float) -> None:
     interval = Interval(10, 20, seconds, np.array([0.0, 1.0]), np.array([1e9, 2e9]), computing, losses, tokens)
     with SummaryWriter(str(directory)) as writer:
         for iteration in iterations:
-            for name in (*NAMES, "hidden distillation loss"):
+            for name in (*NAMES, "other loss"):
                 writer.add_scalar(name, 1.0 / iteration, iteration)
             found = figures(RUN, interval, Progress(iteration, 2 * iteration, 1.0, None))
             for tag, value in found.items() if iteration % 10 == 0 else ():
@@ -56,7 +56,7 @@ def test_a_run_of_two_starts(tool: Tool, save: Path, tmp_path: Path) -> None:
     # 20 samples of 8 tokens on 2 ranks, in 10 s and then in 20 s: iteration 20 was done again.
     assert rates == {"first": 8.0, "last": 4.0, "least": 4.0, "most": 8.0}
     assert found["curves"]["lm loss"]["last"] == pytest.approx(1 / 30)
-    assert list(found["curves"])[: len(NAMES) + 1] == [*NAMES, "hidden distillation loss"]
+    assert list(found["curves"])[: len(NAMES) + 1] == [*NAMES, "other loss"]
     assert list(found["stages"]) == ["1", "2"] and "losses" not in found["stages"]["1"]
     assert found["stages"]["2"]["total"] == pytest.approx(0.4)
     assert list(found["experts"]["max_over_mean"]) == [*(f"layer_{layer:02d}" for layer in range(1, 11)), "mtp_1"]

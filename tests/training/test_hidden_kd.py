@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
 import megatron_slim.mcore
 
 import pytest
+import torch
 
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes
 from megatron_slim.checkpoint.distributed import DistCheckpoint
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.records import PROVENANCE
 from megatron_slim.distillation.layer_pairs import parse_layer_pairs
+from megatron_slim.distillation.schedule import Schedule
+from megatron_slim.distillation.terms import LOSS_TERMS, LossWeight
 from megatron_slim.errors import CheckpointError
 from megatron_slim.files import read_json
-from megatron_slim.training.hidden_kd import check_projections
+from megatron_slim.testing import tiny_shape
+from megatron_slim.training.hidden_kd import HiddenLog, check_projections, hidden_violations
+from megatron_slim.training.slim_arguments import add_slim_arguments, schedule_of
 from tests.training.test_parallel_layouts import cases
 
 MBS = ("--micro-batch-size", "2")
@@ -140,3 +146,22 @@ def test_projections_of_other_pairs(alone, pairs: str, flags: dict[str, bool], m
     with pytest.raises(CheckpointError) as caught:
         check_projections(found, args)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_another_entry_of_the_dictionary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is in the log, its weight in flags, checks and log."""
+    weight = LossWeight("far weight", Schedule("constant", 0.5, 0.5), "the weight of distance")
+    monkeypatch.setitem(LOSS_TERMS, "hidden", dataclasses.replace(LOSS_TERMS["hidden"], name="far loss", weight=weight))
+    parser = add_slim_arguments(ArgumentParser())
+    assert "--hidden-kd-weight" not in parser.format_help()
+    args = parser.parse_args(["--far-weight-end", "-2"])
+    assert schedule_of(weight, args) == Schedule("constant", 0.5, -2.0)
+    assert hidden_violations(tiny_shape(), None, args) == ["--hidden-kd-* has no effect without --hidden-kd-layers"]
+    args.hidden_kd_layers = parse_layer_pairs(PAIRS)
+    found = hidden_violations(tiny_shape(), tiny_shape(), args)
+    assert found == ["--far-weight-end -2 is not a weight: it must not be negative"]
+    logged = HiddenLog(args.hidden_kd_layers).report(torch.tensor(3.0), {"far_weight": 0.25})
+    assert {name: entry.tolist() for name, entry in logged.items()} == {
+        **{name: [0.0, 3.0] for name in ("far loss", "far loss 1:0", "far loss 2:3")},
+        "far weight": [0.25, 1.0],
+    }

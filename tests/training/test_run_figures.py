@@ -40,7 +40,7 @@ INTERVAL = Interval(
     pipeline_rank=np.array([0.0, 0.0, 1.0, 1.0]),
     peak_bytes=np.array([1e9, 2e9, 4e9, 3e9]),
     computing=COMPUTING,
-    losses=np.array([[20.0, 10, 4.0], [30.0, 10, 24.0], [10.0, 10, 0.0], [12.0, 6, 0.6], [18.0, 6, 4.2]]),
+    losses=np.array([[20.0, 10, 4.0], [30.0, 10, 24.0], [10.0, 10, 0.0], [12.0, 6, 0.6], [18.0, 6, 4.2], [0, 0, 0]]),
     tokens_per_expert=np.array([[5.0, 5, 5, 5], [20, 0, 0, 0], [1, 2, 3, 0]]),
     weights={"kd_lambda": 0.8, "mtp_beta": 0.25},
 )

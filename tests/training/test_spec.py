@@ -54,6 +54,22 @@ def test_all_is_decided_and_the_process_is_left_alone(models: Path, monkeypatch:
         spec.teacher = None  # type: ignore[misc]
 
 
+def test_a_recipe_is_a_source(models: Path, tmp_path: Path) -> None:
+    """The same run as by flags, which win over what the recipe says."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "version: 1\ntarget: {num_layers: 2}\ntrain: {tokens: 256, seq_length: 32, global_batch_size: 2, lr: 0.25, "
+        "flags: [--kd-loss, jsd, --kd-temperature, 2, --mock-data]}\n"
+    )
+    paths = ["--hf-config", str(models / "student"), "--teacher", str(models / "teacher")]
+    found = resolve(["--recipe", str(recipe), *paths, "--lr", "1e-3", "--", "--kd-temperature", "3"])
+    sizes = "--seq-length 32 --global-batch-size 2 --train-iters 4 --lr 1e-3".split()
+    flags = "--kd-loss jsd --kd-temperature 2 --mock-data --kd-temperature 3".split()
+    assert found == dataclasses.replace(resolve([*paths, *sizes, "--", *flags]), checkpoint=found.checkpoint)
+    assert (found.args.train_iters, found.args.lr, found.options.kd_loss.kind) == (4, 1e-3, "jsd")
+    assert found.options.kd_loss.temperature == 3.0
+
+
 @pytest.mark.parametrize(
     ("flags", "target", "runs_mtp"),
     [

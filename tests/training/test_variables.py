@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_slim.errors import SlimError
 from megatron_slim.testing import run_distributed
 from megatron_slim.training import variables
 
@@ -51,7 +52,7 @@ def test_examples_in_the_docs() -> None:
 
 
 def test_every_variable_says_something() -> None:
-    assert GIVEN.keys() == variables.VARIABLES.keys() - PROCESSES
+    assert GIVEN.keys() | {"TOKENS"} == variables.VARIABLES.keys() - PROCESSES
     whole = variables.megatron_arguments(GIVEN)
     for name in GIVEN:
         assert variables.megatron_arguments({key: GIVEN[key] for key in GIVEN.keys() - {name}}) != whole, name
@@ -101,3 +102,63 @@ def parsed(argv: list[str]) -> dict[str, object]:
 def test_megatron_knows_all_of_them() -> None:
     (found,) = run_distributed(1, parsed, variables.megatron_arguments(GIVEN), initialise=False)
     assert [*found.values()] == [2, 9.5, True, ["0.3", "a", "0.7", "b"], 0]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "version: 1\ntarget: {num_layers: 2}\ntrain: {tokens: 1K, seq_length: 32, global_batch_size: 2, lr: 1e-3, "
+        "tp: 2, eval_iters: 0, flags: [--kd-loss, jsd, --clip-grad, 2]}\n"
+    )
+    return file
+
+
+def test_a_recipe_says_what_is_not_given(recipe: Path) -> None:
+    """As the same arguments by hand, in the order of precedence: defaults, recipe, variables, Megatron's own."""
+    said = "--tokens 1000 --seq-length 32 --global-batch-size 2 --lr 0.001 --tp 2 --eval-iters 0".split()
+    flags = ["--kd-loss", "jsd", "--clip-grad", "2"]
+    alone = variables.expand(["--recipe", str(recipe), "--save", "run", "--"])
+    assert alone == variables.expand(["--save", "run", *said, "--", *flags])
+    assert alone[alone.index("--train-iters") + 1] == "16" == str(-(-1000 // 64))
+    given = ["--lr", "0.5", "--global-batch-size", "4"]
+    found = variables.expand(["--recipe", str(recipe), *given, "--", "--clip-grad", "3"])
+    assert found == variables.expand([*said, *given, "--", *flags, "--clip-grad", "3"])
+    assert found[found.index("--train-iters") + 1] == "8"
+    steps = variables.expand(["--recipe", str(recipe), "--train-iters", "5", "--"])
+    assert steps[steps.index("--train-iters") + 1] == "5"
+
+
+def test_the_script_gets_what_a_recipe_says(recipe: Path, tmp_path: Path) -> None:
+    """Processes have to be known before there are any. The command line wins, and the environment does not."""
+    words = ["--recipe", recipe, "--save", "run", "--student", "s", "--data", "d", "--precision", "fp32", "--lr", "0.5"]
+    command = [sys.executable, "-m", "megatron_slim", "distill", *words, "--dry-run", "--clip-grad", "3"]
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(SCRIPT.parents[2]), "EP": "2", "LR": "7"}
+    environment["TRAIN_ITERS"] = "3"  # the recipe has another length
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    shown = done.stdout.split()
+    assert shown[shown.index("--nproc-per-node") + 1] == "4", done.stderr
+    found = variables.expand(shown[shown.index("megatron_slim.cli.pretrain") + 1 :])
+    given = "--save run --student s --data d --precision fp32 --lr 0.5 --ep 2".split()
+    assert found == variables.expand(["--recipe", str(recipe), *given, "--", "--clip-grad", "3"])
+    wrong = subprocess.run([*command[:4], "--recipe", "nothing"], env=environment, capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: nothing: no such file")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--tokens", "1K", "--train-iters", "2"), "--tokens with --train-iters; leave one of the two out"),
+        (("--tokens", "1K", "--progressive"), "--tokens with --progressive, where every phase has its own; leave one"),
+    ],
+)
+def test_two_lengths_of_a_run(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(SlimError) as caught:
+        variables.expand([*words, "--"])
+    assert message in str(caught.value)
+
+
+def test_tokens_that_are_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        variables.expand(["--tokens", "many", "--"])
+    assert "argument --tokens: 'many' is not a number of tokens, such as 40B or 4e10" in capsys.readouterr().err
