@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slim.architecture.fp8_sizes import TEACHER_RECIPES
-from megatron_slim.command_line import ToolParser
+from megatron_slim.command_line import ToolParser, add_chat_arguments
 from megatron_slim.distillation.layer_pairs import FLAG, parse_layer_pairs
 from megatron_slim.distillation.loss_options import DEFAULTS, HIDDEN_LOSSES, KD_LOSSES
 from megatron_slim.distillation.schedule import SHAPES, Schedule
@@ -86,6 +86,7 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     _add_hidden_states(group)
     _add_budgets(group)
     add_train_only(group)
+    add_chat_arguments(parser.add_argument_group("conversations, with --sft"))
     add_optimizer(group)
     group.add_argument(
         "--peak-tflops",
