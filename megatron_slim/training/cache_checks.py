@@ -9,8 +9,9 @@ from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.distillation.options import TEACHER_MTP
 from megatron_slim.errors import DataError
 from megatron_slim.sample_set import is_sample_set, open_samples
-from megatron_slim.teacher_cache.cache import TeacherCache, is_cache, open_cache
-from megatron_slim.training.document_checks import prefixes_of
+from megatron_slim.teacher_cache.cache import TeacherCache, open_cache
+from megatron_slim.teacher_cache.names import is_cache
+from megatron_slim.training.document_checks import mark_violations, prefixes_of
 
 # Flags of a teacher that computes, and why one that was recorded has no use for them.
 _ALREADY = "that was decided when it was recorded"
@@ -32,11 +33,12 @@ def cache_violations(shape: ModelShape, cache: TeacherCache | None, args: Namesp
         cache: what was recorded, if the run has it.
         args: Megatron's arguments and ours, as parsed.
     """
+    if args.before_recording and not (args.check_arguments and args.teacher_cache):
+        return ["--before-recording needs --check-arguments and --teacher-cache"]
     if args.teacher_cache is None:
         return ["--teacher-head-offload needs --teacher-cache"] if args.teacher_head_offload else []
     if args.teacher_load is not None:
         return ["--teacher-load and --teacher-cache are two teachers; give one of them"]
-    assert cache is not None
     found = [
         f"--{name.replace('_', '-')} does not go with --teacher-cache: {why}"
         for name, why in _OF_A_TEACHER.items()
@@ -44,6 +46,8 @@ def cache_violations(shape: ModelShape, cache: TeacherCache | None, args: Namesp
     ]
     if args.teacher_dtype == "fp8":
         found.append("--teacher-dtype fp8 has no effect on a teacher that was recorded; its output layer is in 16 bits")
+    if cache is None:  # before recording
+        return found + mark_violations(args)
     if cache.vocab_size != shape.vocab_size:
         found.append(f"teacher: vocabulary {cache.vocab_size}, the student has {shape.vocab_size}")
     if args.mtp_kd_target == TEACHER_MTP and cache.heads - 1 < shape.mtp_num_layers:

@@ -88,11 +88,16 @@ def document_violations(shape: ModelShape, args: Namespace) -> list[str]:
     """
     found = []
     if sample_sets(args) or getattr(args, "chats", None):
-        given = [name for name in _MARKS if getattr(args, name, False)]
-        found = [f"{_flag(name)} does not go with a sample set: {_MARKS[name]}" for name in given]
+        found = mark_violations(args)
     elif args.reset_attention_mask and not args.reset_position_ids:
         found = ["--reset-attention-mask needs --reset-position-ids, which say where documents begin"]
     return found + (list(_layout_violations(shape, args)) if keeps_documents_apart(args) else [])
+
+
+def mark_violations(args: Namespace) -> list[str]:
+    """Flags that mark documents, of which samples say it themselves, in sentences."""
+    given = [name for name in _MARKS if getattr(args, name, False)]
+    return [f"{_flag(name)} does not go with a sample set: {_MARKS[name]}" for name in given]
 
 
 def _layout_violations(shape: ModelShape, args: Namespace) -> Iterator[str]:
