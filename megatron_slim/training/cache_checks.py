@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from megatron_slim.errors import DataError
 from megatron_slim.sample_set import is_sample_set, open_samples
 from megatron_slim.teacher_cache.cache import TeacherCache, open_cache
 from megatron_slim.teacher_cache.names import is_cache
-from megatron_slim.training.document_checks import mark_violations, prefixes_of
+from megatron_slim.training.document_checks import mark_violations, open_once, prefixes_of
 
 # Flags of a teacher that computes, and why one that was recorded has no use for them.
 _ALREADY = "that was decided when it was recorded"
@@ -62,7 +63,7 @@ def cache_of(data: Path, cache: TeacherCache) -> TeacherCache:
         DataError: there are none, or they are another teacher's or of another kind.
     """
     if is_cache(data):
-        found = cache if data == cache.path else open_cache(data)
+        found = cache if data == cache.path else open_once(open_cache, data)
         differing = [
             name for name in ("head_sha256", "teacher", "kind") if getattr(found, name) != getattr(cache, name)
         ]
@@ -78,7 +79,7 @@ def cache_of(data: Path, cache: TeacherCache) -> TeacherCache:
         raise DataError(
             f"no states of the teacher were recorded for these data in {cache.path}", where=str(data), fix=fix
         )
-    if open_samples(data).digests != cache.samples.digests:
+    if open_once(open_samples, data).digests != cache.samples.digests:
         raise DataError(f"its token ids are not those of {cache.path}", where=str(data), fix=fix)
     return cache
 
@@ -95,7 +96,11 @@ def check_caches(args: Namespace, cache: TeacherCache | None) -> None:
         raise DataError(
             "--mock-data are not what a teacher was recorded on", fix="leave it out: the cache has the data"
         )
-    cache.verify_head()
+    # Reading files whole is for one rank of a machine: its launcher ends the others where it leaves.
+    reads = os.environ.get("LOCAL_RANK", "0") == "0"
+    if reads:
+        cache.verify_head()
     for prefix in prefixes_of(args):
         cache_of(Path(prefix), cache)
-        open_samples(Path(prefix)).verify(cache.vocab_size)  # small: states are thousands of bytes a token
+        if reads:  # small: states are thousands of bytes a token
+            open_once(open_samples, Path(prefix)).verify(cache.vocab_size)
