@@ -100,8 +100,8 @@ def read_samples_of(
         raise DataError(f"has samples of {found.seq_length}, --seq-length is {seq_length}", where=where, fix=fix)
     found.verify(shape.vocab_size)
     rows = draw(len(found), num_samples, seed, data)
-    ids, mask, positions = (np.array(each[rows]) for each in (found.tokens, found.loss_mask, found.position_ids))
-    ids = ids.astype(np.int64)
+    tokens, mask, positions = (np.array(each[rows]) for each in (found.tokens, found.loss_mask, found.position_ids))
+    ids = tokens.astype(np.int64)
     samples = Samples(ids[:, :-1].copy(), ids, mask, positions, found.documents)
     check_samples(samples.read, shape, where=where)
     if not all(samples.number(1 + depth) for depth in range(1 + shape.mtp_num_layers)):
