@@ -156,8 +156,9 @@ def _with_data(words: Sequence[str], settings: RunSettings) -> list[str]:
     if not found:
         return [*words]
     data = {str(each.cache): str(each.data) for each in found[1:]}
-    known = [data.get(word, word) for word in words]
-    return [*known, "--data", str(found[0].data), "--before-recording", str(found[0].samples)]
+    known, place = [data.get(word, word) for word in words], words.index("distill") + 1
+    more = ["--data", str(found[0].data), "--before-recording", str(found[0].samples)]
+    return [*known[:place], *more, *known[place:]]
 
 
 def _has_gpus() -> bool:

@@ -80,7 +80,8 @@ class RunState:
                 for document in (before, now)
             )
             found += _differences("", old, new)
-        records = any(self.begun(step) for step in self._all if step.kind in (RECORD, RECORD_VALIDATION))
+        kinds = (RECORD, RECORD_VALIDATION)  # also where they are left out now
+        records = any(step["kind"] in kinds and step["attempts"] for step in before.get("steps", ()))
         fixed = {section: set(keys) for section, keys in _keys(before, now).items() if section in begun}
         if TRAIN in fixed:
             fixed[TRAIN] -= {*_FREE}

@@ -189,6 +189,8 @@ def test_values_that_recording_depends_on(place: Path, tmp_path: Path, tool: Any
     changed = tool("tools/run.py", *words, "--tokens", "320", "--record", "fp8").error
     assert "train.record is 'fp8', and the run began with 'bf16'" in changed
     assert "train.tokens is 320, and the run began with 192" in changed
+    without = tool("tools/run.py", *[word for word in words if word not in RECORD]).error
+    assert "train.record is 'left out', and the run began with 'bf16'" in without
     quick["code"].clear()
     quick["ran"].clear()
     assert tool("tools/run.py", *words, "--lr", "0.5").code == 0  # of training, which has not begun
