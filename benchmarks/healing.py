@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.kd_step import WARM_UP, kernels, seconds_of, shapes, training_command, write_models
 from benchmarks.processes import run
-from megatron_slim.cli.record import KINDS as KINDS_OF_STATES
 from megatron_slim.cli.tool import run_tool
 from megatron_slim.command_line import positive, tool_parser
 from megatron_slim.errors import SlimError
+from megatron_slim.recipe_run import STATES
 
 LM, CACHED, KD = "lm", "cached", "kd"
 HALF, MAIN, CHATS = "cached, head in bf16", "cached, main head", "cached, chats"
@@ -54,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--iterations", type=positive, default=5, help=f"of a run, after {WARM_UP} that do not count")
     parser.add_argument("--repeats", type=positive, default=3, help="runs of each kind; the medians are compared")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of run")
-    parser.add_argument("--states", choices=KINDS_OF_STATES, default="bf16", help="type of the states in the cache")
+    parser.add_argument("--states", choices=STATES, default="bf16", help="type of the states in the cache")
     parser.add_argument("--record-gb", type=float, default=2.0, help="of the teacher that is recorded; 0 records none")
     parser.add_argument("--record-samples", type=positive, default=16, help="that it is recorded on")
     parser.add_argument("--extra", default="", help="further arguments of tools/pretrain.py, for all")

@@ -15,7 +15,8 @@ from megatron_slim.checkpoint.convert import Checkpoint, open_checkpoint
 from megatron_slim.cli.terminal import say
 from megatron_slim.data import Tokens
 from megatron_slim.errors import SlimError
-from megatron_slim.evaluation.perplexity import evaluate, read_evaluation_data
+from megatron_slim.evaluation.perplexity import evaluate
+from megatron_slim.evaluation.samples import read_evaluation_data
 from megatron_slim.pruning.apply import PrunedCheckpoint
 from megatron_slim.pruning.candidates import MOST_SAMPLES
 from megatron_slim.pruning.plan import Plan, make_plan

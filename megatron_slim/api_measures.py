@@ -41,7 +41,8 @@ def evaluate(
 
     Args:
         checkpoint: the model, opened or as its path.
-        data: prefix of a Megatron .bin/.idx pair, a .npy file, or token ids [samples, sequence].
+        data: prefix of a Megatron .bin/.idx pair, a .npy file, token ids [samples, sequence], or a sample set or a
+            teacher's cache, of which the predictions that count in training count.
         seq_length: tokens of a sample; needed with a .bin/.idx pair.
         num_samples: samples to draw; None: all.
         seed: of the draw.

@@ -15,12 +15,13 @@ import numpy as np
 
 from megatron_slim.aliases import JsonObject
 from megatron_slim.chat_template import Chat, ChatTemplate
+from megatron_slim.command_line import CUT
 from megatron_slim.documents import Source, batches, check_inputs, read_sources
 from megatron_slim.encoding import encode_all
 from megatron_slim.errors import DataError
 from megatron_slim.files import file_sha256, new_directory, refuse_existing
 from megatron_slim.reporting import count_progress
-from megatron_slim.sample_packing import CUT, Counts, Packer, as_columns
+from megatron_slim.sample_packing import Counts, Packer, as_columns
 from megatron_slim.sample_set import write_samples
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class ChatOptions:
     Attributes:
         tokenizer: directory of the tokenizer, which has the chat template.
         seq_length: positions of a sample.
-        too_long: what becomes of a conversation longer than a sample, `sample_packing.TOO_LONG`.
+        too_long: what becomes of a conversation longer than a sample, `command_line.TOO_LONG`.
         unroll: make several documents of a conversation whose history changes.
         skip_bad_lines: leave out what is not a conversation, or one that cannot be masked, instead of ending with it.
     """

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_slim import __version__
-from megatron_slim.aliases import ReadOptions, WriteOptions
+from megatron_slim.aliases import ArgumentGroup, ReadOptions, WriteOptions
 from megatron_slim.errors import EXIT_USER_ERROR
 
+CUT, DROP = "cut", "drop"
+TOO_LONG = (CUT, DROP)  # what becomes of a conversation longer than a sample
 RECIPE_HELP = "sizes and methods: a YAML file, or a name that `megatron-slim recipes` lists"
 
 
@@ -125,3 +127,19 @@ def write_options(args: argparse.Namespace) -> WriteOptions:
         "expert_storage": args.expert_storage,
         "arguments": vars(args),
     }
+
+
+def add_chat_arguments(parser: ArgumentGroup) -> None:
+    """What becomes of conversations that do not fit into a sample, or whose history changes, with Megatron too."""
+    parser.add_argument(
+        "--too-long",
+        choices=TOO_LONG,
+        default=CUT,
+        help="cut a conversation that is longer than a sample at the sample's end, or drop it; both are counted",
+    )
+    parser.add_argument(
+        "--unroll",
+        action="store_true",
+        help="make several documents of a conversation whose earlier turns the template writes in another way once "
+        "later ones follow; without it such a line is a bad one",
+    )

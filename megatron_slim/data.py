@@ -60,7 +60,7 @@ def read_samples(
     else:
         matrix = _open_windows(data_prefix(path, or_matrix=True), seq_length)
     wanted = min(num_samples, len(matrix)) if at_most and num_samples is not None else num_samples
-    chosen = _draw(len(matrix), wanted, seed, path)
+    chosen = draw(len(matrix), wanted, seed, path)
     samples = np.array(matrix[chosen])
     _check_type(samples.dtype, vocab_size, str(path))
     _check_rows(samples, chosen, vocab_size, path)
@@ -244,7 +244,12 @@ def _check_type(dtype: DType, vocab_size: int | None, where: str) -> None:
         )
 
 
-def _draw(available: int, num_samples: int | None, seed: int, path: Path) -> npt.NDArray[np.int64]:
+def draw(available: int, num_samples: int | None, seed: int, path: Path) -> npt.NDArray[np.int64]:
+    """Numbers of samples that are drawn from those of a data set, in order; None draws all.
+
+    Raises:
+        DataError: there are fewer.
+    """
     if num_samples is None or num_samples == available:
         return np.arange(available)
     if num_samples > available:

@@ -60,9 +60,10 @@ def _is_one_of(*known: str) -> Check:
 # Moments of a merged expert: the sum of its members', whose tokens it serves from now on (of the squares too, as if the
 # members' gradients were independent), or those of its base alone. No mean: moments are of gradients, not of weights.
 MOMENT_RULES, DEFAULT_MOMENT_RULE = ("sum", "base"), "base"  # the better one, as measured (docs/benchmarks.md)
+STATES = ("fp32", "bf16", "fp8")  # types of recorded hidden states, see `teacher_cache.stored_states`
 _POSITIVE, _COUNT = _is_whole(1), _is_whole(0)
-# Keys of ``train`` are the arguments of `megatron-slim distill`, with three more: tokens, the rule for the moments of
-# merged experts, and flags of Megatron.
+# Keys of ``train`` are the arguments of `megatron-slim distill`, with four more: tokens, the rule for the moments of
+# merged experts, the type in which the teacher is recorded, and flags of Megatron.
 SECTIONS: dict[str, dict[str, Check]] = {
     "calibrate": {
         "num_samples": _POSITIVE,
@@ -81,6 +82,8 @@ SECTIONS: dict[str, dict[str, Check]] = {
         **dict.fromkeys(("lr", "min_lr"), _is_rate),
         **dict.fromkeys(("settings", "image", "mounts", "master_addr"), _is_text),
         "launcher": _is_one_of("torchrun", "slurm"),
+        "record": _is_one_of(*STATES),
+        "teacher_cache": _is_text,
         "precision": _is_one_of("bf16", "fp32"),
         "carry_optimizer": _is_switch,
         "moments_of_merged": _is_one_of(*MOMENT_RULES),
@@ -123,6 +126,8 @@ def violations(document: YamlMapping) -> list[str]:
             if key in values and (wrong := check(values[key])):
                 found.append(f"{section}.{key} {values[key]!r} {wrong}")
     train = document.get("train")
+    if isinstance(train, Mapping) and {"record", "teacher_cache"} <= train.keys():
+        found.append("train.record and train.teacher_cache exclude one another: one cache is used")
     if "phases" in document and isinstance(train, Mapping) and "tokens" in train:
         found.append("train.tokens and phases exclude one another: every phase has its own tokens")
     if "phases" not in document:

@@ -12,10 +12,9 @@ import numpy.typing as npt
 
 from megatron_slim.aliases import Array
 from megatron_slim.chat_template import Chat
+from megatron_slim.command_line import CUT, DROP
 
 OPEN = 512  # samples that still take conversations; more fill samples hardly better
-CUT, DROP = "cut", "drop"
-TOO_LONG = (CUT, DROP)
 
 
 @dataclass

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from megatron_slim.chat_template import Chat, ChatTemplate
+from megatron_slim.command_line import CUT, DROP
 from megatron_slim.errors import DataError
-from megatron_slim.sample_packing import CUT, DROP, OPEN, Packer, Row
+from megatron_slim.sample_packing import OPEN, Packer, Row
 from megatron_slim.sample_set import SampleSet, open_samples
 from tests.chat_templates import CALL, CHATS, OF_PARTS, TEMPLATES, WITH_TOOLS, message, without_markers, write_tokenizer
 

@@ -16,8 +16,8 @@
 - `parallelism`, `fp8_sizes`, `pipeline_layout`: layouts and FP8 recipes that a shape allows, balanced pipeline stages
 - `layer_specs`: Megatron's modules, with Transformer Engine and without
 - `local_modules`, `local_attention`, `local_experts`: those without it
-- `hidden_states`, `context_parallel`, `packing`: a GPTModel that ends with hidden states, a rank's part of a sequence,
-  documents in one sequence
+- `hidden_states`, `context_parallel`, `packing`, `mtp_masks`: a GPTModel that ends with hidden states, a rank's part of
+  a sequence, documents in one sequence, which predictions of MTP heads count
 
 All but frequencies, rotary and the last four lines imports no torch.
 """

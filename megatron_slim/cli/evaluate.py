@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         type=Path,
-        help="prefix of a Megatron .bin/.idx pair, or a .npy integer matrix [samples, sequence], used as it is; needed "
-        "but for --tasks and --acceptance alone",
+        help="prefix of a Megatron .bin/.idx pair; a .npy integer matrix [samples, sequence], used as it is; a sample "
+        "set or a teacher's cache, with their masks; needed but for --tasks and --acceptance alone",
     )
     parser.add_argument("--seq-length", type=positive, metavar="N", help="tokens per sample; needed with .bin/.idx")
     parser.add_argument("--num-samples", type=positive, metavar="N", help="samples, drawn at random (default: all)")

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from megatron_slim.aliases import JsonObject, Keywords
 from megatron_slim.cli.tool import run_command
-from megatron_slim.command_line import positive
+from megatron_slim.command_line import CUT, add_chat_arguments, positive
 from megatron_slim.errors import SlimError
-from megatron_slim.sample_packing import CUT, TOO_LONG
 from megatron_slim.tokenizers import TOKENIZER_TYPES
 
 logger = logging.getLogger(__name__)
@@ -49,18 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="lines have messages, which the tokenizer's chat template writes; the loss is on the assistant's tokens",
     )
     chat.add_argument("--seq-length", type=positive, metavar="N", help="positions of a sample, that of the training")
-    chat.add_argument(
-        "--too-long",
-        choices=TOO_LONG,
-        default=CUT,
-        help="cut a conversation that is longer than a sample at the sample's end, or drop it; both are counted",
-    )
-    chat.add_argument(
-        "--unroll",
-        action="store_true",
-        help="make several documents of a conversation whose earlier turns the template writes in another way once "
-        "later ones follow; without it such a line is a bad one",
-    )
+    add_chat_arguments(chat)
     tokens = parser.add_argument_group("tokens")
     tokens.add_argument(
         "--tokenizer-type", choices=TOKENIZER_TYPES, default=TOKENIZER_TYPES[0], help="kind of tokenizer"

@@ -18,13 +18,12 @@ from megatron_slim.cli.evaluation_extras import DTYPES, dtype_of
 from megatron_slim.cli.tool import run_command
 from megatron_slim.command_line import add_load_arguments, load_options, not_negative, positive
 from megatron_slim.processes import leaving_together
+from megatron_slim.recipe_run import STATES
 
 if TYPE_CHECKING:
     from megatron_slim.checkpoint.convert import Checkpoint
 
 logger = logging.getLogger(__name__)
-
-KINDS = ("fp32", "bf16", "fp8")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=not_negative, default=0, metavar="N", help="seed of the random choice")
     parser.add_argument(
         "--states",
-        choices=KINDS,
+        choices=STATES,
         default="bf16",
         help="type of the recorded hidden states; fp8 has a scale for every 128 numbers",
     )
@@ -103,19 +102,10 @@ def run_record(args: argparse.Namespace) -> JsonObject:
 
 def _announce(source: Checkpoint, save: Path, world: int, length: int, tokens: int, nbytes: int, shards: int) -> None:
     """What is about to be recorded, and how long that takes, by estimate."""
-    from megatron_slim.architecture.table import count_parameters
-    from megatron_slim.compression.estimate import (
-        WRITTEN_PER_SECOND,
-        size_text,
-        streaming_seconds,
-        this_machine,
-        time_text,
-    )
+    from megatron_slim.compression.machine import recording_seconds, size_text, this_machine, time_text
 
-    machine = this_machine(world)
-    seconds = streaming_seconds(source.shape, length, tokens, machine)
-    read = -(-shards // world) * 2 * count_parameters(source.shape).total  # of each process, in 16 bits
-    took = None if seconds is None else seconds / world + (read + nbytes) / WRITTEN_PER_SECOND
+    machine, readings = this_machine(world), -(-shards // world)
+    took = recording_seconds(source.shape, length, tokens, nbytes, machine, readings=readings, processes=world)
     logger.info(
         f"{save}: recording {tokens:,} tokens in {shards} shard{'s' if shards != 1 else ''}, {size_text(nbytes)} on "
         f"disk, about {time_text(took)} on {machine.name} (estimate)"

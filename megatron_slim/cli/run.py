@@ -17,7 +17,7 @@ from megatron_slim.aliases import Document, JsonObject
 from megatron_slim.cli.tool import run_tool
 from megatron_slim.command_line import RECIPE_HELP, not_negative, tool_parser
 from megatron_slim.compression import estimate
-from megatron_slim.compression.checks import check
+from megatron_slim.compression.checks import check, check_disk
 from megatron_slim.compression.report import write_report
 from megatron_slim.compression.runner import run_steps
 from megatron_slim.compression.settings import read_settings
@@ -25,7 +25,7 @@ from megatron_slim.compression.state import RunState
 from megatron_slim.compression.steps import Step, steps
 from megatron_slim.errors import SlimError
 from megatron_slim.files import sole_writer
-from megatron_slim.recipe_run import SECTIONS
+from megatron_slim.recipe_run import SECTIONS, STATES
 from megatron_slim.training.variables import GROUPS, flag
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,13 @@ def parser(prog: str) -> argparse.ArgumentParser:
     found.add_argument("recipe", type=Path, metavar="RECIPE", help=RECIPE_HELP)
     found.add_argument("--teacher", type=Path, required=True, metavar="DIR", help="model to compress, either format")
     found.add_argument("--save", type=Path, required=True, metavar="DIR", help="directory of the run")
-    found.add_argument("--data", nargs="+", required=True, metavar="PREFIX", help="training data: .bin/.idx prefixes")
+    found.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="PREFIX",
+        help="training data: .bin/.idx prefixes or sample sets; needed but for --teacher-cache",
+    )
     found.add_argument("--valid-data", nargs="+", default=[], metavar="PREFIX", help="validation data of training")
     found.add_argument(
         "--calibration-data", type=Path, metavar="DATA", help="data of calibration (default: the prefix of --data)"
@@ -60,6 +66,18 @@ def parser(prog: str) -> argparse.ArgumentParser:
     found.add_argument("--step", metavar="NAME", help="run this step alone, such as phase-1/train, as jobs of Slurm do")
     found.add_argument("--dry-run", action="store_true", help="show the steps, what they need, and do nothing")
     group = found.add_argument_group("training")
+    group.add_argument(
+        "--record",
+        choices=STATES,
+        help="record the teacher's hidden states in this type before the first training, once; every phase trains from "
+        "them, without the teacher in memory",
+    )
+    group.add_argument(
+        "--teacher-cache",
+        metavar="DIR",
+        help="train from this, which megatron-slim record wrote; --data are then sample sets or caches, by default its "
+        "own samples",
+    )
     for title in ("processes", "run"):
         for name, (kind, text) in GROUPS[title].items():
             if name.lower() in SECTIONS["train"] and kind:
@@ -95,6 +113,7 @@ def run(args: argparse.Namespace, megatron: Sequence[str]) -> JsonObject:
     teacher = check(settings)
     if args.dry_run:
         return estimate.show(settings, found, teacher, as_json=args.json)
+    check_disk(settings, teacher)
     settings.save.mkdir(parents=True, exist_ok=True)
     with sole_writer(settings.save / "run"):
         state.write()

@@ -18,6 +18,7 @@ from megatron_slim.compression.report_quantization import (
     quantization_of,
     quantization_section,
 )
+from megatron_slim.compression.report_recorded import sentence
 from megatron_slim.compression.report_tables import (
     CLIENTS,
     NOT_MEASURED,
@@ -131,7 +132,7 @@ def _body(facts: Mapping[str, Any], model: Path, quantization: Mapping[str, Any]
         yield from _markdown(section) if section.rows else ()
     if missing := [section.title for section in sections if not section.rows]:
         yield from (f"{NOT_MEASURED.capitalize()}: {', '.join(missing)}.", "")
-    yield from _training(facts["cost"])
+    yield from _training(facts["cost"], facts["recorded"])
     yield from _loading(model)
     yield from loading(quantization) if quantization else ()
     yield from ("## Recipe", "", "```yaml", recipe_yaml(facts).replace("```", "'''") + "```", "")
@@ -168,12 +169,14 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(map(escaped, cells))} |"
 
 
-def _training(cost: Mapping[str, Any]) -> Iterator[str]:
+def _training(cost: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> Iterator[str]:
     yield from ("## Training", "")
     tokens, flops, seconds = cost["tokens"], cost["flops"], cost["seconds"]
     yield f"- tokens: {NOT_MEASURED if tokens is None else amount(tokens)}"
     yield f"- FLOPs of teacher and student: {f'{flops:.3g}' if flops else NOT_MEASURED}"
     yield f"- time of all steps: {NOT_MEASURED if seconds is None else duration(seconds)}"
+    if recorded is not None:
+        yield f"- teacher: {sentence(recorded)}"
     yield f"- device: {escaped(str(cost['device'] or NOT_MEASURED))}"
     yield ""
 

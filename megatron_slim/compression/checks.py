@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 from megatron_slim.architecture.hf_config import shape_to_hf_config
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.compression.estimate import first_student
+from megatron_slim.compression.estimate import first_student, recording_bytes
+from megatron_slim.compression.recordings import cache_of, recordings
 from megatron_slim.compression.settings import RunSettings
 from megatron_slim.compression.steps import RECIPE_FILE, TRAIN, command_line, measures, steps
 from megatron_slim.data import data_prefix, exact_prefix, open_stream
 from megatron_slim.errors import EXIT_USER_ERROR, DataError, SlimError, last_error
 from megatron_slim.extras import require
-from megatron_slim.files import to_json
+from megatron_slim.files import check_space, to_json
 from megatron_slim.pruning.recipe_checks import check_later_phases, check_recipe
 from megatron_slim.sample_set import is_sample_set, open_samples
 from megatron_slim.training.blends import parse_blend
@@ -42,13 +43,20 @@ def check(settings: RunSettings) -> ModelShape:
     check_recipe(settings.phases[0], shape, where=where)
     check_later_phases(settings.recipe, 1, shape, where=where)
     _check_measuring(settings)
+    _check_cache(settings, teacher)
     for flag, words in (("--data", settings.data), ("--valid-data", settings.valid_data)):
         for prefix in map(Path, parse_blend(words, flag).prefixes if words else ()):
             if is_sample_set(prefix):
                 open_samples(prefix).largest_id(shape.vocab_size)
             else:
                 open_stream(exact_prefix(prefix), shape.vocab_size)
+    if is_sample_set(settings.calibration_data):
+        where, fix = str(settings.calibration_data), "give --calibration-data, the prefix of a .bin/.idx pair"
+        raise DataError("is a sample set, which calibration does not read", where=where, fix=fix)
     for data in (settings.calibration_data, settings.evaluation_data):
+        if data is not None and is_sample_set(data):
+            open_samples(data).largest_id(shape.vocab_size)
+            continue
         # A matrix is looked at when it is used.
         if data is not None and not (data.suffix == ".npy" and data.is_file()):
             open_stream(data_prefix(data, or_matrix=True), shape.vocab_size)
@@ -72,10 +80,45 @@ def _check_measuring(settings: RunSettings) -> None:
             )
 
 
+def _check_cache(settings: RunSettings, teacher: Checkpoint) -> None:
+    """See that a cache that is there is of this teacher.
+
+    Raises:
+        DataError: it is not, or is not whole.
+    """
+    path = cache_of(settings)
+    if path is None or recordings(settings):
+        return
+    from megatron_slim.checkpoint.convert import open_checkpoint
+    from megatron_slim.streaming.fingerprint import fingerprint
+    from megatron_slim.teacher_cache.cache import open_cache
+
+    cache = open_cache(path)
+    if teacher.shape.mtp_num_layers and cache.heads == 1:  # recorded without
+        teacher = open_checkpoint(settings.teacher, without_mtp=True)
+    if cache.teacher != fingerprint(teacher):
+        fix = "give the --teacher that was recorded, or its --teacher-cache"
+        raise DataError(f"is not of the teacher {settings.teacher}", where=str(path), fix=fix)
+
+
+def check_disk(settings: RunSettings, teacher: ModelShape) -> None:
+    """See that there is space for what is to be recorded, unless that has begun: then the step itself looks.
+
+    Raises:
+        SlimError: there is not.
+    """
+    new = [each for each in recordings(settings) if not each.cache.exists()]
+    nbytes = sum(recording_bytes(settings, each, teacher) for each in new)
+    there = next(each for each in (settings.save, *settings.save.parents) if each.is_dir())
+    if nbytes:
+        check_space(there, nbytes)
+
+
 def _check_training(settings: RunSettings, teacher: Checkpoint) -> None:
     """Have training check its arguments with a student of the first phase's sizes, as far as they are known.
 
-    Not on a machine without GPUs where settings are those of one with GPUs: there is less that it would accept.
+    Data that are to be recorded stand for their caches. Not on a machine without GPUs where settings are those of one
+    with GPUs: there is less that it would accept.
     """
     student = first_student(settings, teacher.shape)
     train = next(step for step in steps(settings) if step.kind == TRAIN)
@@ -86,7 +129,8 @@ def _check_training(settings: RunSettings, teacher: Checkpoint) -> None:
         Path(folder, "config.json").write_text(to_json(config))
         recipe = Path(folder, RECIPE_FILE)  # that of the run may not be there yet
         recipe.write_text(settings.text)
-        asked = [*command_line(train), "--recipe", str(recipe), "--launcher", "torchrun", "--dry-run"]
+        asked = _with_data(command_line(train), settings)
+        asked += ["--recipe", str(recipe), "--launcher", "torchrun", "--dry-run"]
         shown = subprocess.run(asked, capture_output=True, text=True, check=False)
         text = shown.stdout.replace(str(train.output), f"{folder}/run")
         words = shlex.split(text) if shown.returncode == 0 else []
@@ -106,6 +150,17 @@ def _check_training(settings: RunSettings, teacher: Checkpoint) -> None:
         raise SlimError(f"training would refuse: {found}")
     if shown.returncode:
         raise RuntimeError(shown.stderr)
+
+
+def _with_data(words: Sequence[str], settings: RunSettings) -> list[str]:
+    """A command of training with data in the place of caches that are to be recorded of them."""
+    found = recordings(settings)
+    if not found:
+        return [*words]
+    data = {str(each.cache): str(each.data) for each in found[1:]}
+    known, place = [data.get(word, word) for word in words], words.index("distill") + 1
+    more = ["--data", str(found[0].data), "--before-recording", str(found[0].samples)]
+    return [*known[:place], *more, *known[place:]]
 
 
 def _has_gpus() -> bool:

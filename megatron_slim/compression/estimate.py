@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
-import re
 import shlex
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_slim.architecture.flops import FUSED, TORCH, student_flops, teacher_flops
-from megatron_slim.architecture.gpus import peak_flops
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import count_parameters
+from megatron_slim.compression.machine import (
+    WRITTEN_PER_SECOND,
+    Machine,
+    find_machine,
+    recording_seconds,
+    seconds_of,
+    size_text,
+    streaming_seconds,
+    time_text,
+)
+from megatron_slim.compression.recordings import Recording, cache_of, recordings
 from megatron_slim.compression.settings import SEQ_LENGTH, RunSettings
 from megatron_slim.compression.steps import (
     ACCEPTANCE,
@@ -22,6 +30,8 @@ from megatron_slim.compression.steps import (
     EXPORT,
     PRUNE,
     QUANTIZE,
+    RECORD,
+    RECORD_VALIDATION,
     SHOW_PLAN,
     TRAIN,
     Step,
@@ -30,30 +40,10 @@ from megatron_slim.compression.steps import (
 )
 from megatron_slim.data import data_prefix, open_stream
 from megatron_slim.optimizers import ADAM, MAIN_COPY, OPTIMIZERS
+from megatron_slim.sample_set import is_sample_set, open_samples
 from megatron_slim.streaming.samples import NUM_SAMPLES
 
-# Shares of the rate of large products. Training on GPUs: what the planner's estimates come to for 80A3B -> 23A2B on
-# H100s; on a CPU: measured, as is the streaming pass.
-GPU_SHARE, CPU_SHARE = 0.15, 0.3
 SAVE_INTERVAL = 1000
-WRITTEN_PER_SECOND = 1e9  # bytes of a checkpoint, on a disk of today
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a run computes on.
-
-    Attributes:
-        name: for people.
-        training: operations per second of all its processes in training.
-        streaming: of the one process that calibrates and evaluates.
-        on_gpus: type of the weights is bf16.
-    """
-
-    name: str
-    training: float
-    streaming: float
-    on_gpus: bool
 
 
 @dataclass(frozen=True)
@@ -64,46 +54,6 @@ class Need:
     tokens: int = 0
     seconds: float | None = None
     nbytes: int | None = None
-
-
-def find_machine(settings: RunSettings) -> Machine:
-    """That of the settings' name (``h100_64``), else this one."""
-    train = settings.section("train")
-    named = re.fullmatch(r"([a-z]+\d+)_(\d+)", str(train.get("settings", "")))
-    if named and (peak := peak_flops(named[1])):
-        count = int(named[2])
-        return Machine(f"{count} {named[1].upper()}", count * peak * GPU_SHARE, peak * GPU_SHARE, on_gpus=True)
-    import torch
-
-    return this_machine(train.get("nproc_per_node", torch.cuda.device_count()) * train.get("nnodes", 1))
-
-
-def this_machine(count: int) -> Machine:
-    """This machine, and others like it: ``count`` GPUs in all, where it has any."""
-    import torch
-
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        if peak := peak_flops(name):
-            return Machine(f"{count} {name}", count * peak * GPU_SHARE, peak * GPU_SHARE, on_gpus=True)
-        return Machine(f"{count} {name} (rate unknown)", math.nan, math.nan, on_gpus=True)
-    rate = _product_rate() * CPU_SHARE
-    return Machine("this CPU", rate, rate, on_gpus=False)
-
-
-def _product_rate() -> float:
-    """Operations per second of a product in fp32 with all threads."""
-    import torch
-
-    from megatron_slim.products import linear
-
-    size, count = 1024, 8
-    matrix = torch.ones(size, size)
-    linear(matrix, matrix)
-    begin = time.perf_counter()
-    for _ in range(count):
-        linear(matrix, matrix)
-    return count * 2.0 * size**3 / (time.perf_counter() - begin)
 
 
 def needs(settings: RunSettings, found: Sequence[Step], teacher: ModelShape, machine: Machine) -> Iterator[Need]:
@@ -121,6 +71,9 @@ def needs(settings: RunSettings, found: Sequence[Step], teacher: ModelShape, mac
             yield Need(step, tokens, streaming_seconds(source, length, tokens, machine), size)
         elif step.kind == TRAIN:
             yield _training(settings, step, teacher, student, machine)
+        elif step.kind in (RECORD, RECORD_VALIDATION):
+            recording = next(each for each in recordings(settings) if each.cache == step.output)
+            yield _recording(settings, step, recording, teacher, machine)
         elif step.kind == SHOW_PLAN:
             yield Need(step, seconds=5.0, nbytes=0)
         elif step.kind == EXPORT:
@@ -154,28 +107,37 @@ def _training(
     if student is None:
         return Need(step, tokens)
     length, kernels = train.get("seq_length", SEQ_LENGTH), FUSED if machine.on_gpus else TORCH
-    flops = student_flops(student, length, kernels).total + teacher_flops(teacher, length, kernels, runs_mtp=True).total
+    of_teacher = teacher_flops(teacher, length, kernels, runs_mtp=True).total
+    if cache_of(settings) is not None:  # of its heads alone
+        of_teacher = 2.0 * (1 + teacher.mtp_num_layers) * teacher.vocab_size * teacher.hidden_size
+    flops = student_flops(student, length, kernels).total + of_teacher
     checkpoints = max(1, math.ceil(iterations / train.get("save_interval", SAVE_INTERVAL)))
     precision = train.get("precision", "bf16" if machine.on_gpus else "fp32")
     per_parameter = OPTIMIZERS[ADAM].checkpoint_bytes({"bf16": 2, "fp32": 4}[precision])
     nbytes = checkpoints * per_parameter * count_parameters(student).total
-    return Need(step, tokens, _seconds(flops, tokens, machine.training), nbytes)
+    return Need(step, tokens, seconds_of(flops, tokens, machine.training), nbytes)
+
+
+def _recording(settings: RunSettings, step: Step, found: Recording, teacher: ModelShape, machine: Machine) -> Need:
+    from megatron_slim.teacher_cache.recording import ROUND_TOKENS  # which brings torch
+
+    nbytes = recording_bytes(settings, found, teacher)
+    readings = -(-found.tokens // ROUND_TOKENS)
+    seconds = recording_seconds(teacher, found.seq_length, found.tokens, nbytes, machine, readings=readings)
+    return Need(step, found.tokens, seconds, nbytes)
+
+
+def recording_bytes(settings: RunSettings, found: Recording, teacher: ModelShape) -> int:
+    """Bytes of the states that are recorded, of all heads."""
+    from megatron_slim.teacher_cache.stored_states import row_bytes  # which brings torch
+
+    kind = settings.section("train")["record"]
+    return found.tokens * (1 + teacher.mtp_num_layers) * row_bytes(kind, teacher.hidden_size)
 
 
 def _size(shape: ModelShape | None, machine: Machine) -> int | None:
     """Bytes of a Hugging Face checkpoint."""
     return None if shape is None else count_parameters(shape).total * (2 if machine.on_gpus else 4)
-
-
-def streaming_seconds(shape: ModelShape | None, length: int, tokens: int, machine: Machine) -> float | None:
-    """Seconds of a forward pass in one process; None where they cannot be known."""
-    kernels = FUSED if machine.on_gpus else TORCH
-    flops = None if shape is None else teacher_flops(shape, length, kernels, runs_mtp=True).total
-    return _seconds(flops, tokens, machine.streaming)
-
-
-def _seconds(flops: float | None, tokens: int, rate: float) -> float | None:
-    return None if flops is None or math.isnan(rate) else flops * tokens / rate
 
 
 def _pruned(settings: RunSettings, phase: int, source: ModelShape | None) -> ModelShape | None:
@@ -208,6 +170,9 @@ def _calibration_tokens(settings: RunSettings, length: int) -> int:
 def _evaluation_tokens(settings: RunSettings) -> int:
     evaluate, data = settings.section("evaluate"), settings.evaluation_data
     assert data is not None
+    if is_sample_set(data):
+        samples = open_samples(data)
+        return int(evaluate.get("num_samples", len(samples)) * samples.seq_length)
     if "num_samples" in evaluate:
         return int(evaluate["num_samples"] * evaluate.get("seq_length", SEQ_LENGTH))
     return len(open_stream(data_prefix(data), None)[0]) if data.suffix != ".npy" else 0
@@ -242,7 +207,8 @@ def _paths(settings: RunSettings) -> list[str]:
     """Directories that the steps read and write, for the mounts of a container."""
     data = [Path(word) for word in (*settings.data, *settings.valid_data) if word.startswith("/")]
     files = [settings.calibration_data, *([settings.evaluation_data] if settings.evaluation_data else [])]
-    return sorted({str(settings.teacher), str(settings.save), *(str(each.parent) for each in (*data, *files))})
+    whole = {settings.teacher, settings.save, *filter(None, [cache_of(settings)])}
+    return sorted({*map(str, whole), *(str(each.parent) for each in (*data, *files))})
 
 
 def _print(settings: RunSettings, every: Sequence[Need], machine: Machine) -> None:
@@ -263,28 +229,3 @@ def _print(settings: RunSettings, every: Sequence[Need], machine: Machine) -> No
     console.print(table)
     for need in every:
         console.print(shlex.join(["megatron-slim", *need.step.command]), soft_wrap=True, markup=False)
-
-
-def size_text(nbytes: int | None) -> str:
-    """Bytes for people; "?" where they are not known.
-
-    >>> size_text(46_300_000_000), size_text(999), size_text(None)
-    ('46.3 GB', '0.0 MB', '?')
-    """
-    if nbytes is None:
-        return "?"
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
-
-
-def time_text(seconds: float | None) -> str:
-    """Seconds for people.
-
-    >>> time_text(30.2), time_text(5000.0), time_text(1e6), time_text(None)
-    ('30 s', '1.4 h', '11.6 days', '?')
-    """
-    if seconds is None:
-        return "?"
-    for unit, size in (("days", 172800.0), ("h", 3600.0), ("min", 120.0)):
-        if seconds >= size:
-            return f"{seconds / {'days': 86400.0, 'h': 3600.0, 'min': 60.0}[unit]:.1f} {unit}"
-    return f"{seconds:.0f} s"

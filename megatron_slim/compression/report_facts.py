@@ -14,6 +14,7 @@ from megatron_slim.compression import report_curves
 from megatron_slim.compression.card_source import licence, model_name
 from megatron_slim.compression.report_curves import PhaseCurves
 from megatron_slim.compression.report_inputs import CompressionRun, Document, Step, metrics_of
+from megatron_slim.compression.report_recorded import recorded
 from megatron_slim.compression.state import DONE, FAILED, RUNNING
 from megatron_slim.compression.steps import (
     EVALUATE,
@@ -74,6 +75,7 @@ def gather(run: CompressionRun) -> Gathered:
         "training": report_curves.summary(curves),
         "training_not_read": why_no_curves,
         "evaluations": _evaluations(run),
+        "recorded": recorded(run.document["settings"].get("train", {}), run.save),
         "quantization": _quantization(run),
         "cost": _cost(run, curves),
         "versions": _versions(run),

@@ -10,6 +10,7 @@ import yaml
 from megatron_slim.compression import report_curves
 from megatron_slim.compression.report_facts import Gathered
 from megatron_slim.compression.report_quantization import quantization_section
+from megatron_slim.compression.report_recorded import recorded_section
 from megatron_slim.compression.report_tables import (
     NOT_MEASURED,
     cost_section,
@@ -44,6 +45,7 @@ def page(gathered: Gathered) -> str:
         *_kept(gathered),
         _curves(gathered),
         *map(section_html, evaluation_sections(facts["evaluations"])),
+        *([] if facts["recorded"] is None else [section_html(recorded_section(facts["recorded"]))]),
         *([] if facts["quantization"] is None else [section_html(quantization_section(facts["quantization"]))]),
         section_html(cost_section(facts["cost"])),
         section_html(step_section(facts["cost"]["steps"])),

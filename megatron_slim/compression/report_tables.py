@@ -239,7 +239,9 @@ def cost_section(cost: Mapping[str, Any]) -> Section:
     rows = rows if len(rows) == 1 else [*rows, row("all", cost["tokens"], cost["flops"])]
     time = NOT_MEASURED if cost["seconds"] is None else duration(cost["seconds"])
     device = cost["device"] or NOT_MEASURED
-    note = f"FLOPs of teacher and student, without recomputation. Time of all steps: {time}. Device: {device}."
+    note = (
+        f"FLOPs of teacher and student in training, without recomputation. Time of all steps: {time}. Device: {device}."
+    )
     return Section("Cost of training", ("", "tokens", "FLOPs"), tuple(rows), note)
 
 

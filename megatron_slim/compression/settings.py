@@ -22,6 +22,8 @@ from megatron_slim.recipe_run import SECTIONS
 # Of pretrain_distill.sh, where neither recipe nor command line says it.
 SCRIPT = Settings()
 SEQ_LENGTH, GLOBAL_BATCH_SIZE = SCRIPT.seq_length, SCRIPT.global_batch
+CACHE = "teacher_cache"
+_STATES = ("record", CACHE)  # of ``train``: where the teacher's states come from, if the teacher is not in training
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class RunSettings:
         document: the recipe, as YAML has it, with all replaced values.
         recipe: the same, parsed.
         teacher: checkpoint that is pruned and distilled from.
-        data: of training, as Megatron takes it: prefixes, or weights and prefixes.
+        data: of training, as Megatron takes it: prefixes, or weights and prefixes; may be empty with a teacher's
+            cache, whose samples they then are.
         valid_data: of validation in training; empty where a part of ``data`` is set aside for it.
         calibration_data: what calibration draws its samples from.
         evaluation_data: what is evaluated on; None where nothing is.
@@ -69,10 +72,14 @@ class RunSettings:
         return {**default, **self.recipe.run.get(name, {})}
 
     @property
+    def samples_per_iteration(self) -> int:
+        """Samples of a training step."""
+        return int(self.section("train").get("global_batch_size", GLOBAL_BATCH_SIZE))
+
+    @property
     def tokens_per_iteration(self) -> int:
         """Tokens of a training step."""
-        train = self.section("train")
-        return int(train.get("seq_length", SEQ_LENGTH) * train.get("global_batch_size", GLOBAL_BATCH_SIZE))
+        return int(self.section("train").get("seq_length", SEQ_LENGTH)) * self.samples_per_iteration
 
     @cached_property
     def stops(self) -> tuple[int, ...]:
@@ -139,10 +146,11 @@ def read_settings(
     document = _absolute_source(document, file)
     for word in replaced:
         _replace(document, word)
-    if train:
-        document["train"] = {**_section(document, "train"), **train}
+    document = _with_train(document, train or {}, file)
     parsed = parse_recipe(document, where=str(file))
     refuse_budgets(parsed, where=str(file))
+    if not data and CACHE not in parsed.run.get("train", {}):
+        raise SlimError("no training data", fix="give --data, or --teacher-cache, whose samples are data")
     calibration_data = calibration_data or _only(data, "--data", "calibration")
     if evaluation_data is None and valid_data:
         evaluation_data = _only(valid_data, "--valid-data", "evaluation")
@@ -187,6 +195,22 @@ def _replace(document: dict[str, Any], word: str) -> None:
     except yaml.YAMLError:
         raise SlimError(f"the value of {word!r} is not YAML", where="--set") from None
     document[section] = _section(document, section) | {key: value}
+
+
+def _with_train(document: Mapping[str, Any], given: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """A copy whose ``train`` has what was given; a cache relative to the recipe, or to here, holds anywhere.
+
+    What is given of the teacher's states replaces all that the recipe says of them.
+    """
+    train = _section(document, "train")
+    if isinstance(train.get(CACHE), str):
+        train[CACHE] = str((file.parent / train[CACHE]).absolute())
+    if any(key in given for key in _STATES):
+        train = {key: value for key, value in train.items() if key not in _STATES}
+    train |= given
+    if isinstance(given.get(CACHE), str):
+        train[CACHE] = str(Path(given[CACHE]).absolute())
+    return {**document, "train": train} if train else dict(document)
 
 
 def _absolute_source(document: Mapping[str, Any], file: Path) -> dict[str, Any]:

@@ -14,7 +14,15 @@ from typing import Any
 
 from megatron_slim import __version__
 from megatron_slim.compression.settings import RunSettings
-from megatron_slim.compression.steps import RECIPE_FILE, SECTION, TRAIN, Step
+from megatron_slim.compression.steps import (
+    OF_RECORDING,
+    RECIPE_FILE,
+    RECORD,
+    RECORD_VALIDATION,
+    SECTION,
+    TRAIN,
+    Step,
+)
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.files import read_json, to_json, write_atomic
 
@@ -70,14 +78,19 @@ class RunState:
                 for document in (before, now)
             )
             found += _differences("", old, new)
-        for section in _SECTIONS:
-            if section in begun:
-                free = _FREE if section == TRAIN else ()
-                old, new = (
-                    {key: value for key, value in document["settings"][section].items() if key not in free}
-                    for document in (before, now)
-                )
-                found += _differences(f"{section}.", old, new)
+        kinds = (RECORD, RECORD_VALIDATION)  # also where they are left out now
+        records = any(step["kind"] in kinds and step["attempts"] for step in before.get("steps", ()))
+        fixed = {section: set(keys) for section, keys in _keys(before, now).items() if section in begun}
+        if TRAIN in fixed:
+            fixed[TRAIN] -= {*_FREE}
+        if records:
+            fixed[TRAIN] = fixed.get(TRAIN, set()) | {*OF_RECORDING}
+        for section, keys in fixed.items():
+            old, new = (
+                {key: value for key, value in document["settings"][section].items() if key in keys}
+                for document in (before, now)
+            )
+            found += _differences(f"{section}.", old, new)
         if found:
             fix = "give what the run began with, or another --save"
             raise SlimError("; ".join(found), where=str(self.path), fix=fix)
@@ -137,6 +150,11 @@ def _device() -> str:
 
 def _relative(path: Path, save: Path) -> str:
     return str(path.relative_to(save)) if path.is_relative_to(save) else str(path)
+
+
+def _keys(*documents: Mapping[str, Any]) -> dict[str, set[str]]:
+    """Keys of every section that any of these has."""
+    return {section: {key for each in documents for key in each["settings"][section]} for section in _SECTIONS}
 
 
 def _differences(prefix: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

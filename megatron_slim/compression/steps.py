@@ -3,6 +3,8 @@
 SAVE/recipe.yaml            the recipe with all replaced values
 SAVE/run.json               what was asked for, and how far it is (`state`)
 SAVE/logs, SAVE/results     of every step: what it printed, and what it found as JSON
+SAVE/teacher-cache          the teacher's hidden states on the data of training, where the recipe records them, and
+SAVE/teacher-cache-validation  on those of validation
 SAVE/phase-K/pruned         student before training, with its plan and report: Hugging Face, or torch_dist where it
                             carries the optimizer's state from the phase before
 SAVE/phase-K/plan           the plan as a page
@@ -21,13 +23,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slim.checkpoint.torch_dist_names import TRACKER
+from megatron_slim.compression.recordings import Recording, cache_of, recordings, validates
 from megatron_slim.compression.settings import RunSettings
+from megatron_slim.teacher_cache.names import is_finished
 
 EVALUATE_TEACHER, PRUNE, EVALUATE_PRUNED = "evaluate-teacher", "prune", "evaluate-pruned"
 TRAIN, EXPORT, EVALUATE, ACCEPTANCE = "train", "export", "evaluate", "acceptance"
 SHOW_PLAN = "show-plan"
 QUANTIZE, EVALUATE_FP8 = "quantize", "evaluate-fp8"
-# The section of a recipe that a step of a kind follows; prune follows all that `pruning` reads too.
+RECORD, RECORD_VALIDATION = "record", "record-validation"
+# The section of a recipe that a step of a kind follows; prune follows all that `pruning` reads too. Recording follows
+# some values of ``train`` alone.
 SECTION = {
     EVALUATE_TEACHER: "evaluate",
     PRUNE: "calibrate",
@@ -39,6 +45,8 @@ SECTION = {
     EVALUATE_FP8: "evaluate",
 }
 RECIPE_FILE, MODEL, MODEL_FP8 = "recipe.yaml", "model", "model-fp8"
+OF_RECORDING = ("record", "tokens", "seq_length", "global_batch_size", "eval_iters")
+_NO_TEACHER_CHECK = "--no-teacher-check"
 _ACCEPTANCE = ("acceptance", "draft_tokens", "max_new_tokens", "num_prompts", "prompt_tokens", "micro_batch_size")
 
 
@@ -86,6 +94,7 @@ def steps(settings: RunSettings) -> list[Step]:
         found.append(_prune(settings, phase, before, pruned))
         found += _plan_page(settings, phase, pruned, folder / "plan")
         found += _evaluation(settings, EVALUATE_PRUNED, phase, pruned)
+        found += _recordings(settings) if phase == 1 else []
         found.append(_train(settings, phase, pruned, training))
         command = ("convert", "--load", str(training), "--save", str(model), "--to", "hf", "--json")
         found.append(_step(settings, EXPORT, phase, command, model, model.is_dir))
@@ -208,10 +217,23 @@ def _plan_page(settings: RunSettings, phase: int, pruned: Path, page: Path) -> l
     return [_step(settings, SHOW_PLAN, phase, command, page, page.is_dir)]
 
 
+def _recordings(settings: RunSettings) -> list[Step]:
+    """The teacher's passes over the data of training and validation, where training reads them."""
+    kinds = (RECORD, RECORD_VALIDATION)
+    return [_record(settings, kind, found) for kind, found in zip(kinds, recordings(settings), strict=False)]
+
+
+def _record(settings: RunSettings, kind: str, found: Recording) -> Step:
+    command = ["record", "--teacher", str(settings.teacher), "--data", str(found.data), "--save", str(found.cache)]
+    command += ["--states", settings.section("train")["record"]]
+    command += [] if found.is_set else ["--seq-length", str(found.seq_length)]
+    command += ["--num-samples", str(found.samples)] if found.drawn else []
+    command += [_NO_TEACHER_CHECK] if _NO_TEACHER_CHECK in settings.megatron else []
+    return _step(settings, kind, None, (*command, "--json"), found.cache, lambda: is_finished(found.cache))
+
+
 def _train(settings: RunSettings, phase: int, pruned: Path, training: Path) -> Step:
-    command = ["distill", "--teacher", str(settings.teacher), "--student", str(pruned), "--save", str(training)]
-    command += ["--data", *settings.data]
-    command += ["--valid-data", *settings.valid_data] if settings.valid_data else []
+    command = ["distill", *_teaching(settings), "--student", str(pruned), "--save", str(training)]
     command += ["--recipe", str(settings.save / RECIPE_FILE)]
     command += ["--progressive"] if settings.recipe.phases else ["--train-iters", str(settings.stops[0])]
     command += ["--carry-optimizer"] if _carrying(settings, phase) else []
@@ -219,6 +241,17 @@ def _train(settings: RunSettings, phase: int, pruned: Path, training: Path) -> S
     stop = settings.stops[phase - 1]
     show = ("show-run", str(training), "--json")
     return _step(settings, TRAIN, phase, tuple(command), training, lambda: last_iteration(training) == stop, show)
+
+
+def _teaching(settings: RunSettings) -> list[str]:
+    """Arguments of training that name the teacher or its cache, and the data."""
+    cache, caches = cache_of(settings), recordings(settings)
+    teacher = ["--teacher", str(settings.teacher)] if cache is None else ["--teacher-cache", str(cache)]
+    if caches:  # the samples of the first are the data
+        return [*teacher, *(word for each in caches[1:] for word in ("--valid-data", str(each.cache)))]
+    data = ["--data", *settings.data] if settings.data else []
+    reads_valid = settings.valid_data and (cache is None or validates(settings))
+    return [*teacher, *data, *(["--valid-data", *settings.valid_data] if reads_valid else [])]
 
 
 def last_iteration(training: Path) -> int | None:

@@ -17,7 +17,7 @@ from megatron_slim.distillation.output_layer import OutputLayer
 def counted_rows(loss_mask: Tensor) -> Tensor:
     """Rows [n], sequence first, at which some head's prediction may count; at least one.
 
-    Predictions of MTP heads count only where that of the main head does (`losses.mtp_mask`).
+    Predictions of MTP heads count only where that of the main head does (`mtp_masks.mtp_mask`).
 
     Args:
         loss_mask: [b, s], of this rank under context parallelism.

@@ -32,10 +32,11 @@ from torch import Tensor
 
 from megatron_slim.architecture.context_parallel import local_positions, local_slice
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
+from megatron_slim.architecture.mtp_masks import shift
 from megatron_slim.distillation.counted import counted_rows, losses_of_rows
 from megatron_slim.distillation.fused import DistillationInputs, Target, default_chunk, fused_losses
 from megatron_slim.distillation.hidden import HiddenDistillation, HiddenInputs, layers_of
-from megatron_slim.distillation.losses import TokenLosses, shift
+from megatron_slim.distillation.losses import TokenLosses
 from megatron_slim.distillation.offload import OffloadedWeights
 from megatron_slim.distillation.options import TEACHER_MAIN, TEACHER_MTP, DistillationOptions
 from megatron_slim.distillation.output_layer import OutputLayer

@@ -16,6 +16,7 @@ from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.reference import SAMPLES
 from megatron_slim.errors import CheckpointError
 from megatron_slim.evaluation.means import Mean, SampleMeans
+from megatron_slim.evaluation.samples import Samples
 from megatron_slim.products import linear
 from megatron_slim.streaming.forward import FINAL_NORM, MTP_NORM, StreamingForward
 
@@ -78,13 +79,24 @@ class HeadLosses(StreamingForward):
 
     Attributes:
         heads: the main head, then that of each MTP depth.
-        token_losses: nats of every token that the main head predicts in the first samples, [samples][sequence - 1].
+        token_losses: nats of every token that the main head predicts in the first samples, [samples][tokens].
         teacher: what is compared with, or None.
     """
 
     heads: tuple[Head, ...] = ()
     token_losses: tuple[tuple[float, ...], ...] = ()
     teacher: FinalStates | None = None
+
+    def __init__(self, checkpoint: Checkpoint, samples: Samples, *, micro_batch_size: int, dtype: torch.dtype) -> None:
+        """As `StreamingForward`, of what a model reads of the samples."""
+        super().__init__(
+            checkpoint,
+            samples.read,
+            micro_batch_size=micro_batch_size,
+            dtype=dtype,
+            position_ids=samples.documents,
+        )
+        self._asked = samples
 
     def leave(self, module: str) -> None:
         """Measure where a head follows."""
@@ -96,34 +108,44 @@ class HeadLosses(StreamingForward):
         weight = self.weight(OUTPUT).float()
         teacher = self.teacher if self.teacher is not None and module in self.teacher.states else None
         their_weight = None if teacher is None else teacher.weight(OUTPUT).float()
-        means, kept = SampleMeans(), list[Tensor]()
-        for chunks in self._batches(module, teacher):
-            figures = [_figures(chunk, weight, their_weight) for chunk in chunks]
-            by_sample = torch.cat(figures, dim=1).unflatten(1, (-1, self.samples.shape[1] - AHEAD[module]))
-            means.add(by_sample)
-            if sum(map(len, kept)) < SAMPLES:
-                kept.append(by_sample[0])
+        means, kept = SampleMeans(), list[tuple[float, ...]]()
+        for chunks, counts in self._batches(module, teacher):
+            figures = torch.cat([_figures(chunk, weight, their_weight) for chunk in chunks], dim=1)
+            means.add(figures, counts)
+            if len(kept) < SAMPLES:
+                kept += [tuple(part.tolist()) for part in figures[0].split(counts)]
         _check_finite(self.checkpoint, means.sums[0])
         if teacher is not None:
             _check_finite(teacher.checkpoint, means.sums[1])
         if module == FINAL_NORM:
-            self.token_losses = tuple(map(tuple, torch.cat(kept)[:SAMPLES].tolist()))
+            self.token_losses = tuple(kept[:SAMPLES])
         return Head(*means.result())
 
-    def _batches(self, module: str, teacher: FinalStates | None) -> Iterator[list[Chunk]]:
-        """What predicts the tokens of every micro-batch, in chunks of rows."""
-        targets = self.samples[:, AHEAD[module] :]
+    def _batches(self, module: str, teacher: FinalStates | None) -> Iterator[tuple[list[Chunk], list[int]]]:
+        """What predicts the tokens of every micro-batch that count, in chunks of rows, and how many a sample has."""
+        targets, counted = torch.from_numpy(self._asked.ids[:, AHEAD[module] :]), self._asked.counted(AHEAD[module])
         batches = targets.split(self.micro_batch_size)
+        masks = [None] * len(batches) if counted is None else counted.split(self.micro_batch_size)
         others: Sequence[Tensor | None] = [None] * len(batches) if teacher is None else teacher.states[module]
-        for hidden, other, wanted in zip(self.batches(), others, batches, strict=True):
-            own, ids = _split(hidden, targets.shape[1]), wanted.reshape(-1).split(HEAD_ROWS)
-            theirs = [None] * len(own) if other is None else _split(other, targets.shape[1])
-            yield list(zip(own, theirs, ids, strict=True))
+        for hidden, other, wanted, mask in zip(self.batches(), others, batches, masks, strict=True):
+            own, ids = _split(hidden, mask, wanted.shape), _split(wanted, mask, wanted.shape)
+            theirs = [None] * len(own) if other is None else _split(other, mask, wanted.shape)
+            counts = [wanted.shape[1]] * len(wanted) if mask is None else mask.sum(1).tolist()
+            yield list(zip(own, theirs, ids, strict=True)), counts
 
 
-def _split(hidden: Tensor, positions: int) -> tuple[Tensor, ...]:
-    """The first positions of hidden states [samples, positions, hidden] in chunks of rows."""
-    return hidden[:, :positions].reshape(-1, hidden.shape[-1]).split(HEAD_ROWS)
+def _split(values: Tensor, mask: Tensor | None, size: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """What is at the positions that count, or at the first ones, of values [samples, positions, ...], in chunks.
+
+    Args:
+        values: of every position.
+        mask: bool, of this size; None: all count.
+        size: samples, and positions that predict.
+    """
+    rows = values[:, : size[1]].flatten(0, 1)
+    if mask is not None:
+        rows = rows[mask.flatten().to(rows.device)]
+    return rows.split(HEAD_ROWS)
 
 
 def _figures(chunk: Chunk, weight: Tensor, their_weight: Tensor | None) -> Tensor:

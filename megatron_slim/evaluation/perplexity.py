@@ -1,7 +1,7 @@
 """Token-weighted loss and perplexity of a checkpoint, one block in memory at a time.
 
 Within a sample of S tokens position i predicts token i + 1, so S - 1 tokens count; MTP depth k predicts token
-i + 1 + k, so S - 1 - k tokens count there.
+i + 1 + k, so S - 1 - k tokens count there. Of a sample set those count that do in training.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.reference import Reference
 from megatron_slim.checkpoint.remarks import remarks
 from megatron_slim.compat import runtime
-from megatron_slim.data import Tokens, read_samples
+from megatron_slim.data import Tokens
 from megatron_slim.errors import DataError
+from megatron_slim.evaluation.samples import Samples, read_samples_of
 from megatron_slim.evaluation.teacher import Teacher
-from megatron_slim.streaming.samples import check_samples
+from megatron_slim.sample_set import is_sample_set
 
 if TYPE_CHECKING:
     from megatron_slim.evaluation.losses import Head
@@ -125,23 +125,10 @@ class Evaluation:
         }
 
 
-def read_evaluation_data(
-    data: Path | Tokens, shape: ModelShape, *, seq_length: int | None, num_samples: int | None, seed: int = 0
-) -> Tokens:
-    """Samples that this model can be evaluated on; see `data.read_samples`."""
-    where = str(data) if isinstance(data, Path) else "samples"
-    samples = read_samples(data, seq_length=seq_length, num_samples=num_samples, vocab_size=shape.vocab_size, seed=seed)
-    needed, length = 2 + shape.mtp_num_layers, samples.shape[1]
-    if length < needed:
-        raise DataError(f"samples of {length} tokens leave nothing to predict", where=where, fix=f"use >= {needed}")
-    check_samples(samples, shape, where=where)
-    return samples
-
-
 @torch.no_grad()
 def evaluate(
     checkpoint: Checkpoint,
-    samples: Tokens,
+    samples: Tokens | Samples,
     *,
     micro_batch_size: int = 1,
     dtype: torch.dtype | None = None,
@@ -151,7 +138,7 @@ def evaluate(
 
     Args:
         checkpoint: the model.
-        samples: token ids [samples, sequence], from `read_evaluation_data`.
+        samples: token ids [samples, sequence], from `read_evaluation_data`, or what `read_samples_of` gives.
         micro_batch_size: samples in one forward pass.
         dtype: of weights and activations, see `runtime.default_dtype`; logits are always fp32, sums fp64.
         teacher: is compared with the model, where given; `Teacher.check` says whether it can be.
@@ -162,12 +149,12 @@ def evaluate(
     runtime.init_single_process()
     from megatron_slim.evaluation.losses import HeadLosses
 
-    dtype = dtype or runtime.default_dtype()
-    forward = HeadLosses(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype)
+    dtype, given = dtype or runtime.default_dtype(), Samples.of(samples)
+    forward = HeadLosses(checkpoint, given, micro_batch_size=micro_batch_size, dtype=dtype)
     if teacher is not None:
-        forward.teacher = teacher.states(checkpoint.shape, samples, micro_batch_size=micro_batch_size, dtype=dtype)
+        forward.teacher = teacher.states(checkpoint.shape, given, micro_batch_size=micro_batch_size, dtype=dtype)
     forward.run("evaluating")
-    return Evaluation.of(forward.heads, samples.shape[0] * (samples.shape[1] - 1), forward.token_losses)
+    return Evaluation.of(forward.heads, given.number(1), forward.token_losses)
 
 
 def evaluate_on(
@@ -180,11 +167,11 @@ def evaluate_on(
     micro_batch_size: int,
     dtype: torch.dtype,
     teacher: Teacher | None = None,
-) -> tuple[Evaluation, Tokens]:
+) -> tuple[Evaluation, Samples]:
     """`evaluate` on data as a caller gives them, and the samples that they gave; logs what is cast to ``dtype``."""
-    samples = read_evaluation_data(data, checkpoint.shape, seq_length=seq_length, num_samples=num_samples, seed=seed)
+    samples = read_samples_of(data, checkpoint.shape, seq_length=seq_length, num_samples=num_samples, seed=seed)
     if teacher is not None:
-        teacher.check(checkpoint.shape, samples)
+        teacher.check(checkpoint.shape, samples.read)
     for line in remarks(checkpoint, dtype, "evaluation"):
         logger.info(line)
     return evaluate(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype, teacher=teacher), samples
@@ -213,6 +200,10 @@ def evaluate_checkpoint(
     """
     if micro_batch_size < 1:
         raise DataError(f"--micro-batch-size {micro_batch_size} is not a positive number")
+    if record and is_sample_set(data):
+        raise DataError(
+            "is a sample set, of which --record keeps no losses", where=str(data), fix="give a .bin/.idx pair"
+        )
     dtype = dtype or runtime.default_dtype()
     result, samples = evaluate_on(
         checkpoint,
@@ -225,12 +216,12 @@ def evaluate_checkpoint(
         teacher=teacher,
     )
     if record:
-        Reference.of(samples.tolist(), result.token_losses, dtype_name(dtype)).save(load)
+        Reference.of(samples.ids.tolist(), result.token_losses, dtype_name(dtype)).save(load)
     return {
         **result.losses(),
         **result.comparison(),
-        "samples": samples.shape[0],
-        "seq_length": samples.shape[1],
+        "samples": samples.read.shape[0],
+        "seq_length": samples.read.shape[1],
         "dtype": dtype_name(dtype),
         "load": str(load),
     }

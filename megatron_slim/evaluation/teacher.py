@@ -12,6 +12,7 @@ from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.compat import runtime
 from megatron_slim.data import Tokens
 from megatron_slim.errors import CheckpointError
+from megatron_slim.evaluation.samples import Samples
 from megatron_slim.files import sha256
 from megatron_slim.streaming.samples import check_samples
 
@@ -55,19 +56,29 @@ class Teacher:
             )
         check_samples(samples, self.checkpoint.shape, where=f"{self.checkpoint.path} on the same samples")
 
-    def states(self, shape: ModelShape, samples: Tokens, *, micro_batch_size: int, dtype: torch.dtype) -> FinalStates:
+    def states(
+        self, shape: ModelShape, samples: Tokens | Samples, *, micro_batch_size: int, dtype: torch.dtype
+    ) -> FinalStates:
         """What the teacher's heads are given, of those that a student of this shape has too."""
+        given = Samples.of(samples)
         runtime.init_single_process()
         from megatron_slim.evaluation.losses import AHEAD, FinalStates
 
         wanted = tuple(AHEAD)[: 1 + min(self.checkpoint.shape.mtp_num_layers, shape.mtp_num_layers)]
-        asked = (wanted, micro_batch_size, dtype, sha256(samples.tobytes()))
+        documents = b"" if given.documents is None else given.documents.tobytes()
+        asked = (wanted, micro_batch_size, dtype, sha256(given.read.tobytes()), sha256(documents))
         if self._last is not None and self._asked == asked:
             return self._last
         self._last = None  # its memory is needed
-        states = FinalStates(self.checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype)
+        states = FinalStates(
+            self.checkpoint,
+            given.read,
+            micro_batch_size=micro_batch_size,
+            dtype=dtype,
+            position_ids=given.documents,
+        )
         states.wanted = wanted
-        nbytes = len(wanted) * samples.size * self.checkpoint.shape.hidden_size * dtype.itemsize
+        nbytes = len(wanted) * given.read.size * self.checkpoint.shape.hidden_size * dtype.itemsize
         logger.info(f"{self.checkpoint.path}: last hidden states of the teacher take {nbytes / 1e6:,.0f} MB of memory")
         states.run("evaluating the teacher")
         self._asked, self._last = asked, states

@@ -42,7 +42,7 @@ class Measuring:
         Raises:
             DataError: the data do not fit the model.
         """
-        from megatron_slim.evaluation.perplexity import read_evaluation_data
+        from megatron_slim.evaluation.samples import read_evaluation_data
 
         return read_evaluation_data(self.data, source.shape, seq_length=self.seq_length, num_samples=self.num_samples)
 

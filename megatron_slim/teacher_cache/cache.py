@@ -5,7 +5,6 @@ The directory is a sample set (`sample_set`) and, besides that,
 - ``cache.json``, written last: whose states they are, of how many heads, and in which type;
 - ``config.json``: the teacher's, for the planner;
 - ``head.safetensors``: the teacher's output layer, ``weight`` [vocabulary, hidden] in the checkpoint's type;
-- ``config.json``: the teacher's;
 - ``states-N.bin``: of consecutive samples, [heads, samples, S, `stored_states.row_bytes`], the main head first;
 - ``states-N.json``: which samples these are, and the CRC-32 of every sample's part of every head.
 """
@@ -27,9 +26,9 @@ from megatron_slim.checkpoint.raw_files import OpenFiles, as_bytes
 from megatron_slim.errors import DataError
 from megatron_slim.files import file_sha256, read_json
 from megatron_slim.sample_set import SampleSet, open_samples
+from megatron_slim.teacher_cache.names import CACHE, HEAD, is_cache, is_finished
 from megatron_slim.teacher_cache.stored_states import TYPES, row_bytes
 
-CACHE, HEAD, RECORDING, CONFIG = "cache.json", "head.safetensors", "recording.json", "config.json"
 FORMAT = 1
 WEIGHT = "weight"  # the tensor of `HEAD`
 _AGAIN = "record the teacher again"
@@ -154,11 +153,6 @@ class TeacherCache:
             raise DataError("its content is not what was written", where=str(self.path / HEAD), fix=_AGAIN)
 
 
-def is_cache(path: Path) -> bool:
-    """Whether a path names a cache, finished or not."""
-    return any((path / name).is_file() for name in (CACHE, RECORDING))
-
-
 def open_cache(path: Path) -> TeacherCache:
     """Open a cache; of its states this reads sizes alone.
 
@@ -167,7 +161,7 @@ def open_cache(path: Path) -> TeacherCache:
     """
     if not is_cache(path):
         raise DataError("not a teacher's cache", where=str(path), fix="make one with megatron-slim record")
-    if not (path / CACHE).is_file():
+    if not is_finished(path):
         raise DataError("was not finished", where=str(path), fix="run the same megatron-slim record again")
     where, found = str(path / CACHE), read_json(path / CACHE)
     samples = open_samples(path)

@@ -24,7 +24,8 @@ from megatron_slim.compat import runtime
 from megatron_slim.files import check_space, file_sha256, fsync_path, read_json, to_json
 from megatron_slim.sample_set import write_samples
 from megatron_slim.streaming.fingerprint import fingerprint
-from megatron_slim.teacher_cache.cache import CONFIG, FORMAT, HEAD, WEIGHT, TeacherCache, open_cache, shard_files
+from megatron_slim.teacher_cache.cache import FORMAT, WEIGHT, TeacherCache, open_cache, shard_files
+from megatron_slim.teacher_cache.names import CONFIG, HEAD
 from megatron_slim.teacher_cache.recording import (
     Recording,
     begin,
@@ -89,7 +90,7 @@ def record(checkpoint: Checkpoint, samples: Recorded, save: Path, options: Recor
     dtype = options.dtype or runtime.default_dtype()
     inputs = _inputs(checkpoint, samples, options, dtype)
     if options.rank > 0:
-        recording = wait_for_start(save, inputs)
+        recording = wait_for_start(save, inputs, options.round_tokens)
         if recording is not None:
             _record_shards(checkpoint, samples, recording, options, dtype)
         return None
@@ -97,7 +98,7 @@ def record(checkpoint: Checkpoint, samples: Recorded, save: Path, options: Recor
     number_bytes = sizes.hidden_size * dtype.itemsize
     local = int(os.environ.get("LOCAL_WORLD_SIZE", options.world))
     most = samples_at_once(samples.loss_mask.shape[1], number_bytes, local, options.round_tokens)
-    with begin(save, inputs, most, options.world) as (recording, is_new):
+    with begin(save, inputs, most, options.world, options.round_tokens) as (recording, is_new):
         sample_bytes = inputs["heads"] * samples.loss_mask.shape[1] * row_bytes(options.kind, sizes.hidden_size)
         states = bytes_to_write(recording, sample_bytes)
         check_space(recording.path, states)
@@ -108,7 +109,7 @@ def record(checkpoint: Checkpoint, samples: Recorded, save: Path, options: Recor
             arrays = samples.tokens, samples.loss_mask, samples.position_ids
             write_samples(recording.path, *arrays, documents=samples.documents, about=samples.about)
             fsync_path(recording.path)
-            declare(recording, inputs)
+            declare(recording, inputs, options.round_tokens)
         tokens = states // sample_bytes * samples.loss_mask.shape[1]
         options.announce(tokens, states, len(recording.missing()))
         _record_shards(checkpoint, samples, recording, options, dtype)

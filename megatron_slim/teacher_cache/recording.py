@@ -17,7 +17,8 @@ import psutil
 
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json, remove, sole_writer, to_json, write_atomic
-from megatron_slim.teacher_cache.cache import CACHE, HEAD, RECORDING, read_shard
+from megatron_slim.teacher_cache.cache import read_shard
+from megatron_slim.teacher_cache.names import CACHE, HEAD, RECORDING, is_finished
 
 # Of a shard, whose hidden states are in memory while the teacher is read once: enough that reading it takes a small
 # part of the time, few enough that what is lost with a killed process is minutes of a GPU.
@@ -100,37 +101,39 @@ def samples_at_once(seq_length: int, number_bytes: int, workers: int, tokens: in
 
 
 @contextmanager
-def begin(path: Path, inputs: Mapping[str, Any], most: int | None, workers: int) -> Iterator[tuple[Recording, bool]]:
+def begin(
+    path: Path, inputs: Mapping[str, Any], most: int, workers: int, asked: int | None
+) -> Iterator[tuple[Recording, bool]]:
     """Begin a recording or take up one that was killed, as its only process of the kind.
 
     Args:
         path: its directory.
         inputs: everything that decides what is recorded, and the number of ``samples``.
-        most: samples of a shard; None, those of the recording that is taken up.
+        most: samples of a shard, of a new recording.
         workers: processes that record.
+        asked: tokens of a shard, where that was asked for.
 
     Yields:
         The recording, and whether it is new: then the caller fills the directory and calls `declare`.
 
     Raises:
-        SlimError: it is finished, was begun with other inputs, or the directory holds something else.
+        SlimError: it is finished, was begun with other inputs or shards, or the directory holds something else.
     """
     path = path.absolute()
     if not path.parent.is_dir():
         raise SlimError("parent directory of the output does not exist", where=str(path), fix="create it first")
     with sole_writer(path):
-        if (path / CACHE).is_file() or (path.exists() and not path.is_dir()):
+        if is_finished(path) or (path.exists() and not path.is_dir()):
             raise SlimError("output already exists", where=str(path), fix="choose another name or remove it first")
         entries = sorted(os.listdir(path)) if path.is_dir() else []
         if foreign := [name for name in entries if not _OURS.fullmatch(name)]:
             fix = "name a new or an empty directory"
             raise SlimError(f"holds something else ({foreign[0]})", where=str(path), fix=fix)
         if (path / RECORDING).is_file():
-            yield taken_up(path, inputs), False
+            yield taken_up(path, inputs, asked), False
             return
         _remove_beginning(path, entries)
         path.mkdir(exist_ok=True)
-        assert most is not None
         yield Recording(path, divide(int(inputs["samples"]), most, workers), int(inputs["heads"])), True
 
 
@@ -148,17 +151,18 @@ def _remove_beginning(path: Path, entries: Iterable[str]) -> None:
         remove(path / name)
 
 
-def declare(recording: Recording, inputs: Mapping[str, Any]) -> None:
+def declare(recording: Recording, inputs: Mapping[str, Any], asked: int | None) -> None:
     """Say what a recording was begun with, once its directory holds all but states: from now on it can be taken up."""
     sizes = [len(samples) for samples in recording.rounds]
-    write_atomic(recording.path / RECORDING, to_json({"inputs": dict(inputs), "shards": sizes}))
+    found = {"inputs": dict(inputs), "shards": sizes, "shard_tokens": asked}
+    write_atomic(recording.path / RECORDING, to_json(found))
 
 
-def taken_up(path: Path, inputs: Mapping[str, Any]) -> Recording:
-    """The recording that was begun in a directory.
+def taken_up(path: Path, inputs: Mapping[str, Any], asked: int | None) -> Recording:
+    """The recording that was begun in a directory, with its own shards.
 
     Raises:
-        SlimError: with other inputs.
+        SlimError: with other inputs, or other tokens of a shard than were asked for.
     """
     try:
         found = read_json(path / RECORDING)
@@ -170,17 +174,22 @@ def taken_up(path: Path, inputs: Mapping[str, Any]) -> Recording:
         if (was := begun.get(name)) != (now := inputs.get(name)):
             fix = "record with the same inputs, or remove the directory"
             raise SlimError(f"was begun with {name} {was}, this run has {now}", where=str(path), fix=fix)
+    was = found.get("shard_tokens")
+    if asked is not None and asked != was:
+        begun_with = "without --shard-tokens" if was is None else f"with --shard-tokens {was}"
+        fix = "leave --shard-tokens out: its shards stay as they are"
+        raise SlimError(f"was begun {begun_with}, this run has --shard-tokens {asked}", where=str(path), fix=fix)
     return Recording(path, _ranges(sizes), int(inputs["heads"]))
 
 
-def wait_for_start(path: Path, inputs: Mapping[str, Any]) -> Recording | None:
+def wait_for_start(path: Path, inputs: Mapping[str, Any], asked: int | None) -> Recording | None:
     """The recording that the first process begins, None where it is finished; the launcher ends all if that fails."""
     path = path.absolute()
     while not (path / RECORDING).is_file():
-        if (path / CACHE).is_file():
+        if is_finished(path):
             return None
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-    return taken_up(path, inputs)
+    return taken_up(path, inputs, asked)
 
 
 def bytes_to_write(recording: Recording, sample_bytes: int) -> int:

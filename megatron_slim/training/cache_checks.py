@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.distillation.options import TEACHER_MTP
 from megatron_slim.errors import DataError
 from megatron_slim.sample_set import is_sample_set, open_samples
-from megatron_slim.teacher_cache.cache import TeacherCache, is_cache, open_cache
-from megatron_slim.training.document_checks import prefixes_of
+from megatron_slim.teacher_cache.cache import TeacherCache, open_cache
+from megatron_slim.teacher_cache.names import is_cache
+from megatron_slim.training.document_checks import mark_violations, open_once, prefixes_of
 
 # Flags of a teacher that computes, and why one that was recorded has no use for them.
 _ALREADY = "that was decided when it was recorded"
@@ -32,11 +34,12 @@ def cache_violations(shape: ModelShape, cache: TeacherCache | None, args: Namesp
         cache: what was recorded, if the run has it.
         args: Megatron's arguments and ours, as parsed.
     """
+    if args.before_recording and not (args.check_arguments and args.teacher_cache):
+        return ["--before-recording needs --check-arguments and --teacher-cache"]
     if args.teacher_cache is None:
         return ["--teacher-head-offload needs --teacher-cache"] if args.teacher_head_offload else []
     if args.teacher_load is not None:
         return ["--teacher-load and --teacher-cache are two teachers; give one of them"]
-    assert cache is not None
     found = [
         f"--{name.replace('_', '-')} does not go with --teacher-cache: {why}"
         for name, why in _OF_A_TEACHER.items()
@@ -44,6 +47,8 @@ def cache_violations(shape: ModelShape, cache: TeacherCache | None, args: Namesp
     ]
     if args.teacher_dtype == "fp8":
         found.append("--teacher-dtype fp8 has no effect on a teacher that was recorded; its output layer is in 16 bits")
+    if cache is None:  # before recording
+        return found + mark_violations(args)
     if cache.vocab_size != shape.vocab_size:
         found.append(f"teacher: vocabulary {cache.vocab_size}, the student has {shape.vocab_size}")
     if args.mtp_kd_target == TEACHER_MTP and cache.heads - 1 < shape.mtp_num_layers:
@@ -58,7 +63,7 @@ def cache_of(data: Path, cache: TeacherCache) -> TeacherCache:
         DataError: there are none, or they are another teacher's or of another kind.
     """
     if is_cache(data):
-        found = cache if data == cache.path else open_cache(data)
+        found = cache if data == cache.path else open_once(open_cache, data)
         differing = [
             name for name in ("head_sha256", "teacher", "kind") if getattr(found, name) != getattr(cache, name)
         ]
@@ -74,7 +79,7 @@ def cache_of(data: Path, cache: TeacherCache) -> TeacherCache:
         raise DataError(
             f"no states of the teacher were recorded for these data in {cache.path}", where=str(data), fix=fix
         )
-    if open_samples(data).digests != cache.samples.digests:
+    if open_once(open_samples, data).digests != cache.samples.digests:
         raise DataError(f"its token ids are not those of {cache.path}", where=str(data), fix=fix)
     return cache
 
@@ -91,7 +96,11 @@ def check_caches(args: Namespace, cache: TeacherCache | None) -> None:
         raise DataError(
             "--mock-data are not what a teacher was recorded on", fix="leave it out: the cache has the data"
         )
-    cache.verify_head()
+    # Reading files whole is for one rank of a machine: its launcher ends the others where it leaves.
+    reads = os.environ.get("LOCAL_RANK", "0") == "0"
+    if reads:
+        cache.verify_head()
     for prefix in prefixes_of(args):
         cache_of(Path(prefix), cache)
-        open_samples(Path(prefix)).verify(cache.vocab_size)  # small: states are thousands of bytes a token
+        if reads:  # small: states are thousands of bytes a token
+            open_once(open_samples, Path(prefix)).verify(cache.vocab_size)

@@ -1,7 +1,8 @@
 """``--sft``: files of conversations among the data of a run become sample sets before it starts.
 
 A set is named after the file and a digest of all that decides what is in it: the file, the tokenizer, the length of
-samples and this version. So a run that is started again, on whatever machine, finds what was made for it.
+samples, what becomes of conversations that do not fit, and this version. So a run that is started again, on whatever
+machine, finds what was made for it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from megatron_slim import __version__
 from megatron_slim.chats import ChatOptions, make_samples, tokenizer_digests
+from megatron_slim.command_line import CUT
 from megatron_slim.documents import JSON_SUFFIXES
 from megatron_slim.errors import DataError
 from megatron_slim.files import file_sha256, sha256, to_json
@@ -51,8 +53,12 @@ def name_sample_sets(args: Namespace) -> list[str]:
         The flags that name the sets, as they follow those that were given.
 
     Raises:
-        DataError: a file, the tokenizer or the length of samples is missing, or the data are not conversations.
+        DataError: a file, the tokenizer or the length of samples is missing, the data are not conversations, or flags
+            of conversations are given without ``--sft``.
     """
+    given = {"--unroll": args.unroll, "--too-long": args.too_long != CUT}
+    if not args.sft and (flags := [flag for flag, is_given in given.items() if is_given]):
+        raise DataError(f"{flags[0]} is for conversations, with --sft", fix="leave it out")
     args.chats, words = {}, list[str]()
     for name in _PATHS if args.sft else ():
         given = getattr(args, name)
@@ -94,6 +100,8 @@ def _sample_set(file: Path, args: Namespace) -> Path:
         "file": file_sha256(file),
         "tokenizer": tokenizer_digests(options.tokenizer),
         "seq_length": options.seq_length,
+        "too_long": options.too_long,
+        "unroll": options.unroll,
         "version": __version__,
     }
     folder = file.parent if args.data_cache_path is None else Path(args.data_cache_path)
@@ -107,7 +115,7 @@ def _options(args: Namespace) -> ChatOptions:
         raise DataError("--sft needs a tokenizer with a chat template", fix="give --tokenizer-model, its directory")
     if args.seq_length is None:
         raise DataError("--sft needs the length of samples", fix="give --seq-length")
-    return ChatOptions(Path(args.tokenizer_model), args.seq_length)
+    return ChatOptions(Path(args.tokenizer_model), args.seq_length, args.too_long, args.unroll)
 
 
 def _refuse_documents(args: Namespace) -> None:

@@ -26,7 +26,7 @@ from megatron_slim.teacher_cache.cache import TeacherCache
 from megatron_slim.training.blends import Blend, read_sources
 from megatron_slim.training.cached_data import CachedDataset
 from megatron_slim.training.data_checks import DEFAULT_SPLIT, needed_parts
-from megatron_slim.training.document_checks import prefixes_of, sample_sets
+from megatron_slim.training.document_checks import open_once, prefixes_of, sample_sets
 from megatron_slim.training.packed_data import PackedDataset
 
 
@@ -142,7 +142,7 @@ def _for_megatron(blend: Blend | None) -> tuple[list[str], list[float] | None] |
 
 def _tokens_of(path: Path) -> float:
     if is_sample_set(path):
-        return float(open_samples(path).loss_mask.size)
+        return float(open_once(open_samples, path).loss_mask.size)
     return float(document_lengths(path).sum(dtype=np.int64))
 
 

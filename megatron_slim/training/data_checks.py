@@ -55,7 +55,8 @@ def check_data(args: Namespace, vocab_size: int) -> None:
                 _refuse_missing_part(name, sources)
             continue
         for prefix in blend.prefixes:
-            if (rows := sets.get(str(Path(prefix)))) is not None:
+            rows = args.before_recording if sources.whole is not None else None
+            if (rows := rows or sets.get(str(Path(prefix)))) is not None:
                 _check_rows(name, prefix, ends, rows, sources, args)
             elif prefix in lengths:
                 _check_part(name, prefix, ends, lengths[prefix], sources, args)

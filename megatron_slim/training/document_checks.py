@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.errors import DataError
 from megatron_slim.sample_set import SampleSet, is_sample_set, open_samples
 from megatron_slim.training.blends import read_sources
 
+Opened = TypeVar("Opened")
+_HELD = 64  # directories that a run has open at most: those of a blend, of three parts
 # What marks documents in data that do not: of samples it is known.
 _MARKS = {
     "eod_mask_loss": "samples say themselves which tokens count",
     "reset_position_ids": "samples say themselves where documents begin",
     "reset_attention_mask": "samples say themselves whether documents see each other",
 }
+
+
+def open_once(read: Callable[[Path], Opened], path: Path) -> Opened:
+    """What a directory holds, opened once in this process, as long as its files stay as they are.
+
+    Args:
+        read: opens it, `open_samples` or `cache.open_cache`.
+        path: a sample set, or a teacher's cache.
+
+    Raises:
+        DataError: as ``read``.
+    """
+    if not path.is_dir():
+        return read(path)
+    states = ((entry.name, entry.stat()) for entry in os.scandir(path))
+    files = tuple(sorted((name, found.st_ino, found.st_size, found.st_mtime_ns) for name, found in states))
+    opened: Opened = _opened(read, path, files)
+    return opened
+
+
+@lru_cache(maxsize=_HELD)
+def _opened(read: Callable[[Path], Any], path: Path, files: tuple[Any, ...]) -> Any:
+    return read(path)
 
 
 def prefixes_of(args: Namespace) -> list[str]:
@@ -52,7 +80,7 @@ def sample_sets(args: Namespace) -> list[SampleSet]:
             where=first,
             fix="give data of one kind",
         )
-    sets = [open_samples(Path(prefix)) for prefix in prefixes if there[prefix]]
+    sets = [open_once(open_samples, Path(prefix)) for prefix in prefixes if there[prefix]]
     if len({each.documents for each in sets}) > 1:
         apart, together = (next(each.path for each in sets if each.documents is is_apart) for is_apart in (True, False))
         raise DataError(
@@ -88,11 +116,16 @@ def document_violations(shape: ModelShape, args: Namespace) -> list[str]:
     """
     found = []
     if sample_sets(args) or getattr(args, "chats", None):
-        given = [name for name in _MARKS if getattr(args, name, False)]
-        found = [f"{_flag(name)} does not go with a sample set: {_MARKS[name]}" for name in given]
+        found = mark_violations(args)
     elif args.reset_attention_mask and not args.reset_position_ids:
         found = ["--reset-attention-mask needs --reset-position-ids, which say where documents begin"]
     return found + (list(_layout_violations(shape, args)) if keeps_documents_apart(args) else [])
+
+
+def mark_violations(args: Namespace) -> list[str]:
+    """Flags that mark documents, of which samples say it themselves, in sentences."""
+    given = [name for name in _MARKS if getattr(args, name, False)]
+    return [f"{_flag(name)} does not go with a sample set: {_MARKS[name]}" for name in given]
 
 
 def _layout_violations(shape: ModelShape, args: Namespace) -> Iterator[str]:

@@ -15,6 +15,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_slim.aliases import Sample
 from megatron_slim.sample_set import SampleSet, open_samples
+from megatron_slim.training.document_checks import open_once
 
 
 class PackedDataset(MegatronDataset):
@@ -50,7 +51,7 @@ class PackedDataset(MegatronDataset):
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: BlendedMegatronDatasetConfig) -> SampleSet:
         """Open the directory that ``--data-path`` names."""
-        return open_samples(Path(dataset_path))
+        return open_once(open_samples, Path(dataset_path))
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: SampleSet) -> int:

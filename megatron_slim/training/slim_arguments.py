@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_slim.aliases import ArgumentGroup
 from megatron_slim.architecture.fp8_sizes import TEACHER_RECIPES
-from megatron_slim.command_line import ToolParser
+from megatron_slim.command_line import ToolParser, add_chat_arguments, positive
 from megatron_slim.distillation.layer_pairs import FLAG, parse_layer_pairs
 from megatron_slim.distillation.loss_options import DEFAULTS, HIDDEN_LOSSES, KD_LOSSES
 from megatron_slim.distillation.schedule import SHAPES, Schedule
@@ -81,11 +81,19 @@ def add_slim_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="Check arguments, models and data as every run does, and exit before anything is built. One process is "
         "enough: WORLD_SIZE in its environment says how many a run would have.",
     )
+    group.add_argument(
+        "--before-recording",
+        type=positive,
+        metavar="SAMPLES",
+        help="With --check-arguments: --teacher-cache is not there yet, and will be recorded on so many samples of the "
+        "data. Refuse what it will not go with.",
+    )
     _add_teacher(group)
     _add_losses(group)
     _add_hidden_states(group)
     _add_budgets(group)
     add_train_only(group)
+    add_chat_arguments(parser.add_argument_group("conversations, with --sft"))
     add_optimizer(group)
     group.add_argument(
         "--peak-tflops",

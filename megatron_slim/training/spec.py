@@ -203,7 +203,7 @@ def resolve(argv: Sequence[str], teacher: ModelShape | None = None) -> RunSpec:
     if place is not None:
         words = place.command_line(words)
     checkpoint, cache = None, None
-    if args.teacher_cache is not None and args.teacher_load is None:
+    if args.teacher_cache is not None and args.teacher_load is None and not args.before_recording:
         cache = open_cache(args.teacher_cache)
     elif args.teacher_load is not None:
         checkpoint = open_checkpoint(args.teacher_load, without_mtp=args.teacher_without_mtp)

@@ -15,6 +15,7 @@ from pathlib import Path
 from megatron_slim.command_line import ToolParser, not_negative, positive
 from megatron_slim.errors import SlimError
 from megatron_slim.optimizers import OPTIMIZERS
+from megatron_slim.packaged import find_recipe
 from megatron_slim.recipe import load_recipe
 from megatron_slim.recipe_budget import whole_number
 
@@ -103,7 +104,7 @@ _SAME_NAMES = (
 _ALWAYS = "--use-distributed-optimizer --lr-decay-style cosine --clip-grad 1.0 --distributed-timeout-minutes 30".split()
 RECIPE = "RECIPE"  # of the command alone, and not of the script
 # Keys of ``train`` that are not variables: flags, and what becomes of an optimizer between phases.
-_NOT_VARIABLES = ("flags", "carry_optimizer", "moments_of_merged")
+_NOT_VARIABLES = ("flags", "carry_optimizer", "moments_of_merged", "record")
 BEHIND = "--"  # what stands behind it goes to Megatron as it is
 
 
@@ -157,10 +158,15 @@ def with_recipe(given: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     values = dict(given)
     if (recipe := values.pop(RECIPE, None)) is None:
         return values, []
-    train = load_recipe(Path(recipe)).run.get("train", {})
+    file = find_recipe(Path(recipe))
+    train = load_recipe(file).run.get("train", {})
     said = {key.upper(): str(value) for key, value in train.items() if key not in _NOT_VARIABLES}
     if "TRAIN_ITERS" in values:
         said.pop("TOKENS", None)
+    if "TEACHER" in values:
+        said.pop("TEACHER_CACHE", None)
+    elif "TEACHER_CACHE" in said:
+        said["TEACHER_CACHE"] = str((file.parent / said["TEACHER_CACHE"]).absolute())
     return said | values, list(train.get("flags", ()))
 
 

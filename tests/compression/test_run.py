@@ -23,6 +23,8 @@ from megatron_slim.compression.settings import read_settings
 from megatron_slim.errors import SlimError
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe_run import SECTIONS
+from megatron_slim.sample_set import SAMPLES
+from megatron_slim.teacher_cache.names import CACHE
 from megatron_slim.testing import reserved_port, tiny_shape, write_tiny_checkpoint, write_tokens
 from megatron_slim.training.variables import VARIABLES, with_recipe
 
@@ -65,7 +67,8 @@ def settings(place: Path, save: Path, recipe: str = "one.yaml", **more: Any) -> 
 
 
 def test_keys_of_train_are_arguments_of_distill() -> None:
-    assert {key.upper() for key in SECTIONS["train"]} - set(VARIABLES) == {"FLAGS", "MOMENTS_OF_MERGED"}
+    own = {"FLAGS", "MOMENTS_OF_MERGED", "RECORD"}
+    assert {key.upper() for key in SECTIONS["train"]} - set(VARIABLES) == own
 
 
 def test_a_dry_run_says_what_every_step_needs_and_makes_nothing(place: Path, tmp_path: Path, tool: Any) -> None:
@@ -239,6 +242,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
             if step.kind in (steps.PRUNE, steps.SHOW_PLAN, steps.EXPORT, steps.QUANTIZE)
             else step.result.with_suffix(f".made{len(found['ran'])}")
         )
+        if step.kind in (steps.RECORD, steps.RECORD_VALIDATION):
+            step.output.mkdir(parents=True, exist_ok=True)
+            figures = dict.fromkeys(("teacher_loss", "kl_of_rounding", "largest_kl_of_rounding"), 0.5)
+            (step.output / CACHE).write_text(json.dumps({"kind": "bf16", "heads": 2, "figures": figures}))
+            (step.output / SAMPLES).write_text(json.dumps({"samples": 7, "seq_length": 32}))
         code = found["code"].get(step.name, STAND_IN)
         if step.kind == steps.TRAIN:
             step.output.mkdir(parents=True, exist_ok=True)
@@ -325,7 +333,10 @@ def kill(process: subprocess.Popen[Any]) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_ten_times_ends_as_one_that_was_not(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("record", [(), ("--record", "fp32")])
+def test_a_run_that_was_killed_ten_times_ends_as_one_that_was_not(
+    place: Path, tmp_path: Path, record: tuple[str, ...]
+) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     drawn = random.Random(4)
     with reserved_port() as port:
@@ -333,7 +344,7 @@ def test_a_run_that_was_killed_ten_times_ends_as_one_that_was_not(place: Path, t
 
         def command(save: Path) -> list[str]:
             words = arguments(place, save, "two.yaml", "--master-port", str(port))
-            words += ["--set", "calibrate.carry_statistics=true"]
+            words += ["--set", "calibrate.carry_statistics=true", *record]
             return [sys.executable, "-m", "megatron_slim", "run", *words]
 
         begin = time.monotonic()

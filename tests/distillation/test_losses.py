@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_slim.architecture.mtp_masks import shift
 from megatron_slim.distillation import losses
-from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine, shift
+from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine
 from megatron_slim.distillation.vocabulary import VocabShard
 from megatron_slim.testing import run_distributed
 from tests.distillation.reference import _softmax, lm_and_kd_loss

@@ -19,10 +19,11 @@ from megatron.core.transformer.multi_token_prediction import (
 from torch import Tensor
 
 from megatron_slim.architecture.layer_specs import build_model, transformer_config
+from megatron_slim.architecture.mtp_masks import shift
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.compat import runtime
-from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine, shift
+from megatron_slim.distillation.losses import LossWeights, TokenLosses, combine
 from megatron_slim.distillation.model import (
     TEACHER_MAIN,
     TEACHER_MTP,

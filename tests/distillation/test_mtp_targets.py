@@ -15,12 +15,12 @@ from torch import Tensor
 
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.layer_specs import build_model, transformer_config
+from megatron_slim.architecture.mtp_masks import mtp_mask
 from megatron_slim.compat import runtime
 from megatron_slim.distillation.losses import (
     LossWeights,
     TokenLosses,
     gradients_of_total,
-    mtp_mask,
 )
 from megatron_slim.distillation.model import DistillationModel
 from megatron_slim.distillation.options import TEACHER_MAIN, TEACHER_MTP, DistillationOptions

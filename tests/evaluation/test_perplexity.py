@@ -24,7 +24,8 @@ from megatron_slim.checkpoint.records import REFERENCE
 from megatron_slim.data import Tokens
 from megatron_slim.errors import CheckpointError, DataError
 from megatron_slim.evaluation.means import SampleMeans
-from megatron_slim.evaluation.perplexity import evaluate, evaluate_checkpoint, read_evaluation_data
+from megatron_slim.evaluation.perplexity import evaluate, evaluate_checkpoint
+from megatron_slim.evaluation.samples import read_evaluation_data
 from megatron_slim.testing import random_tensors, tiny_hf_config, tiny_shape, write_tiny_checkpoint
 from tests.mtp_oracle import load_mtp, mtp_hidden
 
@@ -112,7 +113,8 @@ def test_errors_of_samples_that_stream_by() -> None:
     for size in (1, 7, 40):
         means = SampleMeans()
         for begin in range(0, 40, size):
-            means.add(torch.from_numpy(losses[:, begin : begin + size]))
+            part = torch.from_numpy(losses[:, begin : begin + size])
+            means.add(part.flatten(1), [part.shape[2]] * part.shape[1])
         for found, figure in zip(means.result(), losses, strict=True):
             assert found.value == pytest.approx(figure.mean(), rel=1e-14)
             # 12 has an ulp of 2e-15, a billionth of what the losses differ by.

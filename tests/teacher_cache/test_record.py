@@ -24,7 +24,8 @@ from megatron_slim.checkpoint.huggingface import read_shape
 from megatron_slim.errors import CheckpointError, DataError, SlimError
 from megatron_slim.sample_set import write_samples
 from megatron_slim.teacher_cache import record as recording
-from megatron_slim.teacher_cache.cache import CACHE, HEAD, RECORDING, TeacherCache, open_cache
+from megatron_slim.teacher_cache.cache import TeacherCache, open_cache
+from megatron_slim.teacher_cache.names import CACHE, HEAD, RECORDING
 from megatron_slim.teacher_cache.record import RecordOptions, record
 from megatron_slim.teacher_cache.recording import divide
 from megatron_slim.teacher_cache.recording_pass import Recorded
@@ -234,6 +235,11 @@ def test_other_inputs_are_refused(model: Path, unfinished: Path, tmp_path: Path)
         (model, {"kind": "bf16"}, "kind fp32, this run has bf16"),
         (model, {"micro_batch_size": 1}, "micro_batch_size 2, this run has 1"),
         (other, {}, "was begun with teacher "),
+        (
+            model,
+            {"round_tokens": 24},
+            "with --shard-tokens 36, this run has --shard-tokens 24; leave",
+        ),
     ):
         with pytest.raises(SlimError, match=what):
             recorded(path, unfinished, **changed)

@@ -13,11 +13,14 @@ import megatron_slim.mcore
 import pytest
 
 from megatron_slim.chats import ChatOptions, make_samples
-from megatron_slim.errors import SlimError
+from megatron_slim.command_line import DROP
+from megatron_slim.errors import DataError, SlimError
 from megatron_slim.sample_set import is_sample_set, open_samples
 from megatron_slim.testing import reserved_port, tiny_shape
+from megatron_slim.training.chat_data import make_sample_sets
 from megatron_slim.training.pretrain import main
-from tests.chat_templates import CHATML, CHATS, WITH_TOOLS, message, without_markers, write_tokenizer
+from megatron_slim.training.spec import resolve
+from tests.chat_templates import CHATML, CHATS, THINKING, WITH_TOOLS, message, without_markers, write_tokenizer
 from tests.training.conftest import SIZES, Workplace
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +82,33 @@ def test_where_sets_are_made(models: Workplace, tokenizer: Path, corpus: Path, t
     assert [name.rsplit("-", 1)[0] for name in sets] == ["chats.jsonl", "other.jsonl"]
     models.train("sft-longer", 1, *flags, "--seq-length", "512", "--train-data-path", str(corpus), *parts[-4:])
     assert len([path for path in cache.iterdir() if is_sample_set(path)]) == 4
+
+
+def test_flags_of_packing(models: Workplace, tmp_path: Path) -> None:
+    """The set is that which preprocess makes with the same flags, under a name of its own."""
+    tokenizer, corpus = write_tokenizer(tmp_path / "thinking", without_markers(THINKING)), tmp_path / "chats.jsonl"
+    corpus.write_text("\n".join(map(json.dumps, CHATS.values())))
+    base = "--micro-batch-size 1 --global-batch-size 4 --train-iters 1 --seq-length 64 --sft --eval-iters 0 --lr 1e-3 "
+    base += f"--pretrained-checkpoint {models.student} --tokenizer-model {tokenizer} --train-data-path {corpus}"
+    made: dict[str, dict[str, str]] = {}
+    for flags, options in (
+        ("--unroll", ChatOptions(tokenizer, 64, unroll=True)),
+        ("--unroll --too-long drop", ChatOptions(tokenizer, 64, too_long=DROP, unroll=True)),
+    ):
+        spec = resolve(f"{base} {flags}".split())
+        make_sample_sets(spec.args)
+        (directory,) = spec.args.chats
+        make_samples([corpus], tmp_path / flags, options)
+        made[directory.name] = dict(open_samples(directory).digests)
+        assert made[directory.name] == open_samples(tmp_path / flags).digests
+    one, other = made.values()
+    assert one != other
+    with pytest.raises(DataError, match="or --skip-bad-lines"):
+        make_sample_sets(resolve(base.split()).args)
+    without = [word for word in base.split() if word != "--sft"]
+    for flags in (["--unroll"], ["--too-long", "drop"]):
+        with pytest.raises(DataError, match=f"{flags[0]} is for conversations, with --sft; leave it out"):
+            resolve([*without, *flags])
 
 
 REFUSED: dict[str, tuple[str, str]] = {

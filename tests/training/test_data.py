@@ -31,7 +31,7 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Build:
     ways = "data_path data_args_path per_split_data_args_path train_data_path valid_data_path test_data_path split"
 
     def run(samples: tuple[int, int, int], **given: Any) -> list[Any]:
-        flags = "reset_position_ids eod_mask_loss allow_ambiguous_pad_tokens mock_data"
+        flags = "reset_position_ids eod_mask_loss allow_ambiguous_pad_tokens mock_data before_recording"
         args = SimpleNamespace(
             **dict.fromkeys(ways.split()), **dict.fromkeys(flags.split(), False), seed=1, seq_length=SEQ, eval_iters=1
         )

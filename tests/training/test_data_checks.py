@@ -108,6 +108,7 @@ def check(words: str, **more: Any) -> None:
     parser.add_argument("--eval-iters", type=int, default=1)
     parser.add_argument("--seq-length", type=int, default=16)
     parser.add_argument("--teacher-cache")
+    parser.add_argument("--before-recording", type=int)
     check_data(argparse.Namespace(**{**vars(parser.parse_args(words.split())), **more}), 128)
 
 

@@ -15,6 +15,7 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
+from megatron_slim import evaluate
 from megatron_slim.sample_set import open_samples, write_samples
 from megatron_slim.testing import run_distributed
 from megatron_slim.training.packed_data import PackedDataset
@@ -150,6 +151,18 @@ def test_a_resumed_run_goes_on_with_the_next_sample(workplace, whole: Any, sampl
     found = workplace.train("packed-resumed", 1, *COMMON, *data(samples), *save)
     for term in TERMS:
         assert found[term] == whole[term][2:], term
+
+
+def test_validation_is_what_evaluate_measures(workplace, samples: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """On the same samples, documents apart: losses of both models. Training logs its sums in single precision."""
+    valid = str(make(tmp_path / "valid", rows=4, seed=7))
+    paths = ["--train-data-path", str(samples), "--valid-data-path", valid, "--test-data-path", valid]
+    still = ["--lr", "1e-30", "--min-lr", "0", "--train-iters", "1", "--eval-interval", "1", "--eval-iters", "1"]
+    found = workplace.train("packed-validation", 1, *COMMON, *paths, *still)
+    expected = evaluate(workplace.student, valid, teacher=workplace.teacher, dtype=torch.float32)
+    assert found["lm loss validation"][0] == pytest.approx(expected.loss, rel=1e-6)
+    assert found["teacher lm loss validation"][0] == pytest.approx(expected.teacher_loss, rel=1e-6)
+    assert found["mtp lm loss validation"][0] == pytest.approx(expected.mtp_loss[0], rel=1e-6)
 
 
 def test_hidden_states_and_blends(workplace, samples: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,21 +17,26 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_slim import sample_set
 from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.errors import DataError
+from megatron_slim.files import file_sha256
 from megatron_slim.sample_set import SampleSet, open_samples
+from megatron_slim.teacher_cache import cache as teacher_cache
 from megatron_slim.teacher_cache.cache import open_cache
 from megatron_slim.teacher_cache.record import RecordOptions, record
 from megatron_slim.teacher_cache.recording_pass import Recorded
-from megatron_slim.testing import run_distributed, tiny_shape, write_random_samples
+from megatron_slim.testing import reserved_port, run_distributed, tiny_shape, write_random_samples
 from megatron_slim.training.blends import PARTS
 from megatron_slim.training.cache_checks import cache_violations, check_caches
+from megatron_slim.training.document_checks import open_once
 from megatron_slim.training.slim_arguments import add_slim_arguments
 from tests.training.conftest import SIZES, Workplace, refusal
 from tests.training.test_elastic import write_elastic
 from tests.training.test_parallel_layouts import LAYOUTS, ONE, TERMS, TOLERANCE, cases, differences
 from tests.training.test_runs import keep_only
 
+ROOT = Path(__file__).resolve().parents[2]
 LENGTH, SAMPLES, VOCAB = 32, 15, 120
 # Twelve samples to train on, in five iterations of four: the second epoch begins in the fourth.
 SPLIT = ("--split", "12,2,1")
@@ -178,6 +186,54 @@ def test_samples_that_have_changed_since(samples: SampleSet, cache: Path, tmp_pa
         vars(args).update(dict.fromkeys((*(f"{part}_data_path" for part in PARTS), "per_split_data_args_path")))
         with pytest.raises(DataError, match=rf"{name}.npy: its content is not what was written"):
             check_caches(args, open_cache(own))
+
+
+def test_one_rank_of_a_machine_reads_files_whole(
+    samples: SampleSet, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file once; ids and sizes are compared on every rank."""
+    read: list[str] = []
+    for module in (sample_set, teacher_cache):
+        monkeypatch.setattr(module, "file_sha256", lambda path: read.append(path.name) or file_sha256(path))
+    args = argparse.Namespace(mock_data=False, data_path=[str(samples.path), str(cache)], data_args_path=None)
+    vars(args).update(dict.fromkeys((*(f"{part}_data_path" for part in PARTS), "per_split_data_args_path")))
+    for rank, times in ((1, 0), (0, 1)):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        check_caches(args, open_cache(cache))
+        assert sorted(read) == sorted(["head.safetensors", *[*samples.digests] * 2] * times)
+
+
+def test_sets_are_opened_once_while_they_stay_as_they_are(samples: SampleSet, cache: Path, tmp_path: Path) -> None:
+    held = [open_once(open_samples, samples.path) for _ in range(2)]
+    assert held[0] is held[1] and open_once(open_cache, cache) is open_once(open_cache, cache)
+    copy = Path(shutil.copytree(samples.path, tmp_path / "copy"))
+    before = open_once(open_samples, copy)
+    np.save(copy / "tokens.npy", samples.tokens[:, ::-1])
+    assert np.array_equal(open_once(open_samples, copy).tokens, samples.tokens[:, ::-1]) and before.path == copy
+    (copy / "loss_mask.npy").unlink()
+    with pytest.raises(DataError, match=r"loss_mask\.npy"):
+        open_once(open_samples, copy)
+
+
+@pytest.mark.slow
+def test_all_ranks_leave_where_the_first_finds_another_content(
+    workplace: Workplace, cache: Path, tmp_path: Path
+) -> None:
+    """Started by the launcher: one line, exit code 2, and no rank is left."""
+    damaged = Path(shutil.copytree(cache, tmp_path / "cache"))
+    mask = np.load(damaged / "loss_mask.npy")
+    mask[3, 5] ^= 1
+    np.save(damaged / "loss_mask.npy", mask)
+    words = ["--student", workplace.student, "--teacher-cache", damaged, "--save", tmp_path / "run", "--eval-iters", 0]
+    words += ["--train-iters", 1, "--global-batch-size", 2, "--seq-length", LENGTH, "--nproc-per-node", 2]
+    with reserved_port() as port:
+        command = [sys.executable, "-m", "megatron_slim", "distill", *map(str, [*words, "--master-port", port])]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "loss_mask.npy: its content is not what was written" in line
+    assert not (tmp_path / "run" / "iter_0000001").exists()
 
 
 def test_wrong_inputs(workplace: Workplace, samples: SampleSet, cache: Path, tmp_path: Path) -> None:

@@ -129,6 +129,19 @@ def test_a_recipe_says_what_is_not_given(recipe: Path) -> None:
     assert steps[steps.index("--train-iters") + 1] == "5"
 
 
+def test_a_recipe_names_the_recorded_teacher_unless_a_teacher_is_given(tmp_path: Path, recipe: Path) -> None:
+    file = tmp_path / "cached.yaml"
+    file.write_text(recipe.read_text().replace("tp: 2", "tp: 2, teacher_cache: states"))
+    values, _ = variables.with_recipe({"RECIPE": str(file)})
+    assert values["TEACHER_CACHE"] == str(tmp_path / "states"), "relative to the recipe, as megatron-slim run has it"
+    assert variables.with_recipe({"RECIPE": str(file), "TEACHER_CACHE": "c"})[0]["TEACHER_CACHE"] == "c"
+    assert "TEACHER_CACHE" not in variables.with_recipe({"RECIPE": str(file), "TEACHER": "t"})[0]
+    file.write_text(recipe.read_text().replace("tp: 2", "tp: 2, record: fp32"))
+    assert not {"RECORD", "TEACHER_CACHE"} & variables.with_recipe({"RECIPE": str(file)})[0].keys(), (
+        "megatron-slim run records"
+    )
+
+
 def test_the_script_gets_what_a_recipe_says(recipe: Path, tmp_path: Path) -> None:
     """Processes have to be known before there are any. The command line wins, and the environment does not."""
     words = ["--recipe", recipe, "--save", "run", "--student", "s", "--data", "d", "--precision", "fp32", "--lr", "0.5"]
