@@ -157,6 +157,10 @@ class Results:
         """The claims of a question."""
         return [self._judge(claim) for claim in CLAIMS if claim.question == question]
 
+    def answered(self, question: str) -> bool:
+        """Whether any claim of a question has a pair of cells."""
+        return any(each.found is not None for each in self.judged(question))
+
     def _judge(self, claim: Claim) -> Judged:
         one, other = (self.values(claim.question, label, claim.metric) for label in (claim.first, claim.second))
         found, least = difference(one, other), margin(claim.metric)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 SHOWS, DOES_NOT, CANNOT, MISSING = "shows", "does not show", "cannot be told", "missing"
+TOO_SMALL = "shows, too small to count"
 CONFIDENCE = 0.95
 # The least difference that counts, by metric: below it two arms are called the same.
 MARGINS: Mapping[str, float] = {"loss": 0.02, "kl": 0.02, "mtp_loss": 0.02, "mean_accepted_length": 0.05}
@@ -85,8 +86,9 @@ def difference(one: Mapping[Pair, float], other: Mapping[Pair, float]) -> Differ
 def verdict_of_order(found: Difference | None, least: float) -> str:
     """Whether differences say that the first arm is above the second.
 
-    It shows if the whole interval is above zero. It does not if the whole interval is below zero, or below the least
-    difference that counts. Otherwise it cannot be told, and so with one seed.
+    It shows if the whole interval is above zero, and is too small to count if the interval ends below the least
+    difference that counts. It does not show if the whole interval is below zero, or has zero in it and ends below that
+    least difference. Otherwise it cannot be told, and so with one seed.
 
     Args:
         found: the first arm less the second.
@@ -95,7 +97,7 @@ def verdict_of_order(found: Difference | None, least: float) -> str:
     if found is None:
         return MISSING
     if found.low > 0:
-        return SHOWS
+        return SHOWS if found.high >= least else TOO_SMALL
     return DOES_NOT if found.high < 0 or (found.high < least and found.error is not None) else CANNOT
 
 

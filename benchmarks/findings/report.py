@@ -54,7 +54,8 @@ def write_report(steps: Steps, store: Store, seeds: int, publish: Path | None) -
     require("plots", "matplotlib", "the report")
     published = {} if publish is None else read_published(publish)
     results = Results(steps, store, seeds, published)
-    pictures = {key: found for key in QUESTIONS if (found := picture(results, key)) is not None}
+    answered = filter(results.answered, QUESTIONS)
+    pictures = {key: found for key in answered if (found := picture(results, key)) is not None}
     if (over_sizes := scaling(results)) is not None:
         pictures["sizes"] = over_sizes
     store.root.mkdir(parents=True, exist_ok=True)
@@ -143,13 +144,16 @@ def generated(results: Results, pictures: dict[str, bytes]) -> str:
     if results.cells[0]:
         lines += ["### Teachers and their experts", "", markdown(*teachers_table(results)), "", EXPERTS_NOTE, ""]
         for key, question in QUESTIONS.items():
-            lines += [f"### {question.title}", "", markdown(*claims_table(results.judged(key))), ""]
+            lines += [f"### {question.title}", ""]
+            if not results.answered(key):
+                lines += ["Not run yet.", ""]
+                continue
+            lines += [markdown(*claims_table(results.judged(key))), ""]
             if key in pictures:
                 lines += [f"![{question.title}](images/findings_{key}.png)", ""]
-            if results.rows[key]:
-                lines += [markdown(*arms_table(results, key)), ""]
-                lines += [sentence, ""] if (sentence := convergence(results, key)) else []
-                lines += [f"Figures of every seed: [{key}.csv](findings/{key}.csv).", ""]
+            lines += [markdown(*arms_table(results, key)), ""]
+            lines += [sentence, ""] if (sentence := convergence(results, key)) else []
+            lines += [f"Figures of every seed: [{key}.csv](findings/{key}.csv).", ""]
             if missing := missing_arms(results, key):
                 lines += ["Missing:", "", *(f"- {arm}" for arm in missing), ""]
         if "sizes" in pictures:

@@ -29,6 +29,7 @@ from benchmarks.findings.paired import (
     DOES_NOT,
     MISSING,
     SHOWS,
+    TOO_SMALL,
     Difference,
     Spread,
     difference,
@@ -361,6 +362,7 @@ def test_only_seeds_that_both_have_are_paired() -> None:
     ("low", "high", "order", "sameness"),
     [
         (0.01, 0.03, SHOWS, CANNOT),
+        (0.005, 0.015, TOO_SMALL, SHOWS),
         (0.03, 0.05, SHOWS, DOES_NOT),
         (-0.03, -0.01, DOES_NOT, CANNOT),
         (-0.05, -0.03, DOES_NOT, DOES_NOT),
@@ -419,7 +421,9 @@ def stored(
     for (name, seed), loss in losses.items():
         step = steps.cell(CELLS[name], seed)
         store.begin(step)
-        store.finish(step, {"loss": loss, "kl": loss / 10}, 1.0, {})
+        parts = SIZES["base"].budgets if name == "elastic" else ()
+        figures = {"loss": loss, "kl": loss / 10} | {f"{budget}/loss": loss for budget in parts}
+        store.finish(step, figures, 1.0, {})
     return steps, store, Results(steps, store, seeds, {})
 
 
