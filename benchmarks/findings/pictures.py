@@ -50,11 +50,12 @@ def _arms(axes: Any, results: Results, key: str, metric: str) -> None:
     direction = "smaller is better" if metric in SMALLER_IS_BETTER else "larger is better"
     axes.set(title=f"{NAMES[metric]} ({direction})", yticks=range(len(labels)), yticklabels=labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.locator_params(axis="x", nbins=6)
     axes.grid(axis="x", alpha=0.3)
 
 
 def scaling(results: Results) -> bytes | None:
-    """PNG bytes of the two effects at each size of teacher; None where no size has both arms of an effect."""
+    """PNG bytes of the two effects at each size of teacher; None of fewer than two sizes."""
     effects: dict[str, dict[str, tuple[float, float]]] = {}
     for claim in CLAIMS:
         if claim.question != "s":
@@ -63,7 +64,7 @@ def scaling(results: Results) -> bytes | None:
         if (found := difference(one, other)) is not None:
             size = claim.first.partition(",")[0]
             effects.setdefault(claim.metric, {})[size] = (found.mean, found.error or 0.0)
-    if not effects:
+    if max((len(by_size) for by_size in effects.values()), default=0) < 2:
         return None
     from matplotlib.figure import Figure
 
