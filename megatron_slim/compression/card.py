@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from megatron_slim.aliases import Document, JsonObject
 from megatron_slim.architecture.hf_config import wrapper_of
 from megatron_slim.checkpoint.records import QUANTIZATION_REPORT
 from megatron_slim.compression.report_page import recipe_yaml
@@ -71,7 +71,7 @@ def _is_ours(file: Path) -> bool:
     return file.is_file() and MARKER.encode() in file.read_bytes()
 
 
-def card(facts: Mapping[str, Any], model: Path) -> str:
+def card(facts: Document, model: Path) -> str:
     """The card as Markdown.
 
     Args:
@@ -83,7 +83,7 @@ def card(facts: Mapping[str, Any], model: Path) -> str:
     return "\n".join(["---", matter + "---", MARKER, "", *_body(facts, model, quantization)]) + "\n"
 
 
-def front_matter(facts: Mapping[str, Any], model: Path, *, quantized: bool = False) -> str:
+def front_matter(facts: Document, model: Path, *, quantized: bool = False) -> str:
     """What the hub reads; without a licence where none is stated.
 
     A quantized export is one of the export next to it, not of the larger model that was pruned: the hub lists it by
@@ -104,7 +104,7 @@ def front_matter(facts: Mapping[str, Any], model: Path, *, quantized: bool = Fal
     return f"{BASE_NOTE}\n{text}" if quantized else text
 
 
-def _config(model: Path) -> dict[str, Any]:
+def _config(model: Path) -> JsonObject:
     """config.json of an export, empty where it has none."""
     from megatron_slim.checkpoint.huggingface_files import CONFIG
 
@@ -112,7 +112,7 @@ def _config(model: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _body(facts: Mapping[str, Any], model: Path, quantization: Mapping[str, Any] | None) -> Iterator[str]:
+def _body(facts: Document, model: Path, quantization: Document | None) -> Iterator[str]:
     name, sizes = escaped(facts["model"] or "a model"), facts["sizes"]
     small = f" with {count(sizes[-1]['parameters'])} parameters" if len(sizes) > 1 else ""
     yield f"# {name}, compressed{small}{', in FP8' if quantization else ''}"
@@ -169,7 +169,7 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(map(escaped, cells))} |"
 
 
-def _training(cost: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> Iterator[str]:
+def _training(cost: Document, recorded: Document | None) -> Iterator[str]:
     yield from ("## Training", "")
     tokens, flops, seconds = cost["tokens"], cost["flops"], cost["seconds"]
     yield f"- tokens: {NOT_MEASURED if tokens is None else amount(tokens)}"

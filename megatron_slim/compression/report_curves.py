@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_slim.aliases import Document, JsonObject
 from megatron_slim.compression.report_inputs import CompressionRun
 from megatron_slim.errors import SlimError
 from megatron_slim.extras import require
@@ -39,7 +40,7 @@ class PhaseCurves:
     before: float
     tokens: float
     fraction: float
-    losses: Mapping[str, Any]
+    losses: Document
     flops_per_token: Mapping[str, float]
 
     @property
@@ -103,7 +104,7 @@ def _flops_per_token(run: Series) -> dict[str, float]:
     return found
 
 
-def summary(curves: Sequence[PhaseCurves]) -> list[dict[str, Any]]:
+def summary(curves: Sequence[PhaseCurves]) -> list[JsonObject]:
     """The curves as a few numbers each, for report.json."""
     return [
         {
@@ -147,7 +148,7 @@ def picture(curves: Sequence[PhaseCurves]) -> bytes:
         parts = [each.losses[name] for each in curves if name in each.losses]
         for part, values in enumerate(map(thinned, parts)):
             marker = "." if len(values) < MAX_MARKED else None
-            style: dict[str, Any] = {"color": f"C{number}", "linestyle": line_style(name), "marker": marker}
+            style: JsonObject = {"color": f"C{number}", "linestyle": line_style(name), "marker": marker}
             where: Any = axes if in_nats(name) else other
             where.plot(values[:, 0], values[:, 1], label=None if part else name, linewidth=1.3, **style)
     for each in curves if len(curves) > 1 else ():

@@ -9,11 +9,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from megatron_slim.aliases import Document, JsonObject
 from megatron_slim.checkpoint.records import PLAN, PROVENANCE, STATS
 from megatron_slim.compression import report_curves
 from megatron_slim.compression.card_source import licence, model_name
 from megatron_slim.compression.report_curves import PhaseCurves
-from megatron_slim.compression.report_inputs import CompressionRun, Document, Step, metrics_of
+from megatron_slim.compression.report_inputs import CompressionRun, Step, metrics_of
 from megatron_slim.compression.report_recorded import recorded
 from megatron_slim.compression.state import DONE, FAILED, RUNNING
 from megatron_slim.compression.steps import (
@@ -51,7 +52,7 @@ class Gathered:
         curves: of each phase that has trained.
     """
 
-    facts: dict[str, Any]
+    facts: JsonObject
     plans: Mapping[int, Sequence[Section]]
     curves: Sequence[PhaseCurves]
 
@@ -88,7 +89,7 @@ def gather(run: CompressionRun) -> Gathered:
     return Gathered(facts, plans, curves)
 
 
-def _progress(run: CompressionRun) -> dict[str, Any]:
+def _progress(run: CompressionRun) -> JsonObject:
     """Where the run is; the report does not count itself."""
     steps = _own_steps(run)
     done = sum(step.state == DONE for step in steps)
@@ -100,9 +101,9 @@ def _own_steps(run: CompressionRun) -> list[Step]:
     return [step for step in run.steps if step.kind != "report"]
 
 
-def _sizes(run: CompressionRun) -> list[dict[str, Any]]:
+def _sizes(run: CompressionRun) -> list[JsonObject]:
     """Sizes of the teacher, then of every phase that is pruned; bytes of its export, whose type may be another."""
-    found: list[dict[str, Any]] = []
+    found: list[JsonObject] = []
     for phase in run.phases:
         result = run.result(PRUNE, phase) or {}
         if not found and result.get("before"):
@@ -114,7 +115,7 @@ def _sizes(run: CompressionRun) -> list[dict[str, Any]]:
     return found
 
 
-def _plans(run: CompressionRun) -> tuple[list[dict[str, Any]], dict[int, list[Section]]]:
+def _plans(run: CompressionRun) -> tuple[list[JsonObject], dict[int, list[Section]]]:
     found, tables = [], {}
     for phase in run.phases:
         pruned, step = run.phase_directory(phase) / "pruned", run.of(PRUNE, phase)
@@ -134,7 +135,7 @@ def _plans(run: CompressionRun) -> tuple[list[dict[str, Any]], dict[int, list[Se
     return found, tables
 
 
-def _evaluations(run: CompressionRun) -> list[dict[str, Any]]:
+def _evaluations(run: CompressionRun) -> list[JsonObject]:
     """Figures of the teacher and of every phase's models, each with its difference to the teacher's loss."""
     results = {(phase, kind): run.result(kind, phase) for phase in run.phases for kind in _KINDS}
     known = [result for result in results.values() if result is not None]
@@ -163,7 +164,7 @@ def _teacher(own: Document | None, others: Sequence[Document]) -> Document:
     return found
 
 
-def _quantization(run: CompressionRun) -> dict[str, Any] | None:
+def _quantization(run: CompressionRun) -> JsonObject | None:
     """What the step found that quantized the last export; None where it is not done."""
     found = [result for phase in run.phases if (result := run.result(QUANTIZE, phase)) is not None]
     if not found:
@@ -172,8 +173,8 @@ def _quantization(run: CompressionRun) -> dict[str, Any] | None:
     return size | dict(found[-1].get("quantization", {}))
 
 
-def _evaluation(model: str, phase: int | None, result: Document) -> dict[str, Any]:
-    found: dict[str, Any] = {"model": model, "phase": phase}
+def _evaluation(model: str, phase: int | None, result: Document) -> JsonObject:
+    found: JsonObject = {"model": model, "phase": phase}
     for key in FIGURES:
         found |= {name: result[name] for name in (key, f"{key}_stderr") if result.get(name) is not None}
     for key in DEPTHS:
@@ -186,7 +187,7 @@ def _evaluation(model: str, phase: int | None, result: Document) -> dict[str, An
     return found | {key: result[key] for key in keys if result.get(key) is not None}
 
 
-def _cost(run: CompressionRun, curves: Sequence[PhaseCurves]) -> dict[str, Any]:
+def _cost(run: CompressionRun, curves: Sequence[PhaseCurves]) -> JsonObject:
     steps = [
         {"step": step.name, "state": step.state, "attempts": step.attempts, "seconds": step.seconds}
         for step in _own_steps(run)

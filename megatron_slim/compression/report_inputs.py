@@ -7,11 +7,12 @@ writes, is an error.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_slim.aliases import Document
 from megatron_slim.compression.state import DONE, FILE, VERSION
 from megatron_slim.compression.steps import (
     ACCEPTANCE,
@@ -30,7 +31,6 @@ from megatron_slim.files import read_json
 
 PROGRAM = "megatron-slim"
 EVALUATIONS = (EVALUATE_TEACHER, EVALUATE_PRUNED, EVALUATE, EVALUATE_FP8, ACCEPTANCE)
-Document = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from megatron_slim.aliases import Document, JsonObject
 from megatron_slim.errors import RecipeError, SlimError
 from megatron_slim.packaged import find_recipe
 from megatron_slim.planning.layouts import Settings
@@ -45,7 +45,7 @@ class RunSettings:
     """
 
     file: Path
-    document: Mapping[str, Any]
+    document: Document
     recipe: Recipe
     teacher: Path
     data: tuple[str, ...]
@@ -65,7 +65,7 @@ class RunSettings:
         """The recipe of every phase; a recipe without phases is one."""
         return self.recipe.phases or (self.recipe,)
 
-    def section(self, name: str) -> Mapping[str, Any]:
+    def section(self, name: str) -> Document:
         """A section of `recipe_run`; samples are as long as those of training where it does not say."""
         length = self.recipe.run.get("train", {}).get("seq_length")
         default = {} if length is None or "seq_length" not in SECTIONS[name] else {"seq_length": length}
@@ -98,7 +98,7 @@ class RunSettings:
         return (self.file.parent / self.section("evaluate")[key]).absolute()
 
     @property
-    def inputs(self) -> dict[str, Any]:
+    def inputs(self) -> JsonObject:
         """Where everything comes from, as run.json has it."""
         return {
             "teacher": str(self.teacher),
@@ -119,7 +119,7 @@ def read_settings(
     calibration_data: Path | None = None,
     evaluation_data: Path | None = None,
     replaced: Sequence[str] = (),
-    train: Mapping[str, Any] | None = None,
+    train: Document | None = None,
     megatron: Sequence[str] = (),
 ) -> RunSettings:
     """Read a recipe and replace what the command line gives.
@@ -178,13 +178,13 @@ def _only(words: Sequence[str], flag: str, purpose: str) -> Path:
     return Path(words[0])
 
 
-def _section(document: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _section(document: Document, name: str) -> JsonObject:
     """A section as a mapping; anything else is left for the schema to refuse."""
     section = document.get(name, {})
     return dict(section) if isinstance(section, Mapping) else {}
 
 
-def _replace(document: dict[str, Any], word: str) -> None:
+def _replace(document: JsonObject, word: str) -> None:
     """Put ``section.key=value`` into a recipe."""
     name, equals, text = word.partition("=")
     section, dot, key = name.partition(".")
@@ -197,7 +197,7 @@ def _replace(document: dict[str, Any], word: str) -> None:
     document[section] = _section(document, section) | {key: value}
 
 
-def _with_train(document: Mapping[str, Any], given: Mapping[str, Any], file: Path) -> dict[str, Any]:
+def _with_train(document: Document, given: Document, file: Path) -> JsonObject:
     """A copy whose ``train`` has what was given; a cache relative to the recipe, or to here, holds anywhere.
 
     What is given of the teacher's states replaces all that the recipe says of them.
@@ -213,7 +213,7 @@ def _with_train(document: Mapping[str, Any], given: Mapping[str, Any], file: Pat
     return {**document, "train": train} if train else dict(document)
 
 
-def _absolute_source(document: Mapping[str, Any], file: Path) -> dict[str, Any]:
+def _absolute_source(document: Document, file: Path) -> JsonObject:
     """A copy whose ``source``, a directory relative to the recipe, holds in the run's directory too."""
     source = document.get("source")
     if isinstance(source, str) and (file.parent / source).is_dir():

@@ -7,12 +7,12 @@ and it is what a later start is compared with: a run continues with the values i
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from megatron_slim import __version__
+from megatron_slim.aliases import Document, JsonObject
 from megatron_slim.compression.settings import RunSettings
 from megatron_slim.compression.steps import (
     OF_RECORDING,
@@ -62,13 +62,13 @@ class RunState:
         if before:
             self._compare(before)
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> JsonObject:
         document = read_json(self.path)
         if not isinstance(document, dict) or document.get("version") != VERSION:
             raise CheckpointError("is not the state of a run", where=str(self.path), fix="give another --save")
         return document
 
-    def _compare(self, before: Mapping[str, Any]) -> None:
+    def _compare(self, before: Document) -> None:
         now = self._document()
         begun = {SECTION.get(step.kind) for step in self._all if self.begun(step)}
         found = _differences("", before.get("inputs", {}), now["inputs"]) if begun else []
@@ -114,7 +114,7 @@ class RunState:
         entry["seconds"] = round(entry["seconds"] + seconds, 3)
         self.write()
 
-    def _document(self) -> dict[str, Any]:
+    def _document(self) -> JsonObject:
         save = self._settings.save
         return {
             "version": VERSION,
@@ -152,12 +152,12 @@ def _relative(path: Path, save: Path) -> str:
     return str(path.relative_to(save)) if path.is_relative_to(save) else str(path)
 
 
-def _keys(*documents: Mapping[str, Any]) -> dict[str, set[str]]:
+def _keys(*documents: Document) -> dict[str, set[str]]:
     """Keys of every section that any of these has."""
     return {section: {key for each in documents for key in each["settings"][section]} for section in _SECTIONS}
 
 
-def _differences(prefix: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _differences(prefix: str, before: Document, now: Document) -> list[str]:
     return [
         f"{prefix}{key} is {now.get(key, 'left out')!r}, and the run began with {before.get(key, 'none')!r}"
         for key in sorted({*before, *now})
