@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from benchmarks.findings.steps import CELL, RESUMED, TEACHER, Step, Steps
 from megatron_slim.errors import SlimError
-from megatron_slim.files import read_json, remove, to_json, write_atomic
+from megatron_slim.files import file_sha256, read_json, remove, sha256, to_json, write_atomic
 
 RESULT, DEFINITION, WORK, LOGS = "result.json", "definition.json", "work", "logs"
 
@@ -79,11 +78,8 @@ class Store:
             weights, text = sorted(export.glob("*.safetensors")), self.work(steps.text())
             if not weights:
                 raise SlimError("no weights of the teacher", where=str(export), fix="remove --dir and run again")
-            whole = hashlib.sha256()
-            for path in (*weights, *sorted(text.glob("*.npy"))):
-                with path.open("rb") as stream:
-                    whole.update(hashlib.file_digest(stream, "sha256").digest())
-            self._hashes[size] = whole.hexdigest()[:12]
+            hashes = (bytes.fromhex(file_sha256(path)) for path in (*weights, *sorted(text.glob("*.npy"))))
+            self._hashes[size] = sha256(b"".join(hashes))[:12]
         return self._hashes[size]
 
     def seeds(self) -> int:
