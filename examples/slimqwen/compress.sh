@@ -46,7 +46,10 @@ if [[ -n ${SLURM_JOB_ID:-} ]]; then
 fi
 
 [[ -n $(command -v sbatch) || ${DRY_RUN:-0} == 1 ]] || fail "no sbatch here; submit where Slurm's commands are"
-steps=$("${slim[@]}" --dry-run --json | tail -n 1)
+# Training reads the run's recipe when it is submitted, before a step has run.
+mode=--prepare
+if [[ ${DRY_RUN:-0} == 1 ]]; then mode=--dry-run; fi
+steps=$("${slim[@]}" $mode --json | tail -n 1)
 read_steps() { "$python" -c "import json, shlex, sys; found = json.loads(sys.argv[1]); $1" "$steps"; }
 LOGS=$(read_steps 'print(found["save"] + "/logs")')
 PATHS=$(read_steps 'print(",".join(found["paths"]))')

@@ -64,7 +64,10 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help="replace values of the recipe, such as evaluate.num_samples=64",
     )
     found.add_argument("--step", metavar="NAME", help="run this step alone, such as phase-1/train, as jobs of Slurm do")
-    found.add_argument("--dry-run", action="store_true", help="show the steps, what they need, and do nothing")
+    shown = found.add_mutually_exclusive_group()
+    shown.add_argument("--dry-run", action="store_true", help="show the steps, what they need, and do nothing")
+    help_text = "the same, and write the recipe and the state of the run: jobs of Slurm that are submitted next read them"
+    shown.add_argument("--prepare", action="store_true", help=help_text)
     group = found.add_argument_group("training")
     group.add_argument(
         "--record",
@@ -90,7 +93,7 @@ def run(args: argparse.Namespace, megatron: Sequence[str]) -> JsonObject:
     """Run what is not done.
 
     Returns:
-        ``save``, ``report`` and ``steps`` (state, attempts, seconds); of a dry run what every step needs.
+        ``save``, ``report`` and ``steps`` (state, attempts, seconds); of what is not run, what every step needs.
     """
     train = {key: getattr(args, key) for key in SECTIONS["train"] if getattr(args, key, None) is not None}
     settings = read_settings(
@@ -108,15 +111,19 @@ def run(args: argparse.Namespace, megatron: Sequence[str]) -> JsonObject:
     found = steps(settings)
     state = RunState(settings, found)
     chosen = _chosen(found, args.step)
-    if not args.dry_run:
+    only_shown = args.dry_run or args.prepare
+    if not only_shown:
         _refuse_slurm(train)
     teacher = check(settings)
+    needs = estimate.show(settings, found, teacher, as_json=args.json) if only_shown else {}
     if args.dry_run:
-        return estimate.show(settings, found, teacher, as_json=args.json)
+        return needs
     check_disk(settings, teacher)
     settings.save.mkdir(parents=True, exist_ok=True)
     with sole_writer(settings.save / "run"):
         state.write()
+        if args.prepare:
+            return needs
         run_steps(chosen, state, settings.save)
         page = write_report(settings.save)
     return {"save": str(settings.save), "report": str(page), "steps": state.steps}

@@ -8,6 +8,7 @@ seconds after the first has ended, and passes no standard output but through ``-
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -40,6 +41,11 @@ def sbatch(words: list[str]) -> int:
     options, (script, *arguments) = split_options(words)
     header = re.findall(r"^#SBATCH (--\S+)", Path(script).read_text(), re.MULTILINE)
     options = split_options(header)[0] | options
+    if "STUB_HOLDS" in os.environ:  # as of a queue that no job has left yet
+        with (STATE / "held").open("a") as held:
+            held.write(json.dumps(options) + "\n")
+        print(f"Submitted batch job {JOB}")
+        return 0
     spool = STATE / "spool"
     spool.mkdir(exist_ok=True)
     shutil.copy(script, spool / "slurm_script")
@@ -73,7 +79,8 @@ def srun(words: list[str]) -> int:
     with open(options["--output"], "a") as output:
         tasks = []
         for node in range(int(options["--nodes"])):
-            environment = os.environ | {"SLURM_NODEID": str(node), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2"}
+            of_step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": options["--nodes"]}
+            environment = os.environ | of_step | {"SLURM_NODEID": str(node)}
             task = subprocess.Popen(
                 command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )

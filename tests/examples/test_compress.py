@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from megatron_slim.testing import reserved_port, tiny_shape, write_tiny_checkpoint, write_tokens
 
@@ -58,8 +59,31 @@ def test_every_step_is_a_job_that_waits_for_the_one_before(
     assert prune[prune.index("--dependency") + 1] == "afterok:JOB-OF-teacher/evaluate"
     assert prune[-len(arguments) - 2 :] == [*arguments, "--settings", "h100_64"]
     assert train[1:3] == ["LAUNCHER=slurm", "DEPENDENCY=afterok:JOB-OF-phase-1/evaluate-pruned"]
-    assert f"distill --teacher {tmp_path}/teacher" in train[5] and "--settings h100_64" in train[5]
+    assert f"distill --teacher {tmp_path}/teacher" in train[5] and f"--recipe {tmp_path}/run/recipe.yaml" in train[5]
     assert not (tmp_path / "run").exists()
+
+
+def test_all_jobs_are_submitted_before_one_has_run(
+    slurm: dict[str, str], arguments: list[str], tmp_path: Path
+) -> None:
+    more = (*arguments, "--settings", "h100_64")
+    done = script(slurm | {"LAUNCHER": "slurm", "STUB_HOLDS": "1"}, *more)
+    assert done.returncode == 0, done.stderr
+    assert [line.partition(":")[0] for line in done.stdout.splitlines() if "job 4242" in line] == [
+        "teacher/evaluate",
+        "phase-1/prune",
+        "phase-1/show-plan",
+        "phase-1/evaluate-pruned",
+        "phase-1/train",
+        "phase-1/export",
+        "phase-1/evaluate",
+    ]
+    sizes = [json.loads(line)["--nodes"] for line in (tmp_path / "slurm/held").read_text().splitlines()]
+    assert sizes == ["1", "1", "1", "1", "8", "1", "1"]
+    recipe = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())
+    assert recipe["train"]["settings"] == "h100_64" and recipe["train"]["tokens"] == 192
+    state = json.loads((tmp_path / "run/run.json").read_text())
+    assert {(step["state"], step["attempts"]) for step in state["steps"]} == {("waiting", 0)}
 
 
 def test_what_is_missing_is_said_at_once(slurm: dict[str, str], arguments: list[str]) -> None:

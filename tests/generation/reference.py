@@ -38,8 +38,10 @@ class Model(Protocol):
 class Transformers:
     """transformers' model, and its own MTP block."""
 
-    def __init__(self, directory: Path) -> None:
-        self.model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    def __init__(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
+        # Grouped products of experts, its default, know no fp64.
+        options = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+        self.model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options).eval()
         self.block = load_mtp(self.model) if open_checkpoint(directory).shape.mtp_num_layers else None
 
     def generate(self, prompt: Sequence[int], count: int, **options: Any) -> list[int]:

@@ -66,15 +66,15 @@ def test_hidden_states_are_the_same_in_pieces_of_any_length(model: tuple[Path, M
     path, shape = model
     tokens, ours = torch.tensor(prompts(shape.vocab_size, (90,))), decoder(path)
     with torch.no_grad():
-        wanted = reference.Transformers(path).trunk(tokens[0])
+        wanted = reference.Transformers(path, torch.float64).trunk(tokens[0])
     for length in (1, 7, 90):
         cache, found = ours.new_cache(1, 90, drafting=False), []
         with ours.running(1):
             for piece in tokens.split(length, 1):
                 found.append(ours.read(piece, cache))
                 cache.keep(None, piece.shape[1])
-        # Seen: up to 2e-5 of values of up to 4.
-        torch.testing.assert_close(torch.cat(found, 1)[0], wanted, rtol=0, atol=1e-4)
+        # Seen: up to 5.4e-5 of values of up to 4, and of transformers in fp32 as much; on processors without AVX-512.
+        torch.testing.assert_close(torch.cat(found, 1)[0].double(), wanted, rtol=0, atol=2e-4)
 
 
 def test_rejected_tokens_leave_no_trace(model: tuple[Path, ModelShape]) -> None:

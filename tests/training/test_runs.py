@@ -247,7 +247,9 @@ def test_fp16_follows_fp32(workplace, reference) -> None:  # type: ignore[no-unt
 
 
 def test_other_distillation_losses_are_layout_free(workplace, reference) -> None:  # type: ignore[no-untyped-def]
+    # Smaller steps, as below: on processors without AVX-512 tensor parallelism sums in another order, too.
     flags = "--kd-loss top-k --kd-top-k 8 --kd-temperature 2 --mtp-kd-target teacher-main --loss-chunk-size 7"
+    flags += " --lr 1e-4 --min-lr 1e-5 --adam-eps 1e-3"
     one = workplace.train("top-k", 1, *MBS, *flags.split())
     tp2 = "--tensor-model-parallel-size 2 --sequence-parallel"
     two = workplace.train("top-k-tp2", 2, *MBS, *flags.split(), *tp2.split())
