@@ -66,9 +66,14 @@ def parser(prog: str) -> argparse.ArgumentParser:
     found.add_argument("--step", metavar="NAME", help="run this step alone, such as phase-1/train, as jobs of Slurm do")
     shown = found.add_mutually_exclusive_group()
     shown.add_argument("--dry-run", action="store_true", help="show the steps, what they need, and do nothing")
-    help_text = "the same, and write the recipe and the state of the run: jobs of Slurm that are submitted next read them"
+    help_text = "the same, and write the recipe and the state of the run, which jobs of Slurm read when submitted"
     shown.add_argument("--prepare", action="store_true", help=help_text)
-    group = found.add_argument_group("training")
+    _add_training(found)
+    return found
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training")
     group.add_argument(
         "--record",
         choices=STATES,
@@ -86,7 +91,6 @@ def parser(prog: str) -> argparse.ArgumentParser:
             if name.lower() in SECTIONS["train"] and kind:
                 kept = not_negative if kind in ("N", "K", "PORT") else str  # the schema of the recipe says the rest
                 group.add_argument(flag(name), dest=name.lower(), type=kept, metavar=kind, help=text)
-    return found
 
 
 def run(args: argparse.Namespace, megatron: Sequence[str]) -> JsonObject:

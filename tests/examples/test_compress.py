@@ -63,9 +63,7 @@ def test_every_step_is_a_job_that_waits_for_the_one_before(
     assert not (tmp_path / "run").exists()
 
 
-def test_all_jobs_are_submitted_before_one_has_run(
-    slurm: dict[str, str], arguments: list[str], tmp_path: Path
-) -> None:
+def test_all_jobs_are_submitted_before_one_has_run(slurm: dict[str, str], arguments: list[str], tmp_path: Path) -> None:
     more = (*arguments, "--settings", "h100_64")
     done = script(slurm | {"LAUNCHER": "slurm", "STUB_HOLDS": "1"}, *more)
     assert done.returncode == 0, done.stderr
