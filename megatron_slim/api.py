@@ -39,7 +39,8 @@ from megatron_slim.recipe import Recipe, load_recipe, parse_recipe, select_phase
 from megatron_slim.recipe_run import moment_rule
 from megatron_slim.reporting import Progress
 from megatron_slim.streaming.fingerprint import fingerprint
-from megatron_slim.streaming.samples import check_samples, log_calibration, read_calibration_samples
+from megatron_slim.streaming.model_input import read_calibration_samples
+from megatron_slim.streaming.samples import check_samples, log_calibration
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,8 +92,8 @@ def calibrate(
 
     Args:
         checkpoint: the model, opened or as its path.
-        data: prefix of a Megatron .bin/.idx pair, a .npy file, or token ids [samples, sequence].
-        num_samples: samples to draw; None: 1024 of a .bin/.idx pair or all if it has fewer, all of a matrix.
+        data: prefix of a Megatron .bin/.idx pair, a sample set, a .npy file, or token ids [samples, sequence].
+        num_samples: samples to draw; None: 1024 of a .bin/.idx pair or a set, all if it has fewer; all of a matrix.
         seq_length: tokens of a sample of a .bin/.idx pair; None: 4096, or what the model can read.
         seed: of the draw.
         micro_batch_size: samples in one forward pass; None: about 4096 tokens.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_slim.data import check_ids
+from megatron_slim.data import check_ids, draw
 from megatron_slim.errors import DataError
 from megatron_slim.files import file_sha256, read_json, to_json
 
@@ -69,6 +69,28 @@ class SampleSet:
         largest = int(seen.max())
         check_ids(int(seen.min()), largest, vocab_size, str(self.path))
         return largest
+
+    def draw(
+        self, *, seq_length: int | None, num_samples: int | None, seed: int, at_most: bool = False
+    ) -> npt.NDArray[np.int64]:
+        """Numbers of samples, drawn at random, in order.
+
+        Args:
+            seq_length: positions of a sample, as they are here; None does not say.
+            num_samples: how many; None takes all.
+            seed: of the random choice.
+            at_most: where there are fewer, take all.
+
+        Raises:
+            DataError: samples have another length, or there are fewer.
+        """
+        if seq_length not in (None, self.seq_length):
+            fix = f"give --seq-length {self.seq_length}, or leave it out"
+            raise DataError(
+                f"has samples of {self.seq_length}, --seq-length is {seq_length}", where=str(self.path), fix=fix
+            )
+        wanted = min(num_samples, len(self)) if at_most and num_samples is not None else num_samples
+        return draw(len(self), wanted, seed, self.path)
 
     def verify(self, vocab_size: int) -> None:
         """See that the files are what was written, and of a model's vocabulary; reads them whole.

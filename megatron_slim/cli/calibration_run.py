@@ -21,17 +21,15 @@ from megatron_slim.processes import leaving_together
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from megatron_slim.checkpoint.convert import Checkpoint
     from megatron_slim.pruning.statistics import Statistics
+    from megatron_slim.streaming.model_input import Samples
     from megatron_slim.streaming.work_dir import WorkDir
 
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """Data for calibration and how to read it; see `samples.read_calibration_samples`."""
+    """Data for calibration and how to read it; see `model_input.read_calibration_samples`."""
 
     data: Path
     num_samples: int | None
@@ -49,10 +47,10 @@ def add_calibration_arguments(parser: argparse.ArgumentParser, *, required: bool
         type=Path,
         required=required,
         metavar="DATA",
-        help="prefix of a Megatron .bin/.idx pair, or a .npy integer matrix [samples, sequence] used as it is",
+        help="prefix of a Megatron .bin/.idx pair, a sample set, or a .npy integer matrix [samples, sequence]",
     )
     group.add_argument(
-        "--num-samples", type=positive, metavar="N", help="samples, drawn at random (default: 1024 from .bin, or all)"
+        "--num-samples", type=positive, metavar="N", help="samples, drawn at random (default: 1024, or all of a matrix)"
     )
     group.add_argument(
         "--seq-length", type=positive, metavar="N", help="tokens per sample (default: at most 4096 from .bin)"
@@ -194,9 +192,9 @@ def _measure_parallel(source: Checkpoint, options: CalibrationOptions, layout: L
     return calibrate_parallel(source, samples, layout, micro_batch_size=options.micro_batch_size)
 
 
-def calibration_samples(source: Checkpoint, options: CalibrationOptions) -> npt.NDArray[np.int64]:
-    """Token ids [samples, sequence] of calibration."""
-    from megatron_slim.streaming.samples import read_calibration_samples
+def calibration_samples(source: Checkpoint, options: CalibrationOptions) -> Samples:
+    """The samples of calibration."""
+    from megatron_slim.streaming.model_input import read_calibration_samples
 
     return read_calibration_samples(
         options.data,

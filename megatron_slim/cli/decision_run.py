@@ -55,7 +55,7 @@ def search_options(
         if measuring is not None:
             samples = measuring.samples(source)
         elif calibration is not None:
-            samples = calibration_samples(source, calibration)[:MOST_SAMPLES]
+            samples = calibration_samples(source, calibration).first(MOST_SAMPLES)
         else:
             raise SlimError("experts.allocation loss needs data to measure layers on", fix="give --search-data")
         options["sensitivity"] = partial(expert_sensitivity, source, samples=samples)

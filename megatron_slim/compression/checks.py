@@ -50,12 +50,11 @@ def check(settings: RunSettings) -> ModelShape:
                 open_samples(prefix).largest_id(shape.vocab_size)
             else:
                 open_stream(exact_prefix(prefix), shape.vocab_size)
-    if is_sample_set(settings.calibration_data):
-        where, fix = str(settings.calibration_data), "give --calibration-data, the prefix of a .bin/.idx pair"
-        raise DataError("is a sample set, which calibration does not read", where=where, fix=fix)
-    for data in (settings.calibration_data, settings.evaluation_data):
+    for section, data in (("calibrate", settings.calibration_data), ("evaluate", settings.evaluation_data)):
         if data is not None and is_sample_set(data):
-            open_samples(data).largest_id(shape.vocab_size)
+            samples, asked = open_samples(data), settings.section(section)
+            samples.largest_id(shape.vocab_size)
+            samples.draw(seq_length=asked.get("seq_length"), num_samples=asked.get("num_samples"), seed=0)
             continue
         # A matrix is looked at when it is used.
         if data is not None and not (data.suffix == ".npy" and data.is_file()):

@@ -160,6 +160,9 @@ def first_student(settings: RunSettings, teacher: ModelShape) -> ModelShape | No
 def _calibration_tokens(settings: RunSettings, length: int) -> int:
     """As `streaming.samples` draws them: where no number is given, all of data that have fewer than the default."""
     calibrate, data = settings.section("calibrate"), settings.calibration_data
+    if is_sample_set(data):
+        samples = open_samples(data)
+        return int(calibrate.get("num_samples", min(NUM_SAMPLES, len(samples))) * samples.seq_length)
     length, number = calibrate.get("seq_length", length), calibrate.get("num_samples")
     if number is None:
         matrix = data.suffix == ".npy"

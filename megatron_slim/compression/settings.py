@@ -130,7 +130,7 @@ def read_settings(
         save: directory of the run.
         data: of training.
         valid_data: of validation.
-        calibration_data: None is the training data, where that is one prefix.
+        calibration_data: None is the training data, where that is one prefix; without any, the teacher's cache.
         evaluation_data: None is the validation data, where that is one prefix.
         replaced: ``key=value`` words; a key is ``section.key``, a value YAML.
         train: values of the section ``train``.
@@ -149,9 +149,10 @@ def read_settings(
     document = _with_train(document, train or {}, file)
     parsed = parse_recipe(document, where=str(file))
     refuse_budgets(parsed, where=str(file))
-    if not data and CACHE not in parsed.run.get("train", {}):
+    cached = parsed.run.get("train", {}).get(CACHE)
+    if not data and cached is None:
         raise SlimError("no training data", fix="give --data, or --teacher-cache, whose samples are data")
-    calibration_data = calibration_data or _only(data, "--data", "calibration")
+    calibration_data = calibration_data or _only(data or [cached], "--data", "calibration")
     if evaluation_data is None and valid_data:
         evaluation_data = _only(valid_data, "--valid-data", "evaluation")
     found = RunSettings(

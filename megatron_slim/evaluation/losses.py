@@ -16,9 +16,9 @@ from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.reference import SAMPLES
 from megatron_slim.errors import CheckpointError
 from megatron_slim.evaluation.means import Mean, SampleMeans
-from megatron_slim.evaluation.samples import Samples
 from megatron_slim.products import linear
 from megatron_slim.streaming.forward import FINAL_NORM, MTP_NORM, StreamingForward
+from megatron_slim.streaming.model_input import Samples
 
 HEAD_ROWS = 512  # positions whose logits are in memory at once: 0.3 GB of fp32 at a vocabulary of 151936
 

@@ -22,9 +22,10 @@ from megatron_slim.checkpoint.remarks import remarks
 from megatron_slim.compat import runtime
 from megatron_slim.data import Tokens
 from megatron_slim.errors import DataError
-from megatron_slim.evaluation.samples import Samples, read_samples_of
+from megatron_slim.evaluation.samples import read_samples_of
 from megatron_slim.evaluation.teacher import Teacher
 from megatron_slim.sample_set import is_sample_set
+from megatron_slim.streaming.model_input import Samples
 
 if TYPE_CHECKING:
     from megatron_slim.evaluation.losses import Head

@@ -12,8 +12,8 @@ from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.compat import runtime
 from megatron_slim.data import Tokens
 from megatron_slim.errors import CheckpointError
-from megatron_slim.evaluation.samples import Samples
 from megatron_slim.files import sha256
+from megatron_slim.streaming.model_input import Samples
 from megatron_slim.streaming.samples import check_samples
 
 if TYPE_CHECKING:

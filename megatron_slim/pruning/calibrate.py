@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import megatron_slim.mcore
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
@@ -19,12 +17,14 @@ from megatron_slim.architecture.table import names_of, router_of
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.compat.runtime import default_dtype, init_single_process
+from megatron_slim.data import Tokens
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.pruning.importance import HiddenImportance, block_statistics
 from megatron_slim.pruning.recorder import BlockRecorder, NormRecorder
 from megatron_slim.pruning.statistics import FORMAT, Array, Statistics, importance_key
 from megatron_slim.streaming.fingerprint import fingerprint
 from megatron_slim.streaming.forward import FINAL_NORM, KEYS, StreamingForward
+from megatron_slim.streaming.model_input import Samples
 from megatron_slim.streaming.samples import check_samples
 from megatron_slim.streaming.work_dir import WorkDir
 
@@ -37,7 +37,7 @@ _TENSORS, _HIDDEN = "tensors.", "hidden."  # in the state of a calibration: fini
 
 def calibrate(
     checkpoint: Checkpoint,
-    samples: npt.NDArray[np.int64],
+    samples: Tokens | Samples,
     *,
     micro_batch_size: int | None = None,
     work: WorkDir | None = None,
@@ -46,7 +46,7 @@ def calibrate(
 
     Args:
         checkpoint: the model.
-        samples: token ids [samples, sequence], all below the vocabulary's size.
+        samples: samples, or token ids [samples, sequence], all below the vocabulary's size.
         micro_batch_size: samples in one forward pass, None for about `FORWARD_TOKENS`; changes speed, memory and
             rounding, not the definition of any number.
         work: where hidden states and progress are kept, see `work_dir.open_work_dir`; None keeps them in memory.
@@ -56,12 +56,13 @@ def calibrate(
         CheckpointError: an activation is not finite; names its block.
         SlimError: what is in the work directory does not belong to these inputs, or there is too little space.
     """
-    check_samples(samples, checkpoint.shape)
+    given = Samples.of(samples)
+    check_samples(given.read, checkpoint.shape)
     init_single_process()
     if micro_batch_size is None:
-        micro_batch_size = max(1, FORWARD_TOKENS // samples.shape[1])
+        micro_batch_size = max(1, FORWARD_TOKENS // given.read.shape[1])
     with torch.no_grad():
-        run = _Calibration(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=default_dtype(), work=work)
+        run = _Calibration(checkpoint, given, micro_batch_size=micro_batch_size, dtype=default_dtype(), work=work)
         return run.result()
 
 
@@ -71,13 +72,22 @@ class _Calibration(StreamingForward):
     def __init__(
         self,
         checkpoint: Checkpoint,
-        samples: npt.NDArray[np.int64],
+        samples: Samples,
         *,
         micro_batch_size: int,
         dtype: torch.dtype,
         work: WorkDir | None,
     ) -> None:
-        super().__init__(checkpoint, samples, micro_batch_size=micro_batch_size, dtype=dtype, work=work)
+        super().__init__(
+            checkpoint,
+            samples.read,
+            micro_batch_size=micro_batch_size,
+            dtype=dtype,
+            work=work,
+            position_ids=samples.documents,
+        )
+        self._given, self._tokens = samples, samples.number_measured()
+        self._counted = {ahead: self._counts(ahead) for ahead in (0, 1)}
         self.importance = HiddenImportance(self.shape)
         self.final_norm = NormRecorder(self.shape)
         self.tensors: dict[str, Array] = {}
@@ -87,11 +97,26 @@ class _Calibration(StreamingForward):
         self.run("calibrating")
         log_unrouted(self.tensors, self.shape)
         self.tensors.update(self.importance.results())
-        return Statistics(self.tensors, metadata(self.checkpoint, self.samples.numpy(), self.dtype))
+        return Statistics(self.tensors, metadata(self.checkpoint, self._given, self.dtype))
 
     def enter(self, block: str, layer: TransformerLayer) -> None:
         """Listen to the block."""
         self._recorder = BlockRecorder(block, self.shape, layer)
+
+    def begin(self, module: str, number: int) -> None:
+        """Tell the recorders what of a micro-batch counts."""
+        if module == FINAL_NORM:
+            self.final_norm.count_only(self._counted[0][number])
+        elif module in self.shape.blocks:
+            in_one = 1 if self.positions is None else len(self._micro_batches[number].tokens)
+            self._recorder.count_only(self._counted[int(module.startswith("mtp."))][number], in_one)
+
+    def _counts(self, ahead: int) -> Sequence[Tensor | None]:
+        """Of every micro-batch, what counts [positions, samples] in a module that is given tokens so far ahead, too."""
+        found = self._given.measured(ahead)
+        if found is None:
+            return [None] * len(self._micro_batches)
+        return [part.T for part in found[:, : found.shape[1] - ahead].split(self.micro_batch_size)]
 
     def observe(self, module: str, inputs: Tensor, output: Tensor) -> None:
         """Refuse what is not finite, and measure the trunk's final norm; the block's recorder measures by itself."""
@@ -102,12 +127,11 @@ class _Calibration(StreamingForward):
 
     def leave(self, module: str) -> None:
         """Collect what was measured of a module."""
-        tokens = self.samples.numel()
         if module == FINAL_NORM:
-            self.importance.add(self.final_norm.sums, tokens)
+            self.importance.add(self.final_norm.sums, self._tokens)
         if module in self.shape.blocks:
             sums = self._recorder.sums
-            self.importance.add(sums, tokens)
+            self.importance.add(sums, self._tokens)
             router = router_weight(self.checkpoint, module)
             self.tensors.update(block_statistics(module, self.shape, sums, router))
 
@@ -147,13 +171,13 @@ def not_finite(module: str, checkpoint: Checkpoint) -> CheckpointError:
     )
 
 
-def metadata(checkpoint: Checkpoint, samples: npt.NDArray[np.int64], dtype: torch.dtype) -> dict[str, str]:
+def metadata(checkpoint: Checkpoint, samples: Samples, dtype: torch.dtype) -> dict[str, str]:
     """What the statistics file says of itself."""
     return {
         "format": FORMAT,
         "source_sha256": fingerprint(checkpoint),
-        "num_samples": str(samples.shape[0]),
-        "seq_length": str(samples.shape[1]),
+        "num_samples": str(samples.read.shape[0]),
+        "seq_length": str(samples.read.shape[1]),
         "dtype": dtype_name(dtype),
         "megatron_slim": __version__,
         "torch": torch.__version__,

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from megatron_slim.checkpoint.convert import Checkpoint
     from megatron_slim.pruning.plan import Plan
+    from megatron_slim.streaming.model_input import Samples
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +34,17 @@ class Measuring:
     seq_length: int | None
     top: int
 
-    def samples(self, source: Checkpoint) -> npt.NDArray[np.int64]:
-        """The token ids [samples, sequence].
+    def samples(self, source: Checkpoint) -> Samples:
+        """The samples.
 
         Raises:
             DataError: the data do not fit the model.
         """
-        from megatron_slim.evaluation.samples import read_evaluation_data
+        from megatron_slim.evaluation.samples import read_samples_of
 
-        return read_evaluation_data(self.data, source.shape, seq_length=self.seq_length, num_samples=self.num_samples)
+        return read_samples_of(
+            self.data, source.shape, seq_length=self.seq_length, num_samples=self.num_samples, seed=0
+        )
 
     def losses(self, source: Checkpoint) -> Callable[[Plan], float]:
         """Read the data; gives what evaluates the result of a plan: nats per token of the main head.

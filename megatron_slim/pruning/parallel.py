@@ -3,7 +3,7 @@
 The numbers are those of the streaming pass of `calibrate`: both add up the same sums (`recorder`), here over all ranks.
 Samples are dealt out to the data-parallel ranks in turn. All ranks must take the same number of equal micro-batches
 (experts are shared between them), so a rank that has too few fills up with samples that do not count. Nor does the last
-position of a sample in the MTP block, which has no next token to be joined with.
+position of a document in the MTP block, which has no next token to be joined with.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from collections.abc import Iterator
 
 import megatron_slim.mcore
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -32,28 +30,30 @@ from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.checkpoint.precision import keep_types
 from megatron_slim.compat.runtime import backend, default_dtype
+from megatron_slim.data import Tokens
 from megatron_slim.errors import SlimError
 from megatron_slim.pruning.calibrate import FORWARD_TOKENS, log_unrouted, metadata, not_finite, router_weight
 from megatron_slim.pruning.importance import HiddenImportance, Sums, block_statistics
 from megatron_slim.pruning.recorder import BlockRecorder, NormRecorder, Recorder, block_sizes, norm_sizes
 from megatron_slim.pruning.statistics import Array, Statistics
 from megatron_slim.streaming.forward import EMBEDDING, FINAL_NORM, MTP_INPUT, MTP_NORM
+from megatron_slim.streaming.model_input import Samples
 from megatron_slim.streaming.samples import check_samples
 
 SEED = 1234  # of Megatron's generators, which nothing uses in a forward pass
-Samples = npt.NDArray[np.int64]
 
 
 def calibrate_parallel(
-    checkpoint: Checkpoint, samples: Samples, layout: Layout, *, micro_batch_size: int | None = None
+    checkpoint: Checkpoint, samples: Tokens | Samples, layout: Layout, *, micro_batch_size: int | None = None
 ) -> Statistics | None:
     """Measure the statistics of a checkpoint over all processes; every one of them must call it.
 
     Args:
         checkpoint: the model.
-        samples: token ids [samples, sequence], the same on all ranks.
+        samples: samples, or token ids [samples, sequence], the same on all ranks.
         layout: of the model over the processes.
         micro_batch_size: samples in one forward pass of a data-parallel rank, None for about `FORWARD_TOKENS` tokens.
+            Of samples in which documents do not see each other it is one.
 
     Returns:
         The statistics on rank 0, None on the others.
@@ -62,18 +62,18 @@ def calibrate_parallel(
         SlimError: the layout or the samples do not fit the model (before weights are read), or an activation is not
             finite; all ranks raise it.
     """
-    shape, dtype = checkpoint.shape, default_dtype()
-    check_samples(samples, shape)
-    if found := layout.violations(shape, samples.shape[1]):
+    shape, dtype, given = checkpoint.shape, default_dtype(), Samples.of(samples)
+    check_samples(given.read, shape)
+    if found := layout.violations(shape, given.read.shape[1]):
         raise SlimError("; ".join(found), fix="choose other parallel sizes")
     _start(layout)
     with torch.no_grad():
         model = _load(checkpoint, _config(shape, layout, dtype))
         recorders, nonfinite = _listen(model, shape)
-        _run(model, recorders, samples, micro_batch_size)
+        _run(model, recorders, given, micro_batch_size)
     del model
     _refuse_nonfinite(nonfinite, checkpoint)
-    return _collect(recorders, checkpoint, samples, dtype)
+    return _collect(recorders, checkpoint, given, dtype)
 
 
 def _start(layout: Layout) -> None:
@@ -152,50 +152,59 @@ def _listen(model: HiddenStatesModel, shape: ModelShape) -> tuple[dict[str, Reco
     return recorders, nonfinite
 
 
-def micro_batches(samples: Samples, rank: int, ranks: int, size: int | None) -> tuple[Tensor, Tensor]:
-    """What one data-parallel rank runs: token ids [micro-batches, b, S], and which of its samples count.
+def micro_batches(samples: int, rank: int, ranks: int, size: int) -> tuple[Tensor, Tensor]:
+    """What one data-parallel rank runs: numbers of samples [micro-batches, b], and which of them count.
 
-    >>> tokens, counted = micro_batches(np.arange(3)[:, None], rank=1, ranks=2, size=1)
-    >>> tokens.flatten().tolist(), counted.flatten().tolist()
+    >>> numbers, counted = micro_batches(3, rank=1, ranks=2, size=1)
+    >>> numbers.flatten().tolist(), counted.flatten().tolist()
     ([1, 0], [True, False])
     """
-    most = -(-len(samples) // ranks)
-    size = min(size or max(1, FORWARD_TOKENS // samples.shape[1]), most)
-    own = np.arange(rank, len(samples), ranks)
-    filled = np.concatenate((own, np.zeros(-(-most // size) * size - len(own), dtype=np.int64)))
-    counted = torch.arange(len(filled)) < len(own)
-    return torch.from_numpy(samples[filled]).unflatten(0, (-1, size)), counted.view(-1, size)
+    most = -(-samples // ranks)
+    size = min(size, most)
+    own = torch.arange(rank, samples, ranks)
+    filled = torch.cat((own, own.new_zeros(-(-most // size) * size - len(own))))
+    return filled.view(-1, size), (torch.arange(len(filled)) < len(own)).view(-1, size)
 
 
 def _run(model: HiddenStatesModel, recorders: dict[str, Recorder], samples: Samples, size: int | None) -> None:
     """Pass this rank's samples through its stage."""
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    tokens_NBS, counted_NB = micro_batches(samples, rank, ranks, size)
+    number, length = samples.read.shape
+    model.apart = samples.documents is not None  # which takes one sample at a time
+    size = 1 if model.apart else size or max(1, FORWARD_TOKENS // length)
+    numbers_NB, dealt_NB = micro_batches(number, rank, ranks, size)
+    tokens, (of_trunk, of_mtp) = torch.from_numpy(samples.read), (_counted(samples, ahead) for ahead in (0, 1))
+    positions = (
+        torch.arange(length).expand_as(tokens) if samples.documents is None else torch.from_numpy(samples.documents)
+    )
     device = torch.cuda.current_device()
-    positions = torch.arange(samples.shape[1], device=device).expand_as(tokens_NBS[0])
 
     def step(batches: Iterator[tuple[Tensor, Tensor]], stage: MegatronModule) -> tuple[Tensor, Function]:
-        tokens_BS, counted_B = next(batches)
-        counted_SB = counted_B.expand(tokens_BS.shape[1], -1)
+        numbers_B, dealt_B = next(batches)
         for name, recorder in recorders.items():
-            if name.startswith("mtp."):
-                followed = torch.arange(len(counted_SB))[:, None] < len(counted_SB) - 1
-                recorder.count_only(counted_SB & followed)
-            else:
-                recorder.count_only(None if counted_B.all() else counted_SB)
-        output = stage(tokens_BS.to(device), positions, None)
+            counted_SB = (of_mtp if name.startswith("mtp.") else of_trunk)[numbers_B].T & dealt_B
+            recorder.count_only(None if counted_SB.all() else counted_SB)
+        output = stage(tokens[numbers_B].to(device), positions[numbers_B].to(device), None)
         return output, lambda output, non_loss_data: None
 
     get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=iter(zip(tokens_NBS, counted_NB, strict=True)),
+        data_iterator=iter(zip(numbers_NB, dealt_NB, strict=True)),
         model=model,
-        num_microbatches=len(tokens_NBS),
-        seq_length=samples.shape[1],
-        micro_batch_size=tokens_NBS.shape[1],
+        num_microbatches=len(numbers_NB),
+        seq_length=length,
+        micro_batch_size=numbers_NB.shape[1],
         forward_only=True,
         collect_non_loss_data=True,
     )
+
+
+def _counted(samples: Samples, ahead: int) -> Tensor:
+    """Which positions [samples, S] statistics are of, of a block that is given tokens so far ahead, too."""
+    found = samples.measured(ahead)
+    counted = torch.ones(samples.read.shape, dtype=torch.bool) if found is None else found
+    counted[:, samples.read.shape[1] - ahead :] = False
+    return counted
 
 
 def _refuse_nonfinite(nonfinite: dict[str, Tensor], checkpoint: Checkpoint) -> None:
@@ -221,14 +230,14 @@ def _total(recorder: Recorder | None, sizes: dict[str, tuple[int, ...]]) -> Sums
 def _collect(
     recorders: dict[str, Recorder], checkpoint: Checkpoint, samples: Samples, dtype: torch.dtype
 ) -> Statistics | None:
-    shape, tokens = checkpoint.shape, samples.size
+    shape, tokens = checkpoint.shape, samples.number_measured()
     first = torch.distributed.get_rank() == 0
     importance, tensors = HiddenImportance(shape), dict[str, Array]()
     importance.add(_total(recorders.get(FINAL_NORM), norm_sizes(NormRecorder.SITE, shape.hidden_size)), tokens)
     for block in shape.blocks:
         sums = _total(recorders.get(block), block_sizes(block, shape))
         if first:
-            expected = tokens - (len(samples) if block.startswith("mtp.") else 0)
+            expected = int(_counted(samples, int(block.startswith("mtp."))).sum())
             assert int(sums["tokens"]) == expected, f"{block}: {int(sums['tokens'])} tokens, not {expected}"
             importance.add(sums, tokens)
             tensors.update(block_statistics(block, shape, sums, router_weight(checkpoint, block)))

@@ -8,7 +8,7 @@ Sums of a block (H hidden, E experts, F neurons of one; sizes are those of the w
 
     tokens []   input, output [H]   cosine []       tokens that count; their states; cosines of input and output
     {input|mlp}_norm.abs [H]                        |normed|
-    {input|mlp}_norm.squares [H]                    over samples, squares of the mean over the sample of |normed|
+    {input|mlp}_norm.squares [H]                    over samples, squares of the mean over its tokens of |normed|
     heads [heads]   neurons [S]                     norms of heads; |activations| that all tokens have, of the shared
                                                     expert or of a dense network
     experts.{count|share} [E]                       1, share of the gate
@@ -38,6 +38,7 @@ from megatron_slim.aliases import Keywords
 from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 from megatron_slim.architecture.local_experts import LocalExperts
 from megatron_slim.architecture.local_modules import rms_norm
+from megatron_slim.architecture.packing import by_sample, in_one_sequence
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.expert_metrics import RoutedPairs, pair_sums
 from megatron_slim.pruning.importance import Sums
@@ -57,10 +58,23 @@ class Recorder:
         self.sums: Sums = {name: torch.zeros(size, dtype=torch.float64, device=device) for name, size in sizes.items()}
         self._group, self._ranks, self._rank = group, group.size(), group.rank()
         self._counted_SB: Tensor | None = None
+        self._samples_in_one, self._length_B1 = 1, torch.ones(0)
 
-    def count_only(self, counted_SB: Tensor | None) -> None:
-        """Say which tokens of the next micro-batches count, over the whole sequence; None is all."""
-        self._counted_SB = None if counted_SB is None else counted_SB.to(torch.cuda.current_device())
+    def count_only(self, counted_SB: Tensor | None, samples_in_one: int = 1) -> None:
+        """Say which tokens of the next micro-batches count.
+
+        Args:
+            counted_SB: over the whole sequence; None is all.
+            samples_in_one: how many samples lie one behind the other in the sequence of what is listened to, as
+                `packing.in_one_sequence` puts them.
+        """
+        self._samples_in_one = samples_in_one
+        if counted_SB is None:
+            self._counted_SB = None
+            return
+        counted_SB = counted_SB.to(torch.cuda.current_device())
+        self._length_B1 = counted_SB.sum(0).clamp(min=1)[:, None]
+        self._counted_SB = counted_SB if samples_in_one == 1 else in_one_sequence(counted_SB)
 
     def _local(self) -> Tensor | None:
         """Which tokens count of this rank's part of the sequence."""
@@ -77,12 +91,15 @@ class Recorder:
         magnitude, counted_SB = normed_SBH.detach().abs(), self._local()
         if counted_SB is not None:
             magnitude = magnitude * counted_SB[..., None]
+        if self._samples_in_one > 1:
+            magnitude = by_sample(magnitude, self._samples_in_one)
         total_BH = magnitude.sum(0, dtype=torch.float64)
         self.sums[f"{site}.abs"] += total_BH.sum(0)
         if self._ranks > 1:  # the square is of the whole sequence's mean
             torch.distributed.all_reduce(total_BH, group=self._group)
         if self._rank == 0:
-            self.sums[f"{site}.squares"] += (total_BH / (len(normed_SBH) * self._ranks)).square().sum(0)
+            length = len(magnitude) * self._ranks if counted_SB is None else self._length_B1
+            self.sums[f"{site}.squares"] += (total_BH / length).square().sum(0)
 
 
 def norm_sizes(site: str, hidden_size: int) -> dict[str, tuple[int, ...]]:

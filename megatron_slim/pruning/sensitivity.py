@@ -11,8 +11,6 @@ from collections.abc import Iterator
 
 import megatron_slim.mcore
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
@@ -21,30 +19,34 @@ from torch import Tensor
 from megatron_slim.architecture.table import OUTPUT
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.compat.runtime import default_dtype, init_single_process
+from megatron_slim.data import Tokens
 from megatron_slim.errors import CheckpointError
 from megatron_slim.products import linear
 from megatron_slim.pruning.apply import PrunedCheckpoint
 from megatron_slim.pruning.plan import Plan
 from megatron_slim.streaming.block import block_config, build_block
 from megatron_slim.streaming.forward import EMBEDDING, FINAL_NORM, Step, StreamingForward
+from megatron_slim.streaming.model_input import Samples
 
 HEAD_ROWS = 512  # positions whose logits are in memory at once
 
 
 @torch.no_grad()
-def expert_sensitivity(checkpoint: Checkpoint, plan: Plan, samples: npt.NDArray[np.int64]) -> dict[str, float]:
+def expert_sensitivity(checkpoint: Checkpoint, plan: Plan, samples: Tokens | Samples) -> dict[str, float]:
     """Losses that experts which go add, in nats per token of the main head, by block of the trunk.
 
     Args:
         checkpoint: the model.
         plan: of experts alone, for all blocks; each is measured by itself.
-        samples: token ids [samples, sequence].
+        samples: samples, or token ids [samples, sequence].
 
     Raises:
         CheckpointError: a loss is not finite.
     """
     init_single_process()
-    run = _Sensitivity(checkpoint, samples, micro_batch_size=1, dtype=default_dtype())
+    given = Samples.of(samples)
+    run = _Sensitivity(checkpoint, given.read, micro_batch_size=1, dtype=default_dtype(), position_ids=given.documents)
+    run.given = given
     run.pruned = PrunedCheckpoint(plan, checkpoint, check_source=False)
     run.pruned_config = block_config(run.pruned.shape, run.dtype)
     run.run("measuring layers")
@@ -56,12 +58,14 @@ class _Sensitivity(StreamingForward):
     """Streams of hidden states one after the other, the model's own first: each has a micro-batch for every sample.
 
     Attributes:
+        given: the samples, and which of their predictions count.
         pruned: the model with fewer experts in every block.
         pruned_config: of its blocks, whose top-k may be another.
         started: blocks that streams differ in, in order.
         losses: by stream.
     """
 
+    given: Samples
     pruned: PrunedCheckpoint
     pruned_config: TransformerConfig
 
@@ -82,11 +86,13 @@ class _Sensitivity(StreamingForward):
             return
         weight, count = self.weight(OUTPUT).float(), len(self._micro_batches)
         streams = enumerate(self.batches())
-        totals = [self._loss(hidden, self._micro_batches[n % count].tokens, weight) for n, hidden in streams]
+        ids, counted = torch.from_numpy(self.given.ids[:, 1:]).unsqueeze(1), self.given.counted(1)
+        masks = [slice(None)] * count if counted is None else [*counted.unsqueeze(1)]
+        totals = [self._loss(hidden, ids[n % count], masks[n % count], weight) for n, hidden in streams]
         by_stream = torch.tensor(totals, dtype=torch.float64).view(-1, count).sum(1)
         if not torch.isfinite(by_stream).all():
             raise CheckpointError("a loss is not finite", where=str(self.checkpoint.path), fix="its weights are broken")
-        self.losses = (by_stream / (self.samples.shape[0] * (self.samples.shape[1] - 1))).tolist()
+        self.losses = (by_stream / self.given.number(1)).tolist()
 
     def _modules(self) -> Iterator[str]:
         for module in super()._modules():
@@ -116,9 +122,9 @@ class _Sensitivity(StreamingForward):
             return None
         return self._through(build_block(self.pruned, module, self.pruned_config), module, lambda inputs, output: None)
 
-    def _loss(self, hidden: Tensor, tokens: Tensor, weight: Tensor) -> float:
-        """Sum of the losses of a micro-batch."""
-        rows, wanted = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    def _loss(self, hidden: Tensor, wanted: Tensor, counted: Tensor | slice, weight: Tensor) -> float:
+        """Sum of the losses of a micro-batch, of the predictions [samples, predictions] that count."""
+        rows, wanted = hidden[:, : wanted.shape[1]][counted].flatten(0, -2), wanted[counted].flatten()
         parts = zip(rows.split(HEAD_ROWS), wanted.split(HEAD_ROWS), strict=True)
         return sum(
             float(F.cross_entropy(linear(row.to(self.device).float(), weight), ids.to(self.device), reduction="sum"))

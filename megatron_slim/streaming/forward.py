@@ -71,8 +71,9 @@ Step = Callable[[Tensor, MicroBatch], Tensor]
 class StreamingForward:
     """All samples on their way through a model.
 
-    A subclass overrides what it wants to look at: `enter`, `observe` and `leave`, which do nothing here; and, to be
-    taken up after a kill, `state` and `restore`. Blocks go by their Hugging Face names, the rest by those in `KEYS`.
+    A subclass overrides what it wants to look at: `enter`, `begin`, `observe` and `leave`, which do nothing here; and,
+    to be taken up after a kill, `state` and `restore`. Blocks go by their Hugging Face names, the rest by those in
+    `KEYS`.
 
     Attributes:
         checkpoint: the model.
@@ -122,6 +123,9 @@ class StreamingForward:
 
     def enter(self, block: str, layer: TransformerLayer) -> None:
         """A block has been loaded; nothing has gone through it."""
+
+    def begin(self, module: str, number: int) -> None:
+        """A micro-batch, counted from 0, is about to go through a module."""
 
     def observe(self, module: str, inputs: Tensor, output: Tensor) -> None:
         """A micro-batch has gone through a module; [positions, samples, hidden] of a block, else the other way."""
@@ -196,6 +200,7 @@ class StreamingForward:
     def _pass(self, module: str) -> None:
         step = self._step(module)
         for number, batch in enumerate(self._micro_batches):
+            self.begin(module, number)
             hidden = batch.tokens if module == EMBEDDING else self._hidden.load(number).to(self.device)
             self._hidden.store(step(hidden, batch))
         self._hidden.turn()

@@ -1,21 +1,20 @@
-"""Calibration samples: read, and checked against the model before anything is measured."""
+"""Samples, checked against the model before anything is measured; imports no torch."""
 
 from __future__ import annotations
 
 import logging
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.data import check_ids, read_samples
+from megatron_slim.data import check_ids
 from megatron_slim.errors import DataError
 
 if TYPE_CHECKING:
     from megatron_slim.checkpoint.convert import Checkpoint
+    from megatron_slim.streaming.model_input import Samples
 
 logger = logging.getLogger(__name__)
 
@@ -23,47 +22,15 @@ logger = logging.getLogger(__name__)
 NUM_SAMPLES, SEQ_LENGTH = 1024, 4096
 
 
-def read_calibration_samples(
-    data: Path | npt.NDArray[np.int64], shape: ModelShape, *, num_samples: int | None, seq_length: int | None, seed: int
-) -> npt.NDArray[np.int64]:
-    """Read token ids [samples, sequence] for a model.
-
-    Args:
-        data: prefix of a Megatron .bin/.idx pair, or a ``.npy`` file or its matrix, which is used as it is.
-        shape: sizes of the model.
-        num_samples: drawn at random; None takes all of a matrix and `NUM_SAMPLES` of a Megatron data set, or all of
-            it where it has fewer, which is logged.
-        seq_length: tokens per sample of a Megatron data set; None is `SEQ_LENGTH`, or all that the model reads.
-        seed: of the random choice.
-
-    Raises:
-        DataError: not data, or not for this model.
-    """
-    is_default = False
-    if isinstance(data, Path) and data.suffix != ".npy":
-        is_default, num_samples = num_samples is None, num_samples or NUM_SAMPLES
-        seq_length = seq_length or min(SEQ_LENGTH, shape.max_position_embeddings)
-    samples = read_samples(
-        data,
-        seq_length=seq_length,
-        num_samples=num_samples,
-        vocab_size=shape.vocab_size,
-        seed=seed,
-        at_most=is_default,
-    )
-    if is_default and len(samples) < NUM_SAMPLES and os.environ.get("RANK", "0") == "0":
-        has = f"has {len(samples)} samples of {samples.shape[1]} tokens"
-        logger.info(f"{data}: {has}, not the default of {NUM_SAMPLES}: all are used")
-    check_samples(samples, shape, where=str(data) if isinstance(data, Path) else "samples")
-    return samples
-
-
-def log_calibration(source: Checkpoint, samples: npt.NDArray[np.int64], processes: str = "") -> None:
+def log_calibration(source: Checkpoint, samples: Samples, processes: str = "") -> None:
     """Log what calibration is about to do, and what of the checkpoint it takes in another precision."""
     from megatron_slim.checkpoint.remarks import remarks
     from megatron_slim.compat.runtime import default_dtype
 
-    logger.info(f"calibrating on {samples.shape[0]} samples of {samples.shape[1]} tokens{processes}")
+    left_out = samples.read.size - samples.number_measured()
+    padding = f", of which {left_out:,} are padding" if left_out else ""
+    number, length = samples.read.shape
+    logger.info(f"calibrating on {number} samples of {length} tokens{padding}{processes}")
     for line in remarks(source, default_dtype(), "calibration"):
         logger.info(line)
 
