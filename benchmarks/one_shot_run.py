@@ -25,7 +25,8 @@ from megatron_slim.pruning.sensitivity import expert_sensitivity
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import load_recipe
 from megatron_slim.streaming.fingerprint import fingerprint
-from megatron_slim.streaming.samples import SEQ_LENGTH, read_calibration_samples
+from megatron_slim.streaming.model_input import Samples, read_calibration_samples
+from megatron_slim.streaming.samples import SEQ_LENGTH
 
 FORWARD_TOKENS = 4096  # in one forward pass, unless --micro-batch-size says how many samples
 
@@ -50,7 +51,7 @@ def measure(args: argparse.Namespace, reading: ReadOptions) -> dict[str, Any]:
     validation = _validation(args, source)
     samples = None if args.stats is not None else _samples(args, source)
     stats = _statistics(args, source, samples)
-    sensitivity = None if samples is None else partial(expert_sensitivity, source, samples=samples[:MOST_SAMPLES])
+    sensitivity = None if samples is None else partial(expert_sensitivity, source, samples=samples.first(MOST_SAMPLES))
     plans = [make_plan(variant.recipe, stats, source.shape, sensitivity=sensitivity) for variant in chosen]
     return {
         "load": str(args.load),
@@ -72,7 +73,7 @@ def _validation(args: argparse.Namespace, source: Checkpoint) -> Tokens:
     )
 
 
-def _statistics(args: argparse.Namespace, source: Checkpoint, samples: Tokens | None) -> Statistics:
+def _statistics(args: argparse.Namespace, source: Checkpoint, samples: Samples | None) -> Statistics:
     """Read or, once for all variants, measured."""
     if samples is None:
         stats = Statistics.load(args.stats)
@@ -82,11 +83,11 @@ def _statistics(args: argparse.Namespace, source: Checkpoint, samples: Tokens | 
 
     from megatron_slim.pruning.calibrate import calibrate
 
-    say(f"calibrating on {samples.shape[0]} samples of {samples.shape[1]} tokens")
+    say(f"calibrating on {samples.read.shape[0]} samples of {samples.read.shape[1]} tokens")
     return calibrate(source, samples, micro_batch_size=args.micro_batch_size)
 
 
-def _samples(args: argparse.Namespace, source: Checkpoint) -> Tokens:
+def _samples(args: argparse.Namespace, source: Checkpoint) -> Samples:
     """Of calibration."""
     return read_calibration_samples(
         args.calibration_data,

@@ -149,10 +149,10 @@ def read_settings(
     document = _with_train(document, train or {}, file)
     parsed = parse_recipe(document, where=str(file))
     refuse_budgets(parsed, where=str(file))
-    cached = parsed.run.get("train", {}).get(CACHE)
-    if not data and cached is None:
+    own = data or [str(word) for key, word in parsed.run.get("train", {}).items() if key == CACHE]
+    if not own:
         raise SlimError("no training data", fix="give --data, or --teacher-cache, whose samples are data")
-    calibration_data = calibration_data or _only(data or [cached], "--data", "calibration")
+    calibration_data = calibration_data or _only(own, "--data", "calibration")
     if evaluation_data is None and valid_data:
         evaluation_data = _only(valid_data, "--valid-data", "evaluation")
     found = RunSettings(
