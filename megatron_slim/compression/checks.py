@@ -44,21 +44,7 @@ def check(settings: RunSettings) -> ModelShape:
     check_later_phases(settings.recipe, 1, shape, where=where)
     _check_measuring(settings)
     _check_cache(settings, teacher)
-    for flag, words in (("--data", settings.data), ("--valid-data", settings.valid_data)):
-        for prefix in map(Path, parse_blend(words, flag).prefixes if words else ()):
-            if is_sample_set(prefix):
-                open_samples(prefix).largest_id(shape.vocab_size)
-            else:
-                open_stream(exact_prefix(prefix), shape.vocab_size)
-    for section, data in (("calibrate", settings.calibration_data), ("evaluate", settings.evaluation_data)):
-        if data is not None and is_sample_set(data):
-            samples, asked = open_samples(data), settings.section(section)
-            samples.largest_id(shape.vocab_size)
-            samples.draw(seq_length=asked.get("seq_length"), num_samples=asked.get("num_samples"), seed=0)
-            continue
-        # A matrix is looked at when it is used.
-        if data is not None and not (data.suffix == ".npy" and data.is_file()):
-            open_stream(data_prefix(data, or_matrix=True), shape.vocab_size)
+    _check_data(settings, shape.vocab_size)
     evaluate = settings.section("evaluate")
     if "acceptance" in evaluate and not (prompts := settings.file_of("acceptance")).is_file():
         raise DataError("no such file", where=f"evaluate.acceptance {prompts}", fix="give a file of prompts")
@@ -66,6 +52,24 @@ def check(settings: RunSettings) -> ModelShape:
         require("eval", "lm_eval", "evaluate.tasks")
     _check_training(settings, teacher)
     return shape
+
+
+def _check_data(settings: RunSettings, vocab_size: int) -> None:
+    for flag, words in (("--data", settings.data), ("--valid-data", settings.valid_data)):
+        for prefix in map(Path, parse_blend(words, flag).prefixes if words else ()):
+            if is_sample_set(prefix):
+                open_samples(prefix).largest_id(vocab_size)
+            else:
+                open_stream(exact_prefix(prefix), vocab_size)
+    for section, data in (("calibrate", settings.calibration_data), ("evaluate", settings.evaluation_data)):
+        if data is None or (data.suffix == ".npy" and data.is_file()):  # a matrix is looked at when it is used
+            continue
+        if is_sample_set(data):
+            samples, asked = open_samples(data), settings.section(section)
+            samples.largest_id(vocab_size)
+            samples.draw(seq_length=asked.get("seq_length"), num_samples=asked.get("num_samples"), seed=0)
+        else:
+            open_stream(data_prefix(data, or_matrix=True), vocab_size)
 
 
 def _check_measuring(settings: RunSettings) -> None:

@@ -20,7 +20,7 @@ from megatron_slim.pruning.pipeline import write_pruned
 from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes
 from megatron_slim.recipe import parse_recipe
 from megatron_slim.streaming.fingerprint import fingerprint
-from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
+from megatron_slim.testing import tiny_shape, write_random_samples, write_tiny_checkpoint
 
 Tool = Callable[..., Any]
 EVALUATE, SLICE = "tools/evaluate.py", "tools/slice_checkpoint.py"
@@ -46,20 +46,22 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tiny_checkpoint(root / "other", tiny_shape())
     shutil.copyfile(root / "elastic" / "elastic.json", root / "other" / "elastic.json")
     np.save(root / "tokens.npy", rng.integers(0, source.shape.vocab_size, (3, 16)).astype(np.int32))
+    write_random_samples(root / "set", 3, 16, source.shape.vocab_size, documents=True)
     np.save(root / "prompts.npy", rng.integers(0, source.shape.vocab_size, (2, 6)).astype(np.int32))
     return root
 
 
-def evaluate(tool: Tool, place: Path, load: Path, *more: object) -> Any:
-    done = tool(EVALUATE, "--load", load, "--data", place / "tokens.npy", "--dtype", "fp32", "--json", *more)
+def evaluate(tool: Tool, place: Path, load: Path, *more: object, data: str = "tokens.npy") -> Any:
+    done = tool(EVALUATE, "--load", load, "--data", place / data, "--dtype", "fp32", "--json", *more)
     assert done.code == 0, done.stderr
     return done
 
 
-def test_a_budget_has_the_figures_of_its_slice(tool: Tool, place: Path, tmp_path: Path) -> None:
-    """All of them, equal: losses, standard errors, distance from the teacher, accepted drafts."""
+@pytest.mark.parametrize("data", ["tokens.npy", "set"])
+def test_a_budget_has_the_figures_of_its_slice(tool: Tool, place: Path, data: str, tmp_path: Path) -> None:
+    """All of them, equal: losses, standard errors, distance from the teacher, accepted drafts; of a sample set too."""
     more = ("--teacher", place / "source", "--acceptance", place / "prompts.npy", "--max-new-tokens", 6)
-    done = evaluate(tool, place, place / "trained", "--elastic", *more)
+    done = evaluate(tool, place, place / "trained", "--elastic", *more, data=data)
     rows = done.json["budgets"]
     assert [(row["budget"], row["weight"], row["untrained"]) for row in rows] == [
         ("full", 2.0, False),
@@ -68,7 +70,7 @@ def test_a_budget_has_the_figures_of_its_slice(tool: Tool, place: Path, tmp_path
     for row in rows:
         name = row["budget"]
         assert tool(SLICE, "--load", place / "trained", "--budget", name, "--save", tmp_path / name).code == 0
-        alone = evaluate(tool, place, tmp_path / name, *more).json
+        alone = evaluate(tool, place, tmp_path / name, *more, data=data).json
         known = ("budget", "weight", "untrained", "sizes", "load")
         assert {key: row[key] for key in row if key not in known} == {k: alone[k] for k in alone if k != "load"}
         assert {"loss", "kl", "top1_agreement", "acceptance", "mtp_loss"} <= row.keys()
