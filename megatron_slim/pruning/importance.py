@@ -37,15 +37,15 @@ import torch
 from torch import Tensor
 
 from megatron_slim import expert_metrics
+from megatron_slim.architecture.feed_forward import EXPERT_NEURONS
+from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.pruning.statistics import (
     Array,
-    expert_ffn_key,
-    heads_key,
+    axis_key,
     hidden_key,
     importance_key,
     layer_key,
-    neurons_key,
     similarity_key,
 )
 
@@ -100,16 +100,16 @@ def block_statistics(
     ends = torch.stack((sums["input"], sums["output"]))
     yield layer_key(block, "cosine"), to_array(expert_metrics.cosine_matrix(ends)[0, 1])
     yield layer_key(block, "block_influence"), to_array(1 - sums["cosine"] / tokens)
-    yield heads_key(block, shape.layer_type(block)), to_array(sums["heads"] / tokens)
+    yield axis_key(block, KINDS[shape.layer_type(block)].heads), to_array(sums["heads"] / tokens)
     if "neurons" in sums:
-        yield neurons_key(block, shape.ffn_kind(block)), to_array(sums["neurons"] / tokens)
+        yield axis_key(block, FEED_FORWARD[shape.ffn_kind(block)].neurons), to_array(sums["neurons"] / tokens)
     if router_EH is not None:
         yield from _expert_statistics(block, sums, router_EH.cpu())
 
 
 def _expert_statistics(block: str, sums: Sums, router_EH: Tensor) -> Iterator[tuple[str, Array]]:
     visits = expert_metrics.visits(sums)
-    yield expert_ffn_key(block), to_array(sums["experts.ffn"] / visits[:, None])
+    yield axis_key(block, EXPERT_NEURONS), to_array(sums["experts.ffn"] / visits[:, None])
     known = {**sums, "router": router_EH}
     for kind, metric in expert_metrics.EXPERT_IMPORTANCES.items():
         yield importance_key(block, kind), to_array(metric.of(known))
