@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megatron_slim.aliases import Keywords
 from megatron_slim.architecture.axes import concat, label, product
 from megatron_slim.architecture.family import LINEAR_ATTENTION
 from megatron_slim.architecture.prunable import Heads
@@ -107,6 +108,16 @@ def _fp8_sides(shape: ModelShape) -> Iterator[Side]:
     yield Side("out_proj of Gated DeltaNet", HEADS.field, values, inputs=True)
 
 
+def _config(shape: ModelShape) -> Keywords:
+    has_some = LINEAR_ATTENTION in shape.family.rows
+    sizes = ("conv_kernel_dim", "key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads")
+    return {
+        "experimental_attention_variant": "gated_delta_net" if has_some else None,
+        "linear_attention_freq": [int(kind == LINEAR_ATTENTION) for kind in shape.layer_types] if has_some else None,
+        **{f"linear_{size}": getattr(shape, f"linear_{size}") or None for size in sizes},
+    }
+
+
 KIND = AttentionKind(
     name=LINEAR_ATTENTION,
     noun="linear attention",
@@ -117,4 +128,5 @@ KIND = AttentionKind(
     kept=_kept,
     fp8_sides=_fp8_sides,
     expert_fp8_sides=nothing,
+    config=_config,
 )

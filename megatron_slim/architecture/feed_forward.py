@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from megatron_slim.aliases import Keywords
 from megatron_slim.architecture.family import DENSE, MOE
 from megatron_slim.architecture.prunable import ROW_MULTIPLE, Neurons, PrunableAxis
 from megatron_slim.architecture.sublayer_kind import FP32, FeedForwardKind, Kernels, MicroBatch, Side, nothing
@@ -104,6 +105,33 @@ def _dense_sides(shape: ModelShape) -> Iterator[Side]:
     return _mlp_sides("dense blocks", DENSE_NEURONS.field, shape.ffn_hidden_size)
 
 
+def _moe_config(shape: ModelShape) -> Keywords:
+    """Also the router's."""
+    family, dense, scaling = shape.family, shape.num_dense_layers, shape.moe_router_topk_scaling_factor
+    grouped = shape.moe_router_num_groups > 1
+    return {
+        "num_moe_experts": shape.num_moe_experts,
+        "moe_router_topk": shape.moe_router_topk,
+        "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": shape.moe_shared_expert_intermediate_size or None,
+        "moe_shared_expert_gate": shape.moe_shared_expert_intermediate_size > 0 and family.shared_expert_gate,
+        "moe_layer_freq": [0] * dense + [1] * (shape.num_layers - dense) if dense else 1,
+        "moe_router_score_function": family.router_score_function,
+        "moe_router_enable_expert_bias": family.has_router_bias,
+        "moe_router_topk_scaling_factor": None if scaling == 1.0 else scaling,
+        "moe_router_num_groups": shape.moe_router_num_groups if grouped else None,
+        "moe_router_group_topk": shape.moe_router_group_topk if grouped else None,
+        # Softmax over the top-k logits is the softmax over all of them, renormalised over the top-k.
+        "moe_router_pre_softmax": family.router_score_function == "softmax" and not shape.norm_topk_prob,
+        "moe_aux_loss_coeff": shape.router_aux_loss_coef,
+    }
+
+
+def _dense_config(shape: ModelShape) -> Keywords:
+    # Where there is no dense layer Megatron needs a size all the same.
+    return {"ffn_hidden_size": shape.ffn_hidden_size or shape.moe_ffn_hidden_size}
+
+
 MOE_KIND = FeedForwardKind(
     name=MOE,
     noun="experts",
@@ -112,6 +140,7 @@ MOE_KIND = FeedForwardKind(
     kept=_moe_kept,
     fp8_sides=_shared_sides,
     expert_fp8_sides=_expert_sides,
+    config=_moe_config,
     neurons=SHARED_NEURONS,
     routed=(EXPERTS, TOP_K, EXPERT_NEURONS),
 )
@@ -123,5 +152,6 @@ DENSE_KIND = FeedForwardKind(
     kept=_dense_kept,
     fp8_sides=_dense_sides,
     expert_fp8_sides=nothing,
+    config=_dense_config,
     neurons=DENSE_NEURONS,
 )

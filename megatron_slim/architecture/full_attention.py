@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megatron_slim.aliases import Keywords
 from megatron_slim.architecture.axes import concat, label, product
 from megatron_slim.architecture.family import FULL_ATTENTION
 from megatron_slim.architecture.prunable import Heads
@@ -117,6 +118,17 @@ def _fp8_sides(shape: ModelShape) -> Iterator[Side]:
     yield Side("linear_proj", HEADS.field, queries, inputs=True)
 
 
+def _config(shape: ModelShape) -> Keywords:
+    return {
+        "num_attention_heads": shape.num_attention_heads,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.kv_channels,
+        "qk_layernorm": shape.qk_layernorm,
+        "attention_output_gate": shape.family.attention_output_gate,
+        "add_qkv_bias": shape.add_qkv_bias,
+    }
+
+
 KIND = AttentionKind(
     name=FULL_ATTENTION,
     noun="full attention",
@@ -127,4 +139,5 @@ KIND = AttentionKind(
     kept=_kept,
     fp8_sides=_fp8_sides,
     expert_fp8_sides=nothing,
+    config=_config,
 )

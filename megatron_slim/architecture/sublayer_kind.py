@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from megatron_slim.aliases import Keywords
 from megatron_slim.architecture.prunable import Heads, Neurons, PrunableAxis
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class SublayerKind:
         kept: bytes a token, of all tensor-parallel ranks together, that a forward pass keeps for backward.
         fp8_sides: dimensions of its linear layers, experts apart.
         expert_fp8_sides: those of routed experts.
+        config: fields of Megatron's `TransformerConfig`, also of a model that has no such layer.
     """
 
     name: str
@@ -103,6 +105,7 @@ class SublayerKind:
     kept: Callable[[ModelShape, MicroBatch], float]
     fp8_sides: Callable[[ModelShape], Iterable[Side]]
     expert_fp8_sides: Callable[[ModelShape], Iterable[Side]]
+    config: Callable[[ModelShape], Keywords]
 
 
 @dataclass(frozen=True)

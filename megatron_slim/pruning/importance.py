@@ -48,6 +48,7 @@ from megatron_slim.pruning.statistics import (
     layer_key,
     similarity_key,
 )
+from megatron_slim.recipe_sections import NORM_ACTIVATION, NORM_ACTIVATION_L2
 
 Sums = dict[str, Tensor]
 """Float64 sums by name, of one module; see `recorder` for the names."""
@@ -69,15 +70,15 @@ class HiddenImportance:
     def __init__(self, shape: ModelShape) -> None:
         self._num_layers = shape.num_layers
         zeros = torch.zeros(shape.hidden_size, dtype=torch.float64)
-        self.sums = {kind: zeros.clone() for kind in ("norm_activation", "norm_activation_l2")}
+        self.sums = {kind: zeros.clone() for kind in (NORM_ACTIVATION, NORM_ACTIVATION_L2)}
 
     def add(self, sums: Mapping[str, Tensor], total_tokens: int) -> None:
         """Add the norm sites among the sums of a module, [H] each; ``total_tokens`` is how many tokens they saw."""
         for name, values in sums.items():
             if name.endswith("_norm.abs"):
-                self.sums["norm_activation"] += values.cpu() / (total_tokens * self._num_layers)
+                self.sums[NORM_ACTIVATION] += values.cpu() / (total_tokens * self._num_layers)
             elif name.endswith("_norm.squares"):
-                self.sums["norm_activation_l2"] += values.cpu().sqrt() / self._num_layers
+                self.sums[NORM_ACTIVATION_L2] += values.cpu().sqrt() / self._num_layers
 
     def results(self) -> Iterator[tuple[str, Array]]:
         """The importances, [H] each, under their names in the statistics file."""
