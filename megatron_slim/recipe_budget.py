@@ -11,15 +11,11 @@ from decimal import Decimal
 from typing import TypeGuard
 
 from megatron_slim.aliases import Document, JsonObject, YamlMapping
-from megatron_slim.architecture.feed_forward import EXPERT_FFN
-from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
+from megatron_slim.architecture.feed_forward import EXPERTS
+from megatron_slim.architecture.kinds import AXES
+from megatron_slim.architecture.prunable import HIDDEN, LAYERS
 
-# Top-k is not among them: nothing that is measured says what a smaller one costs.
-SEARCHABLE = (
-    *("num_layers", "hidden_size", "num_moe_experts", EXPERT_FFN),
-    *(kind.neurons.field for kind in FEED_FORWARD.values()),
-    *(kind.heads.field for kind in KINDS.values()),
-)
+SEARCHABLE = tuple(field for field, axis in AXES.items() if axis.is_searched)
 BOUNDS = ("params", "active_params", "memory_gb")
 _NUMBER = re.compile(r"(\d{1,30}(?:\.\d{1,30})?(?:[eE]\+?\d{1,2})?)([KMBT]?)")
 _SCALE = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -49,7 +45,7 @@ class Search:
         grid: the sizes that an axis may have, ascending, in place of the usual ones (`pruning.search.usual_sizes`).
     """
 
-    axes: tuple[str, ...] = ("num_layers", "hidden_size", "num_moe_experts")
+    axes: tuple[str, ...] = (LAYERS.field, HIDDEN.field, EXPERTS.field)
     grid: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def to_dict(self) -> JsonObject:

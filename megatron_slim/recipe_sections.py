@@ -102,6 +102,7 @@ class Phase:
         return {key: value for key, value in dataclasses.asdict(self).items() if value not in (None, ())}
 
 
+NORM_ACTIVATION, NORM_ACTIVATION_L2 = _HIDDEN = ("norm_activation", "norm_activation_l2")
 SECTIONS: dict[str, type] = {"target": Target, "depth": Depth, "width": Width, "experts": Experts}
 
 
@@ -110,7 +111,7 @@ BOUND_KEYS = tuple(("target", bound) for bound in BOUNDS)
 
 CHOICES: dict[str, Collection[str]] = {
     "depth.method": ("last", "adjacent_cosine", "block_influence"),
-    "width.importance": ("norm_activation", "norm_activation_l2"),
+    "width.importance": _HIDDEN,
     "experts.method": ("prune", "merge", "partial_preservation"),
     "experts.importance": EXPERT_IMPORTANCES,
     "experts.similarity": EXPERT_SIMILARITIES,

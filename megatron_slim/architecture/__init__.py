@@ -2,8 +2,9 @@
 
 - `axes`, `weight`, `rows`, `family`: named axes, a row of the table, rows that families share, what sets a family
   apart
+- `prunable`: what a size that pruning may make smaller declares of itself
 - `sublayer_kind`, `full_attention`, `delta_net`, `feed_forward`, `kinds`: what a kind of sublayer declares of itself,
-  those of attention and of feed-forward networks, and all by name
+  those of attention and of feed-forward networks, and all of both by name
 - `wrapper`: larger models that hold a language model
 - `qwen3_next`, `qwen3_5_moe`, `qwen3_moe`, `glm4_moe`: the families
 - `shape`, `shape_checks`: sizes, and which of them cannot be built

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megatron_slim.aliases import Keywords
 from megatron_slim.architecture.axes import concat, label, product
 from megatron_slim.architecture.family import LINEAR_ATTENTION
+from megatron_slim.architecture.prunable import Heads
 from megatron_slim.architecture.sublayer_kind import (
     FP32,
     AttentionKind,
-    Heads,
     Kernels,
     MicroBatch,
     Side,
@@ -57,6 +58,21 @@ def delta_net_rows(*projections: HFTensor) -> tuple[Weight, ...]:
     )
 
 
+HEADS = Heads(
+    field="linear_num_value_heads",
+    noun="value heads",
+    label="linear value heads",
+    axis="gdn_value_per_key",
+    group_axis="gdn_key_head",
+    groups_field="linear_num_key_heads",
+    groups_noun="linear key heads",
+    width="linear_value_head_dim",
+    statistic="linear_attn.value_heads",
+    projection="out_proj",
+    exchanged=True,  # it needs whole sequences
+)
+
+
 def _operations(shape: ModelShape, seq_length: int, kernels: Kernels) -> dict[str, float]:
     """Products within a chunk (scores of keys and queries, errors, outputs, solved keys), then those with the state."""
     key, value = shape.linear_key_head_dim, shape.linear_value_head_dim
@@ -88,8 +104,18 @@ def _fp8_sides(shape: ModelShape) -> Iterator[Side]:
     keys = shape.linear_num_key_heads * shape.linear_key_head_dim
     values = shape.linear_num_value_heads * shape.linear_value_head_dim
     rows = 2 * keys + 2 * values + 2 * shape.linear_num_value_heads  # q, k; v, z; beta, alpha
-    yield Side("in_proj of Gated DeltaNet", "linear_num_value_heads", rows, inputs=False)
-    yield Side("out_proj of Gated DeltaNet", "linear_num_value_heads", values, inputs=True)
+    yield Side("in_proj of Gated DeltaNet", HEADS.field, rows, inputs=False)
+    yield Side("out_proj of Gated DeltaNet", HEADS.field, values, inputs=True)
+
+
+def _config(shape: ModelShape) -> Keywords:
+    has_some = LINEAR_ATTENTION in shape.family.rows
+    sizes = ("conv_kernel_dim", "key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads")
+    return {
+        "experimental_attention_variant": "gated_delta_net" if has_some else None,
+        "linear_attention_freq": [int(kind == LINEAR_ATTENTION) for kind in shape.layer_types] if has_some else None,
+        **{f"linear_{size}": getattr(shape, f"linear_{size}") or None for size in sizes},
+    }
 
 
 KIND = AttentionKind(
@@ -97,21 +123,10 @@ KIND = AttentionKind(
     noun="linear attention",
     part="delta-net",
     parts=projections,
-    heads=Heads(
-        field="linear_num_value_heads",
-        noun="value heads",
-        label="linear value heads",
-        axis="gdn_value_per_key",
-        group_axis="gdn_key_head",
-        groups_field="linear_num_key_heads",
-        groups_noun="linear key heads",
-        width="linear_value_head_dim",
-        statistic="linear_attn.value_heads",
-        projection="out_proj",
-        exchanged=True,  # it needs whole sequences
-    ),
+    heads=HEADS,
     operations=_operations,
     kept=_kept,
     fp8_sides=_fp8_sides,
     expert_fp8_sides=nothing,
+    config=_config,
 )

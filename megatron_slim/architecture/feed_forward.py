@@ -5,23 +5,50 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from megatron_slim.aliases import Keywords
 from megatron_slim.architecture.family import DENSE, MOE
-from megatron_slim.architecture.sublayer_kind import (
-    FP32,
-    FeedForwardKind,
-    Kernels,
-    MicroBatch,
-    Neurons,
-    Side,
-    nothing,
-)
+from megatron_slim.architecture.prunable import ROW_MULTIPLE, Neurons, PrunableAxis
+from megatron_slim.architecture.sublayer_kind import FP32, FeedForwardKind, Kernels, MicroBatch, Side, nothing
 
 if TYPE_CHECKING:
     from megatron_slim.architecture.shape import ModelShape
     from megatron_slim.architecture.weight import Weight
 
 INDEX = 8  # bytes of int64
-EXPERT_FFN = "moe_ffn_hidden_size"  # the size of every routed expert
+EXPERTS = PrunableAxis(
+    field="num_moe_experts", noun="experts", label="experts", axis="expert", multiples=(8, 1), sharded="expert"
+)
+# Not searched: nothing that is measured says what a smaller one costs.
+TOP_K = PrunableAxis(field="moe_router_topk", noun="experts of a token", label="top-k", is_searched=False)
+EXPERT_NEURONS = Neurons(  # those of every routed expert
+    field="moe_ffn_hidden_size",
+    noun="expert neurons",
+    label="expert FFN",
+    key="neurons",
+    axis="moe_ffn",
+    group_axis="expert",
+    statistic="mlp.experts.ffn",
+    sharded="expert tensor",
+    row_multiple=ROW_MULTIPLE,
+)
+SHARED_NEURONS = Neurons(
+    field="moe_shared_expert_intermediate_size",
+    noun="shared neurons",
+    label="shared expert FFN",
+    key="shared_neurons",
+    axis="shared_ffn",
+    statistic="mlp.shared_expert.ffn",
+    projection="shared_experts.linear_fc2",
+)
+DENSE_NEURONS = Neurons(
+    field="ffn_hidden_size",
+    noun="dense neurons",
+    label="dense FFN",
+    key="dense_neurons",
+    axis="ffn",
+    statistic="mlp.ffn",
+    projection="linear_fc2",
+)
 
 
 def _moe_parts(rows: Sequence[Weight]) -> dict[str, list[Weight]]:
@@ -66,16 +93,43 @@ def _mlp_sides(layer: str, field: str, neurons: int) -> Iterator[Side]:
 
 
 def _expert_sides(shape: ModelShape) -> Iterator[Side]:
-    return _mlp_sides("experts", EXPERT_FFN, shape.moe_ffn_hidden_size)
+    return _mlp_sides("experts", EXPERT_NEURONS.field, shape.moe_ffn_hidden_size)
 
 
 def _shared_sides(shape: ModelShape) -> Iterator[Side]:
     if neurons := shape.moe_shared_expert_intermediate_size:
-        yield from _mlp_sides("the shared expert", "moe_shared_expert_intermediate_size", neurons)
+        yield from _mlp_sides("the shared expert", SHARED_NEURONS.field, neurons)
 
 
 def _dense_sides(shape: ModelShape) -> Iterator[Side]:
-    return _mlp_sides("dense blocks", "ffn_hidden_size", shape.ffn_hidden_size)
+    return _mlp_sides("dense blocks", DENSE_NEURONS.field, shape.ffn_hidden_size)
+
+
+def _moe_config(shape: ModelShape) -> Keywords:
+    """Also the router's."""
+    family, dense, scaling = shape.family, shape.num_dense_layers, shape.moe_router_topk_scaling_factor
+    grouped = shape.moe_router_num_groups > 1
+    return {
+        "num_moe_experts": shape.num_moe_experts,
+        "moe_router_topk": shape.moe_router_topk,
+        "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": shape.moe_shared_expert_intermediate_size or None,
+        "moe_shared_expert_gate": shape.moe_shared_expert_intermediate_size > 0 and family.shared_expert_gate,
+        "moe_layer_freq": [0] * dense + [1] * (shape.num_layers - dense) if dense else 1,
+        "moe_router_score_function": family.router_score_function,
+        "moe_router_enable_expert_bias": family.has_router_bias,
+        "moe_router_topk_scaling_factor": None if scaling == 1.0 else scaling,
+        "moe_router_num_groups": shape.moe_router_num_groups if grouped else None,
+        "moe_router_group_topk": shape.moe_router_group_topk if grouped else None,
+        # Softmax over the top-k logits is the softmax over all of them, renormalised over the top-k.
+        "moe_router_pre_softmax": family.router_score_function == "softmax" and not shape.norm_topk_prob,
+        "moe_aux_loss_coeff": shape.router_aux_loss_coef,
+    }
+
+
+def _dense_config(shape: ModelShape) -> Keywords:
+    # Where there is no dense layer Megatron needs a size all the same.
+    return {"ffn_hidden_size": shape.ffn_hidden_size or shape.moe_ffn_hidden_size}
 
 
 MOE_KIND = FeedForwardKind(
@@ -86,16 +140,9 @@ MOE_KIND = FeedForwardKind(
     kept=_moe_kept,
     fp8_sides=_shared_sides,
     expert_fp8_sides=_expert_sides,
-    neurons=Neurons(
-        field="moe_shared_expert_intermediate_size",
-        noun="shared neurons",
-        label="shared expert FFN",
-        key="shared_neurons",
-        axis="shared_ffn",
-        statistic="mlp.shared_expert.ffn",
-        projection="shared_experts.linear_fc2",
-    ),
-    is_routed=True,
+    config=_moe_config,
+    neurons=SHARED_NEURONS,
+    routed=(EXPERTS, TOP_K, EXPERT_NEURONS),
 )
 DENSE_KIND = FeedForwardKind(
     name=DENSE,
@@ -105,14 +152,6 @@ DENSE_KIND = FeedForwardKind(
     kept=_dense_kept,
     fp8_sides=_dense_sides,
     expert_fp8_sides=nothing,
-    neurons=Neurons(
-        field="ffn_hidden_size",
-        noun="dense neurons",
-        label="dense FFN",
-        key="dense_neurons",
-        axis="ffn",
-        statistic="mlp.ffn",
-        projection="linear_fc2",
-    ),
-    is_routed=False,
+    config=_dense_config,
+    neurons=DENSE_NEURONS,
 )

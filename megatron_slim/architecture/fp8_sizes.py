@@ -20,10 +20,18 @@ from megatron_slim.aliases import Keywords
 from megatron_slim.architecture.family import MTP_SUBLAYERS
 from megatron_slim.architecture.kinds import SUBLAYERS
 from megatron_slim.architecture.parallelism import layout_violations
+from megatron_slim.architecture.prunable import HIDDEN
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.sublayer_kind import Side
 
-RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+Version = tuple[int, int]
+# What each needs of a GPU (Transformer Engine 2.20): compute capability from, below, and CUDA version from.
+RECIPES: dict[str, tuple[Version, Version | None, Version | None]] = {
+    "delayed": ((8, 9), None, None),
+    "tensorwise": ((8, 9), None, None),
+    "blockwise": ((9, 0), None, (12, 9)),
+    "mxfp8": ((10, 0), (12, 0), None),
+}
 TEACHER_RECIPES = tuple(recipe for recipe in RECIPES if recipe != "delayed")
 REACH = 2048  # how far from a size allowed ones are looked for
 
@@ -59,9 +67,9 @@ def fp8_sides(shape: ModelShape, *, tp: int = 1, etp: int = 1) -> Iterator[Share
 
     Router, gate of the shared expert, embedding, output layer, norms, convolution and delta rule stay in bf16 or fp32.
     """
-    yield SharedSide("every layer", "hidden_size", shape.hidden_size, inputs=True, ways=1)
+    yield SharedSide("every layer", HIDDEN.field, shape.hidden_size, inputs=True, ways=1)
     if shape.mtp_num_layers:
-        yield SharedSide("eh_proj of the MTP block", "hidden_size", shape.hidden_size, inputs=False, ways=tp)
+        yield SharedSide("eh_proj of the MTP block", HIDDEN.field, shape.hidden_size, inputs=False, ways=tp)
     blocks = (*shape.sublayers, *[MTP_SUBLAYERS] * shape.mtp_num_layers)
     present = {kind for sublayers in blocks for kind in sublayers}
     for kind in (kind for name, kind in SUBLAYERS.items() if name in present):

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megatron_slim.aliases import Keywords
 from megatron_slim.architecture.axes import concat, label, product
 from megatron_slim.architecture.family import FULL_ATTENTION
+from megatron_slim.architecture.prunable import Heads
 from megatron_slim.architecture.sublayer_kind import (
     FP32,
     AttentionKind,
-    Heads,
     Kernels,
     MicroBatch,
     Side,
@@ -72,6 +73,21 @@ def attention_rows(*qkv: Weight) -> tuple[Weight, ...]:
     )
 
 
+HEADS = Heads(
+    field="num_attention_heads",
+    noun="query heads",
+    label="query heads",
+    axis="query_per_group",
+    group_axis="kv_group",
+    groups_field="num_query_groups",
+    groups_noun="KV groups",
+    width="kv_channels",
+    statistic="self_attn.heads",
+    projection="linear_proj",
+    exchanged=False,
+)
+
+
 def _operations(shape: ModelShape, seq_length: int, kernels: Kernels) -> dict[str, float]:
     scores = 4.0 * seq_length * shape.num_attention_heads * shape.kv_channels
     return {"core_attn": scores / 2 if kernels.skips_masked else scores}
@@ -98,8 +114,19 @@ def _fp8_sides(shape: ModelShape) -> Iterator[Side]:
     queries = shape.num_attention_heads * shape.kv_channels
     gated = 2 if shape.family.attention_output_gate else 1
     rows = gated * queries + 2 * shape.num_query_groups * shape.kv_channels
-    yield Side("linear_qkv", "num_attention_heads", rows, inputs=False)
-    yield Side("linear_proj", "num_attention_heads", queries, inputs=True)
+    yield Side("linear_qkv", HEADS.field, rows, inputs=False)
+    yield Side("linear_proj", HEADS.field, queries, inputs=True)
+
+
+def _config(shape: ModelShape) -> Keywords:
+    return {
+        "num_attention_heads": shape.num_attention_heads,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.kv_channels,
+        "qk_layernorm": shape.qk_layernorm,
+        "attention_output_gate": shape.family.attention_output_gate,
+        "add_qkv_bias": shape.add_qkv_bias,
+    }
 
 
 KIND = AttentionKind(
@@ -107,21 +134,10 @@ KIND = AttentionKind(
     noun="full attention",
     part="attention",
     parts=projections,
-    heads=Heads(
-        field="num_attention_heads",
-        noun="query heads",
-        label="query heads",
-        axis="query_per_group",
-        group_axis="kv_group",
-        groups_field="num_query_groups",
-        groups_noun="KV groups",
-        width="kv_channels",
-        statistic="self_attn.heads",
-        projection="linear_proj",
-        exchanged=False,
-    ),
+    heads=HEADS,
     operations=_operations,
     kept=_kept,
     fp8_sides=_fp8_sides,
     expert_fp8_sides=nothing,
+    config=_config,
 )

@@ -36,6 +36,7 @@ from torch import nn
 
 from megatron_slim.aliases import Keywords
 from megatron_slim.architecture.family import DENSE, FULL_ATTENTION, LINEAR_ATTENTION, MOE, MTP_SUBLAYERS
+from megatron_slim.architecture.kinds import SUBLAYERS
 from megatron_slim.architecture.local_modules import LocalBackend
 from megatron_slim.architecture.rotary import scale_attention, scale_rotary_frequencies
 from megatron_slim.architecture.shape import ModelShape
@@ -50,56 +51,21 @@ def shape_config_fields(shape: ModelShape) -> Keywords:
     """
     if shape.norm_topk_prob and shape.moe_router_topk == 1:
         raise ShapeError(["moe_router_topk 1 with norm_topk_prob leaves the router without a gradient"])
-    family, dense, scaling = shape.family, shape.num_dense_layers, shape.moe_router_topk_scaling_factor
-    grouped = shape.moe_router_num_groups > 1
     return {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
-        # Where there is no dense layer Megatron needs a size all the same.
-        "ffn_hidden_size": shape.ffn_hidden_size or shape.moe_ffn_hidden_size,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_query_groups": shape.num_query_groups,
-        "kv_channels": shape.kv_channels,
         "normalization": "RMSNorm",
         "layernorm_epsilon": shape.layernorm_epsilon,
-        "layernorm_zero_centered_gamma": family.zero_centered_norms,
-        "qk_layernorm": shape.qk_layernorm,
-        "attention_output_gate": family.attention_output_gate,
+        "layernorm_zero_centered_gamma": shape.family.zero_centered_norms,
         "add_bias_linear": False,
-        "add_qkv_bias": shape.add_qkv_bias,
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        **_linear_attention_fields(shape),
-        "num_moe_experts": shape.num_moe_experts,
-        "moe_router_topk": shape.moe_router_topk,
-        "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
-        "moe_shared_expert_intermediate_size": shape.moe_shared_expert_intermediate_size or None,
-        "moe_shared_expert_gate": shape.moe_shared_expert_intermediate_size > 0 and family.shared_expert_gate,
-        "moe_layer_freq": [0] * dense + [1] * (shape.num_layers - dense) if dense else 1,
-        "moe_router_score_function": family.router_score_function,
-        "moe_router_enable_expert_bias": family.has_router_bias,
-        "moe_router_topk_scaling_factor": None if scaling == 1.0 else scaling,
-        "moe_router_num_groups": shape.moe_router_num_groups if grouped else None,
-        "moe_router_group_topk": shape.moe_router_group_topk if grouped else None,
-        # Softmax over the top-k logits is the softmax over all of them, renormalised over the top-k.
-        "moe_router_pre_softmax": family.router_score_function == "softmax" and not shape.norm_topk_prob,
-        "moe_aux_loss_coeff": shape.router_aux_loss_coef,
+        **{name: value for kind in SUBLAYERS.values() for name, value in kind.config(shape).items()},
         "mtp_num_layers": shape.mtp_num_layers or None,
         # A checkpoint names every layer's weights apart, which Megatron by itself does only where layers differ.
         "hetereogenous_dist_checkpoint": True,
-    }
-
-
-def _linear_attention_fields(shape: ModelShape) -> Keywords:
-    linear = LINEAR_ATTENTION in shape.family.rows
-    pattern = [int(kind == LINEAR_ATTENTION) for kind in shape.layer_types]
-    sizes = ("conv_kernel_dim", "key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads")
-    return {
-        "experimental_attention_variant": "gated_delta_net" if linear else None,
-        "linear_attention_freq": pattern if linear else None,
-        **{f"linear_{size}": getattr(shape, f"linear_{size}") or None for size in sizes},
     }
 
 

@@ -24,12 +24,18 @@ from megatron_slim.architecture.axes import (
     labelled_positions,
     size,
 )
+from megatron_slim.architecture.feed_forward import EXPERTS
+from megatron_slim.architecture.kinds import AXES
+from megatron_slim.architecture.prunable import HIDDEN, Neurons
 from megatron_slim.architecture.weight import Weight
 
 # Axes of which a position is a channel: a matrix has them on both sides. Others count heads, experts or tokens.
-CHANNELS = frozenset({"hidden", "head_dim", "gdn_key_dim", "gdn_value_dim", "moe_ffn", "shared_ffn", "ffn"})
+CHANNELS = frozenset(
+    {HIDDEN.axis, "head_dim", "gdn_key_dim", "gdn_value_dim"}
+    | {axis.axis for axis in AXES.values() if isinstance(axis, Neurons)}
+)
 _THIN = {
-    "expert": "scores of experts, which route",
+    EXPERTS.axis: "scores of experts, which route",
     "one": "a single row, whose length means something",
     "vocab": "a row for every token",
     "conv_kernel": "a convolution of single channels",

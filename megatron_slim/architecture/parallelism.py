@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
+from megatron_slim.architecture.prunable import Heads
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.architecture.sublayer_kind import Heads
 
 VOCAB_MULTIPLE = 128  # one padded vocabulary for every tensor parallel size that divides it
 
@@ -41,11 +41,15 @@ def layout_violations(
     found = (
         [f"num_layers {shape.num_layers} does not divide into {pp} pipeline stages"] if shape.num_layers % pp else []
     )
+    ways_of = {"tensor": tp, "expert": ep, "expert tensor": etp}
     divided = {
         **{field: ways for kind in KINDS.values() for field, ways in _of_heads(kind.heads, tp, cp).items()},
-        **{kind.neurons.field: ("tensor", tp) for kind in FEED_FORWARD.values()},
-        "num_moe_experts": ("expert", ep),
-        "moe_ffn_hidden_size": ("expert tensor", etp),
+        **{
+            axis.field: (axis.sharded, ways_of[axis.sharded])
+            for kind in FEED_FORWARD.values()
+            for axis in kind.axes
+            if axis.sharded
+        },
     }
     for name, (kind, ways) in divided.items():
         if (value := getattr(shape, name)) % ways:
@@ -68,7 +72,7 @@ def _of_heads(heads: Heads, tp: int, cp: int) -> dict[str, tuple[str, int]]:
         return dict.fromkeys(
             (heads.groups_field, heads.field), ("tensor times context" if cp > 1 else "tensor", tp * cp)
         )
-    return {heads.field: ("tensor", tp)}
+    return {heads.field: (heads.sharded, tp)}
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from megatron_slim.architecture.family import (
     Family,
 )
 from megatron_slim.architecture.glm4_moe import GLM4_MOE
+from megatron_slim.architecture.kinds import AXES
 from megatron_slim.architecture.qwen3_5_moe import QWEN3_5_MOE
 from megatron_slim.architecture.qwen3_moe import QWEN3_MOE
 from megatron_slim.architecture.qwen3_next import QWEN3_NEXT
@@ -96,25 +97,17 @@ class ModelShape:
         """What this model has in common with others of its type."""
         return FAMILIES[self.model_type]
 
-    @property
-    def sizes(self) -> dict[str, int]:
+    @functools.cached_property
+    def sizes(self) -> Mapping[str, int]:
         """Size of every named axis of the architecture table."""
         return {
             "one": 1,
             "vocab": self.vocab_size,
-            "hidden": self.hidden_size,
-            "kv_group": self.num_query_groups,
-            "query_per_group": self.num_attention_heads // self.num_query_groups,
             "head_dim": self.kv_channels,
-            "gdn_key_head": self.linear_num_key_heads,
-            "gdn_value_per_key": self.linear_num_value_heads // max(1, self.linear_num_key_heads),
             "gdn_key_dim": self.linear_key_head_dim,
             "gdn_value_dim": self.linear_value_head_dim,
             "conv_kernel": self.linear_conv_kernel_dim,
-            "expert": self.num_moe_experts,
-            "moe_ffn": self.moe_ffn_hidden_size,
-            "shared_ffn": self.moe_shared_expert_intermediate_size,
-            "ffn": self.ffn_hidden_size,
+            **{name: size for axis in AXES.values() for name, size in axis.sizes(self).items()},
         }
 
     @property

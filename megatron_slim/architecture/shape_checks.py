@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from megatron_slim.architecture.family import FULL_ATTENTION, MOE
+from megatron_slim.architecture.kinds import AXES
 
 if TYPE_CHECKING:
     from megatron_slim.architecture.shape import ModelShape
@@ -14,10 +15,6 @@ if TYPE_CHECKING:
 def violations(shape: ModelShape) -> list[str]:
     """Everything that makes this shape impossible to build, one sentence each."""
     checks = {
-        f"num_attention_heads {shape.num_attention_heads} is not a multiple of num_query_groups "
-        f"{shape.num_query_groups}": shape.num_attention_heads % shape.num_query_groups == 0,
-        f"linear_num_value_heads {shape.linear_num_value_heads} is not a multiple of linear_num_key_heads "
-        f"{shape.linear_num_key_heads}": shape.linear_num_value_heads % max(1, shape.linear_num_key_heads) == 0,
         f"moe_router_topk {shape.moe_router_topk} is larger than num_moe_experts "
         f"{shape.num_moe_experts}": shape.moe_router_topk <= shape.num_moe_experts,
         f"layer_types has {len(shape.layer_types)} entries for num_layers {shape.num_layers}": len(shape.layer_types)
@@ -33,7 +30,8 @@ def violations(shape: ModelShape) -> list[str]:
         f"mtp_num_layers {shape.mtp_num_layers}, but {shape.model_type} has no MTP block": shape.mtp_num_layers == 0
         or bool(shape.family.mtp_rows),
     }
-    found = [sentence for sentence, holds in checks.items() if not holds]
+    found = [sentence for axis in AXES.values() for sentence in axis.violations(shape)]
+    found += [sentence for sentence, holds in checks.items() if not holds]
     found += [*_routing(shape), *_experts(shape)]
     known = shape.family.attention
     unknown = sorted(set(shape.layer_types) - set(known))

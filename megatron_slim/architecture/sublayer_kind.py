@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from megatron_slim.aliases import Keywords
+from megatron_slim.architecture.prunable import Heads, Neurons, PrunableAxis
+
 if TYPE_CHECKING:
     from megatron_slim.architecture.shape import ModelShape
     from megatron_slim.architecture.weight import Weight
@@ -81,60 +84,6 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Heads:
-    """The heads of a kind, as an axis that is pruned; each of some equal groups keeps equally many.
-
-    Attributes:
-        field: their number in a `ModelShape`.
-        noun: for people.
-        label: the same in a table of sizes, where the kind is not named.
-        axis: within a group, in the architecture table.
-        group_axis: of the groups.
-        groups_field: number of groups in a `ModelShape`.
-        groups_noun: for people.
-        width: field of the numbers that one head gives to the last projection.
-        statistic: their importance in a statistics file, after the block's name.
-        projection: the module of Megatron's layer that reads what they give.
-        exchanged: context-parallel ranks exchange whole sequences for heads and groups, which divide by their number.
-    """
-
-    field: str
-    noun: str
-    label: str
-    axis: str
-    group_axis: str
-    groups_field: str
-    groups_noun: str
-    width: str
-    statistic: str
-    projection: str
-    exchanged: bool
-
-
-@dataclass(frozen=True)
-class Neurons:
-    """The neurons of a network that all tokens visit, as an axis that is pruned.
-
-    Attributes:
-        field: their number in a `ModelShape`; 0 where a model has none.
-        noun: for people.
-        label: the network in a table of sizes.
-        key: what survives of them, in a plan.
-        axis: in the architecture table.
-        statistic: their importance in a statistics file, after the block's name.
-        projection: the module of Megatron's layer that reads what they give.
-    """
-
-    field: str
-    noun: str
-    label: str
-    key: str
-    axis: str
-    statistic: str
-    projection: str
-
-
-@dataclass(frozen=True)
 class SublayerKind:
     """One kind.
 
@@ -146,6 +95,7 @@ class SublayerKind:
         kept: bytes a token, of all tensor-parallel ranks together, that a forward pass keeps for backward.
         fp8_sides: dimensions of its linear layers, experts apart.
         expert_fp8_sides: those of routed experts.
+        config: fields of Megatron's `TransformerConfig`, also of a model that has no such layer.
     """
 
     name: str
@@ -155,6 +105,7 @@ class SublayerKind:
     kept: Callable[[ModelShape, MicroBatch], float]
     fp8_sides: Callable[[ModelShape], Iterable[Side]]
     expert_fp8_sides: Callable[[ModelShape], Iterable[Side]]
+    config: Callable[[ModelShape], Keywords]
 
 
 @dataclass(frozen=True)
@@ -169,6 +120,11 @@ class AttentionKind(SublayerKind):
     heads: Heads
     part: str
 
+    @property
+    def axes(self) -> tuple[PrunableAxis, ...]:
+        """What pruning may make smaller."""
+        return (self.heads,)
+
 
 @dataclass(frozen=True)
 class FeedForwardKind(SublayerKind):
@@ -176,11 +132,21 @@ class FeedForwardKind(SublayerKind):
 
     Attributes:
         neurons: its axis of neurons that all tokens visit.
-        is_routed: it has routed experts.
+        routed: its axes of routed experts, none where it has none.
     """
 
     neurons: Neurons
-    is_routed: bool
+    routed: tuple[PrunableAxis, ...] = ()
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether it has routed experts."""
+        return bool(self.routed)
+
+    @property
+    def axes(self) -> tuple[PrunableAxis, ...]:
+        """What pruning may make smaller."""
+        return (*self.routed, self.neurons)
 
 
 def projections(rows: Sequence[Weight]) -> dict[str, list[Weight]]:

@@ -4,7 +4,7 @@ Importing `megatron_slim.mcore` makes the changes, before anything imports Megat
 
 - `patch`, `table`: a change of Megatron as a row that says why and until when; all rows
 - `install`: what is changed on this machine
-- `fixes_data`, `fixes_fp32`, `fixes_resume`: bugs of Megatron-Core, on any machine
+- `fixes_data`, `fixes_fp32`, `fixes_resume`, `fixes_routers`: bugs of Megatron-Core, on any machine
 - `hooks`: what training adds to Megatron's loop
 - `chained_groups`: how several optimizers save their groups of parameters
 - `libraries`: what stands in for flash-linear-attention and a fused Adam

@@ -6,6 +6,7 @@ from megatron_slim.compat import cpu_kernels, cpu_megatron, forked_ranks, librar
 from megatron_slim.compat.fixes_data import DATASET_HELPERS
 from megatron_slim.compat.fixes_fp32 import ORDERED_PARAMETERS, PLAIN_OPTIMIZER, RESTORED_PARAMETERS, ROUTER_COUNTS
 from megatron_slim.compat.fixes_resume import BUCKET_PADDING, EMPTY_OPTIMIZERS, OTHER_EXPERT_PARALLELISM, OTHER_RATES
+from megatron_slim.compat.fixes_routers import ROUTER_BIASES
 from megatron_slim.compat.hooks import LEARNING_RATES, OPTIMIZER_NAMES, OPTIMIZERS, PIPELINE, SCHEDULE, TRAINING_LOG
 from megatron_slim.compat.patch import Patch
 
@@ -14,6 +15,7 @@ FIXES: tuple[Patch, ...] = (
     DATASET_HELPERS,
     BUCKET_PADDING,
     ROUTER_COUNTS,
+    ROUTER_BIASES,
     RESTORED_PARAMETERS,
     ORDERED_PARAMETERS,
     PLAIN_OPTIMIZER,

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from megatron_slim.aliases import JsonObject
 from megatron_slim.architecture.axes import Dim, axes_of, kept_positions
+from megatron_slim.architecture.feed_forward import EXPERT_NEURONS
 from megatron_slim.architecture.hf_config import shape_to_hf_config, wrapper_of
+from megatron_slim.architecture.prunable import HIDDEN
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import weights
 from megatron_slim.checkpoint.convert import Checkpoint
@@ -135,13 +137,13 @@ class PrunedCheckpoint:
 
     def _read_neurons(self, block: str, expert: int, neurons: Neurons | None) -> Tensor:
         """All surviving weights of some neurons of a source expert, as `Alignment` takes them: [neurons, weights]."""
-        kept = {"hidden": self._kept_hidden} | ({} if neurons is None else {"moe_ffn": neurons})
+        kept = {HIDDEN.axis: self._kept_hidden} | ({} if neurons is None else {EXPERT_NEURONS.axis: neurons})
         found = []
         for weight in weights(self.plan.source_shape):
             for tensor in weight.sources if weight.stacked and weight.block == block else ():
                 rows, columns = (kept_positions(dim, self.plan.source_shape.sizes, kept) for dim in tensor.dims)
                 part = self.source.read_rows(tensor.name.format(expert=expert), rows, columns)
-                found.append(part if "moe_ffn" in axes_of(tensor.dims[0]) else part.T)
+                found.append(part if EXPERT_NEURONS.axis in axes_of(tensor.dims[0]) else part.T)
         return torch.cat(found, dim=1)
 
     def _source_name(self, origin: _Origin) -> str:
@@ -151,8 +153,8 @@ class PrunedCheckpoint:
         """Surviving rows and columns of a source tensor, of a merged expert in the order of its base's."""
         kept = kept_axes(self.plan, origin.block, origin.expert)
         if self._alignment is not None and origin.group is not None and member is not None:
-            neurons = self._alignment.neurons(origin.block, origin.group, member, kept.get("moe_ffn"))
-            kept |= {} if neurons is None else {"moe_ffn": neurons}
+            neurons = self._alignment.neurons(origin.block, origin.group, member, kept.get(EXPERT_NEURONS.axis))
+            kept |= {} if neurons is None else {EXPERT_NEURONS.axis: neurons}
         shape = self.plan.source_shape.in_block(origin.block)
         indices = [_positions(dim, shape, kept) for dim in origin.dims]
         assert all(index is None for index in indices[2:]), f"{origin.name}: only the first two dimensions are pruned"

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_slim.architecture.kinds import FEED_FORWARD
+from megatron_slim.architecture.feed_forward import EXPERT_NEURONS
+from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 from megatron_slim.checkpoint.records import PLAN, PROVENANCE
 from megatron_slim.errors import CheckpointError
 from megatron_slim.expert_metrics import EXPERT_IMPORTANCES, EXPERT_SIMILARITIES
@@ -58,16 +59,10 @@ def _of_block(stats: Statistics, plan: Plan, new: str, old: str) -> Iterator[tup
     for kind in LAYER_KINDS:
         yield statistics.layer_key(new, kind), stats.tensors[statistics.layer_key(old, kind)]
     attention, network = plan.source_shape.sublayers_of(old)
-    for before, after, kept in (
-        (statistics.heads_key(old, attention), statistics.heads_key(new, attention), plan.inner.heads),
-        (
-            statistics.neurons_key(old, network),
-            statistics.neurons_key(new, network),
-            getattr(plan.inner, FEED_FORWARD[network].neurons.key),
-        ),
-    ):
-        if (values := stats.tensors.get(before)) is not None:
-            yield after, values[list(kept[old])] if old in kept else values
+    heads, neurons = KINDS[attention].heads, FEED_FORWARD[network].neurons
+    for axis, kept in ((heads, plan.inner.heads), (neurons, getattr(plan.inner, neurons.key))):
+        if (values := stats.tensors.get(statistics.axis_key(old, axis))) is not None:
+            yield statistics.axis_key(new, axis), values[list(kept[old])] if old in kept else values
     if old in plan.experts:
         yield from _of_experts(stats, plan, new, old)
 
@@ -80,10 +75,10 @@ def _of_experts(stats: Statistics, plan: Plan, new: str, old: str) -> Iterator[t
     for kind in EXPERT_SIMILARITIES:
         if (similarity := stats.tensors.get(statistics.similarity_key(old, kind))) is not None:
             yield statistics.similarity_key(new, kind), similarity[np.ix_(bases, bases)]
-    neurons = stats.tensors[statistics.expert_ffn_key(old)][bases]
+    neurons = stats.tensors[statistics.axis_key(old, EXPERT_NEURONS)][bases]
     if old in plan.inner.neurons:
         neurons = np.take_along_axis(neurons, np.array(plan.inner.neurons[old]), axis=1)
-    yield statistics.expert_ffn_key(new), neurons
+    yield statistics.axis_key(new, EXPERT_NEURONS), neurons
 
 
 def read_carried_statistics(pruned: Path, source: Checkpoint) -> Statistics:

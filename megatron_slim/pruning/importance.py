@@ -37,17 +37,18 @@ import torch
 from torch import Tensor
 
 from megatron_slim import expert_metrics
+from megatron_slim.architecture.feed_forward import EXPERT_NEURONS
+from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.pruning.statistics import (
     Array,
-    expert_ffn_key,
-    heads_key,
+    axis_key,
     hidden_key,
     importance_key,
     layer_key,
-    neurons_key,
     similarity_key,
 )
+from megatron_slim.recipe_sections import NORM_ACTIVATION, NORM_ACTIVATION_L2
 
 Sums = dict[str, Tensor]
 """Float64 sums by name, of one module; see `recorder` for the names."""
@@ -69,15 +70,15 @@ class HiddenImportance:
     def __init__(self, shape: ModelShape) -> None:
         self._num_layers = shape.num_layers
         zeros = torch.zeros(shape.hidden_size, dtype=torch.float64)
-        self.sums = {kind: zeros.clone() for kind in ("norm_activation", "norm_activation_l2")}
+        self.sums = {kind: zeros.clone() for kind in (NORM_ACTIVATION, NORM_ACTIVATION_L2)}
 
     def add(self, sums: Mapping[str, Tensor], total_tokens: int) -> None:
         """Add the norm sites among the sums of a module, [H] each; ``total_tokens`` is how many tokens they saw."""
         for name, values in sums.items():
             if name.endswith("_norm.abs"):
-                self.sums["norm_activation"] += values.cpu() / (total_tokens * self._num_layers)
+                self.sums[NORM_ACTIVATION] += values.cpu() / (total_tokens * self._num_layers)
             elif name.endswith("_norm.squares"):
-                self.sums["norm_activation_l2"] += values.cpu().sqrt() / self._num_layers
+                self.sums[NORM_ACTIVATION_L2] += values.cpu().sqrt() / self._num_layers
 
     def results(self) -> Iterator[tuple[str, Array]]:
         """The importances, [H] each, under their names in the statistics file."""
@@ -100,16 +101,16 @@ def block_statistics(
     ends = torch.stack((sums["input"], sums["output"]))
     yield layer_key(block, "cosine"), to_array(expert_metrics.cosine_matrix(ends)[0, 1])
     yield layer_key(block, "block_influence"), to_array(1 - sums["cosine"] / tokens)
-    yield heads_key(block, shape.layer_type(block)), to_array(sums["heads"] / tokens)
+    yield axis_key(block, KINDS[shape.layer_type(block)].heads), to_array(sums["heads"] / tokens)
     if "neurons" in sums:
-        yield neurons_key(block, shape.ffn_kind(block)), to_array(sums["neurons"] / tokens)
+        yield axis_key(block, FEED_FORWARD[shape.ffn_kind(block)].neurons), to_array(sums["neurons"] / tokens)
     if router_EH is not None:
         yield from _expert_statistics(block, sums, router_EH.cpu())
 
 
 def _expert_statistics(block: str, sums: Sums, router_EH: Tensor) -> Iterator[tuple[str, Array]]:
     visits = expert_metrics.visits(sums)
-    yield expert_ffn_key(block), to_array(sums["experts.ffn"] / visits[:, None])
+    yield axis_key(block, EXPERT_NEURONS), to_array(sums["experts.ffn"] / visits[:, None])
     known = {**sums, "router": router_EH}
     for kind, metric in expert_metrics.EXPERT_IMPORTANCES.items():
         yield importance_key(block, kind), to_array(metric.of(known))

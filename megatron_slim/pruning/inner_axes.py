@@ -14,16 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_slim.aliases import Document, JsonObject
-from megatron_slim.architecture.feed_forward import EXPERT_FFN
+from megatron_slim.architecture.feed_forward import DENSE_NEURONS, EXPERT_NEURONS
 from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
+from megatron_slim.architecture.prunable import Heads
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.architecture.sublayer_kind import Heads
 from megatron_slim.pruning import statistics
 from megatron_slim.pruning.experts import ExpertGroup, Vector, ranking
 from megatron_slim.pruning.statistics import Statistics
 
 _BY_BLOCK = (*(kind.neurons.key for kind in FEED_FORWARD.values()), "heads")
-OPTIONAL = ("dense_neurons",)  # parts of a plan document that are there only where they say something
+OPTIONAL = (DENSE_NEURONS.key,)  # parts of a plan document that are there only where they say something
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class InnerAxes:
         """Survivors by axis, for `axes.kept_positions`; ``expert`` counts the surviving ones, None outside them."""
         found = {}
         if expert is not None and block in self.neurons:
-            found["moe_ffn"] = np.array(self.neurons[block][expert], dtype=np.int64)
+            found[EXPERT_NEURONS.axis] = np.array(self.neurons[block][expert], dtype=np.int64)
         for neurons in (kind.neurons for kind in FEED_FORWARD.values()):
             if block in (kept := getattr(self, neurons.key)):
                 found[neurons.axis] = np.array(kept[block], dtype=np.int64)
@@ -103,16 +103,19 @@ def choose(
     neurons: dict[str, tuple[tuple[int, ...], ...]] = {}
     found: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in _BY_BLOCK}
     for block in blocks:
-        if block in experts and pruned(EXPERT_FFN, source, target):
-            of_expert = importance(statistics.expert_ffn_key(block))
-            neurons[block] = tuple(best(of_expert[each.base], target.moe_ffn_hidden_size) for each in experts[block])
+        if block in experts and pruned(EXPERT_NEURONS.field, source, target):
+            of_expert, count = (
+                importance(statistics.axis_key(block, EXPERT_NEURONS)),
+                getattr(target, EXPERT_NEURONS.field),
+            )
+            neurons[block] = tuple(best(of_expert[each.base], count) for each in experts[block])
         kind = FEED_FORWARD[source.ffn_kind(block)]
         if pruned(kind.neurons.field, source, target):
-            of_all = importance(statistics.neurons_key(block, kind.name))
+            of_all = importance(statistics.axis_key(block, kind.neurons))
             found[kind.neurons.key][block] = best(of_all, getattr(target, kind.neurons.field))
         axis = KINDS[source.layer_type(block)].heads
         if has_fewer_heads(axis, source, target):
-            of_heads = importance(statistics.heads_key(block, source.layer_type(block)))
+            of_heads = importance(statistics.axis_key(block, axis))
             found["heads"][block] = best_of_groups(
                 of_heads, getattr(target, axis.field), source.sizes[axis.group_axis], getattr(target, axis.groups_field)
             )
@@ -158,7 +161,7 @@ def violations(document: Document, blocks: Sequence[str], source: ModelShape, ta
     """What is wrong with the parts of a plan document that `InnerAxes` holds, for these surviving blocks."""
     routed = set(source.routed_blocks)
     expected_of = {
-        "neurons": [block for block in blocks if block in routed and pruned(EXPERT_FFN, source, target)],
+        "neurons": [block for block in blocks if block in routed and pruned(EXPERT_NEURONS.field, source, target)],
         "heads": [b for b in blocks if has_fewer_heads(KINDS[source.layer_type(b)].heads, source, target)],
     }
     for kind, neurons in ((kind.name, kind.neurons) for kind in FEED_FORWARD.values()):
@@ -185,7 +188,8 @@ def _block_violations(
             return
         for number, indices in enumerate(value):
             label = f"neurons of {block}, expert {number}"
-            yield from index_violations(label, indices, target.moe_ffn_hidden_size, source.moe_ffn_hidden_size)
+            count, limit = getattr(target, EXPERT_NEURONS.field), getattr(source, EXPERT_NEURONS.field)
+            yield from index_violations(label, indices, count, limit)
         return
     fields = {kind.neurons.key: kind.neurons.field for kind in FEED_FORWARD.values()}
     size = fields.get(name) or KINDS[source.layer_type(block)].heads.field

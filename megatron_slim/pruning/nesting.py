@@ -12,8 +12,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_slim.aliases import Keywords
+from megatron_slim.architecture import prunable
 from megatron_slim.architecture.family import LAYERS
-from megatron_slim.architecture.feed_forward import EXPERT_FFN
+from megatron_slim.architecture.feed_forward import EXPERT_NEURONS, EXPERTS, TOP_K
 from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 from megatron_slim.errors import RecipeError
 from megatron_slim.pruning.experts import ExpertGroup
@@ -71,11 +72,11 @@ def _merged(plan: Plan) -> Iterator[str]:
 
 def _crossing(small: Plan, large: Plan) -> Iterator[str]:
     """What of one plan is not in another, as "AXIS INDEX is not among the N"."""
-    yield from _outside("layers", small.kept_layers, large.kept_layers)
-    yield from _outside("hidden_dimensions", small.kept_hidden, large.kept_hidden)
+    yield from _outside(prunable.LAYERS.noun, small.kept_layers, large.kept_layers)
+    yield from _outside(prunable.HIDDEN.noun, small.kept_hidden, large.kept_hidden)
     topk = small.target_shape.moe_router_topk, large.target_shape.moe_router_topk
     if topk[0] > topk[1]:
-        yield f"top-k {topk[0]} is larger than the {topk[1]}"
+        yield f"{TOP_K.label} {topk[0]} is larger than the {topk[1]}"
     both = set(large.source_blocks.values())
     for block in small.source_blocks.values():
         if block in both:
@@ -116,7 +117,7 @@ def survivors_of(plan: Plan, block: str) -> dict[str, Indices]:
 def neurons_of(plan: Plan, block: str, expert: int) -> Indices:
     """FFN neurons that a surviving expert keeps; ``expert`` counts the survivors."""
     given = plan.inner.neurons.get(block)
-    return tuple(range(plan.source_shape.moe_ffn_hidden_size)) if given is None else given[expert]
+    return tuple(range(getattr(plan.source_shape, EXPERT_NEURONS.field))) if given is None else given[expert]
 
 
 def relative(small: Plan, large: Plan, *, source_sha256: str | None = None) -> Plan:
@@ -172,7 +173,7 @@ def _relative_inner(small: Plan, large: Plan, names: Mapping[str, str]) -> Inner
         network = FEED_FORWARD[source.ffn_kind(new)].neurons
         if pruned(network.field, source, target):
             parts[network.key][new] = _places(inside[network.key], outside[network.key])
-        if old in small.experts and pruned(EXPERT_FFN, source, target):
+        if old in small.experts and pruned(EXPERT_NEURONS.field, source, target):
             places = _places(*([group.base for group in plan.experts[old]] for plan in (small, large)))
             both = ((neurons_of(small, old, own), neurons_of(large, old, of)) for own, of in enumerate(places))
             neurons[new] = tuple(_places(own, of) for own, of in both)
@@ -189,9 +190,9 @@ def _recipe(small: Plan, large: Plan, experts: Mapping[str, tuple[ExpertGroup, .
     }
     counts = source.expert_counts
     fewer = any(len(groups) < counts[block] for block, groups in experts.items())
-    sizes.pop("num_moe_experts", None)
+    sizes.pop(EXPERTS.field, None)
     if fewer:
-        sizes["num_moe_experts"] = target.num_moe_experts
+        sizes[EXPERTS.field] = target.num_moe_experts
     asked = small.recipe.experts
     allocated = fewer and bool(small.allocation)
     method = dataclasses.replace(

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_slim.aliases import Document, JsonObject
-from megatron_slim.architecture.feed_forward import EXPERT_FFN
+from megatron_slim.architecture.feed_forward import EXPERT_NEURONS
 from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.pruning.inner_axes import InnerAxes
@@ -76,7 +76,7 @@ def _sizes(shape: ModelShape) -> dict[str, dict[str, int]]:
 
 
 def _neuron_violations(neurons: object, shape: ModelShape) -> Iterator[str]:
-    counts, size = shape.expert_counts, getattr(shape, EXPERT_FFN)
+    counts, size = shape.expert_counts, getattr(shape, EXPERT_NEURONS.field)
     if not isinstance(neurons, Mapping) or (neurons and set(neurons) != set(counts)):
         yield "neurons are not given for exactly the blocks with experts"
         return

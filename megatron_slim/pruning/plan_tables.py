@@ -88,7 +88,7 @@ def _fp8_section(plan: Plan) -> Section:
     for recipe in RECIPES:
         fits = [not size_violations(shape, recipe, tp=tp) for tp in columns]
         rows.append((recipe, *("fits" if fit else "no" for fit in fits)))
-    reasons = [sentence for recipe in ("tensorwise", "mxfp8") for sentence in size_violations(shape, recipe)[:1]]
+    reasons = [sentence for recipe in RECIPES for sentence in size_violations(shape, recipe)[:1]]
     return _section("Training in FP8", ("recipe", *(f"tp {tp}" for tp in columns)), rows, "".join(reasons[:1]))
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_slim.aliases import JsonObject
+from megatron_slim.architecture import feed_forward, prunable
 from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import BF16_BYTES, count_parameters
@@ -24,15 +25,13 @@ from megatron_slim.pruning.plan_reader import PlanError
 from megatron_slim.pruning.statistics import (
     LAYER_KINDS,
     Statistics,
-    expert_ffn_key,
-    heads_key,
+    axis_key,
     hidden_key,
     importance_key,
     layer_key,
-    neurons_key,
 )
 
-HIDDEN, EXPERTS = "hidden dimensions", "experts"
+HIDDEN, EXPERTS = prunable.HIDDEN.noun, feed_forward.EXPERTS.noun
 STREAM = "residual stream"
 
 
@@ -157,22 +156,22 @@ def ranked_axes(plan: Plan, stats: Statistics | None) -> list[Axis]:
 
 def _inner_axes(plan: Plan, stats: Statistics | None) -> Iterator[Axis]:
     """FFN neurons and heads, where some go; neurons of all surviving experts of a block are one place."""
-    shape = plan.source_shape
+    shape, of_experts = plan.source_shape, feed_forward.EXPERT_NEURONS
     for block, experts in plan.inner.neurons.items():
-        width, bases = shape.moe_ffn_hidden_size, [group.base for group in plan.experts[block]]
+        width, bases = getattr(shape, of_experts.field), [group.base for group in plan.experts[block]]
         kept = tuple(number * width + neuron for number, neurons in enumerate(experts) for neuron in neurons)
-        measured = _vector(stats, expert_ffn_key(block))
+        measured = _vector(stats, axis_key(block, of_experts))
         importance = None if measured is None else measured[bases].reshape(-1)
-        yield Axis("expert neurons", block, len(bases) * width, kept, importance)
-    for kind, axis in ((kind.name, kind.neurons) for kind in FEED_FORWARD.values()):
+        yield Axis(of_experts.noun, block, len(bases) * width, kept, importance)
+    for axis in (kind.neurons for kind in FEED_FORWARD.values()):
         for block, neurons in getattr(plan.inner, axis.key).items():
-            measured = _vector(stats, neurons_key(block, kind))
+            measured = _vector(stats, axis_key(block, axis))
             yield Axis(axis.noun, block, getattr(shape, axis.field), neurons, measured)
     for name, of_heads in ((kind.name, kind.heads) for kind in KINDS.values()):
         for block, heads in plan.inner.heads.items():
             if shape.layer_type(block) == name:
                 size = getattr(shape, of_heads.field)
-                yield Axis(of_heads.noun, block, size, heads, _vector(stats, heads_key(block, name)))
+                yield Axis(of_heads.noun, block, size, heads, _vector(stats, axis_key(block, of_heads)))
 
 
 def block_experts(plan: Plan, stats: Statistics | None) -> list[BlockExperts]:

@@ -7,21 +7,19 @@ import math
 from collections.abc import Iterator
 
 from megatron_slim.aliases import Keywords
-from megatron_slim.architecture.kinds import KINDS
+from megatron_slim.architecture.feed_forward import EXPERTS
+from megatron_slim.architecture.kinds import AXES, KINDS
+from megatron_slim.architecture.prunable import LAYERS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import RecipeError
 from megatron_slim.extras import require
 from megatron_slim.pruning.depth import Depth, is_whole, layer_fields, possible_depths
 from megatron_slim.pruning.search import Space
-from megatron_slim.pruning.shares import EXPERTS
 from megatron_slim.pruning.target import allocation_unit, uniform, wanted_sizes
 from megatron_slim.recipe import Recipe
 from megatron_slim.recipe_elastic import refuse_budgets
 from megatron_slim.recipe_sections import Experts
-
-# A row of an expert is a multiple of 16 bytes in bf16, or PyTorch's grouped matmul, which transformers uses, fails.
-ROW_MULTIPLE = 8
 
 
 def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") -> None:
@@ -39,7 +37,7 @@ def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") ->
     found = [
         f"target.{key} {value} is larger than the source's {limit}"
         for key, value in wanted.items()
-        if value is not None and value > (limit := least if key == "num_moe_experts" else getattr(shape, key))
+        if value is not None and value > (limit := least if key == EXPERTS.field else getattr(shape, key))
     ]
     experts = recipe.target.num_moe_experts or least
     groups = recipe.experts.num_groups
@@ -57,10 +55,12 @@ def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") ->
             f"moe_router_topk {topk} is larger than num_moe_experts {experts} of the target"
             + ("" if recipe.target.moe_router_topk else " (set target.moe_router_topk)")
         )
-    for size in ("hidden_size", "moe_ffn_hidden_size"):
-        row = wanted[size] or 0
-        if row < getattr(shape, size) and row % ROW_MULTIPLE:
-            found.append(f"target.{size} {row} is not a multiple of {ROW_MULTIPLE} (grouped matmul needs that)")
+    for axis in AXES.values():
+        size = wanted[axis.field] or 0
+        if size < getattr(shape, axis.field) and size % axis.row_multiple:
+            found.append(
+                f"target.{axis.field} {size} is not a multiple of {axis.row_multiple} (grouped matmul needs that)"
+            )
     if recipe.target.moe_router_topk == 1 and shape.norm_topk_prob:
         found.append("moe_router_topk 1 with norm_topk_prob leaves the router without a gradient")
     if experts < least and groups % shape.moe_router_num_groups:
@@ -72,7 +72,7 @@ def check_recipe(recipe: Recipe, shape: ModelShape, *, where: str = "recipe") ->
     if layers <= shape.num_layers and not list(_whole_depths(recipe, shape, layers)):
         found.append(f"target.num_layers {layers} leaves no full_attention layer with experts")
     found += _head_violations(recipe, shape)
-    sizes: Keywords = {k: size for k, size in wanted_sizes(recipe, shape).items() if k != "num_layers"}
+    sizes: Keywords = {k: size for k, size in wanted_sizes(recipe, shape).items() if k != LAYERS.field}
     found = found or dataclasses.replace(uniform(shape), **sizes).violations()
     if recipe.budget is not None:
         found = found or _grid_violations(recipe, shape) or space_before_statistics(recipe, shape).violations()
@@ -95,7 +95,7 @@ def _allocation_violations(recipe: Recipe, shape: ModelShape, experts: int, topk
     if recipe.budget is None and recipe.target.num_moe_experts is None:
         yield "experts.allocation loss without target.num_moe_experts, the number on average"
     unit = allocation_unit(recipe)
-    if recipe.budget is not None and recipe.target.num_moe_experts is None and EXPERTS in recipe.search.axes:
+    if recipe.budget is not None and recipe.target.num_moe_experts is None and EXPERTS.field in recipe.search.axes:
         if experts // unit * unit < topk:
             yield f"no number of experts from {topk} to {experts} is a multiple of {unit}, as experts.multiple asks"
     elif experts % unit:

@@ -35,6 +35,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megatron_slim.aliases import Keywords
+from megatron_slim.architecture.feed_forward import EXPERT_NEURONS
 from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 from megatron_slim.architecture.local_experts import LocalExperts
 from megatron_slim.architecture.local_modules import rms_norm
@@ -122,7 +123,7 @@ def block_sizes(block: str, shape: ModelShape) -> dict[str, tuple[int, ...]]:
         sizes |= {f"experts.{name}": (experts,) for name in ("count", "share", *pair_sums())}
         sizes |= {
             "experts.output": (experts, hidden),
-            "experts.ffn": (experts, shape.moe_ffn_hidden_size),
+            "experts.ffn": (experts, getattr(shape, EXPERT_NEURONS.field)),
             "experts.logits": (experts, experts),
         }
     if neurons := getattr(shape, kind.neurons.field):

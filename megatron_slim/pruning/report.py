@@ -5,31 +5,21 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from megatron_slim.architecture.family import DENSE
-from megatron_slim.architecture.feed_forward import EXPERT_FFN
 from megatron_slim.architecture.hf_config import OWN_COUNTS
-from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
-from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
+from megatron_slim.architecture.kinds import BLOCK_AXES, FEED_FORWARD, KINDS
+from megatron_slim.architecture.prunable import HIDDEN, LAYERS
+from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import ranges
 from megatron_slim.pruning.plan import Plan
 
 Summary: TypeAlias = dict[str, int]
 LABELS = {
-    "num_layers": "layers",
-    "full_attention_layers": "full attention",
-    "linear_attention_layers": "linear attention",
+    **LAYERS.labels,
+    **{f"{name}_layers": kind.noun for name, kind in KINDS.items()},
     "num_dense_layers": "dense layers",
     "mtp_num_layers": "MTP blocks",
-    "hidden_size": "hidden size",
-    "num_moe_experts": "experts",
-    "moe_router_topk": "top-k",
-    EXPERT_FFN: "expert FFN",
-    **{kind.neurons.field: kind.neurons.label for kind in FEED_FORWARD.values()},
-    **{
-        field: label
-        for heads in (kind.heads for kind in KINDS.values())
-        for field, label in ((heads.groups_field, heads.groups_noun), (heads.field, heads.label))
-    },
+    **{field: label for axis in (HIDDEN, *BLOCK_AXES.values()) for field, label in axis.labels.items()},
     "parameters": "parameters",
     "parameters_without_mtp": "without MTP",
     "active_parameters": "active, without MTP",
@@ -40,10 +30,9 @@ _DENSE = ("num_dense_layers", FEED_FORWARD[DENSE].neurons.field)
 
 def summarise(shape: ModelShape, total_bytes: int) -> Summary:
     """Sizes of a model, by the keys of `LABELS`; active parameters are those that one token visits, MTP left out."""
-    full, trunk = shape.layer_types.count(FULL_ATTENTION), count_parameters(shape, include_mtp=False)
+    trunk = count_parameters(shape, include_mtp=False)
     counted = {
-        "full_attention_layers": full,
-        "linear_attention_layers": shape.num_layers - full,
+        **{f"{name}_layers": shape.layer_types.count(name) for name in KINDS},
         "parameters": count_parameters(shape).total,
         "parameters_without_mtp": trunk.total,
         "active_parameters": trunk.active,

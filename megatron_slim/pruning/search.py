@@ -29,13 +29,14 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from megatron_slim.aliases import JsonObject
-from megatron_slim.architecture.feed_forward import EXPERT_FFN
-from megatron_slim.architecture.kinds import KINDS
+from megatron_slim.architecture.feed_forward import EXPERTS
+from megatron_slim.architecture.kinds import AXES
+from megatron_slim.architecture.prunable import LAYERS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import BF16_BYTES, count_parameters
 from megatron_slim.errors import RecipeError
 from megatron_slim.pruning.depth import Depth, is_whole, layer_fields
-from megatron_slim.pruning.shares import EXPERTS, HIDDEN, LAYERS, NEURONS, Shares
+from megatron_slim.pruning.shares import Shares
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.pruning.target import allocation_unit
 from megatron_slim.recipe import Recipe
@@ -43,9 +44,7 @@ from megatron_slim.recipe_budget import Budget, Search
 
 MAX_RECORDED = 50
 STEPS = 16  # of an axis, about
-# Sizes are multiples of the first, which kernels like; of the second where that leaves fewer than `FEWEST` sizes.
-MULTIPLES = {HIDDEN: (128, 8), EXPERTS: (8, 1), EXPERT_FFN: (64, 8)} | dict.fromkeys(NEURONS, (64, 8))
-FEWEST = 8
+FEWEST = 8  # sizes that the first of an axis's multiples must leave
 # What so many layers are left with; empty where the method cannot leave so many.
 DepthOf = Callable[[int], Depth]
 
@@ -125,17 +124,16 @@ def usual_sizes(axis: str, shape: ModelShape, runs: int = 1) -> list[int]:
         runs: what divides every number of experts (`target.allocation_unit`).
     """
     size: int = getattr(shape, axis)
-    if axis == LAYERS:
+    if axis == LAYERS.field:
         step = shape.full_attention_interval or 1
     else:
-        groups = {kind.heads.field: shape.sizes[kind.heads.group_axis] for kind in KINDS.values()}
-        coarse, fine = MULTIPLES.get(axis, (groups.get(axis, 1),) * 2)
+        coarse, fine = AXES[axis].multiples or (shape.sizes[AXES[axis].group_axis],) * 2
         multiple = coarse if size >= FEWEST * coarse else fine
-        if axis == EXPERTS:
+        if axis == EXPERTS.field:
             multiple = both if (both := math.lcm(multiple, runs)) <= size else runs
         step = max(multiple, size // STEPS // multiple * multiple)
     sizes = [*range(step, size, step), size]
-    return [size for size in sizes if size % runs == 0] if axis == EXPERTS else sizes
+    return [size for size in sizes if size % runs == 0] if axis == EXPERTS.field else sizes
 
 
 def grid(recipe: Recipe, shape: ModelShape, depth_of: DepthOf) -> dict[str, list[int]]:
@@ -146,9 +144,9 @@ def grid(recipe: Recipe, shape: ModelShape, depth_of: DepthOf) -> dict[str, list
             continue
         named = recipe.search.grid.get(axis)
         sizes = usual_sizes(axis, shape, allocation_unit(recipe)) if named is None else list(named)
-        if axis == EXPERTS:
+        if axis == EXPERTS.field:
             sizes = [size for size in sizes if size >= (recipe.target.moe_router_topk or shape.moe_router_topk)]
-        if axis == LAYERS:
+        if axis == LAYERS.field:
             sizes = [size for size in sizes if is_whole(depth_of(size))]
         found[axis] = sizes
     return found
@@ -171,7 +169,7 @@ class Space:
     def model(self, sizes: Mapping[str, int]) -> ModelShape:
         """Sizes of the target with these on the axes that are searched."""
         fixed = {key: value for key, value in dataclasses.asdict(self.recipe.target).items() if value is not None}
-        layers = {**fixed, **sizes}.get(LAYERS, self.shape.num_layers)
+        layers = {**fixed, **sizes}.get(LAYERS.field, self.shape.num_layers)
         return dataclasses.replace(self.shape, **fixed | dict(sizes) | layer_fields(self.depth_of(layers)))
 
     def candidate(self, sizes: Mapping[str, int], score: float = 0.0) -> Candidate:

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_slim.architecture.axes import axes_of, kept_positions, size
+from megatron_slim.architecture.feed_forward import EXPERTS
+from megatron_slim.architecture.prunable import HIDDEN
 from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.layout import split_keys
@@ -45,10 +47,10 @@ def kept_axes(plan: Plan, block: str, expert: int | None) -> dict[str, Positions
     kept = plan.inner.kept(block, source, expert) if block else {}
     hidden = np.array(plan.kept_hidden, dtype=np.int64)
     if _is_some(hidden, source.hidden_size):
-        kept["hidden"] = hidden
+        kept[HIDDEN.axis] = hidden
     bases = np.array([group.base for group in plan.experts.get(block, ())], dtype=np.int64)
     if len(bases) and _is_some(bases, source.in_block(block).num_moe_experts):
-        kept["expert"] = bases
+        kept[EXPERTS.axis] = bases
     return kept
 
 

@@ -7,17 +7,14 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from megatron_slim.architecture.family import MOE
-from megatron_slim.architecture.feed_forward import EXPERT_FFN
-from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
+from megatron_slim.architecture.feed_forward import EXPERT_NEURONS, EXPERTS
+from megatron_slim.architecture.kinds import BLOCK_AXES, SUBLAYERS
+from megatron_slim.architecture.prunable import HIDDEN, PrunableAxis
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.pruning import statistics
 from megatron_slim.pruning.experts import Vector
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import Recipe
-
-LAYERS, HIDDEN, EXPERTS = "num_layers", "hidden_size", "num_moe_experts"
-NEURONS = {kind.neurons.field: kind for kind in FEED_FORWARD.values()}  # by the size that says their number
 
 
 class Shares:
@@ -42,9 +39,9 @@ class Shares:
         product = math.fsum(influence[layer] for layer in kept) / total if total else len(kept) / len(influence)
         if target.hidden_size < self._shape.hidden_size:
             product *= float(self._curve(HIDDEN, 0)[target.hidden_size - 1])
-        for axis in (EXPERTS, EXPERT_FFN, *NEURONS, *(kind.heads.field for kind in KINDS.values())):
-            size: int = getattr(target, axis)
-            if size < getattr(self._shape, axis):
+        for field, axis in BLOCK_AXES.items():
+            size: int = getattr(target, field)
+            if axis.is_searched and size < getattr(self._shape, field):
                 layers = [layer for layer in kept if self._has(axis, layer)]
                 each = [float(self._curve(axis, layer)[self._place(axis, size)]) for layer in layers]
                 product *= math.fsum(each) / len(each) if each else 1.0
@@ -53,35 +50,33 @@ class Shares:
     def _blocks(self, layers: Iterable[int]) -> list[str]:
         return [f"model.layers.{layer}" for layer in layers]
 
-    def _has(self, axis: str, layer: int) -> bool:
-        """Whether a layer has an axis: heads and neurons belong to one kind of sublayer."""
-        kinds = {kind.heads.field: name for name, kind in KINDS.items()} | dict.fromkeys((EXPERTS, EXPERT_FFN), MOE)
-        kinds |= {axis: kind.name for axis, kind in NEURONS.items()}
-        return kinds[axis] in self._shape.sublayers[layer]
+    def _has(self, axis: PrunableAxis, layer: int) -> bool:
+        """Whether a layer has an axis: each belongs to one kind of sublayer."""
+        return any(axis in SUBLAYERS[kind].axes for kind in self._shape.sublayers[layer])
 
-    def _groups(self, axis: str) -> int:
+    def _groups(self, axis: PrunableAxis) -> int:
         """Groups that an importance falls into, of which each keeps equally many."""
-        groups = {kind.heads.field: self._shape.sizes[kind.heads.group_axis] for kind in KINDS.values()}
-        groups |= {EXPERTS: self._recipe.experts.num_groups, EXPERT_FFN: self._shape.num_moe_experts}
-        return groups.get(axis, 1)
+        if axis == EXPERTS:
+            return self._recipe.experts.num_groups
+        return self._shape.sizes[axis.group_axis] if axis.group_axis else 1
 
-    def _place(self, axis: str, size: int) -> int:
-        per_expert = axis == EXPERT_FFN  # the size is that of every expert, not of all together
+    def _place(self, axis: PrunableAxis, size: int) -> int:
+        per_expert = axis == EXPERT_NEURONS  # the size is that of every expert, not of all together
         return (size if per_expert else size // self._groups(axis)) - 1
 
-    def _curve(self, axis: str, layer: int) -> Vector:
+    def _curve(self, axis: PrunableAxis, layer: int) -> Vector:
         """Share kept by the best 1, 2, ... of every group."""
-        if (axis, layer) not in self._kept:
+        if (axis.field, layer) not in self._kept:
             block = f"model.layers.{layer}"
-            names = {
-                HIDDEN: statistics.hidden_key(self._recipe.width.importance),
-                EXPERTS: statistics.importance_key(block, self._recipe.experts.importance),
-                EXPERT_FFN: statistics.expert_ffn_key(block),
-                **{axis: statistics.neurons_key(block, kind.name) for axis, kind in NEURONS.items()},
-            }
-            name = names.get(axis) or statistics.heads_key(block, self._shape.layer_types[layer])
-            self._kept[axis, layer] = retained(self._stats.tensors[name].astype(np.float64), self._groups(axis))
-        return self._kept[axis, layer]
+            if axis == HIDDEN:
+                name = statistics.hidden_key(self._recipe.width.importance)
+            elif axis == EXPERTS:
+                name = statistics.importance_key(block, self._recipe.experts.importance)
+            else:
+                name = statistics.axis_key(block, axis)
+            importance = self._stats.tensors[name].astype(np.float64)
+            self._kept[axis.field, layer] = retained(importance, self._groups(axis))
+        return self._kept[axis.field, layer]
 
 
 def retained(importance: Vector, groups: int = 1) -> Vector:

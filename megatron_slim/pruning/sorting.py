@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+from megatron_slim.architecture.feed_forward import EXPERT_NEURONS
 from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.errors import SlimError
@@ -91,7 +92,7 @@ def _ranked_neurons(plans: Sequence[Plan], block: str, expert: int) -> Indices:
         bases = [group.base for group in plan.experts[block]]
         if expert in bases:
             found.append(neurons_of(plan, block, bases.index(expert)))
-    return ranked(plans[0].source_shape.moe_ffn_hidden_size, found)
+    return ranked(getattr(plans[0].source_shape, EXPERT_NEURONS.field), found)
 
 
 def _check_ranks(plans: Sequence[Plan], shape: ModelShape, ranks: int) -> None:

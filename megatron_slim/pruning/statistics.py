@@ -34,7 +34,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_slim.aliases import JsonObject
+from megatron_slim.architecture.feed_forward import EXPERT_NEURONS
 from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
+from megatron_slim.architecture.prunable import PrunableAxis
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.records import FORMER_STATS, STATS
 from megatron_slim.errors import CheckpointError
@@ -67,19 +69,10 @@ def layer_key(block: str, kind: str) -> str:
     return f"{block}.{kind}"
 
 
-def expert_ffn_key(block: str) -> str:
-    """Name of the importances of the neurons of a block's routed experts."""
-    return f"{block}.mlp.experts.ffn"
-
-
-def neurons_key(block: str, kind: str) -> str:
-    """Name of the importances of a block's neurons that all tokens visit, by kind of feed-forward network."""
-    return f"{block}.{FEED_FORWARD[kind].neurons.statistic}"
-
-
-def heads_key(block: str, kind: str) -> str:
-    """Name of the importances of the query heads or, by kind of attention, value heads of a block."""
-    return f"{block}.{KINDS[kind].heads.statistic}"
+def axis_key(block: str, axis: PrunableAxis) -> str:
+    """Name of a block's importances of an axis that declares them: of neurons, or heads."""
+    assert axis.statistic, "a recipe chooses it"
+    return f"{block}.{axis.statistic}"
 
 
 def expected_shapes(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -88,15 +81,14 @@ def expected_shapes(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield hidden_key(kind), (shape.hidden_size,)
     for block in shape.blocks:
         yield from ((layer_key(block, kind), ()) for kind in LAYER_KINDS)
-        layer_type = shape.layer_type(block)
-        yield heads_key(block, layer_type), (getattr(shape, KINDS[layer_type].heads.field),)
-        network = FEED_FORWARD[shape.ffn_kind(block)]
+        heads, network = KINDS[shape.layer_type(block)].heads, FEED_FORWARD[shape.ffn_kind(block)]
+        yield axis_key(block, heads), (getattr(shape, heads.field),)
         if neurons := getattr(shape, network.neurons.field):
-            yield neurons_key(block, network.name), (neurons,)
+            yield axis_key(block, network.neurons), (neurons,)
         if not network.is_routed:
             continue
         experts = shape.in_block(block).num_moe_experts
-        yield expert_ffn_key(block), (experts, shape.moe_ffn_hidden_size)
+        yield axis_key(block, EXPERT_NEURONS), (experts, getattr(shape, EXPERT_NEURONS.field))
         for kind in EXPERT_IMPORTANCES:
             yield importance_key(block, kind), (experts,)
         for kind in EXPERT_SIMILARITIES:

@@ -17,13 +17,6 @@ from megatron_slim.architecture.fp8_sizes import RECIPES, row_violations, size_v
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.training.teacher_config import teacher_recipe
 
-# What a recipe needs of a GPU (Transformer Engine 2.20): compute capability from, below, and CUDA version from.
-_GPUS = {
-    "delayed": ((8, 9), None, None),
-    "tensorwise": ((8, 9), None, None),
-    "blockwise": ((9, 0), None, (12, 9)),
-    "mxfp8": ((10, 0), (12, 0), None),
-}
 _LAYERS_IN_BF16 = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
 
 
@@ -87,11 +80,11 @@ def _model_violations(shape: ModelShape, recipe: str, args: Namespace, *, traine
 def _gpu_violations(recipe: str) -> list[str]:
     if not torch.cuda.is_available():
         return []  # Transformer Engine says so itself
-    (least, below, cuda), has = _GPUS[recipe], torch.cuda.get_device_capability()
+    (least, below, cuda), has = RECIPES[recipe], torch.cuda.get_device_capability()
     has_cuda = tuple(int(part) for part in (torch.version.cuda or "0").split("."))
     if has >= least and (below is None or has < below) and (cuda is None or has_cuda >= cuda):
         return []
-    fitting = [name for name, (low, high, _) in _GPUS.items() if has >= low and (high is None or has < high)]
+    fitting = [name for name, (low, high, _) in RECIPES.items() if has >= low and (high is None or has < high)]
     wanted = f"compute capability {_dotted(least)}" + (f" to below {_dotted(below)}" if below else "")
     wanted += f" and CUDA {_dotted(cuda)}" if cuda else ""
     fix = f"this GPU can do {', '.join(fitting)}" if fitting else "this GPU has no FP8"

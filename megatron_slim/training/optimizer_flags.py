@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_slim.aliases import ArgumentGroup
+from megatron_slim.architecture.kinds import KINDS
 from megatron_slim.errors import SlimError
 from megatron_slim.extras import require
 from megatron_slim.optimizers import AURORA, MUON, OPTIMIZERS
@@ -201,8 +202,9 @@ COEFFICIENTS = ("simple", "quintic", "polar_express", "cans", "aol", "deepseekv4
 
 def _of_layout(args: Namespace, student: ModelShape) -> Iterator[str]:
     tp = args.tensor_model_parallel_size
-    if tp > 0 and student.num_query_groups % tp:
-        yield (
-            f"--optimizer {args.optimizer} needs a tensor parallel size that divides num_query_groups "
-            f"{student.num_query_groups}: with {tp}, a rank has parts of keys and values"
-        )
+    for heads in (kind.heads for kind in KINDS.values() if not kind.heads.exchanged):
+        if tp > 0 and (groups := getattr(student, heads.groups_field)) % tp:
+            yield (
+                f"--optimizer {args.optimizer} needs a tensor parallel size that divides {heads.groups_field} "
+                f"{groups}: with {tp}, a rank has parts of keys and values"
+            )

@@ -5,6 +5,7 @@ A test named `test_without_...` that fails means that this Megatron does not nee
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,9 +17,11 @@ import torch
 from megatron.core.datasets import utils
 from megatron.core.dist_checkpointing import ShardedTensor
 
+from megatron_slim.compat import runtime
 from megatron_slim.compat.fixes_data import DATASET_HELPERS
 from megatron_slim.compat.fixes_fp32 import ORDERED_PARAMETERS, PLAIN_OPTIMIZER, RESTORED_PARAMETERS, ROUTER_COUNTS
 from megatron_slim.compat.fixes_resume import BUCKET_PADDING, EMPTY_OPTIMIZERS, OTHER_EXPERT_PARALLELISM, OTHER_RATES
+from megatron_slim.compat.fixes_routers import ROUTER_BIASES
 from tests.compat.conftest import NUMBERS, Parameters, Without, router_in_bf16, trained
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -49,6 +52,33 @@ def test_routers_count() -> None:
 def test_without_it_routers_stop_at_256(without: Without) -> None:
     without(ROUTER_COUNTS)
     assert micro_batches_counted(260) == 256
+
+
+def moved_biases(*experts: int) -> list[list[int]]:
+    """Steps of the biases of routers with so many experts, of which the first was chosen by all tokens."""
+    routers = []
+    for count in experts:
+        router = torch.nn.Module()
+        router.register_buffer("expert_bias", torch.zeros(count))
+        router.register_buffer("local_tokens_per_expert", torch.eye(count)[0] * count)
+        routers.append(router)
+    runtime.init_single_process()
+    config = SimpleNamespace(moe_router_bias_update_rate=0.5)
+    end_of_step = importlib.import_module("megatron.core.distributed.finalize_model_grads")  # a function has its name
+    end_of_step._update_router_expert_bias([torch.nn.ModuleList(routers)], config)
+    return [(2 * router.get_buffer("expert_bias")).int().tolist() for router in routers]
+
+
+def test_biases_move_whatever_the_numbers_of_experts() -> None:
+    assert moved_biases(2, 2) == [[-1, 1], [-1, 1]]
+    assert moved_biases(3, 2, 3) == [[-1, 1, 1], [-1, 1], [-1, 1, 1]]
+
+
+def test_without_it_they_have_to_be_equal(without: Without) -> None:
+    without(ROUTER_BIASES)
+    assert moved_biases(2, 2) == [[-1, 1], [-1, 1]]
+    with pytest.raises(RuntimeError, match="stack expects each tensor to be equal size"):
+        moved_biases(3, 2, 3)
 
 
 def states_of(model: Parameters, optimizer: Any) -> list[float]:

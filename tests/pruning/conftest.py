@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_slim.architecture.feed_forward import EXPERT_NEURONS
+from megatron_slim.architecture.kinds import KINDS
 from megatron_slim.architecture.shape import FULL_ATTENTION, ModelShape
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.pruning import statistics
@@ -163,7 +165,7 @@ class Reference:
             statistics.similarity_key(block, "router_weights"): cosines(self.weight(f"{hf}.mlp.gate.weight")),
             statistics.similarity_key(block, "router_logits"): cosines(logits.T),
             statistics.similarity_key(block, "expert_vectors"): cosines(vectors),
-            statistics.expert_ffn_key(block): neurons.numpy(),
+            statistics.axis_key(block, EXPERT_NEURONS): neurons.numpy(),
         }
         if self.shape.moe_shared_expert_intermediate_size:
             is_glm = f"{hf}.mlp.shared_experts.up_proj.weight" in self.checkpoint.names
@@ -181,7 +183,7 @@ class Reference:
         return self.network(block, moe) | {
             statistics.layer_key(block, "cosine"): (pooled @ made / pooled.norm() / made.norm()).numpy(),
             statistics.layer_key(block, "block_influence"): (1 - each.mean()).numpy(),
-            statistics.heads_key(block, kind): lengths.mean((0, 1)).numpy(),
+            statistics.axis_key(block, KINDS[kind].heads): lengths.mean((0, 1)).numpy(),
         }
 
     def all(self) -> dict[str, np.ndarray]:

@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_slim.architecture.feed_forward import EXPERT_NEURONS
+from megatron_slim.architecture.kinds import KINDS
 from megatron_slim.architecture.shape import FAMILIES, FULL_ATTENTION
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, same_bytes
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
@@ -78,13 +80,14 @@ def test_the_most_important_survive_everywhere_apart(wide: HFCheckpoint, random_
     plan = plan_of(TARGETS[shape.model_type], stats, wide)
     for block in plan.source_blocks.values():
         heads = plan.inner.heads.get(block)
-        of_heads = stats.tensors[statistics.heads_key(block, shape.layer_type(block))].reshape(GROUPS, PER_GROUP)
+        key = statistics.axis_key(block, KINDS[shape.layer_type(block)].heads)
+        of_heads = stats.tensors[key].reshape(GROUPS, PER_GROUP)
         assert heads is not None
         assert list(heads) == [
             g * PER_GROUP + h for g in range(GROUPS) for h in range(PER_GROUP) if h != of_heads[g].argmin()
         ]
     for block, groups in plan.experts.items():
-        importance = stats.tensors[statistics.expert_ffn_key(block)]
+        importance = stats.tensors[statistics.axis_key(block, EXPERT_NEURONS)]
         for group, neurons in zip(groups, plan.inner.neurons[block], strict=True):
             dropped = sorted(set(range(32)) - set(neurons))
             assert len(neurons) == 24 and list(neurons) == sorted(neurons)
@@ -105,7 +108,8 @@ def test_the_most_important_survive_everywhere_apart(wide: HFCheckpoint, random_
     assert len(shown) == sum(map(len, parts))
     neurons = next(axis for axis in shown if axis.name == "expert neurons")
     group = plan.experts[neurons.place][1]
-    first = stats.tensors[statistics.expert_ffn_key(neurons.place)][group.base, plan.inner.neurons[neurons.place][1][0]]
+    of_experts = stats.tensors[statistics.axis_key(neurons.place, EXPERT_NEURONS)]
+    first = of_experts[group.base, plan.inner.neurons[neurons.place][1][0]]
     assert neurons.importance is not None and neurons.importance[neurons.kept[24]] == first
 
 
@@ -204,7 +208,7 @@ def _silence(checkpoint: HFCheckpoint, stats: Statistics, rng: np.random.Generat
         hf = shape.hf_prefix(block)
         for expert in range(shape.num_moe_experts) if block in shape.routed_blocks else ():
             name = f"{hf}.mlp.experts.{expert}.down_proj.weight"
-            mute(name, statistics.expert_ffn_key(block), expert, 32, 1, 32)
+            mute(name, statistics.axis_key(block, EXPERT_NEURONS), expert, 32, 1, 32)
         for name, key, count in (
             ("shared_expert.down_proj", "shared_expert.ffn", 32),
             ("shared_experts.down_proj", "shared_expert.ffn", 32),
@@ -214,7 +218,7 @@ def _silence(checkpoint: HFCheckpoint, stats: Statistics, rng: np.random.Generat
                 mute(f"{hf}.mlp.{name}.weight", f"{block}.mlp.{key}", slice(None), count, 1, count)
         kind = shape.layer_type(block)
         output = f"{hf}.self_attn.o_proj.weight" if kind == FULL_ATTENTION else f"{hf}.linear_attn.out_proj.weight"
-        mute(output, statistics.heads_key(block, kind), slice(None), GROUPS * PER_GROUP, HEAD, PER_GROUP)
+        mute(output, statistics.axis_key(block, KINDS[kind].heads), slice(None), GROUPS * PER_GROUP, HEAD, PER_GROUP)
     return tensors
 
 
@@ -261,7 +265,7 @@ def test_groups_without_effect_may_go_with_their_keys(random_stats: RandomStats,
         name = "self_attn.o_proj" if kind == FULL_ATTENTION else "linear_attn.out_proj"
         quiet = slice(number % GROUPS * PER_GROUP, (number % GROUPS + 1) * PER_GROUP)
         tensors[f"{block}.{name}.weight"].unflatten(1, (-1, HEAD))[:, quiet] = 0
-        stats.tensors[statistics.heads_key(block, kind)][quiet] = 0
+        stats.tensors[statistics.axis_key(block, KINDS[kind].heads)][quiet] = 0
     quiet_source = rewritten(source, tensors, tmp_path / "quiet")
     known = Statistics(stats.tensors, random_stats(quiet_source).metadata)
     plan = plan_of({"num_query_groups": 1, "linear_num_key_heads": 1}, known, quiet_source)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,8 @@ import torch
 
 from megatron_slim.checkpoint.convert import torch_dist_to_hf
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
-from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkpoint
-from tests.training.conftest import SIZES, assert_same_run, refusal
+from megatron_slim.testing import tiny_shape
+from tests.training.conftest import SIZES, assert_same_run
 
 COUNTS = (2, 6, 4, 4)
 STEADY = ("--adam-eps", "1e-3")  # else Adam moves elements by the sign of even the smallest gradient, which is noise
@@ -64,11 +63,21 @@ def test_the_log_counts_the_experts_that_a_layer_has(trained) -> None:  # type: 
     assert set(logged["slim/experts/max_over_mean/layer_02"]) - {1.0}
 
 
-def test_routers_with_a_bias_are_refused(workplace, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Megatron stacks the biases of all layers, which are then of different lengths."""
-    shape = tiny_shape("glm4_moe", vocab_size=120, experts_per_layer=(0, 4, 6, 8))
-    student = write_tiny_checkpoint(tmp_path / "student", shape, dtype=torch.float32)
-    place = dataclasses.replace(workplace, student=student)
-    argv = place.argv("refused", "--micro-batch-size", "2", distil=False)
-    (found,) = set(run_distributed(1, refusal, argv, str(tmp_path / "log"), initialise=False))
-    assert "student: layers with different numbers of experts cannot be trained where routers have a bias" in found
+def test_routers_with_a_bias(workplace, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Biases of different lengths move by their rate, under expert parallelism as on one rank."""
+    shape = tiny_shape("glm4_moe", vocab_size=120, num_moe_experts=4, experts_per_layer=(0, 4, 6, 2))
+    biased = workplace.with_models(tmp_path, shape)
+    alone = biased.train("one", 1, "--micro-batch-size", "2", *STEADY, "--save", str(tmp_path / "run"))
+    parallel = ("--micro-batch-size", "1", "--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1")
+    found = biased.train("ep2", 2, *parallel, *STEADY, "--save", str(tmp_path / "ep2"))
+    assert_same_run(found, alone, ("lm loss", "logits distillation loss", "grad-norm"))
+    for name in ("run", "ep2"):
+        torch_dist_to_hf(tmp_path / name, tmp_path / f"{name}-hf")
+    start, one, ep2 = map(HFCheckpoint.open, (biased.student, tmp_path / "run-hf", tmp_path / "ep2-hf"))
+    biases = [name for name in one.names if name.endswith("e_score_correction_bias")]
+    assert [len(one.read(name)) for name in biases] == [4, 6, 2, 4]  # three layers and the MTP block
+    for name in biases:
+        assert torch.equal(one.read(name), ep2.read(name))
+        steps = (one.read(name) - start.read(name)) / 1e-3
+        torch.testing.assert_close(steps, steps.round(), rtol=0, atol=2e-3)
+    assert any(not torch.equal(one.read(name), start.read(name)) for name in biases)
