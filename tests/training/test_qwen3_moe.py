@@ -1,4 +1,4 @@
-"""Qwen3-MoE in training: distilled from its own kind and from Qwen3-Next, under several layouts, and exported."""
+"""Qwen3-MoE in training: distilled from its own kind and from Qwen3-Next, and exported."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from transformers import AutoModelForCausalLM
 from megatron_slim.checkpoint.convert import torch_dist_to_hf
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.testing import tiny_shape
-from tests.training.conftest import assert_same_run
 
-TERMS = ("lm loss", "logits distillation loss", "teacher lm loss", "global_load_balancing_loss", "grad-norm")
 MBS = ("--micro-batch-size", "2")
 
 
@@ -34,17 +32,9 @@ def trained(family):  # type: ignore[no-untyped-def]
     return save, family.train("one", 1, *MBS, "--save", str(save))
 
 
-@pytest.mark.parametrize(
-    "flags",
-    ["--pipeline-model-parallel-size 2", "--tensor-model-parallel-size 2 --sequence-parallel"],
-    ids=["pp2", "tp2-sp"],
-)
-def test_both_formats_and_every_layout_are_the_same_run(family, trained, flags: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """The run on one rank starts from Hugging Face's format, these from Megatron's."""
-    _, expected = trained
-    found = family.train_from_torch_dist(flags.split("-")[2], tmp_path, *MBS, *flags.split())
-    assert not [term for term in found if term.startswith("mtp ") and "loss" in term]
-    assert_same_run(found, expected, TERMS)
+def test_nothing_is_said_of_an_mtp_block(trained) -> None:  # type: ignore[no-untyped-def]
+    _, logged = trained
+    assert not [term for term in logged if term.startswith("mtp ") and "loss" in term]
 
 
 def test_what_training_saved_is_a_model_for_transformers(family, trained, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
