@@ -19,6 +19,7 @@ from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.compat.runtime import default_dtype, init_single_process
 from megatron_slim.data import Tokens
 from megatron_slim.errors import CheckpointError, summarise
+from megatron_slim.files import sha256
 from megatron_slim.pruning.importance import HiddenImportance, block_statistics
 from megatron_slim.pruning.recorder import BlockRecorder, NormRecorder
 from megatron_slim.pruning.statistics import FORMAT, Array, Statistics, importance_key
@@ -134,6 +135,12 @@ class _Calibration(StreamingForward):
             self.importance.add(sums, self._tokens)
             router = router_weight(self.checkpoint, module)
             self.tensors.update(block_statistics(module, self.shape, sums, router))
+
+    def inputs(self) -> dict[str, str]:
+        """And which tokens count."""
+        counted = self._given.measured()
+        which = {} if counted is None else {"tokens that count": sha256(counted.numpy().tobytes())}
+        return super().inputs() | which
 
     def state(self) -> Mapping[str, Tensor]:
         """All tensors so far, and the sums that continue over the blocks."""

@@ -72,8 +72,8 @@ class StreamingForward:
     """All samples on their way through a model.
 
     A subclass overrides what it wants to look at: `enter`, `begin`, `observe` and `leave`, which do nothing here; and,
-    to be taken up after a kill, `state` and `restore`. Blocks go by their Hugging Face names, the rest by those in
-    `KEYS`.
+    to be taken up after a kill, `state`, `restore` and, where there are more, `inputs`. Blocks go by their Hugging Face
+    names, the rest by those in `KEYS`.
 
     Attributes:
         checkpoint: the model.
@@ -151,7 +151,7 @@ class StreamingForward:
         finished = 0
         self._hidden: HiddenStates = InMemory(nbytes * self.streams, self.device)
         if self._work is not None:
-            if saved := self._work.begin(self._inputs(), nbytes):
+            if saved := self._work.begin(self.inputs(), nbytes):
                 finished = saved.finished
                 self.restore(saved.measured)
                 logger.info(f"{self._work.path}: resuming after {finished} of {len(list(self._modules()))} modules")
@@ -171,8 +171,8 @@ class StreamingForward:
     def _read(self, key: str) -> Tensor:
         return self.checkpoint.read(names_of(self.shape)[key])
 
-    def _inputs(self) -> dict[str, str]:
-        """Everything that decides what is measured."""
+    def inputs(self) -> dict[str, str]:
+        """Everything that decides what is measured, by name; what was begun with others is not taken up."""
         documents = {} if self.positions is None else {"documents": sha256(bytes(as_bytes(self.positions)))}
         return documents | {
             "a pass of": type(self).__name__,

@@ -14,13 +14,15 @@ import torch
 
 from megatron_slim.architecture.parallelism import Layout
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
-from megatron_slim.pruning.calibrate import calibrate
+from megatron_slim.errors import SlimError
+from megatron_slim.pruning.calibrate import _Calibration, calibrate
 from megatron_slim.pruning.plan import make_plan
 from megatron_slim.pruning.sensitivity import expert_sensitivity
 from megatron_slim.pruning.statistics import Statistics, hidden_key
 from megatron_slim.recipe import parse_recipe
 from megatron_slim.sample_set import SampleSet, write_samples
 from megatron_slim.streaming.model_input import Samples, read_calibration_samples
+from megatron_slim.streaming.work_dir import open_work_dir
 from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkpoint
 
 SEQ, DOCUMENT = 24, 12
@@ -94,6 +96,27 @@ def test_whole_samples_are_those_of_a_matrix(source: HFCheckpoint, tmp_path: Pat
     assert found.keys() == expected.keys()
     for key, values in expected.items():
         assert np.array_equal(found[key], values), key
+
+
+def test_other_padding_is_not_taken_up(source: HFCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(Exception):
+        pass
+
+    def stop(self: _Calibration, block: str, layer: object) -> None:
+        raise Broken
+
+    samples = read(source, write(tmp_path / "set", [(17, -7)] * 3, source.shape.vocab_size).path)
+    assert samples.loss_mask is not None
+    with monkeypatch.context() as patch, pytest.raises(Broken), open_work_dir(tmp_path / "work") as work:
+        patch.setattr(_Calibration, "enter", stop)
+        calibrate(source, samples, work=work)
+    samples.loss_mask[0, 20] = 1
+    with open_work_dir(tmp_path / "work") as work, pytest.raises(SlimError, match="was begun with tokens that count"):
+        calibrate(source, samples, work=work)
+    samples.loss_mask[0, 20] = 0
+    with open_work_dir(tmp_path / "work") as work:
+        found = calibrate(source, samples, work=work)
+    assert found.sha256 == calibrate(source, samples).sha256
 
 
 def measure(path: str, data: str, layouts: dict[str, dict[str, int]]) -> dict[str, Any]:
