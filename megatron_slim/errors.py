@@ -48,6 +48,10 @@ class RecipeError(SlimError):
     """A recipe or a target that cannot be met."""
 
 
+class PlanError(SlimError):
+    """A plan that is incomplete, inconsistent or for another source."""
+
+
 class ShapeError(SlimError):
     """A model shape that cannot be built; lists every violation at once."""
 

@@ -184,7 +184,7 @@ def test_imports_run_one_way(path: Path) -> None:
 
 
 def test_there_is_no_circle() -> None:
-    """Nor one that an import inside a function hides, but for a plan that prints itself as its tables."""
+    """Nor one that an import inside a function hides."""
     names = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in MODULES}
     graph = {
         name: {
@@ -193,8 +193,7 @@ def test_there_is_no_circle() -> None:
         & names.keys()
         for name, path in names.items()
     }
-    assert "pruning.plan_tables" in graph["pruning.plan"] and len(graph["training.pretrain"]) > 5
-    graph["pruning.plan"].remove("pruning.plan_tables")
+    assert "pruning.plan_tables" in graph["pruning.plan"]  # inside a function
     order = [*graphlib.TopologicalSorter(graph).static_order()]  # raises CycleError, which names it
     assert order.index("errors") < order.index("training.pretrain")
 

@@ -30,10 +30,10 @@ from megatron_slim.architecture.table import weights
 from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.checkpoint.huggingface import Index
 from megatron_slim.checkpoint.optimizer_state import MOMENTS, OptimizerState
+from megatron_slim.errors import PlanError
 from megatron_slim.pruning.align import Alignment, Neurons
 from megatron_slim.pruning.experts import ExpertGroup
 from megatron_slim.pruning.plan import Plan
-from megatron_slim.pruning.plan_reader import PlanError
 from megatron_slim.pruning.selection import kept_axes, source_key
 from megatron_slim.streaming.fingerprint import fingerprint
 

@@ -13,7 +13,7 @@ from megatron_slim.aliases import Document, JsonObject
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.elastic_record import elastic_file
 from megatron_slim.checkpoint.records import ELASTIC, PLAN_ITEMS
-from megatron_slim.errors import SlimError
+from megatron_slim.errors import PlanError, SlimError
 from megatron_slim.files import read_json, sha256, write_atomic
 from megatron_slim.pruning.nesting import ElasticBudget as ElasticBudget
 from megatron_slim.pruning.nesting import check_nested as check_nested
@@ -22,7 +22,7 @@ from megatron_slim.pruning.nesting import relative as relative
 from megatron_slim.pruning.nesting import without_mtp
 from megatron_slim.pruning.order_reader import order_dict, read_order
 from megatron_slim.pruning.plan import Plan, rendered
-from megatron_slim.pruning.plan_reader import PlanError, parse_plan, shape_of
+from megatron_slim.pruning.plan_reader import parse_plan, shape_of
 from megatron_slim.recipe_elastic import name_violation, repeated_names, weight_violation
 
 VERSION = 1

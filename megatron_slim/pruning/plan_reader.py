@@ -13,7 +13,7 @@ from megatron_slim.architecture.family import LAYERS
 from megatron_slim.architecture.rope import read_rope
 from megatron_slim.architecture.shape import LATER, ModelShape
 from megatron_slim.checkpoint.records import PLAN, PLAN_ITEMS
-from megatron_slim.errors import SlimError
+from megatron_slim.errors import PlanError
 from megatron_slim.files import read_json
 from megatron_slim.pruning.allocation import violations as allocation_violations
 from megatron_slim.pruning.experts import ExpertGroup
@@ -29,10 +29,6 @@ _SEARCH = {"count", "chosen", "candidates"}
 _INNER = tuple(part for part in InnerAxes.__annotations__ if part not in OPTIONAL)
 # Weights are shares that sum to 1 up to the rounding of a few hundred additions in float64.
 _SUM_TOLERANCE = 1e-9
-
-
-class PlanError(SlimError):
-    """A plan that is incomplete, inconsistent or for another source."""
 
 
 def load_plan(path: Path) -> Plan:

@@ -12,13 +12,14 @@ from megatron_slim.architecture.fp8_sizes import RECIPES, size_violations
 from megatron_slim.architecture.parallelism import layout_violations
 from megatron_slim.page import Section
 from megatron_slim.pruning import report
-from megatron_slim.pruning.plan import Plan
 from megatron_slim.pruning.plan_view import Axis, ranked_axes, summary
 from megatron_slim.pruning.statistics import LAYER_KINDS, Statistics
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+    from megatron_slim.pruning.plan import Plan
 
 TEXT_WIDTH = 120
 LAYERS, AXES = "Removed layers", "Ranked axes"

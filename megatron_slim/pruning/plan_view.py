@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,10 +19,9 @@ from megatron_slim.architecture import feed_forward, prunable
 from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import BF16_BYTES, count_parameters
+from megatron_slim.errors import PlanError
 from megatron_slim.pruning import report
 from megatron_slim.pruning.experts import ExpertGroup, Vector, ranking
-from megatron_slim.pruning.plan import Plan
-from megatron_slim.pruning.plan_reader import PlanError
 from megatron_slim.pruning.statistics import (
     LAYER_KINDS,
     Statistics,
@@ -30,6 +30,9 @@ from megatron_slim.pruning.statistics import (
     importance_key,
     layer_key,
 )
+
+if TYPE_CHECKING:
+    from megatron_slim.pruning.plan import Plan
 
 HIDDEN, EXPERTS = prunable.HIDDEN.noun, feed_forward.EXPERTS.noun
 STREAM = "residual stream"

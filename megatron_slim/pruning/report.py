@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from megatron_slim.architecture.family import DENSE
 from megatron_slim.architecture.hf_config import OWN_COUNTS
@@ -11,7 +11,9 @@ from megatron_slim.architecture.prunable import HIDDEN, LAYERS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import ranges
-from megatron_slim.pruning.plan import Plan
+
+if TYPE_CHECKING:
+    from megatron_slim.pruning.plan import Plan
 
 Summary: TypeAlias = dict[str, int]
 LABELS = {

@@ -22,12 +22,12 @@ from megatron_slim.architecture.shape import FAMILIES, ModelShape
 from megatron_slim.architecture.table import count_parameters, weights
 from megatron_slim.checkpoint.convert import same_bytes
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
-from megatron_slim.errors import RecipeError, ShapeError
+from megatron_slim.errors import PlanError, RecipeError, ShapeError
 from megatron_slim.evaluation.perplexity import evaluate
 from megatron_slim.pruning.allocation import allocate, violations
 from megatron_slim.pruning.apply import PrunedCheckpoint
 from megatron_slim.pruning.plan import Plan, make_plan
-from megatron_slim.pruning.plan_reader import PlanError, parse_plan
+from megatron_slim.pruning.plan_reader import parse_plan
 from megatron_slim.pruning.recipe_checks import check_later_phases, check_recipe
 from megatron_slim.pruning.sensitivity import expert_sensitivity
 from megatron_slim.pruning.target import shape_before_statistics, target_shape

@@ -18,7 +18,7 @@ from megatron_slim.architecture.published import MODELS
 from megatron_slim.architecture.shape import FAMILIES
 from megatron_slim.checkpoint.convert import open_checkpoint, same_bytes
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
-from megatron_slim.errors import RecipeError, SlimError
+from megatron_slim.errors import PlanError, RecipeError, SlimError
 from megatron_slim.pruning.apply import PrunedCheckpoint
 from megatron_slim.pruning.elastic import (
     Elastic,
@@ -35,7 +35,7 @@ from megatron_slim.pruning.elastic_plans import bf16_summary, check_budgets, pla
 from megatron_slim.pruning.experts import ExpertGroup
 from megatron_slim.pruning.pipeline import write_pruned
 from megatron_slim.pruning.plan import Plan, make_plan
-from megatron_slim.pruning.plan_reader import PlanError, load_plan, parse_plan
+from megatron_slim.pruning.plan_reader import load_plan, parse_plan
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.pruning.target import target_shape
 from megatron_slim.recipe import parse_recipe

@@ -16,10 +16,10 @@ import pytest
 from megatron_slim.architecture.shape import FAMILIES, FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
 from megatron_slim.architecture.table import count_parameters, weights
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
-from megatron_slim.errors import RecipeError
+from megatron_slim.errors import PlanError, RecipeError
 from megatron_slim.pruning import report
 from megatron_slim.pruning.plan import Plan, make_plan
-from megatron_slim.pruning.plan_reader import PlanError, load_plan, parse_plan
+from megatron_slim.pruning.plan_reader import load_plan, parse_plan
 from megatron_slim.pruning.plan_tables import sections
 from megatron_slim.pruning.recipe_checks import check_recipe
 from megatron_slim.pruning.statistics import Statistics

@@ -18,7 +18,7 @@ import torch
 from megatron_slim.architecture.kinds import KINDS
 from megatron_slim.checkpoint.convert import open_checkpoint, same_bytes
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
-from megatron_slim.errors import SlimError
+from megatron_slim.errors import PlanError, SlimError
 from megatron_slim.evaluation.perplexity import evaluate
 from megatron_slim.pruning.apply import PrunedCheckpoint
 from megatron_slim.pruning.elastic import Elastic, contained, elastic_of, find_elastic, parse_elastic
@@ -26,7 +26,6 @@ from megatron_slim.pruning.elastic_slices import sliced
 from megatron_slim.pruning.nesting import ElasticBudget, neurons_of, survivors_of
 from megatron_slim.pruning.pipeline import write_pruned
 from megatron_slim.pruning.plan import Plan
-from megatron_slim.pruning.plan_reader import PlanError
 from megatron_slim.pruning.sorting import inverse, ranked, reordered, sorting_plan
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
