@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION
+from megatron_slim.architecture.shape import FAMILIES, FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
+from megatron_slim.testing import tiny_shape
 
 # Odd and aperiodic, grouped heads, gates that do not add up to 1.
 ODD: dict[str, Any] = {
@@ -22,3 +23,9 @@ ODD: dict[str, Any] = {
     "linear_value_head_dim": 24,
     "norm_topk_prob": False,
 }
+
+
+def mixed_layers(family: str, **sizes: Any) -> ModelShape:
+    """A tiny model of a registered family: four layers, of each kind of attention in turn where it has two."""
+    first = LINEAR_ATTENTION if LINEAR_ATTENTION in FAMILIES[family].attention else FULL_ATTENTION
+    return tiny_shape(family, layer_types=(first, FULL_ATTENTION) * 2, **sizes)

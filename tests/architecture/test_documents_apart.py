@@ -16,6 +16,7 @@ from transformers import Qwen3MoeForCausalLM
 from megatron_slim.architecture.hidden_states import HiddenStatesModel
 from megatron_slim.architecture.layer_specs import build_model, transformer_config
 from megatron_slim.architecture.packing import by_sample, in_one_sequence, packed_documents
+from megatron_slim.architecture.shape import FAMILIES
 from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.compat import runtime
@@ -24,28 +25,21 @@ from megatron_slim.distillation.model import DistillationModel
 from megatron_slim.distillation.options import DistillationOptions
 from megatron_slim.streaming.forward import EMBEDDING, StreamingForward
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
+from tests.sizes import mixed_layers
 
 LENGTHS = (13, 1, 30, 2, 21)  # one shorter than the convolution, one longer than others, none as long as the sample
 BOUNDS = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
 POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])[None]
 TOKENS = torch.randint(0, 120, (1, sum(LENGTHS) + 1), generator=torch.Generator().manual_seed(1))
-FAMILIES = ("qwen3_next", "qwen3_5_moe_text", "qwen3_moe", "glm4_moe")
 # Of values of order one; fp32 sums of matrix products with other numbers of rows, through the layers.
 TOLERANCE = 2e-5
-
-
-def shape_of(family: str) -> Any:
-    sizes: dict[str, Any] = {"num_layers": 4, "vocab_size": 120}
-    if "qwen3_next" in family or "3_5" in family:
-        sizes["layer_types"] = ("linear_attention", "full_attention") * 2
-    return tiny_shape(family, **sizes)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     runtime.init_single_process()
     path = tmp_path_factory.mktemp(request.param) / "hf"
-    return write_tiny_checkpoint(path, shape_of(request.param), dtype=torch.float32)
+    return write_tiny_checkpoint(path, mixed_layers(request.param, vocab_size=120), dtype=torch.float32)
 
 
 def model_of(directory: Path, *, apart: bool, **fields: Any) -> DistillationModel:

@@ -376,9 +376,9 @@ def test_every_violation_of_a_layout() -> None:
         "num_attention_heads",
         "linear_num_key_heads",
         "linear_num_value_heads",
-        "moe_shared_expert_intermediate_size",
         "num_moe_experts",
         "moe_ffn_hidden_size",
+        "moe_shared_expert_intermediate_size",
         "num_query_groups",
     ]
     assert layout_violations(tiny_shape(num_query_groups=1), tp=2) == []

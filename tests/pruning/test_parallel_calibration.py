@@ -16,20 +16,17 @@ import pytest
 import torch
 
 from megatron_slim.architecture.parallelism import Layout
+from megatron_slim.architecture.shape import FAMILIES
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import SlimError
 from megatron_slim.pruning.calibrate import calibrate
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkpoint
+from tests.sizes import mixed_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 # Attention and Gated DeltaNet in both pipeline stages, and an MTP block.
-SHAPES = {
-    "qwen3_next": tiny_shape(layer_types=("linear_attention", "full_attention") * 2),
-    "qwen3_moe": tiny_shape("qwen3_moe"),
-    "glm4_moe": tiny_shape("glm4_moe"),
-    "qwen3_5_moe": tiny_shape("qwen3_5_moe_text", layer_types=("linear_attention", "full_attention") * 2),
-}
+SHAPES = {family: mixed_layers(family) for family in FAMILIES}
 TWO = {"dp2": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "ep2": {"ep": 2}}
 FOUR = {"tp2-ep2": {"tp": 2, "ep": 2}, "pp2-ep2": {"pp": 2, "ep": 2}, "tp2-pp2": {"tp": 2, "pp": 2}}
 EIGHT = {"tp2-pp2-ep2": {"tp": 2, "pp": 2, "ep": 2}, "tp2-pp2-ep4": {"tp": 2, "pp": 2, "ep": 4}, "dp8": {}}
