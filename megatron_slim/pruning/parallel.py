@@ -158,10 +158,12 @@ def micro_batches(samples: int, rank: int, ranks: int, size: int) -> tuple[Tenso
     >>> numbers, counted = micro_batches(3, rank=1, ranks=2, size=1)
     >>> numbers.flatten().tolist(), counted.flatten().tolist()
     ([1, 0], [True, False])
+    >>> micro_batches(1, rank=1, ranks=2, size=1)[1].flatten().tolist()
+    [False]
     """
     most = -(-samples // ranks)
     size = min(size, most)
-    own = torch.arange(rank, samples, ranks)
+    own = torch.tensor([*range(rank, samples, ranks)], dtype=torch.int64)
     filled = torch.cat((own, own.new_zeros(-(-most // size) * size - len(own))))
     return filled.view(-1, size), (torch.arange(len(filled)) < len(own)).view(-1, size)
 

@@ -11,6 +11,7 @@ from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.testing import tiny_shape
 from tests.training.conftest import assert_same_run
 
+# Times the data-parallel size it is the same everywhere: balancing over the global batch depends on that.
 MBS = ("--micro-batch-size", "2")
 # Smaller steps than elsewhere: what is summed in another order is 1e-5 of Adam's usual ones.
 STEADY = ("--lr", "1e-4", "--min-lr", "1e-5", "--adam-eps", "1e-3")
@@ -18,7 +19,7 @@ PP2 = "--pipeline-model-parallel-size 2"
 LAYOUTS = {
     "tp2-sp": "--tensor-model-parallel-size 2 --sequence-parallel",
     "pp2": f"{PP2} --pipeline-layout auto",
-    "ep2": "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1",
+    "ep2": "--micro-batch-size 1 --expert-model-parallel-size 2 --expert-tensor-parallel-size 1",
     "vpp2": f"{PP2} --num-virtual-stages-per-pipeline-rank 2",
 }
 SLOW = ("ep2", "vpp2")
