@@ -158,7 +158,7 @@ def first_student(settings: RunSettings, teacher: ModelShape) -> ModelShape | No
 
 
 def _calibration_tokens(settings: RunSettings, length: int) -> int:
-    """As `streaming.samples` draws them: where no number is given, all of data that have fewer than the default."""
+    """As `streaming.model_input` draws them: where no number is given, all of data that have fewer than the default."""
     calibrate, data = settings.section("calibrate"), settings.calibration_data
     if is_sample_set(data):
         samples = open_samples(data)

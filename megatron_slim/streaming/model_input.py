@@ -147,12 +147,13 @@ def read_calibration_samples(
     Raises:
         DataError: not data, or not for this model.
     """
-    is_default = isinstance(data, Path) and data.suffix != ".npy" and num_samples is None
+    is_matrix = not isinstance(data, Path) or data.suffix == ".npy"
+    is_default = num_samples is None and not is_matrix
     num_samples = NUM_SAMPLES if is_default else num_samples
     if isinstance(data, Path) and is_sample_set(data):
         samples = read_set(data, shape, seq_length=seq_length, num_samples=num_samples, seed=seed, at_most=is_default)
     else:
-        if isinstance(data, Path) and data.suffix != ".npy":
+        if not is_matrix:
             seq_length = seq_length or min(SEQ_LENGTH, shape.max_position_embeddings)
         ids = read_samples(
             data,
