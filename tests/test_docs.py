@@ -20,7 +20,8 @@ PAGES = [
 ]
 # Of pip, git, docker, sbatch, hf, model servers and the like; docs/comparison.md has two columns of others' flags.
 FOREIGN = set(
-    "--local-dir --target --build-arg --requeue --wait --no-deps --no-index --only-binary --python-version"
+    "--local-dir --target --build-arg --requeue --kill-on-invalid-dep --wait --no-deps --no-index --only-binary"
+    " --python-version"
     " --implementation --platform --quiet --model_args --tasks --model --prompt --speculative-config --model-path"
     " --speculative-algorithm --speculative-num-steps --speculative-eagle-topk --speculative-num-draft-tokens --outfile"
     " --outtype --no-mtp --mmproj --limit-mm-per-prompt --spec-type --spec-draft-n-max --module"

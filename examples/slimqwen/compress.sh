@@ -6,9 +6,10 @@
 #
 # The arguments are those of `megatron-slim run`, which this runs. With LAUNCHER=slurm every step that is not done
 # becomes a job of its own, which begins when the one before has ended well: training on the nodes of its settings, as
-# pretrain_distill.sh submits it, all others on one node. Run again, it submits what is left. IMAGE and MOUNTS as there;
-# a job reads paths where it runs, so give absolute ones. Slurm's own SBATCH_... variables (partition, account, time) are
-# those of all jobs. DRY_RUN=1 prints what would be submitted.
+# pretrain_distill.sh submits it, all others on one node. A job that fails ends those after it. Run again, it submits what
+# is left; not while jobs of this run are in the queue. IMAGE and MOUNTS as there; a job reads paths where it runs, so
+# give absolute ones. Slurm's own SBATCH_... variables (partition, account, time) are those of all jobs. DRY_RUN=1 prints
+# what would be submitted.
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
@@ -55,13 +56,20 @@ LOGS=$(read_steps 'print(found["save"] + "/logs")')
 PATHS=$(read_steps 'print(",".join(found["paths"]))')
 export ROOT=$root IMAGE MOUNTS LOGS PATHS
 
+# Two jobs at work on one step would write the same files. Slurm answers with an error where it knows no such job.
+submitted=$LOGS/jobs.txt
+if [[ ${DRY_RUN:-0} != 1 && -s $submitted ]]; then
+  queued=$(squeue --noheader --format %i --jobs "$(paste -sd , "$submitted")" 2>/dev/null | sort -u | paste -sd ' ' || true)
+  [[ -z $queued ]] || fail "jobs of this run are in the queue: $queued; wait for them, or run scancel $queued"
+fi
+
 previous=''
 while IFS=$'\t' read -r name kind command; do
   dependency=${previous:+afterok:$previous}
   if [[ $kind == train ]]; then
     submit=(env "LAUNCHER=slurm" "DEPENDENCY=$dependency" bash -c "exec \"\$0\" -m megatron_slim $command" "$python")
   else
-    submit=(env "STEP=$name" sbatch --nodes 1 --job-name "$name" --output "$LOGS/%j.out" ${dependency:+--dependency "$dependency"})
+    submit=(env "STEP=$name" sbatch --nodes 1 --job-name "$name" --output "$LOGS/%j.out" ${dependency:+--dependency "$dependency" --kill-on-invalid-dep yes})
     if [[ $gpus -gt 0 || " $* " == *" --settings "* ]]; then submit+=(--gpus-per-node 1); fi
     submit+=("$files/compress.sh" "$@")
   fi
@@ -74,6 +82,7 @@ while IFS=$'\t' read -r name kind command; do
   mkdir -p "$LOGS"
   answer=$("${submit[@]}" </dev/null)
   previous=${answer##* } # Submitted batch job 123
+  echo "$previous" >>"$submitted"
   echo "$name: job $previous${dependency:+, $dependency}"
 done < <(read_steps '[print(s["name"], s["kind"], shlex.join(s["command"][1:]), sep="\t") for s in found["steps"] if not s["done"]]')
 [[ -n $previous ]] || echo "everything is done"

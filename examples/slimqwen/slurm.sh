@@ -162,7 +162,7 @@ slurm_submit() { # slurm_submit [Megatron's flags]
   NNODES=${SETTINGS_NODES:-$NNODES}
   submit=(sbatch --nodes "$NNODES" --output "$SAVE/logs/%j.out")
   if [[ -n ${SETTINGS_NODES:-} || $gpus -gt 0 ]]; then submit+=(--gpus-per-node "$NPROC_PER_NODE"); fi
-  if [[ -n ${DEPENDENCY:-} ]]; then submit+=(--dependency "$DEPENDENCY"); fi
+  if [[ -n ${DEPENDENCY:-} ]]; then submit+=(--dependency "$DEPENDENCY" --kill-on-invalid-dep yes); fi
   submit+=("$files/pretrain_distill.sh" "$@")
   if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf '%q ' "${submit[@]}"

@@ -16,7 +16,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     """The environment of a machine with Slurm's commands."""
     commands = tmp_path / "bin"
     commands.mkdir()
-    for name in ("sbatch", "srun", "scontrol"):
+    for name in ("sbatch", "squeue", "srun", "scontrol"):
         (commands / name).write_text(f"#!{sys.executable}\n{STUB.read_text()}")
         (commands / name).chmod(0o755)
     state = tmp_path / "slurm"

@@ -1,6 +1,7 @@
 """Slurm's commands, as far as a job of ours sees them: nodes are processes of this machine.
 
-Called as ``sbatch``, ``srun`` or ``scontrol`` (links to this file), with the state of the one job in ``$SLURM_STUB``.
+Called as ``sbatch``, ``squeue``, ``srun`` or ``scontrol`` (this file under these names), with the state of the one job
+in ``$SLURM_STUB``.
 Kept from the real ones: sbatch runs a copy of the script in a spool directory; signals of ``--signal=B:`` reach the
 batch shell alone; srun kills its tasks when it gets SIGTERM, takes the highest exit code, gives tasks ``--wait``
 seconds after the first has ended, and passes no standard output but through ``--output``.
@@ -22,7 +23,7 @@ from types import FrameType
 
 STATE = Path(os.environ["SLURM_STUB"])
 JOB = "4242"
-FLAGS_WITHOUT_VALUE = {"--label", "--requeue", "--exclusive"}
+FLAGS_WITHOUT_VALUE = {"--label", "--requeue", "--exclusive", "--noheader"}
 
 
 def split_options(words: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -69,6 +70,16 @@ def sbatch(words: list[str]) -> int:
         if not (STATE / "requeued").exists():
             print(f"Submitted batch job {JOB}")
             return code
+    return 0
+
+
+def squeue(words: list[str]) -> int:
+    """The numbers of the jobs asked for that are in the queue."""
+    options, _ = split_options(words)
+    if not (STATE / "held").exists():
+        print("slurm_load_jobs error: Invalid job id specified", file=sys.stderr)
+        return 1
+    print("\n".join(job for job in options["--jobs"].split(",") if job == JOB))
     return 0
 
 
@@ -127,4 +138,5 @@ def scontrol(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit({"sbatch": sbatch, "srun": srun, "scontrol": scontrol}[Path(sys.argv[0]).name](sys.argv[1:]))
+    commands = {"sbatch": sbatch, "squeue": squeue, "srun": srun, "scontrol": scontrol}
+    sys.exit(commands[Path(sys.argv[0]).name](sys.argv[1:]))

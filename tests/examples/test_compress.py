@@ -82,6 +82,19 @@ def test_all_jobs_are_submitted_before_one_has_run(slurm: dict[str, str], argume
     assert recipe["train"]["settings"] == "h100_64" and recipe["train"]["tokens"] == 192
     state = json.loads((tmp_path / "run/run.json").read_text())
     assert {(step["state"], step["attempts"]) for step in state["steps"]} == {("waiting", 0)}
+    # Each but the first is ended by Slurm where the one before has failed.
+    jobs = [json.loads(line) for line in (tmp_path / "slurm/held").read_text().splitlines()]
+    assert [job.get("--kill-on-invalid-dep") for job in jobs] == [None, *["yes"] * 6]
+
+    again = script(slurm | {"LAUNCHER": "slurm", "STUB_HOLDS": "1"}, *more)
+    assert again.returncode == 2 and not again.stdout
+    queued = "jobs of this run are in the queue: 4242; wait for them, or run scancel 4242"
+    assert again.stderr.splitlines()[-1] == f"error: {queued}"
+    assert len((tmp_path / "slurm/held").read_text().splitlines()) == 7
+
+    (tmp_path / "slurm/held").unlink()  # scancel
+    again = script(slurm | {"LAUNCHER": "slurm", "STUB_HOLDS": "1"}, *more)
+    assert again.returncode == 0 and len((tmp_path / "slurm/held").read_text().splitlines()) == 7
 
 
 def test_what_is_missing_is_said_at_once(slurm: dict[str, str], arguments: list[str]) -> None:
