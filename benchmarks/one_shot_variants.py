@@ -22,7 +22,10 @@ TARGETS = {
 }
 # Axis -> name of the variant -> the sections of its recipe other than the target.
 VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    "depth": {method: {"depth": {"method": method}} for method in CHOICES["depth.method"]},
+    "depth": {
+        **{method: {"depth": {"method": method}} for method in CHOICES["depth.method"]},
+        "block_influence, pattern of source": {"depth": {"method": "block_influence", "pattern": "source"}},
+    },
     "width": {kind: {"width": {"importance": kind}} for kind in CHOICES["width.importance"]},
     "experts": {
         **{

@@ -83,6 +83,8 @@ class Recipe:
         sections["target"] = _given(sections["target"])
         if self.experts.allocation == Experts.allocation:  # as before there was another
             del sections["experts"]["allocation"], sections["experts"]["multiple"]
+        if self.depth.pattern == Depth.pattern:
+            del sections["depth"]["pattern"]
         if self.budget is not None:
             sections["target"] |= _given(dataclasses.asdict(self.budget))
             sections["search"] = self.search.to_dict()

@@ -36,9 +36,15 @@ class Target:
 class Depth:
     """Which layers go: the ``last`` ones, the run that changes its input least (``adjacent_cosine``),
     or those that do so one by one (``block_influence``).
+
+    Attributes:
+        method: which go.
+        pattern: kinds of the layers that are left: ``any``, or ``source``, those of its first layers in their order,
+            so that a period of attention stays one.
     """
 
     method: str = "last"
+    pattern: str = "any"
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,7 @@ BOUND_KEYS = tuple(("target", bound) for bound in BOUNDS)
 
 CHOICES: dict[str, Collection[str]] = {
     "depth.method": ("last", "adjacent_cosine", "block_influence"),
+    "depth.pattern": ("any", "source"),
     "width.importance": _HIDDEN,
     "experts.method": ("prune", "merge", "partial_preservation"),
     "experts.importance": EXPERT_IMPORTANCES,

@@ -8,6 +8,7 @@ allows before calibration is never refused after it.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -44,6 +45,9 @@ def depth_of(shape: ModelShape, layers: Iterable[int]) -> Depth:
 def possible_depths(recipe: Recipe, shape: ModelShape, layers: int) -> Iterator[Depth]:
     """What the method can leave; where it can leave any choice, in one order: dense layers, then full attention."""
     dropped, depth = shape.num_layers - layers, shape.sublayers
+    if recipe.depth.pattern == "source":
+        yield depth[:layers]
+        return
     if recipe.depth.method == "block_influence" and dropped:
         counts = Counter(depth)
         kinds = sorted(counts, key=lambda each: (each[1] != DENSE, each[0] != FULL_ATTENTION))
@@ -67,13 +71,16 @@ def kept_layers(recipe: Recipe, stats: Statistics, shape: ModelShape) -> tuple[i
     before them and N layers to drop. ShortGPT drops the N layers of the least influence, ties by index: the later one.
     Both as far as `is_whole` holds of what is left; for ShortGPT the most influential layer that it lacks stays in
     place of the least influential survivor.
+
+    With ``pattern: source`` the kinds of what is left are those of the first layers. A.4 then has fewer starts, and
+    ShortGPT's layers are those of the largest sum of influence.
     """
     kept = recipe.target.num_layers or shape.num_layers
     if kept == shape.num_layers or recipe.depth.method == "last":
         return tuple(range(kept))
     if recipe.depth.method == "block_influence":
-        return _most_influential(stats, shape, kept)
-    return _around_the_most_redundant(stats, shape, kept)
+        return _most_influential(stats, shape, kept, recipe.depth.pattern)
+    return _around_the_most_redundant(stats, shape, kept, recipe.depth.pattern)
 
 
 def _whole(shape: ModelShape, ranked: Sequence[int], kept: int) -> tuple[int, ...]:
@@ -85,13 +92,31 @@ def _whole(shape: ModelShape, ranked: Sequence[int], kept: int) -> tuple[int, ..
     return tuple(first)
 
 
-def _most_influential(stats: Statistics, shape: ModelShape, kept: int) -> tuple[int, ...]:
+def _most_influential(stats: Statistics, shape: ModelShape, kept: int, pattern: str) -> tuple[int, ...]:
     blocks = list(shape.blocks)[: shape.num_layers]
     influence = [float(stats.tensors[statistics.layer_key(block, "block_influence")]) for block in blocks]
+    if pattern == "source":
+        return _in_pattern(influence, shape.sublayers, shape.sublayers[:kept])
     return tuple(sorted(_whole(shape, ranking(np.array(influence)).tolist(), kept)))
 
 
-def _around_the_most_redundant(stats: Statistics, shape: ModelShape, kept: int) -> tuple[int, ...]:
+def _in_pattern(influence: Sequence[float], kinds: Depth, wanted: Depth) -> tuple[int, ...]:
+    """The layers of the largest sum of influence whose kinds are the wanted ones in their order; ties: the earlier.
+
+    For every number of wanted layers, the best choice among the layers that were looked at so far.
+    """
+    choices: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]  # there is one for each number up to `layer`
+    for layer, kind in enumerate(kinds):
+        if len(choices) <= len(wanted):
+            choices.append((-math.inf, ()))
+        for place in range(len(choices) - 1, 0, -1):
+            total, layers = choices[place - 1]
+            if kind == wanted[place - 1] and total + influence[layer] > choices[place][0]:
+                choices[place] = (total + influence[layer], (*layers, layer))
+    return choices[-1][1]
+
+
+def _around_the_most_redundant(stats: Statistics, shape: ModelShape, kept: int, pattern: str) -> tuple[int, ...]:
     dropped, blocks = shape.num_layers - kept, list(shape.blocks)
     choices = [
         tuple(layer for layer in range(shape.num_layers) if not start <= layer < start + dropped)
@@ -99,4 +124,7 @@ def _around_the_most_redundant(stats: Statistics, shape: ModelShape, kept: int) 
     ]
     cosines = [float(stats.tensors[statistics.layer_key(block, "cosine")]) for block in blocks[1 : kept + 1]]
     possible = [number for number, layers in enumerate(choices) if is_whole(depth_of(shape, layers))]
+    if pattern == "source":
+        wanted = shape.sublayers[:kept]
+        possible = [number for number in possible if depth_of(shape, choices[number]) == wanted]
     return choices[max(possible or range(kept), key=lambda number: cosines[number])]

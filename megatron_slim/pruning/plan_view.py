@@ -202,12 +202,16 @@ def depth_reason(plan: Plan, stats: Statistics | None) -> str:
     if method == "last":
         return f"{count}: the last ones"
     if method == "adjacent_cosine":
-        return f"{count}: {_reason_of_a_run(dropped[0], len(plan.kept_layers), stats)}"
+        rest = "the source's pattern" if plan.recipe.depth.pattern == "source" else "a full-attention layer"
+        return f"{count}: {_reason_of_a_run(dropped[0], len(plan.kept_layers), stats, rest)}"
     if stats is None:
         return f"{count}: those of the least block influence"
     influence = [
         float(stats.tensors[layer_key(f"model.layers.{i}", method)]) for i in range(plan.source_shape.num_layers)
     ]
+    if plan.recipe.depth.pattern == "source":
+        sums = f"{sum(influence[i] for i in dropped):.4g} of {sum(influence):.4g}"
+        return f"{count}: those of the least block influence in sum ({sums}) that leave the source's pattern"
     most, least = max(influence[i] for i in dropped), min(influence[i] for i in plan.kept_layers)
     if most > least:
         kept = f"layer {influence.index(least)} ({least:.4g}), which is left for its full attention"
@@ -215,13 +219,13 @@ def depth_reason(plan: Plan, stats: Statistics | None) -> str:
     return f"{count}: those of the least block influence (at most {most:.4g}; the others have at least {least:.4g})"
 
 
-def _reason_of_a_run(first: int, starts: int, stats: Statistics | None) -> str:
-    """Why a run of layers goes that begins with ``first``, one of the layers from 1 to ``starts``."""
+def _reason_of_a_run(first: int, starts: int, stats: Statistics | None, left: str) -> str:
+    """Why a run of layers goes that begins with ``first``, of 1 to ``starts``; ``left`` says what has to be left."""
     if stats is None:
         return f"in a row from layer {first}, whose input and output are most alike"
     cosines = [float(stats.tensors[layer_key(f"model.layers.{i}", "cosine")]) for i in range(1, starts + 1)]
     own = cosines[first - 1]
-    rest = " of the runs that leave a full-attention layer" if max(cosines) > own else ""
+    rest = f" of the runs that leave {left}" if max(cosines) > own else ""
     return f"in a row from layer {first}, whose input and output are most alike (cosine {own:.4f}){rest}"
 
 

@@ -60,7 +60,7 @@ def _share(before: int, after: int) -> str:
 
 def markdown(plan: Plan, before: Summary, after: Summary) -> str:
     """The table as Markdown, with what decided it."""
-    experts = plan.recipe.experts
+    depth, experts = plan.recipe.depth, plan.recipe.experts
     lines = ["# Pruning report", "", "| | before | after | left |", "|---|---:|---:|---:|"]
     lines += [f"| {' | '.join(row)} |" for row in rows(before, after)]
     merged = sum(len(group.members) > 1 for groups in plan.experts.values() for group in groups)
@@ -71,7 +71,7 @@ def markdown(plan: Plan, before: Summary, after: Summary) -> str:
         *_no_period(plan),
         *_search(plan),
         *_allocation(plan),
-        f"- depth: {plan.recipe.depth.method}; layers dropped: {_dropped_layers(plan)}",
+        f"- depth: {depth.method}, pattern {depth.pattern}; layers dropped: {_dropped_layers(plan)}",
         f"- width: {plan.recipe.width.importance}",
         f"- experts: {experts.method} by {experts.importance}, similarity by {experts.similarity}, "
         f"preserve {experts.preserve}, weighting {experts.weighting}, num_groups {experts.num_groups}, "
@@ -118,7 +118,8 @@ def _no_period(plan: Plan) -> list[str]:
     """What a target without a period means: its config.json has no ``full_attention_interval``."""
     warning = (
         "- attention: the layers that are left have no period, so SGLang, mlx-lm and mcore-bridge, which read only "
-        "full_attention_interval, build other layers; transformers, vLLM and llama.cpp's converter read layer_types"
+        "full_attention_interval, build other layers; transformers, vLLM and llama.cpp's converter read layer_types; "
+        "depth.pattern source keeps the period"
     )
     return [] if plan.target_shape.full_attention_interval else [warning]
 

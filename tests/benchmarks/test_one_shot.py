@@ -54,7 +54,7 @@ def test_every_method_of_a_recipe_is_compared() -> None:
         used = {getattr(getattr(variant.recipe, section), name) for variant in found}
         assert used == set(choices)
     assert {variant.axis for variant in found} == {*TARGETS, ALL}
-    assert len({(variant.axis, variant.name) for variant in found}) == len(found) == 25
+    assert len({(variant.axis, variant.name) for variant in found}) == len(found) == 26
     depth = next(variant for variant in found if variant.axis == "depth")
     assert depth.recipe.to_dict()["target"] == {"num_layers": 5}
 
@@ -65,10 +65,10 @@ def test_losses_are_those_of_the_tools(tool: Tool, work: Path, tmp_path: Path) -
     assert outcome.code == 0, outcome.stderr
     assert "3 variants allocate experts by loss, which needs --calibration-data: left out" in outcome.stderr
     results = outcome.json
-    assert [line for line in outcome.stderr.splitlines() if line.startswith("[23/23] all together")]
+    assert [line for line in outcome.stderr.splitlines() if line.startswith("[24/24] all together")]
     table = (tmp_path / "table.md").read_text()
-    assert table in outcome.stdout and table.count("\n|") == 2 + 23
-    assert len(results["variants"]) == 22
+    assert table in outcome.stdout and table.count("\n|") == 2 + 24
+    assert len(results["variants"]) == 23
     evaluate = ("tools/evaluate.py", "--data", work / "tokens.npy", "--micro-batch-size", 4, "--json", "--load")
     source = tool(*evaluate, work / "model").json
     assert (results["source"]["loss"], results["source"]["mtp_loss"]) == (source["loss"], source["mtp_loss"])

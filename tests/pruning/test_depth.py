@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_slim.architecture.shape import FAMILIES
 from megatron_slim.architecture.shape import FULL_ATTENTION as FULL
 from megatron_slim.architecture.shape import LINEAR_ATTENTION as LINEAR
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import RecipeError
 from megatron_slim.planning.sources import Asked, find_models
+from megatron_slim.pruning.depth import depth_of, is_whole, kept_layers, possible_depths
 from megatron_slim.pruning.plan import make_plan
+from megatron_slim.pruning.plan_reader import parse_plan
 from megatron_slim.pruning.plan_view import depth_reason
 from megatron_slim.pruning.recipe_checks import check_later_phases, check_recipe
 from megatron_slim.pruning.statistics import Statistics, layer_key
@@ -85,6 +89,55 @@ def test_what_is_accepted_before_calibration_is_never_refused_after_it(
     least = {"last": types.index(FULL) + 1, "block_influence": 1}
     # Layer 0 and the layers after the run are left: the last alone is one of them from two layers on.
     assert accepted == list(range(least.get(method, 1 if types[0] == FULL else 2), 6))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["adjacent_cosine", "block_influence"])
+def test_the_sources_pattern_is_left_by_the_best_of_all_choices(family: str, method: str) -> None:
+    shape = tiny_shape(family, num_layers=9)
+    for layers, seed in itertools.product(range(1, 9), range(4)):
+        depth, wanted = {"method": method, "pattern": "source"}, shape.sublayers[:layers]
+        recipe = parse_recipe({"version": 1, "target": {"num_layers": layers}, "depth": depth})
+        assert list(possible_depths(recipe, shape, layers)) == [wanted]
+        if not is_whole(wanted):
+            with pytest.raises(RecipeError, match=rf"target\.num_layers {layers} leaves no full_attention layer"):
+                check_recipe(recipe, shape)
+            continue
+        values = np.random.default_rng(seed).integers(1, 5, 9).astype(np.float32)  # few, so that some are equal
+        name = "cosine" if method == "adjacent_cosine" else method
+        kept = kept_layers(recipe, Statistics({_key(i, name): values[i] for i in range(9)}, {}), shape)
+        if method == "adjacent_cosine":
+            starts = range(1, layers + 1)
+            runs = [(start, (*range(start), *range(start + 9 - layers, 9))) for start in starts]
+            possible = [(values[start], each) for start, each in runs if depth_of(shape, each) == wanted]
+            assert kept == max(possible, key=lambda run: run[0])[1]
+        else:
+            possible = [
+                (-sum(values[list(each)]), each[::-1])
+                for each in itertools.combinations(range(9), layers)
+                if depth_of(shape, each) == wanted
+            ]
+            assert kept == min(possible)[1][::-1]  # the largest sum; of equal ones, the earlier layers
+
+
+def test_a_period_stays_one(source: HFCheckpoint, random_stats: Callable[..., Statistics]) -> None:
+    """Layers 3 and 7 of eight are of full attention; of six that are left, the fourth is."""
+    stats = random_stats(source)
+    favoured = {_key(i, "block_influence"): np.float32(i) for i in range(8)}  # the first layers would go
+    stats = Statistics({**stats.tensors, **favoured}, stats.metadata)
+    plans = {}
+    for pattern in ("any", "source"):
+        depth = {"method": "block_influence", "pattern": pattern}
+        recipe = parse_recipe({"version": 1, "target": {"num_layers": 6}, "depth": depth})
+        plans[pattern] = make_plan(recipe, stats, source.shape)
+    assert plans["any"].kept_layers == (2, 3, 4, 5, 6, 7)
+    assert plans["source"].kept_layers == (0, 1, 2, 3, 5, 6)
+    assert plans["any"].target_shape.full_attention_interval is None
+    assert plans["source"].target_shape.full_attention_interval == 4
+    assert plans["any"].to_dict()["recipe"]["depth"] == {"method": "block_influence"}  # as earlier releases write it
+    assert parse_plan(plans["source"].to_dict()) == plans["source"]
+    reason = "2 of 8 layers are removed: those of the least block influence in sum (11 of 28) that leave the source's"
+    assert depth_reason(plans["source"], stats) == f"{reason} pattern"
 
 
 STAGES: dict[str, tuple[list[dict[str, Any]], int, str | None]] = {
