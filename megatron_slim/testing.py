@@ -11,6 +11,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,13 @@ def _run_rank(rank: int, function: Function, args: tuple[object, ...], folder: s
     exit_at_once(status)
 
 
+def forkserver() -> ForkServerContext:
+    """What forks processes from a server that has imported torch and Megatron once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_slim.testing_preload"])
+    return context
+
+
 def run_distributed(
     world_size: int, function: Function, *args: object, timeout: float = 300.0, initialise: bool = True
 ) -> list[Any]:
@@ -203,8 +211,7 @@ def run_distributed(
         RuntimeError: a rank failed (its traceback is in the message) or died.
         TimeoutError: the ranks did not finish in time; they are killed.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_slim.testing_preload"])
+    context = forkserver()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         env = {
             "WORLD_SIZE": str(world_size),

@@ -24,6 +24,7 @@ def test_it_runs_and_both_ways_agree(tool: Callable[..., Any]) -> None:
     assert results["device"] == "cpu" and ("speedup_over_liger" in results) != ("liger" in results)
 
 
+@pytest.mark.slow
 def test_memory_at_the_published_sizes() -> None:
     """4096 tokens, 151936 columns, counted on tensors without content: 3% of materialised logits, in chunks of 256."""
     found = full_vocabulary(256)

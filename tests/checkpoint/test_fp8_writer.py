@@ -210,6 +210,7 @@ def test_errors_are_those_of_what_reads_back(written: tuple[ModelShape, Path, Pa
     assert rows["model.layers.1.mlp.experts.*.down_proj"] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.one_case
 def test_both_formats_and_any_division_give_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: tuple[ModelShape, Path, Path, dict[str, Any]]
 ) -> None:

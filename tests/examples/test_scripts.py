@@ -79,6 +79,7 @@ def test_dry_run_prints_the_command() -> None:
     assert words[-2:] == ["--lr", "1"] and "--lr 4e-4" in command  # what is given by hand comes last and wins
 
 
+@pytest.mark.slow
 def test_a_program_of_the_users_own(tmp_path: Path) -> None:
     """It registers a term of the loss, whose flags our own main does not have."""
     own, shape = tmp_path / "my run.py", tiny_shape(vocab_size=96)

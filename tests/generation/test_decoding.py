@@ -50,6 +50,7 @@ def decoder(path: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     return Decoder(open_checkpoint(path), dtype)
 
 
+@pytest.mark.one_case
 def test_texts_are_those_of_transformers(model: tuple[Path, ModelShape]) -> None:
     path, shape = model
     given, theirs, ours = prompts(shape.vocab_size, LENGTHS), reference.Transformers(path), decoder(path)

@@ -197,6 +197,7 @@ def test_models_in_directories_are_built_in_a_process_of_its_own(tmp_path: Path)
     assert json.loads(done.stdout)["ranked"][0]["built"]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("words", ["experts@1-3,norms", "attention,output", "embedding,mtp"])
 def test_a_run_of_some_parts_allocates_what_was_planned(words: str, tmp_path: Path) -> None:
     """Gradients and states of what is trained alone, on two ranks, whose optimizer is shared or of experts."""

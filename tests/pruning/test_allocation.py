@@ -109,6 +109,7 @@ def test_what_cannot_be_allocated() -> None:
             allocate(losses, importance, uniform, least=least, multiple=multiple)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("method", ["prune", "merge"])
 def test_losses_of_layers_are_those_of_their_models(
     method: str, model: HFCheckpoint, random_stats: Any, samples: np.ndarray

@@ -124,6 +124,7 @@ def test_an_identity_recipe_gives_every_byte_back(source: HFCheckpoint, plan_for
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("source", FAMILIES, indirect=True)
 @pytest.mark.parametrize("method", ["prune", "partial_preservation"])
 def test_order_of_pruning_and_conversion_does_not_matter(

@@ -113,6 +113,7 @@ def _only(matrix: torch.Tensor, columns: tuple[int, ...]) -> None:
     matrix[:, others] = 0
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("layers", [8, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_they_are_those_of_a_new_calibration_where_what_went_had_no_effect(

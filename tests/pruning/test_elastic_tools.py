@@ -66,6 +66,7 @@ def one(tmp_path_factory: pytest.TempPathFactory, random_stats: Callable[..., St
     return Made(tmp_path_factory.mktemp("one"), "qwen3_next", random_stats)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("to", ["hf", "torch_dist"])
 def test_a_slice_is_what_the_plan_of_its_budget_prunes(tool: Tool, made: Made, to: str, tmp_path: Path) -> None:
     """And what a recipe of that size alone makes of the source, byte for byte, from and to both formats."""
@@ -103,6 +104,7 @@ def test_a_slice_of_a_slice_is_a_slice_of_the_parent(tool: Tool, made: Made, tmp
     assert plan.target_shape == open_checkpoint(tmp_path / "s").shape
 
 
+@pytest.mark.one_case
 def test_stock_loaders_open_parent_and_slices(tool: Tool, made: Made, tmp_path: Path) -> None:
     """transformers, with the logits of the model that was pruned to that size by itself."""
     from transformers import AutoModelForCausalLM

@@ -170,6 +170,7 @@ def by_hand(name: str, plan: Plan, read: Callable[[str], Tensor]) -> Tensor:
     return tensor[list(heads)] if name.endswith(("A_log", "dt_bias")) else tensor
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(("method", "targets"), [("prune", TARGETS), ("merge", TARGETS), ("prune", GROUPED)])
 def test_every_tensor_is_the_slice_that_its_name_says(
     method: str, targets: dict[str, dict[str, int]], wide: HFCheckpoint, random_stats: RandomStats, tmp_path: Path

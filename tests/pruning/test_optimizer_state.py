@@ -99,6 +99,7 @@ def pruned(tool: Any, random_stats: Stats, tmp_path: Path) -> Callable[..., tupl
     return run
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("processes", [1, 3])
 def test_kept_layers_channels_and_experts_are_the_sources_bytes(deep: Any, pruned: Any, processes: int) -> None:
     run, made = deep
@@ -124,6 +125,7 @@ def members_of(tensors: HFCheckpoint, name: Callable[[int], str], group: ExpertG
     return [part[hidden] if "down_proj" in name(0) else part[:, hidden] for part in parts]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("rule", [*MOMENT_RULES, None])
 def test_moments_of_merged_experts(deep: Any, pruned: Any, rule: str | None) -> None:
     """Main weights in fp32 and with the plan's shares; moments by the rule, in numpy."""

@@ -44,6 +44,7 @@ def measure(path: str, samples: np.ndarray, layouts: dict[str, dict[str, int]]) 
     return {name: stats.tensors for name, stats in found.items() if stats is not None}
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("family", SHAPES)
 @pytest.mark.parametrize(
     ("ranks", "layouts"),

@@ -185,6 +185,7 @@ def test_directory_is_complete_and_always_the_same(tool: Tool, work: Path) -> No
     assert all(content.startswith(b"\x89PNG") for content in embedded)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("source", FAMILIES, indirect=True)
 @pytest.mark.parametrize(
     "target", [{}, {"num_layers": 7}, {"hidden_size": 8, "num_moe_experts": 2}, {"num_moe_experts": 7}], ids=str

@@ -46,6 +46,7 @@ def prune(tool: Tool, source: HFCheckpoint, work: Path, *more: object, save: str
     return tool(PRUNE, "--load", source.path, *recipe, *data, "--save", work / save, *more)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("source", FAMILIES, indirect=True)
 def test_one_command_or_three_give_the_same(tool: Tool, source: HFCheckpoint, work: Path) -> None:
     one = prune(tool, source, work, "--json", "--to", "torch_dist")
@@ -131,6 +132,7 @@ def test_yarn_is_carried_from_calibration_to_export(tool: Tool, work: Path, key:
     assert open_checkpoint(work / "hf").shape.rope_scaling == source.shape.rope_scaling
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("to", ["hf", "torch_dist"])
 @pytest.mark.parametrize("format_", ["hf", "torch_dist"])
 def test_how_it_is_written_does_not_change_what(

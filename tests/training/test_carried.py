@@ -171,6 +171,7 @@ def test_any_layout_begins_with_the_same_moments(
     assert fresh[LM] + fresh[MTP_LM] != pytest.approx(first, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_that_saved_by_buckets_is_told_the_flag(workplace: Workplace, tool: Any, tmp_path: Path) -> None:
     """And what it saves after that can be carried; by names, Megatron's own tensors are what is read."""
     run = tmp_path / "run"

@@ -106,6 +106,7 @@ CASES = [
 ]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(("name", "flags"), CASES)
 def test_training_one_budget_is_training_its_slice(
     place: Workplace, name: str, flags: tuple[str, ...], request: pytest.FixtureRequest
@@ -142,6 +143,7 @@ def test_documents_apart(place: Workplace, tmp_path: Path) -> None:
     assert runs["apart"]["lm loss"] != runs["together"]["lm loss"]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("family", [each for each in FAMILIES if each != "qwen3_next"])
 def test_families(place: Workplace, family: str, tmp_path: Path) -> None:
     """The same of every family, without a teacher; of GLM's with a dense layer and routers with a bias."""
@@ -192,6 +194,7 @@ def test_what_a_budget_does_not_have_only_decays(place: Workplace, tmp_path: Pat
     torch.testing.assert_close(new, old * (1 - 0.5e-2) ** 5, rtol=1e-6, atol=0)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("schedule", ["in-turn", "together"])
 def test_the_largest_budget_alone_is_an_ordinary_run(place: Workplace, schedule: str, tmp_path: Path) -> None:
     """Bit for bit, clipping included: its parameters are the student's own."""
@@ -252,6 +255,7 @@ LAYOUTS = {
 QUICK = {("vpp2", "together"), ("tp2-sp-ep2-etp1", "in-turn")}
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     ("layout", "schedule"),
     [

@@ -35,6 +35,7 @@ def family(request: pytest.FixtureRequest, workplace, tmp_path_factory: pytest.T
     return place, place.train("one", 1, *MBS, *STEADY)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     "layout", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in LAYOUTS]
 )

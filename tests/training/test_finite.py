@@ -151,6 +151,7 @@ def train_broken(argv: list[str], log: str, case: str) -> str:
     return refusal(argv, log)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     "case", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in ERRORS]
 )

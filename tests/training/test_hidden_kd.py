@@ -65,6 +65,7 @@ def alone(workplace, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
     return save, logged
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("layout", cases(LAYOUTS, ("vpp2-recompute", "pp2-ep2-overlap")))
 def test_the_same_under_every_layout(workplace, alone, layout: str) -> None:  # type: ignore[no-untyped-def]
     ranks, micro_batch, flags = LAYOUTS[layout]

@@ -65,6 +65,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     "layout", [pytest.param(name, marks=[pytest.mark.slow] if "pp2" in name else []) for name in LAYOUTS]
 )

@@ -70,6 +70,7 @@ def one(workplace: Workplace) -> dict[str, Logged]:
     return {name: run(workplace, "one", name) for name in ("muon", "aurora")}
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("layout", cases([name for name in LAYOUTS if name != "one"], QUICK))
 @pytest.mark.parametrize("optimizer", ["muon", "aurora"])
 def test_every_layout_trains_the_same(
@@ -86,6 +87,7 @@ def test_they_are_three_optimizers(workplace: Workplace, one: dict[str, Logged])
     assert len({round(losses[-1], 3) for losses in ends}) == 3
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("flags", [(), ("--overlap-grad-reduce", "--overlap-param-gather")], ids=["", "overlapped"])
 def test_shards_of_the_optimizer_change_nothing(workplace: Workplace, flags: tuple[str, ...]) -> None:
     """In bf16, whole parameters on each of two ranks: digit for digit the run without."""

@@ -100,10 +100,10 @@ def whole(workplace, samples: Path) -> dict[str, list[float]]:  # type: ignore[n
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1"
 PP2 = "--pipeline-model-parallel-size 2"
 LAYOUTS = {
+    "tp2": (2, TP2),
     "recomputed": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
     "selective": (1, "--recompute-granularity selective --recompute-modules core_attn layernorm gdn_norm_out moe"),
     "teacher-ahead": (1, "--teacher-ahead 3"),
-    "tp2": (2, TP2),
     "pp2": (2, PP2),
     "ep2": (2, "--expert-model-parallel-size 2"),
     "dp2": (2, ""),
@@ -114,6 +114,7 @@ LAYOUTS = {
 SLOW = ("selective", "vpp2", "pp4", "pp2-tp2-ahead", "dp2", "ep2")
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     "layout", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in LAYOUTS]
 )

@@ -193,6 +193,7 @@ def test_four_terms(uneven, one: Trained, name: str) -> None:  # type: ignore[no
     assert_same_run(run(uneven, name, LAYOUTS[name]), one, TERMS, uneven.student)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("name", cases(LAYOUTS, QUICK_ALONE))
 def test_the_language_model_alone(uneven, one_alone: Trained, name: str) -> None:  # type: ignore[no-untyped-def]
     found = run(uneven, name, LAYOUTS[name], distil=False)

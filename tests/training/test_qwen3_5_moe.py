@@ -38,6 +38,7 @@ def trained(family):  # type: ignore[no-untyped-def]
     return save, family.train("one", 1, *MBS, "--save", str(save))
 
 
+@pytest.mark.slow
 def test_a_layout_is_the_same_run(family, trained, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """The run on one rank starts from Hugging Face's format, this from Megatron's."""
     _, expected = trained

@@ -62,6 +62,7 @@ def slow(*moves: str) -> list[Any]:
     return [pytest.param(move, marks=pytest.mark.slow) for move in moves]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     "move",
     [

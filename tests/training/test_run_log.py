@@ -149,6 +149,7 @@ def test_tokens_per_expert_are_those_that_experts_were_given(one: Any) -> None:
             assert logged[f"slim/experts/without_tokens/{tag}"][number] == (counts == 0).mean()
 
 
+@pytest.mark.slow
 def test_every_layout_logs_the_same(one: Any, many: dict[str, list[float]]) -> None:
     logged, _ = one
     layout = ("stage_seconds", "pipeline", "memory", "throughput", "mfu", "elapsed", "remaining")

@@ -64,6 +64,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     "layout",
     ["one", "pp2", *(pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name not in ("one", "pp2"))],

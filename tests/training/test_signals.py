@@ -64,6 +64,7 @@ def end(job: subprocess.Popen[bytes]) -> int:
     return code
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("case", SCRIPTS)
 def test_the_launcher_ends_as_its_ranks_do(tmp_path: Path, case: str) -> None:
     body, wanted = SCRIPTS[case]

@@ -86,6 +86,7 @@ RUNS = [
 ]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(("name", "ranks", "flags", "message"), RUNS)
 def test_a_permuted_teacher_is_refused(  # type: ignore[no-untyped-def]
     workplace, teachers: dict[str, Path], tool: Any, name: str, ranks: int, flags: str, message: str

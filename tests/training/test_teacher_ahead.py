@@ -28,7 +28,6 @@ from tests.training.test_parallel_layouts import (
     TERMS,
     TOLERANCE,
     Logged,
-    cases,
     differences,
 )
 from tests.training.test_runs import keep_only
@@ -61,7 +60,8 @@ def one(uneven) -> Logged:  # type: ignore[no-untyped-def]
     return uneven.train("one", 1, *ONE.argv())  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("name", cases(("vpp2", "tp2-sp", "pp2-ep2-allgather", "pp2", "dp2-overlap", "cp2"), ("vpp2",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vpp2", "tp2-sp", "pp2-ep2-allgather", "pp2", "dp2-overlap", "cp2"])
 def test_layouts(uneven, one: Logged, name: str) -> None:  # type: ignore[no-untyped-def]
     layout = LAYOUTS[name]
     found = uneven.train(f"ahead-{name}", layout.ranks, *layout.argv(), *OFFLOAD)

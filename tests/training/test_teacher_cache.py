@@ -121,6 +121,7 @@ def test_documents_and_masks(workplace: Workplace, tmp_path: Path) -> None:
         assert found[term] == expected[term], term
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(("kind", "bound"), [("bf16", 2e-4), ("fp8", 5e-3)])
 def test_rounded_states(
     workplace: Workplace, samples: SampleSet, cache: Path, tmp_path: Path, kind: str, bound: float
@@ -148,6 +149,7 @@ def uneven_cache(uneven: Workplace, samples: SampleSet, tmp_path_factory: pytest
     return record_on(samples, uneven.teacher, tmp_path_factory.mktemp("uneven-cache") / "cache")
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     "name",
     cases(("tp2-sp", "vpp2", "pp2", "pp2-ep2-allgather", "dp2-overlap", "cp2", "tp2-sp-ep2-etp1"), ("tp2-sp", "vpp2")),

@@ -85,9 +85,8 @@ def test_a_term_without_weight_changes_no_bit(program: Path, workplace: Workplac
     assert set(found["z weight"]) == {0.0} == set(found["slim/loss/share_z"]) and len(found["z loss"]) == 5
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "tp2" else [pytest.mark.slow]) for name in LAYOUTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_the_same_run_under_every_layout(program: Path, workplace: Workplace, own: Any, name: str) -> None:
     ranks, flags = LAYOUTS[name]
     argv = workplace.argv(f"own-{name}", "--micro-batch-size", "2", *WEIGHTS, *flags.split())

@@ -55,6 +55,7 @@ def write_parts(root: Path, name: str, token: int, part: str, bad: slice) -> lis
     return [word for each, path in parts.items() for word in (f"--{each}-data-path", str(path))]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in RUNS]
 )

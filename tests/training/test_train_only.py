@@ -70,6 +70,7 @@ def whole(workplace: Workplace) -> dict[str, torch.Tensor]:
     return gradients(workplace, "all-parts", *NO_BALANCE)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("name", WORDS)
 def test_gradients_are_those_of_full_training(workplace: Workplace, whole: dict[str, torch.Tensor], name: str) -> None:
     """Bit for bit; nothing else has one."""
@@ -137,6 +138,7 @@ CASES = [
 ]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(("choice", "layout"), CASES)
 def test_a_run_is_the_same_in_every_layout(workplace: Workplace, alone: Any, choice: str, layout: str) -> None:
     """Losses, gradient norm and weights; what is frozen has its bytes, also where a stage has nothing to train."""
@@ -167,6 +169,7 @@ def test_what_is_frozen_keeps_its_bytes(workplace: Workplace, alone: Any) -> Non
     assert 0 < len(trained) < len(start)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("precision", ["fp32", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_a_run_resumes_bit_for_bit(workplace: Workplace, tmp_path: Path, precision: str) -> None:
     from tests.training.test_runs import keep_only
@@ -186,6 +189,7 @@ def test_a_run_resumes_bit_for_bit(workplace: Workplace, tmp_path: Path, precisi
         assert torch.equal(tensor, ended[key]), key
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("optimizer", ["aurora", "muon"])
 def test_matrices_of_trained_parts_alone(workplace: Workplace, optimizer: str) -> None:
     """In an optimizer of matrices, whether or not there are others for AdamW; the rest has its bytes."""
@@ -276,14 +280,15 @@ def test_a_frozen_router_is_left_alone(workplace: Workplace, alone: Any) -> None
     assert logged and not any(float(line.get("global_load_balancing_loss", 0.0)) for line in logged.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "flags"),
     [
         ("experts", EP2),
-        pytest.param("attention@1", "", marks=pytest.mark.slow),
-        pytest.param("output,norms", EP2, marks=pytest.mark.slow),
-        pytest.param("experts@3", PP2, marks=pytest.mark.slow),
-        pytest.param("router,embedding", TP2, marks=pytest.mark.slow),
+        ("attention@1", ""),
+        ("output,norms", EP2),
+        ("experts@3", PP2),
+        ("router,embedding", TP2),
     ],
 )
 def test_matrices_on_two_ranks_resume(workplace: Workplace, tmp_path: Path, words: str, flags: str) -> None:

@@ -164,6 +164,7 @@ def refuse(code: int) -> Callable[[str, Any], None]:
     return action
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("case", SCENARIOS, indirect=True)
 @pytest.mark.parametrize("most", [FEW, pytest.param(10**6, marks=pytest.mark.slow)])
 def test_killed_at_any_operation(case: Case, start: Start, most: int) -> None:
@@ -176,6 +177,7 @@ def test_killed_at_any_operation(case: Case, start: Start, most: int) -> None:
     assert_it_works_now(case, start)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("case", SCENARIOS, indirect=True)
 @pytest.mark.parametrize("most", [FEW, pytest.param(10**6, marks=pytest.mark.slow)])
 def test_refused_by_the_system_at_any_operation(case: Case, start: Start, most: int) -> None:
