@@ -186,9 +186,9 @@ def _run_rank(rank: int, function: Function, args: tuple[object, ...], folder: s
 
 
 def forkserver() -> ForkServerContext:
-    """What forks processes from a server that has imported torch and Megatron once."""
+    """What forks processes from a server that has imported torch and Megatron once, and pytest if it is there."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_slim.testing_preload"])
+    context.set_forkserver_preload(["megatron_slim.testing_preload", "pytest"])
     return context
 
 
