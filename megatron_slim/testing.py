@@ -11,7 +11,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,10 @@ from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.huggingface_writer import specs_of, write_hf_checkpoint
 from megatron_slim.processes import exit_at_once
 from megatron_slim.sample_set import SampleSet, write_samples
+
+# Forks processes from a server that has imported torch and Megatron once, and pytest if it is there.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["megatron_slim.testing_preload", "pytest"])
 
 
 def tiny_shape(model_type: str = "qwen3_next", **overrides: Any) -> ModelShape:
@@ -185,13 +188,6 @@ def _run_rank(rank: int, function: Function, args: tuple[object, ...], folder: s
     exit_at_once(status)
 
 
-def forkserver() -> ForkServerContext:
-    """What forks processes from a server that has imported torch and Megatron once, and pytest if it is there."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_slim.testing_preload", "pytest"])
-    return context
-
-
 def run_distributed(
     world_size: int, function: Function, *args: object, timeout: float = 300.0, initialise: bool = True
 ) -> list[Any]:
@@ -211,7 +207,6 @@ def run_distributed(
         RuntimeError: a rank failed (its traceback is in the message) or died.
         TimeoutError: the ranks did not finish in time; they are killed.
     """
-    context = forkserver()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         env = {
             "WORLD_SIZE": str(world_size),
@@ -223,7 +218,7 @@ def run_distributed(
         ranks: list[BaseProcess] = []
         stack.callback(_kill, ranks)
         for rank in range(world_size):
-            process = context.Process(target=_run_rank, args=(rank, function, args, folder, env))
+            process = FORKSERVER.Process(target=_run_rank, args=(rank, function, args, folder, env))
             process.start()
             ranks.append(process)
         _wait(ranks, Path(folder), time.monotonic() + timeout)

@@ -56,13 +56,6 @@ LOGS=$(read_steps 'print(found["save"] + "/logs")')
 PATHS=$(read_steps 'print(",".join(found["paths"]))')
 export ROOT=$root IMAGE MOUNTS LOGS PATHS
 
-# Two jobs at work on one step would write the same files. Slurm answers with an error where it knows no such job.
-submitted=$LOGS/jobs.txt
-if [[ ${DRY_RUN:-0} != 1 && -s $submitted ]]; then
-  queued=$(squeue --noheader --format %i --jobs "$(paste -sd , "$submitted")" 2>/dev/null | sort -u | paste -sd ' ' || true)
-  [[ -z $queued ]] || fail "jobs of this run are in the queue: $queued; wait for them, or run scancel $queued"
-fi
-
 previous=''
 while IFS=$'\t' read -r name kind command; do
   dependency=${previous:+afterok:$previous}
@@ -81,8 +74,9 @@ while IFS=$'\t' read -r name kind command; do
   fi
   mkdir -p "$LOGS"
   answer=$("${submit[@]}" </dev/null)
-  previous=${answer##* } # Submitted batch job 123
-  echo "$previous" >>"$submitted"
+  [[ $answer =~ batch\ job\ ([0-9]+) ]] || fail "sbatch gave no number of a job: $answer"
+  previous=${BASH_REMATCH[1]} # of "Submitted batch job 123", and "on cluster NAME" where there are several
+  echo "$previous" >>"$LOGS/jobs.txt" # --prepare asks Slurm for them
   echo "$name: job $previous${dependency:+, $dependency}"
 done < <(read_steps '[print(s["name"], s["kind"], shlex.join(s["command"][1:]), sep="\t") for s in found["steps"] if not s["done"]]')
 [[ -n $previous ]] || echo "everything is done"

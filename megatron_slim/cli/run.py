@@ -18,6 +18,7 @@ from megatron_slim.cli.tool import run_tool
 from megatron_slim.command_line import RECIPE_HELP, not_negative, tool_parser
 from megatron_slim.compression import estimate
 from megatron_slim.compression.checks import check, check_disk
+from megatron_slim.compression.queue import refuse_queued
 from megatron_slim.compression.report import write_report
 from megatron_slim.compression.runner import run_steps
 from megatron_slim.compression.settings import read_settings
@@ -112,6 +113,8 @@ def run(args: argparse.Namespace, megatron: Sequence[str]) -> JsonObject:
         train=train,
         megatron=megatron,
     )
+    if args.prepare:
+        refuse_queued(settings.save)
     found = steps(settings)
     state = RunState(settings, found)
     chosen = _chosen(found, args.step)

@@ -4,6 +4,7 @@
 - `recordings`: the teacher's caches that a run records and trains from
 - `steps`: the commands that it consists of, and what shows that one is done
 - `checks`: what would fail later, refused at the start
+- `queue`: jobs of the run that Slurm still has
 - `state`: run.json, which says what was asked for and how far it is
 - `runner`: runs what is not done yet
 - `machine`: what a run computes on, and how long that takes

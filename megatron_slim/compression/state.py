@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_slim import __version__
 from megatron_slim.aliases import Document, JsonObject
+from megatron_slim.checkpoint.torch_dist_names import TRACKER
 from megatron_slim.compression.settings import RunSettings
 from megatron_slim.compression.steps import (
     OF_RECORDING,
@@ -96,8 +97,9 @@ class RunState:
             raise SlimError("; ".join(found), where=str(self.path), fix=fix)
 
     def begun(self, step: Step) -> bool:
-        """Whether a step was ever started, or is done."""
-        return bool(self.steps[step.name]["attempts"]) or step.done()
+        """Whether a step was ever started, or is done; training also by a job that knows nothing of this file."""
+        trained = step.kind == TRAIN and (step.output / TRACKER).exists()
+        return bool(self.steps[step.name]["attempts"]) or trained or step.done()
 
     def write(self) -> None:
         """Write the file, and the recipe next to it."""

@@ -137,7 +137,8 @@ def _pruned(recipe: Recipe, source: ModelShape, file: Path) -> tuple[ModelShape,
         notes.append(f"the largest student within the budget: {sizes} (pruning may choose another: give its --plan)")
         recipe = resolved(recipe, Ranking(len(found), 0, (best,)))
     layers = recipe.target.num_layers or source.num_layers
-    if recipe.depth.method != "last" and recipe.depth.pattern != "source" and layers < source.num_layers:
+    like_the_first = recipe.depth.pattern == "source" and not source.experts_per_layer
+    if recipe.depth.method != "last" and not like_the_first and layers < source.num_layers:
         notes.append(f"depth {recipe.depth.method}: counted as if the first {layers} layers stayed")
     if recipe.experts.allocation == "loss":
         notes.append("experts allocated by loss: counted with an example (prune, and give the --plan, for its own)")

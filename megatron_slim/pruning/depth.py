@@ -21,6 +21,7 @@ from megatron_slim.pruning import statistics
 from megatron_slim.pruning.experts import ranking
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import Recipe
+from megatron_slim.recipe_sections import Depth as DepthSection
 
 Depth = tuple[tuple[str, str], ...]  # `ModelShape.sublayers` of the layers that are left
 
@@ -40,6 +41,11 @@ def layer_fields(depth: Depth) -> Keywords:
 def depth_of(shape: ModelShape, layers: Iterable[int]) -> Depth:
     """What some layers of a model are."""
     return tuple(shape.sublayers[layer] for layer in layers)
+
+
+def contained(depth: DepthSection) -> bool:
+    """Whether the layers that are left of a smaller number are always among those of a larger one."""
+    return depth.method == "last" or (depth.method == "block_influence" and depth.pattern == "any")
 
 
 def possible_depths(recipe: Recipe, shape: ModelShape, layers: int) -> Iterator[Depth]:

@@ -204,14 +204,15 @@ def depth_reason(plan: Plan, stats: Statistics | None) -> str:
     if method == "adjacent_cosine":
         rest = "the source's pattern" if plan.recipe.depth.pattern == "source" else "a full-attention layer"
         return f"{count}: {_reason_of_a_run(dropped[0], len(plan.kept_layers), stats, rest)}"
+    pattern = " in sum that leave the source's pattern" if plan.recipe.depth.pattern == "source" else ""
     if stats is None:
-        return f"{count}: those of the least block influence"
+        return f"{count}: those of the least block influence{pattern}"
     influence = [
         float(stats.tensors[layer_key(f"model.layers.{i}", method)]) for i in range(plan.source_shape.num_layers)
     ]
-    if plan.recipe.depth.pattern == "source":
+    if pattern:
         sums = f"{sum(influence[i] for i in dropped):.4g} of {sum(influence):.4g}"
-        return f"{count}: those of the least block influence in sum ({sums}) that leave the source's pattern"
+        return f"{count}: those of the least block influence{pattern} ({sums})"
     most, least = max(influence[i] for i in dropped), min(influence[i] for i in plan.kept_layers)
     if most > least:
         kept = f"layer {influence.index(least)} ({least:.4g}), which is left for its full attention"

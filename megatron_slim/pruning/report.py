@@ -118,10 +118,12 @@ def _no_period(plan: Plan) -> list[str]:
     """What a target without a period means: its config.json has no ``full_attention_interval``."""
     warning = (
         "- attention: the layers that are left have no period, so SGLang, mlx-lm and mcore-bridge, which read only "
-        "full_attention_interval, build other layers; transformers, vLLM and llama.cpp's converter read layer_types; "
-        "depth.pattern source keeps the period"
+        "full_attention_interval, build other layers; transformers, vLLM and llama.cpp's converter read layer_types"
     )
-    return [] if plan.target_shape.full_attention_interval else [warning]
+    if plan.target_shape.full_attention_interval:
+        return []
+    avoidable = plan.source_shape.full_attention_interval and plan.recipe.depth.pattern != "source"
+    return [warning + ("; depth.pattern source keeps the source's period" if avoidable else "")]
 
 
 def _dropped_layers(plan: Plan) -> str:

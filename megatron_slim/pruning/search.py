@@ -1,7 +1,8 @@
 """Sizes under a budget: which of them are worth a look, and what keeps the most of what was measured.
 
 Candidates are the largest models under the bounds: of a grid of sizes, those that one step more on any axis takes over
-a bound. Smaller ones need no look, as keeping more never scores less.
+a bound. Smaller ones need no look, as keeping more never scores less. Except of layers: where those of a smaller number
+are not among those of a larger one (`depth.contained`), every number is looked at.
 
 A candidate's score is the product, over the axes, of the share that it keeps of what the statistics measured there:
 
@@ -35,7 +36,7 @@ from megatron_slim.architecture.prunable import LAYERS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import BF16_BYTES, count_parameters
 from megatron_slim.errors import RecipeError
-from megatron_slim.pruning.depth import Depth, is_whole, layer_fields
+from megatron_slim.pruning.depth import Depth, contained, is_whole, layer_fields
 from megatron_slim.pruning.shares import Shares
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.pruning.target import allocation_unit
@@ -181,13 +182,27 @@ class Space:
 
         The last axis goes by bisection, as every size more costs more; the others are walked.
         """
-        *walked, last = self.grid or {"": [0]}
-        if not last:  # every size is given
-            given = self.candidate({})
-            yield from [] if given.over(self.budget) else [given]
+        axes = list(self.grid)
+        if LAYERS.field not in axes or contained(self.recipe.depth):
+            yield from self._largest_models({}, axes)
             return
+        largest = self.candidate({axis: sizes[-1] for axis, sizes in self.grid.items()})
+        if not largest.over(self.budget):  # no choice keeps more
+            yield largest
+            return
+        axes.remove(LAYERS.field)
+        for layers in self.grid[LAYERS.field]:
+            yield from self._largest_models({LAYERS.field: layers}, axes)
+
+    def _largest_models(self, given: dict[str, int], axes: Sequence[str]) -> Iterator[Candidate]:
+        """The largest models with some sizes given."""
+        if not axes:
+            whole = self.candidate(given)
+            yield from [] if whole.over(self.budget) else [whole]
+            return
+        *walked, last = axes
         for chosen in itertools.product(*(self.grid[axis] for axis in walked)):
-            found = self._largest(dict(zip(walked, chosen, strict=True)), last)
+            found = self._largest(given | dict(zip(walked, chosen, strict=True)), last)
             if found is not None and all(more.over(self.budget) for more in self._larger(found, walked)):
                 yield found
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_slim.compression import checks
-from megatron_slim.testing import forkserver
+from megatron_slim.testing import FORKSERVER
 
 
 def _program(words: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
@@ -34,7 +34,7 @@ def forked_check(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
         if "--check-arguments" not in words or words[1] != "-m":
             return subprocess.run(words, **options)
         folder = tmp_path_factory.mktemp("check")
-        process = forkserver().Process(target=_program, args=(words, options["env"], folder))
+        process = FORKSERVER.Process(target=_program, args=(words, options["env"], folder))
         process.start()
         process.join()
         output, errors = ((folder / name).read_text() for name in ("stdout", "stderr"))

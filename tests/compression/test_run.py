@@ -274,7 +274,16 @@ def test_what_is_done_is_not_done_again(place: Path, tmp_path: Path, tool: Any, 
     assert tool("tools/run.py", *words).code == 0 and quick["ran"] == []
 
 
-@pytest.mark.slow
+def test_training_by_a_job_of_its_own_has_begun(place: Path, tmp_path: Path, tool: Any) -> None:
+    """It leaves checkpoints, and says nothing to run.json."""
+    words = arguments(place, tmp_path / "r")
+    assert tool("tools/run.py", *words, "--prepare").code == 0
+    (tmp_path / "r/phase-1/training").mkdir(parents=True)
+    assert tool("tools/run.py", *words, "--prepare", "--lr", "0.5").code == 0
+    (tmp_path / "r/phase-1/training/latest_checkpointed_iteration.txt").write_text("1")
+    assert "train.lr is 0.001, and the run began with 0.5" in tool("tools/run.py", *words, "--prepare").error
+
+
 def test_other_values_are_refused_once_a_step_depends_on_them(
     place: Path, tmp_path: Path, tool: Any, quick: dict[str, Any]
 ) -> None:

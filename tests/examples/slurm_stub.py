@@ -45,7 +45,7 @@ def sbatch(words: list[str]) -> int:
     if "STUB_HOLDS" in os.environ:  # as of a queue that no job has left yet
         with (STATE / "held").open("a") as held:
             held.write(json.dumps(options) + "\n")
-        print(f"Submitted batch job {JOB}")
+        print(f"Submitted batch job {JOB}{os.environ.get('STUB_CLUSTER', '')}")
         return 0
     spool = STATE / "spool"
     spool.mkdir(exist_ok=True)
@@ -76,6 +76,9 @@ def sbatch(words: list[str]) -> int:
 def squeue(words: list[str]) -> int:
     """The numbers of the jobs asked for that are in the queue."""
     options, _ = split_options(words)
+    if "STUB_NO_CONTROLLER" in os.environ:
+        print("slurm_load_jobs error: Unable to contact slurm controller (connect failure)", file=sys.stderr)
+        return 1
     if not (STATE / "held").exists():
         print("slurm_load_jobs error: Invalid job id specified", file=sys.stderr)
         return 1

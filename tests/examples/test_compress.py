@@ -86,15 +86,24 @@ def test_all_jobs_are_submitted_before_one_has_run(slurm: dict[str, str], argume
     jobs = [json.loads(line) for line in (tmp_path / "slurm/held").read_text().splitlines()]
     assert [job.get("--kill-on-invalid-dep") for job in jobs] == [None, *["yes"] * 6]
 
-    again = script(slurm | {"LAUNCHER": "slurm", "STUB_HOLDS": "1"}, *more)
-    assert again.returncode == 2 and not again.stdout
-    queued = "jobs of this run are in the queue: 4242; wait for them, or run scancel 4242"
-    assert again.stderr.splitlines()[-1] == f"error: {queued}"
-    assert len((tmp_path / "slurm/held").read_text().splitlines()) == 7
 
-    (tmp_path / "slurm/held").unlink()  # scancel
-    again = script(slurm | {"LAUNCHER": "slurm", "STUB_HOLDS": "1"}, *more)
-    assert again.returncode == 0 and len((tmp_path / "slurm/held").read_text().splitlines()) == 7
+def test_no_job_is_submitted_twice(slurm: dict[str, str], arguments: list[str], tmp_path: Path) -> None:
+    held, recipe = tmp_path / "slurm/held", tmp_path / "run/recipe.yaml"
+    queue = slurm | {"LAUNCHER": "slurm", "STUB_HOLDS": "1"}
+    done = script(queue | {"STUB_CLUSTER": " on cluster blue"}, *arguments)
+    assert done.returncode == 0 and "phase-1/export: job 4242, afterok:4242" in done.stdout
+    before = held.read_text(), recipe.read_text()
+    for more, message in (
+        ({}, "jobs of this run are in the queue: 4242"),
+        ({"STUB_NO_CONTROLLER": "1"}, "squeue does not say whether jobs of this run are left: slurm_load_jobs error: "),
+    ):
+        again = script(queue | more, *arguments, "--set", "train.tokens=128")
+        assert again.returncode == 2 and not again.stdout
+        assert again.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/run/logs/jobs.txt: {message}")
+        assert (held.read_text(), recipe.read_text()) == before
+    held.unlink()  # scancel
+    again = script(queue, *arguments)
+    assert again.returncode == 0 and held.read_text() == before[0]
 
 
 def test_what_is_missing_is_said_at_once(slurm: dict[str, str], arguments: list[str]) -> None:

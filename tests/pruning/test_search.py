@@ -116,6 +116,21 @@ def test_search_finds_what_brute_force_finds(
     assert all(reached[key] <= bound for key, bound in bounds.items())
 
 
+def test_layers_of_which_fewer_keep_more(source: HFCheckpoint, random_stats: Stats) -> None:
+    """Of five layers in the source's pattern, here the first matter least; of four, the last may stay."""
+    stats = random_stats(source)
+    influence = {f"model.layers.{i}.block_influence": np.float32(0.1 if i < 4 else 5) for i in range(8)}
+    stats = Statistics({**stats.tensors, **influence}, stats.metadata)
+    bound = {"params": int(counts(with_sizes(source.shape, {"num_layers": 5}))["params"])}
+    search = {"axes": ["num_layers"], "grid": {"num_layers": [4, 5, 8]}}
+    depth = {"method": "block_influence", "pattern": "source"}
+    plan = planned(source, stats, dict(bound), search=search, depth=depth)
+    assert plan.search is not None and [row.sizes["num_layers"] for row in plan.search.candidates] == [4, 5]
+    assert plan.kept_layers == (4, 5, 6, 7)
+    without = planned(source, stats, dict(bound), search=search, depth={"method": "last"})
+    assert without.search is not None and [row.sizes["num_layers"] for row in without.search.candidates] == [5]
+
+
 def test_same_bytes_and_back(source: HFCheckpoint, random_stats: Stats, tmp_path: Path) -> None:
     stats, target = random_stats(source), {"params": counts(source.shape)["params"] // 2}
     plan = planned(source, stats, target)

@@ -53,10 +53,9 @@ def train_with(program: Path, argv: list[str], log: str) -> None:
 @pytest.fixture(scope="module")
 def own(program: Path, workplace: Workplace) -> tuple[dict[str, list[float]], str]:
     """What a run logs, and what it prints."""
-    workplace.new_log("own")
-    done = start(program, workplace.argv("own", "--micro-batch-size", "2", *WEIGHTS))
-    assert done.returncode == 0, done.stderr
-    return read_scalars(workplace.root / "tensorboard/own"), done.stdout
+    argv, log = workplace.argv("own", "--micro-batch-size", "2", *WEIGHTS), workplace.new_log("own")
+    run_distributed(1, train_with, program, argv, str(log), initialise=False)
+    return read_scalars(workplace.root / "tensorboard/own"), log.read_text()
 
 
 def test_the_term_is_minimised_and_logged(own: Any, reference: dict[str, list[float]]) -> None:
@@ -104,6 +103,13 @@ def test_who_does_not_know_the_term_finds_it_in_the_log(
     assert [name for name in curves if name.endswith(" loss")] == [*TERMS[:5], "z loss"]
     assert curves["z loss"]["last"] == pytest.approx(own[0]["z loss"][-1])
     assert (tmp_path / "run.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_the_program_runs_as_the_guide_says(program: Path, workplace: Workplace) -> None:
+    done = start(program, workplace.argv("started", "--micro-batch-size", "2", *WEIGHTS))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\| z loss: \d", done.stdout)
 
 
 @pytest.mark.slow
