@@ -6,7 +6,7 @@ files hold; ``tokens.npy`` [samples, S + 1], ``loss_mask.npy`` [samples, S] and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,16 @@ class SampleSet:
 def is_sample_set(path: Path) -> bool:
     """Whether a path names a sample set."""
     return (path / SAMPLES).is_file()
+
+
+def length_of_samples(words: Iterable[str]) -> int | None:
+    """Positions of a sample of the first sample set that is named, a teacher's cache included; None: there is none.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+    sets = (Path(word) for word in words if is_sample_set(Path(word)))
+    return next((open_samples(each).seq_length for each in sets), None)
 
 
 def open_samples(path: Path) -> SampleSet:

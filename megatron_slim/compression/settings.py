@@ -18,6 +18,7 @@ from megatron_slim.planning.layouts import Settings
 from megatron_slim.recipe import Recipe, parse_recipe, read_document
 from megatron_slim.recipe_elastic import refuse_budgets
 from megatron_slim.recipe_run import SECTIONS
+from megatron_slim.sample_set import length_of_samples
 
 # Of pretrain_distill.sh, where neither recipe nor command line says it.
 SCRIPT = Settings()
@@ -146,7 +147,7 @@ def read_settings(
     document = _absolute_source(document, file)
     for word in replaced:
         _replace(document, word)
-    document = _with_train(document, train or {}, file)
+    document = _with_length(_with_train(document, train or {}, file), data)
     parsed = parse_recipe(document, where=str(file))
     refuse_budgets(parsed, where=str(file))
     own = data or [str(word) for key, word in parsed.run.get("train", {}).items() if key == CACHE]
@@ -212,6 +213,15 @@ def _with_train(document: Document, given: Document, file: Path) -> JsonObject:
     if isinstance(given.get(CACHE), str):
         train[CACHE] = str(Path(given[CACHE]).absolute())
     return {**document, "train": train} if train else dict(document)
+
+
+def _with_length(document: JsonObject, data: Sequence[str]) -> JsonObject:
+    """A copy whose ``train`` says how long samples are, where it does not and those of a cache or a sample set do."""
+    train = _section(document, "train")
+    cache = [train[CACHE]] if isinstance(train.get(CACHE), str) else []
+    if "seq_length" in train or (length := length_of_samples([*cache, *data])) is None:
+        return document
+    return {**document, "train": {**train, "seq_length": length}}
 
 
 def _absolute_source(document: Document, file: Path) -> JsonObject:

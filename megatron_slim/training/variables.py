@@ -18,6 +18,7 @@ from megatron_slim.optimizers import OPTIMIZERS
 from megatron_slim.packaged import find_recipe
 from megatron_slim.recipe import load_recipe
 from megatron_slim.recipe_budget import whole_number
+from megatron_slim.sample_set import length_of_samples
 
 # SlimQwen, 400B-token setting.
 DEFAULTS = {
@@ -67,7 +68,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "MOUNTS": ("PATHS", "more paths for the container, comma-separated"),
     },
     "run": {
-        "SEQ_LENGTH": ("N", f"tokens of a sample ({_D['SEQ_LENGTH']})"),
+        "SEQ_LENGTH": ("N", f"tokens of a sample ({_D['SEQ_LENGTH']}; those of a sample set or cache have their own)"),
         "MICRO_BATCH_SIZE": ("N", f"samples of a forward pass ({_D['MICRO_BATCH_SIZE']})"),
         "GLOBAL_BATCH_SIZE": ("N", f"samples of a step ({_D['GLOBAL_BATCH_SIZE']})"),
         "TRAIN_ITERS": ("N", f"steps ({_D['TRAIN_ITERS']}: 400B tokens)"),
@@ -189,7 +190,10 @@ def megatron_arguments(given: Mapping[str, str]) -> list[str]:
 
 
 def _words(given: Mapping[str, str]) -> Iterator[str]:
-    values = {**DEFAULTS, **given}
+    own = [given["TEACHER_CACHE"]] if "TEACHER_CACHE" in given else []
+    train, valid = (given.get(name, "").split() for name in ("DATA", "VALID_DATA"))
+    length = None if "SEQ_LENGTH" in given else length_of_samples([*own, *train])
+    values = {**DEFAULTS, **({} if length is None else {"SEQ_LENGTH": str(length)}), **given}
     if values.get("PROGRESSIVE") == "1" and "TRAIN_ITERS" not in given:
         del values["TRAIN_ITERS"]  # the phases' tokens say
     if "TOKENS" in values:
@@ -205,8 +209,6 @@ def _words(given: Mapping[str, str]) -> Iterator[str]:
     if (save := values.get("SAVE")) is not None:
         yield from ("--save", save, "--load", save)
         yield from ("--tensorboard-dir", f"{save}/tensorboard", "--data-cache-path", f"{save}/data-cache")
-    train, valid = (values.get(name, "").split() for name in ("DATA", "VALID_DATA"))
-    own = [values["TEACHER_CACHE"]] if "TEACHER_CACHE" in values else []
     yield from _data(train, valid, own)
     if "LR_WARMUP_ITERS" not in values:
         yield from ("--default-lr-warmup-iters", DEFAULT_WARMUP)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from megatron_slim.checkpoint.convert import open_checkpoint
 from megatron_slim.compression import checks, steps
@@ -113,6 +114,19 @@ def test_flags_win_over_the_recipe(place: Path, tmp_path: Path) -> None:
     assert recorded["record"] == "fp8" and "teacher_cache" not in recorded
     with pytest.raises(SlimError, match=r"train.record and train.teacher_cache exclude one another"):
         settings(place, tmp_path, str(recipe), **asked, replaced=["train.record=bf16"])
+
+
+def test_a_run_from_a_cache_has_its_length(place: Path, tmp_path: Path, tool: Any, cache: TeacherCache) -> None:
+    """Where the recipe does not say: in the run's own recipe, which training reads, and in its number of steps."""
+    text = (place / "one.yaml").read_text()
+    assert text.count("{seq_length: 32, ") == 1
+    (tmp_path / "recipe.yaml").write_text(text.replace("{seq_length: 32, ", "{"))
+    words = [str(tmp_path / "recipe.yaml"), *with_cache(place, tmp_path / "r", "--prepare", "--json")[1:]]
+    done = tool("tools/run.py", *words)
+    assert done.code == 0, done.stderr
+    assert yaml.safe_load((tmp_path / "r/recipe.yaml").read_text())["train"]["seq_length"] == 32
+    (command,) = (step["command"] for step in done.json["steps"] if step["name"] == "phase-1/train")
+    assert command[command.index("--train-iters") + 1] == "3"
 
 
 def test_calibration_on_samples_of_the_cache(place: Path, tmp_path: Path, tool: Any, cache: TeacherCache) -> None:

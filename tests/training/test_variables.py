@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_slim.errors import SlimError
-from megatron_slim.testing import run_distributed
+from megatron_slim.testing import run_distributed, write_random_samples
 from megatron_slim.training import variables
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples/slimqwen/pretrain_distill.sh"
@@ -112,6 +112,23 @@ def recipe(tmp_path: Path) -> Path:
         "tp: 2, eval_iters: 0, flags: [--kd-loss, jsd, --clip-grad, 2]}\n"
     )
     return file
+
+
+def test_samples_have_their_own_length(tmp_path: Path) -> None:
+    """It is the default, and tokens are counted by it."""
+    for name, length in (("cache", 16), ("chats", 24)):
+        write_random_samples(tmp_path / name, 4, length, 96)
+    cache, chats = ["--teacher-cache", str(tmp_path / "cache")], ["--data", "0.5", str(tmp_path / "chats")]
+    more = ["--global-batch-size", "2", "--tokens", "96", "--save", "run"]
+    for given, length, steps in (
+        ([], "4096", "1"),
+        (cache, "16", "3"),
+        (chats, "24", "2"),
+        ([*cache, *chats], "16", "3"),
+        ([*cache, "--seq-length", "8"], "8", "6"),
+    ):
+        found = variables.expand([*given, *more, "--"])
+        assert found[found.index("--seq-length") + 1] == length and found[found.index("--train-iters") + 1] == steps
 
 
 def test_a_recipe_says_what_is_not_given(recipe: Path) -> None:
