@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 
-from megatron_slim.architecture.family import MTP_SUBLAYERS
+from megatron_slim.architecture.family import LAYERS, MTP_SUBLAYERS
 from megatron_slim.architecture.matrices import has_rest, polar_flops
 from megatron_slim.architecture.parallelism import padded_vocab_size
 from megatron_slim.architecture.parts import EMBEDDING, MTP_PART, NORMS, OUTPUT, Place, TrainOnly, parts_of_kind
@@ -61,18 +61,19 @@ class Counter:
         self.output = self._part(OUTPUT, (row for row in family.last_rows if row.key != FINAL_NORM))
         of_mtp = [row for kind in MTP_SUBLAYERS if kind in family.rows for row in rows_of(shape, kind)]
         self.mtp = self._part(MTP_PART, (*family.mtp_rows, *of_mtp))
-        self._of_layers: dict[tuple[str, frozenset[str]], Count] = {}
+        self._of_layers: dict[tuple[str, int, frozenset[str]], Count] = {}
 
     def _part(self, part: str, rows: Iterable[Weight]) -> Count:
         """Of rows outside of the layers."""
         return self._rows(rows) if self.only is None or self.only.trains(Place(part)) else Count()
 
-    def _rows(self, rows: Iterable[Weight]) -> Count:
-        found = Count()
+    def _rows(self, rows: Iterable[Weight], block: ModelShape | None = None) -> Count:
+        """Of rows, in a block with these sizes."""
+        found, shape = Count(), block or self.shape
         for row in (row for row in rows if not row.buffer):
-            numel, products = row.numel(self.shape), polar_flops(row, self.shape.sizes)
+            numel, products = row.numel(shape), polar_flops(row, shape.sizes)
             if row.stacked:
-                experts = len(row.experts(self.shape)) // self.ep
+                experts = len(row.experts(shape)) // self.ep
                 found += Count(expert=numel // self.ep, expert_polar=products * experts)
             else:
                 ways = 1 if row.tp_dim is None else self.tp
@@ -80,21 +81,19 @@ class Counter:
                 found += Count(numel, rest=numel if has_rest(row) else 0, dense_polar=products // ways)
         return found
 
-    def block(self, kinds: Iterable[str]) -> Count:
-        """Of a transformer block of these sublayers."""
-        return sum((self.sublayers[kind] for kind in kinds), Count())
-
     def _layer(self, layer: int, kinds: Iterable[str]) -> Count:
         """Of a transformer block: what is counted of it."""
-        if self.only is None:
-            return self.block(kinds)
-        parts, found = self.only.parts_of_layer(layer), Count()
+        block, found = self.shape.in_block(f"{LAYERS}{layer}"), Count()
+        if self.only is None and block is self.shape:
+            return sum((self.sublayers[kind] for kind in kinds), Count())
+        parts = frozenset() if self.only is None else self.only.parts_of_layer(layer)
         for kind in kinds:
-            if (kind, parts) not in self._of_layers:
+            key = kind, block.num_moe_experts, parts
+            if key not in self._of_layers:
                 named = parts_of_kind(self.shape, kind)
-                rows = (row for row in rows_of(self.shape, kind) if named[row.key] in parts)
-                self._of_layers[kind, parts] = self._rows(rows)
-            found += self._of_layers[kind, parts]
+                rows = (row for row in rows_of(block, kind) if self.only is None or named[row.key] in parts)
+                self._of_layers[key] = self._rows(rows, block)
+            found += self._of_layers[key]
         return found
 
     def stage(self, start: int, stop: int, *, is_first: bool, is_last: bool) -> Count:

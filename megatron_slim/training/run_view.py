@@ -56,7 +56,9 @@ def read_run(directory: Path) -> dict[str, dict[int, float]]:
         found[tag] = {int(point.step): float(point.value) for point in points}
     if not any(tag.startswith("slim/") for tag in found):
         raise SlimError(
-            "the events hold nothing of slim/", where=str(events), fix="give a run of megatron-slim distill"
+            "the events hold nothing of slim/",
+            where=str(events),
+            fix="give a run of megatron-slim distill that has reached a --log-interval",
         )
     return found
 

@@ -42,18 +42,19 @@ def requested(layout: TrainLayout, student: ModelShape, teacher: ModelShape | No
 
 
 @pytest.mark.parametrize(
-    ("family", "layout"),
+    ("family", "layout", "experts"),
     [
-        ("qwen3_next", TrainLayout(2048, tp=2, pp=2, vpp=2, ep=4)),
-        ("qwen3_next", TrainLayout(8, tp=2, pp=2)),
-        ("qwen3_moe", TrainLayout(64, tp=2, pp=4, ep=8)),
+        ("qwen3_next", TrainLayout(2048, tp=2, pp=2, vpp=2, ep=4), ()),
+        ("qwen3_next", TrainLayout(8, tp=2, pp=2), ()),
+        ("qwen3_moe", TrainLayout(64, tp=2, pp=4, ep=8), ()),
+        ("qwen3_next", TrainLayout(8, pp=2, ep=2), (8, 2, 6, 4)),
     ],
-    ids=lambda value: value if isinstance(value, str) else value.name,
+    ids=lambda value: value.name if isinstance(value, TrainLayout) else None,
 )
-def test_modules_have_what_the_table_says(family: str, layout: TrainLayout) -> None:
+def test_modules_have_what_the_table_says(family: str, layout: TrainLayout, experts: tuple[int, ...]) -> None:
     """Of every pipeline rank of worlds of any size, the embedding's copy for the MTP block included."""
     teacher = tiny_shape(family, vocab_size=120, num_layers=8, num_query_groups=4)
-    student = tiny_shape(family, vocab_size=120, hidden_size=48, num_query_groups=4)
+    student = tiny_shape(family, vocab_size=120, hidden_size=48, num_query_groups=4, experts_per_layer=experts)
     settings = Settings(seq_length=32, global_batch=2048)
     request = requested(layout, student, teacher, settings)
     (ranks,) = run_distributed(1, build, request, initialise=False)

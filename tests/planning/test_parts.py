@@ -220,3 +220,14 @@ def test_modules_are_built_with_a_cache_and_parts(tool: Any, tmp_path: Path) -> 
 )
 def test_errors(tool: Any, arguments: list[str], message: str) -> None:
     assert message in tool(TOOL, "--recipe", RECIPE, "--gpus", 8, *arguments).error
+
+
+def test_layers_count_their_own_experts() -> None:
+    """All parameters of a model whose layers have different numbers of experts, and the experts of some of them."""
+    shape = tiny_shape(vocab_size=128, experts_per_layer=(8, 2, 6, 4))
+    (count,) = rank_counts(shape, [4], ONE)
+    assert count.total == count_parameters(shape).total
+    one_expert = 3 * shape.hidden_size * shape.moe_ffn_hidden_size
+    for words, experts in (("experts@0", 8), ("experts@1-2", 2 + 6), ("experts", 8 + 2 + 6 + 4)):
+        (count,) = rank_counts(shape, [4], ONE, TrainOnly.of(words))
+        assert count.total == count.expert == experts * one_expert
