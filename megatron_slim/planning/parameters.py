@@ -61,7 +61,7 @@ class Counter:
         self.output = self._part(OUTPUT, (row for row in family.last_rows if row.key != FINAL_NORM))
         of_mtp = [row for kind in MTP_SUBLAYERS if kind in family.rows for row in rows_of(shape, kind)]
         self.mtp = self._part(MTP_PART, (*family.mtp_rows, *of_mtp))
-        self._of_layers: dict[tuple[str, int, frozenset[str]], Count] = {}
+        self._of_layers: dict[tuple[str, int, frozenset[str] | None], Count] = {}
 
     def _part(self, part: str, rows: Iterable[Weight]) -> Count:
         """Of rows outside of the layers."""
@@ -84,14 +84,12 @@ class Counter:
     def _layer(self, layer: int, kinds: Iterable[str]) -> Count:
         """Of a transformer block: what is counted of it."""
         block, found = self.shape.in_block(f"{LAYERS}{layer}"), Count()
-        if self.only is None and block is self.shape:
-            return sum((self.sublayers[kind] for kind in kinds), Count())
-        parts = frozenset() if self.only is None else self.only.parts_of_layer(layer)
+        parts = None if self.only is None else self.only.parts_of_layer(layer)
         for kind in kinds:
             key = kind, block.num_moe_experts, parts
             if key not in self._of_layers:
                 named = parts_of_kind(self.shape, kind)
-                rows = (row for row in rows_of(block, kind) if self.only is None or named[row.key] in parts)
+                rows = (row for row in rows_of(block, kind) if parts is None or named[row.key] in parts)
                 self._of_layers[key] = self._rows(rows, block)
             found += self._of_layers[key]
         return found

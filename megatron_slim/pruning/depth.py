@@ -43,7 +43,7 @@ def depth_of(shape: ModelShape, layers: Iterable[int]) -> Depth:
     return tuple(shape.sublayers[layer] for layer in layers)
 
 
-def contained(depth: DepthSection) -> bool:
+def nests(depth: DepthSection) -> bool:
     """Whether the layers that are left of a smaller number are always among those of a larger one."""
     return depth.method == "last" or (depth.method == "block_influence" and depth.pattern == "any")
 

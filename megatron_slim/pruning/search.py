@@ -2,7 +2,7 @@
 
 Candidates are the largest models under the bounds: of a grid of sizes, those that one step more on any axis takes over
 a bound. Smaller ones need no look, as keeping more never scores less. Except of layers: where those of a smaller number
-are not among those of a larger one (`depth.contained`), every number is looked at.
+are not among those of a larger one (`depth.nests`), every number is looked at.
 
 A candidate's score is the product, over the axes, of the share that it keeps of what the statistics measured there:
 
@@ -36,7 +36,7 @@ from megatron_slim.architecture.prunable import LAYERS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import BF16_BYTES, count_parameters
 from megatron_slim.errors import RecipeError
-from megatron_slim.pruning.depth import Depth, contained, is_whole, layer_fields
+from megatron_slim.pruning.depth import Depth, is_whole, layer_fields, nests
 from megatron_slim.pruning.shares import Shares
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.pruning.target import allocation_unit
@@ -183,7 +183,7 @@ class Space:
         The last axis goes by bisection, as every size more costs more; the others are walked.
         """
         axes = list(self.grid)
-        if LAYERS.field not in axes or contained(self.recipe.depth):
+        if LAYERS.field not in axes or nests(self.recipe.depth):
             yield from self._largest_models({}, axes)
             return
         largest = self.candidate({axis: sizes[-1] for axis, sizes in self.grid.items()})
