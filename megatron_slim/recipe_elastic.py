@@ -33,7 +33,7 @@ class RecipeBudget:
     Attributes:
         name: what commands call it.
         weight: of its loss in training.
-        recipe: what it makes of the source, to be planned by itself.
+        recipe: what it makes of the source.
     """
 
     name: str

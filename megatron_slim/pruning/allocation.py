@@ -36,6 +36,7 @@ def allocate(
     *,
     least: int,
     multiple: int = 1,
+    most: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Numbers of experts by block, ``uniform`` on average and none below ``least``.
 
@@ -46,6 +47,7 @@ def allocate(
         uniform: experts of a block on average, a multiple of ``multiple``.
         least: experts that each block keeps.
         multiple: all numbers are multiples of it.
+        most: experts that a block may keep, where these are fewer than it has.
 
     Raises:
         ValueError: a loss is not a number, or there is no such allocation.
@@ -57,16 +59,17 @@ def allocate(
     if not all(map(math.isfinite, losses.values())):
         raise ValueError(f"losses are not all numbers: {dict(losses)}")
     curves = {block: _curve(importance[block], max(0.0, loss), uniform) for block, loss in losses.items()}
-    most = {block: len(values) // multiple * multiple for block, values in importance.items()}
+    limits = {block: min(len(values), (most or {}).get(block, len(values))) for block, values in importance.items()}
+    limits = {block: limit // multiple * multiple for block, limit in limits.items()}
     counts = dict.fromkeys(losses, -(-least // multiple) * multiple)
     left = uniform * len(losses) - sum(counts.values())
     gains = [(-_gain(curves[block], counts[block], multiple), order, block) for order, block in enumerate(losses)]
     heapq.heapify(gains)
-    if left < 0 or left % multiple or uniform * len(losses) > sum(most.values()):
+    if left < 0 or left % multiple or uniform * len(losses) > sum(limits.values()):
         raise ValueError(f"no numbers from {least} on, multiples of {multiple}, are {uniform} on average")
     while left > 0:
         _, order, block = heapq.heappop(gains)
-        if counts[block] + multiple > most[block]:
+        if counts[block] + multiple > limits[block]:
             continue
         counts[block] += multiple
         left -= multiple

@@ -70,7 +70,9 @@ def layers_before_statistics(shape: ModelShape, layers: int) -> tuple[int, ...]:
     return _whole(shape, list(range(shape.num_layers)), layers)
 
 
-def kept_layers(recipe: Recipe, stats: Statistics, shape: ModelShape) -> tuple[int, ...]:
+def kept_layers(
+    recipe: Recipe, stats: Statistics, shape: ModelShape, within: Sequence[int] | None = None
+) -> tuple[int, ...]:
     """SlimQwen 3.2 (``last``) and A.4 (``adjacent_cosine``); ShortGPT, arXiv 2403.03853 (``block_influence``).
 
     A.4 drops the N consecutive layers from argmax c_l, c_l = cos(a_{l-1}, a_l), among the starts that have both a layer
@@ -80,13 +82,21 @@ def kept_layers(recipe: Recipe, stats: Statistics, shape: ModelShape) -> tuple[i
 
     With ``pattern: source`` the kinds of what is left are those of the first layers. A.4 then has fewer starts, and
     ShortGPT's layers are those of the largest sum of influence.
+
+    Args:
+        recipe: its target says how many survive.
+        stats: complete statistics of the source; not read for ``last``.
+        shape: sizes of the source.
+        within: the layers that there are to choose from; None: all. Where they leave no choice, all are, and the
+            caller finds that the result is not within them.
     """
     kept = recipe.target.num_layers or shape.num_layers
+    given = tuple(range(shape.num_layers) if within is None or len(within) < kept else within)
     if kept == shape.num_layers or recipe.depth.method == "last":
-        return tuple(range(kept))
+        return given[:kept]
     if recipe.depth.method == "block_influence":
-        return _most_influential(stats, shape, kept, recipe.depth.pattern)
-    return _around_the_most_redundant(stats, shape, kept, recipe.depth.pattern)
+        return _most_influential(stats, shape, given, kept, recipe.depth.pattern)
+    return _around_the_most_redundant(stats, shape, given, kept, recipe.depth.pattern)
 
 
 def _whole(shape: ModelShape, ranked: Sequence[int], kept: int) -> tuple[int, ...]:
@@ -98,31 +108,37 @@ def _whole(shape: ModelShape, ranked: Sequence[int], kept: int) -> tuple[int, ..
     return tuple(first)
 
 
-def _most_influential(stats: Statistics, shape: ModelShape, kept: int, pattern: str) -> tuple[int, ...]:
+def _most_influential(
+    stats: Statistics, shape: ModelShape, given: Sequence[int], kept: int, pattern: str
+) -> tuple[int, ...]:
     blocks = list(shape.blocks)[: shape.num_layers]
     influence = [float(stats.tensors[statistics.layer_key(block, "block_influence")]) for block in blocks]
     if pattern == "source":
-        return _in_pattern(influence, shape.sublayers, shape.sublayers[:kept])
-    return tuple(sorted(_whole(shape, ranking(np.array(influence)).tolist(), kept)))
+        wanted = shape.sublayers[:kept]
+        found = _in_pattern(influence, shape.sublayers, wanted, given)
+        return found or _in_pattern(influence, shape.sublayers, wanted, range(shape.num_layers))
+    ranked = [layer for layer in ranking(np.array(influence)).tolist() if layer in given]
+    return tuple(sorted(_whole(shape, ranked, kept)))
 
 
-def _in_pattern(influence: Sequence[float], kinds: Depth, wanted: Depth) -> tuple[int, ...]:
-    """The layers of the largest sum of influence whose kinds are the wanted ones in their order; ties: the earlier.
+def _in_pattern(influence: Sequence[float], kinds: Depth, wanted: Depth, given: Sequence[int]) -> tuple[int, ...]:
+    """Of the layers given, those of the largest sum of influence whose kinds are the wanted ones in their order.
 
-    For every number of wanted layers, the best choice among the layers that were looked at so far.
+    Ties: the earlier; empty: there is no such choice. For every number of wanted layers, the best choice among the
+    layers that were looked at so far.
     """
-    choices: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]  # there is one for each number up to `layer`
-    for layer, kind in enumerate(kinds):
-        if len(choices) <= len(wanted):
-            choices.append((-math.inf, ()))
-        for place in range(len(choices) - 1, 0, -1):
+    choices: list[tuple[float, tuple[int, ...]]] = [(0.0, ()), *[(-math.inf, ())] * len(wanted)]
+    for layer in given:
+        for place in range(len(wanted), 0, -1):
             total, layers = choices[place - 1]
-            if kind == wanted[place - 1] and total + influence[layer] > choices[place][0]:
+            if kinds[layer] == wanted[place - 1] and total + influence[layer] > choices[place][0]:
                 choices[place] = (total + influence[layer], (*layers, layer))
     return choices[-1][1]
 
 
-def _around_the_most_redundant(stats: Statistics, shape: ModelShape, kept: int, pattern: str) -> tuple[int, ...]:
+def _around_the_most_redundant(
+    stats: Statistics, shape: ModelShape, given: Sequence[int], kept: int, pattern: str
+) -> tuple[int, ...]:
     dropped, blocks = shape.num_layers - kept, list(shape.blocks)
     choices = [
         tuple(layer for layer in range(shape.num_layers) if not start <= layer < start + dropped)
@@ -133,4 +149,5 @@ def _around_the_most_redundant(stats: Statistics, shape: ModelShape, kept: int, 
     if pattern == "source":
         wanted = shape.sublayers[:kept]
         possible = [number for number in possible if depth_of(shape, choices[number]) == wanted]
+    possible = [number for number in possible if set(choices[number]) <= set(given)] or possible
     return choices[max(possible or range(kept), key=lambda number: cosines[number])]

@@ -1,4 +1,4 @@
-"""Planning the budgets of a recipe, each by itself over the source, and a table of what they are (no torch)."""
+"""Planning the budgets of a recipe, each within the one before, and a table of what they are (no torch)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_slim.architecture.table import BF16_BYTES, count_parameters
 from megatron_slim.errors import RecipeError
 from megatron_slim.pruning.elastic import ElasticBudget, check_nested
 from megatron_slim.pruning.plan import make_plan
-from megatron_slim.pruning.recipe_checks import check_recipe
+from megatron_slim.pruning.recipe_checks import check_recipe, space_before_statistics
 from megatron_slim.pruning.report import LABELS, Summary, shown_sizes, summarise
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.pruning.target import wanted_sizes
@@ -32,10 +32,13 @@ def check_budgets(budgets: Sequence[RecipeBudget], shape: ModelShape, *, where: 
     for budget in budgets:
         check_recipe(budget.recipe, shape, where=f"{where}: budget {budget.name}")
         wanted = wanted_sizes(budget.recipe, shape)
-        searched = budget.recipe.search.axes if budget.recipe.budget else ()
+        searched = space_before_statistics(budget.recipe, shape).grid if budget.recipe.budget else {}
         for key, (least, whose) in sizes.items():
             size = wanted.get(key, getattr(shape, key))
-            if size > least and not (key in searched and key not in wanted):
+            if key in searched and searched[key][0] > least:
+                there = f"the least size that is searched, {searched[key][0]}, is larger than"
+                found.append(f"budget {budget.name}: {key}: {there} the {least} of budget {whose}")
+            elif size > least and key not in searched:
                 own = "" if key in wanted else ", which the target leaves as the source's,"
                 found.append(f"budget {budget.name}: {key} {size}{own} is larger than the {least} of budget {whose}")
         sizes |= {key: (size, budget.name) for key, size in wanted.items()}
@@ -51,7 +54,10 @@ def plan_budgets(
     options: Mapping[str, Document] | None = None,
     where: str = "recipe",
 ) -> tuple[ElasticBudget, ...]:
-    """Plan every budget of a recipe by itself.
+    """Plan the budgets of a recipe, each within the one before.
+
+    Lists that rank by one statistic are contained in one another by themselves. Layers, sizes that are searched and
+    experts by loss need not be: they are chosen from what the budget before keeps.
 
     Args:
         budgets: of the recipe.
@@ -66,14 +72,16 @@ def plan_budgets(
     Raises:
         RecipeError: a budget cannot be met, or is not contained in the one before.
     """
-    found = tuple(
-        ElasticBudget(
-            each.name, each.weight, make_plan(each.recipe, stats, shape, **(options or {}).get(each.name, {}))
-        )
-        for each in budgets
-    )
+    found: list[ElasticBudget] = []
+    for each in budgets:
+        own, within = (options or {}).get(each.name, {}), found[-1].plan if found else None
+        try:
+            plan = make_plan(each.recipe, stats, shape, **own, within=within)
+        except RecipeError as error:
+            raise RecipeError(error.what, where=f"{where}: budget {each.name}: {error.where}", fix=error.fix) from None
+        found.append(ElasticBudget(each.name, each.weight, plan))
     check_nested(found, where=where)
-    return found
+    return tuple(found)
 
 
 def summaries(budgets: Sequence[ElasticBudget]) -> list[JsonObject]:

@@ -50,10 +50,7 @@ def check_nested(budgets: Sequence[ElasticBudget], *, where: str = "recipe") -> 
     """
     if found := contained(budgets):
         more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
-        fix = (
-            "choose survivors of all budgets by the same methods, sizes that shrink, and layers by depth.method last, "
-            "or by block_influence with depth.pattern any"
-        )
+        fix = "choose survivors of all budgets by the same methods and patterns, and give sizes that shrink"
         raise RecipeError("; ".join(found[:5]) + more, where=where, fix=fix)
 
 

@@ -115,6 +115,7 @@ def make_plan(
     measure: Callable[[Plan], float] | None = None,
     top: int = 3,
     sensitivity: Callable[[Plan], Mapping[str, float]] | None = None,
+    within: Plan | None = None,
 ) -> Plan:
     """Decide what survives.
 
@@ -127,9 +128,11 @@ def make_plan(
         top: how many candidates are measured, at most as many as a plan records.
         sensitivity: what each block of a plan of experts alone adds to the loss, by block; needed where the recipe
             allocates experts by loss.
+        within: of the same source; layers, sizes of a search and numbers of experts by loss are chosen from what it
+            keeps. What the recipe gives itself may still be outside it, which `nesting.check_nested` finds.
 
     Raises:
-        RecipeError: the target is impossible for this source; lists every violation.
+        RecipeError: the target is impossible for this source, or within that plan; lists every violation.
     """
     check_recipe(recipe, shape)
     if recipe.experts.allocation == "loss" and sensitivity is None:
@@ -137,20 +140,21 @@ def make_plan(
             "experts.allocation loss needs data to measure layers on", where="recipe", fix="give --search-data"
         )
     if recipe.budget is None:
-        return _plan(recipe, stats, shape, None, sensitivity)
+        return _plan(recipe, stats, shape, None, sensitivity, within)
 
     def layers_of(count: int) -> tuple[int, ...]:
         target = dataclasses.replace(recipe.target, num_layers=count)
-        return kept_layers(dataclasses.replace(recipe, target=target), stats, shape)
+        return _layers(dataclasses.replace(recipe, target=target), stats, shape, within)
 
-    space = Space(recipe, shape, lambda count: depth_of(shape, layers_of(count)))
+    largest = None if within is None else within.target_shape
+    space = Space(recipe, shape, lambda count: depth_of(shape, layers_of(count)), largest)
     found = search(space, stats, layers_of)
     if measure is not None:
         first = range(min(top, len(found.candidates)))
         found = found.measured(
-            [measure(_plan(recipe, stats, shape, dataclasses.replace(found, chosen=k))) for k in first]
+            [measure(_plan(recipe, stats, shape, dataclasses.replace(found, chosen=k), within=within)) for k in first]
         )
-    return _plan(recipe, stats, shape, found, sensitivity)
+    return _plan(recipe, stats, shape, found, sensitivity, within)
 
 
 def _plan(
@@ -159,13 +163,15 @@ def _plan(
     shape: ModelShape,
     found: Ranking | None,
     sensitivity: Callable[[Plan], Mapping[str, float]] | None = None,
+    within: Plan | None = None,
 ) -> Plan:
     recipe = resolved(asked, found)
-    layers = kept_layers(recipe, stats, shape)
+    layers = _layers(recipe, stats, shape, within)
     losses: Mapping[str, float] = {}
     if recipe.experts.allocation == "loss" and sensitivity is not None:
         losses = sensitivity(_experts_alone(recipe, stats, shape))
-    target = target_shape(recipe, shape, layers, _allocated(recipe, stats, shape, layers, losses) if losses else None)
+    counts_by_loss = _allocated(recipe, stats, shape, layers, losses, within) if losses else None
+    target = target_shape(recipe, shape, layers, counts_by_loss)
     hidden = stats.tensors[statistics.hidden_key(recipe.width.importance)].astype(np.float64)
     blocks = [f"model.layers.{layer}" for layer in layers]
     blocks += [f"mtp.layers.{depth}" for depth in range(shape.mtp_num_layers)]
@@ -187,6 +193,10 @@ def _plan(
     )
 
 
+def _layers(recipe: Recipe, stats: Statistics, shape: ModelShape, within: Plan | None) -> tuple[int, ...]:
+    return kept_layers(recipe, stats, shape, None if within is None else within.kept_layers)
+
+
 def _experts_alone(recipe: Recipe, stats: Statistics, shape: ModelShape) -> Plan:
     """The same of experts, equally many in all layers, and nothing else."""
     experts = dataclasses.replace(recipe.experts, allocation=Experts.allocation, multiple=Experts.multiple)
@@ -196,7 +206,12 @@ def _experts_alone(recipe: Recipe, stats: Statistics, shape: ModelShape) -> Plan
 
 
 def _allocated(
-    recipe: Recipe, stats: Statistics, shape: ModelShape, layers: tuple[int, ...], losses: Mapping[str, float]
+    recipe: Recipe,
+    stats: Statistics,
+    shape: ModelShape,
+    layers: tuple[int, ...],
+    losses: Mapping[str, float],
+    within: Plan | None,
 ) -> tuple[int, ...]:
     """Experts of every layer that survives, 0 of dense ones."""
     kept = [f"model.layers.{layer}" for layer in layers]
@@ -205,13 +220,22 @@ def _allocated(
         for block in kept
         if block in losses
     }
-    uniform = recipe.target.num_moe_experts or shape.num_moe_experts
+    uniform, unit = recipe.target.num_moe_experts or shape.num_moe_experts, allocation_unit(recipe)
+    most = {} if within is None else {block: len(within.experts.get(block, ())) for block in importance}
+    if within is not None and (there := sum(count // unit * unit for count in most.values())) < uniform * len(most):
+        raise RecipeError(
+            f"{len(most)} layers are to have {uniform} experts on average, {uniform * len(most)} in all, "
+            f"but have {there} in the larger budget",
+            where="target.num_moe_experts",
+            fix="give a smaller number, or the larger budget no experts.allocation",
+        )
     counts = allocate(
         {block: losses[block] for block in importance},
         importance,
         uniform,
         least=least_experts(uniform, recipe.target.moe_router_topk or shape.moe_router_topk),
-        multiple=allocation_unit(recipe),
+        multiple=unit,
+        most=most,
     )
     return tuple(counts.get(block, 0) for block in kept)
 

@@ -137,8 +137,10 @@ def usual_sizes(axis: str, shape: ModelShape, runs: int = 1) -> list[int]:
     return [size for size in sizes if size % runs == 0] if axis == EXPERTS.field else sizes
 
 
-def grid(recipe: Recipe, shape: ModelShape, depth_of: DepthOf) -> dict[str, list[int]]:
-    """The sizes of every axis that is searched, ascending."""
+def grid(
+    recipe: Recipe, shape: ModelShape, depth_of: DepthOf, largest: ModelShape | None = None
+) -> dict[str, list[int]]:
+    """The sizes of every axis that is searched, ascending, none above that of ``largest``."""
     found = {}
     for axis in recipe.search.axes:
         if getattr(recipe.target, axis) is not None:
@@ -147,6 +149,8 @@ def grid(recipe: Recipe, shape: ModelShape, depth_of: DepthOf) -> dict[str, list
         sizes = usual_sizes(axis, shape, allocation_unit(recipe)) if named is None else list(named)
         if axis == EXPERTS.field:
             sizes = [size for size in sizes if size >= (recipe.target.moe_router_topk or shape.moe_router_topk)]
+        if largest is not None:
+            sizes = [size for size in sizes if size <= getattr(largest, axis)]
         if axis == LAYERS.field:
             sizes = [size for size in sizes if is_whole(depth_of(size))]
         found[axis] = sizes
@@ -160,12 +164,13 @@ class Space:
         recipe: with a budget.
         shape: sizes of the source.
         depth_of: what so many layers are left with.
+        largest: whose sizes no searched one is above; None: the source's.
     """
 
-    def __init__(self, recipe: Recipe, shape: ModelShape, depth_of: DepthOf) -> None:
+    def __init__(self, recipe: Recipe, shape: ModelShape, depth_of: DepthOf, largest: ModelShape | None = None) -> None:
         assert recipe.budget is not None, "the caller has looked"
         self.recipe, self.shape, self.depth_of, self.budget = recipe, shape, depth_of, recipe.budget
-        self.grid = grid(recipe, shape, depth_of)
+        self.grid = grid(recipe, shape, depth_of, largest)
 
     def model(self, sizes: Mapping[str, int]) -> ModelShape:
         """Sizes of the target with these on the axes that are searched."""

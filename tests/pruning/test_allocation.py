@@ -78,6 +78,21 @@ def test_it_is_what_trying_all_finds() -> None:
         assert not violations(list(found.values()), uniform, multiple)
 
 
+def test_within_numbers_it_is_what_trying_all_finds() -> None:
+    """No block keeps more than it may; where nothing is given, all it has."""
+    rng = np.random.default_rng(0)
+    importance = {name: rng.random(8) for name in "abc"}
+    losses, most = {"a": 0.5, "b": 0.2, "c": 0.05}, {"a": 5, "b": 8, "c": 4}
+    grid = [range(2, limit + 1) for limit in most.values()]
+    best = min(_loss(losses, importance, 4, each) for each in itertools.product(*grid) if sum(each) == 12)
+    found = allocate(losses, importance, 4, least=2, most=most)
+    assert all(found[name] <= most[name] for name in "abc") and sum(found.values()) == 12
+    assert _loss(losses, importance, 4, tuple(found.values())) == pytest.approx(best, rel=1e-12)
+    assert allocate(losses, importance, 4, least=2, most={"c": 4})["a"] > 5  # so that the limit of "a" counts
+    with pytest.raises(ValueError, match="no numbers from 2 on"):
+        allocate(losses, importance, 6, least=2, most=most)
+
+
 def _loss(losses: dict[str, float], importance: dict[str, Any], uniform: int, counts: tuple[int, ...]) -> float:
     """The sum that is to be least."""
     total = 0.0

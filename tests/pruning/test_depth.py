@@ -120,6 +120,52 @@ def test_the_sources_pattern_is_left_by_the_best_of_all_choices(family: str, met
             assert kept == min(possible)[1][::-1]  # the largest sum; of equal ones, the earlier layers
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["last", "adjacent_cosine", "block_influence"])
+@pytest.mark.parametrize("pattern", ["any", "source"])
+def test_layers_of_a_larger_choice_are_chosen_from_it(family: str, method: str, pattern: str) -> None:
+    """The best of all choices within it, by trying all; three choices, one within the other."""
+    shape = tiny_shape(family, num_layers=9)
+    for numbers, seed in itertools.product([(8, 7, 6), (7, 5, 4), (6, 5, 2), (9, 4, 4)], range(3)):
+        within: tuple[int, ...] = tuple(range(9))
+        values = np.random.default_rng(seed).integers(1, 5, 9).astype(np.float32)
+        name = "cosine" if method == "adjacent_cosine" else "block_influence"
+        stats = Statistics({_key(i, name): values[i] for i in range(9)}, {})
+        for layers in numbers:
+            recipe = parse_recipe(
+                {"version": 1, "target": {"num_layers": layers}, "depth": {"method": method, "pattern": pattern}}
+            )
+            if not [each for each in possible_depths(recipe, shape, layers) if is_whole(each)]:
+                break
+            kept = kept_layers(recipe, stats, shape, within)
+            choices = [each for each in itertools.combinations(within, layers) if is_whole(depth_of(shape, each))]
+            if pattern == "source":
+                choices = [each for each in choices if depth_of(shape, each) == shape.sublayers[:layers]]
+            if method == "block_influence":
+                assert kept in choices
+                assert sum(values[list(kept)]) == max(sum(values[list(each)]) for each in choices)
+            elif method == "last" or layers == 9:
+                assert kept == within[:layers]
+            else:
+                runs = [(start, (*range(start), *range(start + 9 - layers, 9))) for start in range(1, layers + 1)]
+                best = max((run for run in runs if run[1] in choices), key=lambda run: values[run[0]], default=None)
+                if best is None:  # no run that leaves the pattern contains the one that is gone
+                    assert pattern == "source"
+                    break
+                assert kept == best[1]
+            within = kept
+
+
+def test_a_choice_that_leaves_none_is_as_if_there_were_no_larger_one() -> None:
+    """`nesting.check_nested` names the layer then."""
+    shape = tiny_shape(num_layers=8)  # layers 3 and 7 are of full attention
+    stats = Statistics({_key(i, "block_influence"): np.float32(i) for i in range(8)}, {})
+    depth = {"method": "block_influence", "pattern": "source"}
+    recipe = parse_recipe({"version": 1, "target": {"num_layers": 4}, "depth": depth})
+    assert kept_layers(recipe, stats, shape, (3, 4, 5, 6)) == kept_layers(recipe, stats, shape) == (4, 5, 6, 7)
+    assert kept_layers(recipe, stats, shape, (0, 1, 2)) == (4, 5, 6, 7)
+
+
 def test_a_period_stays_one(source: HFCheckpoint, random_stats: Callable[..., Statistics]) -> None:
     """Layers 3 and 7 of eight are of full attention; of six that are left, the fourth is."""
     stats = random_stats(source)

@@ -302,6 +302,75 @@ def test_experts_allocated_by_loss_nest_or_are_refused(source: HFCheckpoint, ran
     assert_same_tensors(PrunedCheckpoint(of_uneven, source_of, check_source=False), PrunedCheckpoint(third, source))
 
 
+@pytest.mark.parametrize("method", ["block_influence", "adjacent_cosine"])
+def test_layers_by_statistics_nest_in_the_sources_pattern(
+    source: HFCheckpoint, random_stats: RandomStats, method: str
+) -> None:
+    """Of 8 layers 6, 5 and 4 are left, all with the fourth of full attention; each by itself they would not nest."""
+    apart, depth = 0, {"method": method, "pattern": "source"}
+    recipe = parse_recipe(document([{"num_layers": n} for n in (6, 5, 4)], depth=depth))
+    for seed in range(8):
+        stats = random_stats(source, seed)
+        budgets = plan_budgets(recipe.budgets, stats, source.shape)
+        assert [each.plan.target_shape.full_attention_interval for each in budgets] == [4, 4, 4]
+        alone = [ElasticBudget(each.name, 1.0, make_plan(each.recipe, stats, source.shape)) for each in recipe.budgets]
+        apart += bool(contained(alone))
+    assert apart
+
+
+def test_sizes_that_are_searched_are_within_those_of_the_larger_budget(
+    source: HFCheckpoint, random_stats: RandomStats
+) -> None:
+    """The second bound leaves room for more layers than the first budget has, and for more experts."""
+    axes = ["num_layers", "hidden_size", "num_moe_experts"]
+    sizes: list[dict[str, Any]] = [
+        {"num_layers": 4, "hidden_size": 64, "num_moe_experts": 8},
+        {"params": "120K"},
+        {"params": "90K"},
+    ]
+    recipe = parse_recipe(document(sizes, depth={"method": "last"}, search={"axes": axes}))
+    check_budgets(recipe.budgets, source.shape, where="r")
+    found = [each.plan for each in plan_budgets(recipe.budgets, random_stats(source), source.shape)]
+    for large, small in itertools.pairwise(found):
+        assert all(getattr(small.target_shape, axis) <= getattr(large.target_shape, axis) for axis in axes)
+        assert small.search is not None
+        rows = small.search.candidates
+        assert all(row.sizes[axis] <= getattr(large.target_shape, axis) for row in rows for axis in axes)
+    alone = make_plan(recipe.budgets[1].recipe, random_stats(source), source.shape)
+    assert alone.target_shape.num_layers > 4
+    sizes[0] = {"num_moe_experts": 3}
+    grown = document(sizes, search={"axes": axes, "grid": {"num_moe_experts": [4, 6]}})
+    with pytest.raises(RecipeError, match="num_moe_experts: the least size that is searched, 4, is larger than the 3"):
+        check_budgets(parse_recipe(grown).budgets, source.shape, where="r")
+
+
+def test_numbers_of_experts_by_loss_are_within_those_of_the_larger_budget(
+    source: HFCheckpoint, random_stats: RandomStats
+) -> None:
+    """Each budget measures its own losses: here the second would keep most where the first keeps least."""
+    recipe = parse_recipe(document([{"num_moe_experts": 5}, {"num_moe_experts": 4}], experts={"allocation": "loss"}))
+    blocks = [block for block in source.shape.routed_blocks if block.startswith("model.")]
+    rising = {block: 1.0 + number for number, block in enumerate(blocks)}
+    falling = dict(zip(rising, reversed(rising.values()), strict=True))
+    options: dict[str, Any] = {
+        "large": {"sensitivity": lambda plan: rising},
+        "middle": {"sensitivity": lambda plan: falling},
+    }
+    stats = random_stats(source)
+    large, small = (
+        each.plan.target_shape.experts_per_layer
+        for each in plan_budgets(recipe.budgets, stats, source.shape, options=options)
+    )
+    assert sum(small) == 32 and all(few <= many for few, many in zip(small, large, strict=True))
+    alone = make_plan(recipe.budgets[1].recipe, stats, source.shape, sensitivity=lambda plan: falling)
+    assert any(few > many for few, many in zip(alone.target_shape.experts_per_layer, large, strict=True))
+    fewer = document([{"num_moe_experts": 5}, {"num_moe_experts": 5, "num_layers": 4}], experts={"allocation": "loss"})
+    fewer["depth"] = {"method": "last"}
+    message = r"r: budget middle: target\.num_moe_experts: 4 layers are to have 5 experts on average, 20 in"
+    with pytest.raises(RecipeError, match=message):
+        plan_budgets(parse_recipe(fewer).budgets, stats, source.shape, options=options, where="r")
+
+
 def test_expert_groups_of_budgets_nest(source: HFCheckpoint, random_stats: RandomStats) -> None:
     """Equally many of each run of four, two and two: the relative plans say so of runs that both have."""
     recipe = document([{"num_moe_experts": 6}, {"num_moe_experts": 4}], experts={"num_groups": 2})
