@@ -140,7 +140,7 @@ def test_results_of_a_real_run(tmp_path: Path) -> None:
     write_tiny_checkpoint(tmp_path / "student", tiny_shape(vocab_size=96))
     write_tokens(tmp_path / "data", [np.arange(600) % 96])
     words = ["--student", tmp_path / "student", "--data", tmp_path / "data", "--save", tmp_path / "run", "--json"]
-    words += ["--train-iters", 2, "--global-batch-size", 2, "--seq-length", 16, "--eval-iters", 0, "--log-interval", 1]
+    words += ["--train-iters", 2, "--global-batch-size", 2, "--seq-length", 16, "--eval-iters", 0]
     with reserved_port() as port:
         found = call("distill", *map(str, words), "--split", "1,0,0", MASTER_PORT=str(port))
     assert found.returncode == 0, found.stderr

@@ -172,7 +172,7 @@ class RunLog:
         self.experts.watch(chunk)
 
     def end_iteration(self) -> None:
-        """Every rank calls it when the backward passes are done; logs where an interval ends."""
+        """Every rank calls it when the backward passes are done; logs where an interval or the training ends."""
         args, weights = get_args(), self.weights()
         iteration = args.curr_iteration + 1
         self.clock.end_iteration()
@@ -181,7 +181,7 @@ class RunLog:
         self._iterations, self._samples = self._iterations + 1, self._samples + batch
         self._work += self.work()
         self._first = self._first or (iteration, self.wall())
-        if iteration % args.log_interval == 0:
+        if iteration % args.log_interval == 0 or iteration == args.train_iters:
             interval = self._gather(weights)
             if args.rank == args.world_size - 1:  # where Megatron logs
                 self._tell(interval, self._progress(iteration, args.consumed_train_samples + batch))
