@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -148,10 +149,27 @@ class Results:
         rows = (row for row in self.rows[question] if row.arm == label and row.metric == metric)
         return {(row.teacher, row.seed): row.value for row in rows}
 
-    def spread(self, question: str, label: str, metric: str) -> Spread | None:
-        """Over seeds; None where nothing is there."""
-        values = self.values(question, label, metric)
-        return Spread.of(list(values.values())) if values else None
+    def lines(self, question: str) -> list[tuple[str, str]]:
+        """Label and teacher of every line of a table, as figures of two teachers have no mean; "" where nothing is.
+
+        A teacher that one arm alone has is not comparable with anything: its line is left out where the arm has others.
+        """
+        found = {arm.label: self._teachers_of(question, arm.label) for arm in QUESTIONS[question].arms}
+        arms = Counter(teacher for teachers in found.values() for teacher in teachers)
+        return [
+            (label, teacher)
+            for label, teachers in found.items()
+            for teacher in [each for each in teachers if arms[each] > 1] or teachers or [""]
+        ]
+
+    def _teachers_of(self, question: str, label: str) -> list[str]:
+        return list(dict.fromkeys(row.teacher for row in self.rows[question] if row.arm == label))
+
+    def spread(self, question: str, label: str, metric: str, teacher: str) -> Spread | None:
+        """Over seeds with one teacher; None where nothing is there."""
+        found = self.values(question, label, metric)
+        values = [value for (whose, _), value in found.items() if whose == teacher]
+        return Spread.of(values) if values else None
 
     def judged(self, question: str) -> list[Judged]:
         """The claims of a question."""

@@ -24,7 +24,7 @@ def picture(results: Results, key: str) -> bytes | None:
 
     question = QUESTIONS[key]
     metrics = [metric for metric in question.metrics if _drawn(results, key, metric)][:2]
-    height = HEAD_INCHES + ROW_INCHES * len(question.arms)
+    height = HEAD_INCHES + ROW_INCHES * len(results.lines(key))
     figure = Figure(figsize=(11, max(3.0, height)), layout="constrained")
     panels = figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
     for axes, metric in zip(panels, metrics, strict=True):
@@ -37,14 +37,16 @@ def _drawn(results: Results, key: str, metric: str) -> bool:
 
 
 def _arms(axes: Any, results: Results, key: str, metric: str) -> None:
-    """One line for each arm: its seeds, their mean, and a bar of their standard deviation."""
-    labels = [arm.label for arm in QUESTIONS[key].arms]
-    for line, label in enumerate(labels):
-        values = list(results.values(key, label, metric).values())
-        if not values:
+    """One line for each arm of a teacher: its seeds, their mean, and a bar of their standard deviation."""
+    lines = results.lines(key)
+    several = len({teacher for _, teacher in lines} - {""}) > 1
+    labels = [f"{label} ({teacher})" if several and teacher else label for label, teacher in lines]
+    for line, (label, teacher) in enumerate(lines):
+        spread = results.spread(key, label, metric, teacher)
+        if spread is None:
             continue
-        spread = results.spread(key, label, metric)
-        assert spread is not None
+        found = results.values(key, label, metric)
+        values = [value for (whose, _), value in found.items() if whose == teacher]
         axes.scatter(values, [line] * len(values), s=14, color="C0", alpha=0.5)
         axes.errorbar(spread.mean, line, xerr=spread.deviation or 0.0, fmt="|", color="C1", capsize=3, markersize=12)
     direction = "smaller is better" if metric in SMALLER_IS_BETTER else "larger is better"

@@ -92,7 +92,8 @@ def summary(results: Results) -> str:
     return (
         f"{done} of {every} cells have been run: {used.steps} steps of {used.batch} samples of {used.seq_length} "
         f"tokens, {used.tokens:,} in all, with {results.seeds} seeds each. A figure is the mean over seeds with the "
-        "standard deviation of one seed; a difference is paired by seed, with its interval of 95%."
+        "standard deviation of one seed, of one teacher. A difference is paired by teacher and seed, with its "
+        "interval of 95%."
     )
 
 

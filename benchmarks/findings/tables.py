@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -68,21 +69,30 @@ def shown(spread: Spread | None) -> str:
 
 
 def arms_table(results: Results, key: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Headings and rows: an arm each."""
-    question = QUESTIONS[key]
-    heads = ("arm", *(NAMES[metric] for metric in question.metrics))
+    """Headings and rows: an arm each, or an arm of a teacher, where there are several."""
+    metrics, lines = QUESTIONS[key].metrics, results.lines(key)
+    several = len({teacher for _, teacher in lines} - {""}) > 1
+    heads = ("arm", *(["teacher"] if several else []), *(NAMES[metric] for metric in metrics))
     rows = [
-        (arm.label, *(shown(results.spread(key, arm.label, metric)) for metric in question.metrics))
-        for arm in question.arms
+        (
+            label,
+            *([teacher or MISSING] if several else []),
+            *(shown(results.spread(key, label, metric, teacher)) for metric in metrics),
+        )
+        for label, teacher in lines
     ]
     return heads, rows
 
 
 def convergence(results: Results, key: str) -> str:
-    """A sentence on how far the arms' means are apart before and after training; "" where that was not measured."""
+    """A sentence on how far the arms' means are apart before and after training; "" where that was not measured.
+
+    Of the teacher that most arms have.
+    """
+    (teacher, _), *_ = Counter(teacher for _, teacher in results.lines(key) if teacher).most_common(1) or [("", 0)]
     ranges = []
     for metric in ("one_shot_loss", "loss"):
-        spreads = (results.spread(key, arm.label, metric) for arm in QUESTIONS[key].arms)
+        spreads = (results.spread(key, arm.label, metric, teacher) for arm in QUESTIONS[key].arms)
         means = [spread.mean for spread in spreads if spread is not None]
         if metric not in QUESTIONS[key].metrics or len(means) < 2:
             return ""

@@ -36,6 +36,7 @@ from benchmarks.findings.paired import (
     verdict_of_order,
     verdict_of_sameness,
 )
+from benchmarks.findings.pictures import picture
 from benchmarks.findings.sizes import SIZES, TRIAL, Settings, settings
 from benchmarks.findings.specialised import entropy, information, specialisation
 from benchmarks.findings.steps import CELL, PRUNED, TEACHER, TEXT, Step, Steps, wanted
@@ -463,6 +464,30 @@ def test_missing_cells_are_shown_as_missing(tmp_path: Path) -> None:
     missing = report.missing_arms(results, "a")
     assert len(missing) == 4 and missing[0] == "pruned, four losses (1 of 3 seeds)"
     assert missing[-1] == "random, LM (0 of 3 seeds)"
+
+
+def test_figures_of_two_teachers_have_no_mean(tmp_path: Path) -> None:
+    """A line each; a teacher that one arm alone has gives none, unless the arm has no other. Differences take all."""
+    first = {(MAIN, 1): 3.0, ("random_four", 1): 4.0, (MAIN, 2): 3.1, ("random_four", 2): 4.1}
+    _, _, old = stored(tmp_path / "old", first)
+    steps, store, _ = stored(tmp_path / "new", {(MAIN, 1): 5.0, (MAIN, 2): 5.0, ("pruned_lm", 1): 6.0}, teacher=b"new")
+    hashes = [store.teacher_hash(steps, "base"), next(row.teacher for row in old.rows["a"])]
+    both = Results(steps, store, 3, old.rows)
+    heads, rows = arms_table(both, "a")
+    assert heads[:3] == ("arm", "teacher", "loss")
+    four, lm, random = "pruned, four losses", "pruned, LM", "random, four losses"
+    assert sorted(both.lines("a")) == sorted(
+        [*((four, each) for each in hashes), (lm, hashes[0]), (random, hashes[1]), ("random, LM", "")]
+    )
+    found = {row[:2]: row[2] for row in rows}
+    assert found[four, hashes[0]] == "5.0000 ± 0.0000" and found[four, hashes[1]] == "3.0500 ± 0.0707"
+    assert found["random, LM", "missing"] == "missing"
+    steps, store, _ = stored(tmp_path / "more", {(MAIN, 1): 5.0}, teacher=b"new")
+    mixed = Results(steps, store, 3, old.rows)
+    assert {teacher for label, teacher in mixed.lines("a") if label == four} == {hashes[1]}
+    assert arms_table(mixed, "a")[0][1] == "loss"
+    png = picture(both, "a")
+    assert png is not None and png.startswith(b"\x89PNG")
 
 
 def test_csv_has_every_digit(tmp_path: Path) -> None:
