@@ -124,6 +124,7 @@ KIND = AttentionKind(
     part="delta-net",
     parts=projections,
     heads=HEADS,
+    not_with_documents=("deterministic_mode",),
     operations=_operations,
     kept=_kept,
     fp8_sides=_fp8_sides,

@@ -115,10 +115,12 @@ class AttentionKind(SublayerKind):
     Attributes:
         heads: its axis of heads.
         part: what people call it as a part of a model.
+        not_with_documents: options of Megatron that its module refuses where documents do not see each other.
     """
 
     heads: Heads
     part: str
+    not_with_documents: tuple[str, ...] = ()
 
     @property
     def axes(self) -> tuple[PrunableAxis, ...]:

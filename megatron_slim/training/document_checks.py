@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_slim.architecture.kinds import KINDS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.errors import DataError
 from megatron_slim.sample_set import SampleSet, is_sample_set, open_samples
@@ -137,8 +138,10 @@ def _layout_violations(shape: ModelShape, args: Namespace) -> Iterator[str]:
             yield f"{_flag(name)} {size}: {one}; give {_flag(name)} 1, and longer samples for as many tokens"
     if args.context_parallel_size > 1:
         yield f"--context-parallel-size {args.context_parallel_size} is {impossible}"
-    if args.deterministic_mode and shape.linear_num_value_heads:
-        yield f"--deterministic-mode is {impossible}: Megatron's Gated DeltaNet refuses it"
+    for kind in (KINDS[name] for name in dict.fromkeys(shape.layer_types)):
+        for name in kind.not_with_documents:
+            if getattr(args, name):
+                yield f"{_flag(name)} is {impossible}: Megatron's {kind.noun} refuses it"
     if getattr(args, "cuda_graph_impl", "none") != "none" or getattr(args, "enable_cuda_graph", False):
         yield f"--cuda-graph-impl is {impossible}: every sample has others"
     if args.overlap_moe_expert_parallel_comm:
