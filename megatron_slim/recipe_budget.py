@@ -42,7 +42,7 @@ class Search:
 
     Attributes:
         axes: sizes that are searched, as far as the target does not fix them.
-        grid: the sizes that an axis may have, ascending, in place of the usual ones (`pruning.search.usual_sizes`).
+        grid: the sizes that an axis may have, ascending, in place of the usual ones (`search_grid.usual_sizes`).
     """
 
     axes: tuple[str, ...] = (LAYERS.field, HIDDEN.field, EXPERTS.field)

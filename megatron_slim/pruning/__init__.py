@@ -5,11 +5,12 @@
 - `recorder`, `importance`, `statistics`: sums, their definitions, the file
 - `carried_statistics`: statistics through a plan, instead of a new calibration
 - `plan`, `depth`, `experts`, `inner_axes`: the decision: widths, layers, experts, neurons and heads
-- `elastic`, `nesting`, `elastic_plans`, `elastic_slices`: several sizes in one checkpoint, each within the one before
+- `elastic`, `elastic_plans`, `elastic_slices`: several sizes in one checkpoint
+- `nesting`, `within`: each within the one before, checked and planned
 - `between`, `sorting`, `order_reader`: mixtures of two of them, and an order that has the smaller ones first
 - `target`, `recipe_checks`: the sizes that a recipe asks for, and what cannot be met
 - `allocation`, `sensitivity`: experts allocated to layers, and what each layer loses
-- `search`, `shares`, `candidates`: sizes that meet a budget, their scores, and what the best ones lose
+- `search`, `search_grid`, `shares`, `candidates`: sizes that meet a budget, their scores, and what the best ones lose
 - `plan_reader`: reading a decision back
 - `apply`, `selection`, `align`: pruned tensors, what survives of each, neurons matched before a merge
 - `pipeline`, `report`: the whole, before and after

@@ -65,7 +65,8 @@ def allocate(
     left = uniform * len(losses) - sum(counts.values())
     gains = [(-_gain(curves[block], counts[block], multiple), order, block) for order, block in enumerate(losses)]
     heapq.heapify(gains)
-    if left < 0 or left % multiple or uniform * len(losses) > sum(limits.values()):
+    short = any(counts[block] > limit for block, limit in limits.items())
+    if short or left < 0 or left % multiple or uniform * len(losses) > sum(limits.values()):
         raise ValueError(f"no numbers from {least} on, multiples of {multiple}, are {uniform} on average")
     while left > 0:
         _, order, block = heapq.heappop(gains)

@@ -87,16 +87,21 @@ def kept_layers(
         recipe: its target says how many survive.
         stats: complete statistics of the source; not read for ``last``.
         shape: sizes of the source.
-        within: the layers that there are to choose from; None: all. Where they leave no choice, all are, and the
-            caller finds that the result is not within them.
+        within: the layers that there are to choose from, as if they were the model: A.4 drops consecutive ones of them.
+            None: all. Where they leave no choice, all are, and the caller finds that the result is not within them.
     """
     kept = recipe.target.num_layers or shape.num_layers
-    given = tuple(range(shape.num_layers) if within is None or len(within) < kept else within)
-    if kept == shape.num_layers or recipe.depth.method == "last":
-        return given[:kept]
-    if recipe.depth.method == "block_influence":
-        return _most_influential(stats, shape, given, kept, recipe.depth.pattern)
-    return _around_the_most_redundant(stats, shape, given, kept, recipe.depth.pattern)
+    everything = tuple(range(shape.num_layers))
+    if kept == shape.num_layers:
+        return everything
+    choose = {
+        "last": _first,
+        "block_influence": _most_influential,
+        "adjacent_cosine": _around_the_most_redundant,
+    }[recipe.depth.method]
+    wanted = shape.sublayers[:kept] if recipe.depth.pattern == "source" else None
+    given = everything if within is None or len(within) < kept else tuple(within)
+    return choose(stats, shape, given, kept, wanted) or choose(stats, shape, everything, kept, wanted)
 
 
 def _whole(shape: ModelShape, ranked: Sequence[int], kept: int) -> tuple[int, ...]:
@@ -108,15 +113,25 @@ def _whole(shape: ModelShape, ranked: Sequence[int], kept: int) -> tuple[int, ..
     return tuple(first)
 
 
+# What a method keeps of the layers given; empty where they leave no choice. Where kinds are wanted, it has those.
+
+
+def _first(
+    stats: Statistics, shape: ModelShape, given: Sequence[int], kept: int, wanted: Depth | None
+) -> tuple[int, ...]:
+    if wanted is None:
+        first = tuple(given[:kept])
+        return first if first == tuple(range(kept)) else tuple(sorted(_whole(shape, given, kept)))
+    return _in_pattern([0.0] * shape.num_layers, shape.sublayers, wanted, given)
+
+
 def _most_influential(
-    stats: Statistics, shape: ModelShape, given: Sequence[int], kept: int, pattern: str
+    stats: Statistics, shape: ModelShape, given: Sequence[int], kept: int, wanted: Depth | None
 ) -> tuple[int, ...]:
     blocks = list(shape.blocks)[: shape.num_layers]
     influence = [float(stats.tensors[statistics.layer_key(block, "block_influence")]) for block in blocks]
-    if pattern == "source":
-        wanted = shape.sublayers[:kept]
-        found = _in_pattern(influence, shape.sublayers, wanted, given)
-        return found or _in_pattern(influence, shape.sublayers, wanted, range(shape.num_layers))
+    if wanted is not None:
+        return _in_pattern(influence, shape.sublayers, wanted, given)
     ranked = [layer for layer in ranking(np.array(influence)).tolist() if layer in given]
     return tuple(sorted(_whole(shape, ranked, kept)))
 
@@ -137,17 +152,15 @@ def _in_pattern(influence: Sequence[float], kinds: Depth, wanted: Depth, given: 
 
 
 def _around_the_most_redundant(
-    stats: Statistics, shape: ModelShape, given: Sequence[int], kept: int, pattern: str
+    stats: Statistics, shape: ModelShape, given: Sequence[int], kept: int, wanted: Depth | None
 ) -> tuple[int, ...]:
-    dropped, blocks = shape.num_layers - kept, list(shape.blocks)
-    choices = [
-        tuple(layer for layer in range(shape.num_layers) if not start <= layer < start + dropped)
+    dropped, blocks = len(given) - kept, list(shape.blocks)
+    if not dropped:
+        return tuple(given) if wanted in (None, depth_of(shape, given)) else ()
+    choices = {
+        given[start]: (*given[:start], *given[start + dropped :])
         for start in range(1, kept + 1)
-    ]
-    cosines = [float(stats.tensors[statistics.layer_key(block, "cosine")]) for block in blocks[1 : kept + 1]]
-    possible = [number for number, layers in enumerate(choices) if is_whole(depth_of(shape, layers))]
-    if pattern == "source":
-        wanted = shape.sublayers[:kept]
-        possible = [number for number in possible if depth_of(shape, choices[number]) == wanted]
-    possible = [number for number in possible if set(choices[number]) <= set(given)] or possible
-    return choices[max(possible or range(kept), key=lambda number: cosines[number])]
+        if is_whole(depth := depth_of(shape, (*given[:start], *given[start + dropped :]))) and wanted in (None, depth)
+    }
+    cosines = {first: float(stats.tensors[statistics.layer_key(blocks[first], "cosine")]) for first in choices}
+    return choices[max(cosines, key=cosines.__getitem__)] if choices else ()

@@ -190,11 +190,12 @@ def _recipe(small: Plan, large: Plan, experts: Mapping[str, tuple[ExpertGroup, .
     }
     counts = source.expert_counts
     fewer = any(len(groups) < counts[block] for block, groups in experts.items())
-    sizes.pop(EXPERTS.field, None)
-    if fewer:
+    # Layers may have as many as in the source, and another average, as others of the source have more or fewer.
+    named = fewer or EXPERTS.field in sizes
+    if named:
         sizes[EXPERTS.field] = target.num_moe_experts
     asked = small.recipe.experts
-    allocated = fewer and bool(small.allocation)
+    allocated = named and bool(small.allocation)
     method = dataclasses.replace(
         asked,
         method="prune",

@@ -21,13 +21,14 @@ from megatron_slim.errors import RecipeError
 from megatron_slim.files import sha256, write_atomic
 from megatron_slim.pruning import statistics
 from megatron_slim.pruning.allocation import allocate, least_experts
-from megatron_slim.pruning.depth import depth_of, kept_layers
+from megatron_slim.pruning.depth import Depth, depth_of, kept_layers
 from megatron_slim.pruning.experts import ExpertGroup, expert_groups
 from megatron_slim.pruning.inner_axes import InnerAxes, best, choose
 from megatron_slim.pruning.recipe_checks import check_recipe
 from megatron_slim.pruning.search import Ranking, Space, resolved, search
 from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.pruning.target import allocation_unit, target_shape
+from megatron_slim.pruning.within import experts_there, limits_within
 from megatron_slim.recipe import Recipe
 from megatron_slim.recipe_sections import Experts, Target
 
@@ -116,6 +117,7 @@ def make_plan(
     top: int = 3,
     sensitivity: Callable[[Plan], Mapping[str, float]] | None = None,
     within: Plan | None = None,
+    needed: Mapping[str, int] | None = None,
 ) -> Plan:
     """Decide what survives.
 
@@ -130,6 +132,7 @@ def make_plan(
             allocates experts by loss.
         within: of the same source; layers, sizes of a search and numbers of experts by loss are chosen from what it
             keeps. What the recipe gives itself may still be outside it, which `nesting.check_nested` finds.
+        needed: by axis, the least size that a search may choose.
 
     Raises:
         RecipeError: the target is impossible for this source, or within that plan; lists every violation.
@@ -146,8 +149,11 @@ def make_plan(
         target = dataclasses.replace(recipe.target, num_layers=count)
         return _layers(dataclasses.replace(recipe, target=target), stats, shape, within)
 
-    largest = None if within is None else within.target_shape
-    space = Space(recipe, shape, lambda count: depth_of(shape, layers_of(count)), largest)
+    def depth(count: int) -> Depth:
+        layers = layers_of(count)
+        return depth_of(shape, layers) if within is None or {*layers} <= {*within.kept_layers} else ()
+
+    space = Space(recipe, shape, depth, limits_within(recipe, layers_of, within, needed or {}))
     found = search(space, stats, layers_of)
     if measure is not None:
         first = range(min(top, len(found.candidates)))
@@ -221,11 +227,13 @@ def _allocated(
         if block in losses
     }
     uniform, unit = recipe.target.num_moe_experts or shape.num_moe_experts, allocation_unit(recipe)
-    most = {} if within is None else {block: len(within.experts.get(block, ())) for block in importance}
-    if within is not None and (there := sum(count // unit * unit for count in most.values())) < uniform * len(most):
+    least = least_experts(uniform, recipe.target.moe_router_topk or shape.moe_router_topk)
+    most = {} if within is None or not {*layers} <= {*within.kept_layers} else experts_there(layers, within)
+    fits, there = [count // unit * unit for count in most.values()], sum(most.values())
+    if most and (sum(fits) < uniform * len(most) or min(fits) < least):
         raise RecipeError(
-            f"{len(most)} layers are to have {uniform} experts on average, {uniform * len(most)} in all, "
-            f"but have {there} in the larger budget",
+            f"{len(most)} layers are to have {uniform} experts on average and at least {least}, in multiples of "
+            f"{unit}, but have {min(most.values())} at least and {there / len(most):g} on average in the larger budget",
             where="target.num_moe_experts",
             fix="give a smaller number, or the larger budget no experts.allocation",
         )
@@ -233,7 +241,7 @@ def _allocated(
         {block: losses[block] for block in importance},
         importance,
         uniform,
-        least=least_experts(uniform, recipe.target.moe_router_topk or shape.moe_router_topk),
+        least=least,
         multiple=unit,
         most=most,
     )

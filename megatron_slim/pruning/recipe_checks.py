@@ -15,7 +15,8 @@ from megatron_slim.architecture.table import count_parameters
 from megatron_slim.errors import RecipeError
 from megatron_slim.extras import require
 from megatron_slim.pruning.depth import Depth, is_whole, layer_fields, possible_depths
-from megatron_slim.pruning.search import Space
+from megatron_slim.pruning.search import Candidate, Space, counted
+from megatron_slim.pruning.search_grid import Limits
 from megatron_slim.pruning.target import allocation_unit, uniform, wanted_sizes
 from megatron_slim.recipe import Recipe
 from megatron_slim.recipe_elastic import refuse_budgets
@@ -196,13 +197,21 @@ def _grid_violations(recipe: Recipe, shape: ModelShape) -> list[str]:
     return found
 
 
-def space_before_statistics(recipe: Recipe, shape: ModelShape) -> Space:
+def space_before_statistics(recipe: Recipe, shape: ModelShape, limits: Limits | None = None) -> Space:
     """What a budget leaves to choose from; where statistics choose the layers, as if they chose the smallest."""
 
     def smallest(count: int) -> Depth:
         return min(_whole_depths(recipe, shape, count), key=lambda depth: _of_depth(shape, depth), default=())
 
-    return Space(recipe, shape, smallest)
+    return Space(recipe, shape, smallest, limits)
+
+
+def least_model(recipe: Recipe, shape: ModelShape) -> Candidate:
+    """The smallest model that a recipe can give, as far as that is known before statistics."""
+    if recipe.budget is not None:
+        space = space_before_statistics(recipe, shape)
+        return space.candidate({axis: sizes[0] for axis, sizes in space.grid.items()})
+    return min((counted(model, {}, 0.0) for model in _possible_targets(recipe, shape)), key=lambda row: row.params)
 
 
 def _of_depth(shape: ModelShape, depth: Depth) -> int:

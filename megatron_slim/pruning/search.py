@@ -24,30 +24,24 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
 from megatron_slim.aliases import JsonObject
-from megatron_slim.architecture.feed_forward import EXPERTS
-from megatron_slim.architecture.kinds import AXES
 from megatron_slim.architecture.prunable import LAYERS
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import BF16_BYTES, count_parameters
 from megatron_slim.errors import RecipeError
-from megatron_slim.pruning.depth import Depth, is_whole, layer_fields, nests
+from megatron_slim.pruning.depth import layer_fields, nests
+from megatron_slim.pruning.search_grid import DepthOf, Limits, grid
 from megatron_slim.pruning.shares import Shares
 from megatron_slim.pruning.statistics import Statistics
-from megatron_slim.pruning.target import allocation_unit
 from megatron_slim.recipe import Recipe
 from megatron_slim.recipe_budget import Budget, Search
 
 MAX_RECORDED = 50
-STEPS = 16  # of an axis, about
-FEWEST = 8  # sizes that the first of an axis's multiples must leave
-# What so many layers are left with; empty where the method cannot leave so many.
-DepthOf = Callable[[int], Depth]
+EXTRA_EXPERTS = "with {}, layers have more experts than in the larger budget"
 
 
 @dataclass(frozen=True)
@@ -112,51 +106,6 @@ def resolved(recipe: Recipe, ranking: Ranking | None) -> Recipe:
     return dataclasses.replace(recipe, target=target, budget=None, search=Search())
 
 
-def usual_sizes(axis: str, shape: ModelShape, runs: int = 1) -> list[int]:
-    """The sizes of an axis that are searched unless the recipe names some: ascending, the source's own the last
-    (but of experts only if it is divided).
-
-    Layers: whole attention periods, single layers where the source has none. Others: multiples of a step, about
-    `STEPS` of them.
-
-    Args:
-        axis: one of `recipe_budget.SEARCHABLE`.
-        shape: sizes of the source.
-        runs: what divides every number of experts (`target.allocation_unit`).
-    """
-    size: int = getattr(shape, axis)
-    if axis == LAYERS.field:
-        step = shape.full_attention_interval or 1
-    else:
-        coarse, fine = AXES[axis].multiples or (shape.sizes[AXES[axis].group_axis],) * 2
-        multiple = coarse if size >= FEWEST * coarse else fine
-        if axis == EXPERTS.field:
-            multiple = both if (both := math.lcm(multiple, runs)) <= size else runs
-        step = max(multiple, size // STEPS // multiple * multiple)
-    sizes = [*range(step, size, step), size]
-    return [size for size in sizes if size % runs == 0] if axis == EXPERTS.field else sizes
-
-
-def grid(
-    recipe: Recipe, shape: ModelShape, depth_of: DepthOf, largest: ModelShape | None = None
-) -> dict[str, list[int]]:
-    """The sizes of every axis that is searched, ascending, none above that of ``largest``."""
-    found = {}
-    for axis in recipe.search.axes:
-        if getattr(recipe.target, axis) is not None:
-            continue
-        named = recipe.search.grid.get(axis)
-        sizes = usual_sizes(axis, shape, allocation_unit(recipe)) if named is None else list(named)
-        if axis == EXPERTS.field:
-            sizes = [size for size in sizes if size >= (recipe.target.moe_router_topk or shape.moe_router_topk)]
-        if largest is not None:
-            sizes = [size for size in sizes if size <= getattr(largest, axis)]
-        if axis == LAYERS.field:
-            sizes = [size for size in sizes if is_whole(depth_of(size))]
-        found[axis] = sizes
-    return found
-
-
 class Space:
     """The models that a recipe with a budget may give, of this source.
 
@@ -164,13 +113,14 @@ class Space:
         recipe: with a budget.
         shape: sizes of the source.
         depth_of: what so many layers are left with.
-        largest: whose sizes no searched one is above; None: the source's.
+        limits: of other budgets.
     """
 
-    def __init__(self, recipe: Recipe, shape: ModelShape, depth_of: DepthOf, largest: ModelShape | None = None) -> None:
+    def __init__(self, recipe: Recipe, shape: ModelShape, depth_of: DepthOf, limits: Limits | None = None) -> None:
         assert recipe.budget is not None, "the caller has looked"
         self.recipe, self.shape, self.depth_of, self.budget = recipe, shape, depth_of, recipe.budget
-        self.grid = grid(recipe, shape, depth_of, largest)
+        self.limits = limits or Limits()
+        self.grid = grid(recipe, shape, depth_of, self.limits)
 
     def model(self, sizes: Mapping[str, int]) -> ModelShape:
         """Sizes of the target with these on the axes that are searched."""
@@ -182,17 +132,27 @@ class Space:
         """Counts of such a model."""
         return counted(self.model(sizes), sizes, score)
 
+    def is_over(self, found: Candidate) -> bool:
+        """Whether a candidate breaks a bound, or has more experts than its layers have in the budget before."""
+        return bool(found.over(self.budget)) or self._extra_experts(found.sizes) > 0
+
+    def _extra_experts(self, sizes: Mapping[str, int]) -> int:
+        if self.limits.experts is None:
+            return 0
+        model = self.model(sizes)
+        return model.num_moe_experts - self.limits.experts(model.num_layers)
+
     def candidates(self) -> Iterator[Candidate]:
         """The largest models under the bounds, without scores.
 
         The last axis goes by bisection, as every size more costs more; the others are walked.
         """
         axes = list(self.grid)
-        if LAYERS.field not in axes or nests(self.recipe.depth):
+        if LAYERS.field not in axes or (nests(self.recipe.depth) and self.limits.experts is None):
             yield from self._largest_models({}, axes)
             return
         largest = self.candidate({axis: sizes[-1] for axis, sizes in self.grid.items()})
-        if not largest.over(self.budget):  # no choice keeps more
+        if not self.is_over(largest):  # no choice keeps more
             yield largest
             return
         axes.remove(LAYERS.field)
@@ -203,12 +163,12 @@ class Space:
         """The largest models with some sizes given."""
         if not axes:
             whole = self.candidate(given)
-            yield from [] if whole.over(self.budget) else [whole]
+            yield from [] if self.is_over(whole) else [whole]
             return
         *walked, last = axes
         for chosen in itertools.product(*(self.grid[axis] for axis in walked)):
             found = self._largest(given | dict(zip(walked, chosen, strict=True)), last)
-            if found is not None and all(more.over(self.budget) for more in self._larger(found, walked)):
+            if found is not None and all(map(self.is_over, self._larger(found, walked))):
                 yield found
 
     def _largest(self, sizes: Mapping[str, int], axis: str) -> Candidate | None:
@@ -217,7 +177,7 @@ class Space:
         while beyond - least > 1:
             middle = (least + beyond) // 2
             tried = self.candidate({**sizes, axis: self.grid[axis][middle]})
-            if tried.over(self.budget):
+            if self.is_over(tried):
                 beyond = middle
             else:
                 least, found = middle, tried
@@ -236,7 +196,10 @@ class Space:
             return [f"no size of {axis} is left to search" for axis in empty]
         least = self.candidate({axis: sizes[0] for axis, sizes in self.grid.items()})
         searched = " and ".join(f"{axis} {size}" for axis, size in least.sizes.items()) or "the sizes given"
-        return [
+        depths: list[dict[str, int]] = [{LAYERS.field: number} for number in self.grid.get(LAYERS.field, ())] or [{}]
+        extra = all(self._extra_experts({**least.sizes, **depth}) > 0 for depth in depths)
+        found = [EXTRA_EXPERTS.format(searched)] if extra else []
+        return found + [
             f"target.{key} {getattr(self.budget, key):,} is out of reach: the least, with {searched}, is "
             f"{getattr(least, key):,} (raise it, or search.axes may name more)"
             for key in least.over(self.budget)

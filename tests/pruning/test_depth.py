@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -124,7 +125,7 @@ def test_the_sources_pattern_is_left_by_the_best_of_all_choices(family: str, met
 @pytest.mark.parametrize("method", ["last", "adjacent_cosine", "block_influence"])
 @pytest.mark.parametrize("pattern", ["any", "source"])
 def test_layers_of_a_larger_choice_are_chosen_from_it(family: str, method: str, pattern: str) -> None:
-    """The best of all choices within it, by trying all; three choices, one within the other."""
+    """The best of all choices within it, by trying all; three, one within the other. A.4 drops a run of them."""
     shape = tiny_shape(family, num_layers=9)
     for numbers, seed in itertools.product([(8, 7, 6), (7, 5, 4), (6, 5, 2), (9, 4, 4)], range(3)):
         within: tuple[int, ...] = tuple(range(9))
@@ -144,24 +145,25 @@ def test_layers_of_a_larger_choice_are_chosen_from_it(family: str, method: str, 
             if method == "block_influence":
                 assert kept in choices
                 assert sum(values[list(kept)]) == max(sum(values[list(each)]) for each in choices)
-            elif method == "last" or layers == 9:
+            elif method == "last" or layers == len(within):
                 assert kept == within[:layers]
             else:
-                runs = [(start, (*range(start), *range(start + 9 - layers, 9))) for start in range(1, layers + 1)]
-                best = max((run for run in runs if run[1] in choices), key=lambda run: values[run[0]], default=None)
-                if best is None:  # no run that leaves the pattern contains the one that is gone
-                    assert pattern == "source"
-                    break
-                assert kept == best[1]
+                gone = len(within) - layers
+                runs = [(within[first], (*within[:first], *within[first + gone :])) for first in range(1, layers + 1)]
+                assert kept == max((run for run in runs if run[1] in choices), key=lambda run: values[run[0]])[1]
             within = kept
 
 
-def test_a_choice_that_leaves_none_is_as_if_there_were_no_larger_one() -> None:
-    """`nesting.check_nested` names the layer then."""
+def test_the_pattern_is_kept_or_the_larger_choice_is_left() -> None:
+    """Whatever the larger choice left; where that cannot be, `nesting.check_nested` names the layer."""
     shape = tiny_shape(num_layers=8)  # layers 3 and 7 are of full attention
     stats = Statistics({_key(i, "block_influence"): np.float32(i) for i in range(8)}, {})
     depth = {"method": "block_influence", "pattern": "source"}
     recipe = parse_recipe({"version": 1, "target": {"num_layers": 4}, "depth": depth})
+    for method, expected in {"last": (2, 4, 5, 7), "adjacent_cosine": (2, 5, 6, 7)}.items():
+        own = {**stats.tensors, **{_key(i, "cosine"): np.float32(0) for i in range(8)}}
+        other = dataclasses.replace(recipe, depth=dataclasses.replace(recipe.depth, method=method))
+        assert kept_layers(other, Statistics(own, {}), shape, (2, 3, 4, 5, 6, 7)) == expected
     assert kept_layers(recipe, stats, shape, (3, 4, 5, 6)) == kept_layers(recipe, stats, shape) == (4, 5, 6, 7)
     assert kept_layers(recipe, stats, shape, (0, 1, 2)) == (4, 5, 6, 7)
 

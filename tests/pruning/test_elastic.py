@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -36,7 +37,7 @@ from megatron_slim.pruning.experts import ExpertGroup
 from megatron_slim.pruning.pipeline import write_pruned
 from megatron_slim.pruning.plan import Plan, make_plan
 from megatron_slim.pruning.plan_reader import load_plan, parse_plan
-from megatron_slim.pruning.statistics import Statistics
+from megatron_slim.pruning.statistics import Statistics, layer_key
 from megatron_slim.pruning.target import target_shape
 from megatron_slim.recipe import parse_recipe
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
@@ -366,9 +367,115 @@ def test_numbers_of_experts_by_loss_are_within_those_of_the_larger_budget(
     assert any(few > many for few, many in zip(alone.target_shape.experts_per_layer, large, strict=True))
     fewer = document([{"num_moe_experts": 5}, {"num_moe_experts": 5, "num_layers": 4}], experts={"allocation": "loss"})
     fewer["depth"] = {"method": "last"}
-    message = r"r: budget middle: target\.num_moe_experts: 4 layers are to have 5 experts on average, 20 in"
+    message = r"r: budget middle: target\.num_moe_experts: 4 layers are to have 5 experts on average and at"
     with pytest.raises(RecipeError, match=message):
         plan_budgets(parse_recipe(fewer).budgets, stats, source.shape, options=options, where="r")
+
+
+def test_a_search_takes_no_number_of_layers_that_crosses(source: HFCheckpoint, random_stats: RandomStats) -> None:
+    """Three of the larger budget's layers are no choice: a run of them that goes leaves no full attention."""
+    sizes: list[dict[str, Any]] = [{"num_layers": 4}, {"params": "1B", "num_moe_experts": 8}]
+    search = {"axes": ["num_layers"], "grid": {"num_layers": [2, 3]}}
+    recipe = parse_recipe(document(sizes, depth={"method": "adjacent_cosine"}, search=search))
+    stats = random_stats(source)
+    for layer in range(8):  # the run from layer 4 goes, and 3 is the only one of full attention that is left
+        stats.tensors[layer_key(f"model.layers.{layer}", "cosine")] = np.float32(layer == 4)
+    found = [each.plan.kept_layers for each in plan_budgets(recipe.budgets, stats, source.shape)]
+    assert found[0] == (0, 1, 2, 3) and found[1] == (0, 2, 3)
+    stats.tensors[layer_key("model.layers.7", "cosine")] = np.float32(9)
+    sizes = [{"num_layers": 7}, {"num_layers": 5}, {"num_layers": 3}]
+    recipe = parse_recipe(document(sizes, depth={"method": "adjacent_cosine"}))
+    assert contained(plan_budgets(recipe.budgets, stats, source.shape)) == []
+
+
+def test_a_search_takes_no_more_experts_than_layers_have(source: HFCheckpoint, random_stats: RandomStats) -> None:
+    """Of a larger budget by loss: as many as the poorest layer has, or by loss as many as all have on average."""
+    blocks = [block for block in source.shape.routed_blocks if block.startswith("model.")]
+    losses = {block: float(number > 3) for number, block in enumerate(blocks)}
+    options: dict[str, Any] = {name: {"sensitivity": lambda plan: losses} for name in NAMES[:2]}
+    for own, layers, expected in (({"allocation": "loss"}, 4, 3), ({}, 8, 3), ({}, 4, 3)):
+        sizes: list[dict[str, Any]] = [
+            {"num_moe_experts": 5},
+            {"params": "1B", "num_layers": layers, "hidden_size": 64},
+        ]
+        recipe = document(sizes, depth={"method": "last"}, experts=own)
+        recipe["budgets"][0]["experts"] = {"allocation": "loss"}
+        recipe["search"] = {"axes": ["num_moe_experts"], "grid": {"num_moe_experts": [2, 3, 4, 5]}}
+        budgets = plan_budgets(parse_recipe(recipe).budgets, random_stats(source), source.shape, options=options)
+        assert budgets[0].plan.target_shape.experts_per_layer[:4] == (3,) * 4
+        assert budgets[1].plan.target_shape.num_moe_experts == expected
+
+
+def test_the_larger_budgets_own_size_is_searched(source: HFCheckpoint, random_stats: RandomStats) -> None:
+    """The usual numbers are 4 and 8 layers."""
+    for layers, method in ((6, "last"), (3, "block_influence")):
+        sizes: list[dict[str, Any]] = [{"num_layers": layers, "num_moe_experts": 4}, {"params": "1B"}]
+        recipe = parse_recipe(document(sizes, depth={"method": method}))
+        check_budgets(recipe.budgets, source.shape, where="r")
+        found = plan_budgets(recipe.budgets, random_stats(source), source.shape)
+        assert [each.plan.target_shape.num_layers for each in found] == [layers, layers]
+
+
+def test_a_search_leaves_room_for_the_smaller_budgets(source: HFCheckpoint, random_stats: RandomStats) -> None:
+    sizes: list[dict[str, Any]] = [{"params": "150K"}, {"num_layers": 6, "hidden_size": 32, "num_moe_experts": 2}]
+    recipe = parse_recipe(document(sizes, depth={"method": "last"}))
+    check_budgets(recipe.budgets, source.shape, where="r")
+    large = plan_budgets(recipe.budgets, random_stats(source), source.shape)[0].plan.target_shape
+    assert large.num_layers >= 6 and large.hidden_size >= 32
+    alone = make_plan(recipe.budgets[0].recipe, random_stats(source), source.shape).target_shape
+    assert alone.hidden_size < 32 or alone.num_layers < 6
+
+
+CROSSING: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
+    "past a bound": (
+        [{"params": "100K"}, {}],
+        {},
+        "budget middle: has at least .* params, more than budget large may",
+    ),
+    "past a grid": (
+        [{"params": "400K"}, {"num_layers": 4}],
+        {"search": {"axes": ["hidden_size"], "grid": {"hidden_size": [32, 48]}}},
+        "budget middle: hidden_size 64, which the target leaves as the source's, is larger than the 48 of budget large",
+    ),
+    "no room": (
+        [{"params": "60K"}, {"num_layers": 4, "hidden_size": 48, "num_moe_experts": 2}],
+        {},
+        r"large: target\.params 60,000 is out of reach: .* \(smaller budgets need num_layers 4, hidden_size 48, ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CROSSING)
+def test_what_cannot_nest_is_refused_before_anything_is_measured(source: HFCheckpoint, case: str) -> None:
+    sizes, sections, message = CROSSING[case]
+    recipe = parse_recipe(document(sizes, depth={"method": "last"}, **sections))
+    with pytest.raises(RecipeError, match=message):
+        check_budgets(recipe.budgets, source.shape, where="r")
+
+
+def test_a_document_says_the_average_where_no_layer_has_fewer_experts(
+    tmp_path: Path, random_stats: RandomStats
+) -> None:
+    """Of a model without MTP, by loss twice; the layers that are left have all that the larger budget has there."""
+    source = family_source(tmp_path / "hf", "qwen3_moe")
+    recipe = document(
+        [{"num_moe_experts": 5}, {"num_moe_experts": 4, "num_layers": 4}],
+        depth={"method": "last"},
+        experts={"allocation": "loss"},
+    )
+    stats, blocks = random_stats(source), list(source.shape.routed_blocks)
+    first = parse_recipe(recipe).budgets[0].recipe
+    for seed in range(100):
+        losses = dict(zip(blocks, np.random.default_rng(seed).random(8).tolist(), strict=True))
+        alone = make_plan(first, stats, source.shape, sensitivity=lambda plan, losses=losses: losses)  # type: ignore[misc]
+        if sum(alone.target_shape.experts_per_layer[:4]) == 16:
+            break
+    options: dict[str, Any] = {name: {"sensitivity": lambda plan: losses} for name in NAMES[:2]}
+    budgets = plan_budgets(parse_recipe(recipe).budgets, stats, source.shape, options=options)
+    large, small = (each.plan.target_shape.experts_per_layer for each in budgets)
+    assert large[:4] == small
+    elastic = elastic_of(budgets)
+    assert parse_elastic(json.loads(elastic.to_json())) == elastic
 
 
 def test_expert_groups_of_budgets_nest(source: HFCheckpoint, random_stats: RandomStats) -> None:
