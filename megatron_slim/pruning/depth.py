@@ -94,11 +94,9 @@ def kept_layers(
     everything = tuple(range(shape.num_layers))
     if kept == shape.num_layers:
         return everything
-    choose = {
-        "last": _first,
-        "block_influence": _most_influential,
-        "adjacent_cosine": _around_the_most_redundant,
-    }[recipe.depth.method]
+    choose = _first
+    if recipe.depth.method != "last":
+        choose = _most_influential if recipe.depth.method == "block_influence" else _around_the_most_redundant
     wanted = shape.sublayers[:kept] if recipe.depth.pattern == "source" else None
     given = everything if within is None or len(within) < kept else tuple(within)
     return choose(stats, shape, given, kept, wanted) or choose(stats, shape, everything, kept, wanted)
