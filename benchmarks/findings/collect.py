@@ -165,10 +165,18 @@ class Results:
     def _teachers_of(self, question: str, label: str) -> list[str]:
         return list(dict.fromkeys(row.teacher for row in self.rows[question] if row.arm == label))
 
+    def has_several_teachers(self, question: str) -> bool:
+        """Whether lines have to say whose they are."""
+        return len({teacher for _, teacher in self.lines(question) if teacher}) > 1
+
+    def of_seeds(self, question: str, label: str, metric: str, teacher: str) -> list[float]:
+        """Values with one teacher."""
+        found = self.values(question, label, metric)
+        return [value for (whose, _), value in found.items() if whose == teacher]
+
     def spread(self, question: str, label: str, metric: str, teacher: str) -> Spread | None:
         """Over seeds with one teacher; None where nothing is there."""
-        found = self.values(question, label, metric)
-        values = [value for (whose, _), value in found.items() if whose == teacher]
+        values = self.of_seeds(question, label, metric, teacher)
         return Spread.of(values) if values else None
 
     def judged(self, question: str) -> list[Judged]:

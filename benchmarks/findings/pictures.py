@@ -39,14 +39,13 @@ def _drawn(results: Results, key: str, metric: str) -> bool:
 def _arms(axes: Any, results: Results, key: str, metric: str) -> None:
     """One line for each arm of a teacher: its seeds, their mean, and a bar of their standard deviation."""
     lines = results.lines(key)
-    several = len({teacher for _, teacher in lines} - {""}) > 1
+    several = results.has_several_teachers(key)
     labels = [f"{label} ({teacher})" if several and teacher else label for label, teacher in lines]
     for line, (label, teacher) in enumerate(lines):
         spread = results.spread(key, label, metric, teacher)
         if spread is None:
             continue
-        found = results.values(key, label, metric)
-        values = [value for (whose, _), value in found.items() if whose == teacher]
+        values = results.of_seeds(key, label, metric, teacher)
         axes.scatter(values, [line] * len(values), s=14, color="C0", alpha=0.5)
         axes.errorbar(spread.mean, line, xerr=spread.deviation or 0.0, fmt="|", color="C1", capsize=3, markersize=12)
     direction = "smaller is better" if metric in SMALLER_IS_BETTER else "larger is better"

@@ -71,7 +71,7 @@ def shown(spread: Spread | None) -> str:
 def arms_table(results: Results, key: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Headings and rows: an arm each, or an arm of a teacher, where there are several."""
     metrics, lines = QUESTIONS[key].metrics, results.lines(key)
-    several = len({teacher for _, teacher in lines} - {""}) > 1
+    several = results.has_several_teachers(key)
     heads = ("arm", *(["teacher"] if several else []), *(NAMES[metric] for metric in metrics))
     rows = [
         (

@@ -75,8 +75,8 @@ def grid(recipe: Recipe, shape: ModelShape, depth_of: DepthOf, limits: Limits) -
         named = recipe.search.grid.get(axis)
         unit = allocation_unit(recipe)
         sizes = usual_sizes(axis, shape, unit) if named is None else list(named)
-        others = {found[axis] for found in (limits.most, limits.least) if axis in found}
         if named is None:
+            others = [known[axis] for known in (limits.most, limits.least) if axis in known]
             sizes = sorted({*sizes, *(size for size in others if axis != EXPERTS.field or size % unit == 0)})
         if axis == EXPERTS.field:
             sizes = [size for size in sizes if size >= (recipe.target.moe_router_topk or shape.moe_router_topk)]
