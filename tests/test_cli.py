@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import errno
 import io
+import json
 import logging
 import os
 import re
@@ -44,19 +45,21 @@ def convert():
 run_tool(convert, as_json=False)
 """
 WORKER = """
-def work(running):
-    running.set()
+import signal
+
+def work(pipe):
+    pipe.send([signal.getsignal(number) is signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)])
     time.sleep(60)
 
 def start():
     context = multiprocessing.get_context("fork")
-    running = context.Event()
-    worker = context.Process(target=work, args=(running,))
+    ours, theirs = context.Pipe()
+    worker = context.Process(target=work, args=(theirs,))
     worker.start()
-    running.wait()
+    default = ours.recv()
     worker.terminate()
     worker.join()
-    return {"exitcode": worker.exitcode}
+    return {"default": default, "exitcode": worker.exitcode}
 
 run_tool(start, as_json=True)
 """
@@ -106,8 +109,10 @@ def test_a_tool_that_is_stopped_leaves_nothing_behind(tmp_path: Path, number: si
 
 
 def test_a_forked_worker_dies_of_the_signal() -> None:
+    # Without a handler of Python, which a signal right before a call that waits would not reach.
     with started(WORKER) as process:
-        assert process.communicate(timeout=30) == ('{"exitcode": -15}\n', "")
+        found, errors = process.communicate(timeout=30)
+    assert errors == "" and json.loads(found) == {"default": [True, True, True], "exitcode": -15}
 
 
 def test_signals_are_the_caller_s_again_and_nohup_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:

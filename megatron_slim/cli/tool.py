@@ -88,25 +88,35 @@ def _reader_left() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+def _leave(signum: int, frame: FrameType | None) -> None:
+    """Handler of a signal that ends the tool."""
+    for known in _SIGNALS:
+        signal.signal(known, signal.SIG_IGN)  # a second one must not interrupt the cleaning
+    raise SystemExit(128 + signum)
+
+
+def _die_of_signals() -> None:
+    """Give a forked worker the signals' own meaning: it has nothing to clean up, and its parent waits for its end.
+
+    A handler would not do. Python runs one between two of its instructions, and a signal that arrives right before
+    a system call that waits is heeded only when that call ends.
+    """
+    for known in _SIGNALS:
+        if signal.getsignal(known) is _leave:
+            signal.signal(known, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_die_of_signals)
+
+
 @contextlib.contextmanager
 def _signals_exit() -> Iterator[None]:
     """Turn SIGTERM, SIGINT and SIGHUP into `SystemExit`, so that whoever is writing cleans up."""
-    owner = os.getpid()
-
-    def leave(signum: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:  # a forked worker has nothing to clean up, and its parent waits for it to die
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
-            return
-        for known in _SIGNALS:
-            signal.signal(known, signal.SIG_IGN)  # a second one must not interrupt the cleaning
-        raise SystemExit(128 + signum)
-
     # One that is ignored already is so on purpose: nohup, or a job in the background of a script.
     previous = {known: signal.getsignal(known) for known in _SIGNALS}
     for known, handler in previous.items():
         if handler is not signal.SIG_IGN:
-            signal.signal(known, leave)
+            signal.signal(known, _leave)
     try:
         yield
     finally:
