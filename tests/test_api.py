@@ -232,6 +232,7 @@ def test_every_module_prepares_the_process_before_it_imports_megatron() -> None:
     assert checked > 20
 
 
+@pytest.mark.slow
 def test_modules_can_be_imported_in_any_order() -> None:
     """Backwards by name: the modules of training first, those of the architecture last."""
     names = [

@@ -73,6 +73,7 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
     assert not needed & {"matplotlib", "scipy", "nltk", "sentencepiece", "transformers", "tensorboard"}
 
 
+@pytest.mark.slow
 def test_every_command_answers(installed: Path) -> None:
     for name in COMMANDS:
         found = command(installed, name, "--help")
@@ -90,6 +91,7 @@ def test_doctor_and_recipes(installed: Path) -> None:
     assert all(str(installed) in each["path"] and each["about"] for each in recipes.values()) and "demo" in recipes
 
 
+@pytest.mark.slow
 def test_convert_prune_and_start_a_run(installed: Path, tmp_path: Path) -> None:
     write_tiny_checkpoint(tmp_path / "teacher", tiny_shape())
     np.save(tmp_path / "samples.npy", np.random.default_rng(0).integers(0, tiny_shape().vocab_size, (2, 16)))

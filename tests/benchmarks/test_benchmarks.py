@@ -254,6 +254,7 @@ def check_80b(results: dict[str, Any], directions: list[str]) -> None:
         assert entry["parameters"] <= results["model"]["parameters"]
 
 
+@pytest.mark.slow
 def test_convert_80b(tmp_path: Path, tool: Tool) -> None:
     outcome = tool("benchmarks/convert_80b.py", "--dir", tmp_path / "b", "--only", "hf_to_pruned_hf", *TINY_80B)
     assert outcome.code == 0, outcome.stderr
@@ -360,6 +361,7 @@ def test_losses_that_differ_end_the_comparison() -> None:
         peer_step.check_losses({"lm": same, "peer_lm": [*same[:2], (1.0, 2.01, 0.0)]})
 
 
+@pytest.mark.slow
 def test_cost_of_the_log(tool: Tool) -> None:
     command = "--seq-length 32 --micro-batches 2 --vocab-size 256 --iterations 2 --json"
     outcome = tool("benchmarks/run_log.py", *command.split())

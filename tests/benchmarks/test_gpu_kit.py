@@ -33,6 +33,7 @@ def states(results: dict[str, Any]) -> dict[str, str]:
     return {name: part["state"] for name, part in results["parts"].items()}
 
 
+@pytest.mark.slow
 def test_dry_run(tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part that passes, one that cannot run here, and one whose process dies; the first is not stopped by that."""
     stub = tmp_path / "stubs" / "liger_kernel"

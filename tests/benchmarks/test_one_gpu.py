@@ -13,6 +13,7 @@ from megatron_slim.teacher_cache.stored_states import row_bytes
 PAGE = (Path(__file__).resolve().parents[2] / "docs/one_gpu.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("recipe", one_gpu.RECIPES)
 def test_the_page_has_what_the_planner_says(recipe: str) -> None:
     lines = one_gpu.tables(recipe)

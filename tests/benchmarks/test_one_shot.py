@@ -59,6 +59,7 @@ def test_every_method_of_a_recipe_is_compared() -> None:
     assert depth.recipe.to_dict()["target"] == {"num_layers": 5}
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_the_tools(tool: Tool, work: Path, tmp_path: Path) -> None:
     """The source and every variant: the same plans, and losses of checkpoints that were written and read."""
     outcome = tool(ONE_SHOT, *options(work), "--stats", work / "stats.safetensors", "--save", tmp_path / "table.md")
@@ -96,6 +97,7 @@ def test_statistics_may_be_measured_once_for_all(tool: Tool, work: Path, tmp_pat
     assert [row["variant"] for row in read["variants"]] == list(CHOICES["width.importance"])
 
 
+@pytest.mark.slow
 def test_allocation_by_loss_is_measured_on_calibration_data(tool: Tool, work: Path) -> None:
     data = ("--calibration-data", work / "tokens.npy", "--only", "experts")
     rows = tool(ONE_SHOT, *options(work), *data).json["variants"]

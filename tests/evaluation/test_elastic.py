@@ -57,6 +57,7 @@ def evaluate(tool: Tool, place: Path, load: Path, *more: object, data: str = "to
     return done
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("data", ["tokens.npy", "set"])
 def test_a_budget_has_the_figures_of_its_slice(tool: Tool, place: Path, data: str, tmp_path: Path) -> None:
     """All of them, equal: losses, standard errors, distance from the teacher, accepted drafts; of a sample set too."""

@@ -41,6 +41,7 @@ def script(environment: dict[str, str], *arguments: str, timeout: float = 60) ->
     )
 
 
+@pytest.mark.slow
 def test_every_step_is_a_job_that_waits_for_the_one_before(
     slurm: dict[str, str], arguments: list[str], tmp_path: Path
 ) -> None:

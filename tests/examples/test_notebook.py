@@ -37,6 +37,7 @@ def cells() -> list[dict[str, object]]:
     return found
 
 
+@pytest.mark.slow
 def test_every_cell_runs(cells: list[dict[str, object]], tmp_path: Path) -> None:
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]  # type: ignore[arg-type]
     script = "\n".join([DISPLAY, *code, CHECKS])

@@ -188,6 +188,7 @@ def test_benchmark(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked[0].layout.name == plan["layout"] and asked[0].layout.gpus == 64
 
 
+@pytest.mark.slow
 def test_models_in_directories_are_built_in_a_process_of_its_own(tmp_path: Path) -> None:
     """Reading their shapes must not bring in Megatron before the CPU compatibility layer is there."""
     (tmp_path / "config.json").write_text(json.dumps(tiny_hf_config(tiny_shape())))

@@ -111,6 +111,7 @@ def test_kept_layers_channels_and_experts_are_the_sources_bytes(deep: Any, prune
             assert same_bytes(found.read(tensor), test_apply.expected_tensor(tensor, plan, made[name].read)), tensor
 
 
+@pytest.mark.slow
 def test_kept_neurons_and_heads_are_the_sources_bytes(wide: Any, pruned: Any) -> None:
     run, made = wide
     plan, written, state = pruned(run, test_inner_axes.NEXT_TARGET, method="prune")
@@ -176,6 +177,7 @@ def permuted(tensors: HFCheckpoint, seed: int) -> HFCheckpoint:
     return HFCheckpoint.open(target)
 
 
+@pytest.mark.slow
 def test_neurons_of_moments_follow_those_of_aligned_weights(pruned: Any, tmp_path: Path) -> None:
     """Copies of one expert whose neurons were shuffled: the sum is as many times the base's, neuron by neuron."""
     _, made = trained(tmp_path, tiny_shape(num_layers=4))

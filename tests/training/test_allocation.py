@@ -32,7 +32,7 @@ def trained(unequal):  # type: ignore[no-untyped-def]
     return save, unequal.train("one", 1, "--micro-batch-size", "2", *STEADY, "--save", str(save))
 
 
-@pytest.mark.one_case
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [

@@ -231,6 +231,7 @@ def test_with_and_without_the_distributed_optimizer(
     assert found[LM] == unbroken[LM][3:]
 
 
+@pytest.mark.slow
 def test_a_phase_warms_up_from_a_tenth_and_resumes_there(workplace: Workplace, tmp_path: Path) -> None:
     student = tmp_path / "student"
     shutil.copytree(workplace.student, student)

@@ -69,6 +69,7 @@ def test_sft_is_the_run_on_the_sample_set(models: Workplace, tokenizer: Path, co
     assert all(of_set[term] == expected[term] for term in TERMS)
 
 
+@pytest.mark.slow
 def test_where_sets_are_made(models: Workplace, tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
     """In --data-cache-path; one for each file, length and tokenizer; mixed with sets, and validated on one."""
     cache, other = tmp_path / "deep" / "cache", tmp_path / "other.jsonl"

@@ -143,7 +143,7 @@ def test_documents_apart(place: Workplace, tmp_path: Path) -> None:
     assert runs["apart"]["lm loss"] != runs["together"]["lm loss"]
 
 
-@pytest.mark.one_case
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [each for each in FAMILIES if each != "qwen3_next"])
 def test_families(place: Workplace, family: str, tmp_path: Path) -> None:
     """The same of every family, without a teacher; of GLM's with a dense layer and routers with a bias."""
@@ -158,6 +158,7 @@ def test_families(place: Workplace, family: str, tmp_path: Path) -> None:
     assert_same_weights(pruned(tmp_path / "e", "small"), tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_whole_groups_of_heads_may_go(place: Workplace, tmp_path: Path) -> None:
     """With their keys and values, of both kinds of attention."""
     groups = {"num_query_groups": 1, "num_attention_heads": 1, "linear_num_key_heads": 1, "linear_num_value_heads": 1}
@@ -194,7 +195,7 @@ def test_what_a_budget_does_not_have_only_decays(place: Workplace, tmp_path: Pat
     torch.testing.assert_close(new, old * (1 - 0.5e-2) ** 5, rtol=1e-6, atol=0)
 
 
-@pytest.mark.one_case
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["in-turn", "together"])
 def test_the_largest_budget_alone_is_an_ordinary_run(place: Workplace, schedule: str, tmp_path: Path) -> None:
     """Bit for bit, clipping included: its parameters are the student's own."""
@@ -313,6 +314,7 @@ def test_a_run_that_is_resumed_is_the_run(place: Workplace, tmp_path: Path) -> N
     assert_same_weights(pruned(tmp_path / "parts", "large"), tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_sorted_student_gathers_no_experts(place: Workplace, tmp_path: Path, tool: Any) -> None:
     """Each rank has equally many survivors of each budget; otherwise the log says what that costs."""
     flags = "--micro-batch-size 1 --elastic together --train-iters 1 --expert-model-parallel-size 2".split()
@@ -391,6 +393,7 @@ def test_a_student_without_budgets_is_refused(workplace: Workplace) -> None:
     assert "--elastic, but the student has no budgets; prune by a recipe with budgets" in found
 
 
+@pytest.mark.slow
 def test_a_directory_of_checkpoints_has_one_document(place: Workplace, tmp_path: Path) -> None:
     """Slices of its older iterations, and of its newer ones, are all what it says."""
     elastic, plain = tmp_path / "elastic", tmp_path / "plain"
@@ -408,6 +411,7 @@ def test_a_directory_of_checkpoints_has_one_document(place: Workplace, tmp_path:
         assert sentence in found
 
 
+@pytest.mark.slow
 def test_a_student_without_its_mtp_block_has_budgets_without(place: Workplace, tmp_path: Path) -> None:
     flags = ("--micro-batch-size", "2", "--train-iters", "2", "--elastic", "together", "--without-mtp")
     found = place.train("nomtp", 1, *flags, "--teacher-without-mtp", "--save", str(tmp_path / "saved"))
@@ -415,6 +419,7 @@ def test_a_student_without_its_mtp_block_has_budgets_without(place: Workplace, t
     assert pruned(tmp_path / "saved", "small").shape.mtp_num_layers == 0
 
 
+@pytest.mark.slow
 def test_weights_of_budgets_multiply_all_that_moves_routers(place: Workplace, tmp_path: Path) -> None:
     """A step in which Adam moves weights by their gradients, most of which are of the losses of routers."""
     moved = {}
@@ -436,6 +441,7 @@ def test_weights_of_budgets_multiply_all_that_moves_routers(place: Workplace, tm
     assert max(float(each.abs().max()) for each in moved[1.0].values()) > 1e-2
 
 
+@pytest.mark.slow
 def test_overlap_is_left_out_and_said(place: Workplace) -> None:
     flags = ("--micro-batch-size", "2", "--overlap-grad-reduce", "--overlap-param-gather", "--elastic", "together")
     found = place.train("overlap", 1, *flags, "--train-iters", "2")
@@ -443,6 +449,7 @@ def test_overlap_is_left_out_and_said(place: Workplace) -> None:
     assert "--elastic: without --overlap-grad-reduce, --overlap-param-gather" in place.log("overlap").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_of_the_largest_alone_says_what_it_does(place: Workplace, tmp_path: Path) -> None:
     flags = ("--micro-batch-size", "2", "--train-iters", "1", "--save", str(tmp_path / "saved"))
     place.train("largest", 1, *flags)
@@ -450,6 +457,7 @@ def test_a_run_of_the_largest_alone_says_what_it_does(place: Workplace, tmp_path
     assert find_elastic(tmp_path / "saved") is None
 
 
+@pytest.mark.slow
 def test_optimizers_of_matrices_train_all_budgets_together(place: Workplace) -> None:
     """Their steps have the largest budget, so that no weight is left to its momentum."""
     flags = (
@@ -476,6 +484,7 @@ def test_shares_without_budgets_are_refused(workplace: Workplace) -> None:
     assert "shares of budgets need --elastic" in found
 
 
+@pytest.mark.slow
 def test_a_run_of_several_budgets_is_shown(place: Workplace) -> None:
     """Losses and experts of each budget, in the log, in what show-run prints, and in its picture."""
     place.train("shown", 1, "--micro-batch-size", "2", "--elastic", "together", "--train-iters", "3")

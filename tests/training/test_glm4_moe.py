@@ -66,6 +66,7 @@ def test_the_bias_moves_by_its_rate_and_the_teachers_stays(family, trained, tmp_
         assert 1 <= steps.abs().max().round() <= 5
 
 
+@pytest.mark.slow
 def test_it_stays_where_its_rate_is_zero(family, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     save = tmp_path / "run"
     family.train("still", 1, *MBS, "--moe-router-bias-update-rate", "0", "--save", str(save))
@@ -102,6 +103,7 @@ def test_copies_in_the_mtp_block_follow_what_was_trained(family, tmp_path: Path)
     assert files[f"model.layers.1.{BIAS}"].dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["", "--pipeline-model-parallel-size 2 --pipeline-layout auto"], ids=["one", "pp2"])
 def test_the_bias_of_a_frozen_router_stays(family, tmp_path: Path, flags: str) -> None:  # type: ignore[no-untyped-def]
     """Even where its experts are trained; that of a trained one moves."""

@@ -77,6 +77,7 @@ def test_means_are_over_tokens(workplace, whole, data: Path, layout: str) -> Non
     assert found["lm loss validation"] == pytest.approx(whole["lm loss validation"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_padding_masks_its_own_sample_alone(workplace, padded: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """On one rank, on two, in validation and where a run was resumed: the losses of a run without masks kept."""
     save = ["--save", str(tmp_path / "run"), "--load", str(tmp_path / "run"), "--save-interval", "3"]

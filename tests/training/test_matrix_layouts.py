@@ -87,7 +87,7 @@ def test_they_are_three_optimizers(workplace: Workplace, one: dict[str, Logged])
     assert len({round(losses[-1], 3) for losses in ends}) == 3
 
 
-@pytest.mark.one_case
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--overlap-grad-reduce", "--overlap-param-gather")], ids=["", "overlapped"])
 def test_shards_of_the_optimizer_change_nothing(workplace: Workplace, flags: tuple[str, ...]) -> None:
     """In bf16, whole parameters on each of two ranks: digit for digit the run without."""
@@ -119,9 +119,10 @@ def resumed(workplace: Workplace, layout: str, save: Path, *flags: str) -> Logge
     return run(workplace, layout, "aurora", "--load", str(save), *flags, name=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "flags"),
-    [("one", ()), pytest.param("dp2", ("--bf16", SHARDED), marks=pytest.mark.slow)],
+    [("one", ()), ("dp2", ("--bf16", SHARDED))],
     ids=["fp32", "bf16-sharded"],
 )
 def test_it_resumes_bit_for_bit(workplace: Workplace, tmp_path: Path, layout: str, flags: tuple[str, ...]) -> None:

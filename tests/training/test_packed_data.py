@@ -111,13 +111,10 @@ LAYOUTS = {
     "pp4": (4, "--pipeline-model-parallel-size 4"),
     "pp2-tp2-ahead": (4, f"{PP2} {TP2} --teacher-ahead 2"),
 }
-SLOW = ("selective", "vpp2", "pp4", "pp2-tp2-ahead", "dp2", "ep2")
 
 
-@pytest.mark.one_case
-@pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in LAYOUTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_are_the_same_run(workplace, whole: Any, samples: Path, layout: str) -> None:  # type: ignore[no-untyped-def]
     """The losses of both models, heads and parts, and gradients; stages in the middle know the documents too."""
     ranks, flags = LAYOUTS[layout]
@@ -142,6 +139,7 @@ def test_documents_apart_are_another_run(workplace, whole: Any, samples: Path, t
         assert pairs[term] == pytest.approx(found[term], rel=2e-5), term
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_next_sample(workplace, whole: Any, samples: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     run = tmp_path / "run"
     save = ["--save", str(run), "--load", str(run), "--save-interval", "2"]
@@ -166,6 +164,7 @@ def test_validation_is_what_evaluate_measures(workplace, samples: Path, tmp_path
     assert found["mtp lm loss validation"][0] == pytest.approx(expected.mtp_loss[0], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_hidden_states_and_blends(workplace, samples: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Layers' hidden states on two stages; two sets mixed, split into parts."""
     other = make(tmp_path / "other", rows=40, seed=5)
@@ -218,6 +217,7 @@ def test_what_each_stage_is_given(apart: bool) -> None:
         assert found.get("best") == ([[[1.5, 2.5]] * 4] if last else None)
 
 
+@pytest.mark.slow
 def test_gpt_data_with_reset_attention_mask(workplace, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """The run on documents with --reset-attention-mask is that on a sample set which says the same."""
     from megatron_slim.testing import write_tokens

@@ -123,8 +123,7 @@ LAYOUTS = {
     "tp2-sp-cp2-pp2-ep2": Layout(8, 4, f"{TP2} {CP2} {PP2} {AUTO} {EP2} {ETP1}"),
 }
 # These have all of it between them, but for what takes many ranks.
-QUICK = ("tp2-sp-ep2-etp1", "vpp2", "dp2-overlap", "pp2-ep2-allgather", "cp2")
-QUICK_ALONE = ("tp2-sp-ep2-etp1", "vpp2")
+QUICK = ("tp2-sp-ep2-etp1", "vpp2", "cp2")
 BF16 = ("tp2-sp-ep2-etp1", "dp2-overlap", "vpp2-ep2-overlap", "tp2-sp-pp2-ep2-overlap")
 
 
@@ -193,14 +192,15 @@ def test_four_terms(uneven, one: Trained, name: str) -> None:  # type: ignore[no
     assert_same_run(run(uneven, name, LAYOUTS[name]), one, TERMS, uneven.student)
 
 
-@pytest.mark.one_case
-@pytest.mark.parametrize("name", cases(LAYOUTS, QUICK_ALONE))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_the_language_model_alone(uneven, one_alone: Trained, name: str) -> None:  # type: ignore[no-untyped-def]
     found = run(uneven, name, LAYOUTS[name], distil=False)
     assert_same_run(found, one_alone, LM_TERMS, uneven.student)
     assert "logits distillation loss" not in found.logged and "kd lambda" not in found.logged
 
 
+@pytest.mark.slow
 def test_rows_of_the_vocabulary_belong_to_the_run(uneven, one: Trained) -> None:  # type: ignore[no-untyped-def]
     """Student and teacher from checkpoints padded to 128 rows and to 256, which the run pads to 192 and to 128."""
     wide = run(uneven, "wide", ONE, "--train-iters", "1", "--make-vocab-size-divisible-by", "256")

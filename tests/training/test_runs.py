@@ -108,6 +108,7 @@ def test_schedules_and_data_go_on_from_anywhere(workplace, tmp_path: Path) -> No
             assert resumed[term] == whole[term][stop:], (stop, term)
 
 
+@pytest.mark.slow
 def test_the_weights_go_on_under_another_layout(workplace, saved) -> None:  # type: ignore[no-untyped-def]
     """The fourth step's losses are those of the weights alone; the optimizer starts afresh, the schedules do not."""
     save, logged = saved
@@ -163,6 +164,7 @@ def test_resuming_otherwise_is_refused(workplace, saved, ranks: int) -> None:  #
     assert "building" not in log.read_text() and "initialized" not in log.read_text()
 
 
+@pytest.mark.slow
 def test_resuming_with_another_learning_rate_and_length(workplace, saved) -> None:  # type: ignore[no-untyped-def]
     save, logged = saved
     flags = "--lr 5e-4 --train-iters 9 --override-opt_param-scheduler".split()
@@ -183,6 +185,7 @@ def test_what_training_saved_becomes_a_hugging_face_model(workplace, saved, tmp_
     assert all(same_bytes(again.read(name), exported.read(name)) for name in exported.names)
 
 
+@pytest.mark.slow
 def test_a_run_is_pruned_as_it_is(workplace, saved, tmp_path: Path, tool: Any) -> None:  # type: ignore[no-untyped-def]
     """With its optimizer state next to the weights, by the plan and to the bytes of the model that it exports."""
     save, _ = saved
@@ -237,6 +240,7 @@ def test_bf16_follows_fp32(workplace, reference) -> None:  # type: ignore[no-unt
         assert found[term] == pytest.approx(reference[term], rel=2**-8), term
 
 
+@pytest.mark.slow
 def test_fp16_follows_fp32(workplace, reference) -> None:  # type: ignore[no-untyped-def]
     """The loss scale reaches the output layer's gradient, which is made before backward, under interleaving too."""
     # Gradients are of sums over 64 tokens until they are divided, so that a scale of 1024 would overflow.
@@ -247,6 +251,7 @@ def test_fp16_follows_fp32(workplace, reference) -> None:  # type: ignore[no-unt
     assert found["grad-norm"][0] == pytest.approx(reference["grad-norm"][0], rel=2**-8)
 
 
+@pytest.mark.slow
 def test_other_distillation_losses_are_layout_free(workplace, reference) -> None:  # type: ignore[no-untyped-def]
     # Smaller steps, as below: on processors without AVX-512 tensor parallelism sums in another order, too.
     flags = "--kd-loss top-k --kd-top-k 8 --kd-temperature 2 --mtp-kd-target teacher-main --loss-chunk-size 7"
@@ -260,6 +265,7 @@ def test_other_distillation_losses_are_layout_free(workplace, reference) -> None
         assert two[term] == pytest.approx(one[term], rel=1e-5), term
 
 
+@pytest.mark.slow
 def test_the_teachers_main_head_can_supervise_mtp(workplace, reference) -> None:  # type: ignore[no-untyped-def]
     # Smaller steps than elsewhere: context parallelism sums in another order, which Adam would make 1e-5 of.
     argv = [*MBS, "--mtp-kd-target", "teacher-main", "--lr", "1e-4", "--min-lr", "1e-5", "--adam-eps", "1e-3"]
@@ -294,6 +300,7 @@ def test_without_mtp_it_is_the_run_of_a_model_that_has_none(workplace, tmp_path:
     assert HFCheckpoint.open(tmp_path / "hf").shape.mtp_num_layers == 0
 
 
+@pytest.mark.slow
 def test_full_recomputation_changes_nothing(workplace, reference) -> None:  # type: ignore[no-untyped-def]
     flags = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
     found = workplace.train("recompute", 1, *MBS, *flags)

@@ -78,6 +78,7 @@ def test_the_launcher_ends_as_its_ranks_do(tmp_path: Path, case: str) -> None:
     assert log.read_text().count("saved") == (2 if wanted == 0 else 0)
 
 
+@pytest.mark.slow
 def test_ranks_die_with_their_launcher(tmp_path: Path) -> None:
     script, log = tmp_path / "rank.py", tmp_path / "log"
     script.write_text(

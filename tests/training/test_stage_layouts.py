@@ -50,6 +50,7 @@ def test_balanced_stages_train_as_one_rank(uneven, alone, balanced, interleaved)
     assert float(table[6].split()[-1]) <= 1.05
 
 
+@pytest.mark.slow
 def test_a_run_resumes_in_other_stages(uneven, alone, balanced, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """With its optimizer, into an interleaved pipeline of which no stage is as it was."""
     save, _ = balanced
@@ -66,6 +67,7 @@ def test_an_optimizer_that_belongs_to_other_stages_is_refused(uneven, interleave
         uneven.train("refused", 2, *MBS, *AUTO, "--load", str(interleaved[0]))
 
 
+@pytest.mark.slow
 def test_the_dtype_of_the_teacher_is_its_own(uneven, alone) -> None:  # type: ignore[no-untyped-def]
     """Its own loss shows how it was computed: as alone in that dtype, across stages, whatever the student's is."""
     short, term = (*MBS, "--train-iters", "2"), "teacher lm loss"

@@ -69,6 +69,7 @@ def test_layouts(uneven, one: Logged, name: str) -> None:  # type: ignore[no-unt
     assert max(worst.values()) <= TOLERANCE, worst
 
 
+@pytest.mark.slow
 def test_other_losses_documents_and_data_in_epochs(workplace, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """The teacher's main head supervises MTP; documents are short, are read twice, and shuffled by the sampler too."""
     rng = np.random.default_rng(0)

@@ -33,7 +33,7 @@ from megatron_slim.training.document_checks import open_once
 from megatron_slim.training.slim_arguments import add_slim_arguments
 from tests.training.conftest import SIZES, Workplace, refusal
 from tests.training.test_elastic import write_elastic
-from tests.training.test_parallel_layouts import LAYOUTS, ONE, TERMS, TOLERANCE, cases, differences
+from tests.training.test_parallel_layouts import LAYOUTS, ONE, TERMS, TOLERANCE, differences
 from tests.training.test_runs import keep_only
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,12 +94,13 @@ def test_one_rank_is_the_same_bit_for_bit(
         assert resumed[term] == expected[term][1:], term
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
         "--mtp-kd-target teacher-main --kd-loss top-k --kd-top-k 8 --kd-temperature 2",
-        pytest.param("--kd-loss reverse-kl", marks=pytest.mark.slow),
-        pytest.param("--kd-loss jsd --teacher-dtype bf16", marks=pytest.mark.slow),
+        "--kd-loss reverse-kl",
+        "--kd-loss jsd --teacher-dtype bf16",
     ],
 )
 def test_other_losses(workplace: Workplace, samples: SampleSet, cache: Path, flags: str) -> None:
@@ -112,6 +113,7 @@ def test_other_losses(workplace: Workplace, samples: SampleSet, cache: Path, fla
             assert found[term] == pytest.approx(expected[term], rel=1e-2), term
 
 
+@pytest.mark.slow
 def test_documents_and_masks(workplace: Workplace, tmp_path: Path) -> None:
     samples = draw(tmp_path / "set", documents=True)
     cache = record_on(samples, workplace.teacher, tmp_path / "cache")
@@ -121,7 +123,7 @@ def test_documents_and_masks(workplace: Workplace, tmp_path: Path) -> None:
         assert found[term] == expected[term], term
 
 
-@pytest.mark.one_case
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "bound"), [("bf16", 2e-4), ("fp8", 5e-3)])
 def test_rounded_states(
     workplace: Workplace, samples: SampleSet, cache: Path, tmp_path: Path, kind: str, bound: float
@@ -149,10 +151,9 @@ def uneven_cache(uneven: Workplace, samples: SampleSet, tmp_path_factory: pytest
     return record_on(samples, uneven.teacher, tmp_path_factory.mktemp("uneven-cache") / "cache")
 
 
-@pytest.mark.one_case
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "name",
-    cases(("tp2-sp", "vpp2", "pp2", "pp2-ep2-allgather", "dp2-overlap", "cp2", "tp2-sp-ep2-etp1"), ("tp2-sp", "vpp2")),
+    "name", ["tp2-sp", "vpp2", "pp2", "pp2-ep2-allgather", "dp2-overlap", "cp2", "tp2-sp-ep2-etp1"]
 )
 def test_layouts(uneven: Workplace, uneven_cache: Path, one: dict[str, list[float]], name: str) -> None:
     layout = LAYOUTS[name]
@@ -272,7 +273,8 @@ def test_the_samples_are_those_of_the_cache(samples: SampleSet, cache: Path) -> 
     assert open_samples(cache).digests == samples.digests
 
 
-@pytest.mark.parametrize("schedule", ["together", pytest.param("in-turn", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["together", "in-turn"])
 def test_budgets_of_an_elastic_student(
     workplace: Workplace, samples: SampleSet, cache: Path, tmp_path: Path, schedule: str
 ) -> None:

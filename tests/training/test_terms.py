@@ -75,6 +75,7 @@ def test_the_term_is_minimised_and_logged(own: Any, reference: dict[str, list[fl
     assert re.search(r"\| z loss: \d", printed)
 
 
+@pytest.mark.slow
 def test_a_term_without_weight_changes_no_bit(program: Path, workplace: Workplace, reference: Any) -> None:
     argv = workplace.argv("none", "--micro-batch-size", "2", *NONE)
     run_distributed(1, train_with, program, argv, str(workplace.new_log("none")), initialise=False)
@@ -95,6 +96,7 @@ def test_the_same_run_under_every_layout(program: Path, workplace: Workplace, ow
         assert found[term] == pytest.approx(own[0][term], rel=1e-4), term
 
 
+@pytest.mark.slow
 def test_who_does_not_know_the_term_finds_it_in_the_log(
     tool: Callable[..., Any], workplace: Workplace, own: Any, tmp_path: Path
 ) -> None:

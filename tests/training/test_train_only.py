@@ -128,17 +128,13 @@ def alone(workplace: Workplace) -> Any:
     return of
 
 
-QUICK = {("several", "tp2-ep2-full"), ("several", "vpp2"), ("last stage", "pp2"), ("first stage", "pp2")}
 CASES = [
-    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
-    for case in (
-        *(("several", layout) for layout in LAYOUTS),
-        *(("last stage", "pp2"), ("first stage", "pp2"), ("first stage", "vpp2"), ("experts", "ep2")),
-    )
+    *(("several", layout) for layout in LAYOUTS),
+    *(("last stage", "pp2"), ("first stage", "pp2"), ("first stage", "vpp2"), ("experts", "ep2")),
 ]
 
 
-@pytest.mark.one_case
+@pytest.mark.slow
 @pytest.mark.parametrize(("choice", "layout"), CASES)
 def test_a_run_is_the_same_in_every_layout(workplace: Workplace, alone: Any, choice: str, layout: str) -> None:
     """Losses, gradient norm and weights; what is frozen has its bytes, also where a stage has nothing to train."""
@@ -169,8 +165,8 @@ def test_what_is_frozen_keeps_its_bytes(workplace: Workplace, alone: Any) -> Non
     assert 0 < len(trained) < len(start)
 
 
-@pytest.mark.one_case
-@pytest.mark.parametrize("precision", ["fp32", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_run_resumes_bit_for_bit(workplace: Workplace, tmp_path: Path, precision: str) -> None:
     from tests.training.test_runs import keep_only
 
@@ -189,7 +185,7 @@ def test_a_run_resumes_bit_for_bit(workplace: Workplace, tmp_path: Path, precisi
         assert torch.equal(tensor, ended[key]), key
 
 
-@pytest.mark.one_case
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["aurora", "muon"])
 def test_matrices_of_trained_parts_alone(workplace: Workplace, optimizer: str) -> None:
     """In an optimizer of matrices, whether or not there are others for AdamW; the rest has its bytes."""
@@ -206,6 +202,7 @@ def refused(place: Workplace, name: str, *flags: str) -> str:
     return str(found)
 
 
+@pytest.mark.slow
 def test_another_choice_does_not_resume(workplace: Workplace, tmp_path: Path) -> None:
     """Its optimizer has states of other parts: refused, or begun anew."""
     place = ("--micro-batch-size", "4", "--save", str(tmp_path), "--load", str(tmp_path))
@@ -312,6 +309,7 @@ def test_matrices_on_two_ranks_resume(workplace: Workplace, tmp_path: Path, word
             assert only.trains(place) or frozen, tensor.name
 
 
+@pytest.mark.slow
 def test_projections_of_hidden_states_are_trained_always(workplace: Workplace) -> None:
     """Layer 1 of both; what is frozen of the student passes their gradient on."""
     flags = ("--micro-batch-size", "4", "--hidden-kd-layers", "1:1,3:3", "--train-only", "norms")

@@ -100,6 +100,7 @@ def test_another_padding_is_printed_and_changes_nothing(workplace: Workplace, fo
     assert line.endswith("; 120 are wanted, and rows from 120 (vocab_size) on are padding")
 
 
+@pytest.mark.slow
 def test_the_optimizer_resumes_with_the_rows_it_was_saved_with(workplace: Workplace, tmp_path: Path) -> None:
     """By buckets, Megatron's default, everything behind the embedding would be shifted; by parameters nothing is."""
     reshardable = "--dist-ckpt-optim-fully-reshardable"
