@@ -6,6 +6,7 @@ Importing `megatron_slim.mcore` makes the changes, before anything imports Megat
 - `install`: what is changed on this machine
 - `fixes_data`, `fixes_fp32`, `fixes_resume`, `fixes_routers`: bugs of Megatron-Core, on any machine
 - `hooks`: what training adds to Megatron's loop
+- `saving`: how its checkpoints are written
 - `chained_groups`: how several optimizers save their groups of parameters
 - `libraries`: what stands in for flash-linear-attention and a fused Adam
 - `adam`, `linear_attention`, `delta_rule_chunks`, `causal_convolution`: the stand-ins

@@ -26,28 +26,9 @@ HELP_OF_FLAGS = Patch(
 )
 
 
-def _forked(_: object) -> tuple[str]:
-    return ("fork",)
-
-
-QUEUE_OF_WRITERS = Patch(
-    name="queue of writers",
-    kind=SPEED,
-    why="A rank that saves starts a process for a queue, and does not fork it, as Megatron itself does where a "
-    "persistent worker writes.",
-    upstream=NOT_REPORTED,
-    targets=(
-        "megatron.core.dist_checkpointing.strategies.filesystem_async:get_write_results_queue.__wrapped__.__defaults__",
-    ),
-    changes=(_forked,),
-)
-PATCHES = (HELP_OF_FLAGS, QUEUE_OF_WRITERS)
-
-
 def share() -> None:
     """Make the changes of this module, and parse the help that all ranks need."""
     from megatron.training.arguments import add_megatron_arguments
 
-    for patch in PATCHES:
-        patch.apply()
+    HELP_OF_FLAGS.apply()
     add_megatron_arguments(argparse.ArgumentParser())

@@ -1,7 +1,8 @@
-"""What a run on a GPU does without Transformer Engine; `compat.libraries` sees to the others."""
+"""What a run cannot do without a library or a GPU; `compat.libraries` stands in for some."""
 
 from __future__ import annotations
 
+import importlib.util
 from argparse import Namespace
 
 import megatron_slim.mcore
@@ -23,7 +24,11 @@ def library_note() -> str | None:
 
 
 def library_violations(args: Namespace) -> list[str]:
-    """Arguments of Megatron's that it would take, and then fail in the middle of building the model."""
+    """Arguments of Megatron's that it would take, and then fail in the middle of building or saving the model."""
+    return _engine_violations(args) + _saving_violations(args)
+
+
+def _engine_violations(args: Namespace) -> list[str]:
     if HAVE_TE:
         return []
     flags = [f"--{name.replace('_', '-')}" for name, value in _NEED_IT.items() if getattr(args, name, None) == value]
@@ -33,3 +38,17 @@ def library_violations(args: Namespace) -> list[str]:
     return [
         f"{', '.join(flags)} {needs} Transformer Engine, which is not installed (megatron-slim doctor says what is)"
     ]
+
+
+def _saving_violations(args: Namespace) -> list[str]:
+    """A checkpoint that another process is to write, where there can be none."""
+    if not args.async_save:
+        return []
+    found = []
+    if not args.use_persistent_ckpt_worker:
+        found.append("--async-save needs --use-persistent-ckpt-worker, without which Megatron ignores it")
+    if not torch.cuda.is_available():
+        found.append("--async-save needs a GPU: the process that writes ends without one, and the run waits for it")
+    if args.async_strategy == "nvrx" and importlib.util.find_spec("nvidia_resiliency_ext") is None:
+        found.append("--async-save needs nvidia-resiliency-ext, which is not installed, or --async-strategy mcore")
+    return found

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_slim.compat import hooks
 from megatron_slim.compat.cpu_memory import TRAINING, keep_freed_memory
+from megatron_slim.compat.saving import RESULTS_OF_WRITING
 from megatron_slim.distillation.model import DistillationModel
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.processes import leave_ranks
@@ -144,6 +145,7 @@ def _change_the_loop(spec: RunSpec, carried: CarriedOptimizer | None, steps: Ste
     """What this run needs of Megatron's loop in places where it calls nobody."""
     place = spec.place
     hooks.TRAINING_LOG.apply()
+    RESULTS_OF_WRITING.apply()
     hooks.keep_schedule_with_iterations(0 if place is None else place.start, carried.load if carried else None)
     if place is not None and spec.args.stage_warmup:
         hooks.scale_learning_rate(place.warmup(spec.args.stage_warmup))

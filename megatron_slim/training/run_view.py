@@ -58,7 +58,7 @@ def read_run(directory: Path) -> dict[str, dict[int, float]]:
         raise SlimError(
             "the events hold nothing of slim/",
             where=str(events),
-            fix="give a run of megatron-slim distill that has reached a --log-interval",
+            fix="give a run of megatron-slim distill that has logged a step",
         )
     return found
 

@@ -166,7 +166,7 @@ def test_hidden_libraries_are_not_importable(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(HAVE_TE, reason="Transformer Engine is installed")
 def test_arguments_that_need_transformer_engine() -> None:
-    args = SimpleNamespace(transformer_impl="local", moe_grouped_gemm=False)
+    args = SimpleNamespace(transformer_impl="local", moe_grouped_gemm=False, async_save=False)
     assert library_violations(args) == []
     args.moe_grouped_gemm, args.transformer_impl = True, "transformer_engine"
     (found,) = library_violations(args)

@@ -12,12 +12,11 @@ import megatron_slim.mcore
 
 import pytest
 import torch
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training import argument_utils, training
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_slim.compat.forked_ranks import HELP_OF_FLAGS, QUEUE_OF_WRITERS
+from megatron_slim.compat.forked_ranks import HELP_OF_FLAGS
 from megatron_slim.compat.hooks import LEARNING_RATES, PIPELINE, SCHEDULE, TRAINING_LOG
 from megatron_slim.compat.patch import Patch
 from megatron_slim.testing import run_distributed, tiny_shape, write_tiny_checkpoint
@@ -134,8 +133,3 @@ def test_without_it_help_is_parsed_again_and_again(monkeypatch: pytest.MonkeyPat
     for _ in range(2):
         add_megatron_arguments(argparse.ArgumentParser())
     assert parsed and min(parsed.values()) > 1
-
-
-def test_without_it_a_queue_starts_a_process_anew() -> None:
-    owner, name = QUEUE_OF_WRITERS.place(*QUEUE_OF_WRITERS.targets)
-    assert owner is filesystem_async.get_write_results_queue.__wrapped__ and getattr(owner, name) == ("spawn",)

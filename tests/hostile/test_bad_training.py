@@ -139,6 +139,12 @@ CASES = {
         "combined with --hidden-kd-layers; --hidden-kd-layers names 0:0 2 times; --hidden-kd-layers: the student has "
         "layers 0 to 3, not 4; --hidden-kd-layers: the teacher has layers 0 to 3, not 4, 9",
     ),
+    "saving in another process": (
+        "--async-save",
+        "--async-save needs --use-persistent-ckpt-worker, without which Megatron ignores it; --async-save needs a GPU: "
+        "the process that writes ends without one, and the run waits for it; --async-save needs "
+        "nvidia-resiliency-ext, which is not installed, or --async-strategy mcore",
+    ),
     "without effect": (
         "--fim-data --mtp-detach-heads",
         "--mtp-detach-heads is not supported: all heads train the output layer; --fim-data is not supported: samples "
