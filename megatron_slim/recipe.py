@@ -25,11 +25,11 @@ from megatron_slim.recipe_budget import (
     Search,
     parse_budget,
     parse_search,
-    search_violations,
     unknown_keys,
     whole_number,
 )
 from megatron_slim.recipe_elastic import BUDGETS, RecipeBudget, budgets_violations, read_budgets, refuse_budgets
+from megatron_slim.recipe_phases import bounded_search_violations, phases_violations, schedule_violations
 from megatron_slim.recipe_sections import (
     BOUND_KEYS,
     SECTIONS,
@@ -39,7 +39,6 @@ from megatron_slim.recipe_sections import (
     Target,
     Width,
     section_violations,
-    value_violation,
 )
 
 VERSION = 1
@@ -141,16 +140,16 @@ def parse_recipe(document: object, *, where: str = "recipe") -> Recipe:
         found += section_violations("stage", Phase, document["stage"])
         if isinstance(document["stage"], Mapping):
             found += [f"stage.{key} is missing" for key in ("number", "count") if key not in document["stage"]]
-            found += [] if found else _schedule_violations(document["stage"])
+            found += [] if found else schedule_violations(document["stage"])
     if BUDGETS in document:
         found += budgets_violations(document)
     elif "phases" in document:
         found += [f"{key} and phases exclude one another" for key in ("target", "stage", _STAGES) if key in document]
-        found += _phases_violations(document["phases"], document.get("search"))
+        found += phases_violations(document["phases"], document.get("search"), document.get("experts"))
         if "search" in document and not (found or any(parse_budget(phase["target"]) for phase in document["phases"])):
             found.append(f"search without a bound ({', '.join(BOUNDS)}) in the target of any phase")
     elif "search" in document:
-        found += _search_violations(document["search"], document.get("target"))
+        found += bounded_search_violations(document["search"], document.get("target"))
     found += recipe_run.violations(document)
     if found:
         raise RecipeError("; ".join(found), where=where)
@@ -200,8 +199,9 @@ def _recipe(sections: Document) -> Recipe:
     if phase := parts.pop("stage", None):
         tokens = None if phase.tokens is None else whole_number(phase.tokens)
         parts["phase"] = dataclasses.replace(phase, tokens=tokens, schedule=tuple(phase.schedule))
-    budget = parse_budget(sections.get("target", {}))
-    search = parse_search(sections.get("search", {})) if budget else Search()
+    target = sections.get("target", {})
+    budget = parse_budget(target)
+    search = parse_search(sections.get("search", {}), target) if budget else Search()
     source = sections.get("source", "")
     return Recipe(**{"target": Target(), **parts}, budget=budget, search=search, source=source)
 
@@ -214,62 +214,6 @@ def _phase(document: Document, number: int, count: int, phase: Document) -> Reci
     schedule = {"schedule": tokens} if len(tokens) == count else {}
     source = {"source": document["source"]} if "source" in document else {}
     return _recipe({**sections, **source, "stage": {"number": number, "count": count, **own, **schedule}})
-
-
-def _search_violations(search: object, target: object) -> list[str]:
-    bounded = isinstance(target, Mapping) and any(bound in target for bound in BOUNDS)
-    found = [] if bounded else [f"search without a bound ({', '.join(BOUNDS)}) in target"]
-    return found + search_violations(search, target)
-
-
-def _phase_search_violations(phase: Document, search: object) -> list[str]:
-    """What is wrong with how a phase searches; that of the whole schedule is for those of its phases with a bound."""
-    own, whole, target = phase.get("search", {}), search if search is not None else {}, phase.get("target")
-    if not isinstance(own, Mapping) or not isinstance(whole, Mapping):
-        return search_violations(whole if isinstance(own, Mapping) else own, target)
-    bounded = isinstance(target, Mapping) and any(bound in target for bound in BOUNDS)
-    return _search_violations({**whole, **own}, target) if bounded or "search" in phase else []
-
-
-def _phases_violations(phases: object, search: object) -> list[str]:
-    """What is wrong with each phase, and sizes that grow from one to the next."""
-    if not isinstance(phases, list) or not phases:
-        return [f"phases {phases!r} is not a list of phases"]
-    found: list[str] = []
-    least: dict[str, tuple[int, int]] = {}  # size -> the smallest so far, and whose it is
-    for number, phase in enumerate(phases, 1):
-        if not isinstance(phase, Mapping):
-            found.append(f"phase {number}: {phase!r} is not a mapping")
-            continue
-        violations = unknown_keys(phase, ["name", "tokens", *SECTIONS, "search"], "")
-        violations += [] if "target" in phase else ["target is missing"]
-        for name, kind in SECTIONS.items():
-            violations += section_violations(name, kind, phase[name]) if name in phase else []
-        for key in ("name", "tokens"):
-            if key in phase and (sentence := value_violation(f"stage.{key}", phase[key])):
-                violations.append(sentence.removeprefix("stage."))
-        if "search" in phase or search is not None:
-            violations += _phase_search_violations(phase, search)
-        target = phase.get("target") if not violations else {}
-        for key, value in (target or {}).items():
-            size: Any = whole_number(value) if key in ("params", "active_params") else value
-            if key in least and size > least[key][0]:
-                violations.append(f"target.{key} {size} is larger than the {least[key][0]} of phase {least[key][1]}")
-            least[key] = min(least.get(key, (size, number)), (size, number))
-        found += [f"phase {number}: {violation}" for violation in violations]
-    return found
-
-
-def _schedule_violations(phase: Document) -> list[str]:
-    """What does not fit together in the phase that a plan records."""
-    number, count, schedule = phase["number"], phase["count"], phase.get("schedule", [])
-    if number > count:
-        return [f"stage.number {number} is larger than stage.count {count}"]
-    if schedule and (len(schedule) != count or schedule[number - 1] != whole_number(phase.get("tokens"))):
-        return [
-            f"stage.schedule {schedule!r} is not that of {count} phases with {phase.get('tokens')} tokens in this one"
-        ]
-    return []
 
 
 def _given(values: Document) -> JsonObject:

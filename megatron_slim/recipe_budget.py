@@ -41,7 +41,7 @@ class Search:
     """What a budget lets the planner choose.
 
     Attributes:
-        axes: sizes that are searched, as far as the target does not fix them.
+        axes: sizes that are searched; those that the target gives are not among them.
         grid: the sizes that an axis may have, ascending, in place of the usual ones (`search_grid.usual_sizes`).
     """
 
@@ -50,7 +50,8 @@ class Search:
 
     def to_dict(self) -> JsonObject:
         """As a section of a recipe."""
-        return {"axes": list(self.axes), "grid": {axis: list(sizes) for axis, sizes in self.grid.items()}}
+        axes = {"axes": list(self.axes)} if self.axes else {}  # none where the target gives all of them
+        return {**axes, "grid": {axis: list(sizes) for axis, sizes in self.grid.items()}}
 
 
 def whole_number(value: object) -> int | None:
@@ -120,10 +121,10 @@ def search_violations(search: object, target: object) -> list[str]:
     return found
 
 
-def parse_search(search: Document) -> Search:
+def parse_search(search: Document, target: Document) -> Search:
     """A section without violations; axes in the order of `SEARCHABLE`, sizes ascending."""
     axes, grid = search.get("axes", Search.axes), search.get("grid", {})
     return Search(
-        tuple(axis for axis in SEARCHABLE if axis in axes),
+        tuple(axis for axis in SEARCHABLE if axis in axes and axis not in target),
         {axis: tuple(sorted(set(grid[axis]))) for axis in SEARCHABLE if axis in grid},
     )

@@ -147,7 +147,7 @@ def section_violations(section: str, kind: type, value: object) -> list[str]:
     if section == "experts" and value.get("method") == "prune":
         found += [
             f"experts.{key} {value[key]!r} says how to merge, but experts.method 'prune' merges none (leave it out, or "
-            "take method 'merge' or 'partial_preservation')"
+            f"give '{without}', or take method 'merge' or 'partial_preservation')"
             for key, without in (("weighting", Experts.weighting), ("align", Experts.align))
             if key in value and str(value[key]) in CHOICES[f"experts.{key}"] and value[key] != without
         ]

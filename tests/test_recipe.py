@@ -22,7 +22,7 @@ from megatron_slim.pruning.search import search
 from megatron_slim.pruning.statistics import Statistics, expected_shapes
 from megatron_slim.pruning.target import target_shape
 from megatron_slim.recipe import Recipe, load_recipe, parse_recipe, select_phase
-from megatron_slim.recipe_budget import SEARCHABLE
+from megatron_slim.recipe_budget import SEARCHABLE, Search
 from megatron_slim.recipe_sections import Depth, Experts, Phase, Target
 
 RECIPES = Path(__file__).parents[1] / "examples" / "slimqwen" / "recipes"
@@ -107,6 +107,25 @@ def test_documented_recipe_reads_back(tmp_path: Path) -> None:
     recipe = load(ISSUE_RECIPE, tmp_path)
     assert recipe == Recipe(Target(36, 1536, 256, 8))
     assert parse_recipe(recipe.to_dict()) == recipe
+
+
+FIXED = ({}, {"num_layers": 4}, {"num_layers": 4, "hidden_size": 64}, dict.fromkeys(Search.axes, 4))
+SEARCHES = (
+    {},
+    {"grid": {"moe_ffn_hidden_size": [8, 16]}, "axes": ["moe_ffn_hidden_size"]},
+    {"grid": {"num_moe_experts": [2]}},
+)
+
+
+@pytest.mark.parametrize("sizes", FIXED)
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_budget_reads_back_with_any_sizes(sizes: dict[str, int], search: dict[str, object]) -> None:
+    """A plan records the recipe with all defaults, which name no size that the target gives."""
+    if "num_moe_experts" in sizes and search == SEARCHES[-1]:
+        search = {}  # which would name it
+    recipe = parse_recipe({"version": 1, "target": {"params": "1B", **sizes}, "search": search})
+    document = json.loads(json.dumps(recipe.to_dict()))
+    assert parse_recipe(document) == recipe and not {*recipe.search.axes} & sizes.keys()
 
 
 def test_what_a_recipe_leaves_out_has_defaults() -> None:
@@ -291,6 +310,13 @@ BAD_PHASES = {
     "phases: [{target: {}, tokens: true}]": "phase 1: tokens True is not a number of tokens",
     "phases: [{target: {}, name: 3}]": "phase 1: name 3 is not a text",
     "phases: [{target: {}, experts: {method: merges}}]": "phase 1: experts.method 'merges' is unknown",
+    "experts: {align: weights}\nphases: [{target: {}}, {target: {}, experts: {method: prune}}]": (
+        "phase 2: experts.align 'weights' says how to merge, but experts.method 'prune' merges none (leave it out, or "
+        "give 'none', or take"
+    ),
+    "experts: {method: prune}\nphases: [{target: {}, experts: {weighting: pairwise}}]": (
+        "phase 1: experts.weighting 'pairwise' says how to merge, but experts.method 'prune' merges none"
+    ),
 }
 
 
