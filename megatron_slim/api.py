@@ -38,7 +38,7 @@ from megatron_slim.pruning.statistics import Statistics
 from megatron_slim.recipe import Recipe, load_recipe, parse_recipe, select_phase
 from megatron_slim.recipe_run import moment_rule
 from megatron_slim.reporting import Progress
-from megatron_slim.streaming.fingerprint import fingerprint
+from megatron_slim.streaming.fingerprint import fingerprint_like
 from megatron_slim.streaming.model_input import read_calibration_samples
 from megatron_slim.streaming.samples import check_samples, log_calibration
 
@@ -182,7 +182,7 @@ def make_plan(
     expect(statistics, Statistics, "statistics", "read them with read_statistics")
     source = opened(checkpoint)
     check_recipe(recipe, source.shape)
-    statistics.check(source.shape, fingerprint(source), where="statistics")
+    statistics.check(source.shape, fingerprint_like(source, statistics.source), where="statistics")
     sensitivity = None
     if samples is not None:
         from megatron_slim.pruning.sensitivity import expert_sensitivity

@@ -250,7 +250,7 @@ def _mtp_layers(keys: Iterable[str]) -> int:
 def _find_config(path: Path, directory: Path, hf_config: Path | str | None) -> Path:
     if hf_config is not None:
         return Path(hf_config)
-    for place in (hf_files(path), hf_files(directory), hf_files(directory.parent)):
+    for place in (hf_files(path), hf_files(directory), hf_files(directory.absolute().parent)):
         if (place / CONFIG).is_file():
             return place
     raise CheckpointError(

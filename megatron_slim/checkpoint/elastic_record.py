@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_slim.aliases import Document
+from megatron_slim.checkpoint.iterations import roots
 from megatron_slim.checkpoint.records import ELASTIC, PLAN_ITEMS
-from megatron_slim.checkpoint.torch_dist_names import HF_DIR, RELEASE
+from megatron_slim.checkpoint.torch_dist_names import HF_DIR
 from megatron_slim.files import read_json, write_atomic
 
 if TYPE_CHECKING:
     from megatron_slim.checkpoint.units import Checkpoint
 
-_WEIGHTS = re.compile(rf"iter_\d+|{RELEASE}")  # directories with weights, below that of the checkpoint
 logger = logging.getLogger(__name__)
 
 
 def elastic_file(checkpoint: Path) -> Path | None:
     """The document of a checkpoint directory of either format: in it, in its hf/, or above a directory of weights."""
-    place = checkpoint.absolute()
-    roots = [place, *([place.parent] if _WEIGHTS.fullmatch(place.name) else [])]
-    files = [folder / ELASTIC for root in roots for folder in (root, root / HF_DIR)]
+    files = [folder / ELASTIC for root in roots(checkpoint) for folder in (root, root / HF_DIR)]
     return next((file for file in files if file.is_file()), None)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.errors import CheckpointError
 
 
@@ -18,6 +20,22 @@ def is_finite(tensor: Tensor) -> bool:
     sum that is not finite makes us look at every element.
     """
     return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, name: str, where: Path) -> Tensor:
+    """Weights in another type.
+
+    Raises:
+        CheckpointError: they are finite, and some are not in that type; names the tensor and its largest value.
+    """
+    found = tensor.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and not is_finite(found) and is_finite(tensor):
+        raise CheckpointError(
+            f"{name}: its largest value, {float(tensor.abs().max()):g}, is infinite in {dtype_name(dtype)}",
+            where=str(where),
+            fix="take another --dtype",
+        )
+    return found
 
 
 def refuse_nonfinite(tensor: Tensor, name: str, where: str) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from megatron_slim.checkpoint.torch_dist_names import METADATA, RELEASE, TRACKER
 from megatron_slim.errors import CheckpointError
+
+_WEIGHTS = re.compile(rf"iter_\d+|{RELEASE}")  # directories with weights, below that of the checkpoint
 
 
 def iteration_directory(path: Path) -> Path:
@@ -27,6 +30,12 @@ def iteration_directory(path: Path) -> Path:
     if not found.is_dir():
         raise CheckpointError(f"names {found.name}, which does not exist", where=str(tracker))
     return found
+
+
+def roots(checkpoint: Path) -> list[Path]:
+    """Directories that may have what goes with weights: their own, and that above an iteration or a release."""
+    place = checkpoint.absolute()
+    return [place, *([place.parent] if _WEIGHTS.fullmatch(place.name) else [])]
 
 
 def is_torch_dist(path: Path) -> bool:

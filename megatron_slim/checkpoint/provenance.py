@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from megatron_slim import __version__
 from megatron_slim.aliases import Document, JsonObject
 from megatron_slim.checkpoint.huggingface import CONFIG
-from megatron_slim.checkpoint.iterations import is_torch_dist
+from megatron_slim.checkpoint.iterations import is_torch_dist, roots
 from megatron_slim.checkpoint.records import PROVENANCE
 from megatron_slim.checkpoint.units import Checkpoint
 from megatron_slim.errors import SlimError
@@ -27,7 +27,7 @@ def describe_source(source: Checkpoint) -> JsonObject:
     }
     if source.left_out:
         described["left_out"] = list(source.left_out)
-    for directory in (source.path, source.path.parent):
+    for directory in roots(source.path):
         if (file := directory / PROVENANCE).is_file():
             try:
                 described["provenance"] = read_json(file)

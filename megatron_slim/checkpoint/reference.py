@@ -16,6 +16,7 @@ import torch
 from megatron_slim.aliases import Document
 from megatron_slim.checkpoint.dtype_names import dtype_name
 from megatron_slim.checkpoint.elastic_record import carry_elastic
+from megatron_slim.checkpoint.iterations import roots
 from megatron_slim.checkpoint.records import REFERENCE
 from megatron_slim.checkpoint.units import Checkpoint
 from megatron_slim.errors import CheckpointError
@@ -85,7 +86,7 @@ def carry_records(source: Checkpoint, target: Path, *, dtype: torch.dtype | None
 
 def carry_reference(source: Checkpoint, target: Path, dtype: torch.dtype | None) -> Document:
     """Take it along to the same model in another format, whose losses are the same; ``dtype`` if that was cast."""
-    for directory in (source.path, source.path.parent):
+    for directory in roots(source.path):
         if (found := read_reference(directory, source.shape.vocab_size)) is not None:
             if dtype is not None and dtype != torch.float32:
                 found = dataclasses.replace(found, dtype=dtype_name(dtype))

@@ -18,6 +18,7 @@ from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import weights
 from megatron_slim.architecture.weight import HFTensor, Weight
 from megatron_slim.checkpoint.carried import CarriedTensors
+from megatron_slim.checkpoint.finite import cast
 from megatron_slim.checkpoint.layout import is_copy
 from megatron_slim.checkpoint.raw_files import as_bytes
 
@@ -94,10 +95,14 @@ class Unit:
         return self.rows
 
     def read(self, source: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Read it, cast to ``dtype`` if one is given."""
+        """Read it, cast to ``dtype`` if one is given.
+
+        Raises:
+            CheckpointError: a value is too large for ``dtype``.
+        """
         index = None if self.rows is None else np.arange(self.rows.start, self.rows.stop)
         found = {name: source.read_rows(name, index) for name, _ in self.tensors}
-        return found if dtype is None else {name: tensor.to(dtype) for name, tensor in found.items()}
+        return found if dtype is None else {name: cast(each, dtype, name, source.path) for name, each in found.items()}
 
     def digest(self, tensors: Mapping[str, Tensor]) -> str:
         """Hash of names, types, shapes and bytes; the same in every format of checkpoint."""

@@ -93,13 +93,13 @@ def _check_cache(settings: RunSettings, teacher: Checkpoint) -> None:
     if path is None or recordings(settings):
         return
     from megatron_slim.checkpoint.convert import open_checkpoint
-    from megatron_slim.streaming.fingerprint import fingerprint
+    from megatron_slim.streaming.fingerprint import fingerprint_like
     from megatron_slim.teacher_cache.cache import open_cache
 
     cache = open_cache(path)
     if teacher.shape.mtp_num_layers and cache.heads == 1:  # recorded without
         teacher = open_checkpoint(settings.teacher, without_mtp=True)
-    if cache.teacher != fingerprint(teacher):
+    if cache.teacher != fingerprint_like(teacher, cache.teacher):
         fix = "give the --teacher that was recorded, or its --teacher-cache"
         raise DataError(f"is not of the teacher {settings.teacher}", where=str(path), fix=fix)
 

@@ -35,7 +35,7 @@ from megatron_slim.pruning.align import Alignment, Neurons
 from megatron_slim.pruning.experts import ExpertGroup
 from megatron_slim.pruning.plan import Plan
 from megatron_slim.pruning.selection import kept_axes, source_key
-from megatron_slim.streaming.fingerprint import fingerprint
+from megatron_slim.streaming.fingerprint import fingerprint_like
 
 MEAN = "mean"  # of weights, by the plan's
 
@@ -65,7 +65,8 @@ class PrunedCheckpoint:
         Raises:
             PlanError: the plan was made for another checkpoint.
         """
-        if source.shape != plan.source_shape or (check_source and fingerprint(source) != plan.source_sha256):
+        recorded = plan.source_sha256
+        if source.shape != plan.source_shape or (check_source and fingerprint_like(source, recorded) != recorded):
             raise PlanError(
                 "the plan was made for another checkpoint", where=str(source.path), fix="plan again for this one"
             )

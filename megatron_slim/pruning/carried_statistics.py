@@ -15,11 +15,13 @@ import numpy as np
 
 from megatron_slim.architecture.feed_forward import EXPERT_NEURONS
 from megatron_slim.architecture.kinds import FEED_FORWARD, KINDS
+from megatron_slim.checkpoint.iterations import roots
 from megatron_slim.checkpoint.records import PLAN, PROVENANCE
 from megatron_slim.errors import CheckpointError
 from megatron_slim.expert_metrics import EXPERT_IMPORTANCES, EXPERT_SIMILARITIES
 from megatron_slim.files import read_json
 from megatron_slim.pruning import statistics
+from megatron_slim.pruning.elastic import find_elastic
 from megatron_slim.pruning.plan import Plan
 from megatron_slim.pruning.plan_reader import load_plan
 from megatron_slim.pruning.plan_view import check_statistics
@@ -115,7 +117,14 @@ def read_carried_statistics(pruned: Path, source: Checkpoint) -> Statistics:
 
 
 def _check_origin(pruned: Path, plan: Plan, source: Checkpoint) -> None:
-    """Refuse a plan that was changed since, and one that is not the plan next to a model, which training keeps."""
+    """Refuse a plan that was changed since, one that is not the plan next to a model, and a model in another order."""
+    elastic = find_elastic(source.path)
+    if elastic is not None and elastic.order is not None:
+        raise CheckpointError(
+            "was sorted, and the statistics are in the order of before",
+            where=str(source.path),
+            fix="undo it with megatron-slim sort --undo, or calibrate anew with --calibration-data",
+        )
     file = pruned / PROVENANCE
     made_by = read_json(file).get("plan_sha256") if file.is_file() else None
     if made_by not in (None, plan.sha256):
@@ -124,8 +133,7 @@ def _check_origin(pruned: Path, plan: Plan, source: Checkpoint) -> None:
             where=str(pruned),
             fix="calibrate anew with --calibration-data",
         )
-    is_hf = source.config_path == source.path
-    for directory in (source.config_path,) if is_hf else (source.config_path, source.path.parent):
+    for directory in (source.config_path, *roots(source.path)):
         if (directory / PLAN).is_file() and load_plan(directory).sha256 != plan.sha256:
             raise CheckpointError(
                 f"another plan gave the model that is to be pruned ({directory / PLAN})",

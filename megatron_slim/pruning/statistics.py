@@ -168,6 +168,11 @@ class Statistics:
         """Hash of the statistics and their metadata."""
         return sha256(self._serialized)
 
+    @property
+    def source(self) -> str | None:
+        """Fingerprint of the checkpoint that they were measured on."""
+        return self.metadata.get("source_sha256")
+
     @functools.cached_property
     def _serialized(self) -> bytes:
         # Not safetensors' own writer: it puts metadata in random order, so that equal statistics differ in bytes.
@@ -189,7 +194,7 @@ class Statistics:
             CheckpointError: another source, a missing tensor that is not a metric of experts, a wrong shape or type, a
                 value that is not finite; lists the first few violations.
         """
-        measured = self.metadata.get("source_sha256")
+        measured = self.source
         if measured != source_sha256:
             raise CheckpointError(
                 f"measured on another checkpoint (source_sha256 {measured}, this one has {source_sha256})",

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_slim.architecture.shape import FULL_ATTENTION, LINEAR_ATTENTION, ModelShape
 from megatron_slim.architecture.table import weights
@@ -26,6 +27,7 @@ from megatron_slim.checkpoint.convert import (
 from megatron_slim.checkpoint.distributed import DistCheckpoint
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.checkpoint.metadata_pickle import dumps
+from megatron_slim.checkpoint.reference import Reference
 from megatron_slim.checkpoint.torch_dist_files import read_metadata
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
@@ -321,3 +323,33 @@ def test_a_full_disk_is_noticed_before_work_starts(tmp_path: Path, monkeypatch: 
     with pytest.raises(SlimError, match="needs"):
         hf_to_torch_dist(source, tmp_path / "out")
     assert os.listdir(tmp_path) == ["hf"]
+
+
+def test_a_weight_that_another_type_does_not_hold_is_named(tmp_path: Path, tool: Callable[..., Any]) -> None:
+    """Infinite weights would be verified, and refused by whoever reads them next."""
+    source = write_tiny_checkpoint(tmp_path / "hf", tiny_shape(), shards=1)
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.0.mlp.experts.3.up_proj.weight"
+    tensors[name][0, 0] = -7e4
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    to = ("--load", source, "--to", "hf", "--save", tmp_path / "other")
+    error = tool(TOOL, *to, "--dtype", "float16").error
+    assert f"{name}: its largest value, 70144, is infinite in float16; take another --dtype" in error
+    assert not (tmp_path / "other").exists() and tool(TOOL, *to, "--dtype", "float32").code == 0
+
+
+def test_what_lies_above_a_model_is_not_of_it(tmp_path: Path, tool: Callable[..., Any]) -> None:
+    """A student within the directory of its teacher does not have the teacher's losses, nor its provenance."""
+    shape = tiny_shape()
+    teacher = write_tiny_checkpoint(tmp_path / "teacher", shape)
+    Reference(((1, 2, 3),), ((0.5, 0.5),), "float32").save(teacher)
+    (teacher / "slim_provenance.json").write_text("{}")
+    write_tiny_checkpoint(teacher / "student", shape, seed=1)
+    assert tool(TOOL, "--load", teacher / "student", "--save", tmp_path / "dist").code == 0
+    assert not (tmp_path / "dist" / "slim_reference.json").exists()
+    made_from = json.loads((tmp_path / "dist" / "slim_provenance.json").read_text())["source"]
+    assert "provenance" not in made_from
+    # It does belong to the weights below its own directory.
+    Reference(((1, 2, 3),), ((0.5, 0.5),), "float32").save(tmp_path / "dist")
+    assert tool(TOOL, "--load", tmp_path / "dist" / "release", "--save", tmp_path / "hf").code == 0
+    assert (tmp_path / "hf" / "slim_reference.json").exists()

@@ -203,6 +203,22 @@ def test_what_cannot_be_sorted_is_one_line(tool: Tool, place: Path) -> None:
     assert "there is no elastic.json here" in error("plain")
 
 
+def test_statistics_in_the_order_of_before_are_refused(
+    tool: Tool, place: Path, random_stats: Callable[..., Statistics]
+) -> None:
+    (place / "recipe.yaml").write_text("version: 1\ntarget: {hidden_size: 40}\n")
+    source = open_checkpoint(place / "elastic")
+    assert find_elastic(place / "elastic") is not None
+    random_stats(source).save(place / "stats.safetensors")
+    prune = ("tools/prune_checkpoint.py", "--recipe", place / "recipe.yaml", "--save")
+    first = tool(*prune, place / "slim", "--load", place / "elastic", "--stats", place / "stats.safetensors")
+    assert first.code == 0, first.stderr
+    assert tool(SORT, "--load", place / "elastic", "--save", place / "sorted").code == 0
+    error = tool(*prune, place / "none", "--load", place / "sorted", "--carry-statistics", place / "slim").error
+    assert error.startswith(f"{place / 'sorted'}") and "was sorted, and the statistics are in the order of be" in error
+    assert not (place / "none").exists()
+
+
 ORDERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "kind": (lambda o: o.update(more=1), "order is not an object with kept_hidden, experts, heads, neurons"),
     "hidden": (lambda o: o["kept_hidden"].pop(), "order: kept_hidden are not all, each once"),

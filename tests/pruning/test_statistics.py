@@ -7,13 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import CheckpointError
+from megatron_slim.pruning.apply import PrunedCheckpoint
+from megatron_slim.pruning.plan import make_plan
 from megatron_slim.pruning.statistics import Statistics, hidden_key
-from megatron_slim.streaming.fingerprint import fingerprint
+from megatron_slim.recipe import parse_recipe
+from megatron_slim.streaming.fingerprint import _digest, fingerprint, fingerprint_like
 from megatron_slim.testing import tiny_shape, write_tiny_checkpoint
+from tests.pruning.conftest import rewritten
 
 HIDDEN = hidden_key("norm_activation")
 RandomStats = Callable[..., Statistics]
@@ -82,8 +87,6 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
 
 
 def test_fingerprint_sees_norms_routers_types_and_sizes(source: HFCheckpoint, tmp_path: Path) -> None:
-    import torch
-
     def opened(name: str, **kwargs: object) -> str:
         shape = kwargs.pop("shape", source.shape)
         return fingerprint(HFCheckpoint.open(write_tiny_checkpoint(tmp_path / name, shape, **kwargs)))  # type: ignore[arg-type]
@@ -91,3 +94,34 @@ def test_fingerprint_sees_norms_routers_types_and_sizes(source: HFCheckpoint, tm
     same = opened("same", shards=1)
     others = {opened("seed", seed=1), opened("dtype", dtype=torch.float32), opened("size", shape=tiny_shape())}
     assert same == fingerprint(source) and len(others | {same}) == 4
+
+
+@pytest.mark.parametrize(
+    "what", ["q_proj", "in_proj_qkvz", "experts.5.down_proj", "shared_expert.gate_proj", "embed", "fc"]
+)
+def test_fingerprint_sees_every_kind_of_matrix(what: str, source: HFCheckpoint, tmp_path: Path) -> None:
+    """Training that leaves vectors and routers as they are moves all rows of a matrix; so does merging."""
+    (name, *_) = [name for name in source.names if what in name and name.endswith("weight")]
+    tensors = {each: source.read(each) for each in source.names}
+    tensors[name] = -tensors[name]
+    assert fingerprint(rewritten(source, tensors, tmp_path / "other")) != fingerprint(source)
+
+
+def test_students_of_one_teacher_have_fingerprints_of_their_own(
+    source: HFCheckpoint, random_stats: RandomStats
+) -> None:
+    """Experts that are dropped or merged: the same vectors and routers."""
+    stats, found = random_stats(source), []
+    for method in ("prune", "merge"):
+        recipe = parse_recipe({"version": 1, "target": {"num_moe_experts": 4}, "experts": {"method": method}})
+        found.append(PrunedCheckpoint(make_plan(recipe, stats, source.shape), source))
+    router = next(name for name in source.names if name.endswith("mlp.gate.weight"))
+    assert torch.equal(*(each.read(router) for each in found))
+    assert fingerprint(found[0]) != fingerprint(found[1])
+
+
+def test_files_of_before_rows_were_covered_are_read(source: HFCheckpoint, tmp_path: Path) -> None:
+    other = HFCheckpoint.open(write_tiny_checkpoint(tmp_path / "other", source.shape, seed=1))
+    before = _digest(source, frozenset())
+    assert before != fingerprint(source) == fingerprint_like(source, None) == fingerprint_like(source, "another")
+    assert fingerprint_like(source, before) == before != fingerprint_like(other, before) == fingerprint(other)
