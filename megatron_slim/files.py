@@ -241,6 +241,22 @@ def refuse_existing(path: Path) -> None:
         raise SlimError("parent directory of the output does not exist", where=str(path), fix="create it first")
 
 
+def check_writable(directory: Path) -> None:
+    """Refuse a directory that is, or will be, where nothing can be written, before there is something to write.
+
+    Raises:
+        SlimError: names the file, or the directory without permission, that is in the way.
+    """
+    path = directory.absolute()
+    there = next(each for each in (path, *path.parents) if os.path.lexists(each))
+    if not there.is_dir():
+        raise SlimError("is not a directory", where=str(there), fix=f"choose another name than {directory}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise SlimError(
+            "cannot be written", where=str(there), fix="ask for the right to write, or choose another place"
+        )
+
+
 def check_space(path: Path, needed: int) -> None:
     """Refuse to start writing what the disk has no space for.
 

@@ -38,6 +38,11 @@ def roots(checkpoint: Path) -> list[Path]:
     return [place, *([place.parent] if _WEIGHTS.fullmatch(place.name) else [])]
 
 
+def has_saved(run: Path) -> bool:
+    """Whether a run has saved a checkpoint in its directory: until then nothing that is there is of any weights."""
+    return (run / TRACKER).is_file() or any(run.glob("iter_*"))
+
+
 def is_torch_dist(path: Path) -> bool:
     """Whether a directory looks like a torch_dist checkpoint."""
     return (path / TRACKER).is_file() or (path / METADATA).is_file()

@@ -62,7 +62,7 @@ def cache_path(train: Mapping[str, Any], save: Path) -> Path | None:
 
 def validates(settings: RunSettings) -> bool:
     """Whether training validates."""
-    return _eval_iters(settings) > 0
+    return eval_iters(settings) > 0
 
 
 def recordings(settings: RunSettings) -> list[Recording]:
@@ -82,7 +82,7 @@ def recordings(settings: RunSettings) -> list[Recording]:
     wanted = settings.stops[-1] * batch
     found = [("--data", settings.data, RECORDED, wanted if own else math.ceil(wanted * (first + sum(others)) / first))]
     if own:
-        found.append(("--valid-data", settings.valid_data, RECORDED_VALIDATION, _eval_iters(settings) * batch))
+        found.append(("--valid-data", settings.valid_data, RECORDED_VALIDATION, eval_iters(settings) * batch))
     return [_recording(settings, flag, words, name, most) for flag, words, name, most in found]
 
 
@@ -100,5 +100,6 @@ def _recording(settings: RunSettings, flag: str, words: Sequence[str], name: str
     return Recording(data, cache, min(there, most), length, drawn=there > most, is_set=False)
 
 
-def _eval_iters(settings: RunSettings) -> int:
+def eval_iters(settings: RunSettings) -> int:
+    """Steps of a validation."""
     return int(settings.section("train").get("eval_iters", DEFAULTS["EVAL_ITERS"]))

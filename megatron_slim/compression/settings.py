@@ -68,9 +68,17 @@ class RunSettings:
 
     def section(self, name: str) -> Document:
         """A section of `recipe_run`; samples are as long as those of training where it does not say."""
-        length = self.recipe.run.get("train", {}).get("seq_length")
+        length = self._default_length(name)
         default = {} if length is None or "seq_length" not in SECTIONS[name] else {"seq_length": length}
         return {**default, **self.recipe.run.get(name, {})}
+
+    def _default_length(self, name: str) -> int | None:
+        """Tokens of a sample where the section does not say; None where the data do."""
+        if (given := self.recipe.run.get("train", {}).get("seq_length")) is not None:
+            return int(given)
+        data = {"calibrate": self.calibration_data, "evaluate": self.evaluation_data}.get(name)
+        is_stream = data is not None and data.suffix != ".npy" and length_of_samples([str(data)]) is None
+        return SEQ_LENGTH if is_stream else None
 
     @property
     def samples_per_iteration(self) -> int:

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slim.checkpoint.torch_dist_names import TRACKER
-from megatron_slim.compression.recordings import Recording, cache_of, recordings, validates
-from megatron_slim.compression.settings import RunSettings
+from megatron_slim.compression.recordings import Recording, cache_of, eval_iters, recordings, validates
+from megatron_slim.compression.settings import SEQ_LENGTH, RunSettings
 from megatron_slim.teacher_cache.names import is_finished
 
 EVALUATE_TEACHER, PRUNE, EVALUATE_PRUNED = "evaluate-teacher", "prune", "evaluate-pruned"
@@ -238,10 +238,18 @@ def _train(settings: RunSettings, phase: int, pruned: Path, training: Path) -> S
     command += ["--recipe", str(settings.save / RECIPE_FILE)]
     command += ["--progressive"] if settings.recipe.phases else ["--train-iters", str(settings.stops[0])]
     command += ["--carry-optimizer"] if _carrying(settings, phase) else []
-    command += settings.megatron
+    command += [*_counted(settings), *settings.megatron]
     stop = settings.stops[phase - 1]
     show = ("show-run", str(training), "--json")
     return _step(settings, TRAIN, phase, tuple(command), training, lambda: last_iteration(training) == stop, show)
+
+
+def _counted(settings: RunSettings) -> list[str]:
+    """Sizes that the run counts tokens and recorded samples by: training must not take them from elsewhere."""
+    train, batch = settings.section("train"), settings.samples_per_iteration
+    sizes = {"--seq-length": train.get("seq_length", SEQ_LENGTH), "--global-batch-size": batch}
+    sizes |= {"--eval-iters": eval_iters(settings)} if recordings(settings) else {}
+    return [word for flag, size in sizes.items() for word in (flag, str(size))]
 
 
 def _teaching(settings: RunSettings) -> list[str]:

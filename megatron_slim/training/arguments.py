@@ -25,6 +25,7 @@ from megatron_slim.architecture.layer_specs import shape_config_fields
 from megatron_slim.architecture.parts import TrainOnly
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.huggingface import read_shape
+from megatron_slim.checkpoint.iterations import has_saved
 from megatron_slim.checkpoint.torch_dist_names import HF_DIR
 from megatron_slim.command_line import ToolParser
 from megatron_slim.compat.hooks import take_optimizers
@@ -49,7 +50,8 @@ def shape_directory(argv: list[str]) -> Path:
     known, _ = early.parse_known_args(argv)
     if known.hf_config is not None:
         return Path(known.hf_config)
-    for directory in (known.load, known.pretrained_checkpoint):
+    own = known.load if known.load is not None and has_saved(known.load) else None
+    for directory in (own, known.pretrained_checkpoint):
         if directory is not None and (directory / HF_DIR).is_dir():
             return Path(directory / HF_DIR)
     if known.pretrained_checkpoint is not None:

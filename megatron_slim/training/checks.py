@@ -21,6 +21,7 @@ from megatron_slim.checkpoint.records import ELASTIC
 from megatron_slim.checkpoint.tracker import repair_tracker
 from megatron_slim.distillation.options import TEACHER_MTP
 from megatron_slim.errors import CheckpointError, SlimError
+from megatron_slim.files import check_writable
 from megatron_slim.training.cache_checks import cache_violations, check_caches
 from megatron_slim.training.chat_data import make_sample_sets
 from megatron_slim.training.data_checks import check_data
@@ -54,7 +55,9 @@ def check(spec: RunSpec) -> None:
         raise SlimError("; ".join(found))
     if not args.train_iters and not args.train_samples:
         raise SlimError("nothing to train", fix="give --train-iters or --train-samples")
-    check_kept_budgets(None if args.save is None else Path(args.save), spec.elastic)
+    if args.save is not None:
+        check_writable(Path(args.save))
+        check_kept_budgets(Path(args.save), spec.elastic)
     start = _check_start(spec)
     if not args.check_arguments:
         make_sample_sets(args)

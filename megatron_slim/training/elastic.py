@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_slim.architecture.flops import student_flops
 from megatron_slim.checkpoint.elastic_record import elastic_file
+from megatron_slim.checkpoint.iterations import has_saved
 from megatron_slim.checkpoint.torch_dist_names import HF_DIR
 from megatron_slim.errors import SlimError
 from megatron_slim.optimizers import ADAM, OPTIMIZERS
@@ -169,13 +170,13 @@ def elastic_run(args: Namespace, source: Path) -> ElasticRun | None:
     )
 
 
-def check_kept_budgets(save: Path | None, elastic: ElasticRun | None) -> None:
+def check_kept_budgets(save: Path, elastic: ElasticRun | None) -> None:
     """See that checkpoints that a run adds to a directory have the budgets of those that are there.
 
     Raises:
         SlimError: they have others, or none.
     """
-    if save is None or not (save / HF_DIR).is_dir():
+    if not (save / HF_DIR).is_dir() or not has_saved(save):
         return
     there, ours = budgets_of(save / HF_DIR), None if elastic is None else elastic.document
     another = "give another --save"

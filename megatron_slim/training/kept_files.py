@@ -9,10 +9,11 @@ from megatron_slim.architecture.hf_config import shape_to_hf_config
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.checkpoint.expert_storage import write_storage
 from megatron_slim.checkpoint.huggingface import config_and_carried, storage_of
+from megatron_slim.checkpoint.iterations import has_saved
 from megatron_slim.checkpoint.records import ELASTIC, PLAN
 from megatron_slim.checkpoint.side_files import carry_files, log_left_behind
 from megatron_slim.checkpoint.torch_dist_names import HF_DIR
-from megatron_slim.files import new_directory, to_json, write_atomic
+from megatron_slim.files import new_directory, remove, to_json, write_atomic
 from megatron_slim.pruning.elastic import Elastic
 
 
@@ -27,10 +28,13 @@ def keep_hf_files(source: Path, save: Path, shape: ModelShape, elastic: Elastic 
     """Put config.json, the tokenizer and the like next to the checkpoints of this run, so that they can be exported.
 
     How files hold the experts is among it, and what a larger model has but for its language model. Of an elastic
-    run so are the student's budgets, ``elastic``; training that knows nothing of them ruins the smaller ones.
+    run so are the student's budgets, ``elastic``; training that knows nothing of them ruins the smaller ones. What a
+    start that has saved nothing has left may be of another student, and is made anew.
     """
     if (save / HF_DIR).is_dir():
-        return
+        if has_saved(save):
+            return
+        remove(save / HF_DIR)
     save.mkdir(parents=True, exist_ok=True)
     with new_directory(save / HF_DIR) as directory:
         without_mtp = not shape.mtp_num_layers

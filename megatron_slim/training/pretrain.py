@@ -25,8 +25,8 @@ from megatron_slim.compat import hooks
 from megatron_slim.compat.cpu_memory import TRAINING, keep_freed_memory
 from megatron_slim.compat.saving import RESULTS_OF_WRITING
 from megatron_slim.distillation.model import DistillationModel
-from megatron_slim.errors import CheckpointError, SlimError
-from megatron_slim.processes import leave_ranks
+from megatron_slim.errors import CheckpointError
+from megatron_slim.processes import leaving_together
 from megatron_slim.training.arguments import print_help, validated
 from megatron_slim.training.build import build_stage, load_weights, select_parameters
 from megatron_slim.training.cached_data import states_entry
@@ -234,8 +234,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run_ranks(argv: Sequence[str]) -> None:
-    """`main`, with a `SlimError` as one line on stderr and exit code 2, on all ranks."""
-    try:
+    """`main`, with an error that a user can fix as one line on stderr and exit code 2, on all ranks."""
+    with leaving_together():
         main(argv)
-    except SlimError as error:
-        leave_ranks(error)

@@ -9,6 +9,7 @@ interval therefore ends there; it is as long as Megatron's own, and one optimize
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -111,7 +112,7 @@ def run_constants(
         chunks=args.virtual_pipeline_model_parallel_size or 1,
         layers=shape.num_layers,
         seq_length=args.seq_length,
-        iterations=args.train_iters if place is None else place.stop,
+        iterations=(args.train_iters or 0) if place is None else place.stop,
         flops=flops,
         peaks=peaks,
         phase="" if phase is None else f"phase {phase.number} of {phase.count}{phase.name and f', {phase.name}'}",
@@ -175,6 +176,8 @@ class RunLog:
         """Every rank calls it when the backward passes are done; logs where an interval or the training ends."""
         args, weights = get_args(), self.weights()
         iteration = args.curr_iteration + 1
+        if not self.constants.iterations:  # of --train-samples, which Megatron has counted since
+            self.constants = dataclasses.replace(self.constants, iterations=args.train_iters)
         self.clock.end_iteration()
         self.losses.end_iteration(weights_of_terms(weights, has_teacher="teacher" in self.constants.flops))
         batch = args.micro_batch_size * args.data_parallel_size * get_num_microbatches()

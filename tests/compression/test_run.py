@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from megatron_slim.recipe_run import SECTIONS
 from megatron_slim.sample_set import SAMPLES
 from megatron_slim.teacher_cache.names import CACHE
 from megatron_slim.testing import reserved_port, tiny_shape, write_tiny_checkpoint, write_tokens
-from megatron_slim.training.variables import VARIABLES, with_recipe
+from megatron_slim.training.variables import VARIABLES, expand, with_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS_TEXT = """
@@ -107,6 +108,42 @@ def test_the_table_of_a_dry_run(place: Path, tmp_path: Path, tool: Any) -> None:
     assert "phase-1/train" in done.stdout and "megatron-slim distill --teacher" in done.stdout
 
 
+def test_a_recipe_of_sizes_alone_has_samples_of_one_length(place: Path, tmp_path: Path) -> None:
+    """Calibration, evaluation and training, as long as training's default; a matrix has its own."""
+    (tmp_path / "recipe.yaml").write_text("version: 1\ntarget: {num_layers: 4}\ntrain: {tokens: 40M}\n")
+    np.save(tmp_path / "tokens.npy", np.zeros((4, 16), dtype=np.int64))
+
+    def lengths(**data: Any) -> dict[str, str | None]:
+        words = {"data": [str(place / "train")], "valid_data": [str(place / "validation")], **data}
+        found = steps.steps(read_settings(tmp_path / "recipe.yaml", place / "teacher", tmp_path / "r", **words))
+        commands = {step.kind: step.command for step in found if {"--data", "--calibration-data"} & {*step.command}}
+        return {
+            kind: command[command.index("--seq-length") + 1] if "--seq-length" in command else None
+            for kind, command in commands.items()
+        }
+
+    kinds = (steps.EVALUATE_TEACHER, steps.PRUNE, steps.EVALUATE_PRUNED, steps.TRAIN, steps.EVALUATE)
+    assert lengths() == dict.fromkeys(kinds, "4096")
+    found = lengths(calibration_data=tmp_path / "tokens.npy", evaluation_data=tmp_path / "tokens.npy")
+    assert found == dict.fromkeys(kinds) | {steps.TRAIN: "4096"}
+
+
+def test_training_takes_the_sizes_that_tokens_are_counted_by(place: Path, tmp_path: Path) -> None:
+    """And not those of the environment or of a file of settings, which win over a recipe's."""
+    found = settings(place, tmp_path / "r")
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "recipe.yaml").write_text(found.text)
+    (tmp_path / "mine.sh").write_text(': "${GLOBAL_BATCH_SIZE:=7}" "${SEQ_LENGTH:=16}"\nsettings_args=()\n')
+    (train,) = [step for step in steps.steps(found) if step.kind == steps.TRAIN]
+    command = [*steps.command_line(train), "--settings", str(tmp_path / "mine.sh"), "--dry-run"]
+    environment = os.environ | {"GLOBAL_BATCH_SIZE": "9", "SEQ_LENGTH": "8"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    words = shlex.split(done.stdout)
+    arguments = expand(words[words.index("--tp") :] if "--tp" in words else words[words.index("--student") :])
+    sizes = {flag: arguments[arguments.index(flag) + 1] for flag in ("--seq-length", "--global-batch-size")}
+    assert sizes == {"--seq-length": "32", "--global-batch-size": "2"}
+
+
 def test_the_command_line_wins(place: Path, tmp_path: Path) -> None:
     found = settings(
         place,
@@ -118,7 +155,8 @@ def test_the_command_line_wins(place: Path, tmp_path: Path) -> None:
     assert found.section("evaluate")["num_samples"] == 2 and found.section("train")["lr"] == 0.25
     assert found.recipe.target.num_layers == 5 and found.stops == (5,)
     (train,) = [step for step in steps.steps(found) if step.kind == steps.TRAIN]
-    assert train.command[-4:] == ("--train-iters", "5", "--adam-beta2", "0.95")
+    counted = ("--seq-length", "32", "--global-batch-size", "2")
+    assert train.command[-8:] == ("--train-iters", "5", *counted, "--adam-beta2", "0.95")
     (tmp_path / "recipe.yaml").write_text(found.text)
     assert train.command[train.command.index("--recipe") + 1] == str(found.save / "recipe.yaml")
     said, flags = with_recipe({"RECIPE": str(tmp_path / "recipe.yaml")})

@@ -139,6 +139,10 @@ CASES = {
         "combined with --hidden-kd-layers; --hidden-kd-layers names 0:0 2 times; --hidden-kd-layers: the student has "
         "layers 0 to 3, not 4; --hidden-kd-layers: the teacher has layers 0 to 3, not 4, 9",
     ),
+    "saving below a file": (
+        "--save student/config.json/run",
+        "student/config.json: is not a directory; choose another name",
+    ),
     "saving in another process": (
         "--async-save",
         "--async-save needs --use-persistent-ckpt-worker, without which Megatron ignores it; --async-save needs a GPU: "

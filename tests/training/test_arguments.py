@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import megatron_slim.mcore
@@ -82,6 +83,8 @@ def test_where_the_shape_comes_from(tmp_path: Path) -> None:
     assert shape_directory([*start]) == hf
     assert shape_directory([*start, "--load", str(tmp_path / "not-yet")]) == hf
     assert shape_directory([*start, f"--load={tmp_path / 'run'}"]) == tmp_path / "run" / "hf"
+    shutil.copytree(tmp_path / "run" / "hf", tmp_path / "begun" / "hf")
+    assert shape_directory([*start, "--load", str(tmp_path / "begun")]) == hf  # that one has saved nothing
     assert shape_directory([*start, "--load", str(tmp_path / "run"), "--hf-config", "x"]) == Path("x")
     with pytest.raises(SlimError, match="no model shape"):
         shape_directory(["--lr", "1"])

@@ -14,10 +14,11 @@ import torch
 from megatron_slim.architecture.mtp_keys import stated_mtp_layers
 from megatron_slim.checkpoint.convert import open_checkpoint, write_checkpoint
 from megatron_slim.checkpoint.expert_storage import expert_blocks, recorded_storage
-from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.checkpoint.huggingface import HFCheckpoint, read_shape
 from megatron_slim.errors import CheckpointError
 from megatron_slim.files import read_json, to_json
 from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tiny_checkpoint
+from megatron_slim.training.arguments import shape_directory
 from megatron_slim.training.batches import Repeated, first_batch
 from megatron_slim.training.hidden_kd import check_projections
 from megatron_slim.training.kept_files import keep_hf_files
@@ -33,6 +34,7 @@ def test_what_export_needs_is_kept_next_to_the_checkpoints_once(tmp_path: Path) 
     keep_hf_files(source, save, tiny_shape())
     assert read_json(save / "hf" / "config.json") == config and (save / "hf" / "tokenizer.json").is_file()
     (source / "config.json").write_text("{}")
+    (save / "iter_0000001").mkdir()
     keep_hf_files(source, save, tiny_shape())  # a resumed run keeps what it began with
     assert read_json(save / "hf" / "config.json") == config
     (source / "config.json").write_text(to_json(config))
@@ -79,3 +81,19 @@ def test_the_first_batch_of_a_dataset_again_and_again() -> None:
     dataset = [{"tokens": torch.tensor([i - 1, i - 1]), "loss_mask": counts[i], "where": "x"} for i in range(3)]
     batches = Repeated(first_batch(dataset, 3, 2))
     assert next(batches)["tokens"].tolist() == next(batches)["tokens"].tolist() == [[0, 0], [1, 1], [0, 0]]
+
+
+def test_what_a_start_left_that_saved_nothing_is_of_no_student(tmp_path: Path) -> None:
+    """Its directory has the config of the student that it began with, which may be another one now."""
+    shapes = [tiny_shape(rotary_base=base) for base in (1e4, 5e6)]
+    before, now = (write_tiny_checkpoint(tmp_path / str(shape.rotary_base), shape) for shape in shapes)
+    save = tmp_path / "run"
+    argv = ["--load", str(save), "--pretrained-checkpoint", str(now)]
+    keep_hf_files(before, save, shapes[0])
+    assert shape_directory(argv) == now
+    keep_hf_files(now, save, shapes[1])
+    assert read_shape(save / "hf") == shapes[1]
+    (save / "iter_0000001").mkdir()  # now they are of its weights
+    assert shape_directory(argv) == save / "hf"
+    keep_hf_files(before, save, shapes[0])
+    assert read_shape(save / "hf") == shapes[1]

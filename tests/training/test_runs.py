@@ -28,6 +28,7 @@ from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes
 from megatron_slim.streaming.fingerprint import fingerprint
 from megatron_slim.testing import random_tensors, run_distributed, tiny_hf_config, tiny_shape, write_tokens
 from megatron_slim.training.teacher_check import judge_teacher
+from tests.training.conftest import read_scalars, train
 
 TERMS = ("lm loss", "logits distillation loss", "mtp lm loss", "mtp distillation loss", "grad-norm", "kd lambda")
 SCHEDULES = ("kd lambda", "mtp beta", "learning-rate")
@@ -78,6 +79,18 @@ def test_a_resumed_run_is_the_same_run(workplace, tmp_path: Path, layout: str) -
     resumed = workplace.train(f"resumed-{layout}", ranks, *argv)
     for term in (*TERMS, *SCHEDULES):
         assert resumed[term] == whole[term][3:], term
+
+
+def test_samples_in_place_of_iterations_are_the_same_run(workplace, reference: Any) -> None:  # type: ignore[no-untyped-def]
+    """The schedule of the learning rate too; Megatron counts their iterations when the log is there already."""
+    argv = workplace.argv("samples", *MBS)
+    place = argv.index("--train-iters")
+    argv[place : place + 2] = ["--train-samples", "20"]
+    run_distributed(1, train, argv, str(workplace.new_log("samples")), initialise=False)
+    found = read_scalars(workplace.root / "tensorboard/samples")
+    for term in (*TERMS, *SCHEDULES):
+        assert found[term] == reference[term], term
+    assert found["slim/progress/fraction"] == reference["slim/progress/fraction"]
 
 
 @pytest.mark.slow
