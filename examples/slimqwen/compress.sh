@@ -54,6 +54,8 @@ steps=$("${slim[@]}" $mode --json | tail -n 1)
 read_steps() { "$python" -c "import json, shlex, sys; found = json.loads(sys.argv[1]); $1" "$steps"; }
 LOGS=$(read_steps 'print(found["save"] + "/logs")')
 PATHS=$(read_steps 'print(",".join(found["paths"]))')
+# Settings are those of a cluster with GPUs, which the machine that submits need not have.
+if [[ -n $(read_steps 'print(found["settings"] or "")') ]]; then gpus=1; fi
 export ROOT=$root IMAGE MOUNTS LOGS PATHS
 
 previous=''
@@ -63,7 +65,7 @@ while IFS=$'\t' read -r name kind command; do
     submit=(env "LAUNCHER=slurm" "DEPENDENCY=$dependency" bash -c "exec \"\$0\" -m megatron_slim $command" "$python")
   else
     submit=(env "STEP=$name" sbatch --nodes 1 --job-name "$name" --output "$LOGS/%j.out" ${dependency:+--dependency "$dependency" --kill-on-invalid-dep yes})
-    if [[ $gpus -gt 0 || " $* " == *" --settings "* ]]; then submit+=(--gpus-per-node 1); fi
+    if [[ $gpus -gt 0 ]]; then submit+=(--gpus-per-node 1); fi
     submit+=("$files/compress.sh" "$@")
   fi
   if [[ ${DRY_RUN:-0} == 1 ]]; then

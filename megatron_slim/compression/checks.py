@@ -125,7 +125,7 @@ def _check_training(settings: RunSettings, teacher: Checkpoint) -> None:
     """
     student = first_student(settings, teacher.shape)
     train = next(step for step in steps(settings) if step.kind == TRAIN)
-    if student is None or train.output.exists() or (settings.section("train").get("settings") and not _has_gpus()):
+    if student is None or train.output.exists() or (settings.cluster and not _has_gpus()):
         return
     config = shape_to_hf_config(student, teacher.config)
     with tempfile.TemporaryDirectory() as folder:

@@ -191,6 +191,7 @@ def show(settings: RunSettings, found: Sequence[Step], teacher: ModelShape, *, a
         "save": str(settings.save),
         "machine": machine.name,
         "paths": _paths(settings),
+        "settings": settings.cluster,
         "steps": [
             {
                 "name": need.step.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,6 +80,12 @@ class RunSettings:
         data = {"calibrate": self.calibration_data, "evaluate": self.evaluation_data}.get(name)
         is_stream = data is not None and data.suffix != ".npy" and length_of_samples([str(data)]) is None
         return SEQ_LENGTH if is_stream else None
+
+    @property
+    def cluster(self) -> str | None:
+        """The settings of a cluster that training takes: of command line, recipe, or environment."""
+        named = self.section("train").get("settings") or os.environ.get("SETTINGS")
+        return None if named is None else str(named)
 
     @property
     def samples_per_iteration(self) -> int:

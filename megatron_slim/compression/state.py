@@ -34,6 +34,14 @@ _FREE = (
     *("tp", "pp", "ep", "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "launcher", "settings"),
     *("image", "mounts", "save_interval", "eval_interval", "log_interval"),
 )
+# The same of flags for Megatron, by how they begin: layout, memory, logs, and what Megatron is asked to allow.
+_FREE_FLAGS = (
+    *("--context-parallel-", "--cp-comm-", "--expert-tensor-", "--num-virtual-stages", "--num-layers-per-virtual"),
+    *("--pipeline-", "--teacher-pipeline-", "--teacher-ahead", "--teacher-offload", "--sequence-parallel"),
+    *("--overlap-", "--recompute-", "--optimizer-cpu-", "--optimizer-offload-", "--manual-gc", "--tp-comm-"),
+    *("--distributed-", "--exit-", "--log-", "--tensorboard-", "--wandb-", "--timing-", "--override-opt", "--async-"),
+    "--micro-batch-size",
+)
 _SECTIONS = tuple(dict.fromkeys(SECTION.values()))
 
 
@@ -84,6 +92,7 @@ class RunState:
         fixed = {section: set(keys) for section, keys in _keys(before, now).items() if section in begun}
         if TRAIN in fixed:
             fixed[TRAIN] -= {*_FREE}
+            found += _differences("", *(_fixed_flags(document.get("megatron", ())) for document in (before, now)))
         if records:
             fixed[TRAIN] = fixed.get(TRAIN, set()) | {*OF_RECORDING}
         for section, keys in fixed.items():
@@ -157,6 +166,19 @@ def _relative(path: Path, save: Path) -> str:
 def _keys(*documents: Document) -> dict[str, set[str]]:
     """Keys of every section that any of these has."""
     return {section: {key for each in documents for key in each["settings"][section]} for section in _SECTIONS}
+
+
+def _fixed_flags(words: Sequence[str]) -> JsonObject:
+    """Arguments for Megatron that must stay, by flag: the words behind it; of a flag given twice, the last."""
+    found: dict[str, list[str]] = {}
+    flag = ""
+    for word in words:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            found[flag] = [value] if equals else []
+        else:
+            found.setdefault(flag, []).append(word)
+    return {flag: " ".join(values) for flag, values in found.items() if not flag.startswith(_FREE_FLAGS)}
 
 
 def _differences(prefix: str, before: Document, now: Document) -> list[str]:

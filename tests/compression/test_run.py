@@ -103,6 +103,20 @@ def test_tokens_of_data_with_fewer_samples_than_the_default(place: Path, tmp_pat
     assert prune["tokens"] == 60 * 33 // 32 * 32 and "--num-samples" not in prune["command"]
 
 
+def test_settings_of_a_cluster_are_known_from_anywhere(
+    place: Path, tmp_path: Path, tool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What submits jobs asks for GPUs by them; training is not checked by a machine without."""
+    words = arguments(place, tmp_path / "r", "one.yaml", "--dry-run", "--json")
+
+    def found(*more: str) -> object:
+        return tool("tools/run.py", *words, *more).json["settings"]
+
+    assert found() is None and found("--settings=h100_8") == "h100_8" == found("--set", "train.settings=h100_8")
+    monkeypatch.setenv("SETTINGS", "h100_64")
+    assert found() == "h100_64" and found("--settings", "h100_8") == "h100_8"
+
+
 def test_the_table_of_a_dry_run(place: Path, tmp_path: Path, tool: Any) -> None:
     done = tool("tools/run.py", *arguments(place, tmp_path / "r", "one.yaml", "--dry-run"))
     assert "phase-1/train" in done.stdout and "megatron-slim distill --teacher" in done.stdout
@@ -333,8 +347,11 @@ def test_other_values_are_refused_once_a_step_depends_on_them(
     assert "calibrate.num_samples is 8, and the run began with 4" in other.error
     assert "num_layers" in tool("tools/run.py", *words, "--set", "target.num_layers=5").error
     assert "train.lr is 0.5, and the run began with 0.001" in tool("tools/run.py", *words, "--lr", "0.5").error
+    error = tool("tools/run.py", *words, "--kd-loss=jsd", "--adam-beta2", "0.9").error
+    assert "--adam-beta2 is '0.9', and the run began with 'none'; --kd-loss is 'jsd', and the run" in error
     quick["code"].clear()
-    assert tool("tools/run.py", *words, "--log-interval", "2").code == 0  # changes nothing that counts
+    # These change nothing that counts.
+    assert tool("tools/run.py", *words, "--log-interval", "2", "--recompute-granularity", "selective").code == 0
 
 
 def test_training_that_was_stopped_is_not_done(place: Path, tmp_path: Path, tool: Any, quick: dict[str, Any]) -> None:

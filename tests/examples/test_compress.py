@@ -65,7 +65,7 @@ def test_every_step_is_a_job_that_waits_for_the_one_before(
 
 
 def test_all_jobs_are_submitted_before_one_has_run(slurm: dict[str, str], arguments: list[str], tmp_path: Path) -> None:
-    more = (*arguments, "--settings", "h100_64")
+    more = (*arguments, "--settings=h100_64")
     done = script(slurm | {"LAUNCHER": "slurm", "STUB_HOLDS": "1"}, *more)
     assert done.returncode == 0, done.stderr
     assert [line.partition(":")[0] for line in done.stdout.splitlines() if "job 4242" in line] == [
@@ -79,6 +79,9 @@ def test_all_jobs_are_submitted_before_one_has_run(slurm: dict[str, str], argume
     ]
     sizes = [json.loads(line)["--nodes"] for line in (tmp_path / "slurm/held").read_text().splitlines()]
     assert sizes == ["1", "1", "1", "1", "8", "1", "1"]
+    # Settings of a cluster ask for GPUs, wherever jobs are submitted.
+    gpus = [json.loads(line).get("--gpus-per-node") for line in (tmp_path / "slurm/held").read_text().splitlines()]
+    assert gpus == ["1", "1", "1", "1", "8", "1", "1"]
     recipe = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())
     assert recipe["train"]["settings"] == "h100_64" and recipe["train"]["tokens"] == 192
     state = json.loads((tmp_path / "run/run.json").read_text())
