@@ -17,7 +17,7 @@ import torch
 
 from megatron_slim.aliases import Document, JsonObject, WriteOptions
 from megatron_slim.api_elastic import open_budget, slice_budget
-from megatron_slim.api_inputs import Format, StrPath, data_of, expect, opened, shown
+from megatron_slim.api_inputs import Format, StrPath, above_zero, data_of, expect, opened, shown
 from megatron_slim.api_measures import acceptance, count_parameters, evaluate, figures, task_scores
 from megatron_slim.api_record import record
 from megatron_slim.architecture.shape import ModelShape
@@ -104,6 +104,7 @@ def calibrate(
         DataError: the data do not suit the model.
         CheckpointError: an activation is not finite.
     """
+    above_zero(num_samples=num_samples, seq_length=seq_length, micro_batch_size=micro_batch_size)
     source = opened(checkpoint)
     samples = read_calibration_samples(
         data_of(data), source.shape, num_samples=num_samples, seq_length=seq_length, seed=seed

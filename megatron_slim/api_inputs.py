@@ -31,6 +31,17 @@ def expect(value: object, kind: type, name: str, fix: str) -> None:
         raise SlimError(f"is of type {type(value).__name__}, not {kind.__name__}", where=name, fix=fix)
 
 
+def above_zero(**numbers: int | None) -> None:
+    """Refuse numbers by their names that are no whole numbers above zero; None stands for a default.
+
+    Raises:
+        SlimError: the first that is not.
+    """
+    for name, number in numbers.items():
+        if number is not None and (type(number) is not int or number < 1):
+            raise SlimError(f"{number!r} is not a whole number above zero", where=name)
+
+
 def data_of(data: Data) -> Path | npt.NDArray[np.int64]:
     """Data as the readers take it."""
     return Path(data) if isinstance(data, (str, os.PathLike)) else data

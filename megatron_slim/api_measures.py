@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_slim.api_inputs import StrPath, data_of, expect, opened, shown
+from megatron_slim.api_inputs import StrPath, above_zero, data_of, expect, opened, shown
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import ParameterCount
 from megatron_slim.architecture.table import count_parameters as _count_parameters
@@ -63,6 +63,7 @@ def evaluate(
     from megatron_slim.evaluation.perplexity import evaluate_on
     from megatron_slim.evaluation.teacher import Teacher
 
+    above_zero(seq_length=seq_length, num_samples=num_samples, micro_batch_size=micro_batch_size)
     with shown(progress):
         result, _ = evaluate_on(
             opened(checkpoint),
@@ -114,6 +115,8 @@ def acceptance(
     """
     from megatron_slim.evaluation.acceptance import acceptance_of
 
+    above_zero(num_prompts=num_prompts, prompt_tokens=prompt_tokens, micro_batch_size=micro_batch_size)
+    above_zero(draft_tokens=draft_tokens, max_new_tokens=max_new_tokens)
     with shown(progress):
         result, _ = acceptance_of(
             opened(checkpoint),

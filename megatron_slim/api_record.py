@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from megatron_slim.aliases import JsonObject
-from megatron_slim.api_inputs import StrPath, data_of, opened, shown
+from megatron_slim.api_inputs import StrPath, above_zero, data_of, opened, shown
 from megatron_slim.checkpoint.convert import Checkpoint
+from megatron_slim.errors import SlimError
 from megatron_slim.reporting import Progress
 from megatron_slim.teacher_cache.given import read_recorded
 from megatron_slim.teacher_cache.record import RecordOptions
 from megatron_slim.teacher_cache.record import record as _record
+from megatron_slim.teacher_cache.stored_states import TYPES
 
 if TYPE_CHECKING:
     from megatron_slim.api_inputs import Data
@@ -57,6 +59,10 @@ def record(
         SlimError: there is a cache already, it was begun with other inputs, the data are not for this model, or there
             is too little space.
     """
+    above_zero(seq_length=seq_length, num_samples=num_samples, micro_batch_size=micro_batch_size)
+    above_zero(shard_tokens=shard_tokens)
+    if states not in TYPES:
+        raise SlimError(f"{states!r} is not one of {', '.join(TYPES)}", where="states")
     source = opened(teacher)
     samples = read_recorded(data_of(data), source.shape, seq_length=seq_length, num_samples=num_samples, seed=seed)
     options = RecordOptions(states, dtype, micro_batch_size, shard_tokens, check_teacher)

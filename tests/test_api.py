@@ -168,6 +168,22 @@ def test_what_a_caller_can_fix_is_a_slim_error(teacher: Path, samples: np.ndarra
         slim.convert(teacher, tmp_path, to="torch_dist")
     with pytest.raises(slim.SlimError, match="'gguf' is not a format of checkpoints; give hf or torch_dist"):
         slim.convert(teacher, tmp_path / "new", to="gguf")  # type: ignore[arg-type]
+    for call, message in (
+        (
+            lambda: slim.evaluate(teacher, samples, micro_batch_size=0),
+            "micro_batch_size: 0 is not a whole number above",
+        ),
+        (lambda: slim.calibrate(teacher, samples, micro_batch_size=-1), "micro_batch_size: -1 is not a whole number"),
+        (lambda: slim.record(teacher, samples, tmp_path / "new", num_samples=0), "num_samples: 0 is not a whole"),
+        (
+            lambda: slim.record(teacher, samples, tmp_path / "new", states="int8"),
+            "states: 'int8' is not one of fp32, b",
+        ),
+        (lambda: slim.acceptance(teacher, []), "prompts: no prompts"),
+        (lambda: slim.acceptance(teacher, [[1], []]), "prompts: a prompt is empty"),
+    ):
+        with pytest.raises(slim.SlimError, match=message):
+            call()
     assert not (tmp_path / "new").exists()
 
 

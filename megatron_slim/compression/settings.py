@@ -184,7 +184,20 @@ def read_settings(
         tuple(megatron),
     )
     _ = found.stops  # raises where there are no tokens
+    _refuse_spaces(found)
     return found
+
+
+def _refuse_spaces(settings: RunSettings) -> None:
+    """Refuse names of data, and of what is recorded of them, that training would take for several."""
+    words = {"--data": settings.data, "--valid-data": settings.valid_data}
+    if "record" in settings.section("train"):
+        words["--save"] = (str(settings.save),)
+    for flag, names in words.items():
+        for name in names:
+            if len(name.split()) != 1:
+                fix = "give it a name without, such as by a link"
+                raise SlimError(f"{flag} {name!r} has a space, which separates data sets", fix=fix)
 
 
 def _only(words: Sequence[str], flag: str, purpose: str) -> Path:

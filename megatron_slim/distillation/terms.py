@@ -6,6 +6,7 @@ this package or from outside, made before arguments are parsed: flags, checks, s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -52,11 +53,15 @@ class LossWeight:
         name: in the log, such as ``kd lambda``; flags are then ``--kd-lambda-schedule``, ``-start`` and ``-end``.
         default: where the flags say nothing.
         about: what it is, for the help.
+        least: that it may be; what is below zero is not minimised.
+        most: that it may be.
     """
 
     name: str
     default: Schedule
     about: str
+    least: float = 0.0
+    most: float = math.inf
 
     @property
     def key(self) -> str:
@@ -113,7 +118,7 @@ class LossTerm:
 
 
 KD_LAMBDA = LossWeight(
-    "kd lambda", Schedule("linear", 1.0, 0.75), "lambda, the weight of KD against LM (SlimQwen section 3.3)"
+    "kd lambda", Schedule("linear", 1.0, 0.75), "lambda, the weight of KD against LM (SlimQwen section 3.3)", most=1.0
 )
 MTP_BETA = LossWeight(
     "mtp beta", Schedule("cosine", 0.3, 0.1), "beta, the weight of the MTP losses (SlimQwen section 3.3)"

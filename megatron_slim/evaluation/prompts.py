@@ -44,8 +44,10 @@ def check_prompts(prompts: Prompts, shape: ModelShape, *, max_new_tokens: int, w
     """Refuse prompts that a model cannot continue.
 
     Raises:
-        DataError: ids outside its vocabulary, or too many positions.
+        DataError: there is none, or an empty one, ids outside its vocabulary, or too many positions.
     """
+    if not prompts or not all(prompts):
+        raise DataError("no prompts" if not prompts else "a prompt is empty", where=where)
     check_ids(min(map(min, prompts)), max(map(max, prompts)), shape.vocab_size, where)
     longest = max(map(len, prompts)) + max_new_tokens
     if longest > shape.max_position_embeddings:

@@ -44,11 +44,7 @@ def hidden_violations(shape: ModelShape, teacher: ModelShape | None, args: Names
     given = (args.hidden_kd_loss, schedule) != (DEFAULTS.hidden_kd_loss, weight.default)
     if not pairs:
         return [f"--hidden-kd-* has no effect without {FLAG}"] if given else []
-    found = [
-        f"{weight.flag}-{name} {value:g} is not a weight: it must not be negative"
-        for name, value in (("start", schedule.start), ("end", schedule.end))
-        if value < 0
-    ]
+    found = []
     graphs = getattr(args, "cuda_graph_impl", "none") != "none"
     found += ["--cuda-graph-impl cannot be combined with " + FLAG] if graphs else []
     for name in _PAST_LAYERS:

@@ -40,7 +40,12 @@ def loss_violations(shape: ModelShape, args: Namespace) -> list[str]:
     for weight in weights_of(LOSS_TERMS.values()):
         schedule = schedule_of(weight, args)
         for end, value in (("start", schedule.start), ("end", schedule.end)):
-            found += [] if math.isfinite(value) else [f"{weight.flag}-{end} {value:g} is not finite"]
+            if not math.isfinite(value):
+                found.append(f"{weight.flag}-{end} {value:g} is not finite")
+            elif value < weight.least:
+                found.append(f"{weight.flag}-{end} {value:g} is below {weight.least:g}")
+            elif value > weight.most:
+                found.append(f"{weight.flag}-{end} {value:g} is above {weight.most:g}")
     has_teacher = args.teacher_load is not None or args.teacher_cache is not None
     terms = terms_of(has_teacher=has_teacher, has_mtp=shape.mtp_num_layers > 0)
     found += function_violations(terms, shape.vocab_size)

@@ -172,8 +172,17 @@ def with_recipe(given: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
 
 
 def as_text(given: Mapping[str, object]) -> dict[str, str]:
-    """Values of variables as a shell has them; without those that are None."""
+    """Values of variables as a shell has them; without those that are None.
+
+    Raises:
+        SlimError: an element of a list has a space, which separates elements.
+    """
     values = {name: value for name, value in given.items() if value is not None}
+    for name, value in values.items():
+        for word in value if isinstance(value, list) else ():
+            if len(str(word).split()) != 1:
+                fix = "give it a name without, such as by a link"
+                raise SlimError(f"{flag(name)} {word!r} has a space, which separates data sets", fix=fix)
     return {name: " ".join(value) if isinstance(value, list) else str(value) for name, value in values.items()}
 
 
@@ -200,7 +209,7 @@ def _words(given: Mapping[str, str]) -> Iterator[str]:
         if "TRAIN_ITERS" in given or values.get("PROGRESSIVE") == "1":
             other = "--train-iters" if "TRAIN_ITERS" in given else "--progressive, where every phase has its own"
             raise SlimError(f"--tokens with {other}", fix="leave one of the two out")
-        step = int(values["SEQ_LENGTH"]) * int(values["GLOBAL_BATCH_SIZE"])
+        step = math.prod(_whole(values, name) for name in ("SEQ_LENGTH", "GLOBAL_BATCH_SIZE"))
         values["TRAIN_ITERS"] = str(math.ceil(int(values["TOKENS"]) / step))
     for name, theirs in (_NAMES | {name: flag(name) for name in _SAME_NAMES}).items():
         if name in values:
@@ -212,7 +221,7 @@ def _words(given: Mapping[str, str]) -> Iterator[str]:
     yield from _data(train, valid, own)
     if "LR_WARMUP_ITERS" not in values:
         yield from ("--default-lr-warmup-iters", DEFAULT_WARMUP)
-    if int(values["TP"]) > 1:
+    if _whole(values, "TP") > 1:
         yield "--sequence-parallel"
     if values.get("PRECISION") == "bf16":
         yield "--bf16"
@@ -220,6 +229,13 @@ def _words(given: Mapping[str, str]) -> Iterator[str]:
         yield "--progressive-schedule"
     if values.get("CARRY_OPTIMIZER") == "1":
         yield "--carry-optimizer"
+
+
+def _whole(values: Mapping[str, str], name: str) -> int:
+    """A number above zero of an environment, which nobody has checked."""
+    if not values[name].isdecimal() or int(values[name]) == 0:
+        raise SlimError(f"{name}={values[name]} is not a whole number above zero")
+    return int(values[name])
 
 
 def _data(train: Sequence[str], valid: Sequence[str], own: Sequence[str]) -> Iterator[str]:

@@ -27,7 +27,7 @@ from megatron_slim.recipe_run import SECTIONS
 from megatron_slim.sample_set import SAMPLES
 from megatron_slim.teacher_cache.names import CACHE
 from megatron_slim.testing import reserved_port, tiny_shape, write_tiny_checkpoint, write_tokens
-from megatron_slim.training.variables import VARIABLES, expand, with_recipe
+from megatron_slim.training.variables import VARIABLES, as_text, expand, with_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS_TEXT = """
@@ -101,6 +101,19 @@ def test_tokens_of_data_with_fewer_samples_than_the_default(place: Path, tmp_pat
     done = tool("tools/run.py", tmp_path / "recipe.yaml", *words[1:])
     (prune,) = [step for step in done.json["steps"] if step["name"] == "phase-1/prune"]
     assert prune["tokens"] == 60 * 33 // 32 * 32 and "--num-samples" not in prune["command"]
+
+
+def test_names_with_spaces_are_refused_where_they_would_be_several(place: Path, tmp_path: Path, tool: Any) -> None:
+    for more, message in (
+        ({"data": [str(tmp_path / "my data")]}, "--data '.*my data' has a space, which separates data sets; give it"),
+        ({"valid_data": [str(tmp_path / "my data")], "evaluation_data": place / "train"}, "--valid-data '.*my data'"),
+        ({"train": {"record": "fp8"}}, "--save '.*my run' has a space"),
+    ):
+        with pytest.raises(SlimError, match=message):
+            settings(place, tmp_path / "my run", **more)
+    assert settings(place, tmp_path / "my run").save == tmp_path / "my run"
+    with pytest.raises(SlimError, match="--data 'my data' has a space, which separates data sets"):
+        as_text({"DATA": ["0.5", "my data"]})
 
 
 def test_settings_of_a_cluster_are_known_from_anywhere(

@@ -133,11 +133,15 @@ CASES = {
         "--hidden-kd-* has no effect without --hidden-kd-layers",
     ),
     "layers that are not there": (
-        "--teacher-load teacher --hidden-kd-layers 4:1,1:4,1:9,0:0,0:0 --hidden-kd-weight-end -1 "
-        "--cuda-graph-impl local",
-        "--hidden-kd-weight-end -1 is not a weight: it must not be negative; --cuda-graph-impl cannot be "
+        "--teacher-load teacher --hidden-kd-layers 4:1,1:4,1:9,0:0,0:0 --cuda-graph-impl local",
+        "--cuda-graph-impl cannot be "
         "combined with --hidden-kd-layers; --hidden-kd-layers names 0:0 2 times; --hidden-kd-layers: the student has "
         "layers 0 to 3, not 4; --hidden-kd-layers: the teacher has layers 0 to 3, not 4, 9",
+    ),
+    "weights": (
+        "--teacher-load teacher --kd-lambda-end 75 --mtp-beta-start -1 --hidden-kd-layers 0:1 "
+        "--hidden-kd-weight-end -2",
+        "--kd-lambda-end 75 is above 1; --mtp-beta-start -1 is below 0; --hidden-kd-weight-end -2 is below 0",
     ),
     "saving below a file": (
         "--save student/config.json/run",
