@@ -511,3 +511,32 @@ def test_all_violations_of_budgets_are_in_one_line() -> None:
         "num_layers 0",
     ):
         assert part in str(raised.value)
+
+
+def test_sizes_that_divide_one_another_are_searched_as_such() -> None:
+    """GLM's shared expert is a multiple of a routed one's; what cannot be built would be found after calibration."""
+    shape = GLM_4_5_AIR.shape
+    for axis in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"):
+        recipe = parse_recipe({"version": 1, "target": {"params": "107B"}, "search": {"axes": [axis]}})
+        check_recipe(recipe, shape)
+        space = space_before_statistics(recipe, shape)
+        sizes = space.grid[axis]
+        assert len(sizes) > (axis == "moe_ffn_hidden_size") and sizes[-1] == getattr(shape, axis)
+        assert [space.model({axis: size}).violations() for size in sizes] == [[]] * len(sizes)
+    both = parse_recipe(
+        {
+            "version": 1,
+            "target": {"params": "90B"},
+            "search": {"axes": ["moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"]},
+        }
+    )
+    with pytest.raises(RecipeError, match="the one is a multiple of the other \\(leave one out\\)"):
+        check_recipe(both, shape)
+
+
+def test_experts_by_loss_and_named_sizes_of_another_axis() -> None:
+    """The number of experts on average is searched, too."""
+    document = {"version": 1, "target": {"params": "40B"}, "experts": {"method": "prune", "allocation": "loss"}}
+    check_recipe(parse_recipe({**document, "search": {"grid": {"hidden_size": [1024, 1536, 2048]}}}), teacher())
+    with pytest.raises(RecipeError, match=r"search\.grid\.hidden_size 4096: target\.hidden_size 4096 is larger"):
+        check_recipe(parse_recipe({**document, "search": {"grid": {"hidden_size": [1024, 4096]}}}), teacher())

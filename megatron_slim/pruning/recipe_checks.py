@@ -184,14 +184,21 @@ def _whole_depths(recipe: Recipe, shape: ModelShape, layers: int) -> Iterator[De
 
 def _grid_violations(recipe: Recipe, shape: ModelShape) -> list[str]:
     """Sizes to search, named by the recipe, that would be refused as a target."""
-    found = []
+    found = [
+        f"search.axes {whole} and {unit}: the one is a multiple of the other (leave one out)"
+        for whole, (_, unit) in shape.family.multiples.items()
+        if {whole, unit} <= {*recipe.search.axes}
+    ]
+    alike = dataclasses.replace(recipe.experts, allocation=Experts.allocation, multiple=Experts.multiple)
     for axis in recipe.search.axes:
         if getattr(shape, axis) == 0:
             found.append(f"search.axes {axis}: the source has none")
         for size in recipe.search.grid.get(axis, ()):
             target = dataclasses.replace(recipe.target, **{axis: size})
+            # By loss experts are allocated under a number on average, which is searched, too.
+            experts = recipe.experts if target.num_moe_experts is not None else alike
             try:
-                check_recipe(dataclasses.replace(recipe, target=target, budget=None), shape)
+                check_recipe(dataclasses.replace(recipe, target=target, experts=experts, budget=None), shape)
             except RecipeError as error:
                 found.append(f"search.grid.{axis} {size}: {error.what}")
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from megatron_slim.architecture.feed_forward import EXPERTS
 from megatron_slim.architecture.kinds import AXES
@@ -80,8 +80,20 @@ def grid(recipe: Recipe, shape: ModelShape, depth_of: DepthOf, limits: Limits) -
             sizes = sorted({*sizes, *(size for size in others if axis != EXPERTS.field or size % unit == 0)})
         if axis == EXPERTS.field:
             sizes = [size for size in sizes if size >= (recipe.target.moe_router_topk or shape.moe_router_topk)]
-        sizes = limits.within(axis, sizes)
+        sizes = limits.within(axis, _divisible(axis, sizes, recipe, shape))
         if axis == LAYERS.field:
             sizes = [size for size in sizes if is_whole(depth_of(size))]
         found[axis] = sizes
+    return found
+
+
+def _divisible(axis: str, sizes: Iterable[int], recipe: Recipe, shape: ModelShape) -> list[int]:
+    """Those of some sizes that go with another one of which this one must be a multiple, or a divisor."""
+    fixed = {**shape.to_dict(), **{key: size for key, size in asdict(recipe.target).items() if size is not None}}
+    found = list(sizes)
+    for whole, (_, unit) in shape.family.multiples.items():
+        if axis == unit:
+            found = [size for size in found if fixed[whole] % size == 0]
+        elif axis == whole:
+            found = [size for size in found if size % fixed[unit] == 0]
     return found
