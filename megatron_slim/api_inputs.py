@@ -32,7 +32,7 @@ def expect(value: object, kind: type, name: str, fix: str) -> None:
 
 
 def above_zero(**numbers: int | None) -> None:
-    """Refuse numbers by their names that are no whole numbers above zero; None stands for a default.
+    """Refuse numbers, by their names, unless they are whole and above zero; None stands for a default.
 
     Raises:
         SlimError: the first that is not.
