@@ -136,6 +136,29 @@ def test_templates_whose_turns_have_no_bounds(tmp_path: Path, said: str) -> None
         template.encode({"messages": messages}, "here")
 
 
+UNCLOSED = (
+    "{%- for m in messages %}{{ '<' + m.role + '>' + m.content }}{% endfor %}"
+    "{%- if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_turn_that_nothing_ends_is_ended_by_the_next(tmp_path: Path) -> None:
+    """As GLM-4.5's: the header of the next turn is what a model writes at its end; the last turn has none."""
+    template = ChatTemplate(write_tokenizer(tmp_path / "t", UNCLOSED))
+    words = [("user", "Hi"), ("assistant", "Good day."), ("user", "And?"), ("assistant", "Bye.")]
+    (chat,) = template.encode({"messages": [message(*each) for each in words]}, "here")
+    tokens = [template._tokenizer.decode([number]) for number in chat.ids]
+    text, counted = "".join(tokens), "".join(token for token, counts in zip(tokens, chat.counts, strict=True) if counts)
+    assert text == "<user>Hi<assistant>Good day.<user>And?<assistant>Bye."
+    ending = tokens[_prefixes(tokens).index("<user>Hi<assistant>Good day.")]
+    assert counted == f"Good day.{ending}Bye." and "<user>".startswith(ending)
+
+
+def _prefixes(tokens: list[str]) -> list[str]:
+    """The text before each token."""
+    return ["".join(tokens[:number]) for number in range(len(tokens))]
+
+
 def chats_of(lengths: list[int], seed: int = 0) -> list[Chat]:
     """Conversations of ids that no other has, about half of which count."""
     rng, begin, found = np.random.default_rng(seed), 1, []
@@ -284,6 +307,7 @@ REFUSED = {
         "--tokenizer-type does not go with --chat; leave it out",
     ),
     "conversations' options": ("--unroll", "--unroll is for conversations, with --chat; leave it out"),
+    "a language": ("--lang german", "--lang is of --split-sentences; leave it out"),
     "their length": ("--seq-length 8", "--seq-length is for conversations, with --chat; leave it out"),
     "a text": ("--chat --seq-length 8 --input a.txt", "a.txt: is a text, not conversations; give .jsonl files"),
     "nothing that counts": (
@@ -325,7 +349,8 @@ def test_refused(
     write_tokenizer(tmp_path / "plain", None)
     write_tokenizer(tmp_path / "text-alone", "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     before = sorted(tmp_path.iterdir())
-    given = ("--input", "good.jsonl", "--tokenizer-model", templates["inst*"], "--output-prefix", "set")
+    given = ("--tokenizer-model", templates["inst*"], "--output-prefix", "set")
+    given += () if "--input" in options else ("--input", "good.jsonl")
     outcome = tool(TOOL, *given, *options.split())
     assert outcome.error.startswith(said)
     assert sorted(tmp_path.iterdir()) == before

@@ -14,6 +14,7 @@ from megatron_slim.command_line import positive
 if TYPE_CHECKING:
     from megatron_slim.checkpoint.convert import Checkpoint
     from megatron_slim.evaluation.acceptance import Acceptance
+    from megatron_slim.evaluation.prompts import Prompts
     from megatron_slim.evaluation.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,19 @@ def add_acceptance_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stop-at-eos", action="store_true", help="end texts at the eos_token_id of config.json")
 
 
-def run_acceptance(args: argparse.Namespace, checkpoint: Checkpoint, teacher: Teacher | None) -> JsonObject:
+def prompts_of(args: argparse.Namespace, checkpoint: Checkpoint, teacher: Teacher | None) -> Prompts:
+    """What acceptance will be measured on; raises what forbids it, before anything is measured."""
+    from megatron_slim.evaluation.acceptance import checked_prompts
+
+    sizes = {"max_new_tokens": args.max_new_tokens, "draft_tokens": args.draft_tokens}
+    return checked_prompts(
+        checkpoint, teacher, args.acceptance, number=args.num_prompts, length=args.prompt_tokens, **sizes
+    )
+
+
+def run_acceptance(
+    args: argparse.Namespace, checkpoint: Checkpoint, teacher: Teacher | None, prompts: Prompts
+) -> JsonObject:
     """Measure a checkpoint, and the teacher; say and give what was found."""
     from megatron_slim.compat.runtime import default_dtype
     from megatron_slim.evaluation.acceptance import acceptance_of
@@ -45,9 +58,7 @@ def run_acceptance(args: argparse.Namespace, checkpoint: Checkpoint, teacher: Te
     found = acceptance_of(
         checkpoint,
         teacher,
-        args.acceptance,
-        number=args.num_prompts,
-        length=args.prompt_tokens,
+        prompts,
         max_new_tokens=args.max_new_tokens,
         draft_tokens=args.draft_tokens,
         micro_batch_size=args.micro_batch_size,

@@ -126,7 +126,7 @@ def run_calibrate(
     source = open_checkpoint(load, **reading)
     if layout is None or os.environ["RANK"] == "0":
         log_left_out(source)
-    with opened_work_dir(options) as work:
+    with opened_work_dir(options, save) as work:
         stats = measure(source, options, work) if layout is None else _measure_parallel(source, options, layout)
         if stats is None:
             return {}
@@ -159,12 +159,14 @@ def run_rank(
     return results
 
 
-def opened_work_dir(options: CalibrationOptions | None) -> AbstractContextManager[WorkDir | None]:
-    """The work directory of a calibration, if it has one."""
+def opened_work_dir(options: CalibrationOptions | None, save: Path | None) -> AbstractContextManager[WorkDir | None]:
+    """The work directory of a calibration, if it has one; ``save``: the output, which must be elsewhere."""
     if options is None or options.work_dir is None:
         return contextlib.nullcontext()
-    from megatron_slim.streaming.work_dir import open_work_dir
+    from megatron_slim.streaming.work_dir import open_work_dir, refuse_in_work_dir
 
+    if save is not None:
+        refuse_in_work_dir(save, options.work_dir)
     return open_work_dir(options.work_dir)
 
 

@@ -59,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--disk", type=Path, default=Path("."), metavar="DIR", help="check free space here")
     parser.add_argument("--patches", action="store_true", help="list what is changed in Megatron, and why")
     run = parser.add_argument_group("inputs and outputs of a run, as distill takes them")
-    run.add_argument("--data", nargs="+", default=[], metavar="PREFIX", help="prefixes, or weights and prefixes")
+    run.add_argument(
+        "--data", nargs="+", action="extend", default=[], metavar="PREFIX", help="prefixes, or weights and prefixes"
+    )
     run.add_argument("--checkpoint", type=Path, metavar="DIR", help="that of the student, or of a run")
     run.add_argument("--teacher", type=Path, metavar="DIR", help="checkpoint of the teacher")
     run.add_argument("--save", type=Path, metavar="DIR", help="directory of the run")

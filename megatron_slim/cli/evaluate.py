@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_slim.cli.acceptance_run import add_acceptance_arguments, run_acceptance
+from megatron_slim.cli.acceptance_run import add_acceptance_arguments, prompts_of, run_acceptance
 from megatron_slim.cli.elastic_evaluation import add_elastic_arguments, check_elastic_arguments, evaluate_budgets
 from megatron_slim.cli.evaluation_extras import (
     DTYPES,
@@ -89,9 +89,10 @@ def _measure_opened(args: argparse.Namespace, checkpoint: Checkpoint, load: Path
         from megatron_slim.evaluation.tasks import check_tokenizer
 
         check_tokenizer(checkpoint)  # now, not after the losses
+    prompts = prompts_of(args, checkpoint, extras.teacher) if args.acceptance is not None else None
     results = _measure_losses(args, checkpoint, load, extras) if args.data is not None else {"load": str(load)}
-    if args.acceptance is not None:
-        results |= run_acceptance(args, checkpoint, extras.teacher)
+    if prompts is not None:
+        results |= run_acceptance(args, checkpoint, extras.teacher, prompts)
     if extras.tasks is not None:
         results |= run_tasks(args, checkpoint, extras.tasks)
     return results

@@ -104,6 +104,9 @@ class Extras:
 def open_extras(args: argparse.Namespace) -> Extras:
     """The teacher and the tasks, before work starts."""
     from megatron_slim.checkpoint.convert import log_left_out, open_checkpoint
+    from megatron_slim.checkpoint.fp8 import QUANTIZATION
+    from megatron_slim.checkpoint.huggingface_files import read_config
+    from megatron_slim.checkpoint.iterations import is_torch_dist
     from megatron_slim.evaluation.tasks import Tasks
     from megatron_slim.evaluation.teacher import Teacher
 
@@ -111,7 +114,9 @@ def open_extras(args: argparse.Namespace) -> Extras:
     if args.tasks is not None:
         tasks = Tasks(args.tasks, tasks_dir=args.tasks_dir, num_fewshot=args.num_fewshot, limit=args.limit)
     if args.teacher is not None:
-        checkpoint = open_checkpoint(args.teacher, args.teacher_hf_config)
+        in_fp8 = args.dequantize_fp8 and not is_torch_dist(args.teacher)
+        in_fp8 = in_fp8 and QUANTIZATION in read_config(args.teacher, fp8=True)
+        checkpoint = open_checkpoint(args.teacher, args.teacher_hf_config, dequantize_fp8=in_fp8)
         log_left_out(checkpoint)
         teacher = Teacher(checkpoint)
     return Extras(teacher, tasks)

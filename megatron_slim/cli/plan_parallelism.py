@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     hardware.add_argument(
         "--assume",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NAME=VALUE",
         help="replace an assumption, such as gemm=0.5; docs/planning.md lists them",

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         type=Path,
         nargs="+",
+        action="extend",
         required=True,
         metavar="FILE",
         help=".jsonl or .json (one JSON object a line) or .txt (one document a file), each also as .gz",
@@ -101,6 +102,8 @@ def preprocess(args: argparse.Namespace) -> JsonObject:
     if args.chat:
         return pack(args)
     _refuse(args, _OF_CHATS, "is for conversations, with --chat")
+    if not args.split_sentences:
+        _refuse(args, {"lang": None}, "is of --split-sentences")
     from megatron_slim import preprocessing
     from megatron_slim.encoding import Options
 

@@ -133,7 +133,7 @@ def run_prune(
     if schedule is not None:
         _check_phase(schedule, phase, source, where=str(recipe_file))
     budgets: tuple[ElasticBudget, ...] = ()
-    with opened_work_dir(calibration) as work:
+    with opened_work_dir(calibration, save) as work:
         if plan_file is not None:
             plan, stats = load_plan(plan_file), None
         else:
@@ -227,8 +227,9 @@ def refuse_conflicts(args: argparse.Namespace) -> None:
     if len(given) != 1:
         what = " and ".join(given) + " exclude one another" if given else "nothing to plan from"
         raise SlimError(what, fix=f"give one of --calibration-data, --stats, {CARRY_STATISTICS} and --plan")
-    if args.work_dir is not None and args.calibration_data is None:
-        raise SlimError("--work-dir without a calibration", fix="leave it out")
+    for name in ("work_dir", "num_samples", "seq_length", "micro_batch_size"):
+        if getattr(args, name) is not None and args.calibration_data is None:
+            raise SlimError(f"--{name.replace('_', '-')} without a calibration", fix="leave it out")
     if (args.recipe is None) == (args.plan is None):
         raise SlimError("a plan holds its recipe" if args.plan else "no recipe", fix="give --recipe or --plan")
     if args.plan is not None and args.phase is not None:

@@ -27,7 +27,7 @@ from megatron_slim.compression.steps import Step, steps
 from megatron_slim.errors import SlimError
 from megatron_slim.files import sole_writer
 from megatron_slim.recipe_run import SECTIONS, STATES
-from megatron_slim.training.variables import GROUPS, flag
+from megatron_slim.training.variables import BEHIND, GROUPS, flag
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +43,14 @@ def parser(prog: str) -> argparse.ArgumentParser:
     found.add_argument(
         "--data",
         nargs="+",
+        action="extend",
         default=[],
         metavar="PREFIX",
         help="training data: .bin/.idx prefixes or sample sets; needed but for --teacher-cache",
     )
-    found.add_argument("--valid-data", nargs="+", default=[], metavar="PREFIX", help="validation data of training")
+    found.add_argument(
+        "--valid-data", nargs="+", action="extend", default=[], metavar="PREFIX", help="validation data of training"
+    )
     found.add_argument(
         "--calibration-data", type=Path, metavar="DATA", help="data of calibration (default: the prefix of --data)"
     )
@@ -60,6 +63,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     found.add_argument(
         "--set",
         nargs="+",
+        action="extend",
         default=[],
         metavar="SECTION.KEY=VALUE",
         help="replace values of the recipe, such as evaluate.num_samples=64",
@@ -159,4 +163,6 @@ def _chosen(found: list[Step], name: str | None) -> list[Step]:
 def main(argv: Sequence[str], prog: str) -> None:
     """Run the command."""
     args, megatron = parser(prog).parse_known_args(argv)
+    if BEHIND in megatron:  # in front of Megatron's own, which it is not one of
+        megatron.remove(BEHIND)
     run_tool(lambda: run(args, megatron), as_json=args.json)

@@ -34,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def slice_budget(args: argparse.Namespace) -> JsonObject:
     """Check the arguments, then list or slice."""
+    if args.list and (args.budget is not None or args.save is not None):
+        raise SlimError("--list shows all budgets and writes nothing", fix="leave --budget and --save out")
     if not args.list:
         if args.budget is None:
             raise SlimError("no budget", fix="give --budget NAME; --list shows the names")

@@ -178,5 +178,5 @@ def _writable(directory: Path, save: Path) -> Finding:
     except OSError as error:
         fix = "give another directory, or ask for the right to write"
         return Finding("save", PROBLEM, f"{directory}: {(error.strerror or str(error)).lower()}", fix)
-    created = "" if directory == save else f"{save} would be created: "
+    created = "" if directory == save.absolute() else f"{save} would be created: "
     return Finding("save", OK, f"{created}{directory} can be written")

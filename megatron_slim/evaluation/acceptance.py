@@ -181,6 +181,33 @@ def eos_ids(checkpoint: Checkpoint) -> Collection[int]:
     return frozenset(ids)
 
 
+def checked_prompts(
+    checkpoint: Checkpoint,
+    teacher: Teacher | None,
+    prompts: Path | Prompts,
+    *,
+    number: int | None,
+    length: int | None,
+    **options: int,
+) -> Prompts:
+    """The prompts that acceptance is measured on, once it is clear that it can be; arguments as `acceptance_of`.
+
+    Raises:
+        CheckpointError: a model has no MTP block, or the vocabularies differ.
+        DataError: the prompts do not suit a model.
+    """
+    where = str(prompts) if isinstance(prompts, Path) else "prompts"
+    if isinstance(prompts, Path):
+        ids = read_prompts(prompts, checkpoint.config_path, number=number, length=length)
+    else:
+        ids = [[int(token) for token in prompt] for prompt in prompts]
+    if teacher is not None:
+        teacher.check_vocabulary(checkpoint.shape)
+    for model in [checkpoint] if teacher is None else [checkpoint, teacher.checkpoint]:
+        check_acceptance(model, ids, where=where, **options)
+    return ids
+
+
 def acceptance_of(
     checkpoint: Checkpoint,
     teacher: Teacher | None,
@@ -202,13 +229,6 @@ def acceptance_of(
     """
     if options["micro_batch_size"] < 1:
         raise DataError(f"--micro-batch-size {options['micro_batch_size']} is not a positive number")
-    models = [checkpoint] if teacher is None else [checkpoint, teacher.checkpoint]
-    where = str(prompts) if isinstance(prompts, Path) else "prompts"
-    if isinstance(prompts, Path):
-        ids = read_prompts(prompts, checkpoint.config_path, number=number, length=length)
-    else:
-        ids = prompts
     checks = {name: options[name] for name in ("max_new_tokens", "draft_tokens")}
-    for model in models:
-        check_acceptance(model, ids, where=where, **checks)
+    ids = checked_prompts(checkpoint, teacher, prompts, number=number, length=length, **checks)
     return measure_acceptance(checkpoint, ids, **options), teacher.acceptance(ids, **options) if teacher else None

@@ -47,6 +47,15 @@ class Teacher:
             CheckpointError: the vocabularies differ.
             DataError: the teacher cannot read the samples.
         """
+        self.check_vocabulary(shape)
+        check_samples(samples, self.checkpoint.shape, where=f"{self.checkpoint.path} on the same samples")
+
+    def check_vocabulary(self, shape: ModelShape) -> None:
+        """Refuse a student of this shape if its vocabulary is another one.
+
+        Raises:
+            CheckpointError: it is.
+        """
         own = self.checkpoint.shape.vocab_size
         if own != shape.vocab_size:
             raise CheckpointError(
@@ -54,7 +63,6 @@ class Teacher:
                 where=str(self.checkpoint.path),
                 fix="compare models of one tokenizer",
             )
-        check_samples(samples, self.checkpoint.shape, where=f"{self.checkpoint.path} on the same samples")
 
     def states(
         self, shape: ModelShape, samples: Tokens | Samples, *, micro_batch_size: int, dtype: torch.dtype

@@ -68,7 +68,11 @@ def find_models(asked: Asked) -> Models:
     else:
         assert asked.hf_config is not None, "the command line requires one of them"
         found = Models(_read(asked.hf_config, asked.without_mtp), None, None)
+    if asked.without_mtp:
+        found = replace(found, student=found.student.replace(mtp_num_layers=0))
     teacher = found.teacher
+    if teacher is not None and asked.teacher_without_mtp:
+        teacher = teacher.replace(mtp_num_layers=0)
     if asked.teacher_config is not None:
         teacher = _read(asked.teacher_config, asked.teacher_without_mtp)
     if asked.no_teacher:

@@ -130,7 +130,7 @@ class WorkDir:
 
     def _remove_except(self, kept: set[str]) -> None:
         for entry in _entries(self.path):
-            if entry not in kept:
+            if entry not in kept and _OURS.fullmatch(entry):  # whatever else came here is not ours to remove
                 remove(self.path / entry)
 
     def _load(self) -> Saved:
@@ -171,6 +171,17 @@ def open_work_dir(path: Path) -> Iterator[WorkDir]:
         work = WorkDir(path)
         yield work
         work.clear()
+
+
+def refuse_in_work_dir(save: Path, work_dir: Path) -> None:
+    """Refuse an output in a work directory, which a later start takes for its own and nobody else's.
+
+    Raises:
+        SlimError: it is the directory, or lies in it.
+    """
+    place, work = save.absolute().resolve(), work_dir.absolute().resolve()
+    if work in (place, *place.parents):
+        raise SlimError("is in the directory of --work-dir", where=str(save), fix="choose a place outside")
 
 
 def _entries(path: Path) -> Sequence[str]:

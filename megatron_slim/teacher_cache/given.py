@@ -40,8 +40,16 @@ def read_recorded(
         found.verify(shape.vocab_size)
         samples = Recorded(found.tokens, found.loss_mask, found.position_ids, found.documents, found.about)
     else:
-        length = None if seq_length is None else seq_length + 1
+        is_matrix = not isinstance(data, Path) or data.suffix == ".npy"
+        length = None if seq_length is None or is_matrix else seq_length + 1
         tokens = read_samples(data, seq_length=length, num_samples=num_samples, vocab_size=shape.vocab_size, seed=seed)
+        positions = tokens.shape[1] - 1
+        if seq_length not in (None, positions) and is_matrix:
+            raise DataError(
+                f"has samples of {positions}, --seq-length is {seq_length}", where=where, fix="leave it out"
+            )
+        if not positions:
+            raise DataError("samples of one token leave nothing to predict", where=where)
         samples = Recorded.whole(tokens.astype(np.int32), {"data": where, "seed": seed})
     check_samples(np.asarray(samples.tokens[:1, :-1], dtype=np.int64), shape, where=where)
     return samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -53,7 +54,9 @@ def read_run(directory: Path) -> dict[str, dict[int, float]]:
     found: dict[str, dict[int, float]] = {}
     for tag in accumulator.Tags()["scalars"]:
         points = sorted(accumulator.Scalars(tag), key=lambda point: float(point.wall_time))
-        found[tag] = {int(point.step): float(point.value) for point in points}
+        # A step in which no prediction of a head counts has no loss: Megatron logs 0 / 0.
+        found[tag] = {int(point.step): float(point.value) for point in points if math.isfinite(point.value)}
+    found = {tag: points for tag, points in found.items() if points}
     if not any(tag.startswith("slim/") for tag in found):
         raise SlimError(
             "the events hold nothing of slim/",

@@ -129,7 +129,8 @@ def add_variables(parser: argparse.ArgumentParser, *, checked: bool = True) -> N
             if not kind:
                 group.add_argument(flag(name), dest=name, action="store_const", const="1", help=text)
             elif kind.endswith("..."):
-                group.add_argument(flag(name), dest=name, nargs="+", metavar=kind.split()[0], help=text)
+                word = kind.split()[0]
+                group.add_argument(flag(name), dest=name, nargs="+", action="extend", metavar=word, help=text)
             else:
                 number = (not_negative if name in _OR_ZERO else positive) if checked and kind == "N" else str
                 number = tokens if kind == "T" else number

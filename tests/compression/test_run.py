@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from megatron_slim.checkpoint.convert import open_checkpoint
+from megatron_slim.cli.run import parser
 from megatron_slim.compression import runner, steps
 from megatron_slim.compression.settings import read_settings
 from megatron_slim.errors import SlimError
@@ -114,6 +115,30 @@ def test_names_with_spaces_are_refused_where_they_would_be_several(place: Path, 
     assert settings(place, tmp_path / "my run").save == tmp_path / "my run"
     with pytest.raises(SlimError, match="--data 'my data' has a space, which separates data sets"):
         as_text({"DATA": ["0.5", "my data"]})
+
+
+def test_what_is_given_twice_is_given_together(place: Path, tmp_path: Path, tool: Any) -> None:
+    words = arguments(place, tmp_path / "r", "one.yaml", "--dry-run", "--json")
+    found = tool("tools/run.py", *words, "--set", "train.global_batch_size=3", "--set", "train.tokens=960").json
+    (train,) = [step["command"] for step in found["steps"] if step["name"] == "phase-1/train"]
+    assert train[train.index("--train-iters") + 1] == "10" and train[train.index("--global-batch-size") + 1] == "3"
+    twice = parser("megatron-slim run").parse_args([*words, "--data", "0.5", "more"])
+    assert twice.data == [str(place / "train"), "0.5", "more"]
+
+
+def test_arguments_of_megatron_may_stand_behind_dashes(place: Path, tmp_path: Path, tool: Any) -> None:
+    """As in `megatron-slim distill`; they are checked in the same way."""
+    words = arguments(place, tmp_path / "r", "one.yaml", "--dry-run", "--json")
+    found = [
+        tool("tools/run.py", *words, *more).json["steps"]
+        for more in (["--adam-eps", "1e-6"], ["--", "--adam-eps", "1e-6"])
+    ]
+    commands = [[step["command"] for step in each] for each in found]
+    assert commands[0] == commands[1] and ["--adam-eps", "1e-6"] in [command[-2:] for command in commands[0]]
+    assert (
+        "training would refuse: argument --adam-eps: expected one argument"
+        in tool("tools/run.py", *words, "--", "--adam-eps").error
+    )
 
 
 def test_settings_of_a_cluster_are_known_from_anywhere(

@@ -118,6 +118,26 @@ def test_bad_prompts(tool: Callable[..., Any], tmp_path: Path, student: Path, li
     assert outcome.code == 2 and BAD_PROMPTS[line] in outcome.error
 
 
+def test_what_forbids_it_is_found_before_losses_are_measured(
+    tool: Callable[..., Any], tmp_path: Path, student: Path
+) -> None:
+    """And before they are recorded next to the checkpoint."""
+    np.save(tmp_path / "tokens.npy", np.zeros((2, 16), dtype=np.int64))
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"tokens": [1, 2, 3]}\n')
+    other = write_tiny_checkpoint(tmp_path / "other", tiny_shape(vocab_size=160))
+    losses = ("--load", student, "--data", tmp_path / "tokens.npy", "--record")
+    for more, message in (
+        (("--acceptance", tmp_path / "none.jsonl"), "no such file"),
+        (("--acceptance", file), "take up to 131 positions"),
+    ):
+        outcome = tool("tools/evaluate.py", *losses, *more)
+        assert message in outcome.error and "loss" not in outcome.stderr.split("error:")[0]
+        assert not (student / "slim_reference.json").exists()
+    given = ("--load", student, "--acceptance", file, "--max-new-tokens", 8, "--teacher", other)
+    assert "is a teacher with a vocabulary of 160, the student has 128" in tool("tools/evaluate.py", *given).error
+
+
 def test_bad_options(tool: Callable[..., Any], tmp_path: Path, student: Path) -> None:
     file, text = tmp_path / "prompts.jsonl", tmp_path / "prompts.txt"
     file.write_text('{"tokens": [1, 2, 3]}\n')

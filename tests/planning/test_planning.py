@@ -297,6 +297,15 @@ def test_a_plan_knows_both_models(tmp_path: Path) -> None:
     assert found.teacher == found.source == shape and found.student.num_moe_experts == 4
 
 
+def test_models_without_mtp_are_planned_without() -> None:
+    """From a recipe and a plan as from a config.json, which is asked for otherwise."""
+    recipe = Path("qwen3_next_80a3b_to_23a2b")
+    for student, teacher in ((False, False), (True, False), (False, True)):
+        found = find_models(Asked(recipe=recipe, without_mtp=student, teacher_without_mtp=teacher))
+        assert found.teacher is not None
+        assert (found.student.mtp_num_layers, found.teacher.mtp_num_layers) == (int(not student), int(not teacher))
+
+
 def test_a_command_without_mtp_says_so() -> None:
     """Else the pasted command trains another model than the planned one, or is refused."""
     for given, words in (

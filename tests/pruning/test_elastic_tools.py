@@ -245,6 +245,8 @@ def test_what_cannot_be_sliced_is_one_line(tool: Tool, one: Made, tmp_path: Path
     )
     assert error(load, "--save", tmp_path / "out") == "no budget; give --budget NAME; --list shows the names"
     assert error(load, "--budget", "small") == "no output directory; give --save, or --list"
+    for more in (("--budget", "small"), ("--save", tmp_path / "out")):
+        assert error(load, "--list", *more).startswith("--list shows all budgets and writes nothing; leave --budget")
     other = tmp_path / "other"
     shutil.copytree(one.source.path, other)
     shutil.copyfile(load / "elastic.json", other / "elastic.json")

@@ -261,7 +261,9 @@ def test_the_tools_go_on(tool: Callable[..., Any], model: HFCheckpoint, tmp_path
     assert (tmp_path / "resumed").read_bytes() == (tmp_path / "plain").read_bytes() and plain.code == 0
     assert not list((tmp_path / "work").iterdir())
     prune = ("tools/prune_checkpoint.py", "--load", model.path, "--recipe", tmp_path / "r", "--dry-run")
-    assert "--work-dir without a calibration" in tool(*prune, "--stats", tmp_path / "plain", *kept).error
+    for given in (kept, ("--num-samples", 3), ("--seq-length", 8), ("--micro-batch-size", 1)):
+        error = tool(*prune, "--stats", tmp_path / "plain", *given).error
+        assert error == f"{given[0]} without a calibration; leave it out"
 
 
 def killed_by_tool(model: str, folder: str) -> None:
@@ -279,3 +281,26 @@ def killed_by_tool(model: str, folder: str) -> None:
     as_the_tests()
     options = CalibrationOptions(Path(folder, "tokens.npy"), None, None, 1234, None, Path(folder, "work"))
     run_calibrate(Path(model), Path(folder, "killed"), options)
+
+
+@pytest.mark.parametrize("save", ["work/result", "work", "work/../work/result"])
+def test_an_output_in_it_is_refused(tool: Callable[..., Any], model: HFCheckpoint, tmp_path: Path, save: str) -> None:
+    """It would be taken away with the hidden states, or refuse the next start."""
+    np.save(tmp_path / "tokens.npy", SAMPLES)
+    (tmp_path / "recipe.yaml").write_text("version: 1\ntarget: {hidden_size: 32}\n")
+    if save != "work":
+        (tmp_path / "work").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    given = ("--load", model.path, "--calibration-data", tmp_path / "tokens.npy", "--work-dir", tmp_path / "work")
+    for command in (("tools/calibrate.py",), ("tools/prune_checkpoint.py", "--recipe", tmp_path / "recipe.yaml")):
+        error = tool(*command, *given, "--save", tmp_path / save).error
+        assert error.endswith("is in the directory of --work-dir; choose a place outside")
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_is_not_its_own_stays(tmp_path: Path) -> None:
+    with open_work_dir(tmp_path / "work") as work:
+        work.path.mkdir()
+        (work.path / "hidden.3").write_text("ours")
+        (work.path / "result").write_text("somebody's")
+    assert [entry.name for entry in (tmp_path / "work").iterdir()] == ["result"]

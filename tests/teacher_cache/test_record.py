@@ -417,3 +417,15 @@ def test_from_python(model: Path, whole: TeacherCache, tmp_path: Path) -> None:
     assert found["tokens"] == SAMPLES * LENGTH and found["bytes"] == SAMPLES * 2 * whole.sample_bytes
     for name in ("states-00001.bin", "tokens.npy", HEAD):
         assert (tmp_path / "cache" / name).read_bytes() == (whole.path / name).read_bytes()
+
+
+def test_a_matrix_is_as_long_as_it_is(model: Path, tool: Callable[..., Outcome], tmp_path: Path) -> None:
+    """In positions, which are one fewer than tokens."""
+    for width, more, message in (
+        (1, (), "samples of one token leave nothing to predict"),
+        (16, ("--seq-length", 16), "has samples of 15, --seq-length is 16; leave it out"),
+    ):
+        np.save(tmp_path / "tokens.npy", np.zeros((3, width), dtype=np.int64))
+        given = ("--teacher", model, "--data", tmp_path / "tokens.npy", "--save", tmp_path / "cache", *more)
+        assert tool("tools/record_teacher.py", *given).error.endswith(message)
+        assert not (tmp_path / "cache").exists()

@@ -46,6 +46,17 @@ def save(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+def test_a_step_without_a_loss_is_left_out(tool: Tool, save: Path) -> None:
+    """Megatron logs 0 / 0 where no prediction of an MTP block counts, and JSON has no such number."""
+    with SummaryWriter(str(save / "tensorboard")) as writer:
+        writer.add_scalar("mtp lm loss", float("nan"), 31)
+        writer.add_scalar("mtp never loss", float("nan"), 31)
+    outcome = tool("tools/show_run.py", save, "--json")
+    assert outcome.code == 0, outcome.stderr
+    assert outcome.json["curves"]["mtp lm loss"]["last"] == pytest.approx(1 / 30)
+    assert "mtp never loss" not in outcome.json["curves"]
+
+
 def test_a_run_of_two_starts(tool: Tool, save: Path, tmp_path: Path) -> None:
     outcome = tool("tools/show_run.py", save, "--save", tmp_path / "run.png", "--json")
     assert outcome.code == 0, outcome.stderr
