@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron_slim.cli.terminal import say
 from megatron_slim.cli.tool import run_tool
 from megatron_slim.command_line import positive, tool_parser
+from megatron_slim.documents import check_inputs, read_sources
 from megatron_slim.errors import DataError
 from megatron_slim.files import new_directory
 
@@ -50,8 +51,9 @@ metadata:
 
 def passages(path: Path) -> Iterator[tuple[str, str]]:
     """Passages of every text, and what follows each."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        lines = json.loads(line)["text"].splitlines(keepends=True)
+    check_inputs([path])
+    for source in read_sources([path]):
+        lines = source.texts(("text",)).by_key["text"].splitlines(keepends=True)
         for first in range(0, len(lines) - PASSAGE - CONTINUATION + 1, STRIDE):
             passage = "".join(lines[first : first + PASSAGE])
             continuation = "".join(lines[first + PASSAGE : first + PASSAGE + CONTINUATION])

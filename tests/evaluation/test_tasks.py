@@ -90,6 +90,21 @@ def test_the_demos_task_is_of_passages_and_what_follows(task: Path, tool: Callab
     assert (tmp_path / "again/continuation.jsonl").read_bytes() == (task / "continuation.jsonl").read_bytes()
     (tmp_path / "few.jsonl").write_text(json.dumps({"text": "a\n" * 20}) + "\n")
     assert "too few" in tool(MAKE_TASK, "--input", tmp_path / "few.jsonl", "--output", tmp_path / "few").error
+    for name, content, message in (
+        ("none.jsonl", None, "none.jsonl: no such file"),
+        ("other.jsonl", '{"content": "a"}\n', "other.jsonl:1: has no text under 'text'"),
+        ("broken.jsonl", "{\n", "broken.jsonl:1: not a line of JSON"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        error = tool(MAKE_TASK, "--input", tmp_path / name, "--output", tmp_path / "few").error
+        assert message in error
+    # A line separator of Unicode within a text ends no line of JSON.
+    texts = [text.replace("return", "\u2028return", 1) for text in TEXTS]
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    (tmp_path / "separated.jsonl").write_text(lines, encoding="utf-8")
+    separated = ("--input", tmp_path / "separated.jsonl", "--output", tmp_path / "separated", "--documents", 7)
+    assert tool(MAKE_TASK, *separated).code == 0
 
 
 @needs_harness
