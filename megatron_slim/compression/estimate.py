@@ -59,7 +59,7 @@ class Need:
 def needs(settings: RunSettings, found: Sequence[Step], teacher: ModelShape, machine: Machine) -> Iterator[Need]:
     """Of every step; sizes that a budget leaves open are unknown, and all that follows from them."""
     student: ModelShape | None = teacher
-    source, length = teacher, settings.section("train").get("seq_length", SEQ_LENGTH)
+    source, length = teacher, settings.seq_length
     for step in found:
         if step.kind == PRUNE:
             assert step.phase is not None
@@ -106,7 +106,7 @@ def _training(
     tokens = iterations * settings.tokens_per_iteration
     if student is None:
         return Need(step, tokens)
-    length, kernels = train.get("seq_length", SEQ_LENGTH), FUSED if machine.on_gpus else TORCH
+    length, kernels = settings.seq_length, FUSED if machine.on_gpus else TORCH
     of_teacher = teacher_flops(teacher, length, kernels, runs_mtp=True).total
     if cache_of(settings) is not None:  # of its heads alone
         of_teacher = 2.0 * (1 + teacher.mtp_num_layers) * teacher.vocab_size * teacher.hidden_size

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_slim.compression.settings import SEQ_LENGTH, RunSettings
+from megatron_slim.compression.settings import RunSettings
 from megatron_slim.data import exact_prefix, read_stream
 from megatron_slim.errors import SlimError
 from megatron_slim.sample_set import is_sample_set, open_samples
@@ -95,7 +95,7 @@ def _recording(settings: RunSettings, flag: str, words: Sequence[str], name: str
     if is_sample_set(data):
         samples = open_samples(data)
         return Recording(data, cache, len(samples), samples.seq_length, drawn=False, is_set=True)
-    length = settings.section("train").get("seq_length", SEQ_LENGTH)
+    length = settings.seq_length
     there = len(read_stream(exact_prefix(data))) // (length + 1)
     return Recording(data, cache, min(there, most), length, drawn=there > most, is_set=False)
 

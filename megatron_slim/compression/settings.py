@@ -20,6 +20,7 @@ from megatron_slim.recipe import Recipe, parse_recipe, read_document
 from megatron_slim.recipe_elastic import refuse_budgets
 from megatron_slim.recipe_run import SECTIONS
 from megatron_slim.sample_set import length_of_samples
+from megatron_slim.training.variables import refuse_spaces
 
 # Of pretrain_distill.sh, where neither recipe nor command line says it.
 SCRIPT = Settings()
@@ -69,9 +70,11 @@ class RunSettings:
 
     def section(self, name: str) -> Document:
         """A section of `recipe_run`; samples are as long as those of training where it does not say."""
+        said = self.recipe.run.get(name, {})
+        if "seq_length" in said or "seq_length" not in SECTIONS[name]:
+            return said
         length = self._default_length(name)
-        default = {} if length is None or "seq_length" not in SECTIONS[name] else {"seq_length": length}
-        return {**default, **self.recipe.run.get(name, {})}
+        return said if length is None else {"seq_length": length, **said}
 
     def _default_length(self, name: str) -> int | None:
         """Tokens of a sample where the section does not say; None where the data do."""
@@ -88,6 +91,11 @@ class RunSettings:
         return None if named is None else str(named)
 
     @property
+    def seq_length(self) -> int:
+        """Tokens of a sample of training."""
+        return int(self.section("train").get("seq_length", SEQ_LENGTH))
+
+    @property
     def samples_per_iteration(self) -> int:
         """Samples of a training step."""
         return int(self.section("train").get("global_batch_size", GLOBAL_BATCH_SIZE))
@@ -95,7 +103,7 @@ class RunSettings:
     @property
     def tokens_per_iteration(self) -> int:
         """Tokens of a training step."""
-        return int(self.section("train").get("seq_length", SEQ_LENGTH)) * self.samples_per_iteration
+        return self.seq_length * self.samples_per_iteration
 
     @cached_property
     def stops(self) -> tuple[int, ...]:
@@ -184,20 +192,11 @@ def read_settings(
         tuple(megatron),
     )
     _ = found.stops  # raises where there are no tokens
-    _refuse_spaces(found)
+    refuse_spaces("--data", found.data)
+    refuse_spaces("--valid-data", found.valid_data)
+    if "record" in found.section("train"):  # what is recorded there is data of training
+        refuse_spaces("--save", [str(found.save)])
     return found
-
-
-def _refuse_spaces(settings: RunSettings) -> None:
-    """Refuse names of data, and of what is recorded of them, that training would take for several."""
-    words = {"--data": settings.data, "--valid-data": settings.valid_data}
-    if "record" in settings.section("train"):
-        words["--save"] = (str(settings.save),)
-    for flag, names in words.items():
-        for name in names:
-            if len(name.split()) != 1:
-                fix = "give it a name without, such as by a link"
-                raise SlimError(f"{flag} {name!r} has a space, which separates data sets", fix=fix)
 
 
 def _only(words: Sequence[str], flag: str, purpose: str) -> Path:

@@ -24,7 +24,7 @@ from typing import Any
 
 from megatron_slim.checkpoint.torch_dist_names import TRACKER
 from megatron_slim.compression.recordings import Recording, cache_of, eval_iters, recordings, validates
-from megatron_slim.compression.settings import SEQ_LENGTH, RunSettings
+from megatron_slim.compression.settings import RunSettings
 from megatron_slim.teacher_cache.names import is_finished
 
 EVALUATE_TEACHER, PRUNE, EVALUATE_PRUNED = "evaluate-teacher", "prune", "evaluate-pruned"
@@ -246,8 +246,7 @@ def _train(settings: RunSettings, phase: int, pruned: Path, training: Path) -> S
 
 def _counted(settings: RunSettings) -> list[str]:
     """Sizes that the run counts tokens and recorded samples by: training must not take them from elsewhere."""
-    train, batch = settings.section("train"), settings.samples_per_iteration
-    sizes = {"--seq-length": train.get("seq_length", SEQ_LENGTH), "--global-batch-size": batch}
+    sizes = {"--seq-length": settings.seq_length, "--global-batch-size": settings.samples_per_iteration}
     sizes |= {"--eval-iters": eval_iters(settings)} if recordings(settings) else {}
     return [word for flag, size in sizes.items() for word in (flag, str(size))]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_slim.command_line import ToolParser, not_negative, positive
@@ -180,11 +180,20 @@ def as_text(given: Mapping[str, object]) -> dict[str, str]:
     """
     values = {name: value for name, value in given.items() if value is not None}
     for name, value in values.items():
-        for word in value if isinstance(value, list) else ():
-            if len(str(word).split()) != 1:
-                fix = "give it a name without, such as by a link"
-                raise SlimError(f"{flag(name)} {word!r} has a space, which separates data sets", fix=fix)
+        refuse_spaces(flag(name), map(str, value if isinstance(value, list) else ()))
     return {name: " ".join(value) if isinstance(value, list) else str(value) for name, value in values.items()}
+
+
+def refuse_spaces(argument: str, words: Iterable[str]) -> None:
+    """Refuse names of data that a variable, which holds them with spaces between, would have as several.
+
+    Raises:
+        SlimError: names the argument and the first of them.
+    """
+    for word in words:
+        if len(word.split()) != 1:
+            fix = "give it a name without, such as by a link"
+            raise SlimError(f"{argument} {word!r} has a space, which separates data sets", fix=fix)
 
 
 def megatron_arguments(given: Mapping[str, str]) -> list[str]:
