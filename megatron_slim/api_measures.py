@@ -17,6 +17,7 @@ from megatron_slim.checkpoint.convert import Checkpoint
 from megatron_slim.compat.runtime import default_dtype
 from megatron_slim.pruning.plan import Plan
 from megatron_slim.pruning.statistics import Statistics
+from megatron_slim.recipe_run import DRAFT_TOKENS, MAX_NEW_TOKENS
 from megatron_slim.reporting import Progress
 
 if TYPE_CHECKING:
@@ -82,8 +83,8 @@ def acceptance(
     checkpoint: Checkpoint | StrPath,
     prompts: StrPath | list[list[int]],
     *,
-    draft_tokens: int = 5,
-    max_new_tokens: int = 128,
+    draft_tokens: int = DRAFT_TOKENS,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     num_prompts: int | None = None,
     prompt_tokens: int | None = None,
     stop_at_eos: bool = False,

@@ -24,9 +24,11 @@ from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import copies_of, weights
 from megatron_slim.architecture.weight import Weight
 from megatron_slim.checkpoint.carried import CarriedTensors, language_model_alone, without_the_rest
+from megatron_slim.checkpoint.described import carried_next_to
 from megatron_slim.checkpoint.expert_storage import expert_blocks, recorded_storage
 from megatron_slim.checkpoint.finite import refuse_nonfinite
-from megatron_slim.checkpoint.huggingface import CONFIG, Index, carried_next_to, read_config, select_columns
+from megatron_slim.checkpoint.huggingface import CONFIG, Index, select_columns
+from megatron_slim.checkpoint.huggingface_files import read_plain_config
 from megatron_slim.checkpoint.integrity import verify_metadata
 from megatron_slim.checkpoint.iterations import iteration_directory
 from megatron_slim.checkpoint.layout import as_rows, fits, rows_in_megatron, split_keys, stored_shapes
@@ -135,7 +137,7 @@ class DistCheckpoint:
         metadata = read_metadata(directory)
         config_path = _find_config(path, directory, hf_config)
         carried = carried_next_to(config_path, allow_nonfinite=allow_nonfinite)
-        whole, entries = read_config(config_path), metadata.state_dict_metadata
+        whole, entries = read_plain_config(config_path), metadata.state_dict_metadata
         config, notes = language_model_alone(whole, carried), without_the_rest(whole, carried)
         if without_mtp:
             config = config_without_mtp(config)

@@ -97,8 +97,15 @@ def dequantized(
             found[name] = BlockScaled(name, entry, entries[name + SCALE], block)
         elif not name.endswith(SCALE):
             found[name] = entry
+    return found, plain_config(config)
+
+
+def plain_config(config: HFConfig) -> JsonObject:
+    """A config.json as the dequantized weights have it; of other weights, as it is."""
+    if QUANTIZATION not in config:
+        return dict(config)
     plain = {key: value for key, value in config.items() if key != QUANTIZATION}
-    return found, {key: "bfloat16" if key in ("dtype", "torch_dtype") else value for key, value in plain.items()}
+    return {key: "bfloat16" if key in ("dtype", "torch_dtype") else value for key, value in plain.items()}
 
 
 def block_size(config: HFConfig, where: str) -> tuple[int, int]:

@@ -20,23 +20,27 @@ from torch import Tensor
 
 from megatron_slim.aliases import JsonObject
 from megatron_slim.architecture.family import MOE
-from megatron_slim.architecture.hf_config import language_config, shape_from_hf_config, wrapper_of
-from megatron_slim.architecture.mtp_keys import stated_mtp_layers
+from megatron_slim.architecture.hf_config import shape_from_hf_config, wrapper_of
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import hf_tensors, mtp_layers_in, weights
 from megatron_slim.checkpoint.carried import (
     CarriedTensors,
     language_model_alone,
-    read_carried,
     set_apart,
     without_the_rest,
 )
 from megatron_slim.checkpoint.copies import Copies, copies_apart
-from megatron_slim.checkpoint.expert_storage import Storage, recorded_storage, separated
+from megatron_slim.checkpoint.expert_storage import separated
 from megatron_slim.checkpoint.finite import refuse_nonfinite
 from megatron_slim.checkpoint.foreign import plain_names, refuse_foreign
 from megatron_slim.checkpoint.fp8 import FP8_DTYPES, BlockScaled, dequantized
-from megatron_slim.checkpoint.huggingface_files import CONFIG, INDEX, SINGLE, read_config, read_headers
+from megatron_slim.checkpoint.huggingface_files import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    read_config,
+    read_headers,
+)
 from megatron_slim.checkpoint.mtp import config_without_mtp, count_mtp_layers
 from megatron_slim.checkpoint.raw_files import OpenFiles
 from megatron_slim.checkpoint.safetensors_reader import DTYPES, TensorEntry
@@ -251,50 +255,3 @@ def _check_against_table(entries: Mapping[str, Entry], shape: ModelShape, unknow
     if found:
         fix = _ANOTHER_LAYOUT if unknown and violations["missing tensors"] else _ANOTHER_CONFIG
         raise CheckpointError("; ".join(found), where=str(path), fix=fix)
-
-
-def read_shape(directory: Path, *, without_mtp: bool = False) -> ModelShape:
-    """Shape of the model that a config.json describes, ``without_mtp`` as if it had none.
-
-    Where there are tensors next to it, their names say whether there is an MTP block: published files do not.
-    """
-    if any((directory / name).exists() for name in (INDEX, SINGLE)):
-        return HFCheckpoint.open(directory, without_mtp=without_mtp).shape
-    config = read_config(directory)
-    depth = 0 if without_mtp else stated_mtp_layers(language_config(config), str(directory / CONFIG)) or 0
-    return shape_from_hf_config(config, mtp_num_layers=depth, where=str(directory / CONFIG))
-
-
-def storage_of(directory: Path, *, without_mtp: bool = False) -> Storage:
-    """The form of the files next to a config.json, ``without_mtp`` as in `read_shape`; or of those where its weights
-    came from.
-    """
-    if any((directory / name).exists() for name in (INDEX, SINGLE)):
-        opened = HFCheckpoint.open(directory, without_mtp=without_mtp)
-        return Storage(opened.fused_blocks, opened.copies)
-    return recorded_storage(directory)
-
-
-def config_and_carried(directory: Path, *, without_mtp: bool = False) -> tuple[JsonObject, CarriedTensors]:
-    """The config.json of a directory, next to tensors or not, and what is carried with its language model.
-
-    ``without_mtp`` as in `read_shape`.
-    """
-    if any((directory / name).exists() for name in (INDEX, SINGLE)):
-        opened = HFCheckpoint.open(directory, without_mtp=without_mtp, allow_nonfinite=True)
-        return opened.config, opened.carried
-    config, carried = read_config(directory), carried_next_to(directory, allow_nonfinite=True)
-    return language_model_alone(config, carried), carried
-
-
-def carried_next_to(directory: Path, *, allow_nonfinite: bool) -> CarriedTensors:
-    """What travels with a language model whose config.json is in a directory: in its own file, or among weights.
-
-    Raises:
-        CheckpointError: it is damaged, or is not what config.json describes.
-    """
-    carried = read_carried(directory)
-    config = read_config(directory, fp8=True)
-    if not carried and wrapper_of(config) is not None and any((directory / n).exists() for n in (INDEX, SINGLE)):
-        _, carried = set_apart(read_headers(directory, FP8_DTYPES), config, directory)
-    return replace(carried, allow_nonfinite=allow_nonfinite)

@@ -19,6 +19,7 @@ import torch
 
 from megatron_slim.aliases import JsonObject
 from megatron_slim.checkpoint.foreign import refuse_quantized
+from megatron_slim.checkpoint.fp8 import QUANTIZATION, plain_config
 from megatron_slim.checkpoint.safetensors_reader import TensorEntry, read_header
 from megatron_slim.errors import CheckpointError, summarise
 from megatron_slim.files import read_json
@@ -106,6 +107,25 @@ def read_config(path: Path, *, fp8: bool = False) -> JsonObject:
         )
     refuse_quantized(config, file, fp8)
     return config
+
+
+def is_fp8(path: Path) -> bool:
+    """Whether config.json says that the weights are in block-scaled FP8; raises as `read_config`."""
+    return QUANTIZATION in read_config(path, fp8=True)
+
+
+def read_plain_config(path: Path) -> JsonObject:
+    """config.json of a directory that describes weights elsewhere: of FP8, that of the same weights in bf16.
+
+    Raises:
+        CheckpointError: as of `read_config`.
+    """
+    return plain_config(read_config(path, fp8=True))
+
+
+def has_tensors(path: Path) -> bool:
+    """Whether a directory has files of weights, or says so."""
+    return any((path / name).exists() for name in (INDEX, SINGLE))
 
 
 def read_headers(path: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, TensorEntry]:

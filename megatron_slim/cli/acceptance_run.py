@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from megatron_slim.aliases import JsonObject
 from megatron_slim.cli.evaluation_extras import dtype_of
 from megatron_slim.command_line import positive
+from megatron_slim.recipe_run import DRAFT_TOKENS, MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
     from megatron_slim.checkpoint.convert import Checkpoint
@@ -31,8 +32,12 @@ def add_acceptance_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PROMPTS",
         help='measure it on these prompts: JSON lines with "text" or "tokens" (ids), or a .npy matrix of ids',
     )
-    group.add_argument("--draft-tokens", type=positive, default=5, metavar="N", help="tokens drafted in a round")
-    group.add_argument("--max-new-tokens", type=positive, default=128, metavar="N", help="tokens after each prompt")
+    group.add_argument(
+        "--draft-tokens", type=positive, metavar="N", help=f"tokens drafted in a round (default: {DRAFT_TOKENS})"
+    )
+    group.add_argument(
+        "--max-new-tokens", type=positive, metavar="N", help=f"tokens after each prompt (default: {MAX_NEW_TOKENS})"
+    )
     group.add_argument("--num-prompts", type=positive, metavar="N", help="prompts, the first ones (default: all)")
     group.add_argument("--prompt-tokens", type=positive, metavar="N", help="tokens of each prompt (default: all)")
     group.add_argument("--stop-at-eos", action="store_true", help="end texts at the eos_token_id of config.json")
@@ -42,10 +47,16 @@ def prompts_of(args: argparse.Namespace, checkpoint: Checkpoint, teacher: Teache
     """What acceptance will be measured on; raises what forbids it, before anything is measured."""
     from megatron_slim.evaluation.acceptance import checked_prompts
 
-    sizes = {"max_new_tokens": args.max_new_tokens, "draft_tokens": args.draft_tokens}
     return checked_prompts(
-        checkpoint, teacher, args.acceptance, number=args.num_prompts, length=args.prompt_tokens, **sizes
+        checkpoint, teacher, args.acceptance, number=args.num_prompts, length=args.prompt_tokens, **_sizes(args)
     )
+
+
+def _sizes(args: argparse.Namespace) -> dict[str, int]:
+    return {
+        "max_new_tokens": args.max_new_tokens or MAX_NEW_TOKENS,
+        "draft_tokens": args.draft_tokens or DRAFT_TOKENS,
+    }
 
 
 def run_acceptance(
@@ -59,8 +70,7 @@ def run_acceptance(
         checkpoint,
         teacher,
         prompts,
-        max_new_tokens=args.max_new_tokens,
-        draft_tokens=args.draft_tokens,
+        **_sizes(args),
         micro_batch_size=args.micro_batch_size,
         dtype=dtype_of(args) or default_dtype(),
         stop_at_eos=args.stop_at_eos,

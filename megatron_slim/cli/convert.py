@@ -56,15 +56,14 @@ def convert(args: argparse.Namespace) -> JsonObject:
     import torch
 
     from megatron_slim.checkpoint.convert import log_left_out, open_checkpoint, write_checkpoint
-    from megatron_slim.checkpoint.fp8 import QUANTIZATION
-    from megatron_slim.checkpoint.huggingface_files import read_config
+    from megatron_slim.checkpoint.huggingface_files import is_fp8
     from megatron_slim.checkpoint.iterations import is_torch_dist
     from megatron_slim.checkpoint.reference import carry_records
     from megatron_slim.checkpoint.remarks import remarks
 
     source = "torch_dist" if is_torch_dist(args.load) else "hf"
     target = args.to or ("hf" if source == "torch_dist" or args.quantize else "torch_dist")
-    if args.quantize and source == "hf" and (args.dequantize_fp8 or read_config(args.load, fp8=True).get(QUANTIZATION)):
+    if args.quantize and source == "hf" and (args.dequantize_fp8 or is_fp8(args.load)):
         raise CheckpointError("is in FP8 already", where=str(args.load), fix="use it as it is, or its source in bf16")
     checkpoint = open_checkpoint(args.load, **load_options(args))
     changes = (args.dtype, args.dequantize_fp8, args.quantize, args.expert_storage, args.without_mtp, checkpoint.notes)

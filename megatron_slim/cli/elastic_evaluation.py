@@ -96,7 +96,4 @@ def _row(results: JsonObject, names: Sequence[str], *, between: bool) -> dict[st
     if between:
         row["trained"] = "untrained" if results["untrained"] else "a budget"
     row |= {label: f"{results['sizes'][key]:,}" for key, label in _SIZES.items()}
-    row |= figures_of(results, names)
-    if (acceptance := results.get("acceptance")) is not None:
-        row["accepted length"] = f"{acceptance['mean_accepted_length']:.3f}"
-    return row
+    return row | figures_of(results, names)

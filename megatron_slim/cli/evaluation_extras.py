@@ -78,7 +78,20 @@ def check_arguments(args: argparse.Namespace) -> None:
     compared = args.data if args.data is not None else args.acceptance
     needs = {
         "--data or --acceptance": (compared, {"--teacher": args.teacher}),
-        "--data": (args.data, {"--record": args.record or None}),
+        "--data": (
+            args.data,
+            {"--record": args.record or None, "--seq-length": args.seq_length, "--num-samples": args.num_samples},
+        ),
+        "--acceptance": (
+            args.acceptance,
+            {
+                "--num-prompts": args.num_prompts,
+                "--prompt-tokens": args.prompt_tokens,
+                "--draft-tokens": args.draft_tokens,
+                "--max-new-tokens": args.max_new_tokens,
+                "--stop-at-eos": args.stop_at_eos or None,
+            },
+        ),
         "--teacher": (args.teacher, {"--teacher-hf-config": args.teacher_hf_config}),
         "--tasks": (
             args.tasks,
@@ -104,8 +117,7 @@ class Extras:
 def open_extras(args: argparse.Namespace) -> Extras:
     """The teacher and the tasks, before work starts."""
     from megatron_slim.checkpoint.convert import log_left_out, open_checkpoint
-    from megatron_slim.checkpoint.fp8 import QUANTIZATION
-    from megatron_slim.checkpoint.huggingface_files import read_config
+    from megatron_slim.checkpoint.huggingface_files import is_fp8
     from megatron_slim.checkpoint.iterations import is_torch_dist
     from megatron_slim.evaluation.tasks import Tasks
     from megatron_slim.evaluation.teacher import Teacher
@@ -114,8 +126,7 @@ def open_extras(args: argparse.Namespace) -> Extras:
     if args.tasks is not None:
         tasks = Tasks(args.tasks, tasks_dir=args.tasks_dir, num_fewshot=args.num_fewshot, limit=args.limit)
     if args.teacher is not None:
-        in_fp8 = args.dequantize_fp8 and not is_torch_dist(args.teacher)
-        in_fp8 = in_fp8 and QUANTIZATION in read_config(args.teacher, fp8=True)
+        in_fp8 = args.dequantize_fp8 and not is_torch_dist(args.teacher) and is_fp8(args.teacher)
         checkpoint = open_checkpoint(args.teacher, args.teacher_hf_config, dequantize_fp8=in_fp8)
         log_left_out(checkpoint)
         teacher = Teacher(checkpoint)
@@ -219,6 +230,8 @@ def figures_of(results: Mapping[str, Any], names: Sequence[str]) -> dict[str, st
     row = {key: shown(results, key) for key in ("loss", "perplexity") if key in results}
     row |= _by_depth(results, "mtp_loss")
     row |= {key: shown(results, key) for key in ("kl", "top1_agreement") if key in results}
+    if (acceptance := results.get("acceptance")) is not None:
+        row["accepted length"] = f"{acceptance['mean_accepted_length']:.3f}"
     for name in names:
         row |= {
             f"{name} {m}": _with_error(found["value"], found["stderr"]) for m, found in _metrics(results["tasks"], name)

@@ -45,7 +45,7 @@ def show(args: argparse.Namespace) -> JsonObject:
         SlimError: there is no config.json, or it describes no model that is known, or one without a part that is asked
             for.
     """
-    from megatron_slim.checkpoint.huggingface import read_shape
+    from megatron_slim.checkpoint.described import read_shape
     from megatron_slim.checkpoint.torch_dist_names import HF_DIR
 
     directory = args.load / HF_DIR if (args.load / HF_DIR).is_dir() else args.load

@@ -58,8 +58,11 @@ def find_models(asked: Asked) -> Models:
     """Sizes of both models.
 
     Raises:
-        SlimError: nothing says what the student or the teacher is; or the student cannot be made of its source.
+        SlimError: nothing says what the student or the teacher is; the student cannot be made of its source; or a
+            phase is asked for and no recipe given.
     """
+    if asked.phase is not None and asked.recipe is None:
+        raise SlimError("--phase without --recipe", fix="give the recipe, or leave --phase out")
     if asked.plan is not None:
         plan = load_plan(asked.plan)
         found = Models(plan.target_shape, plan.source_shape, plan.source_shape, **_length(plan.recipe))
@@ -91,7 +94,7 @@ def _length(recipe: Recipe) -> JsonObject:
 
 
 def _read(directory: Path, without_mtp: bool) -> ModelShape:
-    from megatron_slim.checkpoint.huggingface import read_shape
+    from megatron_slim.checkpoint.described import read_shape
 
     return read_shape(directory, without_mtp=without_mtp)
 

@@ -30,6 +30,7 @@ from megatron_slim.teacher_cache.recording import (
     Recording,
     begin,
     bytes_to_write,
+    check_place,
     declare,
     samples_at_once,
     wait_for_start,
@@ -85,6 +86,8 @@ def record(checkpoint: Checkpoint, samples: Recorded, save: Path, options: Recor
         SlimError: there is one already, it was begun with other inputs, there is too little space, or the teacher's
             states are not finite.
     """
+    if options.rank == 0:
+        check_place(save)  # now, not after the teacher's fingerprint is read
     _choose_device()
     runtime.init_single_process()
     dtype = options.dtype or runtime.default_dtype()

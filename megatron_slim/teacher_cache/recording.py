@@ -120,21 +120,34 @@ def begin(
         SlimError: it is finished, was begun with other inputs or shards, or the directory holds something else.
     """
     path = path.absolute()
-    if not path.parent.is_dir():
-        raise SlimError("parent directory of the output does not exist", where=str(path), fix="create it first")
+    check_place(path)
     with sole_writer(path):
-        if is_finished(path) or (path.exists() and not path.is_dir()):
-            raise SlimError("output already exists", where=str(path), fix="choose another name or remove it first")
-        entries = sorted(os.listdir(path)) if path.is_dir() else []
-        if foreign := [name for name in entries if not _OURS.fullmatch(name)]:
-            fix = "name a new or an empty directory"
-            raise SlimError(f"holds something else ({foreign[0]})", where=str(path), fix=fix)
+        entries = check_place(path)
         if (path / RECORDING).is_file():
             yield taken_up(path, inputs, asked), False
             return
         _remove_beginning(path, entries)
         path.mkdir(exist_ok=True)
         yield Recording(path, divide(int(inputs["samples"]), most, workers), int(inputs["heads"])), True
+
+
+def check_place(path: Path) -> list[str]:
+    """Refuse a directory that a recording can neither begin nor go on in.
+
+    Returns:
+        The names in it.
+
+    Raises:
+        SlimError: it is finished, holds something else, or cannot be created.
+    """
+    if not path.absolute().parent.is_dir():
+        raise SlimError("parent directory of the output does not exist", where=str(path), fix="create it first")
+    if is_finished(path) or (path.exists() and not path.is_dir()):
+        raise SlimError("output already exists", where=str(path), fix="choose another name or remove it first")
+    entries = sorted(os.listdir(path)) if path.is_dir() else []
+    if foreign := [name for name in entries if not _OURS.fullmatch(name)]:
+        raise SlimError(f"holds something else ({foreign[0]})", where=str(path), fix="name a new or an empty directory")
+    return entries
 
 
 def _remove_beginning(path: Path, entries: Iterable[str]) -> None:

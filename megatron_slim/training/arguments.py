@@ -24,7 +24,7 @@ from megatron_slim.aliases import Document, Keywords
 from megatron_slim.architecture.layer_specs import shape_config_fields
 from megatron_slim.architecture.parts import TrainOnly
 from megatron_slim.architecture.shape import ModelShape
-from megatron_slim.checkpoint.huggingface import read_shape
+from megatron_slim.checkpoint.described import read_shape
 from megatron_slim.checkpoint.iterations import has_saved
 from megatron_slim.checkpoint.torch_dist_names import HF_DIR
 from megatron_slim.command_line import ToolParser

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from megatron_slim.architecture.hf_config import shape_to_hf_config
 from megatron_slim.architecture.shape import ModelShape
+from megatron_slim.checkpoint.described import config_and_carried, storage_of
 from megatron_slim.checkpoint.expert_storage import write_storage
-from megatron_slim.checkpoint.huggingface import config_and_carried, storage_of
 from megatron_slim.checkpoint.iterations import has_saved
 from megatron_slim.checkpoint.records import ELASTIC, PLAN
 from megatron_slim.checkpoint.side_files import carry_files, log_left_behind

@@ -23,6 +23,7 @@ _WITHOUT_EFFECT = {
     "full_validation": "some samples would count more often than others; give --eval-iters",
     "multiple_validation_sets": "validation is one blend of data sets",
 }
+_GIVE_TEACHER = "give --teacher-load or --teacher-cache"
 
 
 def loss_violations(shape: ModelShape, args: Namespace) -> list[str]:
@@ -47,7 +48,8 @@ def loss_violations(shape: ModelShape, args: Namespace) -> list[str]:
             elif value > weight.most:
                 found.append(f"{weight.flag}-{end} {value:g} is above {weight.most:g}")
     has_teacher = args.teacher_load is not None or args.teacher_cache is not None
-    terms = terms_of(has_teacher=has_teacher, has_mtp=shape.mtp_num_layers > 0)
+    has_mtp = shape.mtp_num_layers > 0
+    terms = terms_of(has_teacher=has_teacher, has_mtp=has_mtp)
     found += function_violations(terms, shape.vocab_size)
     if not (math.isfinite(args.kd_temperature) and args.kd_temperature > 0):
         found.append(f"--kd-temperature {args.kd_temperature:g} is not positive")
@@ -58,7 +60,11 @@ def loss_violations(shape: ModelShape, args: Namespace) -> list[str]:
             found.append(f"--kd-top-k {args.kd_top_k} is not between 1 and the vocabulary's {shape.vocab_size}")
     given = args.kd_loss, args.kd_temperature
     if not has_teacher and given != (DEFAULTS.kd_loss, DEFAULTS.kd_temperature):
-        found.append("--kd-loss and --kd-temperature need a teacher; give --teacher-load or --teacher-cache")
+        found.append(f"--kd-loss and --kd-temperature need a teacher; {_GIVE_TEACHER}")
+    at_work = weights_of(terms.values())
+    for weight in weights_of(terms_of(has_teacher=True, has_mtp=has_mtp).values()):
+        if weight not in at_work and schedule_of(weight, args) != weight.default:
+            found.append(f"{weight.flag}-* needs a teacher; {_GIVE_TEACHER}")
     if args.loss_chunk_size is not None and args.loss_chunk_size < 1:
         found.append(f"--loss-chunk-size {args.loss_chunk_size} is not positive")
     if (args.eod_mask_loss or args.reset_position_ids) and args.null_tokenizer_eod_id is None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_slim.architecture.table import weights
 from megatron_slim.checkpoint.convert import open_checkpoint, same_bytes
+from megatron_slim.checkpoint.described import read_shape
 from megatron_slim.checkpoint.fp8 import BlockScaled
 from megatron_slim.checkpoint.huggingface import CONFIG, SINGLE, HFCheckpoint
 from megatron_slim.checkpoint.layout import to_megatron
@@ -138,6 +139,25 @@ def test_from_hugging_face_to_hugging_face_is_one_conversion(
     expected, found = HFCheckpoint.open(source[0], dequantize_fp8=True), HFCheckpoint.open(tmp_path / "out")
     assert found.config == expected.config and "quantization_config" not in found.config
     assert all(same_bytes(found.read(name), expected.read(name)) for name in expected.names)
+
+
+def test_a_directory_in_fp8_describes_the_model_that_it_stands_for(
+    source: tuple[Path, Tensors], tmp_path: Path, tool: Callable[..., Any]
+) -> None:
+    """With its weights or without: sizes, and the config.json of what is exported by it."""
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(source[0] / CONFIG, alone)
+    made = tool(CONVERT, "--load", source[0], "--save", tmp_path / "dist", "--dequantize-fp8", "--json")
+    (tmp_path / "dist" / "hf").rename(tmp_path / "its own")
+    for directory in (source[0], alone):
+        assert read_shape(directory).replace(mtp_num_layers=0) == SHAPE.replace(mtp_num_layers=0)
+        save = tmp_path / f"from {directory.name}"
+        back = tool(CONVERT, "--load", tmp_path / "dist", "--hf-config", directory, "--save", save, "--json")
+        assert back.code == 0, back.stderr
+        assert back.json["content"] == made.json["content"]
+        assert HFCheckpoint.open(save).config == tiny_hf_config(SHAPE)
+    assert read_shape(source[0]) == SHAPE
 
 
 def test_agrees_with_transformers(source: tuple[Path, Tensors]) -> None:

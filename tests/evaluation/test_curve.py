@@ -89,6 +89,8 @@ def test_the_teachers_acceptance_is_measured_once(
         assert measured == [run / "iter_0000010", teacher, run / "iter_0000020"]
         first, last = found.json["checkpoints"]
         assert first["teacher_acceptance"] == last["teacher_acceptance"] == last["acceptance"]
+        table = found.stdout[: found.stdout.index("{")]
+        assert "accepted" in table and f"{last['acceptance']['mean_accepted_length']:.3f}" in table
 
 
 def test_what_does_nothing_together_is_refused(run: Path, tool: Callable[..., Any], tmp_path: Path) -> None:
@@ -99,6 +101,10 @@ def test_what_does_nothing_together_is_refused(run: Path, tool: Callable[..., An
     assert "--record without --data" in tool(*evaluate, "--tasks", "mmlu", "--record").error
     assert "--limit without --tasks" in tool(*evaluate, *data, "--limit", 3).error
     assert "--teacher-hf-config without --teacher" in tool(*evaluate, *data, "--teacher-hf-config", run).error
+    for flag in (["--num-prompts", 2], ["--draft-tokens", 5], ["--stop-at-eos"]):
+        assert f"{flag[0]} without --acceptance" in tool(*evaluate, *data, *flag).error
+    prompts = ("--acceptance", tmp_path / "x.npy")
+    assert "--num-samples without --data" in tool(*evaluate, *prompts, "--num-samples", 2).error
     assert "--record is for one checkpoint" in tool(*evaluate, *data, "--record", "--every-checkpoint").error
     other = ("tools/evaluate.py", "--load", tmp_path / "dist10", "--every-checkpoint", *data)
     assert "has no complete iteration of a run" in tool(*other).error

@@ -124,6 +124,10 @@ CASES = {
         "--kd-top-k 121 is not between 1 and the vocabulary's 120; --kd-loss and --kd-temperature need a teacher; "
         "give --teacher-load or --teacher-cache; --loss-chunk-size 0 is not positive",
     ),
+    "weights without a teacher": (
+        "--kd-lambda-end 0.5 --mtp-beta-start 0.3",
+        "--kd-lambda-* needs a teacher; give --teacher-load or --teacher-cache",
+    ),
     "hidden states without a teacher": (
         "--hidden-kd-layers 0:1",
         "--hidden-kd-layers needs a teacher; give --teacher-load",

@@ -222,6 +222,11 @@ def test_errors(tool: Any, arguments: list[str], message: str) -> None:
     assert message in tool(TOOL, "--recipe", RECIPE, "--gpus", 8, *arguments).error
 
 
+def test_a_phase_without_a_recipe_is_refused(tool: Any) -> None:
+    for given in ("--plan", "--hf-config"):
+        assert "--phase without --recipe" in tool(TOOL, given, "x", "--gpus", 8, "--phase", 2).error
+
+
 def test_layers_count_their_own_experts() -> None:
     """All parameters of a model whose layers have different numbers of experts, and the experts of some of them."""
     shape = tiny_shape(vocab_size=128, experts_per_layer=(8, 2, 6, 4))

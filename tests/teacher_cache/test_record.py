@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_slim.checkpoint.convert import open_checkpoint
-from megatron_slim.checkpoint.huggingface import read_shape
+from megatron_slim.checkpoint.described import read_shape
 from megatron_slim.errors import CheckpointError, DataError, SlimError
 from megatron_slim.sample_set import write_samples
 from megatron_slim.teacher_cache import record as recording

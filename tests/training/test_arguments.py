@@ -15,7 +15,7 @@ from megatron_slim.architecture.layer_specs import transformer_config
 from megatron_slim.architecture.mtp_keys import without_mtp_keys
 from megatron_slim.architecture.parallelism import padded_vocab_size
 from megatron_slim.checkpoint.convert import hf_to_torch_dist
-from megatron_slim.checkpoint.huggingface import read_shape
+from megatron_slim.checkpoint.described import read_shape
 from megatron_slim.distillation.terms import KD_LAMBDA, MTP_BETA
 from megatron_slim.errors import SlimError
 from megatron_slim.files import read_json, to_json

@@ -17,7 +17,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import load_balancing_lo
 
 from megatron_slim.architecture.layer_specs import build_model, transformer_config
 from megatron_slim.checkpoint.convert import hf_to_torch_dist, open_checkpoint, torch_dist_to_hf
-from megatron_slim.checkpoint.huggingface import read_shape
+from megatron_slim.checkpoint.described import read_shape
 from megatron_slim.checkpoint.loading import load_hf_weights
 from megatron_slim.compat import runtime
 from megatron_slim.files import read_json, to_json

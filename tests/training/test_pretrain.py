@@ -13,8 +13,9 @@ import torch
 
 from megatron_slim.architecture.mtp_keys import stated_mtp_layers
 from megatron_slim.checkpoint.convert import open_checkpoint, write_checkpoint
+from megatron_slim.checkpoint.described import read_shape
 from megatron_slim.checkpoint.expert_storage import expert_blocks, recorded_storage
-from megatron_slim.checkpoint.huggingface import HFCheckpoint, read_shape
+from megatron_slim.checkpoint.huggingface import HFCheckpoint
 from megatron_slim.errors import CheckpointError
 from megatron_slim.files import read_json, to_json
 from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tiny_checkpoint
