@@ -60,7 +60,7 @@ def _is_one_of(*known: str) -> Check:
 # Moments of a merged expert: the sum of its members', whose tokens it serves from now on (of the squares too, as if the
 # members' gradients were independent), or those of its base alone. No mean: moments are of gradients, not of weights.
 MOMENT_RULES, DEFAULT_MOMENT_RULE = ("sum", "base"), "base"  # the better one, as measured (docs/benchmarks.md)
-DRAFT_TOKENS, MAX_NEW_TOKENS = 5, 128  # acceptance: of a round, and after each prompt, where nothing is said
+DRAFT_TOKENS, MAX_NEW_TOKENS = 5, 128  # acceptance: of a round, and after each prompt, by default
 STATES = ("fp32", "bf16", "fp8")  # types of recorded hidden states, see `teacher_cache.stored_states`
 _POSITIVE, _COUNT = _is_whole(1), _is_whole(0)
 # Keys of ``train`` are the arguments of `megatron-slim distill`, with four more: tokens, the rule for the moments of

@@ -39,7 +39,7 @@ from megatron_slim.compression.steps import (
     measures,
 )
 from megatron_slim.data import data_prefix, open_stream
-from megatron_slim.optimizers import ADAM, MAIN_COPY, OPTIMIZERS
+from megatron_slim.optimizers import MAIN_COPY, OPTIMIZERS
 from megatron_slim.sample_set import is_sample_set, open_samples
 from megatron_slim.streaming.samples import NUM_SAMPLES
 
@@ -67,7 +67,7 @@ def needs(settings: RunSettings, found: Sequence[Step], teacher: ModelShape, mac
             tokens = _calibration_tokens(settings, length) if measures(settings, step.phase) else 0
             size = _size(student, machine)
             if student is not None and size is not None and carries_optimizer(settings, step.phase):
-                size += count_parameters(student).total * (MAIN_COPY + OPTIMIZERS[ADAM].state_bytes)
+                size += count_parameters(student).total * (MAIN_COPY + OPTIMIZERS[settings.optimizer].state_bytes)
             yield Need(step, tokens, streaming_seconds(source, length, tokens, machine), size)
         elif step.kind == TRAIN:
             yield _training(settings, step, teacher, student, machine)
@@ -113,7 +113,7 @@ def _training(
     flops = student_flops(student, length, kernels).total + of_teacher
     checkpoints = max(1, math.ceil(iterations / train.get("save_interval", SAVE_INTERVAL)))
     precision = train.get("precision", "bf16" if machine.on_gpus else "fp32")
-    per_parameter = OPTIMIZERS[ADAM].checkpoint_bytes({"bf16": 2, "fp32": 4}[precision])
+    per_parameter = OPTIMIZERS[settings.optimizer].checkpoint_bytes({"bf16": 2, "fp32": 4}[precision])
     nbytes = checkpoints * per_parameter * count_parameters(student).total
     return Need(step, tokens, seconds_of(flops, tokens, machine.training), nbytes)
 

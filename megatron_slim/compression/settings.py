@@ -7,13 +7,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import yaml
 
 from megatron_slim.aliases import Document, JsonObject
 from megatron_slim.errors import RecipeError, SlimError
+from megatron_slim.optimizers import ADAM, OPTIMIZERS
 from megatron_slim.packaged import find_recipe
 from megatron_slim.planning.layouts import Settings
 from megatron_slim.recipe import Recipe, parse_recipe, read_document
@@ -99,6 +100,13 @@ class RunSettings:
     def samples_per_iteration(self) -> int:
         """Samples of a training step."""
         return int(self.section("train").get("global_batch_size", GLOBAL_BATCH_SIZE))
+
+    @property
+    def optimizer(self) -> str:
+        """That of training, by its name in `OPTIMIZERS`: what the last flag says; an unknown one is refused later."""
+        words = " ".join((*map(str, self.section("train").get("flags", ())), *self.megatron)).replace("=", " ").split()
+        named = [name for flag, name in pairwise(words) if flag == "--optimizer" and name in OPTIMIZERS]
+        return named[-1] if named else ADAM
 
     @property
     def tokens_per_iteration(self) -> int:

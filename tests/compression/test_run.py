@@ -88,6 +88,10 @@ def test_a_dry_run_says_what_every_step_needs_and_makes_nothing(place: Path, tmp
     nbytes = {step["name"]: step["bytes"] for step in carried}
     assert nbytes["phase-2/prune"] == 4 * nbytes["phase-2/export"]
     assert nbytes["phase-1/prune"] == nbytes["phase-1/export"]
+    for words in (["--set", "train.flags=[--optimizer, muon]"], ["--", "--optimizer=muon"]):  # it has one moment
+        muon = tool("tools/run.py", *arguments(place, tmp_path / "r", "two.yaml", "--dry-run", "--json", *words))
+        nbytes = {step["name"]: step["bytes"] for step in muon.json["steps"]}
+        assert nbytes["phase-1/train"] == 3 * 3 * nbytes["phase-1/export"]
     assert all(step["seconds"] > 0 for step in done.json["steps"] if step["tokens"])
     assert not (tmp_path / "r").exists()
     before = found["phase-2/prune"]["command"]
