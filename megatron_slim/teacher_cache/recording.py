@@ -132,7 +132,7 @@ def begin(
 
 
 def check_place(path: Path) -> list[str]:
-    """Refuse a directory that a recording can neither begin nor go on in.
+    """Refuse a directory that a recording can neither begin nor continue in.
 
     Returns:
         The names in it.
