@@ -99,9 +99,10 @@ def read_carried_statistics(pruned: Path, source: Checkpoint) -> Statistics:
     plan, stats = load_plan(pruned), Statistics.load(pruned)
     check_statistics(plan, stats, where=str(pruned))
     _check_origin(pruned, plan, source)
-    shape, target = source.shape, plan.target_shape
+    shape, target = source.shape.simplest(), plan.target_shape
     if not shape.mtp_num_layers:  # it may have been left out since
         target = target.replace(mtp_num_layers=0)
+    target = target.simplest()
     if target != shape:
         ours, theirs = shape.to_dict(), target.to_dict()
         differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
