@@ -38,14 +38,16 @@ fi
 # shellcheck source=examples/slimqwen/slurm.sh
 source "$files/slurm.sh"
 if [[ -n $IMAGE && -f $IMAGE ]]; then IMAGE=$(absolute "$IMAGE"); fi
+MOUNTS=$(absolute_mounts)
 
 # In the job of one step: the command, in the container if there is one. What it reads and writes is mounted.
-if [[ -n ${SLURM_JOB_ID:-} ]]; then
+if [[ -n ${STEP:-} ]]; then
   slurm_container "$(tr ',' '\n' <<<"$mounted,$PATHS${MOUNTS:+,$MOUNTS}" | sed '/:/!s/.*/&:&/' | sort -u | paste -sd ,)"
   exec srun --nodes 1 --ntasks 1 --mpi none --output "$LOGS/$SLURM_JOB_ID.log" "${container_options[@]}" "${container[@]}" \
     env "PYTHONPATH=${PYTHONPATH:-}" "${slim[@]}" --step "$STEP"
 fi
 
+[[ -z ${SLURM_JOB_ID:-} ]] || fail "LAUNCHER=slurm within job $SLURM_JOB_ID: submit from outside of a job, or leave LAUNCHER out to run all steps in this one"
 [[ -n $(command -v sbatch) || ${DRY_RUN:-0} == 1 ]] || fail "no sbatch here; submit where Slurm's commands are"
 # Training reads the run's recipe when it is submitted, before a step has run.
 mode=--prepare

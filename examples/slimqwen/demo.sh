@@ -6,6 +6,7 @@
 #
 # The tools and scripts are those that a cluster uses; only sizes differ. TEACHER_ITERS and STUDENT_ITERS say how long.
 set -euo pipefail
+if [[ -n ${1:-} ]]; then set -- "$(realpath -ms -- "$1")"; fi # from here, not from the repository
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python3}

@@ -7,6 +7,8 @@
 # Takes the teacher and the data of `make demo` from DEMO (default: runs/demo), which must be there. ITERS are the steps
 # that each budget gets, SEEDS those of the order of the data and of the budgets.
 set -euo pipefail
+if [[ -n ${1:-} ]]; then set -- "$(realpath -ms -- "$1")"; fi # from here, not from the repository
+if [[ -n ${DEMO:-} ]]; then DEMO=$(realpath -ms -- "$DEMO"); fi
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python3}

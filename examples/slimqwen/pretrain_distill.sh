@@ -39,6 +39,7 @@ SETTINGS=${SETTINGS:-}
 settings_args=()
 if [[ -n $SETTINGS ]]; then
   [[ -f $SETTINGS ]] || SETTINGS=$files/settings/$SETTINGS.sh
+  [[ $SETTINGS == */* ]] || SETTINGS=./$SETTINGS # bash would look along PATH first
   [[ -f $SETTINGS ]] || fail "$SETTINGS: no such settings; there are $(cd "$files/settings" && echo *.sh)"
   # shellcheck source=examples/slimqwen/settings/h100_64.sh
   source "$SETTINGS"
@@ -61,10 +62,13 @@ VALID_DATA=${VALID_DATA:-} # the same, for validation; without it a part of DATA
 TP=${TP:-1}
 PP=${PP:-1}
 EP=${EP:-1}
-gpus=${SLURM_GPUS_ON_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)}
-NPROC_PER_NODE=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : TP * PP * EP))}
 NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
+whole() { [[ ${!1} =~ ^[1-9][0-9]*$ ]] || fail "$1=${!1} is not a whole number above zero"; }
+for name in TP PP EP NNODES; do whole "$name"; done
+gpus=${SLURM_GPUS_ON_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)}
+NPROC_PER_NODE=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : TP * PP * EP))}
+whole NPROC_PER_NODE
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 MASTER_PORT=${MASTER_PORT:-29500}
 # slurm: one launcher on each node of a job. In a step of a job this script already is what runs on a node.

@@ -13,9 +13,23 @@ absolute_data() { # in "weight prefix ..." the prefixes
   local word words=() found=()
   read -r -a words <<<"$1"
   for word in "${words[@]}"; do
-    if [[ $word =~ ^[0-9.eE+-]+$ ]]; then found+=("$word"); else found+=("$(absolute "$word")"); fi
+    # A number is a weight, but for the only word.
+    if [[ ${#words[@]} -gt 1 && $word =~ ^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$ ]]; then found+=("$word"); else found+=("$(absolute "$word")"); fi
   done
   echo "${found[*]}"
+}
+
+# MOUNTS with the sources absolute that are there, each SOURCE:TARGET.
+absolute_mounts() {
+  local mount source found=()
+  while IFS= read -r mount; do
+    [[ -n $mount ]] || continue
+    source=${mount%%:*}
+    if [[ -e $source ]]; then mount=$(absolute "$source")${mount#"$source"}; fi
+    if [[ $mount != *:* ]]; then mount=$mount:$mount; fi
+    found+=("$mount")
+  done < <(tr ',' '\n' <<<"$MOUNTS")
+  (IFS=, && echo "${found[*]}")
 }
 
 # Paths that hold wherever a node starts; and where it starts.
@@ -34,6 +48,7 @@ slurm_prepare() { # slurm_prepare [Megatron's flags]
     fail "IMAGE=$IMAGE: no such file"
   fi
   if [[ -f $IMAGE ]]; then IMAGE=$(absolute "$IMAGE"); fi
+  MOUNTS=$(absolute_mounts)
   if [[ -z ${SLURM_JOB_ID:-} ]]; then
     slurm_submit "$@"
     MASTER_ADDR=FIRST_NODE MASTER_PORT=PORT # to be printed
@@ -69,7 +84,7 @@ node_mounts() {
     for path in "$STUDENT" "$HF_CONFIG" "$TEACHER" "$TEACHER_CACHE"; do [[ -z $path ]] || echo "$path"; done
     for path in "${words[@]}" "$PROGRAM"; do [[ $path != /* ]] || dirname "$path"; done
   } | sort -u | sed 's/.*/&:&/'
-  if [[ -n $MOUNTS ]]; then tr ',' '\n' <<<"$MOUNTS" | sed '/:/!s/.*/&:&/'; fi
+  if [[ -n $MOUNTS ]]; then tr ',' '\n' <<<"$MOUNTS"; fi
 }
 
 # The arrays `container_options`, of srun, and `container`, what comes before a command, for these mounts.

@@ -39,8 +39,11 @@ def roots(checkpoint: Path) -> list[Path]:
 
 
 def has_saved(run: Path) -> bool:
-    """Whether a run has saved a checkpoint in its directory: until then nothing that is there is of any weights."""
-    return (run / TRACKER).is_file() or any(run.glob("iter_*"))
+    """Whether a run has saved a checkpoint in its directory: until then nothing that is there is of any weights.
+
+    Metadata are written last: an iteration without them was killed on the way.
+    """
+    return (run / TRACKER).is_file() or any((each / METADATA).is_file() for each in run.glob("iter_*"))
 
 
 def is_torch_dist(path: Path) -> bool:

@@ -37,10 +37,14 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 
 def environment(given: Mapping[str, str], before: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the script: what was given, and before that the caller's own, without another length."""
+    """The environment of the script: what was given, and before that the caller's own, without another length.
+
+    Nodes run this Python; a container has its own.
+    """
     length = {"TRAIN_ITERS", "TOKENS"}
     own = {name: value for name, value in before.items() if not (name in length and length & given.keys())}
-    return {"PYTHON": sys.executable, **own, **given}
+    found = {**own, **given}
+    return found if found.get("IMAGE") else {"PYTHON": sys.executable, **found}
 
 
 def train(command: Sequence[str], env: Mapping[str, str]) -> JsonObject:

@@ -23,7 +23,7 @@ from megatron_slim.cli.evaluation_extras import (
     run_tasks,
 )
 from megatron_slim.cli.tool import run_command
-from megatron_slim.command_line import add_load_arguments, load_options, not_negative, positive
+from megatron_slim.command_line import add_load_arguments, not_negative, positive
 
 if TYPE_CHECKING:
     from megatron_slim.checkpoint.convert import Checkpoint
@@ -79,7 +79,7 @@ def _measure(args: argparse.Namespace, load: Path, extras: Extras) -> dict[str, 
     """Evaluate one checkpoint on everything that was asked for."""
     from megatron_slim.checkpoint.convert import log_left_out, open_checkpoint
 
-    checkpoint = open_checkpoint(load, **load_options(args))
+    checkpoint = open_checkpoint(load, **extras.load_options(args, load))
     log_left_out(checkpoint)
     return _measure_opened(args, checkpoint, load, extras)
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_slim.aliases import ReadOptions
 from megatron_slim.cli.terminal import wide_console
-from megatron_slim.command_line import not_negative, positive
+from megatron_slim.command_line import load_options, not_negative, positive
 from megatron_slim.errors import SlimError
 
 if TYPE_CHECKING:
@@ -112,25 +113,40 @@ class Extras:
 
     teacher: Teacher | None
     tasks: Tasks | None
+    teacher_in_fp8: bool = False
+
+    def load_options(self, args: argparse.Namespace, load: Path) -> ReadOptions:
+        """How to read the checkpoint: ``--dequantize-fp8`` is for each of the two that is in FP8."""
+        options = load_options(args)
+        if self.teacher_in_fp8 and not is_in_fp8(load):
+            options["dequantize_fp8"] = False
+        return options
+
+
+def is_in_fp8(path: Path) -> bool:
+    """Whether it is a Hugging Face checkpoint in block-scaled FP8."""
+    from megatron_slim.checkpoint.huggingface_files import is_fp8
+    from megatron_slim.checkpoint.iterations import is_torch_dist
+
+    return not is_torch_dist(path) and is_fp8(path)
 
 
 def open_extras(args: argparse.Namespace) -> Extras:
     """The teacher and the tasks, before work starts."""
     from megatron_slim.checkpoint.convert import log_left_out, open_checkpoint
-    from megatron_slim.checkpoint.huggingface_files import is_fp8
-    from megatron_slim.checkpoint.iterations import is_torch_dist
     from megatron_slim.evaluation.tasks import Tasks
     from megatron_slim.evaluation.teacher import Teacher
 
     tasks = teacher = None
+    in_fp8 = False
     if args.tasks is not None:
         tasks = Tasks(args.tasks, tasks_dir=args.tasks_dir, num_fewshot=args.num_fewshot, limit=args.limit)
     if args.teacher is not None:
-        in_fp8 = args.dequantize_fp8 and not is_torch_dist(args.teacher) and is_fp8(args.teacher)
+        in_fp8 = args.dequantize_fp8 and is_in_fp8(args.teacher)
         checkpoint = open_checkpoint(args.teacher, args.teacher_hf_config, dequantize_fp8=in_fp8)
         log_left_out(checkpoint)
         teacher = Teacher(checkpoint)
-    return Extras(teacher, tasks)
+    return Extras(teacher, tasks, in_fp8)
 
 
 def shown(results: Mapping[str, Any], key: str, digits: int = 4) -> str:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 
 import yaml
@@ -21,7 +21,7 @@ from megatron_slim.recipe import Recipe, parse_recipe, read_document
 from megatron_slim.recipe_elastic import refuse_budgets
 from megatron_slim.recipe_run import SECTIONS
 from megatron_slim.sample_set import length_of_samples
-from megatron_slim.training.variables import refuse_spaces
+from megatron_slim.training.variables import last_value, refuse_spaces
 
 # Of pretrain_distill.sh, where neither recipe nor command line says it.
 SCRIPT = Settings()
@@ -79,8 +79,8 @@ class RunSettings:
 
     def _default_length(self, name: str) -> int | None:
         """Tokens of a sample where the section does not say; None where the data do."""
-        if (given := self.recipe.run.get("train", {}).get("seq_length")) is not None:
-            return int(given)
+        if (given := self._counted("seq_length")) is not None:
+            return given
         data = {"calibrate": self.calibration_data, "evaluate": self.evaluation_data}.get(name)
         is_stream = data is not None and data.suffix != ".npy" and length_of_samples([str(data)]) is None
         return SEQ_LENGTH if is_stream else None
@@ -92,21 +92,31 @@ class RunSettings:
         return None if named is None else str(named)
 
     @property
+    def flags(self) -> tuple[str, ...]:
+        """Arguments of training that go to Megatron as they are; the later ones take precedence."""
+        return (*map(str, self.recipe.run.get("train", {}).get("flags", ())), *self.megatron)
+
+    def _counted(self, key: str) -> int | None:
+        """A size by which tokens are counted: of Megatron's flags or of ``train``; None where neither says it."""
+        said = last_value(self.flags, f"--{key.replace('_', '-')}") or ""
+        given = int(said) if said.isdecimal() else self.recipe.run.get("train", {}).get(key)
+        return None if given is None else int(given)
+
+    @property
     def seq_length(self) -> int:
         """Tokens of a sample of training."""
-        return int(self.section("train").get("seq_length", SEQ_LENGTH))
+        return self._counted("seq_length") or SEQ_LENGTH
 
     @property
     def samples_per_iteration(self) -> int:
         """Samples of a training step."""
-        return int(self.section("train").get("global_batch_size", GLOBAL_BATCH_SIZE))
+        return self._counted("global_batch_size") or GLOBAL_BATCH_SIZE
 
     @property
     def optimizer(self) -> str:
         """That of training, by its name in `OPTIMIZERS`: what the last flag says; an unknown one is refused later."""
-        words = " ".join((*map(str, self.section("train").get("flags", ())), *self.megatron)).replace("=", " ").split()
-        named = [name for flag, name in pairwise(words) if flag == "--optimizer" and name in OPTIMIZERS]
-        return named[-1] if named else ADAM
+        named = last_value(self.flags, "--optimizer")
+        return named if named in OPTIMIZERS else ADAM
 
     @property
     def tokens_per_iteration(self) -> int:
@@ -192,8 +202,8 @@ def read_settings(
         document,
         parsed,
         teacher.absolute(),
-        tuple(map(_absolute_prefix, data)),
-        tuple(map(_absolute_prefix, valid_data)),
+        _absolute(data),
+        _absolute(valid_data),
         calibration_data.absolute(),
         None if evaluation_data is None else evaluation_data.absolute(),
         save.absolute(),
@@ -267,10 +277,14 @@ def _absolute_source(document: Document, file: Path) -> JsonObject:
     return dict(document)
 
 
-def _absolute_prefix(word: str) -> str:
-    """A prefix that holds anywhere; a weight of a blend as it is."""
+def _absolute(data: Sequence[str]) -> tuple[str, ...]:
+    """Prefixes that hold anywhere; weights of a blend as they are. A number is a weight, but for the only word."""
+    return tuple(word if len(data) > 1 and _is_number(word) else str(Path(word).absolute()) for word in data)
+
+
+def _is_number(word: str) -> bool:
     try:
         float(word)
     except ValueError:
-        return str(Path(word).absolute())
-    return word
+        return False
+    return True

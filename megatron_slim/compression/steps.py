@@ -228,8 +228,7 @@ def _record(settings: RunSettings, kind: str, found: Recording) -> Step:
     command += ["--states", settings.section("train")["record"]]
     command += [] if found.is_set else ["--seq-length", str(found.seq_length)]
     command += ["--num-samples", str(found.samples)] if found.drawn else []
-    given = (*settings.section("train").get("flags", ()), *settings.megatron)
-    command += [_NO_TEACHER_CHECK] if _NO_TEACHER_CHECK in given else []
+    command += [_NO_TEACHER_CHECK] if _NO_TEACHER_CHECK in settings.flags else []
     return _step(settings, kind, None, (*command, "--json"), found.cache, lambda: is_finished(found.cache))
 
 

@@ -29,6 +29,7 @@ from megatron_slim.training.document_checks import document_violations
 from megatron_slim.training.elastic import check_kept_budgets, depth_violations, elastic_violations
 from megatron_slim.training.fp8_checks import fp8_violations
 from megatron_slim.training.hidden_kd import check_projections, check_stages, hidden_violations
+from megatron_slim.training.kept_files import check_place
 from megatron_slim.training.loss_checks import loss_violations
 from megatron_slim.training.missing_libraries import library_violations
 from megatron_slim.training.optimizer_flags import optimizer_violations
@@ -57,6 +58,7 @@ def check(spec: RunSpec) -> None:
         raise SlimError("nothing to train", fix="give --train-iters or --train-samples")
     if args.save is not None:
         check_writable(Path(args.save))
+        check_place(Path(args.save))
         check_kept_budgets(Path(args.save), spec.elastic)
     start = _check_start(spec)
     if not args.check_arguments:

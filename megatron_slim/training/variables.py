@@ -106,6 +106,7 @@ _ALWAYS = "--use-distributed-optimizer --lr-decay-style cosine --clip-grad 1.0 -
 RECIPE = "RECIPE"  # of the command alone, and not of the script
 # Keys of ``train`` that are not variables: flags, and what becomes of an optimizer between phases.
 _NOT_VARIABLES = ("flags", "carry_optimizer", "moments_of_merged", "record")
+COUNTED = ("SEQ_LENGTH", "GLOBAL_BATCH_SIZE")  # whose product is the tokens of a step
 BEHIND = "--"  # what stands behind it goes to Megatron as it is
 
 
@@ -219,7 +220,7 @@ def _words(given: Mapping[str, str]) -> Iterator[str]:
         if "TRAIN_ITERS" in given or values.get("PROGRESSIVE") == "1":
             other = "--train-iters" if "TRAIN_ITERS" in given else "--progressive, where every phase has its own"
             raise SlimError(f"--tokens with {other}", fix="leave one of the two out")
-        step = math.prod(_whole(values, name) for name in ("SEQ_LENGTH", "GLOBAL_BATCH_SIZE"))
+        step = math.prod(_whole(values, name) for name in COUNTED)
         values["TRAIN_ITERS"] = str(math.ceil(int(values["TOKENS"]) / step))
     for name, theirs in (_NAMES | {name: flag(name) for name in _SAME_NAMES}).items():
         if name in values:
@@ -277,7 +278,25 @@ def expand(argv: Sequence[str], prog: str = "megatron-slim pretrain") -> list[st
     parser = ToolParser(prog=prog, add_help=False, allow_abbrev=False)
     add_variables(parser, checked=False)  # by Megatron's parser
     values, flags = with_recipe(as_text(vars(parser.parse_args(argv[:place]))))
-    return without_shards_of_matrices([*megatron_arguments(values), *flags, *argv[place + 1 :]])
+    behind = [*flags, *argv[place + 1 :]]
+    if "TOKENS" in values:  # are counted in the steps that are trained
+        said = {name: last_value(behind, flag(name)) for name in COUNTED}
+        values |= {name: value for name, value in said.items() if value is not None}
+    return without_shards_of_matrices([*megatron_arguments(values), *behind])
+
+
+def last_value(words: Sequence[str], flag: str) -> str | None:
+    """What a command line says last with a flag, as ``FLAG VALUE`` or ``FLAG=VALUE``; None where it has none.
+
+    >>> last_value(["--lr", "1", "--lr=2", "--bf16"], "--lr")
+    '2'
+    """
+    found = None
+    for at, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == flag and (equals or at + 1 < len(words)):
+            found = value if equals else words[at + 1]
+    return found
 
 
 def without_shards_of_matrices(argv: Sequence[str]) -> list[str]:
@@ -287,8 +306,7 @@ def without_shards_of_matrices(argv: Sequence[str]) -> list[str]:
     ['--lr-decay-style', 'cosine', '--optimizer', 'muon']
     """
     words = [*argv]
-    named = [words[at + 1] for at, word in enumerate(words[:-1]) if word == "--optimizer"]
-    named += [word.partition("=")[2] for word in words if word.startswith("--optimizer=")]
-    if "--bf16" not in words and any(name in OPTIMIZERS and OPTIMIZERS[name].has_matrices for name in named):
+    optimizer = last_value(words, "--optimizer")
+    if "--bf16" not in words and optimizer in OPTIMIZERS and OPTIMIZERS[optimizer].has_matrices:
         words = [word for word in words if word != _ALWAYS[0]]
     return words

@@ -16,14 +16,21 @@ from megatron_slim.checkpoint.convert import open_checkpoint, write_checkpoint
 from megatron_slim.checkpoint.described import read_shape
 from megatron_slim.checkpoint.expert_storage import expert_blocks, recorded_storage
 from megatron_slim.checkpoint.huggingface import HFCheckpoint
+from megatron_slim.checkpoint.torch_dist_names import METADATA
 from megatron_slim.errors import CheckpointError
 from megatron_slim.files import read_json, to_json
 from megatron_slim.testing import tiny_hf_config, tiny_shape, write_tiny_checkpoint
 from megatron_slim.training.arguments import shape_directory
 from megatron_slim.training.batches import Repeated, first_batch
 from megatron_slim.training.hidden_kd import check_projections
-from megatron_slim.training.kept_files import keep_hf_files
+from megatron_slim.training.kept_files import check_place, keep_hf_files
 from megatron_slim.training.start_checks import check_mtp
+
+
+def save_iteration(save: Path) -> None:
+    """What makes an iteration one."""
+    (save / "iter_0000001").mkdir(exist_ok=True)
+    (save / "iter_0000001" / METADATA).touch()
 
 
 def test_what_export_needs_is_kept_next_to_the_checkpoints_once(tmp_path: Path) -> None:
@@ -35,7 +42,7 @@ def test_what_export_needs_is_kept_next_to_the_checkpoints_once(tmp_path: Path) 
     keep_hf_files(source, save, tiny_shape())
     assert read_json(save / "hf" / "config.json") == config and (save / "hf" / "tokenizer.json").is_file()
     (source / "config.json").write_text("{}")
-    (save / "iter_0000001").mkdir()
+    save_iteration(save)
     keep_hf_files(source, save, tiny_shape())  # a resumed run keeps what it began with
     assert read_json(save / "hf" / "config.json") == config
     (source / "config.json").write_text(to_json(config))
@@ -94,7 +101,24 @@ def test_what_a_start_left_that_saved_nothing_is_of_no_student(tmp_path: Path) -
     assert shape_directory(argv) == now
     keep_hf_files(now, save, shapes[1])
     assert read_shape(save / "hf") == shapes[1]
-    (save / "iter_0000001").mkdir()  # now they are of its weights
+    (save / "iter_0000001").mkdir()  # as a kill within its first save leaves it
+    assert shape_directory(argv) == now
+    save_iteration(save)  # now they are of its weights
     assert shape_directory(argv) == save / "hf"
     keep_hf_files(before, save, shapes[0])
     assert read_shape(save / "hf") == shapes[1]
+
+
+def test_a_model_where_a_run_keeps_its_files_is_left_alone(tmp_path: Path) -> None:
+    """It may be the student. What has no weights may be what the run starts from, too."""
+    model, shape = write_tiny_checkpoint(tmp_path / "exp" / "hf", tiny_shape()), tiny_shape()
+    before = {file.name: file.read_bytes() for file in model.iterdir()}
+    for refusing in (lambda: check_place(tmp_path / "exp"), lambda: keep_hf_files(model, tmp_path / "exp", shape)):
+        with pytest.raises(CheckpointError, match="exp/hf: holds a model; give another --save"):
+            refusing()
+    assert {file.name: file.read_bytes() for file in model.iterdir()} == before
+    (tmp_path / "run" / "hf").mkdir(parents=True)
+    (tmp_path / "run" / "hf" / "config.json").write_bytes(before["config.json"])
+    keep_hf_files(tmp_path / "run" / "hf", tmp_path / "run", shape)
+    assert read_shape(tmp_path / "run" / "hf") == shape
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["hf"]
