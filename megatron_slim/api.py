@@ -25,6 +25,7 @@ from megatron_slim.architecture.table import ParameterCount
 from megatron_slim.checkpoint.convert import Checkpoint, open_checkpoint, write_checkpoint
 from megatron_slim.checkpoint.optimizer_state import open_optimizer_state
 from megatron_slim.checkpoint.reference import carry_records
+from megatron_slim.data import read_samples
 from megatron_slim.errors import SlimError
 from megatron_slim.files import refuse_existing
 from megatron_slim.pruning.apply import PrunedCheckpoint
@@ -43,9 +44,6 @@ from megatron_slim.streaming.model_input import read_calibration_samples
 from megatron_slim.streaming.samples import check_samples, log_calibration
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from megatron_slim.api_inputs import Data
 
 
@@ -104,7 +102,8 @@ def calibrate(
         DataError: the data do not suit the model.
         CheckpointError: an activation is not finite.
     """
-    above_zero(num_samples=num_samples, seq_length=seq_length, micro_batch_size=micro_batch_size)
+    num_samples, seq_length = above_zero("num_samples", num_samples), above_zero("seq_length", seq_length)
+    micro_batch_size = above_zero("micro_batch_size", micro_batch_size)
     source = opened(checkpoint)
     samples = read_calibration_samples(
         data_of(data), source.shape, num_samples=num_samples, seq_length=seq_length, seed=seed
@@ -163,7 +162,7 @@ def make_plan(
     checkpoint: Checkpoint | StrPath,
     statistics: Statistics,
     *,
-    samples: npt.NDArray[np.int64] | None = None,
+    samples: Data | None = None,
 ) -> Plan:
     """Decide what survives. ``print(plan)`` shows the decision, ``plan.save(path)`` writes it.
 
@@ -173,7 +172,8 @@ def make_plan(
         recipe: what is wanted.
         checkpoint: the model.
         statistics: of it.
-        samples: token ids [samples, sequence] that layers are measured on, where the recipe allocates experts by loss.
+        samples: token ids [samples, sequence], an array or a ``.npy`` file, that layers are measured on, where the
+            recipe allocates experts by loss.
 
     Raises:
         RecipeError: the target is impossible for this model; lists every violation.
@@ -188,8 +188,9 @@ def make_plan(
     if samples is not None:
         from megatron_slim.pruning.sensitivity import expert_sensitivity
 
-        check_samples(samples, source.shape)
-        sensitivity = partial(expert_sensitivity, source, samples=samples)
+        ids = read_samples(data_of(samples), seq_length=None, num_samples=None)
+        check_samples(ids, source.shape)
+        sensitivity = partial(expert_sensitivity, source, samples=ids)
     return _make_plan(recipe, statistics, source.shape, sensitivity=sensitivity)
 
 

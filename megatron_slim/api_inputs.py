@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
+
+import numpy as np
 
 from megatron_slim.checkpoint.convert import Checkpoint, log_left_out, open_checkpoint
 from megatron_slim.errors import SlimError
 from megatron_slim.reporting import Progress, use_progress
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
     Data: TypeAlias = str | os.PathLike[str] | npt.NDArray[np.int64]
@@ -23,6 +25,7 @@ StrPath: TypeAlias = str | os.PathLike[str]
 
 
 Format: TypeAlias = Literal["hf", "torch_dist"]
+Number = TypeVar("Number", int, "int | None")
 
 
 def expect(value: object, kind: type, name: str, fix: str) -> None:
@@ -31,20 +34,31 @@ def expect(value: object, kind: type, name: str, fix: str) -> None:
         raise SlimError(f"is of type {type(value).__name__}, not {kind.__name__}", where=name, fix=fix)
 
 
-def above_zero(**numbers: int | None) -> None:
-    """Refuse numbers, by their names, unless they are whole and above zero; None stands for a default.
+def above_zero(name: str, number: Number) -> Number:
+    """A number that is whole, of NumPy too, and above zero, as an int; None, which stands for a default, as it is.
 
     Raises:
-        SlimError: the first that is not.
+        SlimError: it is another, or no number.
     """
-    for name, number in numbers.items():
-        if number is not None and (type(number) is not int or number < 1):
-            raise SlimError(f"{number!r} is not a whole number above zero", where=name)
+    if number is None:
+        return number
+    if not isinstance(number, Integral) or isinstance(number, bool) or number < 1:
+        raise SlimError(f"{number!r} is not a whole number above zero", where=name)
+    return int(number)
 
 
 def data_of(data: Data) -> Path | npt.NDArray[np.int64]:
-    """Data as the readers take it."""
-    return Path(data) if isinstance(data, (str, os.PathLike)) else data
+    """Data as the readers take it.
+
+    Raises:
+        SlimError: it is neither a path nor an array of NumPy.
+    """
+    if isinstance(data, (str, os.PathLike)):
+        return Path(data)
+    if not isinstance(data, np.ndarray):
+        fix = "give a path, or a NumPy array of token ids [samples, sequence]"
+        raise SlimError(f"is of type {type(data).__name__}, not a path or an array", where="data", fix=fix)
+    return data
 
 
 def opened(checkpoint: Checkpoint | StrPath) -> Checkpoint:

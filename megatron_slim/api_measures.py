@@ -64,7 +64,8 @@ def evaluate(
     from megatron_slim.evaluation.perplexity import evaluate_on
     from megatron_slim.evaluation.teacher import Teacher
 
-    above_zero(seq_length=seq_length, num_samples=num_samples, micro_batch_size=micro_batch_size)
+    seq_length, num_samples = above_zero("seq_length", seq_length), above_zero("num_samples", num_samples)
+    micro_batch_size = above_zero("micro_batch_size", micro_batch_size)
     with shown(progress):
         result, _ = evaluate_on(
             opened(checkpoint),
@@ -116,8 +117,10 @@ def acceptance(
     """
     from megatron_slim.evaluation.acceptance import acceptance_of
 
-    above_zero(num_prompts=num_prompts, prompt_tokens=prompt_tokens, micro_batch_size=micro_batch_size)
-    above_zero(draft_tokens=draft_tokens, max_new_tokens=max_new_tokens)
+    num_prompts, prompt_tokens = above_zero("num_prompts", num_prompts), above_zero("prompt_tokens", prompt_tokens)
+    micro_batch_size = above_zero("micro_batch_size", micro_batch_size)
+    draft_tokens = above_zero("draft_tokens", draft_tokens)
+    max_new_tokens = above_zero("max_new_tokens", max_new_tokens)
     with shown(progress):
         result, _ = acceptance_of(
             opened(checkpoint),

@@ -59,8 +59,9 @@ def record(
         SlimError: there is a cache already, it was begun with other inputs, the data are not for this model, or there
             is too little space.
     """
-    above_zero(seq_length=seq_length, num_samples=num_samples, micro_batch_size=micro_batch_size)
-    above_zero(shard_tokens=shard_tokens)
+    seq_length, num_samples = above_zero("seq_length", seq_length), above_zero("num_samples", num_samples)
+    micro_batch_size = above_zero("micro_batch_size", micro_batch_size)
+    shard_tokens = above_zero("shard_tokens", shard_tokens)
     if states not in TYPES:
         raise SlimError(f"{states!r} is not one of {', '.join(TYPES)}", where="states")
     source = opened(teacher)

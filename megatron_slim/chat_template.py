@@ -145,8 +145,8 @@ class ChatTemplate:
                 where=where,
                 fix=_SKIP,
             )
-        if not closing:
-            # Nothing of its own ends a turn: what a model must learn to write there is how the next one begins.
+        if not closing.strip():
+            # At most white space ends a turn: what a model must learn to write there is how the next one begins.
             return text, (len(prompt), len(text) + 1)
         behind = len(closing) - len(closing.rstrip())  # white space that separates turns, and ends none
         return text, (len(prompt), len(text) - behind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -48,6 +49,20 @@ def _integer(text: str, least: int, wanted: str) -> int:
     if value < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
     return value
+
+
+def last_value(words: Sequence[str], flag: str) -> str | None:
+    """What a command line says last with a flag, as ``FLAG VALUE`` or ``FLAG=VALUE``; None where it has none.
+
+    >>> last_value(["--lr", "1", "--lr=2", "--bf16"], "--lr")
+    '2'
+    """
+    found = None
+    for at, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == flag and (equals or at + 1 < len(words)):
+            found = value if equals else words[at + 1]
+    return found
 
 
 def tool_parser(description: str, *, as_json: bool = True) -> argparse.ArgumentParser:

@@ -185,7 +185,7 @@ def select_phase(recipe: Recipe, number: int | None, *, where: str = "recipe") -
         raise RecipeError(f"--phase {number}, but the recipe has no phases", where=where, fix="leave --phase out")
     if number is None or not 1 <= number <= count:
         what = f"the recipe has {count} phases" if number is None else f"no phase {number}: the recipe has {count}"
-        raise RecipeError(what, where=where, fix=f"give --phase 1 to {count}")
+        raise RecipeError(what, where=where, fix=f"give --phase 1 to {count} (in Python phase)")
     return recipe.phases[number - 1]
 
 

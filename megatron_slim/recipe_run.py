@@ -129,6 +129,8 @@ def violations(document: YamlMapping) -> list[str]:
     train = document.get("train")
     if isinstance(train, Mapping) and {"record", "teacher_cache"} <= train.keys():
         found.append("train.record and train.teacher_cache exclude one another: one cache is used")
+    if isinstance(train, Mapping) and "moments_of_merged" in train and not train.get("carry_optimizer"):
+        found.append("train.moments_of_merged without train.carry_optimizer has no effect")
     if "phases" in document and isinstance(train, Mapping) and "tokens" in train:
         found.append("train.tokens and phases exclude one another: every phase has its own tokens")
     if "phases" not in document:

@@ -179,12 +179,32 @@ def test_what_a_caller_can_fix_is_a_slim_error(teacher: Path, samples: np.ndarra
             lambda: slim.record(teacher, samples, tmp_path / "new", states="int8"),
             "states: 'int8' is not one of fp32, b",
         ),
+        (lambda: slim.evaluate(teacher, samples, micro_batch_size=True), "micro_batch_size: True is not a whole"),
+        (
+            lambda: slim.evaluate(teacher, samples.tolist()),
+            "data: is of type list, not a path or an array; give a path",
+        ),
         (lambda: slim.acceptance(teacher, []), "prompts: no prompts"),
         (lambda: slim.acceptance(teacher, [[1], []]), "prompts: a prompt is empty"),
     ):
         with pytest.raises(slim.SlimError, match=message):
             call()
     assert not (tmp_path / "new").exists()
+
+
+def test_numbers_and_ids_of_numpy(teacher: Path, samples: np.ndarray[Any, Any], tmp_path: Path) -> None:
+    """Are those of Python; ids of another type, or in a file, give the same plan."""
+    statistics = slim.calibrate(teacher, samples, num_samples=np.int64(2), micro_batch_size=np.int32(2))  # type: ignore[type-var]
+    statistics.save(tmp_path / "statistics")
+    slim.calibrate(teacher, samples, num_samples=2, micro_batch_size=2).save(tmp_path / "expected")
+    assert (tmp_path / "statistics").read_bytes() == (tmp_path / "expected").read_bytes()
+    recipe = slim.read_recipe({"version": 1, "target": {"num_moe_experts": 2}, "experts": {"allocation": "loss"}})
+    np.save(tmp_path / "ids.npy", samples)
+    plans = [
+        slim.make_plan(recipe, teacher, statistics, samples=each)
+        for each in (samples, samples.astype(np.int32), tmp_path / "ids.npy")
+    ]
+    assert plans[0].to_dict() == plans[1].to_dict() == plans[2].to_dict()
 
 
 def test_a_name_where_its_content_is_expected(teacher: Path, samples: np.ndarray[Any, Any], tmp_path: Path) -> None:

@@ -154,6 +154,18 @@ def test_a_turn_that_nothing_ends_is_ended_by_the_next(tmp_path: Path) -> None:
     assert counted == f"Good day.{ending}Bye." and "<user>".startswith(ending)
 
 
+def test_white_space_ends_no_turn(tmp_path: Path) -> None:
+    """What a model must learn to write behind it is how the next turn begins."""
+    written = UNCLOSED.replace("m.content }}", "m.content + '\\n' }}")
+    assert written != UNCLOSED
+    template = ChatTemplate(write_tokenizer(tmp_path / "t", written))
+    words = [("user", "Hi"), ("assistant", "Good day."), ("user", "And?"), ("assistant", "Bye.")]
+    (chat,) = template.encode({"messages": [message(*each) for each in words]}, "here")
+    tokens = [template._tokenizer.decode([number]) for number in chat.ids]
+    counted = "".join(token for token, counts in zip(tokens, chat.counts, strict=True) if counts)
+    assert counted.startswith("Good day.\n<") and counted.endswith("Bye.\n")
+
+
 def _prefixes(tokens: list[str]) -> list[str]:
     """The text before each token."""
     return ["".join(tokens[:number]) for number in range(len(tokens))]

@@ -109,8 +109,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--ep", "expert parallel sizes"),
         ("--micro-batch-size", "samples of a forward pass"),
     ):
-        search.add_argument(flag, type=positive, nargs="+", default=(), metavar="N", help=what)
-    search.add_argument("--recompute", choices=tuple(RECOMPUTE), nargs="+", default=(), help="what is recomputed")
+        search.add_argument(flag, type=positive, nargs="+", action="extend", default=[], metavar="N", help=what)
+    kinds, what = tuple(RECOMPUTE), "what is recomputed"
+    search.add_argument("--recompute", choices=kinds, nargs="+", action="extend", default=[], help=what)
 
     parser.add_argument("--top", type=positive, default=10, metavar="N", help="number of layouts to show")
     parser.add_argument(

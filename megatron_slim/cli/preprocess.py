@@ -15,6 +15,8 @@ from megatron_slim.tokenizers import TOKENIZER_TYPES
 
 logger = logging.getLogger(__name__)
 
+JSON_KEY = "text"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
@@ -28,7 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=".jsonl or .json (one JSON object a line) or .txt (one document a file), each also as .gz",
     )
-    data.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys of a line to tokenize")
+    data.add_argument(
+        "--json-keys",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY",
+        help=f"keys of a line to tokenize (default: {JSON_KEY})",
+    )
     data.add_argument(
         "--output-prefix",
         type=Path,
@@ -86,7 +95,7 @@ def pack(args: argparse.Namespace) -> JsonObject:
 
 
 # Options of the one kind of data that the other would not heed, and what they are without being given.
-_OF_TEXT = {"json_keys": ["text"], "append_eod": False, "split_sentences": False, "lang": None, "log_interval": None}
+_OF_TEXT = {"json_keys": [], "append_eod": False, "split_sentences": False, "lang": None, "log_interval": None}
 _OF_TEXT |= {"tokenizer_type": TOKENIZER_TYPES[0]}
 _OF_CHATS = {"seq_length": None, "too_long": CUT, "unroll": False}
 
@@ -110,7 +119,7 @@ def preprocess(args: argparse.Namespace) -> JsonObject:
     options = Options(
         tokenizer_type=args.tokenizer_type,
         tokenizer_model=args.tokenizer_model,
-        json_keys=tuple(dict.fromkeys(args.json_keys)),
+        json_keys=tuple(dict.fromkeys(args.json_keys or [JSON_KEY])),
         append_eod=args.append_eod,
         split_sentences=args.split_sentences,
         lang=args.lang,

@@ -1,6 +1,7 @@
 """From a recipe to a measured model: what `megatron-slim run` does, and the report that it ends with.
 
 - `settings`: recipe, command line and paths as one description of a run
+- `given`: a recipe with what the command line gives in its place
 - `recordings`: the teacher's caches that a run records and trains from
 - `steps`: the commands that it consists of, and what shows that one is done
 - `checks`: what would fail later, refused at the start

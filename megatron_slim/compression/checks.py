@@ -16,9 +16,17 @@ from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.compression.estimate import first_student, recording_bytes
 from megatron_slim.compression.recordings import cache_of, recordings
 from megatron_slim.compression.settings import RunSettings
-from megatron_slim.compression.steps import RECIPE_FILE, TRAIN, command_line, measures, steps
+from megatron_slim.compression.steps import (
+    RECIPE_FILE,
+    TRAIN,
+    carries_optimizer,
+    command_line,
+    is_trained,
+    measures,
+    steps,
+)
 from megatron_slim.data import data_prefix, exact_prefix, open_stream
-from megatron_slim.errors import EXIT_USER_ERROR, DataError, SlimError, last_error
+from megatron_slim.errors import EXIT_USER_ERROR, DataError, RecipeError, SlimError, last_error
 from megatron_slim.extras import require
 from megatron_slim.files import check_space, to_json
 from megatron_slim.pruning.recipe_checks import check_later_phases, check_recipe
@@ -46,6 +54,8 @@ def check(settings: RunSettings) -> ModelShape:
     _check_cache(settings, teacher)
     _check_data(settings, shape.vocab_size)
     evaluate = settings.section("evaluate")
+    if "acceptance" in evaluate and not shape.mtp_num_layers:
+        raise RecipeError("evaluate.acceptance, and the teacher has no MTP block", where=where, fix="leave it out")
     if "acceptance" in evaluate and not (prompts := settings.file_of("acceptance")).is_file():
         raise DataError("no such file", where=f"evaluate.acceptance {prompts}", fix="give a file of prompts")
     if "tasks" in evaluate:
@@ -90,7 +100,7 @@ def _check_cache(settings: RunSettings, teacher: Checkpoint) -> None:
         DataError: it is not, or is not whole.
     """
     path = cache_of(settings)
-    if path is None or recordings(settings):
+    if path is None or recordings(settings) or is_trained(settings):
         return
     from megatron_slim.checkpoint.convert import open_checkpoint
     from megatron_slim.streaming.fingerprint import fingerprint_like
@@ -107,10 +117,12 @@ def _check_cache(settings: RunSettings, teacher: Checkpoint) -> None:
 def check_disk(settings: RunSettings, teacher: ModelShape) -> None:
     """See that there is space for what is to be recorded, unless that has begun: then the step itself looks.
 
+    After training nothing is.
+
     Raises:
         SlimError: there is not.
     """
-    new = [each for each in recordings(settings) if not each.cache.exists()]
+    new = [] if is_trained(settings) else [each for each in recordings(settings) if not each.cache.exists()]
     nbytes = sum(recording_bytes(settings, each, teacher) for each in new)
     there = next(each for each in (settings.save, *settings.save.parents) if each.is_dir())
     if nbytes:
@@ -141,6 +153,8 @@ def _check_training(settings: RunSettings, teacher: Checkpoint) -> None:
             world = str(int(_after(words, "--nproc-per-node")) * int(_after(words, "--nnodes")))
             program, arguments = _program(words[words.index("--master-port") + 2 :])
             arguments = _of_one_run(arguments, folder, settings.stops[-1])
+            if any(carries_optimizer(settings, phase) for phase in range(1, len(settings.phases) + 1)):
+                arguments = ["--carry-optimizer", *arguments]
             one = {"WORLD_SIZE": world, "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
             shown = subprocess.run(
                 [sys.executable, *program, *arguments, "--check-arguments"],
@@ -185,7 +199,7 @@ def _of_one_run(arguments: Sequence[str], config: str, iterations: int) -> list[
     """The arguments of a run that begins with random weights and has one phase."""
     place = arguments.index("--student")
     kept = [*arguments[:place], "--hf-config", config, *arguments[place + 2 :]]
-    alone = [word for word in kept if word not in ("--progressive", "--carry-optimizer")]
+    alone = [word for word in kept if word != "--progressive"]
     if "--stage-warmup" in alone:
         place = alone.index("--stage-warmup")
         del alone[place : place + 2]

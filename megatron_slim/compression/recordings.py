@@ -102,4 +102,5 @@ def _recording(settings: RunSettings, flag: str, words: Sequence[str], name: str
 
 def eval_iters(settings: RunSettings) -> int:
     """Steps of a validation."""
-    return int(settings.section("train").get("eval_iters", DEFAULTS["EVAL_ITERS"]))
+    said = settings.counted("eval_iters")
+    return int(DEFAULTS["EVAL_ITERS"]) if said is None else said

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_slim.compression.machine import size_text
 from megatron_slim.compression.recordings import cache_path
+from megatron_slim.compression.steps import RECORD
 from megatron_slim.errors import DataError
 from megatron_slim.files import read_json
 from megatron_slim.page import Section
@@ -16,11 +17,14 @@ from megatron_slim.teacher_cache.names import CACHE, is_finished
 from megatron_slim.training.run_figures import amount
 
 HEADING = "Recorded teacher"
+_RESULT = {"states": str, "heads": int, "samples": int, "tokens": int, "bytes": int}
 _FIGURES = ("teacher_loss", "kl_of_rounding", "largest_kl_of_rounding")
 
 
 def recorded(train: Mapping[str, Any], save: Path) -> dict[str, Any] | None:
     """What the cache that training reads says of itself; None where there is none, or it is not finished.
+
+    Of one that was recorded and removed since, what the command that recorded it has printed.
 
     Args:
         train: the section of the recipe.
@@ -30,9 +34,14 @@ def recorded(train: Mapping[str, Any], save: Path) -> dict[str, Any] | None:
         DataError: it does not describe a cache.
     """
     path = cache_path(train, save)
-    if path is None or not is_finished(path):
+    result = save / "results" / f"teacher-{RECORD}.json"
+    if path is None or not (is_finished(path) or ("record" in train and result.is_file())):
         return None
     try:
+        if not is_finished(path):
+            if not (found := read_json(result)):  # it was lost
+                return None
+            return {**{key: kind(found[key]) for key, kind in _RESULT.items()}, **_figures(found)}
         cache, samples = read_json(path / CACHE), read_json(path / SAMPLES)
         return {
             "states": str(cache["kind"]),
@@ -40,11 +49,15 @@ def recorded(train: Mapping[str, Any], save: Path) -> dict[str, Any] | None:
             "samples": int(samples["samples"]),
             "tokens": int(samples["samples"]) * int(samples["seq_length"]),
             "bytes": sum(file.stat().st_size for file in path.glob("states-*.bin")),
-            **{name: float(cache["figures"][name]) for name in _FIGURES},
+            **_figures(cache["figures"]),
         }
     except (KeyError, TypeError, ValueError) as error:
-        where, fix = str(path / CACHE), "record the teacher again"
+        where, fix = str(path / CACHE if is_finished(path) else result), "record the teacher again"
         raise DataError(f"not a description of a cache ({error!r})", where=where, fix=fix) from None
+
+
+def _figures(found: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(found[name]) for name in _FIGURES}
 
 
 def recorded_section(found: Mapping[str, Any]) -> Section:

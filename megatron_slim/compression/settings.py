@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -13,6 +13,15 @@ from pathlib import Path
 import yaml
 
 from megatron_slim.aliases import Document, JsonObject
+from megatron_slim.command_line import last_value
+from megatron_slim.compression.given import (
+    CACHE,
+    absolute_data,
+    replace_value,
+    with_absolute_source,
+    with_length,
+    with_train,
+)
 from megatron_slim.errors import RecipeError, SlimError
 from megatron_slim.optimizers import ADAM, OPTIMIZERS
 from megatron_slim.packaged import find_recipe
@@ -21,13 +30,18 @@ from megatron_slim.recipe import Recipe, parse_recipe, read_document
 from megatron_slim.recipe_elastic import refuse_budgets
 from megatron_slim.recipe_run import SECTIONS
 from megatron_slim.sample_set import length_of_samples
-from megatron_slim.training.variables import last_value, refuse_spaces
+from megatron_slim.training.variables import refuse_spaces
 
 # Of pretrain_distill.sh, where neither recipe nor command line says it.
 SCRIPT = Settings()
 SEQ_LENGTH, GLOBAL_BATCH_SIZE = SCRIPT.seq_length, SCRIPT.global_batch
-CACHE = "teacher_cache"
-_STATES = ("record", CACHE)  # of ``train``: where the teacher's states come from, if the teacher is not in training
+# Flags of training that a run gives by itself.
+_OWN_FLAGS = (
+    *("--recipe", "--student", "--pretrained-checkpoint", "--hf-config", "--teacher", "--teacher-load"),
+    *("--save", "--load", "--teacher-cache", "--data", "--valid-data", "--data-path", "--train-data-path"),
+    *("--valid-data-path", "--tokens", "--train-iters", "--train-samples", "--progressive", "--progressive-schedule"),
+    "--carry-optimizer",
+)
 
 
 @dataclass(frozen=True)
@@ -79,10 +93,12 @@ class RunSettings:
 
     def _default_length(self, name: str) -> int | None:
         """Tokens of a sample where the section does not say; None where the data do."""
-        if (given := self._counted("seq_length")) is not None:
-            return given
         data = {"calibrate": self.calibration_data, "evaluate": self.evaluation_data}.get(name)
-        is_stream = data is not None and data.suffix != ".npy" and length_of_samples([str(data)]) is None
+        if data is not None and data.suffix == ".npy":  # a matrix is used as it is
+            return None
+        if (given := self.counted("seq_length")) is not None:
+            return given
+        is_stream = data is not None and length_of_samples([str(data)]) is None
         return SEQ_LENGTH if is_stream else None
 
     @property
@@ -96,7 +112,7 @@ class RunSettings:
         """Arguments of training that go to Megatron as they are; the later ones take precedence."""
         return (*map(str, self.recipe.run.get("train", {}).get("flags", ())), *self.megatron)
 
-    def _counted(self, key: str) -> int | None:
+    def counted(self, key: str) -> int | None:
         """A size by which tokens are counted: of Megatron's flags or of ``train``; None where neither says it."""
         said = last_value(self.flags, f"--{key.replace('_', '-')}") or ""
         given = int(said) if said.isdecimal() else self.recipe.run.get("train", {}).get(key)
@@ -105,12 +121,12 @@ class RunSettings:
     @property
     def seq_length(self) -> int:
         """Tokens of a sample of training."""
-        return self._counted("seq_length") or SEQ_LENGTH
+        return self.counted("seq_length") or SEQ_LENGTH
 
     @property
     def samples_per_iteration(self) -> int:
         """Samples of a training step."""
-        return self._counted("global_batch_size") or GLOBAL_BATCH_SIZE
+        return self.counted("global_batch_size") or GLOBAL_BATCH_SIZE
 
     @property
     def optimizer(self) -> str:
@@ -185,10 +201,10 @@ def read_settings(
     document = read_document(file)
     if not isinstance(document, dict):
         parse_recipe(document, where=str(file))  # raises
-    document = _absolute_source(document, file)
+    document = with_absolute_source(document, file)
     for word in replaced:
-        _replace(document, word)
-    document = _with_length(_with_train(document, train or {}, file), data)
+        replace_value(document, word)
+    document = with_length(with_train(document, train or {}, file), data)
     parsed = parse_recipe(document, where=str(file))
     refuse_budgets(parsed, where=str(file))
     own = data or [str(word) for key, word in parsed.run.get("train", {}).items() if key == CACHE]
@@ -202,13 +218,16 @@ def read_settings(
         document,
         parsed,
         teacher.absolute(),
-        _absolute(data),
-        _absolute(valid_data),
+        absolute_data(data),
+        absolute_data(valid_data),
         calibration_data.absolute(),
         None if evaluation_data is None else evaluation_data.absolute(),
         save.absolute(),
         tuple(megatron),
     )
+    if own_flags := sorted({word.partition("=")[0] for word in found.flags} & {*_OWN_FLAGS}):
+        fix = "leave it out there: recipe and command line say it"
+        raise SlimError(f"{own_flags[0]} among the flags for Megatron, which a run gives by itself", fix=fix)
     _ = found.stops  # raises where there are no tokens
     refuse_spaces("--data", found.data)
     refuse_spaces("--valid-data", found.valid_data)
@@ -223,68 +242,3 @@ def _only(words: Sequence[str], flag: str, purpose: str) -> Path:
         fix = f"give --{purpose}-data: one prefix"
         raise SlimError(f"{purpose} reads one data set, and {flag} has {len(words)} words", fix=fix)
     return Path(words[0])
-
-
-def _section(document: Document, name: str) -> JsonObject:
-    """A section as a mapping; anything else is left for the schema to refuse."""
-    section = document.get(name, {})
-    return dict(section) if isinstance(section, Mapping) else {}
-
-
-def _replace(document: JsonObject, word: str) -> None:
-    """Put ``section.key=value`` into a recipe."""
-    name, equals, text = word.partition("=")
-    section, dot, key = name.partition(".")
-    if not (equals and dot and key):
-        raise SlimError(f"{word!r} is not SECTION.KEY=VALUE", where="--set", fix="such as train.lr=1.0e-4")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise SlimError(f"the value of {word!r} is not YAML", where="--set") from None
-    document[section] = _section(document, section) | {key: value}
-
-
-def _with_train(document: Document, given: Document, file: Path) -> JsonObject:
-    """A copy whose ``train`` has what was given; a cache relative to the recipe, or to here, holds anywhere.
-
-    What is given of the teacher's states replaces all that the recipe says of them.
-    """
-    train = _section(document, "train")
-    if isinstance(train.get(CACHE), str):
-        train[CACHE] = str((file.parent / train[CACHE]).absolute())
-    if any(key in given for key in _STATES):
-        train = {key: value for key, value in train.items() if key not in _STATES}
-    train |= given
-    if isinstance(given.get(CACHE), str):
-        train[CACHE] = str(Path(given[CACHE]).absolute())
-    return {**document, "train": train} if train else dict(document)
-
-
-def _with_length(document: JsonObject, data: Sequence[str]) -> JsonObject:
-    """A copy whose ``train`` says how long samples are, where it does not and those of a cache or a sample set do."""
-    train = _section(document, "train")
-    cache = [train[CACHE]] if isinstance(train.get(CACHE), str) else []
-    if "seq_length" in train or (length := length_of_samples([*cache, *data])) is None:
-        return document
-    return {**document, "train": {**train, "seq_length": length}}
-
-
-def _absolute_source(document: Document, file: Path) -> JsonObject:
-    """A copy whose ``source``, a directory relative to the recipe, holds in the run's directory too."""
-    source = document.get("source")
-    if isinstance(source, str) and (file.parent / source).is_dir():
-        return {**document, "source": str((file.parent / source).resolve())}
-    return dict(document)
-
-
-def _absolute(data: Sequence[str]) -> tuple[str, ...]:
-    """Prefixes that hold anywhere; weights of a blend as they are. A number is a weight, but for the only word."""
-    return tuple(word if len(data) > 1 and _is_number(word) else str(Path(word).absolute()) for word in data)
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True

@@ -26,21 +26,24 @@ from megatron_slim.compression.steps import (
 )
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.files import read_json, to_json, write_atomic
+from megatron_slim.training.variables import BEHIND
 
 FILE, VERSION = "run.json", 1
 DONE, RUNNING, FAILED, WAITING = "done", "running", "failed", "waiting"
 # Of ``train``: what another start may change. Training itself refuses a layout that its checkpoint cannot take.
 _FREE = (
     *("tp", "pp", "ep", "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "launcher", "settings"),
-    *("image", "mounts", "save_interval", "eval_interval", "log_interval"),
+    *("image", "mounts", "micro_batch_size", "save_interval", "eval_interval", "log_interval"),
 )
-# The same of flags for Megatron, by how they begin: layout, memory, logs, and what Megatron is asked to allow.
+# The same of flags for Megatron, by how they begin: layout, memory, logs, saving, and what training is asked to allow.
 _FREE_FLAGS = (
     *("--context-parallel-", "--cp-comm-", "--expert-tensor-", "--num-virtual-stages", "--num-layers-per-virtual"),
     *("--pipeline-", "--teacher-pipeline-", "--teacher-ahead", "--teacher-offload", "--sequence-parallel"),
     *("--overlap-", "--recompute-", "--optimizer-cpu-", "--optimizer-offload-", "--manual-gc", "--tp-comm-"),
     *("--distributed-", "--exit-", "--log-", "--tensorboard-", "--wandb-", "--timing-", "--override-opt", "--async-"),
-    "--micro-batch-size",
+    *("--save-", "--no-save-", "--no-load-", "--ckpt-", "--dist-ckpt-", "--use-persistent-ckpt-", "--verify-integrity"),
+    *("--fine-grained-activation-", "--empty-unused-", "--num-workers", "--profile", "--rerun-", "--nccl-"),
+    *("--micro-batch-size", "--make-vocab-size-divisible-by", "--no-teacher-check"),
 )
 _SECTIONS = tuple(dict.fromkeys(SECTION.values()))
 
@@ -91,8 +94,8 @@ class RunState:
         records = any(step["kind"] in kinds and step["attempts"] for step in before.get("steps", ()))
         fixed = {section: set(keys) for section, keys in _keys(before, now).items() if section in begun}
         if TRAIN in fixed:
-            fixed[TRAIN] -= {*_FREE}
-            found += _differences("", *(_fixed_flags(document.get("megatron", ())) for document in (before, now)))
+            fixed[TRAIN] -= {*_FREE, "flags"}
+            found += _differences("", *(_fixed_flags(_flags(document)) for document in (before, now)))
         if records:
             fixed[TRAIN] = fixed.get(TRAIN, set()) | {*OF_RECORDING}
         for section, keys in fixed.items():
@@ -106,9 +109,8 @@ class RunState:
             raise SlimError("; ".join(found), where=str(self.path), fix=fix)
 
     def begun(self, step: Step) -> bool:
-        """Whether a step was ever started, or is done; training also by a job that knows nothing of this file."""
-        trained = step.kind == TRAIN and (step.output / TRACKER).exists()
-        return bool(self.steps[step.name]["attempts"]) or trained or step.done()
+        """Whether a step has left something that depends on its values: training has where a checkpoint is saved."""
+        return step.done() or (step.output / TRACKER if step.kind == TRAIN else step.output).exists()
 
     def write(self) -> None:
         """Write the file, and the recipe next to it."""
@@ -178,7 +180,14 @@ def _fixed_flags(words: Sequence[str]) -> JsonObject:
             found[flag] = [value] if equals else []
         else:
             found.setdefault(flag, []).append(word)
-    return {flag: " ".join(values) for flag, values in found.items() if not flag.startswith(_FREE_FLAGS)}
+    return {
+        flag: " ".join(values) for flag, values in found.items() if flag != BEHIND and not flag.startswith(_FREE_FLAGS)
+    }
+
+
+def _flags(document: Document) -> list[str]:
+    """Arguments for Megatron, of the recipe and behind them of the command line."""
+    return [*map(str, document["settings"]["train"].get("flags", ())), *document.get("megatron", ())]
 
 
 def _differences(prefix: str, before: Document, now: Document) -> list[str]:

@@ -89,13 +89,13 @@ def steps(settings: RunSettings) -> list[Step]:
     before = settings.teacher
     for phase in range(1, len(settings.phases) + 1):
         folder = settings.save / f"phase-{phase}"
-        pruned, training = folder / "pruned", folder / "training"
+        pruned, training = folder / "pruned", _training(settings, phase)
         model = settings.save / MODEL if phase == len(settings.phases) else folder / MODEL
         found.append(_prune(settings, phase, before, pruned))
         found += _plan_page(settings, phase, pruned, folder / "plan")
         found += _evaluation(settings, EVALUATE_PRUNED, phase, pruned)
         found += _recordings(settings) if phase == 1 else []
-        found.append(_train(settings, phase, pruned, training))
+        found.append(_train(settings, phase, pruned))
         command = ("convert", "--load", str(training), "--save", str(model), "--to", "hf", "--json")
         found.append(_step(settings, EXPORT, phase, command, model, model.is_dir))
         found += _evaluation(settings, EVALUATE, phase, model) + _acceptance(settings, phase, model)
@@ -229,16 +229,29 @@ def _record(settings: RunSettings, kind: str, found: Recording) -> Step:
     command += [] if found.is_set else ["--seq-length", str(found.seq_length)]
     command += ["--num-samples", str(found.samples)] if found.drawn else []
     command += [_NO_TEACHER_CHECK] if _NO_TEACHER_CHECK in settings.flags else []
-    return _step(settings, kind, None, (*command, "--json"), found.cache, lambda: is_finished(found.cache))
+
+    def done() -> bool:  # what was recorded may be removed once it has been read
+        return is_finished(found.cache) or is_trained(settings)
+
+    return _step(settings, kind, None, (*command, "--json"), found.cache, done)
 
 
-def _train(settings: RunSettings, phase: int, pruned: Path, training: Path) -> Step:
-    command = ["distill", *_teaching(settings), "--student", str(pruned), "--save", str(training)]
+def _training(settings: RunSettings, phase: int) -> Path:
+    return settings.save / f"phase-{phase}" / "training"
+
+
+def is_trained(settings: RunSettings) -> bool:
+    """Whether every phase has been trained to its end."""
+    return all(last_iteration(_training(settings, phase)) == stop for phase, stop in enumerate(settings.stops, 1))
+
+
+def _train(settings: RunSettings, phase: int, pruned: Path) -> Step:
+    command = ["distill", *_teaching(settings), "--student", str(pruned), "--save", str(_training(settings, phase))]
     command += ["--recipe", str(settings.save / RECIPE_FILE)]
     command += ["--progressive"] if settings.recipe.phases else ["--train-iters", str(settings.stops[0])]
     command += ["--carry-optimizer"] if _carrying(settings, phase) else []
     command += [*_counted(settings), *settings.megatron]
-    stop = settings.stops[phase - 1]
+    training, stop = _training(settings, phase), settings.stops[phase - 1]
     show = ("show-run", str(training), "--json")
     return _step(settings, TRAIN, phase, tuple(command), training, lambda: last_iteration(training) == stop, show)
 

@@ -140,7 +140,9 @@ def make_plan(
     check_recipe(recipe, shape)
     if recipe.experts.allocation == "loss" and sensitivity is None:
         raise RecipeError(
-            "experts.allocation loss needs data to measure layers on", where="recipe", fix="give --search-data"
+            "experts.allocation loss needs data to measure layers on",
+            where="recipe",
+            fix="give some: --search-data, in Python samples",
         )
     if recipe.budget is None:
         return _plan(recipe, stats, shape, None, sensitivity, within)

@@ -32,7 +32,7 @@ from megatron_slim.optimizers import OPTIMIZERS
 from megatron_slim.training.spec import RunSpec
 
 logger = logging.getLogger(__name__)
-FLAG, LEAVE_OUT = "--carry-optimizer", "leave one of them out"
+FLAG = "--carry-optimizer"
 # With these there is no optimizer to give it to, or it has parameters that the checkpoint knows nothing of.
 _EXCLUDED = {
     "no_load_optim": "which begins with a new optimizer",
@@ -88,6 +88,16 @@ class CarriedOptimizer:
         return part
 
 
+def carry_violations(args: Namespace) -> list[str]:
+    """Arguments that do not go with carrying, in sentences; nothing where nothing is carried."""
+    if not args.carry_optimizer:
+        return []
+    found = [(f"--{name.replace('_', '-')}", why) for name, why in _EXCLUDED.items() if getattr(args, name)]
+    if OPTIMIZERS[args.optimizer].has_matrices:
+        found.append((f"--optimizer {args.optimizer}", NOT_CARRIED))
+    return [f"{FLAG} does not go with {flag}, {why}; leave one of them out" for flag, why in found]
+
+
 def carried_optimizer(spec: RunSpec) -> CarriedOptimizer | None:
     """The state that a run is to begin with; None where it begins with a new optimizer, or resumes.
 
@@ -103,13 +113,10 @@ def carried_optimizer(spec: RunSpec) -> CarriedOptimizer | None:
         if args.rank == 0 and isinstance(checkpoint, DistCheckpoint) and checkpoint.optimizer_by_names:
             logger.info(f"{start}: its optimizer state is not used; {FLAG} begins with it")
         return None
+    if checkpoint is None and args.check_arguments:  # the student of a later phase is still to be made
+        return None
     if checkpoint is None:
         raise SlimError(f"{FLAG} without --pretrained-checkpoint", fix="give the student of a phase (STUDENT)")
-    for name, why in _EXCLUDED.items():
-        if getattr(args, name):
-            raise SlimError(f"{FLAG} does not go with --{name.replace('_', '-')}, {why}", fix=LEAVE_OUT)
-    if OPTIMIZERS[args.optimizer].has_matrices:
-        raise SlimError(f"{FLAG} does not go with --optimizer {args.optimizer}, {NOT_CARRIED}", fix=LEAVE_OUT)
     state = open_optimizer_state(checkpoint)
     directory = iteration_directory(Path(start))
     return CarriedOptimizer(directory, state.step, next(iter(set(MAIN) & set(state.tensors)), None))

@@ -23,6 +23,7 @@ from megatron_slim.distillation.options import TEACHER_MTP
 from megatron_slim.errors import CheckpointError, SlimError
 from megatron_slim.files import check_writable
 from megatron_slim.training.cache_checks import cache_violations, check_caches
+from megatron_slim.training.carried import carry_violations
 from megatron_slim.training.chat_data import make_sample_sets
 from megatron_slim.training.data_checks import check_data
 from megatron_slim.training.document_checks import document_violations
@@ -50,7 +51,7 @@ def check(spec: RunSpec) -> None:
     """
     args, shape = spec.args, spec.student
     found = _violations(shape, spec.teacher, args) + optimizer_violations(args, spec.given, shape)
-    found += train_only_violations(shape, args, spec.given)
+    found += train_only_violations(shape, args, spec.given) + ([] if spec.resumes else carry_violations(args))
     found = cache_violations(shape, spec.cache, args) or found
     if found := found or _budget_violations(spec):
         raise SlimError("; ".join(found))

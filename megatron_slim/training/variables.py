@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from megatron_slim.command_line import ToolParser, not_negative, positive
+from megatron_slim.command_line import ToolParser, last_value, not_negative, positive
 from megatron_slim.errors import SlimError
 from megatron_slim.optimizers import OPTIMIZERS
 from megatron_slim.packaged import find_recipe
@@ -197,25 +197,27 @@ def refuse_spaces(argument: str, words: Iterable[str]) -> None:
             raise SlimError(f"{argument} {word!r} has a space, which separates data sets", fix=fix)
 
 
-def megatron_arguments(given: Mapping[str, str]) -> list[str]:
+def megatron_arguments(given: Mapping[str, str], *, in_samples: bool = False) -> list[str]:
     """Megatron's arguments, and ours, for what is set; for the rest, `DEFAULTS`.
 
     Args:
         given: values by the names of variables; those of processes say nothing here, but for the parallel sizes.
+        in_samples: how long the run is, flags of Megatron say in samples: there is no default in steps.
 
     >>> megatron_arguments({"TP": "2", "PRECISION": "bf16"})[-4:]
     ['--default-lr-warmup-iters', '2000', '--sequence-parallel', '--bf16']
     """
-    return [*_words(given)]
+    without = "TRAIN_ITERS" if in_samples else None
+    return [*_words(given, {name: value for name, value in DEFAULTS.items() if name != without})]
 
 
-def _words(given: Mapping[str, str]) -> Iterator[str]:
+def _words(given: Mapping[str, str], defaults: Mapping[str, str]) -> Iterator[str]:
     own = [given["TEACHER_CACHE"]] if "TEACHER_CACHE" in given else []
     train, valid = (given.get(name, "").split() for name in ("DATA", "VALID_DATA"))
     length = None if "SEQ_LENGTH" in given else length_of_samples([*own, *train])
-    values = {**DEFAULTS, **({} if length is None else {"SEQ_LENGTH": str(length)}), **given}
+    values = {**defaults, **({} if length is None else {"SEQ_LENGTH": str(length)}), **given}
     if values.get("PROGRESSIVE") == "1" and "TRAIN_ITERS" not in given:
-        del values["TRAIN_ITERS"]  # the phases' tokens say
+        values.pop("TRAIN_ITERS", None)  # the phases' tokens say
     if "TOKENS" in values:
         if "TRAIN_ITERS" in given or values.get("PROGRESSIVE") == "1":
             other = "--train-iters" if "TRAIN_ITERS" in given else "--progressive, where every phase has its own"
@@ -263,11 +265,9 @@ def expand(argv: Sequence[str], prog: str = "megatron-slim pretrain") -> list[st
     """A command line for Megatron: arguments of variables in front of `BEHIND` become Megatron's.
 
     Args:
-        argv: without `BEHIND`, all is Megatron's already. In front of it ``--recipe`` may name a recipe.
+        argv: without `BEHIND`, all is Megatron's already. In front of it ``--recipe`` may name a recipe. What stands
+            behind comes last, and so takes precedence.
         prog: the command's name, for what is wrong with it.
-
-    Returns:
-        What stands behind comes last, and so takes precedence.
 
     >>> expand(["--tp", "2", "--lr", "1", "--", "--lr", "3"], "")[-3:]
     ['--sequence-parallel', '--lr', '3']
@@ -282,21 +282,8 @@ def expand(argv: Sequence[str], prog: str = "megatron-slim pretrain") -> list[st
     if "TOKENS" in values:  # are counted in the steps that are trained
         said = {name: last_value(behind, flag(name)) for name in COUNTED}
         values |= {name: value for name, value in said.items() if value is not None}
-    return without_shards_of_matrices([*megatron_arguments(values), *behind])
-
-
-def last_value(words: Sequence[str], flag: str) -> str | None:
-    """What a command line says last with a flag, as ``FLAG VALUE`` or ``FLAG=VALUE``; None where it has none.
-
-    >>> last_value(["--lr", "1", "--lr=2", "--bf16"], "--lr")
-    '2'
-    """
-    found = None
-    for at, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if name == flag and (equals or at + 1 < len(words)):
-            found = value if equals else words[at + 1]
-    return found
+    in_samples = last_value(behind, "--train-samples") is not None
+    return without_shards_of_matrices([*megatron_arguments(values, in_samples=in_samples), *behind])
 
 
 def without_shards_of_matrices(argv: Sequence[str]) -> list[str]:

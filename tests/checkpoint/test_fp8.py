@@ -160,6 +160,23 @@ def test_a_directory_in_fp8_describes_the_model_that_it_stands_for(
     assert read_shape(source[0]) == SHAPE
 
 
+def test_a_student_and_a_teacher_of_which_one_is_in_fp8(
+    source: tuple[Path, Tensors], tmp_path: Path, tool: Callable[..., Any]
+) -> None:
+    """The flag is for the one that is; the other is read as it is."""
+    plain = tmp_path / "plain"
+    assert tool(CONVERT, "--load", source[0], "--save", plain, "--to", "hf", "--dequantize-fp8").code == 0
+    np.save(tmp_path / "x.npy", np.arange(24).reshape(2, 12))
+    data = ("--data", tmp_path / "x.npy", "--json")
+    for student, teacher in ((plain, source[0]), (source[0], plain), (source[0], source[0])):
+        words = ("tools/evaluate.py", "--load", student, "--teacher", teacher, *data)
+        assert "give --dequantize-fp8" in tool(*words).error
+        found = tool(*words, "--dequantize-fp8")
+        assert found.code == 0 and found.json["kl"] == 0, found.stderr
+    words = ("tools/evaluate.py", "--load", plain, "--teacher", plain, *data, "--dequantize-fp8")
+    assert "is not FP8" in tool(*words).error
+
+
 def test_agrees_with_transformers(source: tuple[Path, Tensors]) -> None:
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize_fp8_weight
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,19 @@ def test_values_that_recording_depends_on(place: Path, tmp_path: Path, tool: Any
     assert quick["ran"][0] == "teacher/record"
     quick["ran"].clear()
     assert tool("tools/run.py", *words, "--lr", "0.5").code == 0 and quick["ran"] == []
+
+
+def test_a_cache_that_was_read_may_be_removed(place: Path, tmp_path: Path, tool: Any, quick: dict[str, Any]) -> None:
+    words = arguments(place, tmp_path / "r", "one.yaml", *RECORD)
+    figures = dict.fromkeys(("teacher_loss", "kl_of_rounding", "largest_kl_of_rounding"), 0.5)
+    summary = {"states": "bf16", "heads": 2, "samples": 7, "tokens": 224, "bytes": 9, **figures}
+    quick["code"]["teacher/record"] = f"print({json.dumps(json.dumps(summary))})"
+    assert tool("tools/run.py", *words).code == 0
+    shutil.rmtree(tmp_path / "r/teacher-cache")
+    quick["ran"].clear()
+    assert tool("tools/run.py", *words, "--set", "export.quantize=fp8").code == 0
+    assert quick["ran"] == ["phase-1/quantize", "phase-1/evaluate-fp8"]
+    assert json.loads((tmp_path / "r/report.json").read_text())["recorded"] == summary
 
 
 @pytest.mark.slow

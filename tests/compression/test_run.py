@@ -180,8 +180,10 @@ def test_a_recipe_of_sizes_alone_has_samples_of_one_length(place: Path, tmp_path
 
     kinds = (steps.EVALUATE_TEACHER, steps.PRUNE, steps.EVALUATE_PRUNED, steps.TRAIN, steps.EVALUATE)
     assert lengths() == dict.fromkeys(kinds, "4096")
-    found = lengths(calibration_data=tmp_path / "tokens.npy", evaluation_data=tmp_path / "tokens.npy")
-    assert found == dict.fromkeys(kinds) | {steps.TRAIN: "4096"}
+    matrices = {"calibration_data": tmp_path / "tokens.npy", "evaluation_data": tmp_path / "tokens.npy"}
+    assert lengths(**matrices) == dict.fromkeys(kinds) | {steps.TRAIN: "4096"}
+    assert lengths(train={"seq_length": 32}, **matrices) == dict.fromkeys(kinds) | {steps.TRAIN: "32"}
+    assert lengths(megatron=["--seq-length=32"]) == dict.fromkeys(kinds, "32")
 
 
 def test_training_takes_the_sizes_that_tokens_are_counted_by(place: Path, tmp_path: Path) -> None:
@@ -198,6 +200,10 @@ def test_training_takes_the_sizes_that_tokens_are_counted_by(place: Path, tmp_pa
     arguments = expand(words[words.index("--tp") :] if "--tp" in words else words[words.index("--student") :])
     sizes = {flag: arguments[arguments.index(flag) + 1] for flag in ("--seq-length", "--global-batch-size")}
     assert sizes == {"--seq-length": "32", "--global-batch-size": "2"}
+    # Megatron's flags win over both.
+    replaced = ["train.flags=[--global-batch-size, 4]"]
+    found = settings(place, tmp_path / "r", replaced=replaced, megatron=["--seq-length", "16"])
+    assert (found.samples_per_iteration, found.seq_length, found.stops) == (4, 16, (3,))
 
 
 def test_the_command_line_wins(place: Path, tmp_path: Path) -> None:
@@ -233,6 +239,15 @@ def test_the_command_line_wins(place: Path, tmp_path: Path) -> None:
         (["--set", "evaluate.acceptance=none.jsonl"], "none.jsonl: no such file"),
         (["--adam-beta", "1"], "training would refuse: unrecognized arguments: --adam-beta 1"),
         (["--tp", "3"], "training would refuse: "),
+        (
+            ["--", "--train-iters", "7"],
+            "--train-iters among the flags for Megatron, which a run gives by itself; leave",
+        ),
+        (["--set", "train.flags=[--data, a]"], "--data among the flags for Megatron"),
+        (
+            ["--set", "train.moments_of_merged=sum"],
+            "train.moments_of_merged without train.carry_optimizer has no effect",
+        ),
         (["--launcher", "slurm"], "--launcher slurm would submit training and not wait for it"),
     ],
 )
@@ -241,6 +256,30 @@ def test_what_cannot_work_is_refused_before_anything(
 ) -> None:
     assert message in tool("tools/run.py", *arguments(place, tmp_path / "r", "one.yaml", *words)).error
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("[--optimizer, muon]", "--carry-optimizer does not go with --optimizer muon, "),
+        ("[--train-only, blocks]", "--train-only"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_carried_is_refused_before_the_first_phase(
+    place: Path, tmp_path: Path, tool: Any, flags: str, message: str
+) -> None:
+    words = ["--set", "train.carry_optimizer=true", f"train.flags={flags}", "--dry-run"]
+    error = tool("tools/run.py", *arguments(place, tmp_path / "r", "two.yaml", *words)).error
+    assert error.startswith("training would refuse: ") and message in error
+
+
+def test_acceptance_needs_a_teacher_with_an_mtp_block(place: Path, tmp_path: Path, tool: Any) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"tokens": [1, 2]}\n')
+    shape = tiny_shape(num_layers=8, num_moe_experts=8, vocab_size=96, mtp_num_layers=0)
+    write_tiny_checkpoint(tmp_path / "silent", shape, seed=1)
+    words = arguments(place, tmp_path / "r", "one.yaml", "--set", f"evaluate.acceptance={tmp_path}/prompts.jsonl")
+    words[words.index("--teacher") + 1] = str(tmp_path / "silent")
+    assert "evaluate.acceptance, and the teacher has no MTP block; leave it out" in tool("tools/run.py", *words).error
 
 
 def test_the_optimizer_is_carried_from_phase_to_phase(place: Path, tmp_path: Path) -> None:
@@ -388,12 +427,28 @@ def test_other_values_are_refused_once_a_step_depends_on_them(
     other = tool("tools/run.py", *words, "--set", "calibrate.num_samples=8")
     assert "calibrate.num_samples is 8, and the run began with 4" in other.error
     assert "num_layers" in tool("tools/run.py", *words, "--set", "target.num_layers=5").error
+    (tmp_path / "r/phase-1/training").mkdir(exist_ok=True)
+    (tmp_path / "r/phase-1/training/latest_checkpointed_iteration.txt").write_text("1")
     assert "train.lr is 0.5, and the run began with 0.001" in tool("tools/run.py", *words, "--lr", "0.5").error
     error = tool("tools/run.py", *words, "--kd-loss=jsd", "--adam-beta2", "0.9").error
     assert "--adam-beta2 is '0.9', and the run began with 'none'; --kd-loss is 'jsd', and the run" in error
     quick["code"].clear()
-    # These change nothing that counts.
-    assert tool("tools/run.py", *words, "--log-interval", "2", "--recompute-granularity", "selective").code == 0
+    # These change nothing that counts, wherever they are.
+    flags = ["--set", "train.flags=[--recompute-granularity, selective]", "--micro-batch-size", "2", "--no-load-rng"]
+    assert tool("tools/run.py", *words, "--log-interval", "2", *flags).code == 0
+
+
+def test_what_a_failed_step_needed_may_be_changed(
+    place: Path, tmp_path: Path, tool: Any, quick: dict[str, Any]
+) -> None:
+    """It has left nothing."""
+    words = arguments(place, tmp_path / "r")
+    quick["code"]["teacher/evaluate"] = "raise SystemExit(1)"
+    assert tool("tools/run.py", *words).code == 1
+    quick["code"].clear()
+    assert tool("tools/run.py", *words, "--set", "evaluate.num_samples=4").code == 0
+    changed = tool("tools/run.py", *words, "--set", "evaluate.num_samples=8").error
+    assert "evaluate.num_samples is 8, and the run began with 4" in changed
 
 
 def test_training_that_was_stopped_is_not_done(place: Path, tmp_path: Path, tool: Any, quick: dict[str, Any]) -> None:

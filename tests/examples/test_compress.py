@@ -34,7 +34,7 @@ def arguments(tmp_path: Path) -> list[str]:
     return [*words, "--data", str(tmp_path / "text"), "--evaluation-data", str(tmp_path / "text")]
 
 
-def script(environment: dict[str, str], *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def script(environment: dict[str, str], *arguments: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(SCRIPT), *arguments]
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
@@ -113,6 +113,9 @@ def test_no_job_is_submitted_twice(slurm: dict[str, str], arguments: list[str], 
 def test_what_is_missing_is_said_at_once(slurm: dict[str, str], arguments: list[str]) -> None:
     done = script(slurm | {"LAUNCHER": "slurm"}, *arguments, "--set", "train.tokens=0")
     assert done.returncode == 2 and "train.tokens 0 is not a number of tokens" in done.stderr
+    done = script(slurm | {"LAUNCHER": "slurm", "SLURM_JOB_ID": "7", "DRY_RUN": "1"}, *arguments)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("error: LAUNCHER=slurm within job 7: submit from outside")
 
 
 @pytest.mark.slow

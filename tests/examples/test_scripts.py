@@ -57,6 +57,13 @@ def megatrons(done: subprocess.CompletedProcess[str]) -> list[str]:
         ({"SAVE": "run", "DATA": "text"}, "neither STUDENT nor HF_CONFIG is set"),
         ({"SAVE": "run", "DATA": "text", "STUDENT": "s", "PRECISION": "fp8"}, "PRECISION=fp8: it is bf16 or fp32"),
         ({"SAVE": "run", "DATA": "text", "STUDENT": "s", "PROGRAM": "none.py"}, "PROGRAM=none.py: no such file"),
+        *(
+            (
+                {"SAVE": "run", "DATA": "text", "STUDENT": "s", name: value},
+                f"{name}={value} is not a whole number above",
+            )
+            for name, value in (("TP", "two"), ("EP", "08"), ("PP", "0"), ("NNODES", "2.5"), ("NPROC_PER_NODE", "-1"))
+        ),
     ],
 )
 def test_what_is_missing_is_named(variables: dict[str, str], message: str) -> None:
@@ -104,6 +111,26 @@ def test_a_program_of_the_users_own(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     without = run(TRAIN, *flags, timeout=200, **variables)
     assert without.returncode == 2 and "--z-weight-end" in without.stderr
+
+
+def test_settings_are_a_file_here_before_one_along_path(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for folder, size in ((tmp_path / "bin", 64), (tmp_path, 2)):
+        (folder / "mine.sh").write_text(f"TP=${{TP:-{size}}}\n")
+    environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable, "DRY_RUN": "1"}
+    environment |= {"SAVE": "run", "DATA": "text", "STUDENT": "s", "SETTINGS": "mine.sh"}
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run(["bash", str(TRAIN)], check=True, **options)
+    assert "--tp 2 " in done.stdout
+
+
+def test_tokens_are_counted_by_the_sizes_that_are_trained() -> None:
+    """Megatron's flags take precedence."""
+    variables = {"SAVE": "run", "DATA": "text", "STUDENT": "s", "TOKENS": "1000000", "DRY_RUN": "1"}
+    words = megatrons(run(TRAIN, "--global-batch-size", "8", "--seq-length=32", **variables))
+    assert words[words.index("--train-iters") + 1] == str(-(-1000000 // (8 * 32)))
+    words = megatrons(run(TRAIN, "--train-samples", "8", **(variables | {"TOKENS": ""})))
+    assert "--train-iters" not in words and words[-2:] == ["--train-samples", "8"]
 
 
 def test_separate_validation_data() -> None:

@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +87,31 @@ def test_a_program_of_the_users_own_is_mounted(slurm: dict[str, str], tmp_path: 
     for words in (step, *nodes):
         place = words.index(str(own))
         assert words[place - 1] == "24242" and words[place + 1] == "--tp" and "--module" not in words
+
+
+def test_names_that_look_like_numbers_are_data_where_no_weight_stands(slurm: dict[str, str]) -> None:
+    for data, shown in (("2024", f"{ROOT}/2024"), ("0.5 ./2024 .5e0 e", f"0.5 {ROOT}/2024 .5e0 {ROOT}/e")):
+        step = script(slurm | job(DRY_RUN="1", DATA=data)).stdout.splitlines()[0]
+        assert f"--data {shown} --student" in step
+
+
+def test_mounts_that_are_here_become_absolute(slurm: dict[str, str]) -> None:
+    variables = {"IMAGE": "registry#image:1", "MOUNTS": "tests,./docs:/y,/etc/x,tmpfs:/dev/shm"}
+    words = shlex.split(script(slurm | job(DRY_RUN="1", **variables)).stdout.splitlines()[0])
+    mounts = words[words.index("--container-mounts") + 1].split(",")
+    assert mounts[-4:] == [f"{ROOT}/tests:{ROOT}/tests", f"{ROOT}/docs:/y", "/etc/x:/etc/x", "tmpfs:/dev/shm"]
+
+
+def test_a_container_has_its_own_python(slurm: dict[str, str]) -> None:
+    """Where the command has started the script, and the caller names no Python."""
+    training = ["--student", "pruned", "--save", "run", "--data", "a", "--dry-run"]
+    command = [sys.executable, "-m", "megatron_slim", "distill", *training]
+    for image, python in (("", sys.executable), ("registry#image:1", "python3")):
+        environment = {key: value for key, value in (slurm | job(IMAGE=image)).items() if key != "PYTHON"}
+        environment["PYTHONPATH"] = str(ROOT)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+        words = shlex.split(done.stdout.splitlines()[0])
+        assert words[words.index("bash") + 3] == python
 
 
 @pytest.mark.parametrize("image", ["image.sqsh", "registry#image:1", "image.sif"])

@@ -34,7 +34,7 @@ from megatron_slim.errors import SlimError
 from megatron_slim.pruning.statistics import FORMAT, Statistics, expected_shapes
 from megatron_slim.streaming.fingerprint import fingerprint
 from megatron_slim.testing import run_distributed, tiny_shape
-from megatron_slim.training.carried import CarriedOptimizer, carried_optimizer
+from megatron_slim.training.carried import CarriedOptimizer, carried_optimizer, carry_violations
 from megatron_slim.training.progressive import Place
 from megatron_slim.training.spec import RunSpec
 from tests.training.conftest import Workplace, read_scalars, refusal, train
@@ -276,6 +276,7 @@ def described(start: Path | None, **given: Any) -> RunSpec:
     """A run of which nothing but these arguments matters."""
     names = "load ckpt_step hf_config no_load_optim finetune skip_train hidden_kd_layers"
     base = dict.fromkeys(names.split()) | {"without_mtp": False, "rank": 0, "carry_optimizer": True}
+    base["check_arguments"] = False
     base["optimizer"] = "adam"
     args = Namespace(**base | {"pretrained_checkpoint": None if start is None else str(start)} | given)
     shape = tiny_shape()
@@ -291,14 +292,21 @@ def test_what_has_no_moments_is_refused(workplace: Workplace, tmp_path: Path, ca
         "--carry-optimizer without --pretrained-checkpoint": described(None),
         "is a Hugging Face checkpoint, which has no optimizer state": described(workplace.student),
         "has no optimizer state by the names of weights": described(tmp_path / "bare"),
-        "--no-load-optim, which begins with a new optimizer": described(tmp_path / "carried", no_load_optim=True),
-        "--hidden-kd-layers, whose projections are new": described(tmp_path / "carried", hidden_kd_layers=((0, 1),)),
     }
     for message, spec in refusals.items():
         with pytest.raises(SlimError, match=message):
             carried_optimizer(spec)
-    found = carried_optimizer(described(tmp_path / "carried"))
-    assert found == CarriedOptimizer(tmp_path / "carried" / "release", 9, None)
+    excluded = {
+        "--no-load-optim, which begins with a new optimizer": {"no_load_optim": True},
+        "--hidden-kd-layers, whose projections are new": {"hidden_kd_layers": ((0, 1),)},
+        "--optimizer muon, whose momentum is new again": {"optimizer": "muon"},
+    }
+    for message, given in excluded.items():
+        (found,) = carry_violations(described(None, **given).args)
+        assert found.startswith(f"--carry-optimizer does not go with {message}")
+        assert not carry_violations(described(None, **given, carry_optimizer=False).args)
+    carried = carried_optimizer(described(tmp_path / "carried"))
+    assert carried == CarriedOptimizer(tmp_path / "carried" / "release", 9, None)
     # A run that resumes has an optimizer of its own.
     resumed = described(workplace.student, load=str(tmp_path / "carried"))
     assert carried_optimizer(resumed) is None
