@@ -7,9 +7,8 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from megatron_slim.aliases import JsonObject
+from megatron_slim.aliases import JsonObject, ReadOptions
 from megatron_slim.cli.evaluation_extras import figures_of, print_rows
-from megatron_slim.command_line import load_options
 from megatron_slim.errors import SlimError
 
 if TYPE_CHECKING:
@@ -46,11 +45,14 @@ def check_elastic_arguments(args: argparse.Namespace) -> None:
             raise SlimError(f"{flag} and --elastic exclude one another", fix="leave one out")
 
 
-def evaluate_budgets(args: argparse.Namespace, measure: Measure, names: Sequence[str]) -> JsonObject:
+def evaluate_budgets(
+    args: argparse.Namespace, options: ReadOptions, measure: Measure, names: Sequence[str]
+) -> JsonObject:
     """Measure every budget as the checkpoint that its slice would be; print them as a table.
 
     Args:
         args: of the command.
+        options: how to read the checkpoint.
         measure: evaluates an opened checkpoint.
         names: tasks, for the table.
 
@@ -67,7 +69,7 @@ def evaluate_budgets(args: argparse.Namespace, measure: Measure, names: Sequence
     from megatron_slim.pruning.report import summarise
 
     document = elastic_at(args.load)
-    source = open_checkpoint(args.load, **load_options(args))
+    source = open_checkpoint(args.load, **options)
     log_left_out(source)
     elastic = fitted(document, source)
     found = []

@@ -71,7 +71,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.every_checkpoint:
         return evaluate_every(args, lambda load: _measure(args, load, extras), names)
     if args.elastic:
-        return evaluate_budgets(args, lambda checkpoint: _measure_opened(args, checkpoint, args.load, extras), names)
+        options = extras.load_options(args, args.load)
+        return evaluate_budgets(args, options, lambda each: _measure_opened(args, each, args.load, extras), names)
     return _measure(args, args.load, extras)
 
 

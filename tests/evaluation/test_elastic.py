@@ -131,3 +131,15 @@ def test_arguments_that_do_not_fit_are_one_line(tool: Tool, place: Path) -> None
     assert "there is no elastic.json here: not an elastic checkpoint" in error("source", "--elastic")
     message = "elastic.json is for a model of other sizes: num_layers 6, not 4"
     assert message in error("other", "--elastic")
+
+
+def test_a_teacher_in_fp8(tool: Tool, place: Path, tmp_path: Path) -> None:
+    """The budgets are not, and read as they are."""
+    convert = ("tools/convert_checkpoint.py", "--load", place / "source", "--save", tmp_path / "fp8")
+    assert tool(*convert, "--to", "hf", "--quantize", "fp8").code == 0
+    words = ("--elastic", "--teacher", tmp_path / "fp8", "--dequantize-fp8")
+    rows = evaluate(tool, place, place / "trained", *words).json["budgets"]
+    assert [row["loss"] for row in rows] == [
+        row["loss"] for row in evaluate(tool, place, place / "trained", "--elastic").json["budgets"]
+    ]
+    assert all(row["kl"] > 0 for row in rows)
