@@ -1,6 +1,7 @@
 """Reading and writing weights: two formats, one interface, one loop.
 
 - `huggingface`, `huggingface_files`, `safetensors_reader`: the strict reader of Hugging Face directories
+- `described`: sizes and config of the model that a directory describes, in FP8 or not
 - `huggingface_writer`, `safetensors_writer`: their writer
 - `distributed`, `iterations`, `torch_dist_files`, `torch_dist_reader`, `metadata_pickle`, `archives`: torch_dist, read
   through restricted unpicklers
