@@ -23,24 +23,13 @@ from megatron_slim.architecture.family import MOE
 from megatron_slim.architecture.hf_config import shape_from_hf_config, wrapper_of
 from megatron_slim.architecture.shape import ModelShape
 from megatron_slim.architecture.table import hf_tensors, mtp_layers_in, weights
-from megatron_slim.checkpoint.carried import (
-    CarriedTensors,
-    language_model_alone,
-    set_apart,
-    without_the_rest,
-)
+from megatron_slim.checkpoint.carried import CarriedTensors, language_model_alone, set_apart, without_the_rest
 from megatron_slim.checkpoint.copies import Copies, copies_apart
 from megatron_slim.checkpoint.expert_storage import separated
 from megatron_slim.checkpoint.finite import refuse_nonfinite
 from megatron_slim.checkpoint.foreign import plain_names, refuse_foreign
 from megatron_slim.checkpoint.fp8 import FP8_DTYPES, BlockScaled, dequantized
-from megatron_slim.checkpoint.huggingface_files import (
-    CONFIG,
-    INDEX,
-    SINGLE,
-    read_config,
-    read_headers,
-)
+from megatron_slim.checkpoint.huggingface_files import CONFIG, INDEX, SINGLE, read_config, read_headers
 from megatron_slim.checkpoint.mtp import config_without_mtp, count_mtp_layers
 from megatron_slim.checkpoint.raw_files import OpenFiles
 from megatron_slim.checkpoint.safetensors_reader import DTYPES, TensorEntry

@@ -10,6 +10,7 @@ import yaml
 from megatron_slim.aliases import Document, JsonObject
 from megatron_slim.errors import SlimError
 from megatron_slim.sample_set import length_of_samples
+from megatron_slim.training.blends import number_of
 
 CACHE = "teacher_cache"
 _STATES = ("record", CACHE)  # of ``train``: where the teacher's states come from, if the teacher is not in training
@@ -69,12 +70,4 @@ def with_absolute_source(document: Document, file: Path) -> JsonObject:
 
 def absolute_data(data: Sequence[str]) -> tuple[str, ...]:
     """Prefixes that hold anywhere; weights of a blend as they are. A number is a weight, but for the only word."""
-    return tuple(word if len(data) > 1 and _is_number(word) else str(Path(word).absolute()) for word in data)
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
+    return tuple(word if len(data) > 1 and number_of(word) is not None else str(Path(word).absolute()) for word in data)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,27 +34,37 @@ def recorded(train: Mapping[str, Any], save: Path) -> dict[str, Any] | None:
     Raises:
         DataError: it does not describe a cache.
     """
-    path = cache_path(train, save)
-    result = save / "results" / f"teacher-{RECORD}.json"
-    if path is None or not (is_finished(path) or ("record" in train and result.is_file())):
+    described: Callable[[], dict[str, Any] | None]
+    path, result = cache_path(train, save), save / "results" / f"teacher-{RECORD}.json"
+    if path is not None and is_finished(path):
+        where, described = path / CACHE, partial(_of_cache, path)
+    elif "record" in train and result.is_file():
+        where, described = result, partial(_of_result, result)
+    else:
         return None
     try:
-        if not is_finished(path):
-            if not (found := read_json(result)):  # it was lost
-                return None
-            return {**{key: kind(found[key]) for key, kind in _RESULT.items()}, **_figures(found)}
-        cache, samples = read_json(path / CACHE), read_json(path / SAMPLES)
-        return {
-            "states": str(cache["kind"]),
-            "heads": int(cache["heads"]),
-            "samples": int(samples["samples"]),
-            "tokens": int(samples["samples"]) * int(samples["seq_length"]),
-            "bytes": sum(file.stat().st_size for file in path.glob("states-*.bin")),
-            **_figures(cache["figures"]),
-        }
+        return described()
     except (KeyError, TypeError, ValueError) as error:
-        where, fix = str(path / CACHE if is_finished(path) else result), "record the teacher again"
-        raise DataError(f"not a description of a cache ({error!r})", where=where, fix=fix) from None
+        fix = "record the teacher again"
+        raise DataError(f"not a description of a cache ({error!r})", where=str(where), fix=fix) from None
+
+
+def _of_cache(path: Path) -> dict[str, Any]:
+    cache, samples = read_json(path / CACHE), read_json(path / SAMPLES)
+    return {
+        "states": str(cache["kind"]),
+        "heads": int(cache["heads"]),
+        "samples": int(samples["samples"]),
+        "tokens": int(samples["samples"]) * int(samples["seq_length"]),
+        "bytes": sum(file.stat().st_size for file in path.glob("states-*.bin")),
+        **_figures(cache["figures"]),
+    }
+
+
+def _of_result(file: Path) -> dict[str, Any] | None:
+    """None where it was lost, and is empty."""
+    found = read_json(file)
+    return {**{key: kind(found[key]) for key, kind in _RESULT.items()}, **_figures(found)} if found else None
 
 
 def _figures(found: Mapping[str, Any]) -> dict[str, float]:

@@ -142,7 +142,7 @@ def make_plan(
         raise RecipeError(
             "experts.allocation loss needs data to measure layers on",
             where="recipe",
-            fix="give some: --search-data, in Python samples",
+            fix="give --search-data (in Python samples)",
         )
     if recipe.budget is None:
         return _plan(recipe, stats, shape, None, sensitivity, within)

@@ -66,7 +66,7 @@ def parse_blend(words: Sequence[str], where: str) -> Blend:
     words = [word.strip() for word in words]
     if not all(words) or not words:
         raise DataError("names no data set", where=where, fix="give the prefix of a .bin/.idx pair")
-    numbers = [_number(word) for word in words]
+    numbers = [number_of(word) for word in words]
     if len(words) == 1 or all(number is None for number in numbers):
         return Blend(tuple(words))
     weights = [number for number in numbers[::2] if number is not None]
@@ -120,7 +120,8 @@ def read_sources(args: Namespace) -> Sources:
     return Sources(parts=(train, valid, test))
 
 
-def _number(word: str) -> float | None:
+def number_of(word: str) -> float | None:
+    """A word of a blend as a weight; None of a name."""
     try:
         return float(word)
     except ValueError:
